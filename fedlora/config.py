@@ -1,0 +1,276 @@
+"""RunConfig <-> TOML: frozen, typed, unknown keys raise with the nearest valid name.
+
+The tables `[strategy]`, `[partition]` and `[task]` are open: their `name` chooses an entry of a registry and the other
+keys are that entry's dataclass fields. They are checked against it when the part is built, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedlora.errors import ConfigError, nearest
+from fedlora.registry import first_problem
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+
+
+class Section(BaseModel):
+    """Base of all tables: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+OPEN_TABLES = ("strategy", "partition", "task")
+
+
+class OpenTable(BaseModel):
+    """A table whose `name` chooses an entry of a registry; the other keys are that entry's fields."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name: str = "all-MiniLM-L6-v2"
+    """A named asset, a Hugging Face hub name, or a local folder."""
+    revision: str | None = None
+    """A commit or tag of a hub model."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Of the frozen base; adapters are always trained in float32 (float64 with a float64 base)."""
+    trust_remote_code: bool = False
+
+
+class AdapterConfig(Section):
+    """The low-rank adapter that PEFT injects."""
+
+    method: str = "lora"
+    rank: PositiveInt = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha_scaling: Literal["fixed", "proportional"] = "fixed"
+    """For clients with a rank of their own: the same alpha for all, or alpha * rank / adapter.rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Names = ()
+    """Module names (suffixes) to adapt; empty: PEFT's default for the architecture."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Module name (suffix or regular expression, as in PEFT) -> rank at adapter.rank; scaled for other client ranks."""
+    alpha_pattern: dict[str, float] = {}
+    export_rank: PositiveInt | None = None
+    """Largest rank of the final adapter of rules that change the base; None: as large as it takes to be exact."""
+    modules_to_save: Names | None = None
+    """Dense modules trained beside the adapter; None: the task's head."""
+
+
+class DataConfig(Section):
+    """Where examples come from and which columns matter."""
+
+    source: str = "vader"
+    """A named corpus, a Hugging Face hub name, or a local .csv, .tsv, .jsonl or .parquet file."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    train_split: str = "train"
+    test: str | None = None
+    """A second file, or the name of a split, with the test examples; None: cut from the source by `test_fraction`."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    text: str = "text"
+    label: str = "label"
+    domain: str | None = None
+    """Column with each example's domain (site, user), for figures per domain and for domain partitions."""
+    group: str | None = None
+    """Column whose groups are never split between training and test (document, patient)."""
+    limit: PositiveInt | None = None
+    """Use at most this many examples, drawn with the seed."""
+
+
+class ClientsConfig(Section):
+    """What the clients are like."""
+
+    ranks: tuple[PositiveInt, ...] | None = None
+    """A rank for each client, repeated cyclically; None: adapter.rank for all."""
+
+
+class TrainConfig(Section):
+    """Local training in one round on one client."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: PositiveInt | None = None
+    """Optimiser steps a round; give either this or `epochs`."""
+    batch_size: PositiveInt = 16
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Linear warm-up at the start of each round's local training."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest L2 norm of a step's gradient over all trained parameters."""
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx's mu (Li et al. 2020, arXiv 1812.06127, equation (2))."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> TrainConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give either steps or epochs, not both")
+        return self
+
+
+class ServerConfig(Section):
+    """The round."""
+
+    fraction: Fraction = 1.0
+    """Share of the clients that are asked in a round."""
+    clients_per_round: PositiveInt | None = None
+    """How many clients are asked; instead of `fraction`."""
+    quorum: Fraction = 0.5
+    """Share of the asked clients whose replies a round needs."""
+    deadline_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds after which a round goes on without the replies that are missing."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    max_examples: PositiveInt = 10_000_000
+    """Largest number of examples that a reply may claim."""
+    max_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest L2 norm of a reply's tensors together; a larger one is refused."""
+    aggregation_error: bool = True
+    """Measure the aggregation error each round (keeps the round's factors in memory)."""
+    evaluate_every: PositiveInt = 1
+    """Evaluate the global model after each so many rounds, and always after the last."""
+    node_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds to wait for nodes at the start."""
+
+
+class RuntimeConfig(Section):
+    """The machine. Nothing here changes what is computed, only where and how fast (up to rounding)."""
+
+    device: str = "auto"
+    """One of: auto (CUDA, Apple's MPS, CPU, in this order), cpu, cuda, cuda:1, mps."""
+    threads: PositiveInt | None = None
+    """Torch threads; None: the cores. Results are bit-for-bit the same only for the same number."""
+    kernels: Literal["auto", "off", "onednn"] = "auto"
+    """Kernels for the frozen base on a CPU; "auto" measures at the start and records its choice."""
+
+
+class RunConfig(Section):
+    """One run, complete: with the same versions and machine it gives the same bytes."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    rounds: PositiveInt = 10
+    output: str = "runs"
+    """Folder in which the run directory `output/name` is made."""
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    task: OpenTable = OpenTable(name="text-classification")
+    data: DataConfig = DataConfig()
+    partition: OpenTable = OpenTable(name="iid", clients=8)  # type: ignore[call-arg]
+    clients: ClientsConfig = ClientsConfig()
+    train: TrainConfig = TrainConfig()
+    server: ServerConfig = ServerConfig()
+    strategy: OpenTable = OpenTable(name="fedavg")
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def to_toml(self) -> str:
+        """The resolved config, every key written out (keys whose value is None are left out: TOML has no null)."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+    def digest(self, *sections: str) -> str:
+        """A hash of some sections (all without names): a cache's key."""
+        dump = self.model_dump(mode="json")
+        chosen = {key: dump[key] for key in (sections or sorted(dump))}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply `key=value` overrides.
+
+    Args:
+        path: of the file; its stem is the run's name unless the file gives one.
+        overrides: such as "rounds=20" or "strategy.name=ffa"; values are TOML, a bare word is a string.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, a key is unknown (with the nearest valid one), a value is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise ConfigError(f"there is no config file {str(path)!r}; {nearest(str(path), others)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from None
+    return parse_config(text, overrides, source=str(path), name=path.stem)
+
+
+def parse_config(
+    text: str, overrides: Sequence[str] = (), *, source: str = "config", name: str | None = None
+) -> RunConfig:
+    """As `load_config`, from TOML text."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from None
+    if name is not None:
+        tree.setdefault("name", name)
+    for override in overrides:
+        _override(tree, override)
+    _refuse_unknown(tree, RunConfig, "")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {first_problem(error)}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r} must have the form key=value, for example train.lr=0.001")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *tables, last = key.strip().split(".")
+    here = tree
+    for table in tables:
+        here = here.setdefault(table, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"--set {override!r}: {table!r} is a value, not a table")
+    if last == "name" and len(tables) == 1 and tables[0] in OPEN_TABLES and here.get("name") != value:
+        here.clear()  # another rule, partitioner or task: the old one's fields do not apply
+    here[last] = value
+
+
+def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+    for key, value in tree.items():
+        if key not in section.model_fields:
+            raise ConfigError(f"unknown key {prefix + key!r}; {nearest(key, section.model_fields)}")
+        inner = section.model_fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping):
+            _refuse_unknown(value, inner, f"{prefix}{key}.")
+
+
+def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: _without_none(v) if isinstance(v, dict) else v for key, v in tree.items() if v is not None}

@@ -1,0 +1,83 @@
+"""Every error that fedlora raises on purpose; each message is one line and names the cure.
+
+```
+FedloraError
+├── ConfigError        a key, value or name in a config file or on the command line is wrong
+├── AssetError         a named model or corpus cannot be fetched, or its hash differs
+├── DataError          a data file, column or partition is not usable
+├── ModelError         a base model or an adapter on it is not usable
+├── RuleError          an aggregation rule was asked for something that it cannot do
+├── ReplyError         one client's reply was refused (the round goes on above the quorum)
+├── TrainingError      local training failed: a loss that is not finite, an empty client
+├── RoundError         a round could not be completed: quorum missed, no node there
+├── PrivacyError       a private run would not be private, or its budget is spent
+└── RunDirError        a run directory is in the way, incomplete or damaged
+```
+
+The command line prints `FedloraError` as one line and exits with 1; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FedloraError(Exception):
+    """Base of all errors that a user can cause and cure."""
+
+
+class ConfigError(FedloraError):
+    """A key, value or name in a config file or on the command line is wrong."""
+
+
+class AssetError(FedloraError):
+    """A named model or corpus cannot be fetched, or its bytes are not the expected ones."""
+
+
+class DataError(FedloraError):
+    """A data file, a column or a partition is not usable."""
+
+
+class ModelError(FedloraError):
+    """A base model, or an adapter on it, is not usable."""
+
+
+class RuleError(FedloraError):
+    """An aggregation rule was asked for something that it cannot do."""
+
+
+class ReplyError(FedloraError):
+    """One client's reply was refused; the message says which check it failed."""
+
+
+class TrainingError(FedloraError):
+    """Local training failed: the loss is not finite, or the client has no data."""
+
+
+class RoundError(FedloraError):
+    """A round could not be completed: the quorum was missed, or no node is there."""
+
+
+class PrivacyError(FedloraError):
+    """A run that was asked to be private would not be, or its budget is spent."""
+
+
+class RunDirError(FedloraError):
+    """A run directory is in the way, incomplete or damaged."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The tail of an error message: the valid name nearest to `name`, or all of them.
+
+    Example:
+        >>> nearest("fedavgg", ["fedavg", "ffa"])
+        "did you mean 'fedavg'?"
+        >>> nearest("zzz", ["fedavg", "ffa"])
+        'valid names: fedavg, ffa'
+    """
+    names = sorted(valid)
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "valid names: " + ", ".join(names) if names else "there are none"

@@ -1,0 +1,58 @@
+"""Which change of the base a process has made: versions are numbers, digests say that two versions 7 are the same 7."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+from fedlora.aggregators import GlobalState, Merge
+from fedlora.flower.codec import digest
+from fedlora.model import Base
+from fedlora.state_io import flatten_merge
+
+_digests: WeakKeyDictionary[Base, tuple[int, str]] = WeakKeyDictionary()
+
+
+def digest_of(base: Base) -> str:
+    """Identity of the base's present weights, "" for the pristine ones."""
+    version, known = _digests.get(base, (0, ""))
+    return known if version == base.base_version else ""
+
+
+def can_follow(base: Base, target: str, since: str) -> bool:
+    """Whether `follow` can bring the base to `target` with changes that apply to `since`."""
+    return digest_of(base) in (target, since) or since == ""
+
+
+def follow(base: Base, merges: Sequence[Merge], version: int, target: str, since: str) -> None:
+    """Bring the base to a version.
+
+    Args:
+        base: changed in place; nothing is done if it is there already.
+        merges: the changes from `since` to `target`.
+        version: that `target` has.
+        target: digest to reach.
+        since: digest to which the changes apply; "" for the pristine base.
+    """
+    if digest_of(base) == target and base.base_version == version:
+        return
+    if digest_of(base) != since:
+        base.rebase(0, ())
+    base.rebase(version, merges)
+    _digests[base] = (version, target)
+
+
+def next_digest(before: str, old: GlobalState, new: GlobalState) -> str:
+    """The digest of the base after a merge, a function of the one before and of what was added."""
+    known = {(merge.since, merge.version) for merge in old.merges}
+    added = [merge for merge in new.merges if (merge.since, merge.version) not in known]
+    return chain_digest(before, added) if added else before
+
+
+def chain_digest(before: str, merges: Sequence[Merge]) -> str:
+    """Extend a digest by changes; "" stays "" if there are none."""
+    for merge in merges:
+        added = digest(flatten_merge(merge)[0])
+        before = hashlib.sha256(f"{before}/{added}".encode()).hexdigest()
+    return before

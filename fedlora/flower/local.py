@@ -1,0 +1,41 @@
+"""The in-process engine: the same two apps on a grid without processes."""
+
+from __future__ import annotations
+
+from flwr.app import Context, RecordDict
+from flwr.app.user_config import UserConfig
+
+from fedlora.config import RunConfig
+from fedlora.errors import RoundError
+from fedlora.flower import client_app, server_app
+from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.server_app import RunOutcome, Session
+from fedlora.rundir import Progress, RunDir
+from fedlora.training.workbench import open_workbench
+
+
+def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: bool = False) -> RunOutcome:
+    """Run a federation in this process.
+
+    Args:
+        config: of the run.
+        rundir: where it is written.
+        progress: is told what happens.
+        resume: go on from the run directory's last checkpoint.
+
+    Returns:
+        The final state, the exported adapter and the metrics.
+
+    Raises:
+        FedloraError: of any kind; the run directory stays intact.
+    """
+    number = len(open_workbench(config).data.clients)
+    run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
+    nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
+    grid = LocalGrid(client_app.app, nodes, run_config)
+    context = Context(1, 1, UserConfig(), RecordDict(), UserConfig(run_config))
+    with server_app.session(Session(rundir, progress, resume)) as session, task_identity(run_id=1):
+        server_app.app(grid, context)
+    if session.outcome is None:
+        raise RoundError("the server app ended without a result: run again with --debug")
+    return session.outcome

@@ -1,0 +1,142 @@
+"""Flower's `Grid` without processes: the ClientApp runs here, one message at a time, when its reply is pulled.
+
+The same ServerApp and ClientApp objects run on this grid, on Ray and on a SuperLink. Each side gets its own copy of a
+message (array bodies are immutable bytes and are shared). A client's exception becomes an error reply, as in Flower.
+
+flwr keeps `TaskIdentity`, `Run` and the message id private; whatever is needed of them is touched in this file alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app.user_config import UserConfig
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora.errors import FedloraError
+
+logger = logging.getLogger(__name__)
+
+
+class LocalGrid(Grid):
+    """A grid of virtual nodes in this process.
+
+    Args:
+        client_app: what each node runs.
+        node_configs: one an entry for each node: `{"partition-id": 0, "num-partitions": 8}`.
+        run_config: the run's config, as both apps see it.
+        run_id: any positive number.
+    """
+
+    window = 1
+    """How many messages are worth having under way at once: the caller keeps memory flat by not pushing more."""
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        node_configs: Iterable[Mapping[str, bool | float | int | str]],
+        run_config: Mapping[str, bool | float | int | str],
+        run_id: int = 1,
+    ) -> None:
+        self._client_app = client_app
+        self._run = Run.create_empty(run_id)
+        self._contexts = {
+            node_id: Context(run_id, node_id, UserConfig(config), RecordDict(), UserConfig(run_config))
+            for node_id, config in enumerate(node_configs, start=2)
+        }
+        self._waiting: dict[str, Message] = {}
+        self._sent = 0
+
+    def set_run(self, run: Run) -> None:
+        """Set the run that messages belong to."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run that messages belong to."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message of this run (Flower's older way to make one)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of all virtual nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Hand messages over; each runs when its reply is pulled."""
+        ids = []
+        for message in messages:
+            self._sent += 1
+            message_id = f"local-{self._sent}"
+            message.metadata.__dict__["_message_id"] = message_id
+            self._waiting[message_id] = _copy(message)
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Run the messages of these ids, in this order, and return their replies."""
+        return [self._answer(self._waiting.pop(key)) for key in message_ids if key in self._waiting]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push, then pull until all are answered or the time is up."""
+        end = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        for message_id in self.push_messages(messages):
+            if end is not None and time.monotonic() >= end:
+                break
+            replies.extend(self.pull_messages([message_id]))
+        return replies
+
+    def _answer(self, message: Message) -> Message:
+        node_id = message.metadata.dst_node_id
+        context = self._contexts.get(node_id)
+        if context is None:
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, f"there is no node {node_id}"), reply_to=message)
+        with task_identity(self._run.run_id, node_id):
+            try:
+                return _copy(self._client_app(message, context))
+            except Exception as error:
+                # A client's failure must not end the server: it becomes a reply that names it, as on any other grid.
+                logger.debug("client on node %s failed", node_id, exc_info=True)
+                text = str(error) if isinstance(error, FedloraError) else f"{type(error).__name__}: {error}"
+                return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
+
+
+@contextlib.contextmanager
+def task_identity(run_id: int, node_id: int = SUPERLINK_NODE_ID) -> Iterator[None]:
+    """Inside, new messages belong to this run and node; Flower keeps that in a process-wide private class."""
+    before = {name: getattr(TaskIdentity, f"_{name}") for name in ("task_id", "run_id", "node_id")}
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, node_id
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, f"_{name}", value)
+
+
+def _copy(message: Message) -> Message:
+    make: Any = Message  # its `metadata` argument is for internal use and in no public signature
+    if message.has_error():
+        return make(error=message.error, metadata=message.metadata)
+    content = RecordDict()
+    for key, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            content[key] = ArrayRecord({n: Array(a.dtype, a.shape, a.stype, a.data) for n, a in record.items()})
+        elif isinstance(record, ConfigRecord):
+            content[key] = ConfigRecord(dict(record))
+        else:
+            content[key] = MetricRecord(dict(record))
+    return make(content=content, metadata=message.metadata)

@@ -1,0 +1,134 @@
+"""The server: one ServerApp for the in-process engine, Flower's simulation and a SuperLink."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora.adapter import AdapterState
+from fedlora.aggregators import GlobalState, equivalent_adapter, load_aggregator
+from fedlora.config import RunConfig
+from fedlora.errors import RunDirError
+from fedlora.flower.settings import config_of
+from fedlora.flower.strategy import Federation
+from fedlora.model import save_adapter
+from fedlora.rundir import NoProgress, Progress, RunDir
+from fedlora.training.workbench import Workbench, open_workbench
+
+app = ServerApp()
+logger = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a finished run leaves.
+
+    Args:
+        state: after the last round.
+        adapter: the exported adapter, equivalent to `state` on the original base.
+        records: lines of metrics.jsonl.
+        rundir: where the files are.
+    """
+
+    state: GlobalState
+    adapter: AdapterState
+    records: list[dict[str, Any]]
+    rundir: RunDir
+
+
+@dataclass
+class Session:
+    """What the caller of an app in the same process hands in and gets back."""
+
+    rundir: RunDir | None = None
+    progress: Progress | None = None
+    resume: bool = False
+    outcome: RunOutcome | None = None
+
+
+class LogProgress(NoProgress):
+    """One line a round into Flower's log, for runs that no fedlora terminal watches."""
+
+    def round_ended(self, record: Mapping[str, Any]) -> None:
+        """The figures of a round."""
+        figures = {k: v for k, v in record.items() if isinstance(v, float)}
+        logger.info("round %s: %s", record["round"], ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
+        """A client that was refused."""
+        if not ok:
+            logger.warning("round %s: client %s: %s", number, client_id, note)
+
+    def message(self, text: str) -> None:
+        """Anything else."""
+        logger.warning("%s", text)
+
+
+_session: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+@contextmanager
+def session(value: Session) -> Iterator[Session]:
+    """Inside, `app` writes to the session's run directory and leaves its outcome there."""
+    token = _session.set(value)
+    try:
+        yield value
+    finally:
+        _session.reset(token)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run all rounds; resume where the run config says `resume = true`."""
+    config = config_of(context)
+    here = _session.get() or Session(resume=bool(context.run_config.get("resume", False)))
+    rundir = here.rundir or _open(config, here.resume)
+    here.outcome = run_rounds(grid, config, rundir, here.progress or LogProgress(), resume=here.resume)
+
+
+def _open(config: RunConfig, resume: bool) -> RunDir:
+    return RunDir.open(Path(config.output) / config.name, config) if resume else RunDir.create(config)
+
+
+def run_rounds(grid: Grid, config: RunConfig, rundir: RunDir, progress: Progress, *, resume: bool) -> RunOutcome:
+    """All that is left of a run, and its artefacts.
+
+    Raises:
+        FedloraError: of any kind; the run directory is then as it was after the last finished round.
+    """
+    rule = load_aggregator(config.strategy.name, config.strategy.fields)
+    bench = open_workbench(config)
+    state = None
+    if resume:
+        state = rundir.resume()
+        if state is not None and state.round > config.rounds:
+            raise RunDirError(f"the run has done {state.round} rounds and the config asks for {config.rounds}")
+    rundir.note_environment(**bench.facts)
+    rundir.write_json("partition.json", bench.data.describe())
+    state = Federation(grid, config, rule, bench, rundir, progress).run(state)
+    return finish(state, config, bench, rundir)
+
+
+def finish(state: GlobalState, config: RunConfig, bench: Workbench, rundir: RunDir) -> RunOutcome:
+    """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
+    adapter, error = equivalent_adapter(state, config.adapter.export_rank)
+    facts = {
+        "strategy": config.strategy.name,
+        "rounds": str(state.round),
+        "base": config.model.name,
+        "base_fingerprint": bench.base.fingerprint,
+        "relative_error": repr(error),
+    }
+    save_adapter(bench.base, adapter, rundir.adapter_dir, facts)
+    records = rundir.read_metrics()
+    last = {key: value for key, value in records[-1].items() if key not in ("clients", "asked", "answered")}
+    rundir.write_json("result.json", {"rounds": state.round, "relative_error": error, "last": last})
+    return RunOutcome(state, adapter, records, rundir)

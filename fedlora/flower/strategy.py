@@ -1,0 +1,356 @@
+"""The server's loop over rounds: ask, validate, fold in, drop; on any grid.
+
+Replies are pulled in the order of the clients' numbers, whatever order they arrive in (the grid keeps the others), and
+folded into the rule one at a time: memory does not grow with the clients, and every engine adds the same numbers in the
+same order. A round goes on without the replies that are missing at its deadline, if the quorum is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora import __version__
+from fedlora.adapter import DeltaSum, relative_error
+from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState, broadcast_change
+from fedlora.config import RunConfig
+from fedlora.errors import FedloraError, ReplyError, RoundError
+from fedlora.flower.codec import Ask, PlanEncoder, decode_head, payload_bytes
+from fedlora.flower.following import chain_digest, follow, next_digest
+from fedlora.flower.validate import Limits, Valid, check_head, check_update, error_text
+from fedlora.rng import derive
+from fedlora.rundir import Progress, RunDir
+from fedlora.training.evaluate import evaluate
+from fedlora.training.workbench import Workbench
+
+POLL_S = (0.02, 0.5)
+"""Shortest and longest pause between two looks for a reply."""
+
+
+@dataclass
+class Node:
+    """What the server knows of one client.
+
+    Args:
+        client_id: its number in the partition.
+        node_id: Flower's id of the node.
+        frozen: digest of the frozen parts that it holds.
+        base_version: of the base that it holds, with its digest.
+    """
+
+    client_id: int
+    node_id: int
+    frozen: str = ""
+    base_version: int = 0
+    base_digest: str = ""
+
+
+@dataclass
+class Round:
+    """The books of one round."""
+
+    number: int
+    asked: list[int]
+    answered: list[int] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    missing: list[int] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    clients: dict[int, dict[str, float]] = field(default_factory=dict)
+    ideal: DeltaSum = field(default_factory=DeltaSum)
+    weight: float = 0.0
+
+    def mean(self, metric: str) -> float | None:
+        """The mean of a client metric, weighted by examples."""
+        rows = [(row["num_examples"], row[metric]) for row in self.clients.values() if metric in row]
+        return sum(n * value for n, value in rows) / sum(n for n, _ in rows) if rows else None
+
+
+class Federation:
+    """One run on a grid.
+
+    Args:
+        grid: in-process, Ray or a SuperLink.
+        config: of the run.
+        rule: that combines the updates.
+        bench: the server's model, task and test data.
+        rundir: where metrics and checkpoints go.
+        progress: is told what happens.
+    """
+
+    def __init__(
+        self, grid: Grid, config: RunConfig, rule: Aggregator, bench: Workbench, rundir: RunDir, progress: Progress
+    ) -> None:
+        self.grid, self.config, self.rule, self.bench = grid, config, rule, bench
+        self.rundir, self.progress = rundir, progress
+        self.nodes: dict[int, Node] = {}
+        self.base_digest = ""
+        self._limits = Limits(config.server.max_examples, config.server.max_norm)
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def run(self, state: GlobalState | None) -> GlobalState:
+        """All rounds that are left.
+
+        Args:
+            state: of the last checkpoint, or None to start.
+
+        Returns:
+            The state after the last round.
+        """
+        self.nodes = self._meet()
+        if state is None:
+            state = self.rule.init(
+                self.bench.base.initial_adapter(self.config.seed), seed=derive(self.config.seed, "rule")
+            )
+        self.base_digest = chain_digest("", state.merges)
+        for client_id in self.nodes:
+            self._plan(
+                state, client_id
+            )  # a rule that cannot serve one of the clients says so before anything is trained
+        self.progress.started(self.config, len(self.nodes), self.config.rounds)
+        if state.round == 0:
+            record = {"round": 0, **self._evaluate(state)}
+            self.rundir.append_metrics(record)
+            self.progress.round_ended(record)
+            self.rundir.save_checkpoint(state)
+        for number in range(state.round + 1, self.config.rounds + 1):
+            state = self._round(state, number)
+        return state
+
+    def _round(self, state: GlobalState, number: int) -> GlobalState:
+        started = time.perf_counter()
+        books = Round(number, self._sample(number))
+        self.progress.round_started(number, books.asked)
+        try:
+            after = self.rule.merge(state, self._updates(state, books))
+        except FedloraError:
+            self._require_quorum(books)  # most likely the cause, and the clearer message
+            raise
+        self._require_quorum(books)
+        if after.round != number:
+            after = replace(after, round=number)
+        record = self._record(state, after, books)
+        self.base_digest = next_digest(self.base_digest, state, after)
+        trained = time.perf_counter()
+        if number % self.config.server.evaluate_every == 0 or number == self.config.rounds:
+            record |= self._evaluate(after)
+        ended = time.perf_counter()
+        record |= {"seconds": ended - started, "seconds_train": trained - started, "seconds_evaluate": ended - trained}
+        self.rundir.append_metrics(record)
+        self.rundir.save_checkpoint(after)
+        self.progress.round_ended(record)
+        return after
+
+    def _sample(self, number: int) -> list[int]:
+        everyone = sorted(self.nodes)
+        server = self.config.server
+        wanted = server.clients_per_round or max(1, round(server.fraction * len(everyone)))
+        if wanted > len(everyone):
+            raise RoundError(
+                f"server.clients_per_round = {wanted}, but only {len(everyone)} clients are there: lower it"
+            )
+        generator = np.random.default_rng(derive(self.config.seed, "sample", number))
+        return sorted(int(k) for k in generator.choice(everyone, size=wanted, replace=False))
+
+    def _require_quorum(self, books: Round) -> None:
+        needed = max(1, int(np.ceil(self.config.server.quorum * len(books.asked))))
+        if len(books.answered) >= needed:
+            return
+        reasons = [f"client {k}: {why}" for k, why in sorted(books.refused.items())]
+        reasons += [f"client {k}: no reply within {self.config.server.deadline_s:g} s" for k in books.missing]
+        raise RoundError(
+            f"round {books.number}: {len(books.answered)} of {len(books.asked)} clients answered, "
+            f"the quorum is {needed}; "
+            f"{'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''} "
+            f"(cure the clients, then: fedlora run --resume {self.rundir.path})"
+        )
+
+    # ------------------------------------------------------------------------------------------------ asking
+
+    def _meet(self) -> dict[int, Node]:
+        """Wait for the nodes and ask each for its number and versions."""
+        end = time.monotonic() + self.config.server.node_timeout_s
+        expected = self._expected_clients()
+        while len(ids := list(self.grid.get_node_ids())) < expected and time.monotonic() < end:
+            time.sleep(POLL_S[1])
+        if not ids:
+            raise RoundError(
+                f"no node is there after {self.config.server.node_timeout_s:g} s: start the SuperNodes, "
+                "or raise server.node_timeout_s"
+            )
+        question = RecordDict({"hello": ConfigRecord({"fedlora": __version__})})
+        nodes: dict[int, Node] = {}
+        messages = [Message(question, node_id, f"{MessageType.QUERY}.hello") for node_id in ids]
+        refused: list[str] = []
+        for node_id, (_, reply) in zip(ids, self._exchange(messages, end + 3600.0), strict=True):
+            try:
+                head = self._check_hello(reply)
+            except ReplyError as error:
+                refused.append(f"node {node_id}: {error}")
+                continue
+            if head["client_id"] in nodes:
+                refused.append(f"node {node_id}: client {head['client_id']} is there already")
+                continue
+            nodes[head["client_id"]] = Node(head["client_id"], node_id)
+        for line in refused:
+            self.progress.message(f"refused {line}")
+        if not nodes:
+            raise RoundError(f"no node can take part; {'; '.join(refused[:3])}")
+        return nodes
+
+    def _expected_clients(self) -> int:
+        return len(self.bench.data.clients)
+
+    def _check_hello(self, reply: Message | None) -> dict[str, Any]:
+        if reply is None:
+            raise ReplyError("it did not answer")
+        if reply.has_error():
+            raise ReplyError(error_text(reply))
+        head = decode_head(reply.content)
+        if head.get("kind") == "error":
+            raise ReplyError(str(head.get("error")))
+        if head.get("fedlora") != __version__:
+            raise ReplyError(f"it runs fedlora {head.get('fedlora')}, the server {__version__}: install the same")
+        if head.get("fingerprint") != self.bench.base.fingerprint:
+            raise ReplyError("its base model is not the server's (another hash): fetch the same model and revision")
+        return head
+
+    def _plan(self, state: GlobalState, client_id: int) -> ClientPlan:
+        node = self.nodes[client_id]
+        layout = self.bench.base.layout(self._rank(client_id))
+        return self.rule.plan(state, ClientSpec(client_id, layout, node.base_version))
+
+    def _rank(self, client_id: int) -> int | None:
+        ranks = self.config.clients.ranks
+        return ranks[client_id % len(ranks)] if ranks else None
+
+    def _ask(self, state: GlobalState, client_id: int, number: int, *, everything: bool) -> Ask:
+        """The plan for one client; `everything` for one that turned out to hold nothing."""
+        node = self.nodes[client_id]
+        if everything:
+            node.frozen, node.base_version, node.base_digest = "", 0, ""
+        plan = self._plan(state, client_id)
+        since = node.base_digest if plan.merges and plan.merges[0].since == node.base_version else ""
+        if not plan.merges:
+            since = self.base_digest
+        return Ask(plan, number, client_id, self.base_digest, since)
+
+    def _updates(self, state: GlobalState, books: Round) -> Iterator[ClientUpdate]:
+        """Ask the round's clients and yield each valid update, in the order of their numbers."""
+        encoder = PlanEncoder()
+        deadline = time.monotonic() + self.config.server.deadline_s
+        window = getattr(self.grid, "window", None) or len(books.asked)
+        todo, under_way = deque(books.asked), deque[tuple[Ask, str]]()
+        while todo or under_way:
+            while todo and len(under_way) < window:
+                ask = self._ask(state, todo.popleft(), books.number, everything=False)
+                under_way.append((ask, self._send(ask, encoder, books)))
+            ask, message_id = under_way.popleft()
+            update = self._await(state, ask, message_id, encoder, deadline, books)
+            if update is not None:
+                yield update
+
+    def _send(self, ask: Ask, encoder: PlanEncoder, books: Round) -> str:
+        node = self.nodes[ask.client_id]
+        holds = node.frozen == encoder.frozen_digest(ask.plan)
+        content = encoder.encode(ask, with_frozen=not holds)
+        books.bytes_down += payload_bytes(content)
+        (message_id,) = self.grid.push_messages(
+            [Message(content, node.node_id, MessageType.TRAIN, group_id=str(ask.round), ttl=self._ttl())]
+        )
+        return message_id
+
+    def _ttl(self) -> float:
+        return self.config.server.deadline_s + 60.0
+
+    def _await(
+        self, state: GlobalState, ask: Ask, message_id: str, encoder: PlanEncoder, deadline: float, books: Round
+    ) -> ClientUpdate | None:
+        """Wait for one client's reply, check it, and write it into the books; None if there is no usable one."""
+        client_id = ask.client_id
+        reply = self._pull(message_id, deadline)
+        try:
+            if reply is not None and check_head(reply) == "need":
+                ask = self._ask(state, client_id, books.number, everything=True)
+                reply = self._pull(self._send(ask, encoder, books), deadline)
+                if reply is not None and check_head(reply) == "need":
+                    raise ReplyError("it asks for parts that it was just sent")
+            if reply is None:
+                books.missing.append(client_id)
+                self.progress.reply(books.number, client_id, False, "no reply before the deadline")
+                return None
+            valid = check_update(reply.content, ask, self._limits)
+        except ReplyError as error:
+            books.refused[client_id] = str(error)
+            self.progress.reply(books.number, client_id, False, str(error))
+            return None
+        books.bytes_up += payload_bytes(reply.content)
+        return self._accept(ask, valid, encoder, books)
+
+    def _accept(self, ask: Ask, valid: Valid, encoder: PlanEncoder, books: Round) -> ClientUpdate:
+        node = self.nodes[ask.client_id]
+        node.frozen = encoder.frozen_digest(ask.plan)
+        node.base_version, node.base_digest = ask.plan.base_version, ask.base_digest
+        adapter = ask.plan.adapter.with_tensors(valid.tensors)
+        weight = float(valid.num_examples) if self.config.server.weighting == "examples" else 1.0
+        books.answered.append(ask.client_id)
+        books.clients[ask.client_id] = {"num_examples": valid.num_examples, **valid.metrics}
+        if self.config.server.aggregation_error:
+            books.ideal.add(adapter.pairs, weight)
+            books.weight += weight
+        self.progress.reply(books.number, ask.client_id, True, "")
+        return ClientUpdate(ask.client_id, adapter, weight, ask.plan.base_version, valid.metrics)
+
+    # ------------------------------------------------------------------------------------------------ replies
+
+    def _pull(self, message_id: str, deadline: float) -> Message | None:
+        """The reply to one message, or None if it is not there at the deadline."""
+        pause = POLL_S[0]
+        while True:
+            for reply in self.grid.pull_messages([message_id]):
+                return reply
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(2 * pause, POLL_S[1])
+
+    def _exchange(self, messages: Sequence[Message], deadline: float) -> Iterator[tuple[str, Message | None]]:
+        """Push all, then pull each in order."""
+        ids = list(self.grid.push_messages(messages))
+        for message_id in ids:
+            yield message_id, self._pull(message_id, deadline)
+
+    # ------------------------------------------------------------------------------------------------ figures
+
+    def _record(self, before: GlobalState, after: GlobalState, books: Round) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "round": books.number,
+            "train_loss": books.mean("loss"),
+            "bytes_up": books.bytes_up,
+            "bytes_down": books.bytes_down,
+            "asked": books.asked,
+            "answered": books.answered,
+            "refused": {str(k): why for k, why in books.refused.items()},
+            "missing": books.missing,
+            "clients": {str(k): row for k, row in books.clients.items()},
+            "rule": dict(after.metrics),
+        }
+        if self.config.server.aggregation_error:
+            record["aggregation_error"] = relative_error(broadcast_change(before, after), books.ideal, books.weight)
+        return record
+
+    def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
+        follow(self.bench.base, state.merges, state.base_version, self.base_digest, "")
+        self.bench.base.write(state.adapter)
+        result = evaluate(
+            self.bench.base, self.bench.task, self.bench.data.test, domain_column=self.bench.data.domain_column
+        )
+        return {**result.overall, "domains": dict(result.domains)}

@@ -1,0 +1,132 @@
+"""Nothing that a client sends touches a tensor before it passed these checks, in this order.
+
+1. the reply is no error; 2. its keys are exactly those that were asked for; 3. it is not larger than it can be;
+4. each header fits (serialisation, dtype, shape as asked, length of the body); 5. every value is finite;
+6. the norm is below the cap; 7. the weight is a whole number in [1, the declared maximum];
+8. it was trained on the base that was asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedlora.errors import ReplyError
+from fedlora.flower.codec import DTYPES, STYPE, Ask, decode_head, from_array
+
+METRICS = frozenset(("loss", "steps", "seconds", "compute_seconds", "examples_seen"))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a reply may at most be.
+
+    Args:
+        max_examples: largest number of examples that a client may claim.
+        max_norm: largest L2 norm over all tensors together; None: no cap.
+    """
+
+    max_examples: int
+    max_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Valid:
+    """A reply that passed."""
+
+    tensors: Mapping[str, Tensor]
+    num_examples: int
+    metrics: Mapping[str, float]
+
+
+def expected_tensors(ask: Ask) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The manifest of a reply: tensor name -> dtype and shape."""
+    return {name: (t.dtype, tuple(t.shape)) for name, t in ask.plan.adapter.tensors(ask.plan.sends).items()}
+
+
+def check_head(reply: Message) -> str:
+    """Checks 1: the kind of a reply ("update", "need"); `ReplyError` for an error of any sort."""
+    if reply.has_error():
+        raise ReplyError(error_text(reply))
+    head = decode_head(reply.content)
+    kind = head.get("kind")
+    if kind == "error":
+        raise ReplyError(_one_line(str(head.get("error", "no reason given"))))
+    if kind not in ("update", "need"):
+        raise ReplyError(f"the reply is of unknown kind {str(kind)[:40]!r}")
+    return str(kind)
+
+
+def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
+    """Checks 2 to 8.
+
+    Raises:
+        ReplyError: naming the first check that failed.
+    """
+    manifest = expected_tensors(ask)
+    head = decode_head(content)
+    records = {*content.array_records, *content.config_records, *content.metric_records}
+    if records != {"reply", "update", "metrics"} or "update" not in content.array_records:
+        raise ReplyError("the reply does not hold exactly the records reply, update and metrics")
+    arrays = content.array_records["update"]
+    if odd := set(arrays) ^ set(manifest):
+        name = min(odd)
+        raise ReplyError(f"tensor {name[:80]!r} {'was not asked for' if name in arrays else 'is missing'}")
+    size = sum(len(array.data) for array in arrays.values())
+    if size > (cap := sum(dtype.itemsize * math.prod(shape) for dtype, shape in manifest.values())):
+        raise ReplyError(f"the reply has {size} bytes of tensors, {cap} were asked for")
+    for name, (dtype, shape) in manifest.items():
+        array = arrays[name]
+        if array.stype != STYPE:
+            raise ReplyError(f"tensor {name!r} is serialised as {array.stype[:40]!r}, not {STYPE!r}")
+        if DTYPES.get(array.dtype) is not dtype:
+            raise ReplyError(f"tensor {name!r} is of type {array.dtype[:40]!r}, not {dtype}")
+        if tuple(array.shape) != shape:
+            raise ReplyError(f"tensor {name!r} has shape {tuple(array.shape)[:8]}, not {shape}")
+        if len(array.data) != dtype.itemsize * math.prod(shape):
+            raise ReplyError(f"tensor {name!r} has {len(array.data)} bytes, not {dtype.itemsize * math.prod(shape)}")
+    tensors = {name: from_array(arrays[name]) for name in manifest}
+    square = 0.0
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ReplyError(f"tensor {name!r} holds values that are not finite: lower the client's learning rate")
+        square += float(tensor.double().square().sum())
+    if limits.max_norm is not None and not math.sqrt(square) <= limits.max_norm:
+        raise ReplyError(f"the update's norm {math.sqrt(square):.4g} is above server.max_norm = {limits.max_norm:g}")
+    weight, metrics = _metrics(content.metric_records["metrics"], limits)
+    if head.get("round") != ask.round:
+        raise ReplyError(f"the reply is for round {str(head.get('round'))[:20]}, not {ask.round}")
+    if head.get("base_digest") != ask.base_digest:
+        raise ReplyError("the update was trained on another version of the base")
+    return Valid(tensors, weight, metrics)
+
+
+def _metrics(record: MetricRecord, limits: Limits) -> tuple[int, dict[str, float]]:
+    weight = record.get("num_examples")
+    if not isinstance(weight, int) or isinstance(weight, bool):
+        raise ReplyError(f"num_examples must be a whole number, not {str(weight)[:40]!r}")
+    if not 1 <= weight <= limits.max_examples:
+        raise ReplyError(f"num_examples {weight} is not within 1 and server.max_examples = {limits.max_examples}")
+    if odd := set(record) - METRICS - {"num_examples"}:
+        raise ReplyError(f"metric {min(odd)[:40]!r} was not asked for")
+    metrics: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list) or not math.isfinite(value):
+            raise ReplyError(f"metric {name!r} is no finite number")
+        metrics[name] = float(value)
+    return weight, metrics
+
+
+def error_text(reply: Message) -> str:
+    """One line of a Flower error: its last line carries the exception."""
+    return f"{_one_line(reply.error.reason or '')} (Flower error code {reply.error.code})"
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return (lines[-1] if lines else "no reason given")[:400]
