@@ -238,6 +238,9 @@ def parse_config(
     for override in overrides:
         _override(tree, override)
     _refuse_unknown(tree, RunConfig, "")
+    for table in OPEN_TABLES:
+        if isinstance(given := tree.get(table), dict) and "name" not in given:
+            tree[table] = {**RunConfig.model_fields[table].default.model_dump(), **given}
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -76,10 +76,12 @@ def train_round(message: Message, context: Context) -> Message:
         plan = decode_plan(message.content)
         bench = open_workbench(config_of(context))
         client_id = client_id_of(context)
-        held = _hold(plan, bench)
-        if isinstance(held, dict):
-            return Message(encode_note("need", **held), reply_to=message)
-        result = run_plan(plan, held, bench, client_id)
+        frozen = _frozen(plan)
+        base_fits = can_follow(bench.base, plan.head["base_digest"], plan.head["since_digest"])
+        if frozen is None or not base_fits:
+            need = encode_note("need", frozen=frozen is None, base=not base_fits)
+            return Message(need, reply_to=message)
+        result = run_plan(plan, frozen, bench, client_id)
         head = plan.head
         reply = encode_update(
             result.adapter.tensors(head["sends"]),
@@ -100,20 +102,12 @@ def train_round(message: Message, context: Context) -> Message:
     return Message(reply, reply_to=message)
 
 
-def _hold(plan: ReceivedPlan, bench: Workbench) -> Mapping[str, Tensor] | dict[str, bool]:
-    """The frozen tensors, with the base brought to the plan's version; or what is missing for that, as a dict."""
-    head = plan.head
-    frozen: Mapping[str, Tensor] | None = plan.tensors("frozen/")
-    if head["frozen"]:
-        if frozen:
-            frozen_store.put(head["frozen"], frozen)
-        else:
-            frozen = frozen_store.get(head["frozen"])
-    base_fits = can_follow(bench.base, head["base_digest"], head["since_digest"])
-    if frozen is None or not base_fits:
-        return {"frozen": frozen is None, "base": not base_fits}
-    follow(bench.base, plan.merges(), head["base_version"], head["base_digest"], head["since_digest"])
-    return frozen
+def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
+    """The plan's frozen tensors, from this message or an earlier one; None if they are not here."""
+    key, frozen = plan.head["frozen"], plan.tensors("frozen/")
+    if key and frozen:
+        frozen_store.put(key, frozen)
+    return frozen if frozen or not key else frozen_store.get(key)
 
 
 def run_plan(plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int) -> TrainResult:
@@ -121,12 +115,14 @@ def run_plan(plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench,
     indices = _indices(bench, client_id)
     if not len(indices):
         raise TrainingError(f"client {client_id} has no examples: give it some, or lower partition.clients")
+    head = plan.head
+    follow(bench.base, plan.merges(), head["base_version"], head["base_digest"], head["since_digest"])
     job = TrainJob(
         adapter=plan.adapter(frozen),
-        trains=frozenset(plan.head["trains"]),
+        trains=frozenset(head["trains"]),
         indices=indices,
-        seed=derive(bench.config.seed, "train", plan.head["round"], client_id),
-        proximal_mu=max(plan.head["proximal_mu"], bench.config.train.proximal_mu),
+        seed=derive(bench.config.seed, "train", head["round"], client_id),
+        proximal_mu=max(head["proximal_mu"], bench.config.train.proximal_mu),
     )
     return train(bench.base, bench.task, bench.data.train, job, bench.config.train)
 

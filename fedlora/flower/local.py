@@ -10,7 +10,8 @@ from fedlora.errors import RoundError
 from fedlora.flower import client_app, server_app
 from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.server_app import RunOutcome, Session
-from fedlora.rundir import Progress, RunDir
+from fedlora.progress import Progress
+from fedlora.rundir import RunDir
 from fedlora.training.workbench import open_workbench
 
 
@@ -29,6 +30,8 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
     Raises:
         FedloraError: of any kind; the run directory stays intact.
     """
+    if resume:
+        config = _as_before(config, rundir)
     number = len(open_workbench(config).data.clients)
     run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
     nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
@@ -39,3 +42,11 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
     if session.outcome is None:
         raise RoundError("the server app ended without a result: run again with --debug")
     return session.outcome
+
+
+def _as_before(config: RunConfig, rundir: RunDir) -> RunConfig:
+    """The kernels that were chosen at the start are kept: another choice would round differently."""
+    chosen = (rundir.read_json("environment.json") or {}).get("kernels")
+    if config.runtime.kernels != "auto" or chosen is None:
+        return config
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"kernels": chosen})})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import GlobalState, equivalent_adapter, load_aggregator
 from fedlora.config import RunConfig
+from fedlora.data.describe import describe_partition
 from fedlora.errors import RunDirError
 from fedlora.flower.settings import config_of
 from fedlora.flower.strategy import Federation
 from fedlora.model import save_adapter
-from fedlora.rundir import NoProgress, Progress, RunDir
+from fedlora.progress import PlainProgress, Progress
+from fedlora.rundir import RunDir
+from fedlora.training.runtime import describe
 from fedlora.training.workbench import Workbench, open_workbench
 
 app = ServerApp()
@@ -54,24 +58,6 @@ class Session:
     outcome: RunOutcome | None = None
 
 
-class LogProgress(NoProgress):
-    """One line a round into Flower's log, for runs that no fedlora terminal watches."""
-
-    def round_ended(self, record: Mapping[str, Any]) -> None:
-        """The figures of a round."""
-        figures = {k: v for k, v in record.items() if isinstance(v, float)}
-        logger.info("round %s: %s", record["round"], ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-
-    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
-        """A client that was refused."""
-        if not ok:
-            logger.warning("round %s: client %s: %s", number, client_id, note)
-
-    def message(self, text: str) -> None:
-        """Anything else."""
-        logger.warning("%s", text)
-
-
 _session: ContextVar[Session | None] = ContextVar("session", default=None)
 
 
@@ -91,7 +77,7 @@ def main(grid: Grid, context: Context) -> None:
     config = config_of(context)
     here = _session.get() or Session(resume=bool(context.run_config.get("resume", False)))
     rundir = here.rundir or _open(config, here.resume)
-    here.outcome = run_rounds(grid, config, rundir, here.progress or LogProgress(), resume=here.resume)
+    here.outcome = run_rounds(grid, config, rundir, here.progress or PlainProgress(logger.info), resume=here.resume)
 
 
 def _open(config: RunConfig, resume: bool) -> RunDir:
@@ -111,15 +97,15 @@ def run_rounds(grid: Grid, config: RunConfig, rundir: RunDir, progress: Progress
         state = rundir.resume()
         if state is not None and state.round > config.rounds:
             raise RunDirError(f"the run has done {state.round} rounds and the config asks for {config.rounds}")
-    rundir.note_environment(**bench.facts)
-    rundir.write_json("partition.json", bench.data.describe())
+    rundir.note_environment(**describe(), kernels=bench.kernels.mode, kernels_why=bench.kernels.reason)
+    rundir.write_json("partition.json", describe_partition(bench.data))
     state = Federation(grid, config, rule, bench, rundir, progress).run(state)
     return finish(state, config, bench, rundir)
 
 
 def finish(state: GlobalState, config: RunConfig, bench: Workbench, rundir: RunDir) -> RunOutcome:
     """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
-    adapter, error = equivalent_adapter(state, config.adapter.export_rank)
+    adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
     facts = {
         "strategy": config.strategy.name,
         "rounds": str(state.round),

@@ -19,14 +19,23 @@ from flwr.serverapp import Grid
 
 from fedlora import __version__
 from fedlora.adapter import DeltaSum, relative_error
-from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState, broadcast_change
+from fedlora.aggregators import (
+    Aggregator,
+    ClientPlan,
+    ClientSpec,
+    ClientUpdate,
+    GlobalState,
+    broadcast_change,
+    merge_chain,
+)
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, ReplyError, RoundError
 from fedlora.flower.codec import Ask, PlanEncoder, decode_head, payload_bytes
-from fedlora.flower.following import chain_digest, follow, next_digest
+from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
 from fedlora.flower.validate import Limits, Valid, check_head, check_update, error_text
+from fedlora.progress import Progress
 from fedlora.rng import derive
-from fedlora.rundir import Progress, RunDir
+from fedlora.rundir import RunDir
 from fedlora.training.evaluate import evaluate
 from fedlora.training.workbench import Workbench
 
@@ -92,6 +101,7 @@ class Federation:
         self.rundir, self.progress = rundir, progress
         self.nodes: dict[int, Node] = {}
         self.base_digest = ""
+        self._digests = {0: ""}
         self._limits = Limits(config.server.max_examples, config.server.max_norm)
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -111,6 +121,7 @@ class Federation:
                 self.bench.base.initial_adapter(self.config.seed), seed=derive(self.config.seed, "rule")
             )
         self.base_digest = chain_digest("", state.merges)
+        self._digests |= {state.base_version: self.base_digest}
         for client_id in self.nodes:
             self._plan(
                 state, client_id
@@ -139,6 +150,7 @@ class Federation:
             after = replace(after, round=number)
         record = self._record(state, after, books)
         self.base_digest = next_digest(self.base_digest, state, after)
+        self._digests[after.base_version] = self.base_digest
         trained = time.perf_counter()
         if number % self.config.server.evaluate_every == 0 or number == self.config.rounds:
             record |= self._evaluate(after)
@@ -348,7 +360,11 @@ class Federation:
         return record
 
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
-        follow(self.bench.base, state.merges, state.base_version, self.base_digest, "")
+        base = self.bench.base
+        here = base.base_version if digest_of(base) == self._digests.get(base.base_version) else 0
+        chain = merge_chain(state.merges, here)
+        since = self._digests[here] if not chain or chain[0].since == here else ""
+        follow(base, chain, state.base_version, self.base_digest, since)
         self.bench.base.write(state.adapter)
         result = evaluate(
             self.bench.base, self.bench.task, self.bench.data.test, domain_column=self.bench.data.domain_column

@@ -1,0 +1,243 @@
+"""Whole federations in this process: they learn, repeat themselves, and survive bad clients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.adapter import AdapterState
+from fedlora.aggregators import equivalent_adapter
+from fedlora.config import RunConfig
+from fedlora.errors import RoundError, RuleError, TrainingError
+from fedlora.flower import client_app, run_local
+from fedlora.flower.following import digest_of
+from fedlora.flower.server_app import RunOutcome
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
+from fedlora.training.workbench import open_workbench
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def run(config: RunConfig, **kwargs: Any) -> RunOutcome:
+    return run_local(config, RunDir.create(config, overwrite=True), NoProgress(), **kwargs)
+
+
+def same(left: AdapterState, right: AdapterState) -> bool:
+    one, other = left.tensors(), right.tensors()
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    records = copy.deepcopy(records)
+    for record in records:
+        for row in [record, *record.get("clients", {}).values()]:
+            for key in [key for key in row if "seconds" in key]:
+                del row[key]
+    return records
+
+
+def test_a_federation_learns_and_says_what_it_did(tiny_config: MakeConfig) -> None:
+    outcome = run(tiny_config("rounds=6"))
+    first, *rounds = outcome.records
+    assert [record["round"] for record in outcome.records] == list(range(7))
+    assert rounds[-1]["accuracy"] > first["accuracy"] + 0.2
+    assert set(first["domains"]) == {"films", "phones"}
+    for record in rounds:
+        assert record["asked"] == record["answered"] == [0, 1, 2, 3]
+        assert record["aggregation_error"] > 0
+        assert record["bytes_up"] > 4 * outcome.adapter.nbytes()
+
+
+def test_a_run_is_a_function_of_its_config(tiny_config: MakeConfig) -> None:
+    one, again, other = run(tiny_config()), run(tiny_config(name="b")), run(tiny_config("seed=1", name="c"))
+    assert same(one.state.adapter, again.state.adapter)
+    assert timeless(one.records) == timeless(again.records)
+    assert not same(one.state.adapter, other.state.adapter)
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora", "fair"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_config: MakeConfig, rule: str) -> None:
+    whole = run(tiny_config(f"strategy.name={rule}", "rounds=4", "server.fraction=0.5", name="whole"))
+    config = tiny_config(f"strategy.name={rule}", "rounds=4", "server.fraction=0.5", name="cut")
+    rundir = RunDir.create(config)
+
+    class Cut(NoProgress):
+        def round_started(self, number: int, asked: object) -> None:
+            if number == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_local(config, rundir, Cut())
+    open_workbench(config).base.rebase(0, ())  # a new process holds nothing
+    client_app.frozen_store.__init__()  # type: ignore[misc]
+    resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    assert same(resumed.adapter, whole.adapter)
+    strip = [{k: v for k, v in r.items() if k != "bytes_down"} for r in timeless(resumed.records)]
+    assert strip == [{k: v for k, v in r.items() if k != "bytes_down"} for r in timeless(whole.records)]
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora", "fair"])
+def test_the_broadcast_error_is_what_the_rule_claims(tiny_config: MakeConfig, rule: str) -> None:
+    outcome = run(tiny_config(f"strategy.name={rule}"))
+    errors = [record["aggregation_error"] for record in outcome.records[1:]]
+    assert (max(errors) < 1e-6) == (rule in ("ffa", "flora"))
+
+
+def test_ffa_sends_a_once_and_b_alone_after_that(tiny_config: MakeConfig) -> None:
+    full, half = run(tiny_config(name="full")), run(tiny_config("strategy.name=ffa", name="half"))
+    state = half.state.adapter
+    ups = [run.records[2]["bytes_up"] for run in (full, half)]
+    downs = [record["bytes_down"] for record in half.records[1:]]
+    a_bytes = 4 * state.nbytes(("A",))
+    assert ups[0] - ups[1] == a_bytes
+    assert downs[0] - downs[1] == pytest.approx(a_bytes, abs=64)
+    initial = open_workbench(tiny_config()).base.initial_adapter(0)
+    assert all(torch.equal(state.pairs[k].A, initial.pairs[k].A) for k in state.pairs)
+
+
+def test_a_client_that_forgot_what_it_held_is_sent_everything(tiny_config: MakeConfig) -> None:
+    expected = run(tiny_config("strategy.name=ffa", name="keeps"))
+
+    class Forgets(NoProgress):
+        def round_started(self, number: int, asked: object) -> None:
+            client_app.frozen_store.__init__()  # type: ignore[misc]
+
+    config = tiny_config("strategy.name=ffa", name="forgets")
+    outcome = run_local(config, RunDir.create(config), Forgets())
+    assert same(outcome.adapter, expected.adapter)
+    assert outcome.records[2]["bytes_down"] > expected.records[2]["bytes_down"]
+
+
+def test_flora_clients_that_join_late_or_restart_train_on_the_same_base(tiny_config: MakeConfig) -> None:
+    settings = ("strategy.name=flora", "server.clients_per_round=2", "rounds=6")
+    expected = run(tiny_config(*settings, name="stays"))
+
+    class Restarts(NoProgress):
+        def round_started(self, number: int, asked: object) -> None:
+            bench.base.rebase(0, ())
+
+    config = tiny_config(*settings, name="restarts")
+    bench = open_workbench(config)
+    outcome = run_local(config, RunDir.create(config), Restarts())
+    assert same(outcome.adapter, expected.adapter)
+    assert digest_of(bench.base) != ""
+
+
+def test_flora_ends_with_an_adapter_that_does_what_base_and_adapter_do(tiny_config: MakeConfig) -> None:
+    outcome = run(tiny_config("strategy.name=flora", "clients.ranks=[8,4,2,1]"))
+    adapter, error = equivalent_adapter(outcome.state, 10_000)
+    assert error < 1e-5
+    bench = open_workbench(tiny_config())
+    bench.base.rebase(0, ())
+    bench.base.write(adapter)
+    batch = bench.task.collate(bench.data.test, np.arange(8))
+    bench.base.train_mode(False)
+    with torch.no_grad():
+        alone = bench.task.losses(bench.base.model, batch)
+        bench.base.rebase(outcome.state.base_version, outcome.state.merges)
+        bench.base.write(outcome.state.adapter)
+        together = bench.task.losses(bench.base.model, batch)
+    bench.base.rebase(0, ())
+    assert torch.allclose(alone, together, atol=1e-5)
+
+
+def test_mixed_ranks_are_refused_before_anything_is_trained(tiny_config: MakeConfig) -> None:
+    config = tiny_config("clients.ranks=[4,2]")
+    rundir = RunDir.create(config)
+    with pytest.raises(RuleError, match=r"flora"):
+        run_local(config, rundir, NoProgress())
+    assert rundir.read_metrics() == []
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Clients in this set raise."""
+    bad: set[int] = set()
+    real = client_app.run_plan
+
+    def run_plan(plan: Any, frozen: Any, bench: Any, client_id: int) -> Any:
+        if client_id in bad:
+            raise (ValueError("disk on fire") if client_id % 2 else TrainingError("the loss is not finite"))
+        return real(plan, frozen, bench, client_id)
+
+    monkeypatch.setattr(client_app, "run_plan", run_plan)
+    return bad
+
+
+def test_clients_that_raise_are_named_and_the_round_goes_on(tiny_config: MakeConfig, failing: set[int]) -> None:
+    failing |= {1, 2}
+    outcome = run(tiny_config())
+    for record in outcome.records[1:]:
+        assert record["answered"] == [0, 3]
+        assert "disk on fire" in record["refused"]["1"]
+        assert "the loss is not finite" in record["refused"]["2"]
+
+
+def test_below_the_quorum_the_run_stops_and_the_directory_stays(tiny_config: MakeConfig, failing: set[int]) -> None:
+    config = tiny_config()
+    rundir = RunDir.create(config)
+
+    class Breaks(NoProgress):
+        def round_started(self, number: int, asked: object) -> None:
+            if number == 2:
+                failing.update({0, 1, 2})
+
+    with pytest.raises(RoundError, match=r"round 2: 1 of 4 clients answered, the quorum is 2; client 0: .*--resume"):
+        run_local(config, rundir, Breaks())
+    assert [record["round"] for record in rundir.read_metrics()] == [0, 1]
+    failing.clear()
+    resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    assert resumed.state.round == 3
+
+
+def test_all_clients_failing_ends_the_run_with_their_reason(tiny_config: MakeConfig, failing: set[int]) -> None:
+    failing |= {0, 1, 2, 3}
+    with pytest.raises(RoundError, match=r"0 of 4 clients answered.*disk on fire"):
+        run(tiny_config())
+
+
+def test_more_clients_than_there_are_is_refused(tiny_config: MakeConfig) -> None:
+    with pytest.raises(RoundError, match="only 4 clients are there"):
+        run(tiny_config("server.clients_per_round=9"))
+
+
+def test_sampling_is_seeded_and_reaches_everyone(tiny_config: MakeConfig) -> None:
+    outcome = run(
+        tiny_config("server.clients_per_round=1", "server.aggregation_error=false", "rounds=12", "train.steps=1")
+    )
+    asked = [record["asked"][0] for record in outcome.records[1:]]
+    assert set(asked) == {0, 1, 2, 3}
+    assert "aggregation_error" not in outcome.records[1]
+
+
+def test_the_base_is_loaded_once_for_all_clients_and_rounds(tiny_config: MakeConfig) -> None:
+    from fedlora.model import cache_info
+    from fedlora.training.workbench import close_workbench
+
+    close_workbench()
+    before = cache_info().loads
+    run(tiny_config())
+    run(tiny_config("strategy.name=ffa"))
+    assert cache_info().loads == before + 1
+
+
+def test_peft_loads_the_adapter_and_gives_the_same_accuracy(tiny_config: MakeConfig, tiny_bert: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    outcome = run(tiny_config("rounds=5"))
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    model = PeftModel.from_pretrained(plain, outcome.rundir.adapter_dir).eval()
+    bench = open_workbench(tiny_config())
+    test = bench.data.test
+    with torch.no_grad():
+        batch = bench.task.collate(test, np.arange(len(test)))
+        measured = bench.task.summarise({k: v.numpy() for k, v in bench.task.measure(model, batch).items()})
+    assert measured["accuracy"] == outcome.records[-1]["accuracy"]
