@@ -98,6 +98,9 @@ class DataConfig(Section):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     text: str = "text"
     label: str = "label"
+    columns: dict[str, str] = {}
+    """Role -> column of what a task needs besides text and label: prompt, answer, messages, image. A role that is not
+    here is a column of its own name."""
     domain: str | None = None
     """Column with each example's domain (site, user), for figures per domain and for domain partitions."""
     group: str | None = None

@@ -1,0 +1,212 @@
+"""From a config to examples on clients: read, tokenise, cut off the test examples, divide the rest.
+
+Everything that a seed decides here has a key of its own (`fedlora.rng.derive`), and what costs time is done once a
+process: tokenised examples and whole partitions are remembered by what they depend on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from fedlora.assets import ASSETS, resolve_model
+from fedlora.config import DataConfig, OpenTable, RunConfig
+from fedlora.data._sources import limited, read_file, read_source, select, source_files
+from fedlora.data._split import split_test
+from fedlora.errors import ConfigError, DataError, nearest
+from fedlora.partition import Partition, PartitionInput, load_partitioner
+from fedlora.rng import derive
+from fedlora.tasks import Examples, Table, Task, load_task
+
+__all__ = ["FederatedData", "column_roles", "load_data", "load_local", "read_file", "split_test"]
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedData:
+    """The data of one federation.
+
+    Args:
+        train: training examples of all clients, noisy where the partition says so.
+        test: examples for evaluating the global model, always clean.
+        clients: sorted indices into `train` of each client's examples.
+        dropped: sorted indices into `train` of the examples that no client holds.
+        label_names: names of the classes.
+        domains: names of the domains in sorted order; empty if no column holds them.
+        domain_column: that column's name in `train.columns` and `test.columns`, or None.
+        note: why examples were dropped; empty if none were.
+        label_noise: for each client, the share of its labels that were made wrong.
+        feature_noise: for each client, the strength of the noise on its inputs.
+    """
+
+    train: Examples
+    test: Examples
+    clients: tuple[np.ndarray, ...]
+    dropped: np.ndarray
+    label_names: tuple[str, ...]
+    domains: tuple[str, ...]
+    domain_column: str | None = None
+    note: str = ""
+    label_noise: tuple[float, ...] = ()
+    feature_noise: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Key:
+    """All that the tokenised examples depend on; hashable."""
+
+    model: str
+    task: str
+    data: str
+    keep: tuple[str, ...]
+    stamps: tuple[tuple[str, int, int], ...]
+    limit_seed: int
+
+
+def load_data(config: RunConfig) -> FederatedData:
+    """Read, tokenise and divide the data of a run; remembered, so that the second call is instant.
+
+    Raises:
+        AssetError: a named corpus or model was not fetched.
+        ConfigError: the task's or the partition's table is wrong.
+        DataError: a file or column is missing, a value is not usable, or a client would be empty.
+    """
+    load_task(config.task)
+    partitioner = load_partitioner(config.partition.name, config.partition.fields)
+    roles = column_roles(config.data)
+    if partitioner.needs_domain and "domain" not in roles:
+        raise DataError(f"partition {config.partition.name!r} needs to know the column of the domains; set data.domain")
+    keep = (*(roles[role] for role in ("domain", "group") if role in roles), *partitioner.columns)
+    files = [file for file in source_files(config.data) if file is not None]
+    key = _Key(
+        model=resolve_model(config.model.name),
+        task=config.task.model_dump_json(),
+        # The share of the test is applied after the tokens are there.
+        data=config.data.model_copy(update={"test_fraction": 0.5}).model_dump_json(),
+        keep=tuple(dict.fromkeys(keep)),
+        stamps=tuple((str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files),
+        limit_seed=0 if config.data.limit is None else config.seed,
+    )
+    return _federate(key, config.partition.model_dump_json(), config.data.test_fraction, config.seed)
+
+
+def load_local(config: RunConfig, path: str | Path) -> Examples:
+    """The examples of one file: of a node that brings its own data, or a server's own test file.
+
+    Columns have the names that the config gives them; the domains' column is carried along if the file has it. The
+    classes must be known beforehand, from `task.labels` or from the named corpus of `data.source`, since a node's
+    file may lack one. `data.limit` applies.
+
+    Raises:
+        DataError: as `load_data`, or the classes are not known.
+    """
+    task = load_task(config.task)
+    table = read_file(Path(path))
+    corpus = ASSETS.get(config.data.source)
+    names = () if corpus is None else corpus.label_names
+    if "label" in task.roles and not names and not getattr(task, "labels", ()):
+        raise DataError(f"{str(path)!r} may lack a class: name all classes, as in [task] labels = ['no', 'yes']")
+    domain = column_roles(config.data).get("domain")
+    keep = (domain,) if domain is not None and domain in table.columns else ()
+    columns = _task_columns(task, config.data)
+    table = limited(select(table, (*columns.values(), *keep), repr(str(path))), config.data.limit, config.seed)
+    return task.prepare(Table(table.columns, names), resolve_model(config.model.name), columns, keep=keep)
+
+
+def column_roles(data: DataConfig) -> dict[str, str]:
+    """Role ("text", "label", "domain", "group", and others of `data.columns` or the corpus) -> column.
+
+    A named corpus's own columns stand where the config names none, or leaves the default.
+    """
+    corpus = ASSETS.get(data.source)
+    roles = {} if corpus is None else dict(corpus.columns)
+    for role in ("text", "label", "domain", "group"):
+        named = getattr(data, role)
+        if named is not None and not (role in roles and named == DataConfig.model_fields[role].default):
+            roles[role] = named
+    return roles | data.columns
+
+
+def _task_columns(task: Task, data: DataConfig) -> dict[str, str]:
+    for role in data.columns:
+        if role not in task.roles:
+            raise ConfigError(f"data.columns names {role!r}, which the task does not need; {nearest(role, task.roles)}")
+    roles = column_roles(data)
+    return {role: roles.get(role, role) for role in task.roles}
+
+
+@lru_cache(maxsize=4)
+def _prepared(key: _Key) -> tuple[Examples, int | None]:
+    """The examples of the training source and then of the test source, and where those begin if there is one."""
+    data = DataConfig.model_validate_json(key.data)
+    task = load_task(OpenTable.model_validate_json(key.task))
+    columns = _task_columns(task, data)
+    source, test = read_source(data)
+    table = limited(
+        select(source, (*columns.values(), *key.keep), f"data.source {data.source!r}"), data.limit, key.limit_seed
+    )
+    begin = None
+    if test is not None:
+        begin = len(table)
+        domain = column_roles(data).get("domain")
+        needed = (*columns.values(), *(name for name in key.keep if name == domain))
+        test = limited(select(test, needed, f"data.test {data.test!r}"), data.limit, key.limit_seed)
+        # Groups and clients are a matter of the training source, whose columns a test file need not have.
+        blank = [""] * len(test)
+        both = {name: [*values, *test.columns.get(name, blank)] for name, values in table.columns.items()}
+        table = Table(both, table.label_names)
+    # In one go, so that both have the same classes.
+    return task.prepare(table, key.model, columns, keep=key.keep), begin
+
+
+@lru_cache(maxsize=8)
+def _federate(key: _Key, partition_table: str, test_fraction: float, seed: int) -> FederatedData:
+    data = DataConfig.model_validate_json(key.data)
+    task = load_task(OpenTable.model_validate_json(key.task))
+    table = OpenTable.model_validate_json(partition_table)
+    examples, begin = _prepared(key)
+    roles = column_roles(data)
+    domain = roles.get("domain")
+    values = None if domain is None else examples.columns[domain].astype(str)
+    if begin is not None:
+        mask = np.arange(len(examples)) >= begin
+    else:
+        groups = examples.columns[roles["group"]] if "group" in roles else None
+        mask = split_test(len(examples), test_fraction, seed, groups=groups, domains=values)
+    train, test = examples.take(np.flatnonzero(~mask)), examples.take(np.flatnonzero(mask))
+    info = PartitionInput(size=len(train), labels=train.labels, columns=train.columns, domain=domain)
+    partition = load_partitioner(table.name, table.fields).split(info, derive(seed, "partition"))
+    return FederatedData(
+        train=_with_noise(task, train, partition, seed),
+        test=test,
+        clients=partition.clients,
+        dropped=partition.dropped,
+        label_names=examples.label_names,
+        domains=() if values is None else tuple(str(name) for name in np.unique(values)),
+        domain_column=domain,
+        note=partition.note,
+        label_noise=partition.label_noise,
+        feature_noise=partition.feature_noise,
+    )
+
+
+def _with_noise(task: Task, train: Examples, partition: Partition, seed: int) -> Examples:
+    """Labels made wrong and inputs disturbed, client by client, each by a draw of its own."""
+    classes = len(train.label_names)
+    for client, rate in enumerate(partition.label_noise):
+        if rate == 0:
+            continue
+        if train.labels is None:
+            raise ConfigError("partition.label_noise needs labels, and this task has none; remove it")
+        generator = np.random.default_rng(derive(seed, "label_noise", client))
+        rows = partition.clients[client]
+        wrong = generator.permutation(rows)[: round(rate * len(rows))]
+        labels = train.labels.copy()
+        labels[wrong] = (labels[wrong] + generator.integers(1, classes, size=len(wrong))) % classes
+        train = replace(train, labels=labels)
+    for client, rate in enumerate(partition.feature_noise):
+        if rate != 0:
+            train = task.corrupt(train, partition.clients[client], rate, derive(seed, "feature_noise", client))
+    return train

@@ -1,0 +1,197 @@
+"""Raw examples from files, named corpora and the hub, as columns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora.assets import ASSETS, resolve_corpus
+from fedlora.config import DataConfig
+from fedlora.errors import ConfigError, DataError, nearest
+from fedlora.rng import derive
+from fedlora.tasks import Table
+
+
+def source_files(data: DataConfig) -> tuple[Path | None, Path | None]:
+    """The files behind `data.source` and `data.test`; None for what the hub has (and for no `test`).
+
+    Raises:
+        AssetError: the source is a named corpus that was not fetched.
+        ConfigError: keys for the hub stand beside a file.
+        DataError: a file is missing, or its kind cannot be read.
+    """
+    source = resolve_corpus(data.source) or _local_file(data.source)
+    test = None if data.test is None else _local_file(data.test)
+    if source is not None:
+        for key, given in (("subset", data.subset is not None), ("train_split", data.train_split != "train")):
+            if given:
+                raise ConfigError(f"data.{key} is for hub data sets, and {data.source!r} is none; remove it")
+        if data.test is not None and test is None:
+            raise DataError(f"data.test {data.test!r} is no file; give one of {', '.join(sorted(READERS))}")
+    return source, test
+
+
+def read_source(data: DataConfig) -> tuple[Table, Table | None]:
+    """The tables of `data.source` and, if it is set, of `data.test`."""
+    source, test = source_files(data)
+    corpus = ASSETS.get(data.source)
+    if source is None:
+        train_table = _hub(data, data.train_split)
+    else:
+        train_table = Table(read_file(source).columns, () if corpus is None else corpus.label_names)
+    if data.test is None:
+        return train_table, None
+    return train_table, (_hub(data, data.test) if test is None else read_file(test))
+
+
+def read_file(path: Path) -> Table:
+    """All columns of a .csv, .tsv, .jsonl, .json or .parquet file.
+
+    The first line of .csv and .tsv names the columns, and fields may be quoted. A .json file is a list of objects, or
+    an object of columns.
+
+    Raises:
+        DataError: the file is missing, empty, damaged, or of another kind.
+    """
+    file = _local_file(str(path))
+    if file is None:
+        raise DataError(f"{str(path)!r} is no data file; give one of {', '.join(sorted(READERS))}")
+    try:
+        columns = READERS[file.suffix.lower()](file)
+    except UnicodeDecodeError:
+        raise DataError(f"{str(file)!r} is not UTF-8 text; convert it") from None
+    except (OSError, ValueError, csv.Error) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{str(file)!r} cannot be read as {file.suffix.lower()}: {first}") from None
+    table = Table(columns)
+    if len(table) == 0:
+        raise DataError(f"{str(file)!r} holds no examples; check data.source and data.test")
+    return table
+
+
+def select(table: Table, names: Sequence[str], where: str) -> Table:
+    """Only the columns `names`, as lists without gaps.
+
+    Raises:
+        DataError: a column is missing, or a value in it is.
+    """
+    columns: dict[str, list[Any]] = {}
+    for name in dict.fromkeys(names):
+        if name not in table.columns:
+            raise DataError(f"{where} has no column {name!r}; {nearest(name, table.columns)}")
+        columns[name] = list(table.columns[name])
+        for row, value in enumerate(columns[name]):
+            if value is None or value != value or (isinstance(value, str) and not value.strip()):
+                raise DataError(
+                    f"{where}: row {row} (from 0) has nothing in column {name!r}; remove the row or fill it in"
+                )
+    return Table(columns, table.label_names)
+
+
+def limited(table: Table, limit: int | None, seed: int) -> Table:
+    """At most `limit` rows, drawn with the seed and kept in their order."""
+    if limit is None or limit >= len(table):
+        return table
+    rows = np.sort(np.random.default_rng(derive(seed, "limit")).permutation(len(table))[:limit])
+    return Table({name: [values[row] for row in rows] for name, values in table.columns.items()}, table.label_names)
+
+
+def _local_file(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    if path.suffix.lower() in READERS:
+        if not path.is_file():
+            beside = path.parent.glob("*") if path.parent.is_dir() else ()
+            others = [str(other) for other in beside if other.suffix.lower() in READERS]
+            cure = nearest(str(path), others) if others else "check data.source and data.test"
+            raise DataError(f"there is no data file {name!r}; {cure}")
+        return path
+    if path.is_file():
+        raise DataError(f"{name!r} is of a kind that cannot be read; convert it to one of {', '.join(sorted(READERS))}")
+    return None
+
+
+def _hub(data: DataConfig, split: str) -> Table:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(data.source, data.subset, split=split)
+    except Exception as error:  # the hub's client raises whatever its layers raise
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        corpora = [name for name, asset in ASSETS.items() if asset.kind == "corpus"]
+        raise DataError(
+            f"data.source {data.source!r} (split {split!r}) is no file and no named corpus ({', '.join(corpora)}), and "
+            f"the hub gave: {first}; {nearest(data.source, corpora)}"
+        ) from None
+    label = loaded.features.get(data.label)
+    names = tuple(label.names) if isinstance(label, datasets.ClassLabel) else ()
+    if len(loaded) == 0:
+        raise DataError(f"split {split!r} of {data.source!r} holds no examples")
+    return Table({name: loaded[name] for name in loaded.column_names}, names)
+
+
+def _delimited(delimiter: str) -> Callable[[Path], dict[str, list[Any]]]:
+    def read(path: Path) -> dict[str, list[Any]]:
+        # The module's own limit of 128 KiB a field is shorter than some documents.
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            header = next(lines, [])
+            if len(set(header)) != len(header):
+                raise ValueError("two columns have the same name")
+            rows = []
+            for line in lines:
+                if not line:
+                    continue
+                if len(line) != len(header):
+                    raise ValueError(f"line {lines.line_num} has {len(line)} fields, the first line {len(header)}")
+                rows.append(line)
+        return {name: [row[place] for row in rows] for place, name in enumerate(header)}
+
+    return read
+
+
+def _json_lines(path: Path) -> dict[str, list[Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        return _transposed([json.loads(line) for line in file if line.strip()])
+
+
+def _json(path: Path) -> dict[str, list[Any]]:
+    tree = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(tree, list):
+        return _transposed(tree)
+    if isinstance(tree, dict) and all(isinstance(values, list) for values in tree.values()):
+        if len({len(values) for values in tree.values()}) > 1:
+            raise ValueError("the columns differ in length")
+        return tree
+    raise ValueError("it is neither a list of objects nor an object of columns")
+
+
+def _transposed(rows: Sequence[Any]) -> dict[str, list[Any]]:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no object")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _parquet(path: Path) -> dict[str, list[Any]]:
+    import pyarrow.parquet
+
+    columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
+    return columns
+
+
+READERS: Mapping[str, Callable[[Path], dict[str, list[Any]]]] = {
+    ".csv": _delimited(","),
+    ".tsv": _delimited("\t"),
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".parquet": _parquet,
+}
+"""Suffix -> what reads it."""

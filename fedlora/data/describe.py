@@ -1,0 +1,38 @@
+"""What a partition looks like in numbers: what `partition.json` holds and `fedlora partition` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedlora.data import FederatedData
+from fedlora.partition import count_values, entropy, mean_js_divergence
+
+
+def describe_partition(data: FederatedData) -> dict[str, Any]:
+    """Sizes, counts and divergences of the clients.
+
+    Returns:
+        Numbers and names only: "sizes" [clients], "label_names" and "label_counts" [clients, labels] with
+        "label_entropy" (bits, [clients]) and "label_js_divergence" (bits, mean weighted by size); the same for
+        "domains"; "test_size", "dropped" (how many) and "note" (why). What the data has not (classes, domains) is left
+        out.
+    """
+    out: dict[str, Any] = {
+        "sizes": [len(rows) for rows in data.clients],
+        "test_size": len(data.test),
+        "dropped": len(data.dropped),
+        "note": data.note,
+    }
+    if data.train.labels is not None:
+        counts = count_values(data.clients, data.train.labels, len(data.label_names))
+        out |= {"label_names": list(data.label_names), "label_counts": counts.tolist()}
+        out |= {"label_entropy": entropy(counts).tolist(), "label_js_divergence": mean_js_divergence(counts)}
+    if data.domain_column is not None:
+        number = {name: k for k, name in enumerate(data.domains)}
+        values = np.array([number[str(value)] for value in data.train.columns[data.domain_column]])
+        counts = count_values(data.clients, values, len(data.domains))
+        out |= {"domains": list(data.domains), "domain_counts": counts.tolist()}
+        out |= {"domain_js_divergence": mean_js_divergence(counts)}
+    return out

@@ -1,0 +1,60 @@
+"""Label skew by a fixed number of labels for each client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from fedlora.errors import DataError
+from fedlora.partition._base import Count, Partitioner, PartitionInput, labels_of, partitioners, with_flwr_datasets
+from fedlora.rng import derive
+
+
+@partitioners.register("classes")
+@dataclass(frozen=True, kw_only=True)
+class Classes(Partitioner):
+    """Each client has so many labels and no other; a label's examples are divided evenly among those who have it.
+
+    Li et al. 2022 (NIID-Bench), arXiv 2102.02079, label skew "#C = k"; flwr-datasets' PathologicalPartitioner.
+
+    Args:
+        clients: how many.
+        classes_per_client: labels of one client.
+        assignment: "deterministic" (client i has the labels i, i + 1, ... modulo c) or "random" (a label that nobody
+            draws is dropped).
+    """
+
+    cure: ClassVar[str] = "lower partition.clients or raise partition.classes_per_client"
+    why_dropped: ClassVar[str] = "their label is on no client (raise partition.classes_per_client or partition.clients)"
+
+    clients: Count
+    classes_per_client: Count
+    assignment: Literal["deterministic", "random"] = "deterministic"
+
+    def assign(self, info: PartitionInput, seed: int) -> Sequence[np.ndarray]:
+        """See `Partitioner.assign`."""
+        labels = labels_of(info, "classes")
+        present = len(np.unique(labels))
+        if self.classes_per_client > present:
+            raise DataError(
+                f"partition.classes_per_client is {self.classes_per_client}, but the data have {present} labels; "
+                "lower it"
+            )
+
+        from flwr_datasets.partitioner import PathologicalPartitioner
+
+        partitioner = PathologicalPartitioner(
+            num_partitions=self.clients,
+            partition_by="value",
+            num_classes_per_partition=self.classes_per_client,
+            class_assignment_mode=self.assignment,
+            seed=derive(seed, "classes"),
+        )
+        try:
+            return with_flwr_datasets(partitioner, labels, seed)
+        except ValueError as error:
+            reason = str(error).split(". ")[0].rstrip(". \n")
+            raise DataError(f"{info.size} examples cannot be divided this way: {reason}; {self.cure}") from None

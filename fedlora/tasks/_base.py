@@ -1,0 +1,153 @@
+"""What a task is: which model class, how text or pictures become tensors, the loss of each example, and the metric.
+
+A task is a frozen dataclass; its fields are the keys of the config's `[task]` table.
+Shapes: b = examples in a batch, t = tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.errors import ConfigError
+from fedlora.registry import Registry
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Raw examples by column, all of one length, before the task has looked at them.
+
+    Args:
+        columns: column name -> values (a list of str, numbers, arrays or messages).
+        label_names: names of the classes where the source knows them.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    label_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples ready to be batched.
+
+    Args:
+        inputs: model inputs by name, one entry an example (token ids as int32 arrays of unequal length, pixels).
+        labels: class of each example [n] as int64, or None where a task has no classes.
+        lengths: cost of each example in tokens [n]; batches for evaluation are sorted by it.
+        columns: the raw columns that the config names (domain, user, ...), [n] each, for partitions and figures.
+        label_names: names of the classes.
+    """
+
+    inputs: Mapping[str, Sequence[Any]]
+    labels: np.ndarray | None
+    lengths: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
+        """The examples at `indices`, in that order."""
+        rows = np.asarray(indices, dtype=np.int64)
+        return Examples(
+            inputs={name: _take(values, rows) for name, values in self.inputs.items()},
+            labels=None if self.labels is None else self.labels[rows],
+            lengths=self.lengths[rows],
+            columns={name: values[rows] for name, values in self.columns.items()},
+            label_names=self.label_names,
+        )
+
+
+def _take(values: Any, rows: np.ndarray) -> Any:
+    if hasattr(values, "take"):  # an array, or a sequence that can do it faster than item by item
+        return values[rows] if isinstance(values, np.ndarray) else values.take(rows)
+    return [values[row] for row in rows]
+
+
+class Task(ABC):
+    """One kind of learning problem."""
+
+    auto_class: ClassVar[str]
+    """Name of the transformers class that loads the model, such as "AutoModelForSequenceClassification"."""
+    metric: ClassVar[str]
+    """Name of the main figure in the results of `summarise`."""
+    higher_is_better: ClassVar[bool] = True
+    peft_task_type: ClassVar[str | None] = None
+    """PEFT's TaskType name, written into the adapter's config."""
+    roles: ClassVar[tuple[str, ...]] = ("text", "label")
+    """What the task needs of an example; the config's `[data]` table names the column of each."""
+
+    @property
+    def rows_are_examples(self) -> bool:
+        """Whether row i of every tensor of a batch belongs to example i; gradients taken example by example need it."""
+        return True
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Names of modules that are trained in full because the base has no trained ones (candidates; those that the
+        model has are taken)."""
+        return ()
+
+    @abstractmethod
+    def prepare(
+        self, table: Table, model_path: str | Path, columns: Mapping[str, str], *, keep: Sequence[str]
+    ) -> Examples:
+        """Tokenise or otherwise ready a table.
+
+        Args:
+            table: raw examples.
+            model_path: where the model's tokeniser or image processor is.
+            columns: role -> column name, for each of `roles`: `{"text": ..., "label": ...}`.
+            keep: raw columns to carry along in `Examples.columns`.
+        """
+
+    @abstractmethod
+    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
+        """Keyword arguments for the model's `from_pretrained`, such as `num_labels`."""
+
+    @abstractmethod
+    def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
+        """One padded batch on the CPU."""
+
+    @abstractmethod
+    def losses(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b"]:
+        """The loss of each example on its own (never a mean over the batch or its tokens)."""
+
+    @abstractmethod
+    def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
+        """What evaluation needs of each example, for `summarise`."""
+
+    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:  # noqa: ARG002
+        """The same examples with noise in the inputs of some: `partition.feature_noise` of one client.
+
+        Args:
+            examples: never changed.
+            rows: the client's examples.
+            rate: strength of the noise, from 0 (none) to 1.
+            seed: of the draw.
+
+        Raises:
+            ConfigError: this kind of task has no such noise.
+        """
+        raise ConfigError(f"{type(self).__name__} has no feature noise; remove partition.feature_noise")
+
+    @abstractmethod
+    def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Figures over some examples: at least `metric` and "loss"."""
+
+
+tasks: Registry[Task] = Registry("task")

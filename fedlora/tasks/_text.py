@@ -1,0 +1,150 @@
+"""What tasks on text share: a tokeniser that is loaded once, and token ids in one flat array.
+
+Shapes: n = examples, b = examples in a batch, t = tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from fedlora.errors import DataError, ModelError
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens(Sequence[np.ndarray]):
+    """Token ids of n examples of unequal length; item i is the int32 array of example i.
+
+    Args:
+        flat: ids of all examples one after the other, int32 [sum of lengths].
+        starts: where each example begins in `flat`, with the end of the last one, int64 [n + 1].
+        pad_id: the id that fills a batch's shorter rows.
+    """
+
+    flat: np.ndarray
+    starts: np.ndarray
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> Tokens: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | Tokens:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self.flat[self.starts[index] : self.starts[index + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [n]."""
+        return np.diff(self.starts)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Tokens:
+        """The examples at `indices`, in that order."""
+        return Tokens.join([self[int(index)] for index in indices], self.pad_id)
+
+    def corrupt(self, rows: np.ndarray, rate: float, seed: int) -> Tokens:
+        """Some examples with words exchanged: each token but the first and last becomes, with probability `rate`, a
+        token drawn from all inner tokens of all examples (so as often as it occurs)."""
+        generator = np.random.default_rng(seed)
+        inner = np.ones(len(self.flat), dtype=bool)
+        inner[self.starts[:-1][self.lengths > 0]] = False
+        inner[self.starts[1:][self.lengths > 0] - 1] = False
+        mine = np.zeros(len(self), dtype=bool)
+        mine[rows] = True
+        places = np.flatnonzero(inner & np.repeat(mine, self.lengths))
+        places = places[generator.random(len(places)) < rate]
+        flat = self.flat.copy()
+        if len(places):
+            flat[places] = generator.choice(self.flat[inner], size=len(places))
+        return Tokens(flat, self.starts, self.pad_id)
+
+    @classmethod
+    def join(cls, rows: Sequence[Sequence[int] | np.ndarray], pad_id: int) -> Tokens:
+        """From one sequence of ids an example."""
+        starts = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=starts[1:])
+        flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]) if rows else np.zeros(0, np.int32)
+        return cls(flat, starts, pad_id)
+
+    def pad(self, indices: Sequence[int] | np.ndarray) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+        """Ids and attention mask of a batch, padded on the right to its longest example."""
+        rows = [self[int(index)] for index in indices]
+        ids = np.full((len(rows), max((len(row) for row in rows), default=0)), self.pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = row
+            mask[place, : len(row)] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(path: str) -> Any:
+    """The tokeniser of a model folder or hub name, once a process.
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(
+            f"no tokeniser can be loaded from {path!r}: {first}; give a folder with tokenizer.json"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokeniser of {path!r} has neither a padding token nor an end token; give it one")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode(path: str | Path, texts: Sequence[Any], column: str, max_length: int) -> Tokens:
+    """Token ids of texts with the model's special tokens, cut to `max_length` tokens.
+
+    Args:
+        path: of the model folder.
+        texts: one string an example.
+        column: where the texts come from, for messages.
+        max_length: in tokens, special tokens included.
+
+    Raises:
+        DataError: a text is missing or empty.
+    """
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            shown = "missing" if text is None else "empty" if isinstance(text, str) else f"{text!r}, not a string"
+            raise DataError(f"row {row}, column {column!r}: the text is {shown}; remove the row or fill it in")
+    tokenizer = load_tokenizer(str(path))
+    # Without padding and masks the tokeniser's own lists are all that is built; in slices, to bound their memory.
+    rows: list[list[int]] = []
+    for start in range(0, len(texts), 4096):
+        part = list(texts[start : start + 4096])
+        rows += tokenizer(
+            part,
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+    return Tokens.join(rows, int(tokenizer.pad_token_id))

@@ -1,0 +1,129 @@
+"""Fixtures that everybody uses: a tiny random BERT, a tiny labelled file, and the downloaded assets.
+
+The environment is set here, before torch, transformers or flwr are imported: no network, one thread, a Flower home
+of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+_FLWR_HOME = tempfile.mkdtemp(prefix="fedlora-flwr-home-")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",
+    TOKENIZERS_PARALLELISM="false",
+    FLWR_HOME=_FLWR_HOME,
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    MPLBACKEND="Agg",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+LABEL_WORDS = {
+    "negative": ["awful", "boring", "broken", "dull", "sad", "terrible", "ugly", "weak"],
+    "positive": ["bright", "charming", "clever", "great", "happy", "lovely", "superb", "warm"],
+}
+DOMAIN_WORDS = {
+    "films": ["actor", "camera", "film", "plot", "scene", "story"],
+    "phones": ["battery", "button", "case", "phone", "screen", "sound"],
+}
+FILLERS = ["a", "and", "but", "is", "it", "of", "on", "so", "that", "the", "this", "very", "was", "with"]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(_FLWR_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 short texts with columns text, label ("negative" or "positive"), domain ("films" or "phones") and document.
+
+    A text's label can be read from its words, three of which are the label's own; labels are drawn evenly, domains are
+    of equal size, and a document holds three texts of one domain. Always the same bytes.
+    """
+    path = tmp_path_factory.mktemp("tiny_csv") / "tiny.csv"
+    draw = random.Random(0)
+    labels, domains = sorted(LABEL_WORDS), sorted(DOMAIN_WORDS)
+    rows = []
+    for number in range(240):
+        domain = domains[number // 3 % 2]
+        label = draw.choice(labels)
+        words = draw.sample(LABEL_WORDS[label], 3)
+        words += draw.sample(DOMAIN_WORDS[domain], 2) + draw.sample(FILLERS, draw.randint(2, 6))
+        draw.shuffle(words)
+        rows.append((" ".join(words), label, domain, f"{domain}-{number // 3}"))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "label", "domain", "document"))
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer BERT (hidden 32, 2 heads) and a WordPiece tokeniser for `tiny_csv`'s words."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tiny_bert")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = sorted({*FILLERS, *(w for table in (LABEL_WORDS, DOMAIN_WORDS) for ws in table.values() for w in ws)})
+    vocabulary = list(dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words, ".", ","]))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=BertWordPieceTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})._tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+    )
+    tokenizer.save_pretrained(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertModel(
+            BertConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                max_position_embeddings=64,
+                initializer_range=0.2,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+        model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2; `make test` has fetched it, otherwise it is fetched here or fails saying why."""
+    from fedlora.assets import fetch
+
+    return fetch("all-MiniLM-L6-v2")
+
+
+@pytest.fixture(scope="session")
+def vader() -> Path:
+    """The file of the vader corpus; `make test` has fetched it, otherwise it is fetched here or fails saying why."""
+    from fedlora.assets import fetch
+
+    return fetch("vader")

@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlora.assets import ASSETS
+from fedlora.config import DataConfig, RunConfig, parse_config
+from fedlora.data import FederatedData, column_roles, load_data, load_local, read_file, split_test
+from fedlora.errors import AssetError, ConfigError, DataError
+from fedlora.tasks import Examples
+from fedlora.tasks._text import load_tokenizer
+
+
+def configure(
+    model: Path | str, source: Path | str, *overrides: str, partition: str = "{name='iid', clients=4}"
+) -> RunConfig:
+    return parse_config(
+        "",
+        [
+            f"model.name='{model}'",
+            f"data.source='{source}'",
+            f"partition={partition}",
+            "data.domain='domain'",
+            "data.group='document'",
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture
+def config(tiny_bert: Path, tiny_csv: Path) -> RunConfig:
+    return configure(tiny_bert, tiny_csv)
+
+
+def texts(examples: Examples, model: Path) -> list[str]:
+    tokenizer = load_tokenizer(str(model))
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in examples.inputs["input_ids"]]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_row_is_in_training_or_test_with_its_own_label_and_domain(
+    config: RunConfig, tiny_bert: Path, tiny_csv: Path
+) -> None:
+    data = load_data(config)
+    assert data.label_names == ("negative", "positive")
+    assert data.domains == ("films", "phones")
+    assert data.domain_column == "domain"
+    expected = Counter((row["text"], row["label"], row["domain"], row["document"]) for row in rows_of(tiny_csv))
+    found: Counter[tuple[str, str, str, str]] = Counter()
+    for part in (data.train, data.test):
+        assert part.labels is not None
+        names = [data.label_names[label] for label in part.labels]
+        columns = (part.columns["domain"].tolist(), part.columns["document"].tolist())
+        found.update(zip(texts(part, tiny_bert), names, *columns, strict=True))
+    assert found == expected
+
+
+def test_documents_are_whole_and_domains_have_their_share(config: RunConfig) -> None:
+    data = load_data(config)
+    assert not set(data.train.columns["document"]) & set(data.test.columns["document"])
+    assert Counter(data.test.columns["domain"].tolist()) == {"films": 12, "phones": 12}
+
+
+def test_clients_hold_all_training_examples(config: RunConfig) -> None:
+    data = load_data(config)
+    assert sorted(np.concatenate(data.clients).tolist()) == list(range(len(data.train)))
+    assert len(data.dropped) == 0
+
+
+def same(a: FederatedData, b: FederatedData) -> bool:
+    return (
+        a.test.columns["document"].tolist() == b.test.columns["document"].tolist()
+        and len(a.clients) == len(b.clients)
+        and all(map(np.array_equal, a.clients, b.clients))
+    )
+
+
+def test_data_are_remembered_until_the_file_or_the_config_changes(
+    tiny_bert: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(tiny_csv.read_bytes())
+    config = configure(tiny_bert, path)
+    first = load_data(config)
+    assert load_data(config) is first
+    # What does not touch the data does not read them again.
+    assert load_data(configure(tiny_bert, path, "train.lr=0.5", "strategy.name='ffa'", "rounds=3")) is first
+    assert load_data(configure(tiny_bert, path, "seed=1")) is not first
+    assert not same(load_data(configure(tiny_bert, path, "seed=1")), first)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("superb film,positive,films,films-new\n")
+    assert len(load_data(config).train) + len(load_data(config).test) == 241
+
+
+def test_the_same_seed_gives_the_same_data_in_a_fresh_start(config: RunConfig) -> None:
+    from fedlora import data as module
+
+    first = load_data(config)
+    module._federate.cache_clear()
+    module._prepared.cache_clear()
+    second = load_data(config)
+    assert second is not first
+    assert same(first, second)
+
+
+def test_a_limit_draws_with_the_seed(tiny_bert: Path, tiny_csv: Path) -> None:
+    def limited(seed: int) -> list[str]:
+        data = load_data(configure(tiny_bert, tiny_csv, "data.limit=60", f"seed={seed}"))
+        return sorted(texts(data.train, tiny_bert) + texts(data.test, tiny_bert))
+
+    assert len(limited(0)) == 60
+    assert limited(0) != limited(1)
+
+
+def test_a_test_file_takes_the_place_of_the_cut(tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_text("text,label,domain\nsuperb film,positive,films\ndull phone,negative,phones\n", encoding="utf-8")
+    data = load_data(configure(tiny_bert, tiny_csv, f"data.test='{path}'"))
+    assert len(data.train) == 240
+    assert texts(data.test, tiny_bert) == ["superb film", "dull phone"]
+    assert data.test.labels is not None
+    assert data.test.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [
+        "{name='domain', clients=4}",
+        "{name='domain', clients=4, column='label'}",
+        "{name='natural', column='document'}",
+        "{name='domain', clients=4, within={name='dirichlet', alpha=0.5, sizes='equal'}}",
+    ],
+)
+def test_partitions_by_columns_find_their_column(partition: str, tiny_bert: Path, tiny_csv: Path) -> None:
+    data = load_data(configure(tiny_bert, tiny_csv, partition=partition))
+    column = "document" if "natural" in partition else "label" if "label" in partition else "domain"
+    assert all(len(set(data.train.columns[column][rows])) == 1 for rows in data.clients)
+
+
+def test_wrong_labels_are_as_many_as_asked_on_the_asked_clients(
+    config: RunConfig, tiny_bert: Path, tiny_csv: Path
+) -> None:
+    noisy = load_data(configure(tiny_bert, tiny_csv, partition="{name='iid', clients=4, label_noise=[0.0, 0.25]}"))
+    clean = load_data(config)
+    assert noisy.train.labels is not None
+    assert clean.train.labels is not None
+    assert noisy.label_noise == (0.0, 0.25, 0.0, 0.25)
+    for rows, rate in zip(noisy.clients, noisy.label_noise, strict=True):
+        assert (noisy.train.labels[rows] != clean.train.labels[rows]).sum() == round(rate * len(rows))
+    assert noisy.test.labels is not None
+    assert clean.test.labels is not None
+    assert (noisy.test.labels == clean.test.labels).all()
+
+
+def test_noise_in_the_texts_spares_the_clean_clients_and_the_test(
+    config: RunConfig, tiny_bert: Path, tiny_csv: Path
+) -> None:
+    noisy = load_data(configure(tiny_bert, tiny_csv, partition="{name='iid', clients=4, feature_noise=[0.0, 0.5]}"))
+    before, after = texts(load_data(config).train, tiny_bert), texts(noisy.train, tiny_bert)
+    changed = np.array([a != b for a, b in zip(before, after, strict=True)])
+    assert [bool(changed[rows].any()) for rows in noisy.clients] == [False, True, False, True]
+    assert texts(load_data(config).test, tiny_bert) == texts(noisy.test, tiny_bert)
+
+
+ROWS: Sequence[Mapping[str, Any]] = (
+    {"text": 'a "quoted", text', "label": "x"},
+    {"text": "two\nlines", "label": "y"},
+    {"text": "häßlich\ttab", "label": "x"},
+)
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]] = ROWS) -> Path:
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t")
+            writer.writerows([list(columns), *(list(row.values()) for row in rows)])
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    else:
+        lines = "\n".join(json.dumps(row) for row in rows) + "\n"
+        tree = json.dumps(columns if path.stem == "columns" else list(rows))
+        path.write_text(lines if path.suffix == ".jsonl" else tree, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "columns.json", "a.parquet", "A.CSV"])
+def test_every_kind_of_file_gives_the_same_columns(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name.lower()).rename(tmp_path / name)
+    table = read_file(path)
+    assert {column: list(values) for column, values in table.columns.items()} == {
+        column: [row[column] for row in ROWS] for column in ROWS[0]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "no examples"),
+        ("a.csv", "text,label\n", "no examples"),
+        ("a.jsonl", "", "no examples"),
+        ("a.json", "[]", "no examples"),
+        ("a.csv", "text,label\na,b,c\n", "line 2 has 3 fields"),
+        ("a.csv", "text,text\na,b\n", "the same name"),
+        ("a.csv", 'text,label\n"a" b,c\n', "cannot be read as .csv"),
+        ("a.jsonl", '{"text": 1}\n{"text"\n', "cannot be read as .jsonl"),
+        ("a.jsonl", "[1]\n", "row 0 is no object"),
+        ("a.json", '{"text": [1, 2], "label": [1]}', "differ in length"),
+        ("a.json", "3", "neither a list"),
+        ("a.parquet", "no parquet", "cannot be read as .parquet"),
+        ("a.csv", b"text,label\n\xff\xfe,b\n", "not UTF-8"),
+        ("a.txt", "text", "no data file|cannot be read; convert"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_said_in_one_line(
+    name: str, content: str | bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        read_file(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["data.text='txt'"], DataError, "no column 'txt'; did you mean 'text'"),
+        (["data.label='labels'"], DataError, "did you mean 'label'"),
+        (["data.domain='site'"], DataError, "no column 'site'"),
+        (["data.group='documents'"], DataError, "did you mean 'document'"),
+        (["data.source='tyni.csv'"], DataError, "no data file 'tyni.csv'"),
+        (["data.source='vadr'"], DataError, "did you mean 'vader'"),
+        (["data.source='some-org/some-set'"], DataError, "some-org/some-set"),
+        (["data.test='validation'"], DataError, "data.test 'validation' is no file"),
+        (["data.subset='en'"], ConfigError, "data.subset is for hub"),
+        (["data.train_split='all'"], ConfigError, "data.train_split is for hub"),
+        (["data.test_fraction=0.001"], DataError, "raise data.test_fraction"),
+        (["partition={name='iid', clients=1000}"], DataError, "lower partition.clients"),
+        (["partition={name='natural', column='user'}"], DataError, "no column 'user'"),
+        (["partition={name='iid', clients=4, size=2}"], ConfigError, "no field 'size'"),
+        (["task={name='text-classification', labels=['negative', 'neutral']}"], DataError, "'positive' is no class"),
+    ],
+)
+def test_a_wrong_config_is_said_in_one_line(
+    overrides: list[str], error: type[Exception], message: str, tiny_bert: Path, tiny_csv: Path
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        load_data(configure(tiny_bert, tiny_csv, *overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_its_neighbour(tiny_bert: Path, tiny_csv: Path) -> None:
+    with pytest.raises(DataError, match=r"did you mean .*tiny\.csv"):
+        load_data(configure(tiny_bert, tiny_csv.with_name("tinny.csv")))
+
+
+def test_a_domain_partition_without_domains_asks_for_the_column(tiny_bert: Path, tiny_csv: Path) -> None:
+    config = parse_config(f"model.name='{tiny_bert}'\ndata.source='{tiny_csv}'\npartition={{name='domain', clients=4}}")
+    with pytest.raises(DataError, match=r"set data\.domain"):
+        load_data(config)
+
+
+@pytest.mark.parametrize("column", ["text", "label", "domain", "document"])
+def test_a_gap_is_named_by_its_row_in_the_file_even_under_a_limit(column: str, tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": "great film", "label": "p", "domain": "films", "document": str(i)} for i in range(30)]
+    rows[17][column] = ""
+    path = write(tmp_path / "gap.csv", rows)
+    with pytest.raises(DataError, match=rf"row 17 \(from 0\) has nothing in column '{column}'"):
+        load_data(configure(tiny_bert, path, "data.limit=3"))
+
+
+def test_a_corpus_that_was_not_fetched_names_the_command(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+    with pytest.raises(AssetError, match="fedlora assets vader"):
+        load_data(configure(tiny_bert, "vader"))
+
+
+def test_a_corpus_names_its_own_columns_and_the_config_can_name_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"text": "prompt", "domain": "person"}
+    monkeypatch.setitem(ASSETS, "chat", replace(ASSETS["vader"], columns=own))  # type: ignore[arg-type]
+    assert column_roles(DataConfig(source="chat")) == {"text": "prompt", "label": "label", "domain": "person"}
+    named = DataConfig(source="chat", text="answer", domain="topic", group="talk")
+    assert column_roles(named) == {"text": "answer", "label": "label", "domain": "topic", "group": "talk"}
+    assert column_roles(DataConfig(source="a.csv")) == {"text": "text", "label": "label"}
+
+
+def test_a_nodes_own_file_has_the_classes_of_all(tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> None:
+    rows = [{"text": "great film", "label": "positive"}, {"text": "lovely film", "label": "positive"}]
+    path = write(tmp_path / "node.csv", rows)
+    labels = "task={name='text-classification', labels=['negative', 'positive']}"
+    examples = load_local(configure(tiny_bert, tiny_csv, labels), path)
+    assert examples.labels is not None
+    assert examples.labels.tolist() == [1, 1]
+    assert examples.label_names == ("negative", "positive")
+    assert texts(examples, tiny_bert) == ["great film", "lovely film"]
+    assert load_local(configure(tiny_bert, "vader"), path).label_names == ("negative", "positive")
+    with pytest.raises(DataError, match="may lack a class"):
+        load_local(configure(tiny_bert, tiny_csv), path)
+    with pytest.raises(DataError, match="no data file"):
+        load_local(configure(tiny_bert, tiny_csv, labels), tmp_path / "nodes.csv")
+
+
+def test_a_servers_own_test_file_keeps_its_domains(tiny_bert: Path, tiny_csv: Path) -> None:
+    labels = "task={name='text-classification', labels=['negative', 'positive']}"
+    examples = load_local(configure(tiny_bert, tiny_csv, labels), tiny_csv)
+    assert len(examples) == 240
+    assert set(examples.columns["domain"]) == {"films", "phones"}
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9])
+def test_the_split_comes_as_near_to_the_fraction_as_whole_groups_allow(fraction: float) -> None:
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(1, 9, size=300)
+    groups = np.repeat(np.arange(300), sizes)
+    domains = np.repeat(generator.choice(["a", "b", "c"], size=300), sizes)
+    mask = split_test(len(groups), fraction, 1, groups=groups, domains=domains)
+    for domain in "abc":
+        here = domains == domain
+        assert abs(mask[here].sum() - fraction * here.sum()) <= 4.5  # half of the largest group, rounded up
+    assert not set(groups[mask]) & set(groups[~mask])
+    assert (mask == split_test(len(groups), fraction, 1, groups=groups, domains=domains)).all()
+    assert (mask != split_test(len(groups), fraction, 2, groups=groups, domains=domains)).any()
+
+
+def test_a_domain_with_one_group_stays_in_training() -> None:
+    groups = np.array([0] * 5 + [1, 2, 3, 4])
+    domains = np.array(["a"] * 5 + ["b"] * 4)
+    mask = split_test(9, 0.5, 0, groups=groups, domains=domains)
+    assert not mask[:5].any()
+    assert mask.sum() == 2
+    with pytest.raises(DataError, match=r"raise data\.test_fraction"):
+        split_test(5, 0.5, 0, groups=groups[:5])
+
+
+@pytest.mark.slow
+def test_the_vader_corpus_has_its_columns_by_default(tiny_bert: Path, vader: Path) -> None:
+    config = parse_config(f"model.name='{tiny_bert}'\npartition={{name='domain', clients=8}}")
+    data = load_data(config)
+    assert len(data.train) + len(data.test) == 19_459
+    assert data.domains == ("amazon", "movies", "nyt", "tweets")
+    assert data.label_names == ("negative", "positive")
+    assert not set(data.train.columns["document"]) & set(data.test.columns["document"])
+    for name, size in {"movies": 10_072, "amazon": 2_985, "nyt": 2_970, "tweets": 3_432}.items():
+        share = (data.test.columns["domain"] == name).sum() / size
+        assert abs(share - 0.1) < 0.005
+    assert all(len(set(data.train.columns["domain"][rows])) == 1 for rows in data.clients)
