@@ -1,0 +1,200 @@
+"""What a run leaves behind: an adapter in PEFT's own format, or a whole merged model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora.adapter import AdapterState, LoraPair
+from fedlora.aggregators import Merge
+from fedlora.errors import ModelError
+from fedlora.model.base import Base, alpha_of
+
+PREFIX = "base_model.model."  # of every tensor in PEFT's files
+PEFT_HEADS = ("classifier", "score")  # which PEFT's classes for classification train in full, unasked
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mapping[str, str]) -> None:
+    """Write an adapter that plain `PeftModel.from_pretrained(plain_base, folder)` loads.
+
+    Ranks and alphas that differ by module become `rank_pattern` and `alpha_pattern`. The folder appears complete or not
+    at all; an older one is replaced.
+
+    Args:
+        base: whose model the adapter is for.
+        state: the adapter; trained on the pristine base (fold merges in first, see `equivalent_adapter`).
+        folder: gets adapter_config.json, adapter_model.safetensors and fedlora.json.
+        metadata: facts for fedlora.json.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    base.require_fit(state)
+    pairs = {name: _at_least_one(pair) for name, pair in state.pairs.items()}
+    rslora = base.adapter_config.rslora
+    ranks = {name: pair.rank for name, pair in pairs.items()}
+    alphas = {name: _plain(alpha_of(pair.scale, pair.rank, rslora)) for name, pair in pairs.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = LoraConfig(
+        task_type=_task_type(base),
+        base_model_name_or_path=base.config.name,
+        revision=base.config.revision,
+        r=int(rank),
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=base.adapter_config.dropout,
+        use_rslora=rslora,
+        target_modules=base.target_names,
+        modules_to_save=list(base.heads) or None,
+        rank_pattern={f"^{name}": r for name, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{name}": a for name, a in alphas.items() if a != alpha},
+        fan_in_fan_out=base.transposed,
+        inference_mode=True,
+    )
+    tensors = {f"{PREFIX}{name}.lora_A.weight": pair.A for name, pair in pairs.items()}
+    tensors |= {f"{PREFIX}{name}.lora_B.weight": pair.B for name, pair in pairs.items()}
+    tensors |= {f"{PREFIX}{name}": value for name, value in state.dense.items()}
+    with _replaced(folder) as fresh:
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+            fresh / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        _write_json(fresh / "adapter_config.json", _sorted(config.to_dict()))
+        _write_json(fresh / "fedlora.json", dict(metadata))
+
+
+def save_merged(base: Base, state: AdapterState, merges: Sequence[Merge], folder: Path) -> None:
+    """Write a whole model, base and adapter in one, that the transformers class loads without PEFT.
+
+    W = W0 + merges + s B A is summed in float32 and rounded once. Tokeniser files are copied along.
+
+    Args:
+        base: left pristine (version 0), with the adapter written.
+        state: the adapter on top of them.
+        merges: the whole log, from version 0.
+        folder: appears complete or not at all; an older one is replaced.
+
+    Raises:
+        ModelError: the base is quantised, or adapter or merges do not fit it.
+    """
+    base.rebase(0, ())  # the version held may come from another log
+    base.rebase(merges[-1].version if merges else 0, merges)
+    try:
+        base.write(state, frozenset())  # the head's values are then among the model's tensors
+        plain = _merged(base, state)
+        with _replaced(folder) as fresh:
+            plain.save_pretrained(fresh)
+            _copy_tokenizer(base.source, fresh)
+    finally:
+        base.rebase(0, ())
+
+
+def _merged(base: Base, state: AdapterState) -> Any:
+    """A model of the base's class without any PEFT layer; it shares memory with the base where nothing was added."""
+    values = {name: value.detach().cpu() for name, value in base.plain_state_dict().items()}
+    for name, pair in state.pairs.items():
+        values[f"{name}.weight"] = base.weights.merged(name, pair.delta().to(torch.float32)).cpu()
+    model: Any = base.model
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        plain: Any = type(model)(config)
+    plain.load_state_dict(values, strict=False, assign=True)
+    plain.tie_weights()
+    left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
+    if left:
+        raise ModelError(f"the merged model lacks {left[0]!r}: export an adapter instead")
+    return plain
+
+
+def _task_type(base: Base) -> str | None:
+    """PEFT's class for a task wants the values of every module that it takes for a head; else name none."""
+    taken = [name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in PEFT_HEADS]
+    inside = tuple(f"{name}." for name in base.heads)
+    return base.task_type if all(n in base.heads or n.startswith(inside) for n in taken) else None
+
+
+def _at_least_one(pair: LoraPair) -> LoraPair:
+    """PEFT knows no rank 0: an empty change becomes a pair of one zero unit."""
+    if pair.rank:
+        return pair
+    return LoraPair(pair.A.new_zeros(1, pair.A.shape[1]), pair.B.new_zeros(pair.B.shape[0], 1), pair.scale)
+
+
+def _plain(alpha: float) -> float | int:
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _sorted(value: Any) -> Any:
+    """PEFT keeps names in sets, whose order changes with each process: the same adapter shall give the same bytes."""
+    if isinstance(value, Mapping):
+        return {str(getattr(key, "value", key)): _sorted(inner) for key, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(source: str, folder: Path) -> None:
+    if Path(source).is_dir():
+        for pattern in TOKENIZER_FILES:
+            for path in Path(source).glob(pattern):
+                if path.is_file():
+                    shutil.copyfile(path, folder / path.name)
+        return
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block ends without an error."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield fresh
+        fresh.chmod(0o777 & ~_umask())  # mkdtemp's are private
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(fresh, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(fresh, folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,248 @@
+"""Loads a base model once per process and keeps it; every later request for the same one is a hit.
+
+The cache lives in this module on purpose: a simulation backend that pickles its functions by value would carry a
+cache in `__main__` or in a closure along, empty, with every message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fedlora.assets import resolve_model
+from fedlora.config import AdapterConfig, RunConfig
+from fedlora.errors import ConfigError, ModelError
+from fedlora.model.base import ADAPTER, Base
+from fedlora.model.device import resolve_device, seeded
+from fedlora.model.targets import is_transposed, resolve_heads, resolve_targets
+from fedlora.model.weights import plain_linears
+from fedlora.rng import derive
+
+log = logging.getLogger("fedlora")
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+HASH_CHUNK = 1 << 22  # bytes
+
+
+class CacheInfo(NamedTuple):
+    """How often a base was loaded from disk, and how often the loaded one was given again."""
+
+    loads: int
+    hits: int
+
+
+_lock = threading.RLock()
+_kept: dict[str, Base] = {}  # at most one: two large bases do not fit a device
+_loads = 0
+_hits = 0
+
+
+def cache_info() -> CacheInfo:
+    """Loads and hits since the process started."""
+    return CacheInfo(_loads, _hits)
+
+
+def clear_cache() -> None:
+    """Let go of the kept base, so that its memory can be freed."""
+    with _lock:
+        _kept.clear()
+
+
+def load_base(
+    config: RunConfig,
+    auto_class: str,
+    head: Sequence[str] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    peft_task_type: str | None = None,
+) -> Base:
+    """The base model of a config with an adapter injected; loaded once per process.
+
+    The process keeps the last one. It comes as the last user left it: write an adapter and rebase before you use it.
+
+    Args:
+        config: of which the model, adapter and runtime.device matter.
+        auto_class: name of the transformers class, such as "AutoModelForSequenceClassification".
+        head: candidates for the modules that are trained in full, unless adapter.modules_to_save names some.
+        model_kwargs: for `from_pretrained`, such as `num_labels`.
+        peft_task_type: PEFT's name of the task, such as "SEQ_CLS", written into exports.
+
+    Raises:
+        ConfigError: an unknown device, method or pattern.
+        ModelError: the model cannot be loaded, or the adapter cannot be put on it.
+    """
+    global _loads, _hits
+    device = resolve_device(config.runtime.device)
+    key = json.dumps(
+        [
+            config.digest("model", "adapter"),
+            [auto_class, list(head), dict(model_kwargs or {}), peft_task_type, str(device)],
+        ],
+        sort_keys=True,
+        default=str,
+    )
+    with _lock:
+        if key in _kept:
+            _hits += 1
+            return _kept[key]
+        _kept.clear()
+        base = _load(config, auto_class, head, dict(model_kwargs or {}), peft_task_type, device)
+        _kept[key] = base
+        _loads += 1
+        return base
+
+
+def _load(
+    config: RunConfig,
+    auto_class: str,
+    head: Sequence[str],
+    model_kwargs: dict[str, Any],
+    task_type: str | None,
+    device: torch.device,
+) -> Base:
+    _check_method(config.adapter)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    source = resolve_model(config.model.name)
+    # Parameters that the checkpoint lacks are drawn while loading: the same ones in every process.
+    with seeded(derive(0, "base"), torch.device("cpu")):
+        model, absent = _from_pretrained(config, source, auto_class, model_kwargs, dtype)
+        model.requires_grad_(False)
+        if not getattr(model, "is_quantized", False):
+            model.to(device)
+        heads = resolve_heads(model, config.adapter, head)
+        targets = resolve_targets(model, config.adapter, heads)
+        plain = plain_linears(model)
+        _warn_untrained(absent, heads, config.model.name)
+        _inject(model, config.adapter, targets, heads)
+    for name in targets:  # PEFT wrapped these; what follows merges is the layer inside
+        plain[name] = model.get_submodule(name).get_base_layer()  # type: ignore[operator]
+    commit = getattr(model.config, "_commit_hash", None) or config.model.revision or "main"
+    return Base(
+        model,
+        plain={name: module for name, module in plain.items() if not _in_any(name, heads)},
+        targets=targets,
+        heads=heads,
+        drawn=[name for name in absent if _in_any(name, heads)],
+        config=config.model,
+        adapter_config=config.adapter,
+        task_type=task_type,
+        source=source,
+        device=device,
+        dtype=dtype,
+        fingerprint=lambda: _hash_weights(source, commit),
+    )
+
+
+def _check_method(adapter: AdapterConfig) -> None:
+    method = adapter.method.lower()
+    if method == "dora":
+        raise ConfigError(
+            "adapter.method 'dora' cannot be federated by these rules, because its magnitudes are not bilinear: "
+            "use method = 'lora', with rslora = true for high ranks"
+        )
+    if method != "lora":
+        raise ConfigError(
+            f"unknown adapter.method {adapter.method!r}; the only one is 'lora' (with rslora = true for rsLoRA)"
+        )
+
+
+def _from_pretrained(
+    config: RunConfig, source: str, auto_class: str, model_kwargs: dict[str, Any], dtype: torch.dtype
+) -> tuple[nn.Module, frozenset[str]]:
+    """The model, and the names of the parameters that its checkpoint does not hold (or holds in another shape)."""
+    import transformers
+
+    auto = getattr(transformers, auto_class)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its report on absent weights is replaced by ours
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = auto.from_pretrained(
+            source,
+            revision=config.model.revision,
+            dtype=dtype,
+            trust_remote_code=config.model.trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **model_kwargs,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the model {config.model.name!r} cannot be loaded with {auto_class}: {first}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    mismatched = {entry[0] for entry in info.get("mismatched_keys", ())}
+    return model, frozenset(info.get("missing_keys", ())) | mismatched
+
+
+def _warn_untrained(absent: frozenset[str], heads: Sequence[str], name: str) -> None:
+    frozen = sorted(parameter for parameter in absent if not _in_any(parameter, heads))
+    if frozen:
+        modules = sorted({parameter.rpartition(".")[0] for parameter in frozen})
+        log.warning(
+            "the checkpoint of %s does not hold %s: random, frozen values are used, the same for everybody; "
+            "to train them name them in adapter.modules_to_save",
+            name,
+            ", ".join(modules),
+        )
+
+
+def _inject(model: nn.Module, adapter: AdapterConfig, targets: Sequence[str], heads: Sequence[str]) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        # Anchored full names as one expression: PEFT matches a list by endings, and would take modules of the head too.
+        target_modules="|".join(re.escape(name) for name in targets),
+        modules_to_save=list(heads) or None,
+        fan_in_fan_out=is_transposed(model.get_submodule(targets[0])),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on fan_in_fan_out, which it corrects for each layer
+        inject_adapter_in_model(lora, model, ADAPTER)
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    if set(adapted) != set(targets) or set(wrapped) != set(heads):
+        odd = min((set(adapted) ^ set(targets)) | (set(wrapped) ^ set(heads)))
+        raise ModelError(
+            f"PEFT did not adapt the modules that were chosen ({odd!r} is one too many or too few): give longer names "
+            "in adapter.targets and adapter.modules_to_save"
+        )
+
+
+def _hash_weights(source: str, commit: str) -> str:
+    """SHA-256 of the weight files of a local folder; of name and commit for a hub model."""
+    digest = hashlib.sha256()
+    folder = Path(source)
+    if not folder.is_dir():
+        digest.update(f"{source}@{commit}".encode())
+        return digest.hexdigest()
+    files = next((found for pattern in WEIGHT_FILES if (found := sorted(folder.glob(pattern)))), [])
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(HASH_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _in_any(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

@@ -1,0 +1,90 @@
+"""How good the model is, over all test examples and for each domain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fedlora.errors import DataError, nearest
+from fedlora.model import Base
+from fedlora.tasks._base import Examples, Task
+from fedlora.training.loop import to_device
+
+CPU_TOKENS = 2048
+DEVICE_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by name ("accuracy", "loss", ...).
+
+    Args:
+        overall: over all examples.
+        domains: domain -> the same figures over its examples; empty without a domain column.
+    """
+
+    overall: dict[str, float]
+    domains: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def evaluate(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    *,
+    indices: np.ndarray | None = None,
+    domain_column: str | None = None,
+    batch_tokens: int | None = None,
+) -> Evaluation:
+    """Measure the adapter that was written to `base` last.
+
+    Examples of like length share a batch, so little is padded; each example's measures go back to its own place, so
+    the batches show in the result by rounding only.
+
+    Args:
+        base: the model with its adapter.
+        task: measures and summarises.
+        examples: to be measured.
+        indices: positions of those that count; None for all.
+        domain_column: column of `examples.columns` by which to group as well.
+        batch_tokens: most tokens in a batch, padding included (a longer example is a batch of its own); None: 2048 on
+            a CPU, where larger batches leave its caches and take longer, 16384 elsewhere.
+
+    Raises:
+        DataError: there are no examples, or no such column.
+    """
+    chosen = np.arange(len(examples)) if indices is None else np.asarray(indices)
+    if len(chosen) == 0:
+        raise DataError("there are no examples to evaluate on: raise data.test_fraction, or name a data.test file")
+    if domain_column is not None and domain_column not in examples.columns:
+        raise DataError(f"the examples have no column {domain_column!r}; {nearest(domain_column, examples.columns)}")
+    budget = batch_tokens or (CPU_TOKENS if base.device.type == "cpu" else DEVICE_TOKENS)
+    measures: dict[str, np.ndarray] = {}
+    base.train_mode(False)
+    with torch.inference_mode():
+        for places in length_batches(np.asarray(examples.lengths)[chosen], budget):
+            batch = to_device(task.collate(examples, chosen[places]), base.device)
+            for name, values in task.measure(base.model, batch).items():
+                found = values.detach().to("cpu", torch.float64).numpy()
+                measures.setdefault(name, np.full((len(chosen), *found.shape[1:]), np.nan))[places] = found
+    domains: dict[str, dict[str, float]] = {}
+    if domain_column is not None:
+        column = np.asarray(examples.columns[domain_column])[chosen]
+        for domain in sorted(set(column.tolist()), key=str):
+            inside = column == domain
+            domains[str(domain)] = task.summarise({name: every[inside] for name, every in measures.items()})
+    return Evaluation(task.summarise(measures), domains)
+
+
+def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Positions cut into batches of like length: longest times count at most `batch_tokens`, one example at least."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for end in range(1, len(order) + 1):
+        # Ascending lengths: the next example would be the longest of the batch.
+        if end == len(order) or int(lengths[order[end]]) * (end + 1 - start) > batch_tokens:
+            yield order[start:end]
+            start = end

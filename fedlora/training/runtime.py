@@ -1,0 +1,61 @@
+"""The machine: device, threads and determinism, set once at the start and recorded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from fedlora.config import RuntimeConfig
+from fedlora.model import resolve_device
+
+_chosen: dict[str, Any] = {}
+
+
+def setup(config: RuntimeConfig) -> torch.device:
+    """Choose the device, set torch's threads, and make the device's kernels repeat themselves.
+
+    Threads: `runtime.threads`, else the environment's OMP_NUM_THREADS, else the cores that this process may use.
+    Waiting threads of two processes on the same cores steal each other's time unless OMP_WAIT_POLICY is PASSIVE. OpenMP
+    reads it before torch is imported; it is set here for the processes that this one starts.
+
+    Returns:
+        The device; `describe` tells the rest.
+
+    Raises:
+        ConfigError: the device is unknown or not there.
+    """
+    device = resolve_device(config.device)
+    threads = config.threads or int(os.environ.get("OMP_NUM_THREADS", "0") or 0) or usable_cores()
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    waits = os.environ.get("OMP_WAIT_POLICY")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; needed by the next line
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    _chosen.clear()
+    _chosen.update(
+        device=str(device),
+        threads=threads,
+        usable_cores=usable_cores(),
+        omp_wait_policy=waits,
+        deterministic=device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
+    )
+    return device
+
+
+def describe() -> dict[str, Any]:
+    """What the last `setup` chose, for the run directory; empty before the first."""
+    return dict(_chosen)
+
+
+def usable_cores() -> int:
+    """Cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

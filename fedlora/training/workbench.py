@@ -1,0 +1,75 @@
+"""Everything that training and evaluation need, opened once per process: task, data, base model, kernels."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedlora.config import RunConfig
+from fedlora.kernels import KernelReport, accelerate
+from fedlora.model import Base, clear_cache, load_base
+from fedlora.tasks import load_task
+from fedlora.tasks._base import Task
+from fedlora.training.runtime import setup
+
+if TYPE_CHECKING:
+    from fedlora.data import FederatedData
+
+SECTIONS = ("seed", "model", "adapter", "task", "data", "partition", "runtime")
+"""The parts of a config that decide what is opened; two configs that differ elsewhere share it."""
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What client and server work on.
+
+    Args:
+        config: the run's.
+        task: what is learnt.
+        data: examples and the clients' shares.
+        base: the model with its adapter.
+        device: where it computes.
+        kernels: which kernels the frozen layers use, and why.
+    """
+
+    config: RunConfig
+    task: Task
+    data: FederatedData
+    base: Base
+    device: torch.device
+    kernels: KernelReport
+
+
+_lock = threading.RLock()
+_open: dict[str, Workbench] = {}  # at most one, as with the base
+
+
+def open_workbench(config: RunConfig) -> Workbench:
+    """The workbench of a config; the process keeps the last one, so that every later call costs microseconds.
+
+    Args:
+        config: a resolved config.
+    """
+    from fedlora.data import load_data
+
+    key = config.digest(*SECTIONS)
+    with _lock:
+        if key not in _open:
+            _open.clear()
+            device = setup(config.runtime)
+            task = load_task(config.task)
+            data = load_data(config)
+            base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
+            kernels = accelerate(base.model, config.runtime.kernels)
+            _open[key] = Workbench(config, task, data, base, device, kernels)
+        return replace(_open[key], config=config)
+
+
+def close_workbench() -> None:
+    """Let go of the kept workbench and its base, so that their memory can be freed."""
+    with _lock:
+        _open.clear()
+        clear_cache()
