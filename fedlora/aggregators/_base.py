@@ -1,0 +1,302 @@
+"""What a rule is: three pure functions over frozen state, and the claims that it makes.
+
+A rule imports torch and `fedlora.adapter`, nothing else. It never changes its inputs, draws no random number that its
+state does not name, and reads the updates once, in the order given, so that the server can fold replies as they come.
+
+Notation in all rules: client k holds A_k [r_k, d_in], B_k [d_out, r_k], s_k, and the weight
+p_k = n_k / sum of n over the updates given; D* = sum_k p_k s_k B_k A_k.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import (
+    ALL_PARTS,
+    AdapterState,
+    Layout,
+    Part,
+)
+from fedlora.errors import RuleError
+
+
+class Claim(enum.Flag):
+    """What a rule promises. The contract tests check each claim, and the rest of the program asks them."""
+
+    NONE = 0
+    EXACT = enum.auto()
+    """The broadcast makes exactly the change D* (aggregation error at rounding level)."""
+    LINEAR = enum.auto()
+    """Only weighted sums of what clients send are needed: secure aggregation and central privacy can stand on it."""
+    MIXED_RANKS = enum.auto()
+    """Clients may have different ranks."""
+    CHANGES_BASE = enum.auto()
+    """The base model's weights change; clients follow a version log."""
+    ROBUST = enum.auto()
+    """A minority of arbitrary updates moves the result by a bounded amount."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A change of the base weights, W <- W + s B A for `change.pairs`, W <- W + dW for `change.dense`.
+
+    It takes a base from version `since` to `version`; one that starts at 0 starts from the pristine base, whatever was
+    there. `fedlora.aggregators.accumulate` follows it. `change.dense` holds full-rank changes [d_out, d_in] by *module*
+    name.
+
+    Raises:
+        RuleError: unless 0 <= since < version.
+    """
+
+    since: int
+    version: int
+    change: AdapterState
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.since < self.version:
+            raise RuleError(f"a merge must lead from a version to a later one, not from {self.since} to {self.version}")
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """Everything that a resume needs; tensors and numbers only.
+
+    Args:
+        adapter: the global adapter, at the rank of the config.
+        seed: from which the rule derives any draw.
+        round: number of merges (rounds) done.
+        merges: changes of the base so far, as a chain from version 0 to `base_version`.
+        memory: a rule's own tensors (momentum, ...).
+        metrics: what the last `merge` measured about itself, for the metrics file.
+    """
+
+    adapter: AdapterState
+    seed: int = 0
+    round: int = 0
+    merges: tuple[Merge, ...] = ()
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def base_version(self) -> int:
+        """Version of the base that the next round trains on."""
+        return self.merges[-1].version if self.merges else 0
+
+
+@dataclass(frozen=True)
+class ClientSpec:
+    """What a rule may know of a client when it plans for it.
+
+    Args:
+        client_id: stable over rounds.
+        layout: module name -> shape and scale of the pairs that this client trains (its own rank).
+        base_version: the version of the base that the client already holds.
+    """
+
+    client_id: int
+    layout: Layout
+    base_version: int = 0
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """What the server asks of a client in one round, as data.
+
+    Args:
+        adapter: where training starts, in the client's own layout.
+        trains: parts that receive gradients; the others are frozen for the round.
+        sends: parts that come back (a subset of `trains`); the server fills the rest in from `adapter`.
+        base_version: the version of the base on which the client must train.
+        merges: the changes that take the client's base there.
+        fresh_seed: if given, `adapter.pairs` are `fresh_pairs(layout, fresh_seed)`, and need not travel.
+        proximal_mu: FedProx's mu (Li et al. 2020, arXiv 1812.06127, equation (2)); 0 for none.
+    """
+
+    adapter: AdapterState
+    trains: frozenset[Part] = ALL_PARTS
+    sends: frozenset[Part] = ALL_PARTS
+    base_version: int = 0
+    merges: tuple[Merge, ...] = ()
+    fresh_seed: int | None = None
+    proximal_mu: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """One client's trained adapter, already validated.
+
+    Args:
+        client_id: whose.
+        adapter: the complete adapter after training (parts that were not sent are those of the plan).
+        num_examples: the weight n_k > 0 (1 for every client under uniform weighting).
+        base_version: of the base that it was trained on.
+        metrics: what the client measured, for the metrics file; rules must not depend on it.
+    """
+
+    client_id: int
+    adapter: AdapterState
+    num_examples: float
+    base_version: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Aggregator(ABC):
+    """One aggregation rule. Subclasses are frozen dataclasses; their fields are their config."""
+
+    claims: ClassVar[Claim] = Claim.NONE
+    paper: ClassVar[str] = ""
+    """Authors, venue and year, arXiv number."""
+
+    def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
+        """The state before the first round.
+
+        Args:
+            adapter: the initial global adapter, at the rank of the config.
+            seed: from which the rule derives its own draws.
+        """
+        return GlobalState(adapter=adapter, seed=seed)
+
+    def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
+        """What to ask of one client in the next round: by default, to train and send all of the global adapter."""
+        require_same_ranks(self, state, client)
+        return ClientPlan(state.adapter)
+
+    @abstractmethod
+    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        """The next state.
+
+        Args:
+            state: never changed.
+            updates: read once, in order; each can be dropped after it was read.
+
+        Raises:
+            RuleError: if there is no update, or one does not fit.
+        """
+
+
+def require_same_ranks(rule: Aggregator, state: GlobalState, client: ClientSpec) -> None:
+    """Raise `RuleError` unless the client's layout is the global one: for rules that do not claim MIXED_RANKS."""
+    require_modules(state, client.layout, client.client_id)
+    for name, shape in state.adapter.layout.items():
+        if client.layout[name] != shape:
+            # At module level this import would be a circle, and the names are needed for the message alone.
+            from fedlora.aggregators._registry import names_claiming
+
+            theirs = client.layout[name]
+            raise RuleError(
+                f"{type(rule).__name__} needs one rank and scale for all, and client {client.client_id} has rank "
+                f"{theirs.rank} and scale {theirs.scale:g} for {name!r} where the global adapter has {shape.rank} and "
+                f"{shape.scale:g}: make them equal, or choose a rule that takes mixed ranks "
+                f"({', '.join(names_claiming(Claim.MIXED_RANKS))})"
+            )
+
+
+def require_modules(state: GlobalState, layout: Layout, client_id: int) -> None:
+    """Raise `RuleError` unless a layout has the global adapter's modules, each of its d_out and d_in."""
+    mine = state.adapter.layout
+    if layout.keys() != mine.keys():
+        odd = min(layout.keys() ^ mine.keys())
+        who = f"client {client_id}" if odd in mine else "the global adapter"
+        raise RuleError(f"{who} has no adapter on {odd!r}: give all clients the same target modules")
+    for name, shape in layout.items():
+        if (shape.d_out, shape.d_in) != (mine[name].d_out, mine[name].d_in):
+            raise RuleError(
+                f"client {client_id}'s {name!r} is [{shape.d_out}, {shape.d_in}] and the global one "
+                f"[{mine[name].d_out}, {mine[name].d_in}]: all clients must adapt the same base model"
+            )
+
+
+def require_no_magnitudes(rule: Aggregator, adapter: AdapterState) -> None:
+    """Raise `RuleError` for a DoRA adapter: for rules that claim CHANGES_BASE.
+
+    DoRA (Liu et al. 2024, arXiv 2402.09353, equation (5)) divides by the norm of base plus update. A merge into the
+    base would change that norm under a magnitude vector that was trained for the old one. Rules that leave the base
+    alone average the vectors as the dense parts that they are.
+    """
+    for name in adapter.dense:
+        if "lora_magnitude_vector" in name:
+            raise RuleError(
+                f"{type(rule).__name__} merges into the base, which DoRA's {name!r} does not survive: "
+                "set use_dora = false, or choose a rule that leaves the base alone"
+            )
+
+
+def require_weight(weight: float, client_id: int | None = None) -> float:
+    """The weight n_k; `RuleError` unless it is positive and finite."""
+    if not (math.isfinite(weight) and weight > 0):
+        who = "an update" if client_id is None else f"client {client_id}'s update"
+        raise RuleError(f"the weight of {who} must be positive and finite, not {weight!r}")
+    return weight
+
+
+class WeightedMean:
+    """A running weighted mean of named tensors: sum_k n_k x_k / sum_k n_k, one update in memory at a time.
+
+    Sums are kept in float64 whatever the senders' dtype, so that many small terms are not lost, and the order of the
+    terms is not seen once the result is rounded.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """Fold one update in.
+
+        Raises:
+            RuleError: if the weight is not positive and finite, names or shapes differ from the first update's, or a
+                tensor is not of floats.
+        """
+        require_weight(weight)
+        if self.count and tensors.keys() != self._sums.keys():
+            odd = min(tensors.keys() ^ self._sums.keys())
+            raise RuleError(f"updates do not hold the same tensors: {odd!r} is in one and not in another")
+        for name, value in tensors.items():
+            if not value.is_floating_point():
+                raise RuleError(f"{name!r} holds {value.dtype}, which has no mean: leave it out of the adapter")
+            if name not in self._sums:
+                self._dtypes[name] = value.dtype
+                self._sums[name] = torch.zeros_like(value, dtype=torch.float64)
+            if value.shape != self._sums[name].shape:
+                raise RuleError(
+                    f"{name!r} has shape {tuple(value.shape)} in one update, {tuple(self._sums[name].shape)} in another"
+                )
+            self._sums[name].add_(value, alpha=weight)
+        self.total += weight
+        self.count += 1
+
+    def result(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The mean, rounded once.
+
+        Args:
+            like: tensors of the names, shapes and dtypes that the result must have; without it, the dtypes are those of
+                the first update.
+
+        Raises:
+            RuleError: if nothing was added, or the updates do not fit `like`.
+        """
+        if not self.count:
+            raise RuleError("there is nothing to average: no client's update was given")
+        if like is not None:
+            if like.keys() != self._sums.keys():
+                odd = min(like.keys() ^ self._sums.keys())
+                side = "clients did not send it" if odd in like else "the global adapter has none"
+                raise RuleError(f"updates do not fit the global adapter: {odd!r} ({side})")
+            for name, value in like.items():
+                if value.shape != self._sums[name].shape:
+                    raise RuleError(
+                        f"updates do not fit the global adapter: {name!r} has shape {tuple(self._sums[name].shape)} "
+                        f"in them, not {tuple(value.shape)}"
+                    )
+        dtypes = self._dtypes if like is None else {name: value.dtype for name, value in like.items()}
+        return {name: (total / self.total).to(dtypes[name]) for name, total in self._sums.items()}
