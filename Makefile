@@ -1,0 +1,73 @@
+# `make run` and `make test` need Python >= 3.11 with pip, and make; they set up the rest in .venv by themselves.
+# Each target's help is the text after its "##".
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup assets fetched run test test-slow check format bench lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make .venv from requirements.lock, and install fedlora into it
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedlora needs Python 3.11 or later, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
+	@# Some distributions ship venv without ensurepip: then the outer pip puts a pip there.
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@echo "installing requirements.lock into $(VENV) (minutes the first time, seconds later)"
+	@$(BIN)/python -m pip install -qq -r requirements.lock
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
+
+assets: setup  ## fetch the quickstart's model and corpus (86 MB, once)
+	@$(BIN)/fedlora assets
+
+fetched: setup
+	@$(BIN)/fedlora assets > /dev/null
+
+run: fetched  ## train the quickstart federation
+	$(BIN)/fedlora run configs/quickstart.toml --overwrite
+
+test: export HF_HUB_OFFLINE := 1
+test: fetched  ## run the fast tests
+	$(PYTEST)
+
+test-slow: export HF_HUB_OFFLINE := 1
+test-slow: fetched  ## run the slow tests: whole runs, processes, larger models
+	$(PYTEST) -m "slow and not gpu"
+
+check: setup  ## linter, formatter, types, and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## let the formatter and the linter's safe fixes change files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: fetched  ## run the benchmarks, one after the other
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+lock:  ## write requirements.lock anew, with the newest versions that pyproject.toml allows
+	rm -rf .cache/lock
+	$(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/python -m pip install --quiet ".[dev]" hatchling editables
+	.cache/lock/bin/python -m pip freeze --all --exclude pip --exclude fedlora | sed 's/+cpu$$//' > requirements.lock
+
+clean:  ## remove .venv, caches and build outputs (runs/ and the fetched assets stay)
+	rm -rf $(VENV) .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

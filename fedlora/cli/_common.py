@@ -1,0 +1,82 @@
+"""What all commands share: the app, argument types, and how an error is said."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.errors import FedloraError
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
+    from fedlora.data import FederatedData
+    from fedlora.training import Workbench
+
+app = typer.Typer(
+    name="fedlora",
+    help="Federated fine-tuning of foundation models with low-rank adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, such as configs/quickstart.toml.")]
+MaybeConfig = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A TOML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. train.lr=0.001. Repeatable."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
+@contextmanager
+def errors_in_one_line(debug: bool) -> Iterator[None]:
+    """Turn a `FedloraError` into one line on standard error and exit status 1."""
+    try:
+        yield
+    except FedloraError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def open_workbench(config: RunConfig) -> Workbench:
+    """The workbench of a config, after its names were checked."""
+    from fedlora.aggregators import load_aggregator
+    from fedlora.training import open_workbench
+
+    load_aggregator(config.strategy.name, config.strategy.fields)  # a wrong name is said before anything is loaded
+    return open_workbench(config)
+
+
+def draw_labels(data: FederatedData, path: Path) -> bool:
+    """Draw who holds which labels, and say whether there are any."""
+    from fedlora.partition import count_values
+    from fedlora.report import plot_labels
+    from fedlora.training.baselines import main_domains
+
+    if data.train.labels is None:
+        return False
+    counts = count_values(data.clients, data.train.labels, len(data.label_names))
+    plot_labels(counts, data.label_names, path, domains=main_domains(data))
+    return True
+
+
+def calm_loggers(debug: bool) -> None:
+    """Flower and PEFT tell their own story on standard error; it is only of use to find an error."""
+    import logging
+
+    if not debug:
+        for name in ("flwr", "datasets", "transformers"):
+            logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,58 @@
+"""`fedlora export`: a run's adapter or merged model, for use without fedlora."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.cli._common import Debug, app, calm_loggers, errors_in_one_line, open_workbench
+from fedlora.errors import RunDirError
+
+if TYPE_CHECKING:
+    from fedlora.aggregators import GlobalState
+    from fedlora.training import Workbench
+
+
+@app.command()
+def export(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="A whole model, with the adapter merged into its weights.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's adapter, or the whole model with it, for use without fedlora."""
+    with errors_in_one_line(debug):
+        from fedlora.rundir import RunDir
+
+        calm_loggers(debug)
+        run_dir = RunDir.open(run_path)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunDirError(f"{str(out)!r} is in the way: name a folder that is new or empty")
+        state = run_dir.latest_checkpoint()
+        if state is None:
+            raise RunDirError(f"{str(run_path)!r} has no checkpoint yet: go on with fedlora run --resume {run_path}")
+        if not merge and run_dir.finished:
+            import shutil
+
+            shutil.copytree(run_dir.adapter_dir, out, dirs_exist_ok=True)
+        else:
+            bench = open_workbench(run_dir.config)
+            _write_model(bench, state, out, merge)
+        what = "model" if merge else "adapter"
+        typer.echo(f"the {what} of round {state.round} is in {out}")
+
+
+def _write_model(bench: Workbench, state: GlobalState, out: Path, merge: bool) -> None:
+    from fedlora.aggregators import equivalent_adapter
+    from fedlora.model import save_adapter, save_merged
+
+    if merge:
+        save_merged(bench.base, state.adapter, state.merges, out)
+        return
+    adapter, error = equivalent_adapter(state, bench.config.adapter.export_rank or sys.maxsize)
+    save_adapter(bench.base, adapter, out, {"rounds": str(state.round), "relative_error": repr(error)})

@@ -1,0 +1,74 @@
+"""`fedlora partition`: look at who holds what before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedlora.cli._common import Config, Debug, Overrides, app, calm_loggers, draw_labels, errors_in_one_line
+from fedlora.errors import ConfigError
+
+MOST_LABELS = 8
+"""With more there is no column for each."""
+
+
+@app.command()
+def partition(
+    config_path: Config,
+    overrides: Overrides = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", "-o", metavar="PNG", help="Draw the clients' labels here.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show how a config divides the data over the clients, without training."""
+    with errors_in_one_line(debug):
+        from rich.console import Console
+        from rich.table import Table
+
+        from fedlora.config import load_config
+        from fedlora.data import load_data
+        from fedlora.data.describe import describe_partition
+        from fedlora.training.baselines import main_domains
+
+        calm_loggers(debug)
+        console = Console()
+        config = load_config(config_path, overrides or [])
+        with console.status(f"loading {config.data.source}"):
+            data = load_data(config)
+        facts = describe_partition(data)
+        domains, counts = main_domains(data), facts.get("label_counts")
+        names = facts.get("label_names", ())
+        shown = names if len(names) <= MOST_LABELS else ()
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        table.add_column("client", justify="right")
+        if domains is not None:
+            table.add_column("domain")
+        for title in ("examples", *shown, *(("label entropy",) if counts is not None else ())):
+            table.add_column(title, justify="right")
+        for k, size in enumerate(facts["sizes"]):
+            cells = [str(k), *([domains[k]] if domains is not None else []), str(size)]
+            if counts is not None:
+                cells += [str(count) for count in counts[k]] if shown else []
+                cells.append(f"{facts['label_entropy'][k]:.2f} bits")
+            table.add_row(*cells)
+        console.print(table, highlight=False)
+        console.print("\n" + "\n".join(_summary(facts)), highlight=False, soft_wrap=True)
+        if picture is not None:
+            if not draw_labels(data, picture):
+                raise ConfigError("this task has no labels to draw: leave --picture out")
+            console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+
+
+def _summary(facts: Mapping[str, Any]) -> Iterator[str]:
+    sizes = facts["sizes"]
+    spread = f"{min(sizes)} to {max(sizes)} on a client"
+    yield f"{len(sizes)} clients, {sum(sizes)} training examples ({spread}), {facts['test_size']} to test"
+    if facts["dropped"]:
+        yield f"{facts['dropped']} examples are on no client: {facts['note']}"
+    for what in ("label", "domain"):
+        if f"{what}_js_divergence" in facts:
+            yield f"mean Jensen-Shannon divergence of the {what}s: {facts[f'{what}_js_divergence']:.3f} bits"

@@ -1,0 +1,149 @@
+"""`fedlora run`: train a federation in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.cli._common import (
+    Debug,
+    MaybeConfig,
+    Overrides,
+    app,
+    calm_loggers,
+    draw_labels,
+    errors_in_one_line,
+    open_workbench,
+)
+from fedlora.errors import ConfigError, FedloraError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedlora.config import RunConfig
+    from fedlora.progress import Progress
+    from fedlora.rundir import RunDir
+    from fedlora.terminal import Terminal
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+
+@app.command()
+def run(
+    config_path: MaybeConfig = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume", metavar="DIR", help="Go on with the run in this folder, to round N if --set rounds=N."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also train each client alone, and on all data in one place (slow).")
+    ] = False,
+    baseline_clients: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Train only N clients alone, taken evenly from the domains."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the table at the end.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a federation in this process and write everything to runs/NAME."""
+    with errors_in_one_line(debug):
+        from rich.console import Console
+
+        from fedlora.terminal import Terminal
+
+        calm_loggers(debug)
+        console = Console()
+        config, run_dir = _which_run(config_path, overrides or [], resume, overwrite)
+        try:
+            with Terminal(console, quiet=quiet) as terminal:
+                terminal.doing(f"loading {config.model.name} and {config.data.source}")
+                run_dir = _run(config, run_dir, terminal, overwrite)
+                if baselines:
+                    _baselines(config, run_dir, baseline_clients, terminal)
+        except KeyboardInterrupt:
+            path = run_dir.path if run_dir else Path(config.output) / config.name
+            again = (
+                f"go on with: fedlora run --resume {path}" if (path / "config.toml").is_file() else "nothing was kept"
+            )
+            typer.echo(f"stopped; {again}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        _show_outcome(console, run_dir)
+
+
+def _which_run(
+    config_path: Path | None, overrides: list[str], resume: Path | None, overwrite: bool
+) -> tuple[RunConfig, RunDir | None]:
+    """The config, and the run to go on with, if any."""
+    from fedlora.config import load_config
+    from fedlora.rundir import RunDir
+
+    if resume is None:
+        if config_path is None:
+            raise ConfigError("say what to run: fedlora run CONFIG, or fedlora run --resume runs/NAME")
+        return load_config(config_path, overrides), None
+    if overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite starts it again: give one of them")
+    RunDir.open(resume)  # says if there is no run, before anything is said about its config
+    config = load_config(config_path or resume / "config.toml", overrides)
+    return config, RunDir.open(resume, config)
+
+
+def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrite: bool) -> RunDir:
+    from fedlora.rundir import RunDir
+
+    if run_dir is not None and run_dir.finished:
+        progress.message(f"{run_dir.path} is finished: nothing is left to train")
+        return run_dir
+    resume = run_dir is not None
+    if not (resume or overwrite):
+        RunDir.check_free(config)
+    bench = open_workbench(config)  # before an earlier run is removed: the config may turn out to be wrong
+    run_dir = run_dir or RunDir.create(config, overwrite=overwrite)
+
+    from fedlora.flower import run_local
+    from fedlora.report import plot_accuracy
+
+    try:
+        draw_labels(bench.data, run_dir.path / "labels.png")
+        run_local(config, run_dir, progress, resume=resume)
+    except FedloraError:
+        run_dir.discard_if_empty()
+        raise
+    plot_accuracy(run_dir.read_metrics(), run_dir.path / "accuracy.png")
+    return run_dir
+
+
+def _baselines(config: RunConfig, run_dir: RunDir, number: int | None, terminal: Terminal) -> None:
+    from fedlora.training.baselines import centralised, local_only, main_domains, spread_over_domains
+
+    bench = open_workbench(config)
+    everyone = len(bench.data.clients)
+    chosen = spread_over_domains(main_domains(bench.data), everyone, number or everyone)
+    if len(chosen) < everyone:
+        terminal.message(f"local-only: {len(chosen)} of {everyone} clients: {', '.join(map(str, chosen))}")
+    terminal.doing("training clients alone")
+    alone = local_only(bench, chosen, report=terminal.message)
+    terminal.doing("training on all data in one place")
+    seen = [row.get("examples_seen") for record in run_dir.read_metrics() for row in record.get("clients", {}).values()]
+    known = int(sum(seen)) if seen and None not in seen else None
+    run_dir.write_json(
+        "baselines.json", {"local_only": alone, "centralised": centralised(bench, known, report=terminal.message)}
+    )
+
+
+def _show_outcome(console: Console, run_dir: RunDir) -> None:
+    from fedlora.terminal import outcome_table, totals
+
+    records = run_dir.read_metrics()
+    console.print()
+    console.print(outcome_table(records, run_dir.read_json("baselines.json"), console.width))
+    console.print()
+    console.print(totals(records), highlight=False, soft_wrap=True)
+    console.print(f"files: {run_dir.path} (adapter/ is in PEFT's format)", highlight=False, soft_wrap=True)

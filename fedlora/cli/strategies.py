@@ -1,0 +1,82 @@
+"""`fedlora strategies`: what rules there are, and what they cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedlora.cli._common import Debug, MaybeConfig, Overrides, app, calm_loggers, errors_in_one_line
+from fedlora.errors import FedloraError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedlora.config import RunConfig
+
+
+@app.command()
+def strategies(config_path: MaybeConfig = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """List the aggregation rules: paper, claims, config fields, and what a client sends and receives in a round."""
+    with errors_in_one_line(debug):
+        import dataclasses
+
+        from rich.console import Console
+        from rich.padding import Padding
+        from rich.text import Text
+
+        from fedlora.aggregators import rules
+        from fedlora.config import RunConfig, load_config
+
+        calm_loggers(debug)
+        console = Console()
+        config = load_config(config_path, overrides or []) if config_path else RunConfig()
+        sizes = _traffic(config, console)
+        for name, cls in rules().items():
+            console.print(Text(name, style="bold"))
+            lines = [(cls.__doc__ or "").strip().splitlines()[0], cls.paper]
+            claims = [claim.name.lower().replace("_", " ") for claim in cls.claims if claim.name]
+            lines.append("claims: " + (", ".join(claims) or "none"))
+            fields = [_field(field) for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+            lines.append("fields: " + (", ".join(fields) or "none"))
+            lines.append(sizes.get(name, ""))
+            console.print(Padding(Text("\n".join(line for line in lines if line)), (0, 0, 1, 4), expand=False))
+
+
+def _field(field: Any) -> str:
+    import dataclasses
+
+    return field.name if field.default is dataclasses.MISSING else f"{field.name} = {field.default!r}"
+
+
+def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
+    """For each rule one line on its bytes with the model, ranks and clients of a config."""
+    from fedlora.aggregators import load_aggregator, rules
+    from fedlora.errors import AssetError
+    from fedlora.progress import format_bytes
+    from fedlora.traffic import measure_traffic
+    from fedlora.training import open_workbench
+
+    try:
+        with console.status(f"loading {config.model.name}"):
+            bench = open_workbench(config)
+    except AssetError as error:
+        console.print(f"(no sizes: {error})\n", style="dim", highlight=False)
+        return {}
+    initial = bench.base.initial_adapter(config.seed)
+    number = len(bench.data.clients)
+    asked = config.server.clients_per_round or max(1, round(config.server.fraction * number))
+    ranks = config.clients.ranks or (config.adapter.rank,)
+    layouts = [bench.base.layout(ranks[k % len(ranks)]) for k in range(asked)]
+    about = f"{config.model.name}, rank {'/'.join(map(str, ranks))}, {asked} clients a round"
+    console.print(f"bytes for one client in one round, with {about}\n", style="dim", highlight=False, soft_wrap=True)
+    lines = {}
+    for name in rules():
+        fields = config.strategy.fields if name == config.strategy.name else {}
+        try:
+            found = measure_traffic(load_aggregator(name, fields), initial, layouts)
+        except FedloraError as error:
+            lines[name] = f"not with this config: {error}"
+            continue
+        lines[name] = f"bytes: sends {format_bytes(found.up)}, receives {format_bytes(found.down)}"
+        if round(found.first_down) != round(found.down):
+            lines[name] += f" ({format_bytes(found.first_down)} in the first round)"
+    return lines

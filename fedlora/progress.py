@@ -1,0 +1,183 @@
+"""How a run tells its watcher what it is doing, and the lines of text that say it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedlora.config import RunConfig
+
+
+class Progress(Protocol):
+    """What a run tells while it goes on. Calls come from one thread, in the order of the run."""
+
+    def started(self, config: RunConfig, clients: int, rounds: int) -> None:
+        """The run begins (or goes on) with so many clients, up to round `rounds`."""
+
+    def round_started(self, number: int, asked: Sequence[int]) -> None:
+        """A round begins; these clients are asked."""
+
+    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
+        """One client answered; if it was refused, or is missing, `note` says why."""
+
+    def round_ended(self, record: Mapping[str, Any]) -> None:
+        """A round is over (round 0: the evaluation before training); this is its line of metrics."""
+
+    def message(self, text: str) -> None:
+        """Anything else worth a line."""
+
+
+class NoProgress:
+    """Tells nobody."""
+
+    def started(self, config: RunConfig, clients: int, rounds: int) -> None:
+        """Do nothing."""
+
+    def round_started(self, number: int, asked: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
+        """Do nothing."""
+
+    def round_ended(self, record: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def message(self, text: str) -> None:
+        """Do nothing."""
+
+
+def _to_stdout(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+class PlainProgress:
+    """One line a round, for logs and for servers.
+
+    Args:
+        write: takes each line, without its newline; None: standard output.
+        width: columns that a line may have.
+    """
+
+    def __init__(self, write: Callable[[str], None] | None = None, width: int = 100) -> None:
+        self._write = write or _to_stdout
+        self._width = width
+        self._columns: Columns | None = None
+
+    def started(self, config: RunConfig, clients: int, rounds: int) -> None:
+        """One line on what runs."""
+        self._write(headline(config, clients, rounds))
+
+    def round_started(self, number: int, asked: Sequence[int]) -> None:
+        """Nothing: the line comes at the end of the round."""
+
+    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
+        """A line for a reply that was not used."""
+        if not ok:
+            self._write(f"round {number}: client {client_id} left out: {note}")
+
+    def round_ended(self, record: Mapping[str, Any]) -> None:
+        """The round's line, under a header before the first."""
+        if self._columns is None:
+            self._columns = Columns.of(record, self._width)
+            self._write(self._columns.header())
+        self._write(self._columns.row(record))
+
+    def message(self, text: str) -> None:
+        """The text."""
+        self._write(text)
+
+
+def headline(config: RunConfig, clients: int, rounds: int) -> str:
+    """What runs, in one line."""
+    split = f"{clients} client{'s' * (clients != 1)} ({config.partition.name})"
+    return f"{config.name}: {config.strategy.name}, {config.model.name}, {split}, {rounds} rounds"
+
+
+# ---------------------------------------------------------------------------------------------- figures as text
+
+
+NOT_METRICS = {
+    *("round", "asked", "answered", "refused", "missing", "clients", "rule", "domains", "aggregation_error"),
+    *("loss", "train_loss", "bytes_up", "bytes_down", "seconds", "seconds_train", "seconds_evaluate"),
+}
+
+
+def main_metric(record: Mapping[str, Any]) -> str:
+    """The name of the figure that an evaluated round reports: accuracy where there is one."""
+    names = [name for name, value in record.items() if name not in NOT_METRICS and isinstance(value, int | float)]
+    return "accuracy" if "accuracy" in names or not names else names[0]
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """Shares as percentages, everything else with four digits; "-" for what was not measured."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}%" if name in ("accuracy", "f1", "macro_f1", "exact_match") else f"{value:.4g}"
+
+
+def format_bytes(count: float) -> str:
+    """With a decimal unit: 1.2 MB is 1 200 000 bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.95 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds, or minutes and seconds, or hours and minutes."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of the table of rounds.
+
+    Args:
+        metric: name of the main figure.
+        domains: those that have a column.
+        hidden: how many had no room.
+    """
+
+    metric: str
+    domains: tuple[str, ...] = ()
+    hidden: int = 0
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], width: int) -> Columns:
+        """Columns for an evaluated round, as many domains as `width` has room for."""
+        metric, domains = main_metric(record), list(record.get("domains", {}))
+        shown = len(domains)
+        while shown and len(cls(metric, tuple(domains[:shown]), len(domains) - shown).header()) > width:
+            shown -= 1
+        return cls(metric, tuple(domains[:shown]), len(domains) - shown)
+
+    def header(self) -> str:
+        """The names over the columns."""
+        more = [f"(+{self.hidden} more)"] if self.hidden else []
+        names = [*more, "train loss", "traffic", "time"]
+        return self._join(["round", self.metric, *self.domains, *names])
+
+    def row(self, record: Mapping[str, Any]) -> str:
+        """One round's line."""
+        domains = record.get("domains", {})
+        cells = [str(record["round"]), format_metric(self.metric, record.get(self.metric))]
+        cells += [format_metric(self.metric, domains.get(name, {}).get(self.metric)) for name in self.domains]
+        cells += [""] if self.hidden else []
+        loss, seconds = record.get("train_loss"), record.get("seconds")
+        traffic = record.get("bytes_up", 0) + record.get("bytes_down", 0)
+        cells.append("-" if loss is None else f"{loss:.3f}")
+        cells.append(format_bytes(traffic) if "bytes_up" in record else "-")
+        cells.append("-" if seconds is None else format_seconds(seconds))
+        return self._join(cells)
+
+    def _join(self, cells: Sequence[str]) -> str:
+        more = [len(f"(+{self.hidden} more)")] if self.hidden else []
+        widths = [5, max(6, len(self.metric)), *(max(6, len(name)) for name in self.domains), *more, 10, 8, 8]
+        return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))

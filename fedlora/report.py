@@ -1,0 +1,248 @@
+"""Pictures of a run. The same figures give the same bytes.
+
+Colours are Okabe and Ito's eight, which people with any kind of colour blindness can tell apart; lines also carry
+their names and values at their ends, so that nothing has to be looked up in a legend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from fedlora.errors import FedloraError
+from fedlora.progress import format_metric, main_metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+DARK = ("#5B5B5B", "#7A4FA3", "#8A6000", "#00566E", "#9C2A5B")
+"""For small coloured letters on white, none like the first colours above, which bars may have at the same time."""
+INK, FAINT = "#222222", "#D9D9D9"
+DPI = 150
+MOST_LINES, MOST_BARS = 8, 7
+"""More domains than lines can be told apart are left out; more labels than colours become a heat map."""
+
+
+def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
+    """The main figure after each round, over the whole test set (thick) and for each domain, from the base model on.
+
+    Args:
+        records: lines of metrics.jsonl; rounds without an evaluation are passed over.
+        path: of the PNG.
+        title: above the picture; "" for none.
+
+    Raises:
+        FedloraError: no round was evaluated.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    metric = main_metric(records[0]) if records else "accuracy"
+    evaluated = [record for record in records if record.get(metric) is not None]
+    if not evaluated:
+        raise FedloraError(f"there is no {metric} to draw: run at least one evaluated round")
+    percent = format_metric(metric, 0.5).endswith("%")
+    unit = 100.0 if percent else 1.0
+    rounds = [record["round"] for record in evaluated]
+    figure, axes = _figure(7.6, 4.2)
+    ends: list[tuple[float, str, str, bool]] = []
+    for number, name in enumerate(list(evaluated[-1].get("domains", {}))[:MOST_LINES]):
+        found = [(r["round"], r["domains"][name][metric]) for r in evaluated if name in r.get("domains", {})]
+        values = [unit * value for _, value in found]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot([r for r, _ in found], values, color=colour, lw=1.4, marker="o", ms=3, zorder=2)
+        ends.append((values[-1], f"{name} {format_metric(metric, found[-1][1])}", colour, False))
+    whole = [unit * record[metric] for record in evaluated]
+    axes.plot(rounds, whole, color=INK, lw=3.2, marker="o", ms=5, zorder=3, solid_capstyle="round")
+    ends.append((whole[-1], f"all {format_metric(metric, evaluated[-1][metric])}", INK, True))
+    _room_above_and_below(axes)
+    _label_ends(axes, rounds[-1], ends)
+    if rounds[0] == 0:
+        below = len(whole) < 2 or whole[1] > whole[0]
+        axes.annotate(
+            f"base model {format_metric(metric, evaluated[0][metric])}",
+            (0, whole[0]),
+            xytext=(8, -16 if below else 12),
+            textcoords="offset points",
+            color=INK,
+            fontsize=9.5,
+            fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
+            zorder=4,
+        )
+    axes.set_xlabel("round of federated training (round 0: no training yet)")
+    axes.set_ylabel(f"{metric.replace('_', ' ')} on the test set{', in %' if percent else ''}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color=FAINT, lw=0.7)
+    axes.spines["bottom"].set_bounds(rounds[0], rounds[-1])
+    if title:
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+    return _save(figure, path)
+
+
+def plot_labels(
+    counts: Int[np.ndarray, "clients labels"],
+    label_names: Sequence[str],
+    path: str | Path,
+    *,
+    domains: Sequence[str] | None = None,
+    title: str = "",
+) -> Path:
+    """How many examples of each label every client has.
+
+    Args:
+        counts: examples by client and label.
+        label_names: one for each column.
+        path: of the PNG.
+        domains: of each client, where clients have one: named and coloured at its row.
+        title: above the picture; "" for none.
+
+    Raises:
+        FedloraError: there are no clients, or the names do not fit the counts.
+    """
+    counts = np.asarray(counts)
+    if counts.ndim != 2 or not counts.size or counts.shape[1] != len(label_names):
+        raise FedloraError(f"label counts {counts.shape} do not fit {len(label_names)} label names")
+    if domains is not None and len(domains) != len(counts):
+        raise FedloraError(f"{len(domains)} domains do not fit {len(counts)} clients")
+    clients = len(counts)
+    figure, axes = _figure(7.6, min(9.0, 1.5 + max(0.26 * clients, 1.0)))
+    (_bars if len(label_names) <= MOST_BARS else _heat)(figure, axes, counts, label_names)
+    step = max(1, int(np.ceil(clients / 32)))
+    rows = list(range(0, clients, step))
+    names = [f"{domains[k]}  {k}" if domains is not None and step == 1 else str(k) for k in rows]
+    axes.set_yticks(rows, names, fontsize=9 if clients <= 24 else 7)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(clients - 0.4, -0.6)
+    axes.set_ylabel("client")
+    if domains is not None:
+        _paint_domains(axes, domains, rows)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    return _save(figure, path)
+
+
+def _bars(figure: Figure, axes: Axes, counts: np.ndarray, label_names: Sequence[str]) -> None:
+    left = np.zeros(len(counts))
+    for label, name in enumerate(label_names):
+        axes.barh(range(len(counts)), counts[:, label], left=left, height=0.8, color=COLOURS[label], label=name)
+        left += counts[:, label]
+    if len(counts) <= 24:
+        for row, total in enumerate(left):
+            axes.annotate(
+                f"{total:.0f}", (total, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5
+            )
+    axes.set_xlabel("training examples")
+    axes.set_xlim(0, max(1.0, left.max() * 1.08))
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside upper right",
+        ncols=len(label_names),
+        frameon=False,
+        fontsize=9.5,
+        handlelength=1.0,
+        handleheight=1.0,
+    )
+
+
+def _heat(figure: Figure, axes: Axes, counts: np.ndarray, label_names: Sequence[str]) -> None:
+    image = axes.imshow(counts, aspect="auto", cmap="Blues", interpolation="nearest", vmin=0)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("training examples")
+    bar.outline.set_visible(False)
+    step = max(1, int(np.ceil(len(label_names) / 24)))
+    columns = range(0, len(label_names), step)
+    slanted = max(len(name) for name in label_names) > 3
+    axes.set_xticks(columns, [label_names[k] for k in columns], rotation=60 if slanted else 0, fontsize=8)
+    axes.tick_params(axis="x", length=0)
+    for tick in axes.get_xticklabels():
+        tick.set_horizontalalignment("right" if slanted else "center")
+    axes.set_xlabel("label")
+
+
+def _paint_domains(axes: Axes, domains: Sequence[str], rows: Sequence[int]) -> None:
+    colours = {name: DARK[k % len(DARK)] for k, name in enumerate(dict.fromkeys(domains))}
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_color(colours[domains[row]])
+        tick.set_fontweight("bold")
+    for row in range(1, len(domains)):
+        if domains[row] != domains[row - 1]:
+            axes.axhline(row - 0.5, color=FAINT, lw=0.8, zorder=0)
+
+
+# ---------------------------------------------------------------------------------------------- common
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of its own, without pyplot: no global state, no window system."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#888888")
+    axes.tick_params(colors="#444444", labelsize=9.5, left=False)
+    axes.xaxis.label.set_color("#444444")
+    axes.yaxis.label.set_color("#444444")
+    return figure, axes
+
+
+def _room_above_and_below(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.06 * (high - low), high + 0.04 * (high - low))
+
+
+def _label_ends(axes: Axes, last: float, ends: list[tuple[float, str, str, bool]]) -> None:
+    """Names at the right ends of the lines, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap = (high - low) * 0.062
+    places = spread([value for value, *_ in ends], gap)
+    for place, (value, text, colour, bold) in zip(places, ends, strict=True):
+        axes.annotate(
+            text,
+            (last, value),
+            xytext=(1.025, (place - low) / (high - low)),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=11 if bold else 9.5,
+            fontweight="bold" if bold else "normal",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
+        )
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Places as near to `values` as they can be with `gap` between neighbours, in the same order.
+
+    Least squares under the order: subtract the gaps, pool neighbours that are out of order, add the gaps again.
+    """
+    order = sorted(range(len(values)), key=lambda k: values[k])
+    blocks: list[tuple[float, int]] = []
+    for number, k in enumerate(order):
+        mean, size = values[k] - number * gap, 1
+        while blocks and blocks[-1][0] >= mean:
+            before, count = blocks.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        blocks.append((mean, size))
+    flat = [mean for mean, size in blocks for _ in range(size)]
+    places = [0.0] * len(values)
+    for number, k in enumerate(order):
+        places[k] = flat[number] + number * gap
+    return places
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    # matplotlib writes its version into the file otherwise, and nothing else that changes.
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path

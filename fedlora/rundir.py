@@ -1,0 +1,350 @@
+"""Everything that a run writes, in one folder.
+
+```
+runs/<name>/
+  config.toml           the resolved config, every key
+  environment.json      versions, processor, threads, kernels, seed, commit
+  partition.json        sizes and label counts of the clients
+  metrics.jsonl         one line a round; round 0 is the evaluation before training
+  checkpoints/          the last two states, <round>.safetensors
+  merges/               changes of the base, <since>-<version>.safetensors, each written once
+  adapter/              the final adapter, in PEFT's format
+  result.json           written last: a run that has it is finished
+  baselines.json, *.png
+```
+
+A file appears whole or not at all. In a round the line of metrics is written first and the checkpoint after it, so
+that a checkpoint is never ahead of the metrics; a resume cuts the metrics back to its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.aggregators import GlobalState, Merge
+from fedlora.config import RunConfig, load_config
+from fedlora.environment import describe_environment
+from fedlora.errors import ConfigError, RunDirError, nearest
+from fedlora.progress import NoProgress, PlainProgress, Progress
+from fedlora.state_io import (
+    flatten_merge,
+    flatten_state,
+    pack,
+    sync_folder,
+    unflatten_merge,
+    unflatten_state,
+    unpack,
+    write_atomically,
+)
+
+__all__ = ["NoProgress", "PlainProgress", "Progress", "RunDir"]
+
+KEPT_CHECKPOINTS = 2
+"""The last one, and the one before it in case the last is lost to a bad disk."""
+
+MAY_DIFFER = ("output", "rounds", "runtime")
+"""Config keys that a resume may change: where the run is, how far it goes, and on what machine."""
+
+
+class RunDir:
+    """One run's folder. Make one with `create` or `open`."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self._merges: dict[str, Merge] = {}  # what is known to be in merges/, by file name
+
+    @classmethod
+    def create(cls, config: RunConfig, root: str | Path | None = None, *, overwrite: bool = False) -> RunDir:
+        """Make the folder of a new run and write its config and environment.
+
+        Args:
+            config: resolved; its `name` is the folder's name.
+            root: the folder to make it in; None: `config.output`.
+            overwrite: remove an earlier run of that name first.
+
+        Raises:
+            RunDirError: the folder is there, with an earlier run or with something else.
+            ConfigError: the run's name cannot be a folder's name.
+        """
+        path = _path_of(config, root)
+        run = cls(path, config)
+        run._make_way(overwrite)
+        path.mkdir(parents=True)
+        write_atomically(path / "config.toml", config.to_toml().encode())
+        run.write_json("environment.json", describe_environment(config))
+        return run
+
+    @classmethod
+    def check_free(cls, config: RunConfig, root: str | Path | None = None) -> None:
+        """Raise what `create` would raise because of an earlier run; changes nothing."""
+        cls(_path_of(config, root), config)._refuse_if_taken()
+
+    @classmethod
+    def open(cls, path: str | Path, config: RunConfig | None = None) -> RunDir:
+        """A run that is there. Changes nothing in it.
+
+        Args:
+            path: of its folder.
+            config: what the caller means to go on with; must be the run's own (but for `MAY_DIFFER`).
+
+        Raises:
+            RunDirError: there is no run, its config is another (the message says which keys differ), or it has done
+                more rounds than `config` asks for.
+        """
+        path = Path(path)
+        if not (path / "config.toml").is_file():
+            others = [str(found.parent) for found in path.parent.glob("*/config.toml")]
+            raise RunDirError(f"there is no run in {str(path)!r}; {nearest(str(path), others)}")
+        written = load_config(path / "config.toml")
+        if config is not None:
+            changed = [key for key in _different_keys(written, config) if key.split(".")[0] not in MAY_DIFFER]
+            if changed:
+                raise RunDirError(
+                    f"{str(path)!r} was started with another config: {_both(written, config, changed)}; "
+                    "resume with the config that it has, or start a new run with --set name=..."
+                )
+        run = cls(path, config or written)
+        if config is not None and (done := run.rounds_done) > config.rounds:
+            raise RunDirError(
+                f"{str(path)!r} has done {done} rounds and rounds = {config.rounds}: give {done} or more, "
+                "or start a new run with --set name=..."
+            )
+        return run
+
+    @property
+    def rounds_done(self) -> int:
+        """How many rounds were completed."""
+        found, result = self._list_checkpoints(), self.read_json("result.json") or {"rounds": 0}
+        return max(int(result["rounds"]), int(found[-1].stem) if found else 0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end, that of the config it was opened with."""
+        return (self.path / "result.json").is_file() and self.rounds_done >= self.config.rounds
+
+    @property
+    def adapter_dir(self) -> Path:
+        """Where the final adapter goes, in PEFT's format."""
+        return self.path / "adapter"
+
+    # ------------------------------------------------------------------------------------------ small files
+
+    def write_json(self, name: str, value: object) -> Path:
+        """Write `value` to file `name`, indented, atomically."""
+        text = json.dumps(_plain(value), indent=2, allow_nan=False)
+        write_atomically(self.path / name, (text + "\n").encode())
+        return self.path / name
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote, or None where there is no such file."""
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunDirError(f"{str(self.path / name)!r} is damaged ({error}); remove it or the run") from None
+
+    def note_environment(self, **facts: object) -> None:
+        """Add facts that are only known later, such as the kernels that were chosen."""
+        self.write_json("environment.json", {**(self.read_json("environment.json") or {}), **facts})
+
+    # ------------------------------------------------------------------------------------------ metrics
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line and wait until it is on disk. Numbers that are not finite are written as null."""
+        line = json.dumps(_plain(record), allow_nan=False) + "\n"
+        with self._metrics.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines, oldest first; a last line that a kill cut short is left out."""
+        try:
+            lines = self._metrics.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        lines.pop()  # what follows the last newline: nothing, or a line that was cut short
+        records: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                raise RunDirError(f"line {number} of {str(self._metrics)!r} is damaged: remove that line") from None
+        return records
+
+    def truncate_metrics(self, last_round: int) -> None:
+        """Forget the rounds after `last_round`, and a line that was cut short."""
+        kept = [record for record in self.read_metrics() if record["round"] <= last_round]
+        write_atomically(self._metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def save_checkpoint(self, state: GlobalState) -> Path:
+        """Write the state after a round; call it after that round's `append_metrics`.
+
+        Merges that are not on disk yet are written first, each to a file of its own; of the checkpoints the last two
+        are kept, and of the merges those that they name.
+        """
+        for merge in state.merges:
+            name = _merge_name(merge.since, merge.version)
+            if self._merges.get(name) is not merge:
+                write_atomically(self.path / "merges" / name, pack(*flatten_merge(merge)))
+                self._merges[name] = merge
+        path = self._checkpoints / f"{state.round:06d}.safetensors"
+        write_atomically(path, pack(*flatten_state(state, merges=False)))
+        self._clean()
+        return path
+
+    def latest_checkpoint(self) -> GlobalState | None:
+        """The newest state, or None before the first one. Changes nothing.
+
+        Raises:
+            RunDirError: a file is damaged; the message says which one to remove.
+        """
+        found = self._list_checkpoints()
+        if not found:
+            return None
+        tensors, meta = self._read(found[-1], "remove it to go on from the checkpoint before it")
+        return unflatten_state(tensors, meta, self._read_merge)
+
+    def resume(self) -> GlobalState | None:
+        """Make the folder ready to go on: `latest_checkpoint`, the metrics cut back to its round, the config of now.
+
+        Returns:
+            The state to go on from, or None where no round was completed (start from the beginning).
+        """
+        state = self.latest_checkpoint()
+        self.truncate_metrics(-1 if state is None else state.round)
+        (self.path / "result.json").unlink(missing_ok=True)
+        write_atomically(self.path / "config.toml", self.config.to_toml().encode())
+        resumed = (self.read_json("environment.json") or {}).get("resumed", [])
+        here = {"round": 0 if state is None else state.round, **describe_environment(self.config)}
+        self.note_environment(resumed=[*resumed, here])
+        return state
+
+    def _list_checkpoints(self) -> list[Path]:
+        return sorted(path for path in self._checkpoints.glob("*.safetensors") if not path.name.startswith("."))
+
+    def _read(self, path: Path, cure: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        try:
+            return unpack(path.read_bytes())
+        except FileNotFoundError:
+            raise RunDirError(f"{str(path)!r} is missing; {cure}") from None
+        except RunDirError as error:
+            raise RunDirError(f"{str(path)!r} is damaged ({error}); {cure}") from None
+
+    def _read_merge(self, since: int, version: int) -> Merge:
+        name = _merge_name(since, version)
+        if name not in self._merges:
+            tensors, meta = self._read(self.path / "merges" / name, "start the run again with --overwrite")
+            self._merges[name] = unflatten_merge(tensors, meta)
+        return self._merges[name]
+
+    def _clean(self) -> None:
+        found = self._list_checkpoints()
+        for path in found[:-KEPT_CHECKPOINTS]:
+            path.unlink()
+        sync_folder(self._checkpoints)
+        if not (self.path / "merges").is_dir():
+            return
+        named: set[str] = set()
+        for path in found[-KEPT_CHECKPOINTS:]:
+            _, meta = self._read(path, "remove it")
+            named.update(_merge_name(entry["since"], entry["version"]) for entry in meta["merges"])
+        for path in (self.path / "merges").glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink()
+                self._merges.pop(path.name, None)
+
+    # ------------------------------------------------------------------------------------------ an earlier run
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder again if the run did not get as far as its first figures."""
+        if not self._metrics.exists() and not self._checkpoints.exists():
+            shutil.rmtree(self.path)
+
+    def _make_way(self, overwrite: bool) -> None:
+        if not overwrite:
+            self._refuse_if_taken()
+        self._refuse_if_foreign()
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    def _refuse_if_foreign(self) -> None:
+        """Whatever is no run's is not touched, even where overwriting was asked for."""
+        path = self.path
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise RunDirError(f"{str(path)!r} is in the way and is no folder: choose another name with --set name=...")
+        if path.exists() and any(path.iterdir()) and not (path / "config.toml").is_file():
+            raise RunDirError(f"{str(path)!r} holds other files than a run's: choose another name with --set name=...")
+
+    def _refuse_if_taken(self) -> None:
+        path = self.path
+        self._refuse_if_foreign()
+        if not (path / "config.toml").is_file():
+            return
+        if (path / "result.json").is_file():
+            raise RunDirError(f"{str(path)!r} holds a finished run: --overwrite it, or choose --set name=...")
+        raise RunDirError(
+            f"{str(path)!r} holds an unfinished run: go on with --resume {path}, --overwrite it, "
+            "or choose --set name=..."
+        )
+
+
+def _path_of(config: RunConfig, root: str | Path | None) -> Path:
+    if config.name in ("", ".", "..") or any(mark in config.name for mark in ("/", "\\", "\0")):
+        raise ConfigError(f"name {config.name!r} must be a plain folder name: letters, digits, '-', '_' and '.'")
+    return Path(config.output if root is None else root) / config.name
+
+
+def _merge_name(since: int, version: int) -> str:
+    return f"{since:06d}-{version:06d}.safetensors"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN, no infinity and no numbers of numpy or torch."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes):
+        return [_plain(inner) for inner in (value if isinstance(value, Sequence) else sorted(value))]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out.update(_flat(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def _different_keys(left: RunConfig, right: RunConfig) -> list[str]:
+    one, other = _flat(left.model_dump(mode="json")), _flat(right.model_dump(mode="json"))
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+
+def _both(left: RunConfig, right: RunConfig, keys: Sequence[str]) -> str:
+    one, other = _flat(left.model_dump(mode="json")), _flat(right.model_dump(mode="json"))
+    return ", ".join(f"{key} was {one.get(key)!r} and is now {other.get(key)!r}" for key in keys)

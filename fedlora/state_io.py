@@ -1,0 +1,196 @@
+"""States as flat named tensors and JSON, and back, exactly: what checkpoints and messages are made of.
+
+Tensor names are `A/<module>`, `B/<module>` and `dense/<name>`, so that no module can be called like a dense parameter.
+Order, scales and numbers are in the JSON part. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import AdapterState, LoraPair
+from fedlora.aggregators import GlobalState, Merge
+from fedlora.errors import RunDirError
+
+Meta = dict[str, Any]
+"""What JSON can hold."""
+
+
+# ---------------------------------------------------------------------------------------------- flat and back
+
+
+def flatten_adapter(state: AdapterState, prefix: str = "") -> tuple[dict[str, Tensor], Meta]:
+    """An adapter as tensors by name and a JSON part with its modules' order and scales.
+
+    Args:
+        state: is not copied: the tensors are its own.
+        prefix: goes before every tensor's name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, pair in state.pairs.items():
+        tensors[f"{prefix}A/{name}"] = pair.A
+        tensors[f"{prefix}B/{name}"] = pair.B
+    tensors.update({f"{prefix}dense/{name}": value for name, value in state.dense.items()})
+    return tensors, {"scales": {name: pair.scale for name, pair in state.pairs.items()}, "dense": list(state.dense)}
+
+
+def unflatten_adapter(tensors: Mapping[str, Tensor], meta: Meta, prefix: str = "") -> AdapterState:
+    """The inverse of `flatten_adapter`.
+
+    Raises:
+        KeyError: a tensor that the JSON part names is missing.
+    """
+    pairs = {
+        name: LoraPair(tensors[f"{prefix}A/{name}"], tensors[f"{prefix}B/{name}"], scale)
+        for name, scale in meta["scales"].items()
+    }
+    return AdapterState(pairs, {name: tensors[f"{prefix}dense/{name}"] for name in meta["dense"]})
+
+
+def flatten_merge(merge: Merge, prefix: str = "") -> tuple[dict[str, Tensor], Meta]:
+    """One change of the base, as `flatten_adapter`."""
+    tensors, meta = flatten_adapter(merge.change, prefix)
+    return tensors, {"since": merge.since, "version": merge.version, "change": meta}
+
+
+def unflatten_merge(tensors: Mapping[str, Tensor], meta: Meta, prefix: str = "") -> Merge:
+    """The inverse of `flatten_merge`."""
+    return Merge(meta["since"], meta["version"], unflatten_adapter(tensors, meta["change"], prefix))
+
+
+def flatten_state(state: GlobalState, *, merges: bool = True) -> tuple[dict[str, Tensor], Meta]:
+    """A whole global state.
+
+    Args:
+        state: is not copied.
+        merges: False leaves their tensors out and only says which there are (a checkpoint keeps them in files of
+            their own, since they are written once and the state is written each round).
+    """
+    tensors, adapter = flatten_adapter(state.adapter, "adapter/")
+    tensors.update({f"memory/{name}": value for name, value in state.memory.items()})
+    chain: list[Any] = []
+    for merge in state.merges:
+        if merges:
+            more, meta = flatten_merge(merge, f"merge/{merge.version}/")
+            tensors.update(more)
+            chain.append(meta)
+        else:
+            chain.append({"since": merge.since, "version": merge.version})
+    return tensors, {
+        "adapter": adapter,
+        "seed": state.seed,
+        "round": state.round,
+        "memory": list(state.memory),
+        "metrics": dict(state.metrics),
+        "merges": chain,
+    }
+
+
+def unflatten_state(
+    tensors: Mapping[str, Tensor], meta: Meta, read_merge: Callable[[int, int], Merge] | None = None
+) -> GlobalState:
+    """The inverse of `flatten_state`.
+
+    Args:
+        tensors: by name.
+        meta: the JSON part.
+        read_merge: called with `since` and `version` for a merge whose tensors were left out.
+    """
+    chain: list[Merge] = []
+    for entry in meta["merges"]:
+        if "change" in entry:
+            chain.append(unflatten_merge(tensors, entry, f"merge/{entry['version']}/"))
+        elif read_merge is not None:
+            chain.append(read_merge(entry["since"], entry["version"]))
+        else:
+            raise RunDirError(
+                f"the change of the base {entry['since']}-{entry['version']} was not stored with the state"
+            )
+    return GlobalState(
+        adapter=unflatten_adapter(tensors, meta["adapter"], "adapter/"),
+        seed=meta["seed"],
+        round=meta["round"],
+        merges=tuple(chain),
+        memory={name: tensors[f"memory/{name}"] for name in meta["memory"]},
+        metrics=meta["metrics"],
+    )
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def pack(tensors: Mapping[str, Tensor], meta: Meta) -> bytes:
+    """Tensors and JSON as the bytes of a safetensors file; the JSON is in the header under "fedlora".
+
+    Tensors may be views, share memory or be on any device: each is stored on its own.
+    """
+    from safetensors.torch import save
+
+    plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    return save(plain, {"fedlora": json.dumps(meta)})
+
+
+def unpack(data: bytes) -> tuple[dict[str, Tensor], Meta]:
+    """The inverse of `pack`.
+
+    Raises:
+        RunDirError: the bytes are no file of ours, or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+        size = int.from_bytes(data[:8], "little")
+        return tensors, json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedlora"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise RunDirError(f"these bytes hold no state of fedlora, or a damaged one ({error})") from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path` so that a reader finds the old file or the new one, whole, even after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def same_state(left: GlobalState, right: GlobalState) -> bool:
+    """Whether two states are equal bit for bit, dtypes and order included (NaN equals NaN)."""
+    one, other = flatten_state(left), flatten_state(right)
+    return (
+        json.dumps(one[1]) == json.dumps(other[1])
+        and list(one[0]) == list(other[0])
+        and all(_same_bits(one[0][name], other[0][name]) for name in one[0])
+    )
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    as_bytes = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+    return torch.equal(*as_bytes)

@@ -1,0 +1,195 @@
+"""What a run looks like in a terminal: finished rounds scroll up, and below them the round that is going on.
+
+Where standard output is no terminal, the same lines come without the moving part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.progress import Columns, format_bytes, format_metric, format_seconds, headline, main_metric
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
+
+WAITING, DONE, LEFT_OUT = "·", "●", "✗"
+MOST_MARKS = 100
+"""Above this many clients they are counted instead of drawn."""
+
+
+class Terminal:
+    """A `Progress` for people.
+
+    Use it as a context manager, so that the terminal is left in order whatever happens.
+
+    Args:
+        console: where to write.
+        quiet: show nothing but the table at the end.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._columns: Columns | None = None
+        self._rounds = 0
+        self._round = 0
+        self._first_round = 1
+        self._begin = self._round_begin = time.monotonic()
+        self._marks: dict[int, str] = {}
+        self._doing = ""
+        self._live: Live | None = None
+
+    def __enter__(self) -> Terminal:
+        if self._console.is_terminal and not self._quiet:
+            self._live = Live(
+                get_renderable=self._now, console=self._console, refresh_per_second=4, transient=True, auto_refresh=True
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # ------------------------------------------------------------------------------------------ Progress
+
+    def doing(self, text: str) -> None:
+        """Say what is being done until the next call, where there is a moving part."""
+        self._doing = text
+
+    def started(self, config: RunConfig, clients: int, rounds: int) -> None:
+        """One line on what runs."""
+        self._rounds = rounds
+        self._begin = time.monotonic()
+        self._doing = "evaluating the base model"
+        self._print(Text(headline(config, clients, rounds), style="bold"))
+
+    def round_started(self, number: int, asked: Sequence[int]) -> None:
+        """Draw the clients as waiting."""
+        if self._round == 0:
+            self._first_round, self._begin = number, time.monotonic()
+        self._round, self._doing, self._round_begin = number, "", time.monotonic()
+        self._marks = dict.fromkeys(asked, WAITING)
+
+    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
+        """Mark the client; a line if its reply was not used."""
+        self._marks[client_id] = DONE if ok else LEFT_OUT
+        if not ok:
+            self._print(Text(f"round {number}: client {client_id} left out: {note}", style="yellow"))
+        if WAITING not in self._marks.values():
+            self._doing = "merging and evaluating"
+
+    def round_ended(self, record: Mapping[str, Any]) -> None:
+        """The round's line, under a header before the first."""
+        if self._columns is None:
+            self._columns = Columns.of(record, self._console.width)
+            self._print(Text(self._columns.header(), style="dim"))
+        self._print(Text(self._columns.row(record)))
+        self._doing = ""
+
+    def message(self, text: str) -> None:
+        """The text."""
+        self._print(Text(text, style="dim"))
+
+    # ------------------------------------------------------------------------------------------ the moving part
+
+    def _print(self, what: RenderableType) -> None:
+        if not self._quiet:
+            self._console.print(what, highlight=False, soft_wrap=not self._console.is_terminal)
+
+    def _now(self) -> RenderableType:
+        if not self._rounds or self._round == 0:
+            return Text(f"{self._doing or 'loading'} ...", style="dim")
+        width = self._console.width
+        done = sum(mark != WAITING for mark in self._marks.values()) / max(1, len(self._marks))
+        through = (self._round - 1 + 0.95 * done) / self._rounds
+        line = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=1.0, completed=through, width=max(10, min(40, width - 50)))
+        line.add_row(f"round {self._round} of {self._rounds}", bar, Text(self._time_left(through), style="dim"))
+        return Group(line, self._clients(width))
+
+    def _clients(self, width: int) -> Text:
+        marks = self._marks
+        answered, left_out = (sum(mark == kind for mark in marks.values()) for kind in (DONE, LEFT_OUT))
+        text = Text("clients ")
+        if len(marks) <= min(MOST_MARKS, width - 40):
+            colours = {WAITING: "dim", DONE: "green", LEFT_OUT: "yellow"}
+            for _, mark in sorted(marks.items()):
+                text.append(mark, style=colours[mark])
+            text.append(" ")
+        text.append(f"{answered} of {len(marks)} answered")
+        if left_out:
+            text.append(f", {left_out} left out", style="yellow")
+        if self._doing:
+            text.append(f"; {self._doing}", style="dim")
+        return text
+
+    def _time_left(self, through: float) -> str:
+        spent = time.monotonic() - self._begin
+        here = through - (self._first_round - 1) / self._rounds
+        if here * self._rounds < 0.5:
+            return f"{format_seconds(spent)} so far"
+        return f"{format_seconds(spent)} so far, about {format_seconds(spent / here * (1 - through))} left"
+
+
+# ---------------------------------------------------------------------------------------------- at the end
+
+
+def outcome_table(
+    records: Sequence[Mapping[str, Any]], baselines: Mapping[str, Any] | None = None, width: int = 80
+) -> Table:
+    """The run in a few rows: base model, federated, and the baselines where they were trained.
+
+    Args:
+        records: lines of metrics.jsonl.
+        baselines: what baselines.json holds.
+        width: columns that the table may take; domains that have no room are left out.
+    """
+    metric = main_metric(records[0])
+    evaluated = [record for record in records if record.get(metric) is not None]
+    rows = [("base model", evaluated[0])] if evaluated[0]["round"] == 0 else []
+    last = evaluated[-1]
+    rows.append((f"federated, round {last['round']}", last))
+    alone = (baselines or {}).get("local_only")
+    if alone:
+        few = "" if len(alone["clients"]) == alone["of"] else f" of {len(alone['clients'])} tried"
+        rows += [(f"one client alone, best{few}", alone["best"]), (f"one client alone, mean{few}", alone["mean"])]
+        rows.append((f"one client alone, worst{few}", alone["worst"]))
+    if (baselines or {}).get("centralised"):
+        rows.append(("all data in one place", (baselines or {})["centralised"]))
+    domains = list(last.get("domains", {}))
+    first = max(len(name) for name, _ in rows)
+    while domains and first + 4 + 2 * len(domains) + sum(max(6, len(name)) for name in ("all", *domains)) > width:
+        domains.pop()
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column(metric.replace("_", " "), no_wrap=True)
+    for name in ("all", *domains):
+        table.add_column(name, justify="right", min_width=6, no_wrap=True)
+    for name, row in rows:
+        cells = [row.get(metric), *(row.get("domains", {}).get(domain, {}).get(metric) for domain in domains)]
+        style = "bold" if row is last else ""
+        table.add_row(name, *(format_metric(metric, cell) for cell in cells), style=style)
+    return table
+
+
+def totals(records: Sequence[Mapping[str, Any]]) -> str:
+    """Rounds, traffic and time of a run, in one line."""
+    up, down = (sum(record.get(name, 0) for record in records) for name in ("bytes_up", "bytes_down"))
+    seconds = sum(record.get("seconds") or 0 for record in records)
+    rounds = sum(record["round"] > 0 for record in records)
+    return (
+        f"{rounds} round{'s' * (rounds != 1)} in {format_seconds(seconds)}; "
+        f"clients sent {format_bytes(up)} and received {format_bytes(down)}"
+    )

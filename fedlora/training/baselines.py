@@ -1,0 +1,160 @@
+"""What a federation is measured against: every client alone, and all data in one place.
+
+Both train plain LoRA (A, B and head) from the federation's own initial adapter, with its optimiser and learning rate,
+in one stretch: the optimiser's moments and the warm-up are not started again at each round, as they are on clients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlora.adapter import ALL_PARTS
+from fedlora.config import TrainConfig
+from fedlora.errors import ConfigError
+from fedlora.rng import derive
+from fedlora.training.evaluate import evaluate
+from fedlora.training.loop import TrainJob, train
+from fedlora.training.workbench import Workbench
+
+if TYPE_CHECKING:
+    from fedlora.data import FederatedData
+
+Report = Callable[[str], None]
+
+
+def local_only(
+    bench: Workbench, clients: Sequence[int] | None = None, *, report: Report = lambda _line: None
+) -> dict[str, Any]:
+    """Train each client alone for as many optimiser steps as it would take in all rounds, and test on everything.
+
+    Args:
+        bench: the run's model, task and data.
+        clients: which; None for all.
+        report: is told each client's figure.
+
+    Returns:
+        "clients": a row each with "client", "domain", "num_examples", "steps", the figures and "domains"; "of": how
+        many clients there are; "best", "mean", "worst": the figures of the best client, of the worst, and the mean
+        over clients of each figure.
+    """
+    config, data = bench.config, bench.data
+    chosen = list(range(len(data.clients))) if clients is None else list(clients)
+    if not chosen:
+        raise ConfigError("no client was chosen for the local-only baseline: choose at least one")
+    domains = main_domains(data)
+    rows: list[dict[str, Any]] = []
+    for k in chosen:
+        row = {"client": k, "domain": domains[k] if domains else None, "num_examples": len(data.clients[k])}
+        row |= _train_and_test(bench, data.clients[k], longer(config.train, config.rounds), f"local-only {k}")
+        rows.append(row)
+        report(f"local-only: client {k} alone: {bench.task.metric} {row[bench.task.metric]:.4f}")
+    ranked = sorted(rows, key=lambda row: row[bench.task.metric], reverse=bench.task.higher_is_better)
+    best, worst = (_figures(row) for row in (ranked[0], ranked[-1]))
+    mean = _mean([_figures(row) for row in rows])
+    return {"clients": rows, "of": len(data.clients), "best": best, "mean": mean, "worst": worst}
+
+
+def centralised(
+    bench: Workbench, examples_seen: int | None = None, *, report: Report = lambda _line: None
+) -> dict[str, Any]:
+    """Train on all clients' examples in one place, and test on everything.
+
+    As many examples are seen as by all clients in all rounds together, in batches of the same size: for n clients that
+    each take s steps in each of R rounds, R n s steps. With `server.fraction` below 1 fewer, as in the federation.
+
+    Args:
+        bench: the run's model, task and data.
+        examples_seen: by the federation; None: what its config asks for.
+        report: is told the figure.
+
+    Returns:
+        "steps", "examples_seen", the figures, and "domains".
+    """
+    pooled = np.sort(np.concatenate(bench.data.clients))
+    seen = expected_examples(bench) if examples_seen is None else examples_seen
+    batch = min(bench.config.train.batch_size, len(pooled))
+    steps = max(1, math.ceil(seen / batch))
+    once = bench.config.train.model_copy(update={"steps": steps, "epochs": None})
+    row = _train_and_test(bench, pooled, once, "centralised")
+    report(f"centralised: {steps} steps on {len(pooled)} examples: {bench.task.metric} {row[bench.task.metric]:.4f}")
+    return row
+
+
+def expected_examples(bench: Workbench) -> int:
+    """Examples that all clients together see in all rounds, by the config, if every client answers."""
+    config, clients = bench.config, bench.data.clients
+    share = config.server.fraction
+    if config.server.clients_per_round is not None:
+        share = config.server.clients_per_round / len(clients)
+    if config.train.steps is not None:
+        a_round = sum(config.train.steps * min(config.train.batch_size, len(rows)) for rows in clients)
+    else:
+        a_round = round((config.train.epochs or 1.0) * sum(len(rows) for rows in clients))
+    return max(1, round(config.rounds * share * a_round))
+
+
+def longer(train_config: TrainConfig, rounds: int) -> TrainConfig:
+    """The same training for `rounds` rounds at once."""
+    if train_config.steps is not None:
+        return train_config.model_copy(update={"steps": train_config.steps * rounds})
+    return train_config.model_copy(update={"epochs": (train_config.epochs or 1.0) * rounds})
+
+
+def main_domains(data: FederatedData) -> list[str] | None:
+    """The domain of most of each client's examples, or None where the data have no domains."""
+    if data.domain_column is None:
+        return None
+    values = np.asarray(data.train.columns[data.domain_column])
+    return [str(Counter(values[rows].tolist()).most_common(1)[0][0]) for rows in data.clients]
+
+
+def spread_over_domains(domains: Sequence[str] | None, clients: int, number: int) -> list[int]:
+    """`number` clients, taken from the domains in turn (evenly over all clients without domains), in ascending order.
+
+    Args:
+        domains: of each client, or None.
+        clients: how many there are.
+        number: how many to take; all if there are no more.
+    """
+    if number >= clients:
+        return list(range(clients))
+    if domains is None:
+        return sorted({round(k) for k in np.linspace(0, clients - 1, number)})
+    queues = {name: [k for k in range(clients) if domains[k] == name] for name in sorted(set(domains))}
+    taken: list[int] = []
+    while len(taken) < number:
+        for queue in queues.values():
+            if queue and len(taken) < number:
+                taken.append(queue.pop(0))
+    return sorted(taken)
+
+
+def _train_and_test(bench: Workbench, indices: np.ndarray, config: TrainConfig, key: str) -> dict[str, Any]:
+    bench.base.rebase(0, ())
+    seed = bench.config.seed
+    job = TrainJob(bench.base.initial_adapter(seed), ALL_PARTS, indices, derive(seed, "baseline", key))
+    # FedProx pulls a client towards the server's model; here there is none.
+    result = train(bench.base, bench.task, bench.data.train, job, config.model_copy(update={"proximal_mu": 0.0}))
+    bench.base.write(result.adapter, frozenset())
+    found = evaluate(bench.base, bench.task, bench.data.test, domain_column=bench.data.domain_column)
+    facts = {"steps": result.steps, "examples_seen": result.examples_seen, "train_loss": result.loss}
+    return {**facts, **found.overall, "domains": found.domains}
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    dropped = ("client", "domain", "num_examples", "steps", "examples_seen", "train_loss")
+    return {name: value for name, value in row.items() if name not in dropped}
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        name: _mean([row[name] for row in rows])
+        if isinstance(rows[0][name], Mapping)
+        else float(np.mean([row[name] for row in rows]))
+        for name in rows[0]
+    }

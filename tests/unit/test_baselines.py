@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.config import RunConfig, TrainConfig, parse_config
+from fedlora.errors import ConfigError
+from fedlora.training import Workbench, open_workbench
+from fedlora.training.baselines import (
+    centralised,
+    expected_examples,
+    local_only,
+    longer,
+    main_domains,
+    spread_over_domains,
+)
+
+
+@pytest.fixture
+def config(tiny_bert, tiny_csv) -> RunConfig:
+    return parse_config(
+        "",
+        [
+            f"model.name='{tiny_bert}'",
+            f"data.source='{tiny_csv}'",
+            "data.domain=domain",
+            "data.test_fraction=0.25",
+            "partition.name=domain",
+            "partition.clients=4",
+            "adapter.rank=2",
+            "adapter.targets=['query','value']",
+            "train.steps=2",
+            "train.batch_size=8",
+            "train.lr=0.01",
+            "rounds=2",
+            "runtime.threads=1",
+            "runtime.kernels=off",
+        ],
+    )
+
+
+@pytest.fixture
+def bench(config: RunConfig) -> Workbench:
+    return open_workbench(config)
+
+
+def test_a_client_alone_takes_as_many_steps_as_in_the_federation(bench: Workbench) -> None:
+    found = local_only(bench)
+    assert [row["client"] for row in found["clients"]] == [0, 1, 2, 3]
+    assert (
+        [row["domain"] for row in found["clients"]]
+        == ["films", "films", "phones", "phones"]
+        == main_domains(bench.data)
+    )
+    assert {row["steps"] for row in found["clients"]} == {4}
+    figures = [row["accuracy"] for row in found["clients"]]
+    assert found["best"]["accuracy"] == max(figures)
+    assert found["worst"]["accuracy"] == min(figures)
+    assert found["mean"]["accuracy"] == pytest.approx(np.mean(figures))
+    phones = [row["domains"]["phones"]["accuracy"] for row in found["clients"]]
+    assert found["mean"]["domains"]["phones"]["accuracy"] == pytest.approx(np.mean(phones))
+
+
+def test_a_baseline_depends_on_nothing_that_ran_before(bench: Workbench) -> None:
+    alone = local_only(bench, [2])["clients"][0]
+    together = centralised(bench)
+    assert local_only(bench, [0, 2])["clients"][1] == alone
+    assert centralised(bench) == together
+
+
+def test_centralised_training_sees_as_many_examples_as_the_federation(bench: Workbench) -> None:
+    found = centralised(bench)
+    assert found["examples_seen"] == expected_examples(bench) == 4 * 2 * 2 * 8
+    assert found["steps"] == 4 * 2 * 2
+    assert centralised(bench, 64)["examples_seen"] == 64
+
+
+def test_expected_examples_follow_the_config(bench: Workbench) -> None:
+    def expected(**changes: object) -> int:
+        return expected_examples(replace(bench, config=bench.config.model_copy(update=changes)))
+
+    server = bench.config.server
+    assert expected(rounds=6) == 3 * expected()
+    assert expected(server=server.model_copy(update={"fraction": 0.5})) == expected() / 2
+    assert expected(server=server.model_copy(update={"clients_per_round": 1})) == expected() / 4
+    everything = sum(len(rows) for rows in bench.data.clients)
+    assert expected(train=TrainConfig(epochs=1.5)) == 2 * 1.5 * everything
+    assert expected(train=TrainConfig()) == 2 * everything
+    assert expected(train=TrainConfig(steps=1, batch_size=10**6)) == 2 * everything
+
+
+def test_longer_training_multiplies_what_the_config_gives() -> None:
+    assert longer(TrainConfig(steps=3), 4).steps == 12
+    assert longer(TrainConfig(epochs=0.5), 4).epochs == 2.0
+    assert longer(TrainConfig(), 4).epochs == 4.0
+
+
+def test_no_client_is_refused(bench: Workbench) -> None:
+    with pytest.raises(ConfigError, match="choose at least one"):
+        local_only(bench, [])
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(1, 14), st.booleans())
+def test_chosen_clients_are_spread(domains: list[str], number: int, known: bool) -> None:
+    chosen = spread_over_domains(domains if known else None, len(domains), number)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == min(number, len(domains))
+    assert set(chosen) <= set(range(len(domains)))
+    if known:
+        taken = {name: sum(domains[k] == name for k in chosen) for name in set(domains)}
+        most = max(taken.values())
+        assert all(taken[name] >= min(most - 1, domains.count(name)) for name in taken)

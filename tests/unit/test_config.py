@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.assets import ASSETS
+from fedlora.config import RunConfig, load_config, parse_config
+from fedlora.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def test_the_empty_config_is_the_default_one() -> None:
+    assert parse_config("") == RunConfig()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_loads_and_opens_with_its_command(path: Path) -> None:
+    first, config = path.read_text().splitlines()[0], load_config(path)
+    found = re.fullmatch(rf"# (?:fedlora assets (.+) && )?fedlora run configs/{re.escape(path.name)}", first)
+    assert found is not None
+    needed = {name for name in (config.model.name, config.data.source) if name in ASSETS and not ASSETS[name].needed}
+    assert set((found[1] or "").split()) == needed  # what `fedlora assets` alone does not fetch
+    assert config.name == path.stem
+    assert parse_config(config.to_toml()) == config
+
+
+OVERRIDES = st.lists(
+    st.sampled_from(
+        [
+            "rounds=3",
+            "seed=12",
+            "model.dtype=bfloat16",
+            "adapter.targets=query",
+            "adapter.targets=['q', 'v']",
+            "adapter.rank_pattern.query=4",
+            "adapter.modules_to_save=[]",
+            "clients.ranks=[2, 4]",
+            "train.steps=5",
+            "train.clip_norm=1.5",
+            "train.lr=1e-3",
+            "server.fraction=0.5",
+            "strategy.name=fair",
+            "strategy.regularisation=0.5",
+            "partition.name=dirichlet",
+            "partition.alpha=0.1",
+            "task.name=other",
+            "data.source='a b.csv'",
+            "runtime.threads=2",
+        ]
+    ),
+    max_size=6,
+)
+
+
+@given(OVERRIDES)
+def test_the_resolved_config_means_the_same(overrides: list[str]) -> None:
+    config = parse_config("", overrides)
+    again = parse_config(config.to_toml())
+    assert again == config
+    assert again.digest() == config.digest()
+    assert again.to_toml() == config.to_toml()
+
+
+def test_an_override_wins_over_the_file_and_the_last_over_the_first() -> None:
+    config = parse_config("rounds = 1\n[train]\nlr = 1.0", ["rounds=2", "train.lr=0.5", "rounds=3"])
+    assert (config.rounds, config.train.lr) == (3, 0.5)
+
+
+def test_a_bare_word_is_a_string_and_toml_is_toml() -> None:
+    config = parse_config("", ["name=one", "adapter.targets=['a','b']", "adapter.rslora=true", "data.source='x.csv'"])
+    assert config.name == "one"
+    assert config.adapter.targets == ("a", "b")
+    assert config.adapter.rslora is True
+    assert config.data.source == "x.csv"
+
+
+def test_another_name_in_an_open_table_drops_the_other_ones_fields() -> None:
+    text = "[strategy]\nname = 'fair'\nregularisation = 0.5"
+    assert parse_config(text, ["strategy.name=ffa"]).strategy.fields == {}
+    assert parse_config(text, ["strategy.name=fair"]).strategy.fields == {"regularisation": 0.5}
+    assert parse_config(text, ["strategy.name=ffa", "strategy.x=1"]).strategy.fields == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("runds=3", "unknown key 'runds'; did you mean 'rounds'?"),
+        (
+            "train.batchsize=3",
+            "unknown key 'train.batchsize'; did you mean 'batch_size'?",
+        ),
+        ("rounds=0", "rounds"),
+        ("rounds=two", "rounds"),
+        ("train.lr=-1", "train.lr"),
+        ("train.lr=nan", "train.lr"),
+        ("server.fraction=1.5", "server.fraction"),
+        ("model.dtype=int8", "model.dtype"),
+        ("clients.ranks=[0]", "clients.ranks"),
+        ("rounds", "must have the form key=value"),
+        ("=3", "must have the form key=value"),
+        ("rounds.x=3", "is a value, not a table"),
+        ("train=3", "train"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config("rounds = 2", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_and_epochs_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="either steps or epochs"):
+        parse_config("", ["train.steps=1", "train.epochs=1"])
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = RunConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.rounds = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.lr = 3.0  # type: ignore[misc]
+
+
+def test_a_missing_file_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"no config file .*quickstrt.toml'; did you mean .*quickstart.toml'"):
+        load_config(tmp_path / "quickstrt.toml")
+
+
+def test_what_is_no_toml_is_said_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("rounds = \n")
+    with pytest.raises(ConfigError, match=r"not valid TOML.*line 1"):
+        load_config(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def test_the_files_name_is_the_runs_unless_it_says_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("")
+    (tmp_path / "other.toml").write_text("name = 'said'")
+    assert load_config(tmp_path / "mine.toml").name == "mine"
+    assert load_config(tmp_path / "other.toml").name == "said"
+    assert load_config(tmp_path / "mine.toml", ["name=set"]).name == "set"
+
+
+def test_a_digest_sees_its_sections_and_no_others() -> None:
+    one, other = parse_config("", ["train.lr=0.1"]), parse_config("", ["train.lr=0.2"])
+    assert one.digest() != other.digest()
+    assert one.digest("train") != other.digest("train")
+    assert one.digest("model", "data") == other.digest("model", "data")
+    assert math.isclose(other.train.lr, 0.2)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.errors import FedloraError
+from fedlora.report import plot_accuracy, plot_labels, spread
+
+
+def make_records(rounds: int, domains: Sequence[str] = ("films", "phones")) -> list[dict[str, Any]]:
+    return [
+        {
+            "round": number,
+            "accuracy": 0.5 + 0.04 * number,
+            "loss": 0.7 - 0.05 * number,
+            "domains": {name: {"accuracy": 0.5 + 0.03 * number + 0.01 * k} for k, name in enumerate(domains)},
+        }
+        for number in range(rounds + 1)
+    ]
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_the_same_figures_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        plot_accuracy(make_records(4), tmp_path / name, title="x")
+        plot_labels(np.array([[3, 1], [0, 5]]), ["no", "yes"], tmp_path / f"labels-{name}", domains=["f", "p"])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "labels-a.png").read_bytes() == (tmp_path / "labels-b.png").read_bytes()
+
+
+def test_other_figures_give_another_picture(tmp_path: Path) -> None:
+    records = make_records(4)
+    one = plot_accuracy(records, tmp_path / "a.png").read_bytes()
+    records[2]["domains"]["films"]["accuracy"] = 0.9
+    assert plot_accuracy(records, tmp_path / "b.png").read_bytes() != one
+    one = plot_labels(np.array([[3, 1]]), ["no", "yes"], tmp_path / "c.png").read_bytes()
+    assert plot_labels(np.array([[3, 2]]), ["no", "yes"], tmp_path / "d.png").read_bytes() != one
+
+
+def test_the_files_hold_neither_date_nor_program(tmp_path: Path) -> None:
+    data = plot_accuracy(make_records(2), tmp_path / "a.png").read_bytes()
+    assert b"tEXt" not in data
+    assert b"tIME" not in data
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        make_records(0),
+        make_records(3, domains=()),
+        make_records(3, domains=[f"site {k}" for k in range(12)]),
+        make_records(60),
+        [*make_records(2), {"round": 3, "train_loss": 0.1}],  # a round that was not evaluated
+        make_records(3)[1:],
+        [{"round": 0, "perplexity": 9.0, "loss": 2.2}, {"round": 1, "perplexity": 4.0, "loss": 1.4}],
+    ],
+)
+def test_any_run_can_be_drawn(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    width, height = size_of(plot_accuracy(records, tmp_path / "new" / "a.png"))
+    assert width == 1140
+    assert 500 < height < 800
+
+
+def test_a_run_without_an_evaluation_is_refused(tmp_path: Path) -> None:
+    for records in ([], [{"round": 1, "train_loss": 0.1}]):
+        with pytest.raises(FedloraError, match="no accuracy to draw"):
+            plot_accuracy(records, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(("clients", "labels"), [(1, 1), (8, 2), (200, 3), (10, 40), (3, 7), (3, 8)])
+def test_any_partition_can_be_drawn(clients: int, labels: int, tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(0, 50, (clients, labels))
+    path = plot_labels(counts, [f"label {k}" for k in range(labels)], tmp_path / "a.png", title="x")
+    assert max(size_of(path)) <= 1350
+
+
+def test_names_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedloraError, match="do not fit 1 label names"):
+        plot_labels(np.ones((2, 2)), ["no"], tmp_path / "a.png")
+    with pytest.raises(FedloraError, match="1 domains do not fit 2 clients"):
+        plot_labels(np.ones((2, 2)), ["no", "yes"], tmp_path / "a.png", domains=["x"])
+    with pytest.raises(FedloraError, match="label counts"):
+        plot_labels(np.ones((0, 2)), ["no", "yes"], tmp_path / "a.png")
+
+
+heights = st.lists(st.floats(-1e3, 1e3), max_size=12)
+
+
+@given(heights, st.floats(0.01, 10))
+def test_labels_keep_their_order_and_distance(values: list[float], gap: float) -> None:
+    places = spread(values, gap)
+    order = sorted(range(len(values)), key=lambda k: values[k])
+    for lower, upper in pairwise(order):
+        assert places[upper] - places[lower] >= gap * (1 - 1e-9) - 1e-9
+    assert sum(places) == pytest.approx(sum(values), abs=1e-6)  # no drift up or down
+
+
+@given(heights)
+def test_labels_with_room_stay_where_they_are(values: list[float]) -> None:
+    apart = [100.0 * k + value / 1e3 for k, value in enumerate(values)]
+    assert spread(apart, 1.0) == pytest.approx(apart)
