@@ -1,0 +1,160 @@
+"""Conversations as token ids, with a mark on each token that counts.
+
+Every piece of a rendered conversation is tokenised on its own, as it is when the model is used: the prompt ends where
+the answer begins, and no token lies across.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from fedlora.errors import DataError, ModelError
+
+Messages = list[dict[str, str]]
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Token ids as int32 [t], and which of them count as bool [t]."""
+
+PLAIN_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""For tokenisers without a chat template: "User: ...", "Assistant: ...", and the end token after an answer."""
+
+SLICE = 2048  # conversations that are rendered and tokenised at once
+
+
+def read_messages(values: Sequence[Sequence[Any]], columns: Sequence[str], system: str | None) -> list[Messages]:
+    """Conversations from one column of message lists, or from a column of prompts and one of answers.
+
+    Args:
+        values: the columns.
+        columns: their names, for messages.
+        system: put first where a conversation has no system message; None for nothing.
+
+    Raises:
+        DataError: a value is not usable.
+    """
+    conversations: list[Messages] = []
+    for row, cells in enumerate(zip(*values, strict=True)):
+        if len(cells) == 2:
+            messages = [
+                {"role": role, "content": _text(cell, row, column)}
+                for role, cell, column in zip(("user", "assistant"), cells, columns, strict=True)
+            ]
+        else:
+            messages = _messages(cells[0], row, columns[0])
+        if system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        conversations.append(messages)
+    return conversations
+
+
+def _text(value: Any, row: int, column: str) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    shown = "missing" if value is None else "empty" if isinstance(value, str) else f"{value!r}, not a string"
+    raise DataError(f"row {row}, column {column!r}: the text is {shown}; remove the row or fill it in")
+
+
+def _messages(value: Any, row: int, column: str) -> Messages:
+    where = f"row {row}, column {column!r}"
+    if not isinstance(value, (list, tuple, np.ndarray)) or len(value) == 0:
+        raise DataError(f'{where}: give a list of messages such as {{"role": "user", "content": "..."}}')
+    messages: Messages = []
+    for place, message in enumerate(value):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(f'{where}: message {place} needs the strings "role" and "content"')
+        messages.append({"role": message["role"], "content": message["content"]})
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise DataError(f"{where}: the last message must be the assistant's, and not empty; cut or remove the row")
+    return messages
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[Any], column: str, max_length: int) -> Iterator[Encoded]:
+    """Plain texts, each closed by the end token, cut to `max_length` tokens; every token counts."""
+    checked = [_text(text, row, column) for row, text in enumerate(texts)]
+    for start in range(0, len(checked), SLICE):
+        for found in _ids(tokenizer, checked[start : start + SLICE], special=True):
+            end = tokenizer.eos_token_id
+            closed = found if end is None or found[-1:] == [end] else [*found, end]
+            ids = np.asarray(closed[:max_length], dtype=np.int32)
+            yield ids, np.ones(len(ids), dtype=bool)
+
+
+def encode_conversations(
+    tokenizer: Any,
+    conversations: Sequence[Messages],
+    train_on: Literal["answer", "answers", "all"],
+    max_length: int,
+) -> Iterator[Encoded]:
+    """Conversations by the tokeniser's chat template, or `PLAIN_TEMPLATE` if it has none.
+
+    Raises:
+        ModelError: the template renders a conversation's beginning differently once it goes on.
+    """
+    for start in range(0, len(conversations), SLICE):
+        rendered = [pieces(tokenizer, messages, train_on) for messages in conversations[start : start + SLICE]]
+        tokens = iter(_ids(tokenizer, [text for parts in rendered for text, _ in parts], special=False))
+        for parts in rendered:
+            encoded = [(next(tokens), counts) for _, counts in parts]
+            ids = np.asarray([i for part, _ in encoded for i in part], dtype=np.int32)
+            counts = np.repeat([flag for _, flag in encoded], [len(part) for part, _ in encoded])
+            answer = sum(len(part) for part, _ in encoded[:-1])
+            yield _cut(ids, counts | (train_on == "all"), answer, max_length)
+
+
+def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
+    found: list[list[int]] = tokenizer(
+        texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    return found
+
+
+def pieces(tokenizer: Any, messages: Messages, train_on: Literal["answer", "answers", "all"]) -> list[tuple[str, bool]]:
+    """A rendered conversation in pieces, each with whether it counts; the last one is the last answer.
+
+    An answer ends with its end token: blanks that the template puts after it are not learnt.
+    """
+    taught = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    out: list[tuple[str, bool]] = []
+    done = ""
+    for place in taught if train_on == "answers" else taught[-1:]:
+        before = _render(tokenizer, messages[:place], prompt=True)
+        after = _render(tokenizer, messages[: place + 1], prompt=False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise ModelError(
+                "the model's chat template renders a conversation's beginning differently once it goes on, so that an "
+                "answer cannot be told from its prompt; give a tokenizer folder with another chat_template"
+            )
+        closed = after.rstrip()
+        answer = closed if any(closed.endswith(token) for token in tokenizer.all_special_tokens) else after
+        out += [(before[len(done) :], False), (answer[len(before) :], True)]
+        done = answer
+    return out
+
+
+def _render(tokenizer: Any, messages: Messages, *, prompt: bool) -> str:
+    template = {} if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE}
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **template)
+    return text
+
+
+def _cut(ids: np.ndarray, counts: np.ndarray, answer: int, max_length: int) -> Encoded:
+    """At most `max_length` tokens: the prompt gives its oldest ones, down to half of them; the answer its last.
+
+    Args:
+        ids: all tokens.
+        counts: which of them count.
+        answer: where the last answer begins.
+        max_length: of the result.
+    """
+    kept = min(len(ids) - answer, max_length - min(answer, max_length // 2))
+    end = answer + kept
+    return ids[max(0, end - max_length) : end], counts[max(0, end - max_length) : end]

@@ -1,0 +1,365 @@
+"""The task "causal-lm": continue a text; conversations train the answers alone.
+
+Shapes: b = examples in a batch, t = tokens of the longest row, w = rows of a packed batch, k = tokens that count,
+v = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.errors import DataError, ModelError
+from fedlora.tasks._base import Batch, Examples, Table, Task, tasks
+from fedlora.tasks._chat import encode_conversations, encode_texts, read_messages
+from fedlora.tasks._text import Tokens, load_tokenizer
+
+IGNORED = -100  # the label of a token that does not count
+CHUNK = 512  # tokens whose logits are widened at once: a vocabulary of 50,000 makes 100 MB of them
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model says to a held-out prompt.
+
+    Args:
+        prompt: as text, with its special tokens.
+        reference: how the example goes on.
+        generated: how the model goes on, greedily.
+    """
+
+    prompt: str
+    reference: str
+    generated: str
+
+
+@tasks.register("causal-lm")
+@dataclass(frozen=True)
+class CausalLM(Task):
+    """Language modelling on conversations or plain text.
+
+    The loss of an example is the mean over its own counted tokens, in nats. Losses are averaged over examples, so a
+    short answer weighs as much as a long one, whoever else is in the batch.
+
+    Packing puts several short examples into one row of at most `max_length` tokens, to save padding. It changes the
+    shape of the computation and nothing else: an example is still one row of the data, has its own loss, sees only its
+    own tokens, and its positions begin at 0. But a row of the batch is no example any more (see `rows_are_examples`),
+    so that nothing that takes gradients row by row, differential privacy above all, may be used with it.
+
+    Args:
+        form: what an example is. "prompt-answer": columns in the roles "prompt" and "answer"; "messages": a column of
+            lists of {"role", "content"} that end with the assistant's; "text": a column of plain text, of which every
+            token counts.
+        max_length: longer examples are cut to so many tokens: first the oldest of the prompt, until it has half of
+            them, then the last of the answer.
+        train_on: tokens that count in a conversation: the last "answer", all the assistant's "answers", or "all".
+        system: a system message for conversations that have none; None leaves it to the model's chat template.
+        packing: see above.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    metric: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
+    peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
+
+    form: Literal["prompt-answer", "messages", "text"] = "prompt-answer"
+    max_length: Annotated[int, Field(ge=8)] = 256
+    train_on: Literal["answer", "answers", "all"] = "answer"
+    system: str | None = None
+    packing: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The columns' roles, by `form`."""
+        return {"prompt-answer": ("prompt", "answer"), "messages": ("messages",), "text": ("text",)}[self.form]
+
+    @property
+    def rows_are_examples(self) -> bool:
+        """See `Task.rows_are_examples`: not so when packing."""
+        return not self.packing
+
+    def prepare(
+        self, table: Table, model_path: str | Path, columns: Mapping[str, str], *, keep: Sequence[str]
+    ) -> Examples:
+        """Tokenise a table with the model's chat template, or with a plain one if it has none.
+
+        Raises:
+            DataError: a value is missing or of the wrong kind; the message names the row (from 0) and the column.
+            ModelError: the model's chat template cannot tell where an answer begins.
+        """
+        tokenizer = load_tokenizer(str(model_path))
+        if self.form == "text":
+            encoded = encode_texts(tokenizer, table.columns[columns["text"]], columns["text"], self.max_length)
+        else:
+            if self.form == "messages":
+                values = [table.columns[columns["messages"]]]
+            else:
+                values = [table.columns[columns[role]] for role in ("prompt", "answer")]
+            conversations = read_messages(values, [columns[role] for role in self.roles], self.system)
+            encoded = encode_conversations(tokenizer, conversations, self.train_on, self.max_length)
+        ids: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        for row, (tokens, counts) in enumerate(encoded):
+            counts[:1] = False  # nothing predicts the first token
+            if not counts.any():
+                raise DataError(
+                    f"row {row}, column {columns[self.roles[-1]]!r}: no token to learn from; remove the row"
+                )
+            ids.append(tokens)
+            labels.append(np.where(counts, tokens, IGNORED).astype(np.int32))
+        joined = Tokens.join(ids, int(tokenizer.pad_token_id))
+        return Examples(
+            inputs={"input_ids": joined, "labels": Tokens.join(labels, IGNORED)},
+            labels=None,
+            lengths=joined.lengths,
+            columns={name: np.asarray(table.columns[name]) for name in keep},
+        )
+
+    def model_kwargs(self, examples: Examples) -> dict[str, Any]:  # noqa: ARG002
+        """Nothing: the model is taken as it is."""
+        return {}
+
+    def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
+        """A padded batch, or a packed one.
+
+        Padded: "input_ids", "attention_mask", "labels" [b, t]; labels that do not count are -100. Packed: "input_ids",
+        "labels", "position_ids", "segments" [w, t]; a token's segment is its example's place in `indices`, or -1.
+        """
+        ids, labels = _tokens(examples, "input_ids"), _tokens(examples, "labels")
+        if self.packing:
+            return _packed([(ids[int(i)], labels[int(i)]) for i in indices], ids.pad_id, self.max_length)
+        padded, mask = ids.pad(indices)
+        return {"input_ids": padded, "attention_mask": mask, "labels": labels.pad(indices)[0]}
+
+    def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b"]:
+        """Mean cross entropy of each example's counted tokens, in nats."""
+        if "segments" in batch:
+            _refuse_leaks(model)
+        return _by_example(model, batch)[0]
+
+    def measure(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
+        """For each example: "loss" as in `losses`, and how many "tokens" count."""
+        if "segments" in batch:
+            _refuse_leaks(model)
+        loss, tokens = _by_example(model, batch)
+        return {"loss": loss, "tokens": tokens}
+
+    def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Perplexity and "token_loss", its logarithm, weigh every token alike; "loss" weighs every example alike."""
+        loss, tokens = (np.asarray(measures[name], dtype=np.float64) for name in ("loss", "tokens"))
+        token_loss = float(np.sum(loss * tokens) / np.sum(tokens))
+        # exp overflows near 709; a diverged model has a perplexity of infinity, not an error.
+        perplexity = float(np.exp(min(token_loss, 709.0))) if token_loss <= 709.0 else float("inf")
+        return {"perplexity": perplexity, "loss": float(np.mean(loss)), "token_loss": token_loss}
+
+    def samples(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        indices: Sequence[int] | np.ndarray,
+        model_path: str | Path,
+        *,
+        new_tokens: int = 32,
+    ) -> tuple[Sample, ...]:
+        """What the model says to the prompts of some examples: greedy, so the same each time.
+
+        A plain text's first half is its prompt, otherwise everything before the last answer.
+
+        Args:
+            model: with its adapter written.
+            examples: held out.
+            indices: which of them.
+            model_path: where the tokeniser is.
+            new_tokens: at most so many are generated.
+        """
+        tokenizer = load_tokenizer(str(model_path))
+        ids, labels = _tokens(examples, "input_ids"), _tokens(examples, "labels")
+        device = next(model.parameters()).device
+        out = []
+        with _evaluating(model), torch.inference_mode():
+            for index in indices:
+                row, cut = ids[int(index)], _prompt_length(labels[int(index)])
+                prompt = torch.from_numpy(row[:cut].astype(np.int64)).to(device)[None]
+                # One prompt at a time: a batch would need padding on the left, which not every model masks.
+                grown = model.generate(  # type: ignore[operator]
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    use_cache=True,
+                    pad_token_id=tokenizer.pad_token_id,
+                )[0, cut:]
+                said = tokenizer.decode(grown.tolist(), skip_special_tokens=True).strip()
+                wanted = tokenizer.decode(row[cut:].tolist(), skip_special_tokens=True).strip()
+                out.append(Sample(tokenizer.decode(row[:cut].tolist()), wanted, said))
+        return tuple(out)
+
+
+def _tokens(examples: Examples, name: str) -> Tokens:
+    tokens = examples.inputs[name]
+    assert isinstance(tokens, Tokens)
+    return tokens
+
+
+def _prompt_length(labels: np.ndarray) -> int:
+    counts = labels != IGNORED
+    if counts[1:].all():
+        return max(1, len(labels) // 2)
+    return int(np.flatnonzero(counts[1:] & ~counts[:-1])[-1]) + 1
+
+
+def _packed(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int, length: int) -> Batch:
+    """Examples in as few rows of `length` tokens as first fit, longest first, finds."""
+    room: list[int] = []
+    held: list[list[int]] = []
+    for number in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):
+        size = len(rows[number][0])
+        place = next((w for w, free in enumerate(room) if free >= size), len(room))
+        if place == len(room):
+            room.append(length)
+            held.append([])
+        room[place] -= size
+        held[place].append(number)
+    shape = (len(held), max((length - free for free in room), default=0))
+    fill = {"input_ids": pad_id, "labels": IGNORED, "position_ids": 0, "segments": -1}
+    batch = {name: np.full(shape, value, dtype=np.int64) for name, value in fill.items()}
+    for place, numbers in enumerate(held):
+        start = 0
+        for number in numbers:
+            ids, labels = rows[number]
+            part = (place, slice(start, start + len(ids)))
+            batch["input_ids"][part], batch["labels"][part] = ids, labels
+            batch["position_ids"][part], batch["segments"][part] = np.arange(len(ids)), number
+            start += len(ids)
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def _by_example(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+    """Mean loss of each example's counted tokens, and their number."""
+    labels = batch["labels"]
+    chosen = functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # [rows, t]: what predicts a token that counts
+    logits = _logits(model, batch, chosen)
+    targets = labels[:, 1:][chosen[:, :-1]]
+    each = torch.cat(
+        [
+            functional.cross_entropy(_wide(part), target, reduction="none")
+            for part, target in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
+        ]
+    )
+    if "segments" in batch:
+        owner, count = batch["segments"][chosen], int(batch["segments"].max()) + 1
+    else:
+        owner, count = chosen.nonzero()[:, 0], len(labels)
+    sums = each.new_zeros(count).index_add(0, owner, each)
+    tokens = each.new_zeros(count).index_add(0, owner, torch.ones_like(each))
+    return sums / tokens, tokens.detach()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _logits(model: nn.Module, batch: Batch, chosen: Bool[Tensor, "w t"]) -> Float[Tensor, "k v"]:
+    """Logits at the chosen tokens alone: with a large vocabulary the output layer is a third of a small model."""
+    if "segments" in batch:
+        inputs = {
+            "position_ids": batch["position_ids"],
+            "attention_mask": _block_mask(batch["segments"], _float_dtype(model)),
+        }
+    else:
+        inputs = {"attention_mask": batch["attention_mask"]}
+
+    def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[chosen][None], *args[1:]) if hidden.shape[:2] == chosen.shape else args
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
+        head = None  # whoever takes its gradients by example wants to see whole rows
+    handle = None if head is None else head.register_forward_pre_hook(select)
+    try:
+        logits: Tensor = model(input_ids=batch["input_ids"], **inputs).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    return logits[chosen] if logits.shape[:2] == chosen.shape else logits[0]
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    inner = getattr(model, "get_input_embeddings", lambda: None)()
+    return next((inner or model).parameters()).dtype
+
+
+def _block_mask(segments: Int[Tensor, "w t"], dtype: torch.dtype) -> Float[Tensor, "w 1 t t"]:
+    """0 where a token may look (itself and earlier tokens of its own example), the least number elsewhere.
+
+    Padding is an example of its own, so that no token has nowhere to look.
+    """
+    length = segments.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    seen = (segments[:, :, None] == segments[:, None, :]) & earlier
+    mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+_sound: WeakSet[nn.Module] = WeakSet()
+
+
+def _refuse_leaks(model: nn.Module) -> None:
+    """Try out whether packed examples see each other in this model: state-space layers, for one, ignore masks.
+
+    Raises:
+        ModelError: they do, or their positions do not begin anew.
+    """
+    if model in _sound:
+        return
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    first, other, second = (np.arange(i, i + 6) % vocabulary for i in (1, 17, 31))
+    rows = {name: [(part, part) for part in parts] for name, parts in _trials(first, other, second).items()}
+    refusal = f"task.packing: {type(model).__name__} cannot keep packed examples apart; set task.packing = false"
+    found = {}
+    with _evaluating(model), torch.no_grad():
+        for name, parts in rows.items():
+            batch = _packed(parts, 0, 12)
+            batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+            mine = batch["segments"] == len(parts) - 1
+            try:
+                found[name] = _wide(_logits(model, batch, mine))
+            except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as error:
+                raise ModelError(refusal) from error
+    scale = float(found["alone"].abs().max())
+    rounding = 1e-3 if _float_dtype(model) in (torch.float32, torch.float64) else 5e-2
+    # The same shapes through the same kernels: what is masked must not change a bit, but rounding is forgiven.
+    leaks = float((found["behind"] - found["behind other"]).abs().max()) > 1e-5 * scale
+    shifted = float((found["behind"] - found["alone"]).abs().max()) > rounding * scale
+    if leaks or shifted:
+        raise ModelError(refusal)
+    _sound.add(model)
+
+
+def _trials(first: np.ndarray, other: np.ndarray, second: np.ndarray) -> dict[str, list[np.ndarray]]:
+    return {"behind": [first, second], "behind other": [other, second], "alone": [second]}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and every layer as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,279 @@
+"""The task "image-classification": one class for each picture.
+
+Shapes: n = examples, b = examples in a batch, c = channels, h = height and w = width as the model wants them,
+k = classes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, overload
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.errors import ConfigError, DataError, ModelError
+from fedlora.tasks._base import Batch, Examples, Table, Task, tasks
+from fedlora.tasks.text_classification import class_ids, class_names
+
+SLICE = 256  # pictures that are resized at once
+PATCH_AREA = 256  # pixels that cost about a token where a model has no patches
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels(Sequence[np.ndarray]):
+    """Pictures of one size; item i is picture i as the model wants it, float32 [c, h, w]: values * scale + shift.
+
+    Args:
+        values: eight bits each [n, c, h, w], a quarter of the memory of what the model gets; or float32.
+        scale: [c], float32.
+        shift: [c], float32.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray
+    shift: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pixels: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | Pixels:
+        if isinstance(index, slice):
+            return replace(self, values=self.values[index])
+        return self.ready([index])[0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Pixels:
+        """The pictures at `indices`, in that order."""
+        return replace(self, values=self.values[np.asarray(indices, dtype=np.int64)])
+
+    def ready(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Some pictures as the model wants them, float32 [b, c, h, w]."""
+        chosen = self.values[np.asarray(indices, dtype=np.int64)].astype(np.float32)
+        return chosen * self.scale[:, None, None] + self.shift[:, None, None]
+
+
+@tasks.register("image-classification")
+@dataclass(frozen=True)
+class ImageClassification(Task):
+    """One class for each picture.
+
+    A picture is a file's path, a PIL image, or an array [h, w], [h, w, c] or [c, h, w], also as nested lists: whole
+    numbers go from 0 to 255, other numbers from 0 to 1. The model folder's own image processor resizes and normalises.
+
+    Args:
+        labels: names of the classes in the order of their numbers. Empty: the source's own names where it has them,
+            else the labels found, sorted. A node that reads its own file needs them, since it may lack a class.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForImageClassification"
+    metric: ClassVar[str] = "accuracy"
+    roles: ClassVar[tuple[str, ...]] = ("image", "label")
+
+    labels: tuple[str, ...] = ()
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Names that transformers gives to the classification head."""
+        return ("classifier",)
+
+    def prepare(
+        self, table: Table, model_path: str | Path, columns: Mapping[str, str], *, keep: Sequence[str]
+    ) -> Examples:
+        """Resize a table's pictures for the model.
+
+        Raises:
+            DataError: a picture or a label is missing or not usable; the message names the row (from 0) and the column.
+            ModelError: the model folder has no image processor.
+        """
+        names = class_names(table.columns[columns["label"]], columns["label"], self.labels or table.label_names)
+        labels = class_ids(table.columns[columns["label"]], columns["label"], names)
+        processor, channels, patch = _processor(str(model_path))
+        pixels = _process(processor, table.columns[columns["image"]], columns["image"], channels)
+        _, _, height, width = pixels.values.shape
+        cost = (height // patch) * (width // patch) + 1 if patch else max(1, height * width // PATCH_AREA)
+        return Examples(
+            inputs={"pixel_values": pixels},
+            labels=labels,
+            lengths=np.full(len(labels), cost, dtype=np.int64),
+            columns={name: np.asarray(table.columns[name]) for name in keep},
+            label_names=names,
+        )
+
+    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
+        """The number and the names of the classes."""
+        names = examples.label_names
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+
+    def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
+        """ "pixel_values" [b, c, h, w] and "labels" [b]."""
+        assert examples.labels is not None
+        rows = np.asarray(indices, dtype=np.int64)
+        return {
+            "pixel_values": torch.from_numpy(_pixels(examples).ready(rows)),
+            "labels": torch.from_numpy(examples.labels[rows]),
+        }
+
+    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
+        """Noise in the pictures: normal, of standard deviation `rate` where black is 0 and white is 1, then clipped."""
+        pixels = _pixels(examples)
+        if pixels.values.dtype != np.uint8:
+            raise ConfigError("partition.feature_noise cannot be put into this model's pictures; remove it")
+        values = pixels.values.copy()
+        noise = np.random.default_rng(seed).normal(scale=255 * rate, size=values[rows].shape)
+        values[rows] = np.clip(np.rint(values[rows] + noise), 0, 255).astype(np.uint8)
+        return replace(examples, inputs={**examples.inputs, "pixel_values": replace(pixels, values=values)})
+
+    def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b"]:
+        """Cross entropy of each picture in nats."""
+        return functional.cross_entropy(_logits(model, batch), batch["labels"], reduction="none")
+
+    def measure(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
+        """For each picture: "loss" in nats, and "correct" as 0 or 1."""
+        logits = _logits(model, batch)
+        return {
+            "loss": functional.cross_entropy(logits, batch["labels"], reduction="none"),
+            "correct": (logits.argmax(dim=-1) == batch["labels"]).to(logits.dtype),
+        }
+
+    def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Accuracy as a fraction, and the mean loss in nats."""
+        return {
+            "accuracy": float(np.mean(measures["correct"], dtype=np.float64)),
+            "loss": float(np.mean(measures["loss"], dtype=np.float64)),
+        }
+
+
+def _pixels(examples: Examples) -> Pixels:
+    pixels = examples.inputs["pixel_values"]
+    assert isinstance(pixels, Pixels)
+    return pixels
+
+
+def _logits(model: nn.Module, batch: Batch) -> Float[Tensor, "b k"]:
+    pixels = batch["pixel_values"].to(next(model.parameters()).dtype)
+    logits: Tensor = model(pixel_values=pixels).logits
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@lru_cache(maxsize=4)
+def _processor(path: str) -> tuple[Any, int, int]:
+    """The image processor of a model folder or hub name, the model's channels, and its patch size (0 without)."""
+    from transformers import AutoConfig, AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(
+            f"no image processor can be loaded from {path!r}: {first}; give a folder with preprocessor_config.json"
+        ) from None
+    patch = getattr(config, "patch_size", 0)
+    return processor, int(getattr(config, "num_channels", 3)), patch if isinstance(patch, int) else 0
+
+
+def _process(processor: Any, pictures: Sequence[Any], column: str, channels: int) -> Pixels:
+    def run(start: int, end: int, **options: bool) -> np.ndarray:
+        given = [read_picture(pictures[row], row, column, channels) for row in range(start, end)]
+        found = processor(given, input_data_format="channels_last", return_tensors="np", **options)["pixel_values"]
+        return np.asarray(found)
+
+    try:
+        # Resized only, pictures stay at eight bits; the rest is a scale and a shift, if this processor does no more.
+        plain = {"do_rescale": False, "do_normalize": False}
+        scale, shift = _normalisation(processor, channels)
+        first = Pixels(run(0, 1, **plain), scale, shift)
+        if first.values.dtype != np.uint8 or not np.allclose(first[0], run(0, 1)[0], atol=1e-5):
+            plain, scale, shift = {}, np.ones(channels, np.float32), np.zeros(channels, np.float32)
+        parts = [run(at, min(at + SLICE, len(pictures)), **plain) for at in range(0, len(pictures), SLICE)]
+        return Pixels(np.concatenate(parts), scale, shift)
+    except (ValueError, TypeError, IndexError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f"column {column!r}: the model's image processor refuses the pictures: {line[:150]}; give pictures of one "
+            "size, or a processor that resizes"
+        ) from None
+
+
+def _normalisation(processor: Any, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """(x * factor - mean) / std as x * scale + shift."""
+    factor = float(getattr(processor, "rescale_factor", 1 / 255)) if getattr(processor, "do_rescale", True) else 1.0
+    mean, std = np.zeros(channels), np.ones(channels)
+    if getattr(processor, "do_normalize", True):
+        mean, std = (np.broadcast_to(getattr(processor, key), (channels,)) for key in ("image_mean", "image_std"))
+    return (factor / std).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def read_picture(value: Any, row: int, column: str, channels: int) -> np.ndarray:
+    """One picture at eight bits, uint8 [h, w, c].
+
+    Args:
+        value: a path, a PIL image, an array, nested lists, or a mapping with "bytes" as the hub stores pictures.
+        row: for messages.
+        column: for messages.
+        channels: 1 for grey, 3 for colour, whatever the picture has.
+
+    Raises:
+        DataError: it is no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    where = f"row {row}, column {column!r}"
+    if isinstance(value, Mapping):
+        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
+    if isinstance(value, (str, Path, io.BytesIO)):
+        try:
+            with Image.open(value) as opened:
+                opened.load()
+                picture: Any = opened.copy()
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"{where}: no picture can be read: {error}; check the path") from None
+    elif isinstance(value, Image.Image):
+        picture = value
+    else:
+        picture = Image.fromarray(_eight_bits(value, where))
+    if channels not in (1, 3):
+        raise ModelError(f"the model wants pictures of {channels} channels, and only 1 and 3 are known here")
+    found = np.asarray(picture.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
+    return found.reshape(*found.shape[:2], channels)
+
+
+def _eight_bits(value: Any, where: str) -> np.ndarray:
+    """An array or nested lists as uint8 [h, w] or [h, w, 3 or 4]."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.asarray(None)
+    if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
+        raise DataError(f"{where}: it is neither a path nor a picture nor an array [height, width] or with channels")
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+        raise DataError(f"{where}: an array of shape {list(array.shape)} has no 1, 3 or 4 channels")
+    if array.dtype.kind == "b":
+        array = array.astype(np.float32)
+    top = 1 if array.dtype.kind == "f" else 255
+    if not (array.min() >= 0 and array.max() <= top):  # so that NaN is refused too
+        raise DataError(
+            f"{where}: values go from {array.min()} to {array.max()}, and must from 0 to 255 (whole numbers) or 0 to 1"
+        )
+    array = np.rint(array * 255).astype(np.uint8) if top == 1 else array.astype(np.uint8)
+    return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
