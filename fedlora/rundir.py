@@ -9,7 +9,7 @@ runs/<name>/
   checkpoints/          the last two states, <round>.safetensors
   merges/               changes of the base, <since>-<version>.safetensors, each written once
   adapter/              the final adapter, in PEFT's format
-  result.json           written last: a run that has it is finished
+  result.json           written last: a run that has it is finished, until a resume asks for more rounds
   baselines.json, *.png
 ```
 

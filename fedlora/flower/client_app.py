@@ -15,8 +15,8 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedlora import __version__
-from fedlora.errors import FedloraError, TrainingError
-from fedlora.flower.codec import ReceivedPlan, decode_plan, encode_note, encode_update
+from fedlora.errors import FedloraError, ReplyError, TrainingError
+from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.settings import client_id_of, config_of
 from fedlora.rng import derive
@@ -76,6 +76,10 @@ def train_round(message: Message, context: Context) -> Message:
         plan = decode_plan(message.content)
         bench = open_workbench(config_of(context))
         client_id = client_id_of(context)
+        if client_id != plan.head["client_id"]:
+            raise ReplyError(
+                f"the plan is for client {plan.head['client_id']}, and this node is client {client_id} now"
+            )
         frozen = _frozen(plan)
         base_fits = can_follow(bench.base, plan.head["base_digest"], plan.head["since_digest"])
         if frozen is None or not base_fits:
@@ -106,6 +110,8 @@ def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
     """The plan's frozen tensors, from this message or an earlier one; None if they are not here."""
     key, frozen = plan.head["frozen"], plan.tensors("frozen/")
     if key and frozen:
+        if digest(frozen) != key:
+            raise ReplyError("the frozen parts of the plan are not those that it names (another hash): report this bug")
         frozen_store.put(key, frozen)
     return frozen if frozen or not key else frozen_store.get(key)
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedlora import __version__
 from fedlora.adapter import AdapterState, Layout, LoraPair, PairShape, Part, fresh_pairs
@@ -28,6 +29,8 @@ from fedlora.state_io import flatten_merge, unflatten_merge
 
 PROTOCOL = 1
 STYPE = "fedlora.raw.v1"
+MAX_HEAD = 65_536
+"""Characters that the head of a reply may have."""
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -98,26 +101,24 @@ class PlanEncoder:
     """Turns asks into message contents; arrays that many clients share are encoded once per round."""
 
     def __init__(self) -> None:
-        self._arrays: dict[int, tuple[Tensor, Array]] = {}
-        self._frozen: dict[tuple[int, ...], str] = {}
+        self._arrays = WeakTensorKeyDictionary()  # weak: with mixed ranks each plan has tensors of its own
+        self._frozen: tuple[dict[str, Tensor], str] = ({}, "")
 
     def array(self, tensor: Tensor) -> Array:
-        """`to_array`, remembered by the tensor's identity while this encoder lives."""
-        known = self._arrays.get(id(tensor))
-        if known is None:
-            known = self._arrays[id(tensor)] = (tensor, to_array(tensor))
-        made = known[1]
+        """`to_array`, remembered while the tensor lives."""
+        if tensor not in self._arrays:
+            self._arrays[tensor] = to_array(tensor)
+        made: Array = self._arrays[tensor]
         return Array(made.dtype, made.shape, made.stype, made.data)
 
     def frozen_digest(self, plan: ClientPlan) -> str:
         """Digest of the parts that the plan does not train ("" where there are none)."""
         tensors = frozen_tensors(plan)
-        if not tensors:
-            return ""
-        key = tuple(id(tensor) for tensor in tensors.values())
-        if key not in self._frozen:
-            self._frozen[key] = digest(tensors)
-        return self._frozen[key]
+        last, known = self._frozen
+        if last.keys() != tensors.keys() or any(last[name] is not tensor for name, tensor in tensors.items()):
+            known = digest(tensors) if tensors else ""
+            self._frozen = tensors, known
+        return known
 
     def encode(self, ask: Ask, *, with_frozen: bool = True) -> RecordDict:
         """The content of a train message.
@@ -250,8 +251,12 @@ def decode_head(content: RecordDict) -> dict[str, Any]:
         ReplyError: if it is missing, no JSON object, or of another protocol.
     """
     try:
-        head = json.loads(str(content.config_records["reply"]["json"]))
-    except (KeyError, json.JSONDecodeError, RecursionError):
+        record = content.config_records["reply"]
+        text = record["json"]
+        if len(record) > 1 or not isinstance(text, str) or len(text) > MAX_HEAD:
+            raise ValueError
+        head = json.loads(text)
+    except (KeyError, ValueError, RecursionError):  # ValueError: no JSON, and whole numbers of 5000 digits
         raise ReplyError("the reply has no readable head") from None
     if not isinstance(head, dict) or head.get("protocol") != PROTOCOL:
         raise ReplyError(f"the reply is not of protocol {PROTOCOL}: install the same fedlora on server and node")

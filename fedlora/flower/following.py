@@ -15,9 +15,11 @@ _digests: WeakKeyDictionary[Base, tuple[int, str]] = WeakKeyDictionary()
 
 
 def digest_of(base: Base) -> str:
-    """Identity of the base's present weights, "" for the pristine ones."""
+    """Identity of the base's present weights: "" for the pristine ones, "?" for those that `follow` did not make."""
     version, known = _digests.get(base, (0, ""))
-    return known if version == base.base_version else ""
+    if base.base_version == 0:
+        return ""
+    return known if version == base.base_version else "?"
 
 
 def can_follow(base: Base, target: str, since: str) -> bool:
@@ -44,10 +46,11 @@ def follow(base: Base, merges: Sequence[Merge], version: int, target: str, since
 
 
 def next_digest(before: str, old: GlobalState, new: GlobalState) -> str:
-    """The digest of the base after a merge, a function of the one before and of what was added."""
-    known = {(merge.since, merge.version) for merge in old.merges}
-    added = [merge for merge in new.merges if (merge.since, merge.version) not in known]
-    return chain_digest(before, added) if added else before
+    """The digest of the base after a merge, a function of the one before and of what was added (not of compaction)."""
+    if new.base_version == old.base_version:
+        return before
+    added = [merge for merge in new.merges if merge.since >= old.base_version]
+    return chain_digest(before, added or new.merges)
 
 
 def chain_digest(before: str, merges: Sequence[Merge]) -> str:

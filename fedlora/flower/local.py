@@ -22,7 +22,7 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
         config: of the run.
         rundir: where it is written.
         progress: is told what happens.
-        resume: go on from the run directory's last checkpoint.
+        resume: go on from the run directory's last checkpoint; `config` may ask for more rounds than it did then.
 
     Returns:
         The final state, the exported adapter and the metrics.
@@ -31,6 +31,7 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
         FedloraError: of any kind; the run directory stays intact.
     """
     if resume:
+        rundir = RunDir.open(rundir.path, config)  # refuses a config that is not the run's
         config = _as_before(config, rundir)
     number = len(open_workbench(config).data.clients)
     run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}

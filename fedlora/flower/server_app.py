@@ -18,7 +18,6 @@ from fedlora.adapter import AdapterState
 from fedlora.aggregators import GlobalState, equivalent_adapter, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.data.describe import describe_partition
-from fedlora.errors import RunDirError
 from fedlora.flower.settings import config_of
 from fedlora.flower.strategy import Federation
 from fedlora.model import save_adapter
@@ -92,11 +91,7 @@ def run_rounds(grid: Grid, config: RunConfig, rundir: RunDir, progress: Progress
     """
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
     bench = open_workbench(config)
-    state = None
-    if resume:
-        state = rundir.resume()
-        if state is not None and state.round > config.rounds:
-            raise RunDirError(f"the run has done {state.round} rounds and the config asks for {config.rounds}")
+    state = rundir.resume() if resume else None
     rundir.note_environment(**describe(), kernels=bench.kernels.mode, kernels_why=bench.kernels.reason)
     rundir.write_json("partition.json", describe_partition(bench.data))
     state = Federation(grid, config, rule, bench, rundir, progress).run(state)

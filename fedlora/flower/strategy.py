@@ -7,9 +7,10 @@ same order. A round goes on without the replies that are missing at its deadline
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,9 +31,9 @@ from fedlora.aggregators import (
 )
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, ReplyError, RoundError
-from fedlora.flower.codec import Ask, PlanEncoder, decode_head, payload_bytes
+from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
-from fedlora.flower.validate import Limits, Valid, check_head, check_update, error_text
+from fedlora.flower.validate import Limits, Valid, check_head, check_hello, check_update
 from fedlora.progress import Progress
 from fedlora.rng import derive
 from fedlora.rundir import RunDir
@@ -82,6 +83,11 @@ class Round:
         return sum(n * value for n, value in rows) / sum(n for n, _ in rows) if rows else None
 
 
+def quorum_of(asked: int, share: float) -> int:
+    """How many of the asked must answer: the share, rounded up, at least one (0.07 of 100 are 7, in floats too)."""
+    return max(1, math.ceil(asked * share - 1e-9))
+
+
 class Federation:
     """One run on a grid.
 
@@ -116,6 +122,7 @@ class Federation:
             The state after the last round.
         """
         self.nodes = self._meet()
+        fresh = state is None
         if state is None:
             state = self.rule.init(
                 self.bench.base.initial_adapter(self.config.seed), seed=derive(self.config.seed, "rule")
@@ -127,7 +134,7 @@ class Federation:
                 state, client_id
             )  # a rule that cannot serve one of the clients says so before anything is trained
         self.progress.started(self.config, len(self.nodes), self.config.rounds)
-        if state.round == 0:
+        if fresh:
             record = {"round": 0, **self._evaluate(state)}
             self.rundir.append_metrics(record)
             self.progress.round_ended(record)
@@ -173,7 +180,7 @@ class Federation:
         return sorted(int(k) for k in generator.choice(everyone, size=wanted, replace=False))
 
     def _require_quorum(self, books: Round) -> None:
-        needed = max(1, int(np.ceil(self.config.server.quorum * len(books.asked))))
+        needed = quorum_of(len(books.asked), self.config.server.quorum)
         if len(books.answered) >= needed:
             return
         reasons = [f"client {k}: {why}" for k, why in sorted(books.refused.items())]
@@ -188,9 +195,9 @@ class Federation:
     # ------------------------------------------------------------------------------------------------ asking
 
     def _meet(self) -> dict[int, Node]:
-        """Wait for the nodes and ask each for its number and versions."""
+        """Wait for the nodes and ask each for its number and versions; who comes later does not take part."""
         end = time.monotonic() + self.config.server.node_timeout_s
-        expected = self._expected_clients()
+        expected = len(self.bench.data.clients)
         while len(ids := list(self.grid.get_node_ids())) < expected and time.monotonic() < end:
             time.sleep(POLL_S[1])
         if not ids:
@@ -202,38 +209,28 @@ class Federation:
         nodes: dict[int, Node] = {}
         messages = [Message(question, node_id, f"{MessageType.QUERY}.hello") for node_id in ids]
         refused: list[str] = []
-        for node_id, (_, reply) in zip(ids, self._exchange(messages, end + 3600.0), strict=True):
+        message_ids = [self._push(message) for message in messages]
+        deadline = time.monotonic() + self.config.server.deadline_s
+        for node_id, message_id in zip(ids, message_ids, strict=True):
             try:
-                head = self._check_hello(reply)
+                reply = self._pull(message_id, deadline)
+                client_id = check_hello(reply, self.bench.base.fingerprint, expected)
             except ReplyError as error:
                 refused.append(f"node {node_id}: {error}")
                 continue
-            if head["client_id"] in nodes:
-                refused.append(f"node {node_id}: client {head['client_id']} is there already")
+            if client_id in nodes:
+                refused.append(f"node {node_id}: client {client_id} is there already")
                 continue
-            nodes[head["client_id"]] = Node(head["client_id"], node_id)
+            nodes[client_id] = Node(client_id, node_id)
         for line in refused:
             self.progress.message(f"refused {line}")
         if not nodes:
             raise RoundError(f"no node can take part; {'; '.join(refused[:3])}")
+        if len(nodes) < expected:
+            self.progress.message(
+                f"only {len(nodes)} of {expected} clients are there; the run goes on without the others"
+            )
         return nodes
-
-    def _expected_clients(self) -> int:
-        return len(self.bench.data.clients)
-
-    def _check_hello(self, reply: Message | None) -> dict[str, Any]:
-        if reply is None:
-            raise ReplyError("it did not answer")
-        if reply.has_error():
-            raise ReplyError(error_text(reply))
-        head = decode_head(reply.content)
-        if head.get("kind") == "error":
-            raise ReplyError(str(head.get("error")))
-        if head.get("fedlora") != __version__:
-            raise ReplyError(f"it runs fedlora {head.get('fedlora')}, the server {__version__}: install the same")
-        if head.get("fingerprint") != self.bench.base.fingerprint:
-            raise ReplyError("its base model is not the server's (another hash): fetch the same model and revision")
-        return head
 
     def _plan(self, state: GlobalState, client_id: int) -> ClientPlan:
         node = self.nodes[client_id]
@@ -260,7 +257,7 @@ class Federation:
         encoder = PlanEncoder()
         deadline = time.monotonic() + self.config.server.deadline_s
         window = getattr(self.grid, "window", None) or len(books.asked)
-        todo, under_way = deque(books.asked), deque[tuple[Ask, str]]()
+        todo, under_way = deque(books.asked), deque[tuple[Ask, str | None]]()
         while todo or under_way:
             while todo and len(under_way) < window:
                 ask = self._ask(state, todo.popleft(), books.number, everything=False)
@@ -270,30 +267,29 @@ class Federation:
             if update is not None:
                 yield update
 
-    def _send(self, ask: Ask, encoder: PlanEncoder, books: Round) -> str:
+    def _send(self, ask: Ask, encoder: PlanEncoder, books: Round) -> str | None:
         node = self.nodes[ask.client_id]
         holds = node.frozen == encoder.frozen_digest(ask.plan)
         content = encoder.encode(ask, with_frozen=not holds)
         books.bytes_down += payload_bytes(content)
-        (message_id,) = self.grid.push_messages(
-            [Message(content, node.node_id, MessageType.TRAIN, group_id=str(ask.round), ttl=self._ttl())]
-        )
-        return message_id
+        ttl = self.config.server.deadline_s + 60.0
+        return self._push(Message(content, node.node_id, MessageType.TRAIN, group_id=str(ask.round), ttl=ttl))
 
-    def _ttl(self) -> float:
-        return self.config.server.deadline_s + 60.0
+    def _push(self, message: Message) -> str | None:
+        """Flower's id of the message, or None if the grid did not take it."""
+        return next(iter(self.grid.push_messages([message])), None)
 
     def _await(
-        self, state: GlobalState, ask: Ask, message_id: str, encoder: PlanEncoder, deadline: float, books: Round
+        self, state: GlobalState, ask: Ask, message_id: str | None, encoder: PlanEncoder, deadline: float, books: Round
     ) -> ClientUpdate | None:
         """Wait for one client's reply, check it, and write it into the books; None if there is no usable one."""
         client_id = ask.client_id
-        reply = self._pull(message_id, deadline)
         try:
-            if reply is not None and check_head(reply) == "need":
+            reply = self._receive(message_id, deadline, books)
+            if reply is not None and check_head(reply)["kind"] == "need":
                 ask = self._ask(state, client_id, books.number, everything=True)
-                reply = self._pull(self._send(ask, encoder, books), deadline)
-                if reply is not None and check_head(reply) == "need":
+                reply = self._receive(self._send(ask, encoder, books), deadline, books)
+                if reply is not None and check_head(reply)["kind"] == "need":
                     raise ReplyError("it asks for parts that it was just sent")
             if reply is None:
                 books.missing.append(client_id)
@@ -304,7 +300,6 @@ class Federation:
             books.refused[client_id] = str(error)
             self.progress.reply(books.number, client_id, False, str(error))
             return None
-        books.bytes_up += payload_bytes(reply.content)
         return self._accept(ask, valid, encoder, books)
 
     def _accept(self, ask: Ask, valid: Valid, encoder: PlanEncoder, books: Round) -> ClientUpdate:
@@ -323,22 +318,30 @@ class Federation:
 
     # ------------------------------------------------------------------------------------------------ replies
 
-    def _pull(self, message_id: str, deadline: float) -> Message | None:
-        """The reply to one message, or None if it is not there at the deadline."""
+    def _receive(self, message_id: str | None, deadline: float, books: Round) -> Message | None:
+        """`_pull`, with the reply's bytes in the books, whether it can be used or not."""
+        reply = self._pull(message_id, deadline)
+        if reply is not None and not reply.has_error():
+            books.bytes_up += payload_bytes(reply.content)
+        return reply
+
+    def _pull(self, message_id: str | None, deadline: float) -> Message | None:
+        """The reply to one message, or None if it is not there at the deadline.
+
+        Raises:
+            ReplyError: the grid did not take the message.
+        """
+        if message_id is None:
+            raise ReplyError("the grid did not take its message: it is too large, or the node is gone")
         pause = POLL_S[0]
         while True:
             for reply in self.grid.pull_messages([message_id]):
-                return reply
+                if reply.metadata.reply_to_message_id == message_id:
+                    return reply
             if time.monotonic() >= deadline:
                 return None
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(2 * pause, POLL_S[1])
-
-    def _exchange(self, messages: Sequence[Message], deadline: float) -> Iterator[tuple[str, Message | None]]:
-        """Push all, then pull each in order."""
-        ids = list(self.grid.push_messages(messages))
-        for message_id in ids:
-            yield message_id, self._pull(message_id, deadline)
 
     # ------------------------------------------------------------------------------------------------ figures
 

@@ -9,13 +9,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedlora import __version__
 from fedlora.errors import ReplyError
 from fedlora.flower.codec import DTYPES, STYPE, Ask, decode_head, from_array
 
@@ -49,17 +52,41 @@ def expected_tensors(ask: Ask) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
     return {name: (t.dtype, tuple(t.shape)) for name, t in ask.plan.adapter.tensors(ask.plan.sends).items()}
 
 
-def check_head(reply: Message) -> str:
-    """Checks 1: the kind of a reply ("update", "need"); `ReplyError` for an error of any sort."""
+def check_head(reply: Message, kinds: Sequence[str] = ("update", "need")) -> dict[str, Any]:
+    """Check 1: the head of a reply of one of these kinds; `ReplyError` for an error of any sort."""
     if reply.has_error():
         raise ReplyError(error_text(reply))
     head = decode_head(reply.content)
     kind = head.get("kind")
     if kind == "error":
         raise ReplyError(_one_line(str(head.get("error", "no reason given"))))
-    if kind not in ("update", "need"):
+    if kind not in kinds:
         raise ReplyError(f"the reply is of unknown kind {str(kind)[:40]!r}")
-    return str(kind)
+    return head
+
+
+def check_hello(reply: Message | None, fingerprint: str, clients: int) -> int:
+    """The number of the client that a node serves.
+
+    Args:
+        reply: to the question "hello"; None if there is none.
+        fingerprint: of the server's base model.
+        clients: how many there are.
+
+    Raises:
+        ReplyError: if the node cannot take part; the message says why.
+    """
+    if reply is None:
+        raise ReplyError("it did not answer")
+    head = check_head(reply, ("hello",))
+    if head.get("fedlora") != __version__:
+        raise ReplyError(f"it runs fedlora {str(head.get('fedlora'))[:40]}, the server {__version__}: install the same")
+    if head.get("fingerprint") != fingerprint:
+        raise ReplyError("its base model is not the server's (another hash): fetch the same model and revision")
+    client_id = head.get("client_id")
+    if type(client_id) is not int or not 0 <= client_id < clients:
+        raise ReplyError(f"it says to be client {str(client_id)[:40]}, and there are {clients}, numbered from 0")
+    return client_id
 
 
 def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
@@ -70,8 +97,8 @@ def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
     """
     manifest = expected_tensors(ask)
     head = decode_head(content)
-    records = {*content.array_records, *content.config_records, *content.metric_records}
-    if records != {"reply", "update", "metrics"} or "update" not in content.array_records:
+    kinds = (set(content.config_records), set(content.array_records), set(content.metric_records))
+    if kinds != ({"reply"}, {"update"}, {"metrics"}):
         raise ReplyError("the reply does not hold exactly the records reply, update and metrics")
     arrays = content.array_records["update"]
     if odd := set(arrays) ^ set(manifest):
@@ -116,7 +143,7 @@ def _metrics(record: MetricRecord, limits: Limits) -> tuple[int, dict[str, float
         raise ReplyError(f"metric {min(odd)[:40]!r} was not asked for")
     metrics: dict[str, float] = {}
     for name, value in record.items():
-        if isinstance(value, list) or not math.isfinite(value):
+        if isinstance(value, list) or not abs(value) <= sys.float_info.max:
             raise ReplyError(f"metric {name!r} is no finite number")
         metrics[name] = float(value)
     return weight, metrics

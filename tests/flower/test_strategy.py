@@ -1,0 +1,402 @@
+"""The server's loop on grids that lose, delay, double and misdeliver, and on runs that stop and go on."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+
+from fedlora.adapter import AdapterState, LoraPair
+from fedlora.aggregators import ClientPlan, GlobalState, Merge
+from fedlora.config import RunConfig
+from fedlora.errors import ReplyError, RoundError, RunDirError
+from fedlora.flower import client_app, run_local, strategy
+from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, digest
+from fedlora.flower.following import can_follow, digest_of, next_digest
+from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.server_app import RunOutcome, run_rounds
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
+from fedlora.training.workbench import open_workbench
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategy, "POLL_S", (0.001, 0.002))
+
+
+class Heard(NoProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Troubled(LocalGrid):
+    """A grid on which all messages are under way at once, as on a real one; subclasses make the trouble."""
+
+    window = None  # type: ignore[assignment]
+
+    def __init__(self, config: RunConfig) -> None:
+        nodes = [{"partition-id": k} for k in range(len(open_workbench(config).data.clients))]
+        super().__init__(client_app.app, nodes, {"toml": config.to_toml()})
+        self.polls: Counter[str] = Counter()
+        self.to: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        ids = list(super().push_messages(messages))
+        self.to |= dict(zip(ids, messages, strict=True))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        (message_id,) = message_ids
+        self.polls[message_id] += 1
+        return self.trouble(message_id, self.to[message_id].metadata.message_type, self.to[message_id])
+
+    def trouble(self, message_id: str, kind: str, message: Message) -> Iterable[Message]:
+        return self.really(message_id)
+
+    def really(self, message_id: str) -> list[Message]:
+        return list(super().pull_messages([message_id]))
+
+    def client(self, message: Message) -> int:
+        return message.metadata.dst_node_id - 2
+
+
+def federate(config: RunConfig, grid: LocalGrid | None = None, heard: NoProgress | None = None) -> RunOutcome:
+    rundir = RunDir.create(config, overwrite=True)
+    with task_identity(1):
+        return run_rounds(grid or Troubled(config), config, rundir, heard or NoProgress(), resume=False)
+
+
+def same(left: AdapterState, right: AdapterState) -> bool:
+    one, other = left.tensors(), right.tensors()
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# ------------------------------------------------------------------------------------------------ grids
+
+
+class Late(Troubled):
+    """Each reply is there at its third look only; the first client's at the tenth."""
+
+    def trouble(self, message_id: str, kind: str, message: Message) -> Iterable[Message]:
+        return self.really(message_id) if self.polls[message_id] >= (3 if self.client(message) else 10) else []
+
+
+class Twice(Troubled):
+    """Each reply comes twice."""
+
+    def trouble(self, message_id: str, kind: str, message: Message) -> Iterable[Message]:
+        return self.really(message_id) * 2
+
+
+class Misdelivers(Troubled):
+    """At the first look, somebody else's reply is there instead, and his own at the next."""
+
+    def trouble(self, message_id: str, kind: str, message: Message) -> Iterable[Message]:
+        if self.polls[message_id] == 1:
+            return [reply for reply in self.held if reply.metadata.reply_to_message_id != message_id]
+        self.held = self.really(message_id)
+        return self.held
+
+    held: list[Message] = []  # noqa: RUF012
+
+
+class EmptyAtFirst(Troubled):
+    """Nodes come one by one."""
+
+    looks = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        return list(super().get_node_ids())[: max(0, self.looks - 2)]
+
+
+@pytest.mark.parametrize("grid", [Late, Twice, Misdelivers, EmptyAtFirst])
+def test_how_replies_arrive_changes_no_bit(tiny_config: MakeConfig, grid: type[Troubled]) -> None:
+    config = tiny_config("rounds=2")
+    plain = run_local(config, RunDir.create(config), NoProgress())
+    troubled = federate(tiny_config("rounds=2", name="troubled"), grid(config))
+    assert same(plain.adapter, troubled.adapter)
+    assert [r["answered"] for r in troubled.records[1:]] == [[0, 1, 2, 3]] * 2
+
+
+class NeverAnswers(Troubled):
+    """Client 0, whose reply is waited for first, never answers in training."""
+
+    def trouble(self, message_id: str, kind: str, message: Message) -> Iterable[Message]:
+        return [] if kind == "train" and self.client(message) == 0 else self.really(message_id)
+
+
+def test_a_round_goes_on_at_its_deadline_with_all_that_is_there(tiny_config: MakeConfig) -> None:
+    config = tiny_config("rounds=2", "server.deadline_s=0.05")
+    for record in federate(config, NeverAnswers(config)).records[1:]:
+        assert record["missing"] == [0]
+        assert record["answered"] == [1, 2, 3]
+        assert record["refused"] == {}
+
+
+def test_a_missing_client_counts_against_the_quorum(tiny_config: MakeConfig) -> None:
+    config = tiny_config("server.deadline_s=0.05", "server.quorum=0.76")
+    with pytest.raises(RoundError, match=r"3 of 4 clients answered, the quorum is 4; client 0: no reply within 0.05 s"):
+        federate(config, NeverAnswers(config))
+
+
+class Leaves(Troubled):
+    """From round 2 on the node of client 3 is gone; Flower says so in its own name (source node 1)."""
+
+    def trouble(self, message_id: str, kind: str, message: Message) -> Iterable[Message]:
+        if self.client(message) != 3 or message.metadata.group_id in ("", "1"):
+            return self.really(message_id)
+        reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node unavailable"), reply_to=message)
+        reply.metadata.__dict__["_src_node_id"] = 1
+        return [reply]
+
+
+def test_a_node_that_leaves_is_named_and_the_rounds_go_on(tiny_config: MakeConfig) -> None:
+    config = tiny_config()
+    _, first, *others = federate(config, Leaves(config)).records
+    assert first["answered"] == [0, 1, 2, 3]
+    for record in others:
+        assert record["answered"] == [0, 1, 2]
+        assert "Node unavailable" in record["refused"]["3"]
+
+
+class RefusesPush(Troubled):
+    """The grid takes no message of training to client 1: `None` for an id, or no id at all."""
+
+    nothing: list[Any] = [None]  # noqa: RUF012
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        (message,) = messages
+        refused = message.metadata.message_type == "train" and self.client(message) == 1
+        return self.nothing if refused else super().push_messages([message])
+
+
+@pytest.mark.parametrize("nothing", [[None], []])
+def test_a_message_that_the_grid_does_not_take_costs_one_client(tiny_config: MakeConfig, nothing: list[Any]) -> None:
+    config = tiny_config("rounds=1")
+    grid = RefusesPush(config)
+    grid.nothing = nothing
+    record = federate(config, grid).records[1]
+    assert record["answered"] == [0, 2, 3]
+    assert "did not take its message" in record["refused"]["1"]
+
+
+class Silent(Troubled):
+    """Nobody answers anything but client 2's hello."""
+
+    def trouble(self, message_id: str, kind: str, message: Message) -> Iterable[Message]:
+        return self.really(message_id) if self.client(message) == 2 else []
+
+
+def test_nodes_that_say_nothing_at_the_start_are_left_out_and_named(tiny_config: MakeConfig) -> None:
+    config = tiny_config("rounds=1", "server.deadline_s=0.05")
+    heard = Heard()
+    assert federate(config, Silent(config), heard).records[1]["answered"] == [2]
+    assert "refused node 2: it did not answer" in heard.lines
+    assert heard.lines[-1].startswith("only 1 of 4 clients are there")
+
+
+def test_no_node_at_all_says_what_to_do(tiny_config: MakeConfig) -> None:
+    config = tiny_config("server.node_timeout_s=0.01")
+
+    class Nobody(Troubled):
+        def get_node_ids(self) -> Iterable[int]:
+            return []
+
+    with pytest.raises(RoundError, match=r"no node is there after 0.01 s: start the SuperNodes"):
+        federate(config, Nobody(config))
+
+
+class Boasts(Troubled):
+    """Client 0 claims more examples than there can be."""
+
+    def trouble(self, message_id: str, kind: str, message: Message) -> Iterable[Message]:
+        replies = self.really(message_id)
+        if kind == "train" and self.client(message) == 0:
+            replies[0].content.metric_records["metrics"]["num_examples"] = 10**18
+        return replies
+
+
+def test_bytes_of_refused_replies_are_bytes(tiny_config: MakeConfig) -> None:
+    whole = federate(tiny_config("rounds=1")).records[1]
+    config = tiny_config("rounds=1", name="boasts")
+    record = federate(config, Boasts(config)).records[1]
+    assert "is not within 1 and server.max_examples" in record["refused"]["0"]
+    assert record["bytes_up"] == whole["bytes_up"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "share", "needed"), [(100, 0.07, 7), (100, 0.55, 55), (4, 0.5, 2), (5, 0.5, 3), (1, 0.01, 1), (3, 1.0, 3)]
+)
+def test_the_quorum_is_the_share_rounded_up(asked: int, share: float, needed: int) -> None:
+    assert strategy.quorum_of(asked, share) == needed
+
+
+# ------------------------------------------------------------------------------------------------ frozen parts, ranks
+
+
+def ffa_plan(rank: int) -> ClientPlan:
+    A, B = torch.arange(20.0).reshape(4, 5), torch.ones(3, 4)
+    pair = LoraPair(A[:rank], B[:, :rank] * 1.0, 1.0)
+    return ClientPlan(AdapterState({"m": pair}), trains=frozenset(("B",)), sends=frozenset(("B",)))
+
+
+def test_frozen_digests_follow_the_rank_of_each_plan() -> None:
+    encoder = PlanEncoder()
+    known = {rank: digest({"m:A": ffa_plan(rank).adapter.pairs["m"].A}) for rank in (1, 2, 3, 4)}
+    draw = random.Random(0)
+    for _ in range(200):  # each plan's tensors are freed, so that the next one's may lie at the same address
+        rank = draw.randint(1, 4)
+        assert encoder.frozen_digest(ffa_plan(rank)) == known[rank]
+
+
+def test_the_encoder_holds_no_more_than_the_plans_under_way() -> None:
+    encoder = PlanEncoder()
+    for number in range(50):
+        encoder.encode(Ask(ffa_plan(2), 1, number))
+    gc.collect()
+    assert len(encoder._arrays) <= 4
+
+
+def test_ffa_with_mixed_ranks_sends_each_client_its_a_once(tiny_config: MakeConfig) -> None:
+    settings = ("strategy.name=ffa", "clients.ranks=[4,2,1,3]", "rounds=4")
+    config = tiny_config(*settings)
+    outcome = run_local(config, RunDir.create(config), NoProgress())
+
+    class Forgets(NoProgress):
+        def round_started(self, number: int, asked: object) -> None:
+            client_app.frozen_store.__init__()  # type: ignore[misc]
+
+    forgetful = tiny_config(*settings, name="forgetful")
+    again = run_local(forgetful, RunDir.create(forgetful), Forgets())
+    assert same(outcome.adapter, again.adapter)
+    first, *others = [record["bytes_down"] for record in outcome.records[1:]]
+    frozen = outcome.state.adapter.nbytes(("A",)) * (4 + 2 + 1 + 3) // 4
+    assert [first - other for other in others] == pytest.approx([frozen] * 3, abs=64)
+    assert all(not record["refused"] for record in (*outcome.records[1:], *again.records[1:]))
+
+
+def test_a_client_refuses_frozen_parts_of_another_hash() -> None:
+    content = PlanEncoder().encode(Ask(ffa_plan(2), 1, 0))
+    plan = decode_plan(content)
+    with pytest.raises(ReplyError, match="another hash"):
+        client_app._frozen(replace(plan, head={**plan.head, "frozen": "0" * 64}))
+
+
+class Swaps(Troubled):
+    """A node that was client 0 at the start is client 1 afterwards."""
+
+    def trouble(self, message_id: str, kind: str, message: Message) -> Iterable[Message]:
+        if kind == "train" and self.client(message) == 0:
+            self._contexts[2].node_config["partition-id"] = 1
+        return self.really(message_id)
+
+
+def test_a_node_that_changed_its_number_does_not_train_under_the_old_one(tiny_config: MakeConfig) -> None:
+    config = tiny_config("rounds=1")
+    record = federate(config, Swaps(config)).records[1]
+    assert record["answered"] == [1, 2, 3]
+    assert "the plan is for client 0, and this node is client 1" in record["refused"]["0"]
+
+
+# ------------------------------------------------------------------------------------------------ versions of the base
+
+
+def merge(since: int, version: int, value: float = 1.0) -> Merge:
+    return Merge(since, version, AdapterState({"m": LoraPair(torch.ones(1, 2) * value, torch.ones(2, 1), 1.0)}))
+
+
+def test_a_digest_moves_with_every_change_and_with_nothing_else() -> None:
+    adapter = AdapterState({"m": merge(0, 1).change.pairs["m"]})
+    old = GlobalState(adapter, merges=(merge(0, 1), merge(1, 2)))
+    grown = GlobalState(adapter, merges=(*old.merges, merge(2, 3)))
+    compacted = GlobalState(adapter, merges=(merge(0, 2, 2.0), merge(2, 3)))
+    folded = GlobalState(adapter, merges=(merge(0, 3, 3.0),))
+    assert next_digest("d", old, GlobalState(adapter, merges=(merge(0, 2, 2.0),))) == "d"
+    assert next_digest("d", old, grown) == next_digest("d", old, compacted) != "d"
+    assert next_digest("d", old, folded) != "d"
+
+
+def test_a_base_that_somebody_else_changed_is_not_taken_for_a_known_one(tiny_config: MakeConfig) -> None:
+    base = open_workbench(tiny_config()).base
+    name = base.targets[0]
+    shape = base.layout()[name]
+    pair = LoraPair(torch.ones(1, shape.d_in), torch.ones(shape.d_out, 1), 1.0)
+    base.rebase(0, ())
+    assert digest_of(base) == ""
+    base.rebase(7, (Merge(0, 7, AdapterState({name: pair})),))
+    try:
+        assert digest_of(base) != ""
+        assert not can_follow(base, "target", "since")
+    finally:
+        base.rebase(0, ())
+
+
+# ------------------------------------------------------------------------------------------------ stop and go on
+
+
+class Stops(NoProgress):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def round_started(self, number: int, asked: object) -> None:
+        if number == self.at:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_stopped_in_its_first_round_has_one_line_for_round_0(tiny_config: MakeConfig) -> None:
+    config = tiny_config("rounds=1")
+    rundir = RunDir.create(config)
+    with pytest.raises(KeyboardInterrupt):
+        run_local(config, rundir, Stops(1))
+    resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    assert [record["round"] for record in resumed.records] == [0, 1]
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "flora"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_goes_on_to_more_rounds_ends_as_one_that_had_them(
+    tiny_config: MakeConfig, rule: str, finished: bool
+) -> None:
+    settings = (f"strategy.name={rule}", "server.fraction=0.5")
+    whole = tiny_config(*settings, "rounds=4", name="whole")
+    expected = run_local(whole, RunDir.create(whole), NoProgress())
+    few, more = (tiny_config(*settings, f"rounds={rounds}", name="more") for rounds in (2, 4))
+    rundir = RunDir.create(few)
+    if finished:
+        run_local(few, rundir, NoProgress())
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run_local(few, rundir, Stops(2))
+    outcome = run_local(more, RunDir.open(rundir.path), NoProgress(), resume=True)
+    assert same(outcome.adapter, expected.adapter)
+    assert [record["round"] for record in outcome.records] == [0, 1, 2, 3, 4]
+    assert RunDir.open(rundir.path).config == more
+    assert RunDir.open(rundir.path).finished
+    with pytest.raises(RunDirError, match="has done 4 rounds"):
+        run_local(few, RunDir.open(rundir.path), NoProgress(), resume=True)
+    assert RunDir.open(rundir.path).finished  # and nothing was undone
+
+
+def test_resuming_with_another_config_is_refused_in_python_too(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tiny_config("rounds=1")
+    rundir = RunDir.create(config)
+    run_local(config, rundir, NoProgress())
+    with pytest.raises(RunDirError, match=r"train\.lr was 0\.01 and is now 0\.5"):
+        run_local(tiny_config("rounds=2", "train.lr=0.5"), rundir, NoProgress(), resume=True)
