@@ -115,6 +115,10 @@ class ClientsConfig(Section):
     ranks: tuple[PositiveInt, ...] | None = None
     """A rank for each client, repeated cyclically; None: adapter.rank for all."""
 
+    def rank_of(self, client_id: int) -> int | None:
+        """The rank of a client, None for adapter.rank."""
+        return self.ranks[client_id % len(self.ranks)] if self.ranks else None
+
 
 class TrainConfig(Section):
     """Local training in one round on one client."""
@@ -152,7 +156,8 @@ class ServerConfig(Section):
     quorum: Fraction = 0.5
     """Share of the asked clients whose replies a round needs."""
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds after which a round goes on without the replies that are missing."""
+    """Seconds after which a round goes on without the replies that are missing; also how long a node may take to say
+    hello. Clients in this process are computed when they are asked, and are never late."""
     weighting: Literal["examples", "uniform"] = "examples"
     max_examples: PositiveInt = 10_000_000
     """Largest number of examples that a reply may claim."""

@@ -105,9 +105,12 @@ def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrit
     if not (resume or overwrite):
         RunDir.check_free(config)
     bench = open_workbench(config)  # before an earlier run is removed: the config may turn out to be wrong
+
+    from fedlora.flower import refuse_early, run_local
+
+    refuse_early(config, bench)
     run_dir = run_dir or RunDir.create(config, overwrite=overwrite)
 
-    from fedlora.flower import run_local
     from fedlora.report import plot_accuracy
 
     try:

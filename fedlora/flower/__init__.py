@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedlora.flower.local import run_local
     from fedlora.flower.server_app import RunOutcome
+    from fedlora.flower.strategy import refuse_early
 
-__all__ = ["RunOutcome", "run_local"]
+__all__ = ["RunOutcome", "refuse_early", "run_local"]
 
 
 def __getattr__(name: str) -> object:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> object:
         from fedlora.flower.local import run_local
 
         return run_local
+    if name == "refuse_early":
+        from fedlora.flower.strategy import refuse_early
+
+        return refuse_early
     if name == "RunOutcome":
         from fedlora.flower.server_app import RunOutcome
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
@@ -27,6 +28,7 @@ from fedlora.aggregators import (
     ClientUpdate,
     GlobalState,
     broadcast_change,
+    load_aggregator,
     merge_chain,
 )
 from fedlora.config import RunConfig
@@ -129,10 +131,8 @@ class Federation:
             )
         self.base_digest = chain_digest("", state.merges)
         self._digests |= {state.base_version: self.base_digest}
-        for client_id in self.nodes:
-            self._plan(
-                state, client_id
-            )  # a rule that cannot serve one of the clients says so before anything is trained
+        for client_id in self.nodes:  # a rule that cannot serve one of them says so before anything is trained
+            self._plan(state, client_id)
         self.progress.started(self.config, len(self.nodes), self.config.rounds)
         if fresh:
             record = {"round": 0, **self._evaluate(state)}
@@ -155,6 +155,7 @@ class Federation:
         self._require_quorum(books)
         if after.round != number:
             after = replace(after, round=number)
+        _require_finite(after, number)
         record = self._record(state, after, books)
         self.base_digest = next_digest(self.base_digest, state, after)
         self._digests[after.base_version] = self.base_digest
@@ -170,12 +171,7 @@ class Federation:
 
     def _sample(self, number: int) -> list[int]:
         everyone = sorted(self.nodes)
-        server = self.config.server
-        wanted = server.clients_per_round or max(1, round(server.fraction * len(everyone)))
-        if wanted > len(everyone):
-            raise RoundError(
-                f"server.clients_per_round = {wanted}, but only {len(everyone)} clients are there: lower it"
-            )
+        wanted = clients_wanted(self.config, len(everyone))
         generator = np.random.default_rng(derive(self.config.seed, "sample", number))
         return sorted(int(k) for k in generator.choice(everyone, size=wanted, replace=False))
 
@@ -233,13 +229,8 @@ class Federation:
         return nodes
 
     def _plan(self, state: GlobalState, client_id: int) -> ClientPlan:
-        node = self.nodes[client_id]
-        layout = self.bench.base.layout(self._rank(client_id))
-        return self.rule.plan(state, ClientSpec(client_id, layout, node.base_version))
-
-    def _rank(self, client_id: int) -> int | None:
-        ranks = self.config.clients.ranks
-        return ranks[client_id % len(ranks)] if ranks else None
+        layout = self.bench.base.layout(self.config.clients.rank_of(client_id))
+        return self.rule.plan(state, ClientSpec(client_id, layout, self.nodes[client_id].base_version))
 
     def _ask(self, state: GlobalState, client_id: int, number: int, *, everything: bool) -> Ask:
         """The plan for one client; `everything` for one that turned out to hold nothing."""
@@ -373,3 +364,43 @@ class Federation:
             self.bench.base, self.bench.task, self.bench.data.test, domain_column=self.bench.data.domain_column
         )
         return {**result.overall, "domains": dict(result.domains)}
+
+
+def refuse_early(config: RunConfig, bench: Workbench) -> None:
+    """Raise for a config whose rule cannot serve its clients, before a run directory is made or an old one removed.
+
+    Raises:
+        ConfigError: the rule or one of its fields is unknown or wrong.
+        RuleError: the rule refuses a client's rank.
+        RoundError: more clients are asked for than there are.
+    """
+    rule = load_aggregator(config.strategy.name, config.strategy.fields)
+    state = rule.init(bench.base.initial_adapter(config.seed), seed=derive(config.seed, "rule"))
+    clients = range(len(bench.data.clients))
+    for client_id in clients:
+        rule.plan(state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
+    clients_wanted(config, len(clients))
+
+
+def clients_wanted(config: RunConfig, there: int) -> int:
+    """How many clients a round asks.
+
+    Raises:
+        RoundError: if the config wants more than are there.
+    """
+    wanted = config.server.clients_per_round or max(1, round(config.server.fraction * there))
+    if wanted > there:
+        raise RoundError(f"server.clients_per_round = {wanted}, but only {there} clients are there: lower it")
+    return wanted
+
+
+def _require_finite(state: GlobalState, number: int) -> None:
+    tensors = {**state.adapter.tensors()}
+    for merge in state.merges[-1:]:
+        tensors.update(merge.change.tensors())
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise RoundError(
+                f"round {number}: the merged {name!r} is not finite, though every reply was: "
+                "set server.max_norm to refuse replies that are far too large"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,29 @@ def test_peft_loads_the_adapter_and_gives_the_same_accuracy(tiny_config: MakeCon
         batch = bench.task.collate(test, np.arange(len(test)))
         measured = bench.task.summarise({k: v.numpy() for k, v in bench.task.measure(model, batch).items()})
     assert measured["accuracy"] == outcome.records[-1]["accuracy"]
+
+
+def test_a_config_that_cannot_work_is_refused_before_an_earlier_run_is_removed(tiny_config: MakeConfig) -> None:
+    from fedlora.flower import refuse_early
+
+    for override, error in (("clients.ranks=[4,2]", RuleError), ("server.clients_per_round=9", RoundError)):
+        config = tiny_config(override)
+        with pytest.raises(error):
+            refuse_early(config, open_workbench(config))
+    refuse_early(tiny_config("clients.ranks=[4,2]", "strategy.name=ffa"), open_workbench(tiny_config()))
+
+
+def test_a_merge_that_overflows_is_named_and_not_kept(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = client_app.run_plan
+
+    def huge(plan: Any, frozen: Any, bench: Any, client_id: int) -> Any:
+        result = real(plan, frozen, bench, client_id)
+        large = {name: torch.full_like(value, 3e38) for name, value in result.adapter.tensors(("A", "B")).items()}
+        return dataclasses.replace(result, adapter=result.adapter.with_tensors(large))
+
+    monkeypatch.setattr(client_app, "run_plan", huge)
+    config = tiny_config("strategy.name=flora", "adapter.alpha=64")
+    rundir = RunDir.create(config)
+    with pytest.raises(RoundError, match=r"round 1: the merged .* is not finite.*server\.max_norm"):
+        run_local(config, rundir, NoProgress())
+    assert [record["round"] for record in rundir.read_metrics()] == [0]
