@@ -10,6 +10,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -109,14 +110,65 @@ class DataConfig(Section):
     """Use at most this many examples, drawn with the seed."""
 
 
+class ProfileConfig(Section):
+    """One kind of device. What is left out is the run's own value, or takes no simulated time."""
+
+    name: str
+    share: Annotated[float, Field(gt=0)] = 1.0
+    """Clients of this kind, relative to the other profiles' shares; dealt evenly along the clients' numbers."""
+    rank: PositiveInt | None = None
+    """Of its adapter; None: clients.ranks or adapter.rank."""
+    steps: PositiveInt | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_size: PositiveInt | None = None
+    availability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability of being there when a round begins."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of never answering, once asked."""
+    examples_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Training speed."""
+    download_mbit_s: Annotated[float, Field(gt=0)] | None = None
+    upload_mbit_s: Annotated[float, Field(gt=0)] | None = None
+    latency_s: Annotated[float, Field(ge=0)] = 0.0
+    """Of the link, one way."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> ProfileConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give either steps or epochs, not both")
+        return self
+
+
 class ClientsConfig(Section):
     """What the clients are like."""
 
     ranks: tuple[PositiveInt, ...] | None = None
     """A rank for each client, repeated cyclically; None: adapter.rank for all."""
+    profiles: tuple[ProfileConfig, ...] = ()
+    """Kinds of devices, each client one of them; empty: all the same, always there, no simulated time."""
+
+    @model_validator(mode="after")
+    def _one_source_of_ranks(self) -> ClientsConfig:
+        if self.ranks is not None and any(profile.rank is not None for profile in self.profiles):
+            raise ValueError("give ranks either in clients.ranks or in clients.profiles, not in both")
+        return self
+
+    def profile_of(self, client_id: int) -> ProfileConfig | None:
+        """The profile of a client, None where there are none.
+
+        Each client in turn gets the profile that is furthest behind its share, so that any first n clients hold the
+        shares as well as n clients can.
+        """
+        if not self.profiles:
+            return None
+        total = sum(profile.share for profile in self.profiles)
+        return self.profiles[_deal(tuple(profile.share / total for profile in self.profiles), client_id)]
 
     def rank_of(self, client_id: int) -> int | None:
         """The rank of a client, None for adapter.rank."""
+        profile = self.profile_of(client_id)
+        if profile is not None and profile.rank is not None:
+            return profile.rank
         return self.ranks[client_id % len(self.ranks)] if self.ranks else None
 
 
@@ -158,6 +210,8 @@ class ServerConfig(Section):
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds after which a round goes on without the replies that are missing; also how long a node may take to say
     hello. Clients in this process are computed when they are asked, and are never late."""
+    simulated_deadline_s: Annotated[float, Field(gt=0)] | None = None
+    """Simulated seconds after which a round goes on without its stragglers (see clients.profiles)."""
     weighting: Literal["examples", "uniform"] = "examples"
     max_examples: PositiveInt = 10_000_000
     """Largest number of examples that a reply may claim."""
@@ -201,6 +255,17 @@ class RunConfig(Section):
     strategy: OpenTable = OpenTable(name="fedavg")
     runtime: RuntimeConfig = RuntimeConfig()
 
+    @model_validator(mode="after")
+    def _simulated_time(self) -> RunConfig:
+        profiles, deadline = self.clients.profiles, self.server.simulated_deadline_s
+        if deadline is not None and not profiles:
+            raise ValueError("server.simulated_deadline_s needs clients.profiles that say how fast the devices are")
+        if deadline is None and any(profile.dropout for profile in profiles):
+            raise ValueError(
+                "a client that drops out is noticed at a deadline: set server.simulated_deadline_s beside dropout"
+            )
+        return self
+
     def to_toml(self) -> str:
         """The resolved config, every key written out (keys whose value is None are left out: TOML has no null)."""
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
@@ -210,6 +275,17 @@ class RunConfig(Section):
         dump = self.model_dump(mode="json")
         chosen = {key: dump[key] for key in (sections or sorted(dump))}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1 << 16)
+def _deal(shares: tuple[float, ...], place: int) -> int:
+    """Which of `shares` (their sum is 1) the `place`-th card goes to, if each goes to the one furthest behind."""
+    counts = [0] * len(shares)
+    for card in range(place + 1):
+        behind = [(card + 1) * share - count for share, count in zip(shares, counts, strict=True)]
+        chosen = max(range(len(shares)), key=behind.__getitem__)
+        counts[chosen] += 1
+    return chosen
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -281,7 +357,13 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: s
         inner = section.model_fields[key].annotation
         if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping):
             _refuse_unknown(value, inner, f"{prefix}{key}.")
+        if key == "profiles" and isinstance(value, list):
+            for profile in value:
+                if isinstance(profile, Mapping):
+                    _refuse_unknown(profile, ProfileConfig, f"{prefix}{key}.")
 
 
-def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key: _without_none(v) if isinstance(v, dict) else v for key, v in tree.items() if v is not None}
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return [_without_none(value) for value in tree] if isinstance(tree, list) else tree

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedlora import __version__
+from fedlora.devices import train_config
 from fedlora.errors import FedloraError, ReplyError, TrainingError
 from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update
 from fedlora.flower.following import can_follow, follow
@@ -130,7 +131,7 @@ def run_plan(plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench,
         seed=derive(bench.config.seed, "train", head["round"], client_id),
         proximal_mu=max(head["proximal_mu"], bench.config.train.proximal_mu),
     )
-    return train(bench.base, bench.task, bench.data.train, job, bench.config.train)
+    return train(bench.base, bench.task, bench.data.train, job, train_config(bench.config, client_id))
 
 
 def _indices(bench: Workbench, client_id: int) -> np.ndarray:

@@ -7,11 +7,10 @@ same order. A round goes on without the replies that are missing at its deadline
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora import __version__
-from fedlora.adapter import DeltaSum, relative_error
+from fedlora.adapter import relative_error
 from fedlora.aggregators import (
     Aggregator,
     ClientPlan,
@@ -32,7 +31,9 @@ from fedlora.aggregators import (
     merge_chain,
 )
 from fedlora.config import RunConfig
+from fedlora.devices import Fleet, train_config
 from fedlora.errors import FedloraError, ReplyError, RoundError
+from fedlora.flower.books import Round
 from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
 from fedlora.flower.validate import Limits, Valid, check_head, check_hello, check_update
@@ -40,6 +41,7 @@ from fedlora.progress import Progress
 from fedlora.rng import derive
 from fedlora.rundir import RunDir
 from fedlora.training.evaluate import evaluate
+from fedlora.training.loop import examples_of
 from fedlora.training.workbench import Workbench
 
 POLL_S = (0.02, 0.5)
@@ -64,32 +66,6 @@ class Node:
     base_digest: str = ""
 
 
-@dataclass
-class Round:
-    """The books of one round."""
-
-    number: int
-    asked: list[int]
-    answered: list[int] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
-    missing: list[int] = field(default_factory=list)
-    bytes_up: int = 0
-    bytes_down: int = 0
-    clients: dict[int, dict[str, float]] = field(default_factory=dict)
-    ideal: DeltaSum = field(default_factory=DeltaSum)
-    weight: float = 0.0
-
-    def mean(self, metric: str) -> float | None:
-        """The mean of a client metric, weighted by examples."""
-        rows = [(row["num_examples"], row[metric]) for row in self.clients.values() if metric in row]
-        return sum(n * value for n, value in rows) / sum(n for n, _ in rows) if rows else None
-
-
-def quorum_of(asked: int, share: float) -> int:
-    """How many of the asked must answer: the share, rounded up, at least one (0.07 of 100 are 7, in floats too)."""
-    return max(1, math.ceil(asked * share - 1e-9))
-
-
 class Federation:
     """One run on a grid.
 
@@ -110,6 +86,7 @@ class Federation:
         self.nodes: dict[int, Node] = {}
         self.base_digest = ""
         self._digests = {0: ""}
+        self.fleet = Fleet.of(config)
         self._limits = Limits(config.server.max_examples, config.server.max_norm)
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -145,16 +122,9 @@ class Federation:
 
     def _round(self, state: GlobalState, number: int) -> GlobalState:
         started = time.perf_counter()
-        books = Round(number, self._sample(number))
+        books = self._sample(number)
         self.progress.round_started(number, books.asked)
-        try:
-            after = self.rule.merge(state, self._updates(state, books))
-        except FedloraError:
-            self._require_quorum(books)  # most likely the cause, and the clearer message
-            raise
-        self._require_quorum(books)
-        if after.round != number:
-            after = replace(after, round=number)
+        after = self._merge(state, books)
         _require_finite(after, number)
         record = self._record(state, after, books)
         self.base_digest = next_digest(self.base_digest, state, after)
@@ -169,24 +139,34 @@ class Federation:
         self.progress.round_ended(record)
         return after
 
-    def _sample(self, number: int) -> list[int]:
-        everyone = sorted(self.nodes)
-        wanted = clients_wanted(self.config, len(everyone))
+    def _merge(self, state: GlobalState, books: Round) -> GlobalState:
+        """The rule's next state; the old one, for the next round, if simulated devices left too few replies."""
+        quorum = self.config.server.quorum
+        try:
+            after = self.rule.merge(state, self._updates(state, books))
+        except FedloraError:
+            if not books.lost_to_devices(quorum):
+                self._require_quorum(books)  # most likely the cause, and the clearer message
+                raise
+            after = state
+        books.lost = books.lost_to_devices(quorum)
+        if books.lost:
+            return replace(state, round=books.number, metrics={})
+        self._require_quorum(books)
+        return after if after.round == books.number else replace(after, round=books.number)
+
+    def _sample(self, number: int) -> Round:
+        """Open a round's books: draw its clients from those that are there."""
+        there = [k for k in sorted(self.nodes) if self.fleet.available(number, k)]
+        wanted = min(clients_wanted(self.config, len(self.nodes)), len(there))
         generator = np.random.default_rng(derive(self.config.seed, "sample", number))
-        return sorted(int(k) for k in generator.choice(everyone, size=wanted, replace=False))
+        asked = sorted(int(k) for k in generator.choice(there, size=wanted, replace=False)) if there else []
+        return Round(number, asked, offline=sorted(self.nodes.keys() - set(there)))
 
     def _require_quorum(self, books: Round) -> None:
-        needed = quorum_of(len(books.asked), self.config.server.quorum)
-        if len(books.answered) >= needed:
-            return
-        reasons = [f"client {k}: {why}" for k, why in sorted(books.refused.items())]
-        reasons += [f"client {k}: no reply within {self.config.server.deadline_s:g} s" for k in books.missing]
-        raise RoundError(
-            f"round {books.number}: {len(books.answered)} of {len(books.asked)} clients answered, "
-            f"the quorum is {needed}; "
-            f"{'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''} "
-            f"(cure the clients, then: fedlora run --resume {self.rundir.path})"
-        )
+        server = self.config.server
+        cure = f"cure the clients, then: fedlora run --resume {self.rundir.path}"
+        books.require_quorum(server.quorum, server.deadline_s, cure)
 
     # ------------------------------------------------------------------------------------------------ asking
 
@@ -252,19 +232,47 @@ class Federation:
         while todo or under_way:
             while todo and len(under_way) < window:
                 ask = self._ask(state, todo.popleft(), books.number, everything=False)
-                under_way.append((ask, self._send(ask, encoder, books)))
+                content = self._content(ask, encoder, books)
+                if self._answers_in_time(ask, content, books):
+                    under_way.append((ask, self._send(ask, content)))
+            if not under_way:
+                continue
             ask, message_id = under_way.popleft()
             update = self._await(state, ask, message_id, encoder, deadline, books)
             if update is not None:
                 yield update
 
-    def _send(self, ask: Ask, encoder: PlanEncoder, books: Round) -> str | None:
-        node = self.nodes[ask.client_id]
-        holds = node.frozen == encoder.frozen_digest(ask.plan)
+    def _content(self, ask: Ask, encoder: PlanEncoder, books: Round) -> RecordDict:
+        holds = self.nodes[ask.client_id].frozen == encoder.frozen_digest(ask.plan)
         content = encoder.encode(ask, with_frozen=not holds)
         books.bytes_down += payload_bytes(content)
+        return content
+
+    def _answers_in_time(self, ask: Ask, content: RecordDict, books: Round) -> bool:
+        """Whether the client's simulated device will answer before the simulated deadline."""
+        if not self.fleet.simulated:
+            return True
+        client_id = ask.client_id
+        size = len(self.bench.data.clients[client_id])
+        seconds = self.fleet.seconds(
+            client_id,
+            bytes_down=payload_bytes(content),
+            examples=examples_of(size, train_config(self.config, client_id)),
+            bytes_up=ask.plan.adapter.nbytes(ask.plan.sends),
+        )
+        books.simulated_s[client_id] = seconds
+        if self.fleet.drops_out(books.number, client_id):
+            books.dropped.append(client_id)
+        elif self.fleet.too_late(seconds):
+            books.late.append(client_id)
+        else:
+            return True
+        return False
+
+    def _send(self, ask: Ask, content: RecordDict) -> str | None:
         ttl = self.config.server.deadline_s + 60.0
-        return self._push(Message(content, node.node_id, MessageType.TRAIN, group_id=str(ask.round), ttl=ttl))
+        node_id = self.nodes[ask.client_id].node_id
+        return self._push(Message(content, node_id, MessageType.TRAIN, group_id=str(ask.round), ttl=ttl))
 
     def _push(self, message: Message) -> str | None:
         """Flower's id of the message, or None if the grid did not take it."""
@@ -279,7 +287,7 @@ class Federation:
             reply = self._receive(message_id, deadline, books)
             if reply is not None and check_head(reply)["kind"] == "need":
                 ask = self._ask(state, client_id, books.number, everything=True)
-                reply = self._receive(self._send(ask, encoder, books), deadline, books)
+                reply = self._receive(self._send(ask, self._content(ask, encoder, books)), deadline, books)
                 if reply is not None and check_head(reply)["kind"] == "need":
                     raise ReplyError("it asks for parts that it was just sent")
             if reply is None:
@@ -301,6 +309,8 @@ class Federation:
         weight = float(valid.num_examples) if self.config.server.weighting == "examples" else 1.0
         books.answered.append(ask.client_id)
         books.clients[ask.client_id] = {"num_examples": valid.num_examples, **valid.metrics}
+        if ask.client_id in books.simulated_s:
+            books.clients[ask.client_id]["simulated_seconds"] = books.simulated_s[ask.client_id]
         if self.config.server.aggregation_error:
             books.ideal.add(adapter.pairs, weight)
             books.weight += weight
@@ -340,16 +350,11 @@ class Federation:
         record: dict[str, Any] = {
             "round": books.number,
             "train_loss": books.mean("loss"),
-            "bytes_up": books.bytes_up,
-            "bytes_down": books.bytes_down,
-            "asked": books.asked,
-            "answered": books.answered,
-            "refused": {str(k): why for k, why in books.refused.items()},
-            "missing": books.missing,
-            "clients": {str(k): row for k, row in books.clients.items()},
+            **books.outcome(),
+            **books.simulated(self.fleet),
             "rule": dict(after.metrics),
         }
-        if self.config.server.aggregation_error:
+        if self.config.server.aggregation_error and not books.lost:
             record["aggregation_error"] = relative_error(broadcast_change(before, after), books.ideal, books.weight)
         return record
 

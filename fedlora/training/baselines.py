@@ -15,10 +15,11 @@ import numpy as np
 
 from fedlora.adapter import ALL_PARTS
 from fedlora.config import TrainConfig
+from fedlora.devices import train_config
 from fedlora.errors import ConfigError
 from fedlora.rng import derive
 from fedlora.training.evaluate import evaluate
-from fedlora.training.loop import TrainJob, train
+from fedlora.training.loop import TrainJob, examples_of, train
 from fedlora.training.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def local_only(
     rows: list[dict[str, Any]] = []
     for k in chosen:
         row = {"client": k, "domain": domains[k] if domains else None, "num_examples": len(data.clients[k])}
-        row |= _train_and_test(bench, data.clients[k], longer(config.train, config.rounds), f"local-only {k}")
+        row |= _train_and_test(
+            bench, data.clients[k], longer(train_config(config, k), config.rounds), f"local-only {k}"
+        )
         rows.append(row)
         report(f"local-only: client {k} alone: {bench.task.metric} {row[bench.task.metric]:.4f}")
     ranked = sorted(rows, key=lambda row: row[bench.task.metric], reverse=bench.task.higher_is_better)
@@ -91,18 +94,15 @@ def expected_examples(bench: Workbench) -> int:
     share = config.server.fraction
     if config.server.clients_per_round is not None:
         share = config.server.clients_per_round / len(clients)
-    if config.train.steps is not None:
-        a_round = sum(config.train.steps * min(config.train.batch_size, len(rows)) for rows in clients)
-    else:
-        a_round = round((config.train.epochs or 1.0) * sum(len(rows) for rows in clients))
+    a_round = sum(examples_of(len(rows), train_config(config, k)) for k, rows in enumerate(clients))
     return max(1, round(config.rounds * share * a_round))
 
 
-def longer(train_config: TrainConfig, rounds: int) -> TrainConfig:
+def longer(once: TrainConfig, rounds: int) -> TrainConfig:
     """The same training for `rounds` rounds at once."""
-    if train_config.steps is not None:
-        return train_config.model_copy(update={"steps": train_config.steps * rounds})
-    return train_config.model_copy(update={"epochs": (train_config.epochs or 1.0) * rounds})
+    if once.steps is not None:
+        return once.model_copy(update={"steps": once.steps * rounds})
+    return once.model_copy(update={"epochs": (once.epochs or 1.0) * rounds})
 
 
 def main_domains(data: FederatedData) -> list[str] | None:

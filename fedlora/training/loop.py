@@ -137,6 +137,14 @@ def number_of_steps(size: int, config: TrainConfig) -> int:
     return max(1, math.ceil((config.epochs or 1.0) * in_a_pass - 1e-9))
 
 
+def examples_of(size: int, config: TrainConfig) -> int:
+    """Examples that `train` sees on a client of `size` examples: whole passes, and the batches of the last one."""
+    if size == 0:
+        return 0
+    passes, rest = divmod(number_of_steps(size, config), -(-size // config.batch_size))
+    return passes * size + min(rest * config.batch_size, size)
+
+
 def batches(indices: np.ndarray, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
     """Batches without replacement: shuffled pass after shuffled pass, each cut into consecutive pieces.
 

@@ -20,6 +20,7 @@ from fedlora.aggregators import ClientPlan, GlobalState, Merge
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError, RunDirError
 from fedlora.flower import client_app, run_local, strategy
+from fedlora.flower.books import quorum_of
 from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, digest
 from fedlora.flower.following import can_follow, digest_of, next_digest
 from fedlora.flower.local_grid import LocalGrid, task_identity
@@ -245,7 +246,7 @@ def test_bytes_of_refused_replies_are_bytes(tiny_config: MakeConfig) -> None:
     ("asked", "share", "needed"), [(100, 0.07, 7), (100, 0.55, 55), (4, 0.5, 2), (5, 0.5, 3), (1, 0.01, 1), (3, 1.0, 3)]
 )
 def test_the_quorum_is_the_share_rounded_up(asked: int, share: float, needed: int) -> None:
-    assert strategy.quorum_of(asked, share) == needed
+    assert quorum_of(asked, share) == needed
 
 
 # ------------------------------------------------------------------------------------------------ frozen parts, ranks

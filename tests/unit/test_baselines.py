@@ -88,7 +88,7 @@ def test_expected_examples_follow_the_config(bench: Workbench) -> None:
     assert expected(server=server.model_copy(update={"fraction": 0.5})) == expected() / 2
     assert expected(server=server.model_copy(update={"clients_per_round": 1})) == expected() / 4
     everything = sum(len(rows) for rows in bench.data.clients)
-    assert expected(train=TrainConfig(epochs=1.5)) == 2 * 1.5 * everything
+    assert expected(train=TrainConfig(epochs=2)) == 2 * 2 * everything
     assert expected(train=TrainConfig()) == 2 * everything
     assert expected(train=TrainConfig(steps=1, batch_size=10**6)) == 2 * everything
 

@@ -366,3 +366,13 @@ def test_server_and_clients_share_one_workbench(tiny_bert: Path, tiny_csv: Path)
         FAST,
     )
     assert result.num_examples == len(other.data.clients[0])
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (8, 4), (3, 16), (1, 1)])
+@pytest.mark.parametrize("settings", [{"steps": 1}, {"steps": 7}, {"epochs": 1.5}, {"epochs": 0.1}])
+def test_examples_of_counts_what_the_batches_hold(size: int, batch_size: int, settings: dict) -> None:
+    from fedlora.training.loop import batches, examples_of, number_of_steps
+
+    config = TrainConfig(batch_size=batch_size, **settings)
+    drawn = batches(np.arange(size), batch_size, number_of_steps(size, config), seed=0)
+    assert examples_of(size, config) == sum(len(batch) for batch in drawn)

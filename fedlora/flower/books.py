@@ -1,0 +1,102 @@
+"""The books of one round: who was asked, what became of each, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedlora.adapter import DeltaSum
+from fedlora.devices import Fleet
+from fedlora.errors import RoundError
+
+
+@dataclass
+class Round:
+    """The books of one round.
+
+    Args:
+        number: of the round, from 1.
+        asked: clients that were sent a plan.
+        offline: clients that were not there to be asked (simulated devices).
+        answered: clients whose reply was folded in.
+        refused: clients whose reply was not, and why.
+        missing: clients without a reply at the deadline.
+        dropped: clients that dropped out (simulated devices).
+        late: clients that missed the simulated deadline.
+        lost: whether too few answered in simulated time, so that the round changed nothing.
+        simulated_s: client -> simulated seconds until its reply.
+    """
+
+    number: int
+    asked: list[int]
+    answered: list[int] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    missing: list[int] = field(default_factory=list)
+    offline: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    late: list[int] = field(default_factory=list)
+    lost: bool = False
+    simulated_s: dict[int, float] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    clients: dict[int, dict[str, float]] = field(default_factory=dict)
+    ideal: DeltaSum = field(default_factory=DeltaSum)
+    weight: float = 0.0
+
+    def mean(self, metric: str) -> float | None:
+        """The mean of a client metric, weighted by examples."""
+        rows = [(row["num_examples"], row[metric]) for row in self.clients.values() if metric in row]
+        return sum(n * value for n, value in rows) / sum(n for n, _ in rows) if rows else None
+
+    def require_quorum(self, share: float, deadline_s: float, cure: str) -> None:
+        """Raise `RoundError`, with the clients' reasons, if fewer than that share of the asked answered."""
+        needed = quorum_of(len(self.asked), share)
+        if len(self.answered) >= needed:
+            return
+        reasons = [f"client {k}: {why}" for k, why in sorted(self.refused.items())]
+        reasons += [f"client {k}: no reply within {deadline_s:g} s" for k in self.missing]
+        raise RoundError(
+            f"round {self.number}: {len(self.answered)} of {len(self.asked)} clients answered, the quorum is {needed}; "
+            f"{'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''} ({cure})"
+        )
+
+    def lost_to_devices(self, share: float) -> bool:
+        """Whether the quorum is missed, and would not be if no simulated device had dropped out or been late."""
+        there = len(self.answered) + len(self.dropped) + len(self.late)
+        return len(self.answered) < quorum_of(len(self.asked), share) <= there or not self.asked
+
+    def outcome(self) -> dict[str, Any]:
+        """What a line of metrics says of the clients."""
+        return {
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "asked": self.asked,
+            "answered": self.answered,
+            "refused": {str(k): why for k, why in self.refused.items()},
+            "missing": self.missing,
+            "clients": {str(k): row for k, row in self.clients.items()},
+        }
+
+    def simulated(self, fleet: Fleet) -> dict[str, Any]:
+        """What a line of metrics says of simulated devices; nothing where there are none.
+
+        The round takes as long as its slowest reply, or until the deadline if anybody dropped out or was late.
+        """
+        if not fleet.simulated:
+            return {}
+        seconds = max((self.simulated_s[k] for k in self.answered), default=0.0)
+        if fleet.deadline_s is not None and (self.dropped or self.late):
+            seconds = fleet.deadline_s
+        return {
+            "offline": self.offline,
+            "dropped": self.dropped,
+            "late": self.late,
+            "lost": self.lost,
+            "simulated_seconds": seconds,
+        }
+
+
+def quorum_of(asked: int, share: float) -> int:
+    """How many of the asked must answer: the share, rounded up, at least one (0.07 of 100 are 7, in floats too)."""
+    return max(1, math.ceil(asked * share - 1e-9))

@@ -1,0 +1,95 @@
+"""Simulated devices in a round: stragglers and drop-outs are not trained, and a round without a quorum is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fedlora.config import RunConfig
+from fedlora.flower import client_app, run_local
+from fedlora.flower.server_app import RunOutcome
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def run(config: RunConfig) -> RunOutcome:
+    return run_local(config, RunDir.create(config, overwrite=True), NoProgress())
+
+
+def profiles(*tables: str) -> str:
+    return f"clients.profiles=[{', '.join(tables)}]"
+
+
+FAST = '{name="fast", examples_per_s=100.0}'
+SLOW = '{name="slow", examples_per_s=1.0, steps=2}'
+
+
+def test_stragglers_miss_the_deadline_and_cost_nothing(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    real = client_app.run_plan
+
+    def watched(plan: Any, frozen: Any, bench: Any, client_id: int) -> Any:
+        trained.append(client_id)
+        return real(plan, frozen, bench, client_id)
+
+    monkeypatch.setattr(client_app, "run_plan", watched)
+    outcome = run(tiny_config(profiles(FAST, SLOW), "server.simulated_deadline_s=10.0"))
+    record = outcome.records[1]
+    assert record["asked"] == [0, 1, 2, 3]
+    assert record["answered"] == [0, 2]
+    assert record["late"] == [1, 3]
+    assert record["simulated_seconds"] == 10.0
+    assert record["clients"]["0"]["simulated_seconds"] == pytest.approx(4 * 8 / 100)
+    assert set(trained) == {0, 2}
+
+
+def test_without_a_deadline_the_round_takes_as_long_as_its_slowest(tiny_config: MakeConfig) -> None:
+    outcome = run(tiny_config(profiles(FAST, SLOW)))
+    assert outcome.records[1]["answered"] == [0, 1, 2, 3]
+    assert outcome.records[1]["simulated_seconds"] == pytest.approx(2 * 8 / 1.0)
+    assert outcome.records[1]["clients"]["1"]["steps"] == 2
+    assert outcome.records[1]["clients"]["0"]["steps"] == 4
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "flora"])
+def test_a_round_without_a_quorum_is_lost_and_the_run_goes_on(tiny_config: MakeConfig, rule: str) -> None:
+    lost = tiny_config(profiles(SLOW), "server.simulated_deadline_s=1.0", f"strategy.name={rule}", "rounds=2")
+    outcome = run(lost)
+    assert [record.get("lost") for record in outcome.records[1:]] == [True, True]
+    start = [record["accuracy"] for record in outcome.records]
+    assert start[0] == start[1] == start[2]
+    assert outcome.state.round == 2
+
+
+def test_drop_outs_and_absences_are_in_the_books_and_repeat_themselves(tiny_config: MakeConfig) -> None:
+    settings = (
+        profiles('{name="phone", availability=0.6, dropout=0.3}'),
+        "server.simulated_deadline_s=5.0",
+        "server.quorum=0.1",
+        "rounds=8",
+        "train.steps=1",
+    )
+    one, again = run(tiny_config(*settings, name="a")), run(tiny_config(*settings, name="b"))
+    keys = ("offline", "asked", "answered", "dropped", "lost")
+    books = [[record[key] for key in keys] for record in one.records[1:]]
+    assert books == [[record[key] for key in keys] for record in again.records[1:]]
+    assert any(row[0] for row in books)
+    assert any(row[3] for row in books)
+    for offline, asked, answered, dropped, _ in books:
+        assert sorted(offline + asked) == [0, 1, 2, 3]
+        assert sorted(answered + dropped) == asked
+    tensors = one.adapter.tensors()
+    assert all(torch.equal(tensors[name], value) for name, value in again.adapter.tensors().items())
+
+
+def test_profiles_can_give_ranks(tiny_config: MakeConfig) -> None:
+    outcome = run(tiny_config(profiles('{name="a", rank=4}', '{name="b", rank=1}'), "strategy.name=flora"))
+    ranks = {pair.rank for pair in outcome.state.merges[-1].change.pairs.values()}
+    assert ranks == {4 + 1 + 4 + 1}
