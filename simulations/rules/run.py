@@ -1,11 +1,14 @@
 """Which aggregation rule, when the clients' data and ranks differ?
 
-    python simulations/rules/run.py            # about half an hour on two cores; what is done is not repeated
+    python simulations/rules/run.py            # about an hour on two cores; what is done is not repeated
 
-Four rules on the default task under (a) domain shift: each client sees one of four domains; (b) domain and label
-shift: Dirichlet 0.5 over labels inside each domain; (c) mixed ranks under (a). Each rule has its own learning rate, the best of
-LRS on a seed that is not among the five that are reported. Rules that cannot take mixed ranks run (c) with the smallest
-client's rank on all clients, which is what such a federation would have to do.
+Four rules on the default task under
+(a) domain shift: each client sees one of four domains;
+(b) domain and label shift: Dirichlet 0.5 over labels inside each domain;
+(c) mixed ranks under (a).
+Each rule has its own learning rate, the best of LRS on a seed that is not among the five that are reported. Rules that
+cannot take mixed ranks run (c) with the smallest client's rank on all clients, which is what such a federation would
+have to do.
 
 Writes results.jsonl, table.md and plot.png beside this file.
 """
@@ -25,7 +28,7 @@ from fedlora.aggregators import Claim, rule_class  # noqa: E402
 from fedlora.config import RunConfig, load_config  # noqa: E402
 
 RULES = ("fedavg", "ffa", "flora", "fair")
-LRS = (2e-3, 5e-3, 1e-2)
+LRS = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2, 3, 4)
 SWEEP_SEED = 100
 RANKS = (32, 16, 8, 8, 4, 4, 2, 2)
