@@ -1,0 +1,1 @@
+"""Differential privacy over the whole run."""

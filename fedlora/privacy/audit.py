@@ -1,0 +1,226 @@
+"""Attacks on our own private step: a lower bound of epsilon that a claim must stay above.
+
+An audit can refute a claim, never prove it. Three kinds: the one-run audit with canaries (Steinke et al. 2023,
+arXiv 2305.08846), a two-world audit aimed at one client, and a test that no noise is used twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.errors import PrivacyError
+from fedlora.privacy.dpsgd import Losses, poisson_batches, secret_rng
+
+
+class Step(Protocol):
+    """What is audited: `PrivateStep`, or somebody's own."""
+
+    def step(self, indices: np.ndarray, losses: Losses) -> None:
+        """One private step on a sample."""
+
+
+MakeStep = Callable[[torch.nn.Module, torch.optim.Optimizer], AbstractContextManager[Any]]
+"""Model and optimiser -> a context manager that gives a `Step`; for a user's own setting
+`lambda model, optimizer: PrivateStep(model, optimizer, max_grad_norm=..., ...)`."""
+Sampler = Callable[[int], Iterable[np.ndarray]]
+"""Number of examples -> the samples of all steps."""
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit found.
+
+    Args:
+        claimed: the epsilon that was claimed.
+        lower_bound: with the audit's confidence, the true epsilon is at least this.
+        correct: guesses that were right.
+        guesses: guesses made.
+    """
+
+    claimed: float
+    lower_bound: float
+    correct: int
+    guesses: int
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the claim cannot be true (at the audit's confidence)."""
+        return self.lower_bound > self.claimed
+
+
+def audit_in_one_run(
+    make_step: MakeStep,
+    *,
+    claimed: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    canaries: int = 4000,
+    guesses: int = 400,
+    confidence: float = 0.95,
+    sampler: Sampler | None = None,
+    generator: np.random.Generator | None = None,
+) -> AuditResult:
+    """The one-run audit with Dirac canaries: Steinke et al. 2023, Algorithm 1.
+
+    Canary i has a gradient along coordinate i alone, far above any clip norm; a fair coin decides whether it is among
+    the examples. The sum of the noisy gradients is compared with the coins: the highest coordinates are guessed to be
+    in, the lowest out, and the rest is left open.
+
+    Args:
+        make_step: the step under audit, with its clip norm, noise and expected batch size.
+        claimed: epsilon of all steps together, at `delta`.
+        delta: of the claim.
+        sample_rate: q of the claim.
+        steps: T of the claim.
+        canaries: m; the model has this many parameters.
+        guesses: r <= m, half of them for each side. Few are right more often, and bound less: 400 of 4000 told a
+            quarter of the noise from the whole in 60 of 60 runs at epsilon 4 (q = 1, T = 1) and at epsilon 1 (q = 1/4,
+            T = 8).
+        confidence: of the lower bound.
+        sampler: how batches are drawn; `poisson_batches` if not given.
+        generator: of the coins.
+
+    Returns:
+        The lower bound and how it came about.
+    """
+    rng = generator if generator is not None else secret_rng()
+    included = rng.random(canaries) < 0.5
+    members = np.flatnonzero(included)
+    model = _Canaries(canaries)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.line.weight.detach().clone()
+    draw = sampler or (lambda n: poisson_batches(n, sample_rate, steps))
+    with make_step(model, optimizer) as private:
+        for indices in draw(len(members)):
+            private.step(indices, lambda part: model(torch.from_numpy(members[part])))
+    scores = (before - model.line.weight.detach()).flatten().double().numpy()
+    order = np.argsort(scores)
+    half = guesses // 2
+    correct = int(included[order[-half:]].sum() + (~included[order[:half]]).sum())
+    bound = epsilon_lower_bound(canaries, 2 * half, correct, delta, confidence)
+    return AuditResult(claimed, bound, correct, 2 * half)
+
+
+class _Canaries(torch.nn.Module):
+    """Loss of canary i = 10,000 w_i: its gradient is 10,000 e_i."""
+
+    def __init__(self, m: int) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(m, 1, bias=False)
+
+    def forward(self, canary: Tensor) -> Tensor:
+        rows = torch.nn.functional.one_hot(canary, self.line.in_features).to(self.line.weight.dtype)
+        losses: Tensor = self.line(1e4 * rows).squeeze(1)
+        return losses
+
+
+def epsilon_lower_bound(m: int, r: int, v: int, delta: float, confidence: float) -> float:
+    """The largest epsilon that v right guesses of r refute: Steinke et al. 2023, Theorem 5.2 and Appendix D.
+
+    Args:
+        m: canaries.
+        r: guesses, <= m.
+        v: right ones, <= r.
+        delta: of the claim.
+        confidence: 1 minus the probability of refuting a true claim.
+    """
+    if not 0 <= v <= r <= m:
+        raise PrivacyError(f"an audit has 0 <= right guesses <= guesses <= canaries, not {v}, {r}, {m}")
+    low, high = 0.0, 1.0
+    while _p_value(m, r, v, high, delta) < 1 - confidence:
+        low, high = high, 2 * high
+        if high > 64:
+            return low
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _p_value(m, r, v, middle, delta) < 1 - confidence else (low, middle)
+    return low
+
+
+def _p_value(m: int, r: int, v: int, eps: float, delta: float) -> float:
+    """Largest probability of at least v right guesses of r under (eps, delta)-privacy."""
+    from scipy.stats import binom
+
+    q = 1 / (1 + math.exp(-eps))
+    beta = float(binom.sf(v - 1, r, q))
+    mass = np.cumsum(binom.pmf(v - np.arange(1, v + 1), r, q))
+    alpha = float(np.max(mass / np.arange(1, v + 1), initial=0.0))
+    return min(1.0, beta + alpha * delta * 2 * m)
+
+
+def audit_two_worlds(
+    output: Callable[[bool], float], *, claimed: float, delta: float, trials: int = 2000, confidence: float = 0.95
+) -> AuditResult:
+    """A targeted audit: run the mechanism with and without one worst-case client, and tell the worlds apart.
+
+    Half of the trials choose the threshold and its side, the other half count its errors; the bound is
+    log((1 - delta - FNR) / FPR) with Clopper-Pearson upper ends (Jagielski et al. 2020, arXiv 2006.07709, section 3).
+
+    Args:
+        output: world -> a number, high where the client is there (a projection of what the mechanism gave out).
+        claimed: epsilon at `delta`.
+        delta: of the claim.
+        trials: runs in each world.
+        confidence: of the lower bound.
+    """
+    from scipy.stats import beta
+
+    half = trials // 2
+    without, there = ([output(world) for _ in range(2 * half)] for world in (False, True))
+    absent, present = np.array(without), np.array(there)
+
+    def upper(errors: int) -> float:
+        return 1.0 if errors >= half else float(beta.ppf((1 + confidence) / 2, errors + 1, half - errors))
+
+    def bound(high_errors: int, low_errors: int) -> float:
+        false_positive, false_negative = upper(high_errors), upper(low_errors)
+        one = math.log(max(1 - delta - false_negative, 1e-300) / false_positive)
+        other = math.log(max(1 - delta - false_positive, 1e-300) / false_negative)
+        return max(0.0, one, other)
+
+    def errors(threshold: float, part: slice) -> tuple[int, int]:
+        return int((absent[part] >= threshold).sum()), int((present[part] < threshold).sum())
+
+    candidates = np.quantile(np.concatenate([absent[:half], present[:half]]), np.linspace(0.005, 0.995, 199))
+    best = max(candidates, key=lambda t: bound(*errors(float(t), slice(half))))
+    wrong = errors(float(best), slice(half, None))
+    return AuditResult(claimed, bound(*wrong), 2 * half - sum(wrong), 2 * half)
+
+
+def noise_draws(make_step: MakeStep, steps: int, *, size: int = 512) -> list[Tensor]:
+    """What `steps` empty samples add to a model's parameters: the noise alone, [size] each."""
+    model = _Canaries(size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    draws = []
+    with make_step(model, optimizer) as private:
+        for _ in range(steps):
+            before = model.line.weight.detach().clone()
+            private.step(np.empty(0, dtype=np.int64), lambda part: model(torch.from_numpy(part)))
+            draws.append((model.line.weight.detach() - before).flatten())
+    return draws
+
+
+def reused_noise(draws: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Pairs of draws (over steps, rounds and clients) that are the same noise, up to a factor or a sign.
+
+    Independent draws of d numbers have a correlation of about 1 / sqrt(d); above 1/2 they are no accident.
+
+    Raises:
+        PrivacyError: a draw without noise, or one of fewer than 256 numbers, which would prove nothing.
+    """
+    flat = [draw.detach().double().flatten() for draw in draws]
+    if any(len(draw) < 256 or not bool(draw.norm() > 0) for draw in flat):
+        raise PrivacyError("a draw of noise to compare needs at least 256 numbers that are not all zero")
+    unit = torch.stack([draw / draw.norm() for draw in flat])
+    likeness = (unit @ unit.T).abs()
+    return [(i, j) for i, j in combinations(range(len(flat)), 2) if float(likeness[i, j]) > 0.5]

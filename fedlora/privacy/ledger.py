@@ -1,0 +1,363 @@
+"""One ledger for each client (or for the server), through all its rounds, runs and crashes.
+
+A ledger is an append-only file of JSON lines, kept by whoever holds the data; each line is on the disk (fsync) before
+what it announces happens:
+
+```
+started    before a private step touches the data        counts as spent from here on
+released   before the update leaves the data's holder    counts for ever
+void       an attempt of which nothing left              does not count
+torn       for an unreadable line above it               counts
+```
+
+What is true of a round that is asked for twice, as after a crash:
+
+- An attempt that was *released* may have been seen, and a new attempt draws new noise: both count. Unless the very
+  reply is sent again: `release(reply)` keeps it, `Ledger.reply` gives it back for the same run, round and request, and
+  sending known bytes a second time costs nothing (post-processing).
+- An attempt that was *started and not released* was seen by nobody: its line would be on the disk before anything
+  left, and the noise died with its session, the only one that could have sent it (an attempt holds the ledger's lock
+  while it lives). A new attempt at the same round of the same run in a later session therefore makes it void. In the
+  same session both count, and so does an attempt at a round that is never asked for again: a crash can only
+  over-count.
+
+A deployed client calls `release` before it sends. A simulation, where clients and server are one process, never
+calls it: an update leaves that process only through what is written at the end of a round, so a killed round is void
+when the resumed run repeats it, and a completed round is never repeated. Either way a killed and resumed run
+reports the epsilon of an uninterrupted one. (Should figures of a round be on the disk without its checkpoint, somebody
+may have read them: the resume says so with `seen`, before it repeats the round, and both attempts count.)
+
+`run` must name one run directory for ever (a random id kept in it), not a config: two runs of the same config that
+shared an id would make each other's rounds void.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from fedlora.errors import PrivacyError
+from fedlora.privacy._file import Appender, write_atomically
+from fedlora.privacy.accounting import UNITS, Budget, Entry, epsilon, merged, statement
+
+_PROCESS = uuid.uuid4().hex
+Status = Literal["started", "released", "void"]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    entry: Entry
+    run: str
+    round: int
+    request: str
+    status: Status = "started"
+    session: str = ""
+    reply: str = ""
+
+    def replaced_by(self, run: str, round: int, session: str) -> bool:  # noqa: A002
+        """Whether a new attempt makes this one void: the same round, and nobody is left who could send it."""
+        return self.status == "started" and (self.run, self.round) == (run, round) and self.session != session
+
+
+@dataclass
+class _Content:
+    """A ledger's file, folded."""
+
+    attempts: dict[str, _Attempt] = field(default_factory=dict)
+    extra: list[Entry] = field(default_factory=list)
+    torn: bool = False
+    """The last line cannot be read, and nothing stands for it yet."""
+    ends: bool = True
+    """The last line has its line break."""
+
+    def counted(self, new: tuple[str, int, str] | None = None) -> list[Entry]:
+        """What counts; given the run, round and session of a new attempt, what counts once it has begun."""
+        live = [a for a in self.attempts.values() if a.status != "void" and not (new and a.replaced_by(*new))]
+        return [attempt.entry for attempt in live] + self.extra
+
+    def known(self) -> list[Entry]:
+        return [attempt.entry for attempt in self.attempts.values()] + self.extra
+
+
+class Ledger:
+    """One holder's spending.
+
+    Args:
+        path: the file; it and its folder are made at the first `spend`.
+        unit: what the figures protect, "example" or "client" (see `accounting.UNITS`).
+        session: whoever could still deliver an attempt of this object: this process if not given. A simulation that
+            can be resumed inside one process gives each call of its engine a random one.
+
+    Raises:
+        PrivacyError: by every method that reads, if the file is damaged or keeps another unit.
+    """
+
+    def __init__(self, path: str | Path, *, unit: str = "example", session: str | None = None) -> None:
+        if unit not in UNITS:
+            raise PrivacyError(f"a ledger's unit is one of {', '.join(UNITS)}, not {unit!r}")
+        self.path = Path(path)
+        self.unit = unit
+        self.session = session if session is not None else f"{_PROCESS}-{os.getpid()}"
+
+    def entries(self) -> tuple[Entry, ...]:
+        """What counts as spent, merged; an unreadable last line counts as the costliest entry known."""
+        content = self._read()
+        return merged([*content.counted(), *self._torn_cost(content, None)])
+
+    def epsilon(self, delta: float, accountant: str = "prv") -> float:
+        """Epsilon of all that was spent; infinite if the only line cannot be read."""
+        content = self._read()
+        if content.torn and not content.known():
+            return math.inf
+        return epsilon(self.entries(), delta, accountant)
+
+    def affords(self, entry: Entry, budget: Budget, *, run: str | None = None, round: int | None = None) -> bool:  # noqa: A002
+        """Whether `entry` on top of all that was spent stays within the budget.
+
+        Args:
+            entry: of the next round.
+            budget: over everything in this ledger.
+            run: with `round`, the round that it is for: an earlier attempt at it that nobody saw does not count.
+            round: see `run`.
+        """
+        content = self._read()
+        key = None if run is None or round is None else (run, round, self.session)
+        return budget.holds([*content.counted(key), *self._torn_cost(content, entry), entry])
+
+    def rounds(self, run: str) -> frozenset[int]:
+        """Rounds of a run that have an entry: a run that resumes after round k without them has lost its ledger."""
+        attempts = self._read().attempts.values()
+        return frozenset(a.round for a in attempts if a.run == run and a.status != "void")
+
+    def statement(self, delta: float, accountant: str = "prv") -> str:
+        """One line with the epsilon spent and what it protects."""
+        return statement(self.epsilon(delta, accountant), delta, self.unit, accountant)
+
+    def reply(self, run: str, round: int, request: str) -> bytes | None:  # noqa: A002
+        """The stored reply to this very request, if it was released and is whole; sending it again costs nothing.
+
+        Args:
+            run: id of the run.
+            round: number of the round.
+            request: digest of everything that the client was asked (the plan and the tensors).
+        """
+        for attempt in self._read().attempts.values():
+            if (attempt.run, attempt.round, attempt.request) == (run, round, request) and attempt.reply:
+                try:
+                    kept = self._reply_path.read_bytes()
+                except FileNotFoundError:
+                    return None
+                if hashlib.sha256(kept).hexdigest() == attempt.reply:
+                    return kept
+        return None
+
+    def seen(self, run: str, round: int) -> None:  # noqa: A002
+        """Write down that something of a round became known, so that no later attempt at it makes it void.
+
+        Raises:
+            PrivacyError: another process or thread is using the ledger.
+        """
+        appender = Appender(self.path)
+        try:
+            content = self._fold(appender.read())
+            lines: list[Mapping[str, Any]] = [{"event": "torn", **_amount(c)} for c in self._torn_cost(content, None)]
+            lines += [
+                {"event": "released", "attempt": name, "reply": ""}
+                for name, attempt in content.attempts.items()
+                if attempt.status == "started" and (attempt.run, attempt.round) == (run, round)
+            ]
+            if lines:
+                appender.append(lines, b"" if content.ends else b"\n")
+        finally:
+            appender.close()
+
+    def spend(
+        self,
+        entry: Entry,
+        *,
+        run: str,
+        round: int,  # noqa: A002
+        request: str = "",
+        budget: Budget | None = None,
+    ) -> Attempt:
+        """Write down that `entry` is being spent, then return: only now may the data be touched.
+
+        Args:
+            entry: all private steps of this round.
+            run: id of the run (see above).
+            round: number of the round.
+            request: digest of what was asked, for `reply`.
+            budget: refused with `PrivacyError` if the entry does not fit.
+
+        Returns:
+            The attempt, which holds the ledger's lock until it is closed; a context manager.
+
+        Raises:
+            PrivacyError: the budget does not allow it, or another process or thread is using the ledger.
+        """
+        appender = Appender(self.path)
+        try:
+            content = self._fold(appender.read())
+            torn_cost = self._torn_cost(content, entry)
+            before = [*content.counted((run, round, self.session)), *torn_cost]
+            if budget is not None and not budget.holds([*before, entry]):
+                spent = epsilon(before, budget.delta, budget.accountant)
+                raise PrivacyError(
+                    f"privacy budget spent: ledger {str(self.path)!r} stands at epsilon {spent:.3f}, and one more "
+                    f"round would pass {budget.epsilon:g}: stop here, or raise epsilon, or plan fewer rounds"
+                )
+            lines: list[Mapping[str, Any]] = [{"event": "torn", **_amount(cost)} for cost in torn_cost]
+            for name, attempt in content.attempts.items():
+                if attempt.replaced_by(run, round, self.session):
+                    why = "never released; the round is tried again"
+                    lines.append({"event": "void", "attempt": name, "why": why})
+            name = uuid.uuid4().hex
+            key = {"unit": self.unit, "run": run, "round": round, "request": request, "session": self.session}
+            lines.append({"event": "started", "attempt": name, **key, **_amount(entry)})
+            # A line that is whole but for its line break is completed; a torn one is closed by the "torn" line.
+            appender.append(lines, b"" if content.ends else b"\n")
+        except BaseException:
+            appender.close()
+            raise
+        return Attempt(appender, name, self._reply_path)
+
+    @property
+    def _reply_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".reply")
+
+    def _read(self) -> _Content:
+        try:
+            return self._fold(self.path.read_bytes())
+        except FileNotFoundError:
+            return _Content()
+
+    def _torn_cost(self, content: _Content, planned: Entry | None) -> list[Entry]:
+        candidates = content.known() + ([planned] if planned else [])
+        if not content.torn or not candidates:
+            return []
+        return [max(candidates, key=lambda entry: epsilon([entry], 1e-6, "rdp"))]
+
+    def _fold(self, data: bytes) -> _Content:
+        content = _Content(ends=data.endswith(b"\n") or not data)
+        for number, text in enumerate(data.splitlines() if data else (), start=1):
+            try:
+                line = json.loads(text)
+            except (ValueError, UnicodeDecodeError):
+                line = None
+            if content.torn and not (isinstance(line, dict) and line.get("event") == "torn"):
+                raise self._damaged(number - 1)
+            if line is None:
+                content.torn = True
+                continue
+            try:
+                self._apply(content, line)
+            except (KeyError, TypeError, AttributeError, PrivacyError) as error:
+                raise self._damaged(number, f" ({error})") from None
+        return content
+
+    def _apply(self, content: _Content, line: Mapping[str, Any]) -> None:
+        event = line["event"]
+        if event == "torn":
+            content.extra.append(_entry(line))
+            content.torn = False
+        elif event == "started":
+            if line["unit"] != self.unit:
+                raise PrivacyError(f"it keeps figures for {line['unit']!r}, and {self.unit!r} was asked for")
+            attempt = _Attempt(
+                _entry(line), str(line["run"]), int(line["round"]), str(line["request"]), session=str(line["session"])
+            )
+            content.attempts[line["attempt"]] = attempt
+        elif event in ("released", "void"):
+            before = content.attempts[line["attempt"]]
+            if event == "void" and before.status == "released":
+                raise PrivacyError("it makes void what was released")
+            content.attempts[line["attempt"]] = replace(before, status=event, reply=str(line.get("reply", "")))
+        else:
+            raise PrivacyError(f"unknown event {event!r}")
+
+    def _damaged(self, number: int, why: str = "") -> PrivacyError:
+        return PrivacyError(
+            f"privacy ledger {str(self.path)!r} is damaged at line {number}{why}: restore it from a backup; "
+            "without it nobody knows what was spent on this data"
+        )
+
+
+class Attempt:
+    """One round's spending while it happens; made by `Ledger.spend`, and holds the ledger's lock until `close`."""
+
+    def __init__(self, appender: Appender, name: str, reply_path: Path) -> None:
+        self._appender = appender
+        self._name = name
+        self._reply_path = reply_path
+        self._done = False
+
+    def release(self, reply: bytes | None = None) -> None:
+        """Write down that the update leaves; call it before anything is sent.
+
+        Args:
+            reply: what is sent, kept beside the ledger so that `Ledger.reply` can give it back (the last one only).
+
+        Raises:
+            PrivacyError: if the attempt is closed, void or released.
+        """
+        self._require_open("released")
+        digest = ""
+        if reply is not None:
+            write_atomically(self._reply_path, reply)
+            digest = hashlib.sha256(reply).hexdigest()
+        self._appender.append([{"event": "released", "attempt": self._name, "reply": digest}])
+        self._done = True
+
+    def void(self, why: str) -> None:
+        """Write down that nothing left and nothing ever will (a round dropped for its small cohort).
+
+        Never for an error that depends on the data: the error itself is something that is seen.
+
+        Raises:
+            PrivacyError: if the attempt is closed, void or released.
+        """
+        self._require_open("made void")
+        self._appender.append([{"event": "void", "attempt": self._name, "why": why}])
+        self._done = True
+
+    def close(self) -> None:
+        """Give the lock back; an attempt that was not released goes on counting (see the module's notes)."""
+        self._done = True
+        self._appender.close()
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_open(self, what: str) -> None:
+        if self._done:
+            raise PrivacyError(f"an attempt is {what} once, and before it is closed: ask the ledger for a new one")
+
+
+def largest_epsilon(ledgers: Iterable[Ledger], delta: float, accountant: str = "prv") -> float:
+    """The figure of a run: the largest epsilon over its clients (each client's examples are its own)."""
+    return max((ledger.epsilon(delta, accountant) for ledger in ledgers), default=0.0)
+
+
+def _amount(entry: Entry) -> dict[str, float | int]:
+    return {
+        "sample_rate": entry.sample_rate,
+        "noise_multiplier": entry.noise_multiplier,
+        "steps": entry.steps,
+    }
+
+
+def _entry(line: Mapping[str, Any]) -> Entry:
+    return Entry(line["sample_rate"], line["noise_multiplier"], line["steps"])

@@ -1,0 +1,223 @@
+"""Before the first private step: is each example's gradient its own, and is it the one that gets clipped?
+
+Some models make private training fail loudly in the middle, others silently train without privacy; both are found
+here on two examples, with a message that names the cure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import PrivacyError
+from fedlora.privacy.hooks import attach, backward, detach, per_sample_gradients
+
+BatchLosses = Callable[[torch.nn.Module, dict[str, Tensor]], Tensor]
+"""Model and batch -> the loss of each example [b]; `Task.losses` is one."""
+
+
+def preflight(model: torch.nn.Module, losses: BatchLosses, batch: Mapping[str, Tensor]) -> None:
+    """Refuse a model on which private training would fail or would not be private.
+
+    The model, its gradients and the global random state are left as they were.
+
+    Args:
+        model: as it will be trained: in training mode, with `requires_grad` set.
+        losses: the loss of each example.
+        batch: two examples (more are not looked at) [2, ...] for each tensor; any two will do, invented ones too.
+
+    Raises:
+        PrivacyError: names the module and the cure.
+    """
+    require_structure(model)
+    two = {name: value[:2] for name, value in batch.items()}
+    if any(len(value) != 2 for value in two.values()):
+        raise PrivacyError("the check before private training needs two examples: give it a batch of two")
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
+    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})), _shaken(model):
+        _as_trained(model, losses, two)
+        with _dropout_off(model):
+            _against_brute_force(model, losses, two)
+
+
+def require_structure(model: torch.nn.Module) -> None:
+    """Refuse what can be seen without running the model.
+
+    Raises:
+        PrivacyError: DoRA, LoRA on embeddings, evaluation mode, BatchNorm in training mode, checkpointing that is not
+            re-entrant, nothing to train.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise PrivacyError("nothing is trained: set requires_grad on the adapter before private training")
+    for name, module in model.named_modules():
+        if len(getattr(module, "lora_magnitude_vector", None) or ()):
+            raise PrivacyError(
+                f"{name!r} uses DoRA, whose per-sample gradients are not to be had: set adapter.method to plain LoRA"
+            )
+        if len(getattr(module, "lora_embedding_A", None) or ()):
+            raise PrivacyError(
+                f"{name!r} is an embedding with LoRA, whose weights are used past every hook: leave it out of "
+                "adapter.targets"
+            )
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.training and _mixes(module):
+            raise PrivacyError(
+                f"{name!r} normalises by the statistics of the batch, so that each example's gradient depends on the "
+                "others: put it in evaluation mode after model.train(), or replace it by GroupNorm"
+            )
+        if getattr(module, "gradient_checkpointing", False) and not _reentrant(module):
+            raise PrivacyError(
+                f"{name or type(module).__name__!r} checkpoints in the form that runs hooks twice: call "
+                'gradient_checkpointing_enable({"use_reentrant": True}) and enable_input_require_grads()'
+            )
+        if not module.training and any(p.requires_grad for p in module.parameters(recurse=False)):
+            raise PrivacyError(
+                f"{name!r} is trained and in evaluation mode, where per-sample gradients are not recorded: call "
+                "model.train()"
+            )
+
+
+def require_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser that holds other tensors than the model trains, as after a late device move or injection.
+
+    Raises:
+        PrivacyError: also if the trained tensors are on several devices.
+    """
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    cure = "build the optimizer from the model's trainable parameters, after the model is on its device"
+    if not trained:
+        raise PrivacyError("nothing is trained: set requires_grad on the adapter before private training")
+    missing = trained.keys() - held
+    if missing:
+        raise PrivacyError(f"the optimizer does not hold {trained[min(missing)]!r}, which the model trains: {cure}")
+    if held - trained.keys():
+        raise PrivacyError(f"the optimizer trains a tensor that is not the model's (any more): {cure}")
+    devices = sorted({str(p.device) for p in model.parameters() if p.requires_grad})
+    if len(devices) > 1:
+        raise PrivacyError(f"the trained tensors are on several devices ({', '.join(devices)}): {cure}")
+
+
+def _mixes(module: torch.nn.Module) -> bool:
+    # Instance norms without running statistics look at one example at a time.
+    instance = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
+    return not instance or bool(module.track_running_stats)
+
+
+def _reentrant(module: torch.nn.Module) -> bool:
+    keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(keywords.get("use_reentrant", False))
+
+
+def _as_trained(model: torch.nn.Module, losses: BatchLosses, two: dict[str, Tensor]) -> None:
+    """One backward in the very mode of training: hooks must work, one gradient an example, and add up to the whole."""
+    samples = _hooked(model, losses, two)
+    whole = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in _trained(model).items()}
+    size = _norm(list(whole.values()))
+    for name, gradient in whole.items():
+        if _gap(samples[name].sum(0), gradient, size) > _tolerance(model):
+            raise PrivacyError(
+                f"the per-sample gradients of {name!r} do not add up to its gradient: part of its use is not seen by "
+                "hooks (a weight used by name, or tied): freeze it"
+            )
+    _clear(model)
+
+
+def _against_brute_force(model: torch.nn.Module, losses: BatchLosses, two: dict[str, Tensor]) -> None:
+    """The gradients of two examples in one batch against those of each alone; dropout is off."""
+    samples = _hooked(model, losses, two)
+    _clear(model)
+    params = _trained(model)
+    for i in range(2):
+        alone = {name: value[i : i + 1] for name, value in two.items()}
+        gradients = torch.autograd.grad(
+            losses(model, alone).sum(), list(params.values()), allow_unused=True, materialize_grads=True
+        )
+        size = _norm(gradients)
+        for name, truth in zip(params, gradients, strict=True):
+            if _gap(samples[name][i], truth, size) > _tolerance(model):
+                raise PrivacyError(
+                    f"the gradient of {name!r} for one example depends on the other examples in its batch: use the "
+                    "mean over each example's own tokens as its loss, and no layer that mixes examples"
+                )
+
+
+def _hooked(model: torch.nn.Module, losses: BatchLosses, two: dict[str, Tensor]) -> dict[str, Tensor]:
+    _clear(model)
+    hooks = attach(model)
+    try:
+        values = losses(model, two)
+        if values.shape != (2,):
+            raise PrivacyError(
+                f"the loss of two examples has shape {list(values.shape)}: give per-sample losses, [2], never a mean "
+                "over the batch or its tokens"
+            )
+        backward(values)
+        return {name: g.clone() for name, g in per_sample_gradients(_trained(model), 2).items()}
+    except PrivacyError:
+        raise
+    except Exception as error:
+        raise PrivacyError(
+            f"per-sample gradients fail on this model ({type(error).__name__}: {' '.join(str(error).split())}): adapt "
+            "plain linear layers, and leave embeddings, convolutions with state and custom layers frozen"
+        ) from error
+    finally:
+        detach(model, hooks)
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _clear(model: torch.nn.Module) -> None:
+    for p in _trained(model).values():
+        p.grad = None
+
+
+def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> float:
+    return float(sum(float(t.double().square().sum()) for t in tensors) ** 0.5)
+
+
+def _gap(a: Tensor, b: Tensor, size: float) -> float:
+    difference = _norm([a.double() - b.double()])
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))
+
+
+def _tolerance(model: torch.nn.Module) -> float:
+    """Relative, for the coarsest dtype that takes part: rounding is far below it, a mixed-up example far above."""
+    coarsest = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.dtype.is_floating_point)
+    return min(0.1, max(1e-9, 1e4 * coarsest))
+
+
+@contextmanager
+def _shaken(model: torch.nn.Module) -> Iterator[None]:
+    """Move the trained values a little: fresh adapters have B = 0, where A's gradient is 0 and would prove nothing."""
+    params = _trained(model)
+    before = {name: p.detach().clone() for name, p in params.items()}
+    gradients = {name: p.grad for name, p in params.items()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in params.values():
+                p.add_(torch.randn(p.shape, generator=generator).to(p.device, p.dtype), alpha=0.05)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(before[name])
+                p.grad = gradients[name]
+
+
+@contextmanager
+def _dropout_off(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, but for the modules that hold trained tensors themselves: the hooks ask for those alone."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = any(p.requires_grad for p in module.parameters(recurse=False))
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

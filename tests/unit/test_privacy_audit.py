@@ -1,0 +1,170 @@
+"""The audit of the real private step: the truth passes, and each way of cheating is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.errors import PrivacyError
+from fedlora.privacy.accounting import Entry, epsilon
+from fedlora.privacy.audit import (
+    AuditResult,
+    audit_in_one_run,
+    audit_two_worlds,
+    epsilon_lower_bound,
+    noise_draws,
+    reused_noise,
+)
+from fedlora.privacy.dpsgd import PrivateStep
+
+DELTA = 1e-5
+COLUMNS = {"epsilon 4": (4.0, 1.0, 1), "epsilon 1": (1.0, 0.25, 8)}
+"""Claim, q and T; at other claims, such as epsilon 2 in one step, a quarter of the noise may be missed."""
+SIGMA = {"epsilon 4": 1.0815, "epsilon 1": 3.1188}
+
+
+def true_step(column: str) -> Callable[[torch.nn.Module, torch.optim.Optimizer], AbstractContextManager[PrivateStep]]:
+    batch = 2000 * COLUMNS[column][1]
+    settings = {"max_grad_norm": 1.0, "noise_multiplier": SIGMA[column], "expected_batch_size": batch}
+    return lambda model, optimizer: PrivateStep(model, optimizer, **settings)
+
+
+def no_noise(private: PrivateStep) -> None:
+    private.optimizer.noise_multiplier = 1e-9
+
+
+def quarter_of_the_noise(private: PrivateStep) -> None:
+    private.optimizer.noise_multiplier /= 4
+
+
+def noise_divided_by_the_batch(private: PrivateStep) -> None:
+    private.optimizer.noise_multiplier /= private.optimizer.expected_batch_size
+
+
+def no_clip(private: PrivateStep) -> None:
+    dp = private.optimizer
+
+    def accumulate() -> None:
+        for p in dp.params:
+            p.summed_grad = p.grad_sample.sum(0)
+            p.grad_sample._processed = True
+
+    dp.clip_and_accumulate = accumulate
+
+
+MUTANTS = [no_noise, no_clip, quarter_of_the_noise, noise_divided_by_the_batch]
+
+
+def audit(column: str, mutant: Callable[[PrivateStep], None] | None, seed: int) -> AuditResult:
+    claimed, q, steps = COLUMNS[column]
+
+    def make(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> PrivateStep:
+        private = true_step(column)(model, optimizer)
+        if mutant:
+            mutant(private)
+        return private
+
+    return audit_in_one_run(
+        make, claimed=claimed, delta=DELTA, sample_rate=q, steps=steps, generator=np.random.default_rng(seed)
+    )
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_true_step_stays_below_its_claim(column: str, seed: int) -> None:
+    assert not audit(column, None, seed).refuted
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_step_that_cheats_is_caught(column: str, mutant: Callable[[PrivateStep], None]) -> None:
+    assert audit(column, mutant, 0).refuted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("column", COLUMNS)
+def test_five_of_five(column: str) -> None:
+    claimed, q, steps = COLUMNS[column]
+    assert 0.99 * claimed < epsilon([Entry(q, SIGMA[column], steps)], DELTA) <= claimed
+    assert all(audit(column, mutant, seed).refuted for mutant in MUTANTS for seed in range(5))
+    assert max(audit(column, None, seed).lower_bound for seed in range(5)) < 0.75 * claimed
+
+
+@pytest.mark.slow
+def test_sampling_that_is_not_secret_is_caught() -> None:
+    """Batches of everything, accounted for as samples of a quarter."""
+    claimed, q, steps = COLUMNS["epsilon 1"]
+    whole = audit_in_one_run(
+        true_step("epsilon 1"),
+        claimed=claimed,
+        delta=DELTA,
+        sample_rate=q,
+        steps=steps,
+        sampler=lambda n: [np.arange(n)] * steps,
+        generator=np.random.default_rng(0),
+    )
+    fair = audit("epsilon 1", None, 0)
+    assert whole.lower_bound > fair.lower_bound + 0.2
+
+
+def test_the_bound_of_pure_privacy_is_the_binomials() -> None:
+    """delta = 0, all of r guesses right: epsilon with (e^eps / (1 + e^eps))^r = 1 - confidence."""
+    for r in (10, 100):
+        p = 0.05 ** (1 / r)
+        assert epsilon_lower_bound(1000, r, r, 0.0, 0.95) == pytest.approx(np.log(p / (1 - p)), rel=1e-6)
+
+
+def test_the_bound_moves_the_right_way() -> None:
+    bound = epsilon_lower_bound
+    assert bound(1000, 500, 250, DELTA, 0.95) == 0.0
+    assert bound(1000, 500, 450, DELTA, 0.95) > bound(1000, 500, 400, DELTA, 0.95) > 0
+    assert bound(1000, 500, 450, DELTA, 0.95) < bound(1000, 500, 450, 0.0, 0.95)
+    assert bound(1000, 500, 450, DELTA, 0.99) < bound(1000, 500, 450, DELTA, 0.95)
+    with pytest.raises(PrivacyError, match="canaries"):
+        bound(1000, 500, 501, DELTA, 0.95)
+
+
+def test_randomised_response_is_audited_soundly() -> None:
+    """A mechanism whose epsilon is known, through the same bound: refuted at half of it, never above it."""
+    eps, m = 2.0, 2000
+    truth = np.random.default_rng(0).random(m) < np.exp(eps) / (1 + np.exp(eps))
+    bound = epsilon_lower_bound(m, m, int(truth.sum()), 0.0, 0.95)
+    assert eps / 2 < bound < eps
+
+
+def test_two_worlds_of_a_known_mechanism() -> None:
+    rng = np.random.default_rng(0)
+    far = audit_two_worlds(lambda there: rng.normal(3.0 * there), claimed=1.0, delta=DELTA)
+    assert far.refuted
+    near = audit_two_worlds(lambda there: rng.normal(0.2 * there), claimed=1.0, delta=DELTA)
+    assert not near.refuted
+    few = [audit_two_worlds(lambda there: rng.normal(), claimed=0.0, delta=DELTA, trials=40) for _ in range(40)]
+    assert sum(result.refuted for result in few) <= 2  # at a confidence of 0.95, chance alone refutes no oftener
+
+
+# ---------------------------------------------------------------------------------------------- no noise twice
+
+
+def test_no_noise_is_used_twice_over_steps_rounds_and_clients() -> None:
+    draws = [draw for _client in range(2) for _round in range(3) for draw in noise_draws(true_step("epsilon 4"), 4)]
+    assert len(draws) == 24
+    assert reused_noise(draws) == []
+
+
+def test_noise_from_a_seed_of_the_run_is_caught() -> None:
+    settings = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
+
+    def seeded(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> PrivateStep:
+        return PrivateStep(model, optimizer, generator=torch.Generator().manual_seed(0), **settings)
+
+    draws = noise_draws(seeded, 2) + noise_draws(seeded, 2)
+    assert reused_noise(draws) == [(0, 2), (1, 3)]
+    assert reused_noise([draws[0], -3.0 * draws[0]]) == [(0, 1)]
+    with pytest.raises(PrivacyError, match="not all zero"):
+        reused_noise([torch.zeros(512), torch.ones(512)])
+    with pytest.raises(PrivacyError, match="256"):
+        reused_noise([torch.ones(10)])

@@ -1,0 +1,206 @@
+"""Every model on which private training fails, loudly or silently, is refused beforehand; sound ones pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fedlora.errors import PrivacyError
+from fedlora.privacy.preflight import preflight
+
+Batch = dict[str, torch.Tensor]
+
+
+def bert(dropout: float = 0.1, targets: tuple[str, ...] = ("query", "value"), **lora: object) -> torch.nn.Module:
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, num_labels=3, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    base = transformers.BertForSequenceClassification(config)
+    chosen = peft.LoraConfig(r=3, target_modules=list(targets), modules_to_save=["classifier"], **lora)
+    return peft.get_peft_model(base, chosen).train()
+
+
+def batch() -> Batch:
+    ids = torch.arange(3, 17).reshape(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2])}
+
+
+def losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_sound_model_passes_and_is_left_as_it_was(dropout: float) -> None:
+    model = bert(dropout, lora_dropout=dropout)
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    modes = [m.training for m in model.modules()]
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    preflight(model, losses, batch())
+    assert torch.equal(torch.rand(2), expected)
+    assert [m.training for m in model.modules()] == modes
+    for name, p in model.named_parameters():
+        assert torch.equal(p, values[name])
+        assert p.grad is None
+        assert not hasattr(p, "grad_sample")
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_frozen_a_and_reentrant_checkpointing_pass() -> None:
+    model = bert()
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.requires_grad_(False)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    preflight(model, losses, batch())
+
+
+def test_half_precision_bases_pass() -> None:
+    model = bert().to(torch.bfloat16)
+    preflight(model, losses, batch())
+
+
+def refused(
+    model: torch.nn.Module, match: str, of: Callable[..., torch.Tensor] = losses, given: Batch | None = None
+) -> None:
+    with pytest.raises(PrivacyError, match=match) as caught:
+        preflight(model, of, given or batch())
+    assert "\n" not in str(caught.value)
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def test_dora() -> None:
+    refused(bert(use_dora=True), "DoRA")
+
+
+def test_lora_on_embeddings() -> None:
+    refused(bert(targets=("query", "word_embeddings")), "leave it out of adapter.targets")
+
+
+def test_trained_position_embeddings() -> None:
+    model = bert()
+    for name, p in model.named_parameters():
+        if "position_embeddings" in name:
+            p.requires_grad_(True)
+    refused(model, "'.*position_embeddings.weight' gave 1 gradients for 2 examples")
+
+
+def test_checkpointing_that_is_not_reentrant() -> None:
+    model = bert()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    refused(model, "use_reentrant")
+
+
+def test_evaluation_mode() -> None:
+    refused(bert().eval(), r"model\.train\(\)")
+
+
+def test_nothing_to_train() -> None:
+    refused(bert().requires_grad_(False), "nothing is trained")
+
+
+class Small(torch.nn.Module):
+    """A trained line, and something before it."""
+
+    def __init__(self, before: torch.nn.Module | None = None, windows: int = 1) -> None:
+        super().__init__()
+        self.before = before or torch.nn.Identity()
+        self.before.requires_grad_(False)
+        self.windows = windows
+        self.line = torch.nn.Linear(8 // windows, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        return self.line(x.reshape(len(x) * self.windows, -1)).reshape(len(x), self.windows, 3).mean(1)
+
+
+def small_batch() -> Batch:
+    return {"x": torch.arange(16.0).reshape(2, 8).sin(), "labels": torch.tensor([0, 2])}
+
+
+def small_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(model(batch["x"]), batch["labels"], reduction="none")
+
+
+def test_small_models_pass() -> None:
+    preflight(Small().train(), small_losses, small_batch())
+    preflight(Small(torch.nn.LayerNorm(8)).train(), small_losses, small_batch())
+
+
+def test_a_module_that_flattens_the_batch() -> None:
+    refused(Small(windows=4).train(), "gave 8 gradients for 2 examples", small_losses, small_batch())
+
+
+def test_batch_norm_in_training_mode_and_frozen() -> None:
+    model = Small(torch.nn.BatchNorm1d(8)).train()
+    refused(model, "statistics of the batch", small_losses, small_batch())
+    model.before.eval()
+    preflight(model, small_losses, small_batch())
+
+
+def test_any_other_layer_that_mixes_examples() -> None:
+    class Mix(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(0)
+
+    refused(Small(Mix()).train(), "depends on the other examples", small_losses, small_batch())
+
+
+def test_a_mean_over_the_batch_and_its_tokens() -> None:
+    def mean(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return losses(model, batch).mean()
+
+    def tokens(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return losses(model, batch) * batch["attention_mask"].sum(1) / batch["attention_mask"].sum()
+
+    refused(bert(), r"shape \[\]: give per-sample losses", mean)
+    refused(bert(), "depends on the other examples in its batch: use the mean over each example's own tokens", tokens)
+
+
+def test_a_weight_used_past_its_module() -> None:
+    class Past(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = torch.nn.Linear(8, 3)
+            self.way = "by name"
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            by_name = torch.nn.functional.linear(x, self.line.weight)
+            return by_name if self.way == "by name" else by_name + self.line(x)
+
+    model = Past().train()
+    refused(model, "hooks do not see", small_losses, small_batch())
+    model.way = "both"
+    refused(model, "do not add up", small_losses, small_batch())
+
+
+def test_what_a_fresh_adapters_zero_b_would_hide() -> None:
+    class Twice(torch.nn.Module):
+        """A is used a second time past its hook; while B = 0 both of its gradients are zero."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.A, self.B = torch.nn.Linear(8, 2, bias=False), torch.nn.Linear(2, 3, bias=False)
+            torch.nn.init.zeros_(self.B.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.B(self.A(x)) + self.B(torch.nn.functional.linear(x, self.A.weight))
+
+    refused(Twice().train(), "'A.weight' do not add up", small_losses, small_batch())
+
+
+def test_one_example_is_too_few() -> None:
+    given = {name: value[:1] for name, value in batch().items()}
+    refused(bert(), "needs two examples", given=given)
