@@ -19,7 +19,7 @@ from fedlora.devices import train_config
 from fedlora.errors import ConfigError
 from fedlora.rng import derive
 from fedlora.training.evaluate import evaluate
-from fedlora.training.loop import TrainJob, examples_of, train
+from fedlora.training.loop import TrainJob, examples_of, number_of_steps, train
 from fedlora.training.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ def centralised(
 ) -> dict[str, Any]:
     """Train on all clients' examples in one place, and test on everything.
 
-    As many examples are seen as by all clients in all rounds together, in batches of the same size: for n clients that
-    each take s steps in each of R rounds, R n s steps. With `server.fraction` below 1 fewer, as in the federation.
+    As many optimiser steps are taken as by one client in all rounds (the busiest, if they differ), and as many examples
+    are seen as by all of them together: for n clients with s steps of batch b in each of R rounds, R s steps of batch
+    n b. Smaller batches and more steps would be another comparison, with another best learning rate.
 
     Args:
         bench: the run's model, task and data.
@@ -80,11 +81,17 @@ def centralised(
     """
     pooled = np.sort(np.concatenate(bench.data.clients))
     seen = expected_examples(bench) if examples_seen is None else examples_seen
-    batch = min(bench.config.train.batch_size, len(pooled))
-    steps = max(1, math.ceil(seen / batch))
-    once = bench.config.train.model_copy(update={"steps": steps, "epochs": None})
+    config = bench.config
+    steps = max(
+        number_of_steps(len(rows), longer(train_config(config, k), config.rounds))
+        for k, rows in enumerate(bench.data.clients)
+    )
+    batch = min(math.ceil(seen / steps), len(pooled))
+    once = config.train.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
     row = _train_and_test(bench, pooled, once, "centralised")
-    report(f"centralised: {steps} steps on {len(pooled)} examples: {bench.task.metric} {row[bench.task.metric]:.4f}")
+    report(
+        f"centralised: {steps} steps of batch {batch} on {len(pooled)} examples: {bench.task.metric} {row[bench.task.metric]:.4f}"
+    )
     return row
 
 
