@@ -89,9 +89,8 @@ def centralised(
     batch = min(math.ceil(seen / steps), len(pooled))
     once = config.train.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
     row = _train_and_test(bench, pooled, once, "centralised")
-    report(
-        f"centralised: {steps} steps of batch {batch} on {len(pooled)} examples: {bench.task.metric} {row[bench.task.metric]:.4f}"
-    )
+    figure = f"{bench.task.metric} {row[bench.task.metric]:.4f}"
+    report(f"centralised: {steps} steps of batch {batch} on {len(pooled)} examples: {figure}")
     return row
 
 
