@@ -69,11 +69,11 @@ def flower_home(tmp_path: Path) -> Iterator[Path]:
 def test_ray_reaches_the_same_adapter(tiny_bert: Path, tiny_csv: Path, tmp_path: Path, flower_home: Path) -> None:
     file = tmp_path / "ray.toml"
     file.write_text(CONFIG.format(output=tmp_path / "runs", model=tiny_bert, data=tiny_csv))
-    flwr = str(Path(sys.executable).with_name("flwr"))
+    programs = Path(sys.executable).parent  # flwr starts flower-superlink by its name
     federation = "num-supernodes=4 client-resources-num-cpus=1"
     done = subprocess.run(
         [
-            flwr,
+            str(programs / "flwr"),
             "run",
             str(ROOT),
             "local",
@@ -83,7 +83,7 @@ def test_ray_reaches_the_same_adapter(tiny_bert: Path, tiny_csv: Path, tmp_path:
             f"config='{file}'",
             "--stream",
         ],
-        env={**os.environ, "FLWR_HOME": str(flower_home)},
+        env={**os.environ, "FLWR_HOME": str(flower_home), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
