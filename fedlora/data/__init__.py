@@ -75,11 +75,11 @@ def load_data(config: RunConfig) -> FederatedData:
     """
     load_task(config.task)
     partitioner = load_partitioner(config.partition.name, config.partition.fields)
+    files = [file for file in source_files(config.data) if file is not None]
     roles = column_roles(config.data)
     if partitioner.needs_domain and "domain" not in roles:
         raise DataError(f"partition {config.partition.name!r} needs to know the column of the domains; set data.domain")
     keep = (*(roles[role] for role in ("domain", "group") if role in roles), *partitioner.columns)
-    files = [file for file in source_files(config.data) if file is not None]
     key = _Key(
         model=resolve_model(config.model.name),
         task=config.task.model_dump_json(),

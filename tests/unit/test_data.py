@@ -361,3 +361,9 @@ def test_the_vader_corpus_has_its_columns_by_default(tiny_bert: Path, vader: Pat
         share = (data.test.columns["domain"] == name).sum() / size
         assert abs(share - 0.1) < 0.005
     assert all(len(set(data.train.columns["domain"][rows])) == 1 for rows in data.clients)
+
+
+def test_a_missing_file_is_said_before_the_column_that_it_would_have(tiny_bert: Path, tmp_path: Path) -> None:
+    text = f"model.name='{tiny_bert}'\ndata.source='{tmp_path}/nowhere.csv'\npartition={{name='domain', clients=2}}"
+    with pytest.raises(DataError, match="there is no data file"):
+        load_data(parse_config(text))

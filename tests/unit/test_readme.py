@@ -1,0 +1,45 @@
+"""What the README shows works as it is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import parse_config
+from fedlora.testing import broken_laws
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_rule_obeys_every_law() -> None:
+    (code,) = [block for block in blocks("python") if "class FlexLora" in block]
+    namespace: dict[str, Any] = {"__name__": "flex"}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert broken_laws(namespace["FlexLora"]()) == []
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+
+
+def test_the_config_is_valid() -> None:
+    for block in blocks("toml"):
+        parse_config(block)
+
+
+def test_every_config_file_is_valid_and_opens_with_its_command() -> None:
+    from fedlora.aggregators import load_aggregator
+    from fedlora.config import load_config
+    from fedlora.partition import load_partitioner
+    from fedlora.tasks import load_task
+
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+    assert files
+    for file in files:
+        config = load_config(file)
+        load_aggregator(config.strategy.name, config.strategy.fields)
+        load_partitioner(config.partition.name, config.partition.fields)
+        load_task(config.task)
+        assert file.read_text().splitlines()[0] == f"# fedlora run configs/{file.name}", file
