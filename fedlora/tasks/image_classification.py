@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedlora.errors import ConfigError, DataError, ModelError
-from fedlora.tasks._base import Batch, Examples, Table, Task, tasks
-from fedlora.tasks.text_classification import class_ids, class_names
+from fedlora.tasks._base import Batch, Examples, Table, tasks
+from fedlora.tasks._classification import Classification, class_ids, class_names
 
 SLICE = 256  # pictures that are resized at once
 PATCH_AREA = 256  # pixels that cost about a token where a model has no patches
@@ -68,7 +67,7 @@ class Pixels(Sequence[np.ndarray]):
 
 @tasks.register("image-classification")
 @dataclass(frozen=True)
-class ImageClassification(Task):
+class ImageClassification(Classification):
     """One class for each picture.
 
     A picture is a file's path, a PIL image, or an array [h, w], [h, w, c] or [c, h, w], also as nested lists: whole
@@ -80,7 +79,6 @@ class ImageClassification(Task):
     """
 
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
-    metric: ClassVar[str] = "accuracy"
     roles: ClassVar[tuple[str, ...]] = ("image", "label")
 
     labels: tuple[str, ...] = ()
@@ -113,15 +111,6 @@ class ImageClassification(Task):
             label_names=names,
         )
 
-    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
-        """The number and the names of the classes."""
-        names = examples.label_names
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: number for number, name in enumerate(names)},
-        }
-
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """ "pixel_values" [b, c, h, w] and "labels" [b]."""
         assert examples.labels is not None
@@ -141,36 +130,16 @@ class ImageClassification(Task):
         values[rows] = np.clip(np.rint(values[rows] + noise), 0, 255).astype(np.uint8)
         return replace(examples, inputs={**examples.inputs, "pixel_values": replace(pixels, values=values)})
 
-    def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b"]:
-        """Cross entropy of each picture in nats."""
-        return functional.cross_entropy(_logits(model, batch), batch["labels"], reduction="none")
-
-    def measure(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
-        """For each picture: "loss" in nats, and "correct" as 0 or 1."""
-        logits = _logits(model, batch)
-        return {
-            "loss": functional.cross_entropy(logits, batch["labels"], reduction="none"),
-            "correct": (logits.argmax(dim=-1) == batch["labels"]).to(logits.dtype),
-        }
-
-    def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Accuracy as a fraction, and the mean loss in nats."""
-        return {
-            "accuracy": float(np.mean(measures["correct"], dtype=np.float64)),
-            "loss": float(np.mean(measures["loss"], dtype=np.float64)),
-        }
+    def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b k"]:
+        """The classification head's scores."""
+        scores: Tensor = model(pixel_values=batch["pixel_values"].to(next(model.parameters()).dtype)).logits
+        return scores
 
 
 def _pixels(examples: Examples) -> Pixels:
     pixels = examples.inputs["pixel_values"]
     assert isinstance(pixels, Pixels)
     return pixels
-
-
-def _logits(model: nn.Module, batch: Batch) -> Float[Tensor, "b k"]:
-    pixels = batch["pixel_values"].to(next(model.parameters()).dtype)
-    logits: Tensor = model(pixel_values=pixels).logits
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @lru_cache(maxsize=4)

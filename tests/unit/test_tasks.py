@@ -11,8 +11,9 @@ import torch
 from fedlora.config import OpenTable
 from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.tasks import Examples, Table, Task, load_task
+from fedlora.tasks._classification import class_ids, class_names
 from fedlora.tasks._text import Tokens, load_tokenizer
-from fedlora.tasks.text_classification import TextClassification, class_ids, class_names
+from fedlora.tasks.text_classification import TextClassification
 
 COLUMNS = {"text": "text", "label": "label"}
 TEXTS = ["the film is great", "awful", "a very dull and boring story but it was so", "happy phone"]
