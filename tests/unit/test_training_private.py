@@ -133,7 +133,7 @@ def test_a_failure_inside_tells_nothing_of_the_data(bench: Workbench, monkeypatc
         raise ValueError(f"secret: {len(batch['labels'])} examples")
 
     monkeypatch.setattr(type(bench.task), "losses", staticmethod(losses))
-    with pytest.raises(PrivacyError, match="private training failed; the reason .* stays") as caught:
+    with pytest.raises(PrivacyError, match=r"private training failed; the reason .* stays") as caught:
         train_private(bench.base, bench.task, bench.data.train, job(bench.base), TrainConfig(), settings(1.0))
     assert "secret" not in str(caught.value)
     assert not any(ch.isdigit() for ch in str(caught.value))
