@@ -85,6 +85,7 @@ def main(grid: Grid, context: Context) -> None:
         here.progress or PlainProgress(logger.info),
         resume=here.resume,
         ledgers=Path(folder) if folder else None,
+        run_id=str(context.run_config.get("run-id", "")),
     )
 
 
@@ -100,6 +101,7 @@ def run_rounds(
     *,
     resume: bool,
     ledgers: Path | None = None,
+    run_id: str = "",
 ) -> RunOutcome:
     """All that is left of a run, and its artefacts.
 
@@ -110,13 +112,14 @@ def run_rounds(
         progress: is told what happens.
         resume: go on from the last checkpoint.
         ledgers: of a private simulation: the folder with the clients' ledgers.
+        run_id: under which name they know the run, where that outlives a kill.
 
     Raises:
         FedloraError: of any kind; the run directory is then as it was after the last finished round.
     """
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
     bench = open_workbench(config)
-    spending = None if config.privacy is None else Spending(config, ledgers)
+    spending = None if config.privacy is None else Spending(config, ledgers, run_id)
     if resume and spending is not None:
         spending.prepare(rundir)
     state = rundir.resume() if resume else None

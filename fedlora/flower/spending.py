@@ -76,16 +76,18 @@ class Spending:
         config: of a private run.
         folder: with the simulated clients' ledgers; None: they are out of reach, and what was asked of the clients is
             added up instead.
+        run: under which name they know the run, where that outlives a kill (the in-process engine).
     """
 
     config: RunConfig
     folder: Path | None
+    run: str = ""
 
     def prepare(self, rundir: RunDir) -> None:
         """Before a resume cuts anything back: all completed rounds are in the ledgers, and what was written counts.
 
         Metrics are written before the checkpoint: a line without one may have been read, and its round is repeated
-        with new noise, so both attempts count.
+        with new noise, so both attempts count. (Where clients release what they send, they count anyway.)
 
         Raises:
             PrivacyError: a ledger lacks a completed round.
@@ -93,21 +95,24 @@ class Spending:
         if self.folder is None:
             return
         state = rundir.latest_checkpoint()
-        done, run = -1 if state is None else state.round, rundir.run_id
+        done = -1 if state is None else state.round
         answered: dict[int, set[int]] = {}
         for record in rundir.read_metrics():
             for client_id in record.get("answered", ()):
                 answered.setdefault(client_id, set()).add(record["round"])
         for client_id, rounds in sorted(answered.items()):
             ledger = Ledger(ledger_path(self.folder, client_id))
-            if lacking := rounds - ledger.rounds(run):
+            known = ledger.rounds(self.run) if self.run else rounds if ledger.entries() else frozenset()
+            if lacking := rounds - known:
                 raise PrivacyError(
                     f"privacy ledger {str(ledger.path)!r} lacks round {min(lacking)}, which was completed: restore it "
                     "from a backup, or start a new run with --set name=...; without it nobody knows what was spent"
                 )
+        if not self.run:
+            return
         for number in sorted({n for rounds in answered.values() for n in rounds if n > done}):
             for path in sorted(self.folder.glob("client-*.jsonl")):
-                Ledger(path).seen(run, number)
+                Ledger(path).seen(self.run, number)
 
     def largest(self, asked: Counter[int]) -> float:
         """The largest epsilon over the clients.

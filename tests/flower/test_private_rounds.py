@@ -389,6 +389,17 @@ def test_a_resume_without_the_ledgers_is_refused(private: MakeConfig) -> None:
         resume(rundir)
 
 
+def test_ledgers_that_know_the_run_by_another_name_each_time_must_at_least_be_there(private: MakeConfig) -> None:
+    rundir = run(private("rounds=1")).rundir
+    before = [path.read_bytes() for path in sorted(rundir.privacy_dir.iterdir())]
+    spending = Spending(rundir.config, rundir.privacy_dir)
+    spending.prepare(rundir)
+    assert [path.read_bytes() for path in sorted(rundir.privacy_dir.iterdir())] == before
+    ledger_path(rundir.privacy_dir, 1).unlink()
+    with pytest.raises(PrivacyError, match="lacks round 1"):
+        spending.prepare(rundir)
+
+
 def test_more_rounds_are_refused_where_the_noise_was_calibrated_for_fewer(private: MakeConfig) -> None:
     calibrated = run(private(noise="epsilon=4")).rundir
     with pytest.raises(RunDirError, match="calibrated for 3 rounds: resume with rounds = 3"):
