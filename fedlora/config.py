@@ -12,12 +12,13 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from fedlora.errors import ConfigError, nearest
+from fedlora.errors import ConfigError, PrivacyError, nearest
+from fedlora.privacy.accounting import require_accountant
 from fedlora.registry import first_problem
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -25,10 +26,11 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 def _one_or_many(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -225,6 +227,45 @@ class ServerConfig(Section):
     """Seconds to wait for nodes at the start."""
 
 
+class PrivacyConfig(Section):
+    """Example-level differential privacy: each client trains with DP-SGD, whoever reads what it sends.
+
+    What is protected is one example of one client, not all that a client (a person, a hospital) holds.
+    """
+
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Upper end after all rounds, for which the noise is calibrated; or
+    `noise_multiplier`: the noise, whatever it adds up to."""
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of the noise in units of `max_grad_norm`."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """Well below 1 / public_examples."""
+    accountant: str = "prv"
+    """How steps are added up: prv (tight) or rdp (quick, a little more)."""
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    """Each example's gradient is clipped to this L2 norm."""
+    physical_batch_size: PositiveInt | None = None
+    """Most examples at once in memory; None: the whole batch."""
+    public_examples: Counts
+    """What each client declares in public as its number of examples (one for all, or several, dealt cyclically): rates
+    and noise follow from it, never from the true number, which is secret. The claim holds whatever the true one is."""
+
+    @model_validator(mode="after")
+    def _is_a_claim(self) -> PrivacyConfig:
+        require_accountant(self.accountant)
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise PrivacyError("give exactly one of privacy.epsilon and privacy.noise_multiplier")
+        if self.delta * (most := max(self.public_examples)) >= 1:
+            raise PrivacyError(
+                f"privacy.delta {self.delta:g} protects nobody among {most} examples: choose one far below 1 / {most}"
+            )
+        return self
+
+    def public_examples_of(self, client_id: int) -> int:
+        """What a client declares."""
+        return self.public_examples[client_id % len(self.public_examples)]
+
+
 class RuntimeConfig(Section):
     """The machine. Nothing here changes what is computed, only where and how fast (up to rounding)."""
 
@@ -253,6 +294,8 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
     strategy: OpenTable = OpenTable(name="fedavg")
+    privacy: PrivacyConfig | None = None
+    """None: no privacy."""
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")
@@ -263,6 +306,23 @@ class RunConfig(Section):
         if deadline is None and any(profile.dropout for profile in profiles):
             raise ValueError(
                 "a client that drops out is noticed at a deadline: set server.simulated_deadline_s beside dropout"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _private(self) -> RunConfig:
+        # server.aggregation_error may stay: it is computed from updates that are noised already (post-processing).
+        if self.privacy is None:
+            return self
+        if self.train.clip_norm is not None:
+            raise PrivacyError(
+                "train.clip_norm clips a whole batch and protects nobody: remove it, privacy.max_grad_norm clips each "
+                "example"
+            )
+        if self.server.weighting != "uniform":
+            raise PrivacyError(
+                "server.weighting = 'examples' needs the true numbers of examples, which are secret under [privacy]: "
+                "set server.weighting = 'uniform'"
             )
         return self
 
@@ -354,7 +414,8 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: s
     for key, value in tree.items():
         if key not in section.model_fields:
             raise ConfigError(f"unknown key {prefix + key!r}; {nearest(key, section.model_fields)}")
-        inner = section.model_fields[key].annotation
+        annotation = section.model_fields[key].annotation
+        inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
         if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping):
             _refuse_unknown(value, inner, f"{prefix}{key}.")
         if key == "profiles" and isinstance(value, list):

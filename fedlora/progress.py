@@ -102,6 +102,7 @@ def headline(config: RunConfig, clients: int, rounds: int) -> str:
 NOT_METRICS = {
     *("round", "asked", "answered", "refused", "missing", "clients", "rule", "domains", "aggregation_error"),
     *("loss", "train_loss", "bytes_up", "bytes_down", "seconds", "seconds_train", "seconds_evaluate"),
+    *("epsilon", "spent"),
 }
 
 

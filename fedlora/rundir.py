@@ -4,7 +4,9 @@
 runs/<name>/
   config.toml           the resolved config, every key
   environment.json      versions, processor, threads, kernels, seed, commit
-  partition.json        sizes and label counts of the clients
+  run-id                of a private run: the name by which privacy ledgers know it, for ever
+  privacy/              of a private run: a ledger for each client
+  partition.json        sizes and label counts of the clients (not of a private run, where they are secret)
   metrics.jsonl         one line a round; round 0 is the evaluation before training
   checkpoints/          the last two states, <round>.safetensors
   merges/               changes of the base, <since>-<version>.safetensors, each written once
@@ -23,6 +25,7 @@ import json
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +82,8 @@ class RunDir:
         path.mkdir(parents=True)
         write_atomically(path / "config.toml", config.to_toml().encode())
         run.write_json("environment.json", describe_environment(config))
+        if config.privacy is not None:
+            write_atomically(path / "run-id", uuid.uuid4().hex.encode())
         return run
 
     @classmethod
@@ -110,6 +115,11 @@ class RunDir:
                     f"{str(path)!r} was started with another config: {_both(written, config, changed)}; "
                     "resume with the config that it has, or start a new run with --set name=..."
                 )
+        if config is not None and config.rounds != written.rounds and written.privacy and written.privacy.epsilon:
+            raise RunDirError(
+                f"the noise of {str(path)!r} was calibrated for {written.rounds} rounds: resume with rounds = "
+                f"{written.rounds}, or start a new run with --set name=..."
+            )
         run = cls(path, config or written)
         if config is not None and (done := run.rounds_done) > config.rounds:
             raise RunDirError(
@@ -128,6 +138,26 @@ class RunDir:
     def finished(self) -> bool:
         """Whether the run came to its end, that of the config it was opened with."""
         return (self.path / "result.json").is_file() and self.rounds_done >= self.config.rounds
+
+    @property
+    def run_id(self) -> str:
+        """Under what name privacy ledgers know a private run, made with its folder.
+
+        Raises:
+            RunDirError: it is lost.
+        """
+        try:
+            return (self.path / "run-id").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RunDirError(
+                f"{str(self.path / 'run-id')!r} is missing, and without it nobody knows what this run has spent of its "
+                "privacy: restore it, or start a new run with --set name=..."
+            ) from None
+
+    @property
+    def privacy_dir(self) -> Path:
+        """Where the simulated clients' privacy ledgers are."""
+        return self.path / "privacy"
 
     @property
     def adapter_dir(self) -> Path:

@@ -184,12 +184,12 @@ def outcome_table(
     return table
 
 
-def totals(records: Sequence[Mapping[str, Any]]) -> str:
-    """Rounds, traffic and time of a run, in one line."""
+def totals(records: Sequence[Mapping[str, Any]], claim: str | None = None) -> str:
+    """Rounds, traffic and time of a run, in one line; in a second one the claim of a private run."""
     up, down = (sum(record.get(name, 0) for record in records) for name in ("bytes_up", "bytes_down"))
     seconds = sum(record.get("seconds") or 0 for record in records)
     rounds = sum(record["round"] > 0 for record in records)
     return (
         f"{rounds} round{'s' * (rounds != 1)} in {format_seconds(seconds)}; "
-        f"clients sent {format_bytes(up)} and received {format_bytes(down)}"
+        f"clients sent {format_bytes(up)} and received {format_bytes(down)}" + (f"\n{claim}" if claim else "")
     )

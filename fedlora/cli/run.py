@@ -61,6 +61,10 @@ def run(
         calm_loggers(debug)
         console = Console()
         config, run_dir = _which_run(config_path, overrides or [], resume, overwrite)
+        if baselines and config.privacy is not None:
+            raise ConfigError(
+                "--baselines trains without privacy on the data that [privacy] protects: run it with a config without"
+            )
         try:
             with Terminal(console, quiet=quiet) as terminal:
                 terminal.doing(f"loading {config.model.name} and {config.data.source}")
@@ -114,7 +118,8 @@ def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrit
     from fedlora.report import plot_accuracy
 
     try:
-        draw_labels(bench.data, run_dir.path / "labels.png")
+        if config.privacy is None:  # label counts are the clients' own
+            draw_labels(bench.data, run_dir.path / "labels.png")
         run_local(config, run_dir, progress, resume=resume)
     except FedloraError:
         run_dir.discard_if_empty()
@@ -148,5 +153,6 @@ def _show_outcome(console: Console, run_dir: RunDir) -> None:
     console.print()
     console.print(outcome_table(records, run_dir.read_json("baselines.json"), console.width))
     console.print()
-    console.print(totals(records), highlight=False, soft_wrap=True)
+    claim = (run_dir.read_json("result.json") or {}).get("privacy", {}).get("statement")
+    console.print(totals(records, claim), highlight=False, soft_wrap=True)
     console.print(f"files: {run_dir.path} (adapter/ is in PEFT's format)", highlight=False, soft_wrap=True)

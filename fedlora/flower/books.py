@@ -24,6 +24,7 @@ class Round:
         missing: clients without a reply at the deadline.
         dropped: clients that dropped out (simulated devices).
         late: clients that missed the simulated deadline.
+        spent: of the refused, those whose privacy budget is spent.
         lost: whether too few answered in simulated time, so that the round changed nothing.
         simulated_s: client -> simulated seconds until its reply.
     """
@@ -36,6 +37,7 @@ class Round:
     offline: list[int] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
+    spent: list[int] = field(default_factory=list)
     lost: bool = False
     simulated_s: dict[int, float] = field(default_factory=dict)
     bytes_up: int = 0

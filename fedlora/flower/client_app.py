@@ -2,29 +2,51 @@
 
 What a process keeps between messages (the base model, the data, frozen parts of adapters) lives in imported modules:
 Ray pickles an app's globals by value for each message, so a cache in a closure or in `__main__` would do nothing.
+
+In a private run nothing leaves a client but what is private: no number of examples, no loss, no seconds, and of errors
+only those that cannot tell of the data.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedlora import __version__
+from fedlora.config import RunConfig
 from fedlora.devices import train_config
-from fedlora.errors import FedloraError, ReplyError, TrainingError
+from fedlora.errors import (
+    AssetError,
+    ConfigError,
+    FedloraError,
+    ModelError,
+    PrivacyError,
+    ReplyError,
+    RuleError,
+    TrainingError,
+)
 from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.settings import client_id_of, config_of
+from fedlora.flower.spending import account_of
+from fedlora.privacy.dpsgd import scrub
 from fedlora.rng import derive
 from fedlora.training.loop import TrainJob, TrainResult, train
+from fedlora.training.private import PrivateSettings, check_model, private_settings, train_private
 from fedlora.training.workbench import Workbench, open_workbench
 
 app = ClientApp()
+logger = logging.getLogger(__name__)
+
+TELLS_NOTHING = (AssetError, ConfigError, ModelError, PrivacyError, ReplyError, RuleError)
+"""Errors of the config, the model and the messages, whose text a private client sends; others may tell of its data."""
 
 
 class FrozenStore:
@@ -54,28 +76,29 @@ frozen_store = FrozenStore()
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Who this node is, and whether its versions fit the server's."""
+    config: RunConfig | None = None
     try:
         config = config_of(context)
         client_id = client_id_of(context)
         bench = open_workbench(config)
-        note = encode_note(
-            "hello",
-            client_id=client_id,
-            fedlora=__version__,
-            fingerprint=bench.base.fingerprint,
-            num_examples=len(_indices(bench, client_id)),
-        )
-    except FedloraError as error:
-        note = encode_note("error", error=str(error))
+        facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": bench.base.fingerprint}
+        indices = _indices(bench, client_id)
+        if config.privacy is None:
+            facts["num_examples"] = len(indices)
+        note = encode_note("hello", client_id=client_id, **facts)
+    except Exception as error:
+        note = _error_note(error, config)
     return Message(note, reply_to=message)
 
 
 @app.train()
 def train_round(message: Message, context: Context) -> Message:
     """One round of local training: plan in, the asked parts of the trained adapter out."""
+    config: RunConfig | None = None
     try:
+        config = config_of(context)
         plan = decode_plan(message.content)
-        bench = open_workbench(config_of(context))
+        bench = open_workbench(config)
         client_id = client_id_of(context)
         if client_id != plan.head["client_id"]:
             raise ReplyError(
@@ -86,6 +109,8 @@ def train_round(message: Message, context: Context) -> Message:
         if frozen is None or not base_fits:
             need = encode_note("need", frozen=frozen is None, base=not base_fits)
             return Message(need, reply_to=message)
+        if config.privacy is not None:
+            return Message(_run_privately(plan, frozen, bench, client_id, context), reply_to=message)
         result = run_plan(plan, frozen, bench, client_id)
         head = plan.head
         reply = encode_update(
@@ -101,10 +126,24 @@ def train_round(message: Message, context: Context) -> Message:
             round_number=head["round"],
             base_digest=head["base_digest"],
         )
-    except FedloraError as error:
-        # In plain words instead of Flower's traceback, so that the server can name the client and the cure.
-        reply = encode_note("error", error=str(error))
+    except Exception as error:
+        reply = _error_note(error, config)
     return Message(reply, reply_to=message)
+
+
+def _error_note(error: Exception, config: RunConfig | None) -> RecordDict:
+    """A reply in plain words instead of Flower's traceback, so that the server can name the client and the cure.
+
+    Raises:
+        Exception: the error itself, if it is none of fedlora's and the run is not private.
+    """
+    if config is not None and config.privacy is not None and not isinstance(error, TELLS_NOTHING):
+        logger.warning("%s: %s", type(error).__name__, error)
+        logger.debug("a private client failed", exc_info=error)
+        return encode_note("error", error="it failed; the reason may tell of its data and stays in its log: see there")
+    if not isinstance(error, FedloraError):
+        raise error
+    return encode_note("error", error=str(error))
 
 
 def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
@@ -122,16 +161,69 @@ def run_plan(plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench,
     indices = _indices(bench, client_id)
     if not len(indices):
         raise TrainingError(f"client {client_id} has no examples: give it some, or lower partition.clients")
+    job = _job(plan, frozen, bench, client_id, indices)
+    return train(bench.base, bench.task, bench.data.train, job, train_config(bench.config, client_id))
+
+
+def run_plan_privately(
+    plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int, settings: PrivateSettings
+) -> TrainResult:
+    """As `run_plan`, with DP-SGD; a client without examples trains on noise alone. Its ledger is the caller's."""
+    job = _job(plan, frozen, bench, client_id, _indices(bench, client_id))
+    config = train_config(bench.config, client_id)
+    return train_private(bench.base, bench.task, bench.data.train, job, config, settings)
+
+
+def _run_privately(
+    plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int, context: Context
+) -> RecordDict:
+    """The reply of a private client: "spent" where its budget does not allow the round."""
+    head, settings = plan.head, private_settings(bench.config, client_id)
+    account = account_of(context, client_id)
+    entry, budget, number = settings.entry, settings.budget, int(head["round"])
+    if budget is not None and not account.ledger.affords(entry, budget, run=account.run, round=number):
+        epsilon = account.ledger.epsilon(budget.delta, budget.accountant)
+        return encode_note(
+            "spent",
+            error=f"its privacy budget is spent: its ledger stands at epsilon {epsilon:.3f}, and one more round would "
+            f"pass {budget.epsilon:g}",
+        )
+    check_model(bench.base, bench.task, bench.data.test, _job(plan, frozen, bench, client_id, np.empty(0, np.int64)))
+    with account.ledger.spend(entry, run=account.run, round=number, budget=budget) as attempt:
+        try:
+            result = run_plan_privately(plan, frozen, bench, client_id, settings)
+        except Exception:
+            attempt.release()  # that it failed is seen, and may depend on the data: the attempt counts for ever
+            raise
+        if account.releases:
+            attempt.release()
+    figures = {
+        "steps": float(result.steps),
+        "sample_rate": entry.sample_rate,
+        "noise_multiplier": entry.noise_multiplier,
+        "max_grad_norm": settings.max_grad_norm,
+    }
+    return encode_update(
+        result.adapter.tensors(head["sends"]),
+        {"num_examples": 1, **scrub(figures)},
+        round_number=number,
+        base_digest=head["base_digest"],
+    )
+
+
+def _job(
+    plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int, indices: np.ndarray
+) -> TrainJob:
+    """What a plan asks, on a base that was brought to its version."""
     head = plan.head
     follow(bench.base, plan.merges(), head["base_version"], head["base_digest"], head["since_digest"])
-    job = TrainJob(
+    return TrainJob(
         adapter=plan.adapter(frozen),
         trains=frozenset(head["trains"]),
         indices=indices,
         seed=derive(bench.config.seed, "train", head["round"], client_id),
         proximal_mu=max(head["proximal_mu"], bench.config.train.proximal_mu),
     )
-    return train(bench.base, bench.task, bench.data.train, job, train_config(bench.config, client_id))
 
 
 def _indices(bench: Workbench, client_id: int) -> np.ndarray:

@@ -240,7 +240,7 @@ def encode_update(
 
 
 def encode_note(kind: str, **fields: Any) -> RecordDict:
-    """A reply without tensors: kind "need" (frozen parts or base changes are missing), "error" or "hello"."""
+    """A reply without tensors: kind "need" (frozen parts or base changes are missing), "error", "spent" or "hello"."""
     return RecordDict({"reply": ConfigRecord({"json": json.dumps({"protocol": PROTOCOL, "kind": kind, **fields})})})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig
 
@@ -35,6 +37,13 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
         config = _as_before(config, rundir)
     number = len(open_workbench(config).data.clients)
     run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
+    if config.privacy is not None:
+        # A session is one call: a round that an earlier one began and did not complete was seen by nobody.
+        run_config |= {
+            "ledger-dir": str(rundir.privacy_dir.resolve()),
+            "run-id": rundir.run_id,
+            "session": uuid.uuid4().hex,
+        }
     nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
     grid = LocalGrid(client_app.app, nodes, run_config)
     context = Context(1, 1, UserConfig(), RecordDict(), UserConfig(run_config))

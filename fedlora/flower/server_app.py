@@ -19,6 +19,7 @@ from fedlora.aggregators import GlobalState, equivalent_adapter, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.data.describe import describe_partition
 from fedlora.flower.settings import config_of
+from fedlora.flower.spending import Spending
 from fedlora.flower.strategy import Federation
 from fedlora.model import save_adapter
 from fedlora.progress import PlainProgress, Progress
@@ -76,29 +77,65 @@ def main(grid: Grid, context: Context) -> None:
     config = config_of(context)
     here = _session.get() or Session(resume=bool(context.run_config.get("resume", False)))
     rundir = here.rundir or _open(config, here.resume)
-    here.outcome = run_rounds(grid, config, rundir, here.progress or PlainProgress(logger.info), resume=here.resume)
+    folder = str(context.run_config.get("ledger-dir", ""))
+    here.outcome = run_rounds(
+        grid,
+        config,
+        rundir,
+        here.progress or PlainProgress(logger.info),
+        resume=here.resume,
+        ledgers=Path(folder) if folder else None,
+        run_id=str(context.run_config.get("run-id", "")),
+    )
 
 
 def _open(config: RunConfig, resume: bool) -> RunDir:
     return RunDir.open(Path(config.output) / config.name, config) if resume else RunDir.create(config)
 
 
-def run_rounds(grid: Grid, config: RunConfig, rundir: RunDir, progress: Progress, *, resume: bool) -> RunOutcome:
+def run_rounds(
+    grid: Grid,
+    config: RunConfig,
+    rundir: RunDir,
+    progress: Progress,
+    *,
+    resume: bool,
+    ledgers: Path | None = None,
+    run_id: str = "",
+) -> RunOutcome:
     """All that is left of a run, and its artefacts.
+
+    Args:
+        grid: in-process, Ray or a SuperLink.
+        config: of the run.
+        rundir: where it is written.
+        progress: is told what happens.
+        resume: go on from the last checkpoint.
+        ledgers: of a private simulation: the folder with the clients' ledgers.
+        run_id: under which name they know the run, where that outlives a kill.
 
     Raises:
         FedloraError: of any kind; the run directory is then as it was after the last finished round.
     """
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
     bench = open_workbench(config)
+    spending = None if config.privacy is None else Spending(config, ledgers, run_id)
+    if resume and spending is not None:
+        spending.prepare(rundir)
     state = rundir.resume() if resume else None
     rundir.note_environment(**describe(), kernels=bench.kernels.mode, kernels_why=bench.kernels.reason)
-    rundir.write_json("partition.json", describe_partition(bench.data))
-    state = Federation(grid, config, rule, bench, rundir, progress).run(state)
-    return finish(state, config, bench, rundir)
+    if config.privacy is None:  # sizes and label counts are the clients' own
+        rundir.write_json("partition.json", describe_partition(bench.data))
+    state = Federation(grid, config, rule, bench, rundir, progress, spending).run(state)
+    outcome = finish(state, config, bench, rundir, spending)
+    if spending is not None:
+        progress.message(rundir.read_json("result.json")["privacy"]["statement"])
+    return outcome
 
 
-def finish(state: GlobalState, config: RunConfig, bench: Workbench, rundir: RunDir) -> RunOutcome:
+def finish(
+    state: GlobalState, config: RunConfig, bench: Workbench, rundir: RunDir, spending: Spending | None = None
+) -> RunOutcome:
     """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
     facts = {
@@ -111,5 +148,6 @@ def finish(state: GlobalState, config: RunConfig, bench: Workbench, rundir: RunD
     save_adapter(bench.base, adapter, rundir.adapter_dir, facts)
     records = rundir.read_metrics()
     last = {key: value for key, value in records[-1].items() if key not in ("clients", "asked", "answered")}
-    rundir.write_json("result.json", {"rounds": state.round, "relative_error": error, "last": last})
+    claim = {} if spending is None else {"privacy": spending.summary(records)}
+    rundir.write_json("result.json", {"rounds": state.round, "relative_error": error, "last": last, **claim})
     return RunOutcome(state, adapter, records, rundir)

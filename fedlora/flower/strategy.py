@@ -8,8 +8,8 @@ same order. A round goes on without the replies that are missing at its deadline
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,12 +36,15 @@ from fedlora.errors import FedloraError, ReplyError, RoundError
 from fedlora.flower.books import Round
 from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
-from fedlora.flower.validate import Limits, Valid, check_head, check_hello, check_update
+from fedlora.flower.spending import Spending, asked_in
+from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_hello, check_update
+from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
 from fedlora.rng import derive
 from fedlora.rundir import RunDir
 from fedlora.training.evaluate import evaluate
-from fedlora.training.loop import examples_of
+from fedlora.training.loop import TrainJob, examples_of
+from fedlora.training.private import check_model, private_settings
 from fedlora.training.workbench import Workbench
 
 POLL_S = (0.02, 0.5)
@@ -76,10 +79,18 @@ class Federation:
         bench: the server's model, task and test data.
         rundir: where metrics and checkpoints go.
         progress: is told what happens.
+        spending: of a private run: what the clients' ledgers say.
     """
 
     def __init__(
-        self, grid: Grid, config: RunConfig, rule: Aggregator, bench: Workbench, rundir: RunDir, progress: Progress
+        self,
+        grid: Grid,
+        config: RunConfig,
+        rule: Aggregator,
+        bench: Workbench,
+        rundir: RunDir,
+        progress: Progress,
+        spending: Spending | None = None,
     ) -> None:
         self.grid, self.config, self.rule, self.bench = grid, config, rule, bench
         self.rundir, self.progress = rundir, progress
@@ -87,7 +98,12 @@ class Federation:
         self.base_digest = ""
         self._digests = {0: ""}
         self.fleet = Fleet.of(config)
-        self._limits = Limits(config.server.max_examples, config.server.max_norm)
+        self.spending = spending or (None if config.privacy is None else Spending(config, None))
+        self.spent: set[int] = set()
+        self._asked: Counter[int] = Counter()
+        private = config.privacy is not None
+        most, metrics = (1, RELEASABLE) if private else (config.server.max_examples, METRICS)
+        self._limits = Limits(most, config.server.max_norm, metrics)
 
     # ------------------------------------------------------------------------------------------------ the run
 
@@ -110,6 +126,11 @@ class Federation:
         self._digests |= {state.base_version: self.base_digest}
         for client_id in self.nodes:  # a rule that cannot serve one of them says so before anything is trained
             self._plan(state, client_id)
+        if self.config.privacy is not None:
+            _require_private(self.config, self.bench, self._plan(state, min(self.nodes)), self.nodes)
+            before = self.rundir.read_metrics()
+            self._asked = asked_in(before)
+            self.spent = set(before[-1].get("spent", ())) if before else set()
         self.progress.started(self.config, len(self.nodes), self.config.rounds)
         if fresh:
             record = {"round": 0, **self._evaluate(state)}
@@ -157,11 +178,17 @@ class Federation:
 
     def _sample(self, number: int) -> Round:
         """Open a round's books: draw its clients from those that are there."""
-        there = [k for k in sorted(self.nodes) if self.fleet.available(number, k)]
+        solvent = sorted(self.nodes.keys() - self.spent)
+        if not solvent:
+            raise RoundError(
+                f"round {number}: the privacy budget of every client is spent: the state after round {number - 1} is "
+                f"in {self.rundir.path}; for more, start a new run with a larger privacy.epsilon or fewer rounds"
+            )
+        there = [k for k in solvent if self.fleet.available(number, k)]
         wanted = min(clients_wanted(self.config, len(self.nodes)), len(there))
         generator = np.random.default_rng(derive(self.config.seed, "sample", number))
         asked = sorted(int(k) for k in generator.choice(there, size=wanted, replace=False)) if there else []
-        return Round(number, asked, offline=sorted(self.nodes.keys() - set(there)))
+        return Round(number, asked, offline=sorted(set(solvent) - set(there)))
 
     def _require_quorum(self, books: Round) -> None:
         server = self.config.server
@@ -253,11 +280,16 @@ class Federation:
         if not self.fleet.simulated:
             return True
         client_id = ask.client_id
-        size = len(self.bench.data.clients[client_id])
+        if self.config.privacy is not None:  # what it plans, in public; how many there are is secret
+            plan = private_settings(self.config, client_id).schedule
+            examples = round(plan.steps * plan.expected_batch_size)
+        else:
+            size = len(self.bench.data.clients[client_id])
+            examples = examples_of(size, train_config(self.config, client_id))
         seconds = self.fleet.seconds(
             client_id,
             bytes_down=payload_bytes(content),
-            examples=examples_of(size, train_config(self.config, client_id)),
+            examples=examples,
             bytes_up=ask.plan.adapter.nbytes(ask.plan.sends),
         )
         books.simulated_s[client_id] = seconds
@@ -285,10 +317,10 @@ class Federation:
         client_id = ask.client_id
         try:
             reply = self._receive(message_id, deadline, books)
-            if reply is not None and check_head(reply)["kind"] == "need":
+            if reply is not None and self._head(reply, books, client_id)["kind"] == "need":
                 ask = self._ask(state, client_id, books.number, everything=True)
                 reply = self._receive(self._send(ask, self._content(ask, encoder, books)), deadline, books)
-                if reply is not None and check_head(reply)["kind"] == "need":
+                if reply is not None and self._head(reply, books, client_id)["kind"] == "need":
                     raise ReplyError("it asks for parts that it was just sent")
             if reply is None:
                 books.missing.append(client_id)
@@ -300,6 +332,17 @@ class Federation:
             self.progress.reply(books.number, client_id, False, str(error))
             return None
         return self._accept(ask, valid, encoder, books)
+
+    def _head(self, reply: Message, books: Round, client_id: int) -> dict[str, Any]:
+        """`check_head`; a client whose privacy budget is spent is refused, and not asked again."""
+        if self.config.privacy is None:
+            return check_head(reply)
+        head = check_head(reply, ("update", "need", "spent"))
+        if head["kind"] == "spent":
+            books.spent.append(client_id)
+            self.spent.add(client_id)
+            raise ReplyError(str(head.get("error", "its privacy budget is spent"))[:400])
+        return head
 
     def _accept(self, ask: Ask, valid: Valid, encoder: PlanEncoder, books: Round) -> ClientUpdate:
         node = self.nodes[ask.client_id]
@@ -355,7 +398,11 @@ class Federation:
             "rule": dict(after.metrics),
         }
         if self.config.server.aggregation_error and not books.lost:
+            # Under [privacy] the updates are noised already: what is computed from them gives nothing away.
             record["aggregation_error"] = relative_error(broadcast_change(before, after), books.ideal, books.weight)
+        if self.spending is not None:
+            self._asked.update(books.asked)
+            record |= {"spent": sorted(self.spent), "epsilon": self.spending.largest(self._asked)}
         return record
 
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
@@ -378,13 +425,26 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
         ConfigError: the rule or one of its fields is unknown or wrong.
         RuleError: the rule refuses a client's rank.
         RoundError: more clients are asked for than there are.
+        PrivacyError: a private run would not be private with this model or task, or within this epsilon.
     """
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
     state = rule.init(bench.base.initial_adapter(config.seed), seed=derive(config.seed, "rule"))
     clients = range(len(bench.data.clients))
-    for client_id in clients:
+    plans = [
         rule.plan(state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
+        for client_id in clients
+    ]
     clients_wanted(config, len(clients))
+    if config.privacy is not None:
+        _require_private(config, bench, plans[0], clients)
+
+
+def _require_private(config: RunConfig, bench: Workbench, plan: ClientPlan, clients: Iterable[int]) -> None:
+    """Calibrate every client's noise, and look at the model on two of the server's own test examples."""
+    for client_id in clients:
+        private_settings(config, client_id)
+    job = TrainJob(plan.adapter, frozenset(plan.trains), np.empty(0, np.int64), 0)
+    check_model(bench.base, bench.task, bench.data.test, job)
 
 
 def clients_wanted(config: RunConfig, there: int) -> int:

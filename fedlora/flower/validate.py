@@ -32,10 +32,12 @@ class Limits:
     Args:
         max_examples: largest number of examples that a client may claim.
         max_norm: largest L2 norm over all tensors together; None: no cap.
+        metrics: figures that it may carry beside the number of examples.
     """
 
     max_examples: int
     max_norm: float | None = None
+    metrics: frozenset[str] = METRICS
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _metrics(record: MetricRecord, limits: Limits) -> tuple[int, dict[str, float
         raise ReplyError(f"num_examples must be a whole number, not {str(weight)[:40]!r}")
     if not 1 <= weight <= limits.max_examples:
         raise ReplyError(f"num_examples {weight} is not within 1 and server.max_examples = {limits.max_examples}")
-    if odd := set(record) - METRICS - {"num_examples"}:
+    if odd := set(record) - limits.metrics - {"num_examples"}:
         raise ReplyError(f"metric {min(odd)[:40]!r} was not asked for")
     metrics: dict[str, float] = {}
     for name, value in record.items():

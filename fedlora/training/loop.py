@@ -91,7 +91,7 @@ def train(
     steps = number_of_steps(len(job.indices), config)
     mu = job.proximal_mu or config.proximal_mu
     anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
-    optimizer = _optimizer(parameters, config)
+    optimizer = make_optimizer(parameters, config)
     look_every = 1 if base.device.type == "cpu" else CHECK_EVERY
     losses: list[Tensor] = []
     compute = 0.0
@@ -104,7 +104,7 @@ def train(
             loss = task.losses(base.model, batch).mean()
             loss.backward()
             if mu:
-                _add_proximal(parameters, anchor, mu)
+                add_proximal(parameters, anchor, mu)
             if config.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             if step < config.warmup_steps:
@@ -179,18 +179,28 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def _optimizer(parameters: list[Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: list[Parameter], config: TrainConfig, *, fused: bool | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of a config.
+
+    Args:
+        parameters: that it moves.
+        config: which one, with its rates.
+        fused: whether AdamW runs as one kernel; None: where it can. It asks for gradients with their parameter's
+            strides, which autograd gives and a sum of per-sample gradients need not.
+    """
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True
         )
-    # Fused is safe here: autograd gives each gradient its parameter's strides, and parameters are contiguous.
-    fused = parameters[0].device.type in ("cpu", "cuda")
+    if fused is None:
+        fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 @torch.no_grad()
-def _add_proximal(parameters: Sequence[Parameter], anchor: Sequence[Tensor], mu: float) -> None:
+def add_proximal(parameters: Sequence[Parameter], anchor: Sequence[Tensor], mu: float) -> None:
     """The gradient of (mu / 2) |w - w0|^2, FedProx's proximal term (arXiv 1812.06127, equation (2)): mu (w - w0)."""
     moved = [(p, a) for p, a in zip(parameters, anchor, strict=True) if p.grad is not None]
     gradients = [p.grad for p, _ in moved]

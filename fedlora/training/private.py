@@ -1,0 +1,188 @@
+"""One client's private local training: the same job as `loop.train`, in Poisson samples and private steps.
+
+Under example-level privacy nothing that depends on the data leaves the client but noised tensors: rates, steps and
+noise follow from the config and from a number of examples that the client has declared in public.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Part
+from fedlora.config import PrivacyConfig, RunConfig, TrainConfig
+from fedlora.devices import train_config
+from fedlora.errors import PrivacyError, TrainingError
+from fedlora.model import Base, seeded
+from fedlora.privacy.accounting import Budget, Entry
+from fedlora.privacy.calibrate import Schedule, noise_multiplier_for, schedule
+from fedlora.privacy.dpsgd import PrivateStep, poisson_batches
+from fedlora.privacy.preflight import preflight
+from fedlora.rng import derive
+from fedlora.tasks._base import Examples, Task
+from fedlora.training.loop import TrainJob, TrainResult, add_proximal, learning_rate, make_optimizer, to_device
+
+logger = logging.getLogger(__name__)
+_passed: WeakKeyDictionary[Base, set[frozenset[Part]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class PrivateSettings:
+    """How a client's steps are made private.
+
+    Args:
+        schedule: sample rate, steps a round, expected batch size.
+        noise_multiplier: sigma.
+        max_grad_norm: C, to which each example's gradient is clipped.
+        physical_batch_size: most examples at once in memory; None: the whole sample.
+        budget: over everything in the client's ledger; None: no end.
+    """
+
+    schedule: Schedule
+    noise_multiplier: float
+    max_grad_norm: float
+    physical_batch_size: int | None = None
+    budget: Budget | None = None
+
+    @property
+    def entry(self) -> Entry:
+        """What one round costs."""
+        return self.schedule.entry(self.noise_multiplier)
+
+
+def private_settings(config: RunConfig, client_id: int) -> PrivateSettings:
+    """The settings of one client: a function of the config alone, the same on the client and on the server.
+
+    The plan counts every round as one in which the client takes part: the server knows whom it asks, so that asking
+    few clients a round hides nothing from it.
+
+    Raises:
+        PrivacyError: the config has no [privacy], or its epsilon is out of reach.
+    """
+    privacy = require_privacy(config)
+    train = train_config(config, client_id)
+    plan = schedule(
+        privacy.public_examples_of(client_id), train.batch_size, config.rounds, steps=train.steps, epochs=train.epochs
+    )
+    sigma, budget = privacy.noise_multiplier, None
+    if privacy.epsilon is not None:
+        budget = Budget(privacy.epsilon, privacy.delta, privacy.accountant)
+        sigma = _calibrated(budget, plan.sample_rate, plan.steps * plan.rounds)
+    assert sigma is not None
+    return PrivateSettings(plan, sigma, privacy.max_grad_norm, privacy.physical_batch_size, budget)
+
+
+def require_privacy(config: RunConfig) -> PrivacyConfig:
+    """The table [privacy]; `PrivacyError` if there is none."""
+    if config.privacy is None:
+        raise PrivacyError("this run is not private: add a table [privacy] to its config")
+    return config.privacy
+
+
+def require_private_task(task: Task) -> None:
+    """`PrivacyError` for a task whose batches mix examples in one row."""
+    if not task.rows_are_examples:
+        raise PrivacyError(
+            "this task packs several examples into one row, so that no gradient belongs to one example: set "
+            "task.packing = false under [privacy]"
+        )
+
+
+def check_model(base: Base, task: Task, examples: Examples, job: TrainJob) -> None:
+    """Refuse a model on which private training would fail or not be private; once for each base and trained parts.
+
+    Args:
+        base: its adapter is overwritten.
+        task: gives batches and losses.
+        examples: two of them are looked at: public ones, such as the test set.
+        job: its adapter and trained parts.
+
+    Raises:
+        PrivacyError: names the module and the cure.
+    """
+    require_private_task(task)
+    done = _passed.setdefault(base, set())
+    if job.trains in done:
+        return
+    base.write(job.adapter, job.trains)
+    base.train_mode(True)
+    if len(examples) < 2:
+        raise PrivacyError("the check before private training needs two test examples: raise data.test_fraction")
+    preflight(base.model, task.losses, to_device(task.collate(examples, np.arange(2)), base.device))
+    done.add(job.trains)
+
+
+def train_private(
+    base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig, settings: PrivateSettings
+) -> TrainResult:
+    """Train an adapter on one client's examples with DP-SGD; `check_model` comes first.
+
+    Batches and noise are drawn from the operating system's randomness, never from the run's seed (dropout, which
+    hides nothing, is): no two runs are the same.
+
+    Args:
+        base: at the version to train on; its adapter is overwritten.
+        task: gives batches and losses.
+        examples: the whole training set.
+        job: what to train; without examples it takes steps of noise alone, as far as anybody can tell.
+        config: learning rate, optimiser, proximal term; `clip_norm` is not looked at.
+        settings: rates and noise.
+
+    Returns:
+        The adapter, with `num_examples` 1, and no figure that depends on the data but the seconds.
+
+    Raises:
+        PrivacyError: training failed; why is in this process's log alone, since it may tell of the data.
+        TrainingError: nothing trains.
+    """
+    begin = time.perf_counter()
+    parameters = base.write(job.adapter, job.trains)
+    if not parameters:
+        raise TrainingError(f"nothing trains: the adapter has no tensor in {sorted(job.trains)}")
+    base.train_mode(True)
+    mu = job.proximal_mu or config.proximal_mu
+    anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
+    optimizer = make_optimizer(parameters, config, fused=False)
+    plan = settings.schedule
+
+    def losses(positions: np.ndarray) -> Tensor:
+        return task.losses(base.model, to_device(task.collate(examples, job.indices[positions]), base.device))
+
+    try:
+        with (
+            seeded(derive(job.seed, "dropout"), base.device),
+            PrivateStep(
+                base.model,
+                optimizer,
+                max_grad_norm=settings.max_grad_norm,
+                noise_multiplier=settings.noise_multiplier,
+                expected_batch_size=plan.expected_batch_size,
+                physical_batch_size=settings.physical_batch_size,
+                after_noise=(lambda: add_proximal(parameters, anchor, mu)) if mu else None,
+            ) as private,
+        ):
+            for step, positions in enumerate(poisson_batches(len(job.indices), plan.sample_rate, plan.steps)):
+                optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+                private.step(positions, losses)
+    except Exception as error:
+        logger.warning("private training failed: %s: %s", type(error).__name__, error)
+        logger.debug("private training failed", exc_info=True)
+        raise PrivacyError(
+            "private training failed; the reason may tell of the data and stays in this client's log: see there"
+        ) from error
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise PrivacyError(f"the adapter is not finite after private training: lower train.lr (now {config.lr:g})")
+    seconds = time.perf_counter() - begin
+    return TrainResult(base.read(), 1, plan.steps, 0, float("nan"), seconds, 0.0)
+
+
+@lru_cache(maxsize=256)
+def _calibrated(budget: Budget, sample_rate: float, steps: int) -> float:
+    return noise_multiplier_for(budget.epsilon, budget.delta, sample_rate, steps, budget.accountant)

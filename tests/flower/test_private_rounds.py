@@ -1,0 +1,467 @@
+"""Whole private federations: what leaves a client, what is spent, and what a crash costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app.user_config import UserConfig
+
+from fedlora.config import RunConfig
+from fedlora.errors import DataError, PrivacyError, RoundError, RunDirError
+from fedlora.flower import client_app, run_local
+from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.server_app import RunOutcome
+from fedlora.flower.spending import Spending, account_of, ledger_path
+from fedlora.privacy.accounting import Entry
+from fedlora.privacy.ledger import Ledger
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
+from fedlora.terminal import totals
+
+MakeConfig = Callable[..., RunConfig]
+Q, SIGMA, STEPS, ROUNDS, DELTA = 0.25, 1.5, 2, 3, 1e-3
+
+
+@pytest.fixture
+def private(tiny_config: MakeConfig) -> MakeConfig:
+    def make(*overrides: str, name: str = "private", noise: str = f"noise_multiplier={SIGMA}") -> RunConfig:
+        batch = 40 if noise.startswith("epsilon") else 10  # with q = 1 the calibration is a matter of milliseconds
+        return tiny_config(
+            "server.weighting=uniform",
+            f"train.steps={STEPS}",
+            f"train.batch_size={batch}",
+            "privacy.public_examples=40",
+            f"privacy.delta={DELTA}",
+            "privacy.max_grad_norm=0.5",
+            "privacy.accountant=rdp",
+            f"server.evaluate_every={ROUNDS}",
+            f"privacy.{noise}",
+            f"rounds={ROUNDS}",
+            *overrides,
+            name=name,
+        )
+
+    return make
+
+
+def run(config: RunConfig, progress: NoProgress | None = None) -> RunOutcome:
+    return run_local(config, RunDir.create(config, overwrite=True), progress or NoProgress())
+
+
+def resume(rundir: RunDir, progress: NoProgress | None = None) -> RunOutcome:
+    return run_local(rundir.config, RunDir.open(rundir.path), progress or NoProgress(), resume=True)
+
+
+def claim(outcome: RunOutcome) -> dict[str, Any]:
+    return outcome.rundir.read_json("result.json")["privacy"]
+
+
+@pytest.fixture
+def replies(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    """Everything that the clients send, as it leaves them."""
+    sent: list[Message] = []
+    real = LocalGrid._answer
+
+    def answer(self: LocalGrid, message: Message) -> Message:
+        sent.append(real(self, message))
+        return sent[-1]
+
+    monkeypatch.setattr(LocalGrid, "_answer", answer)
+    return sent
+
+
+class Says(NoProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Cut(NoProgress):
+    """A kill when round `number` begins."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def round_started(self, number: int, asked: object) -> None:
+        if number == self.number:
+            raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------------ the claim
+
+
+def test_the_claim_is_that_of_another_library_and_names_its_unit(private: MakeConfig) -> None:
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    says = Says()
+    outcome = run(private("privacy.accountant=prv"), says)
+    accountant = PLDAccountant()
+    step = dp_accounting.PoissonSampledDpEvent(Q, dp_accounting.GaussianDpEvent(SIGMA))
+    accountant.compose(dp_accounting.SelfComposedDpEvent(step, STEPS * ROUNDS))
+    truth = accountant.get_epsilon(DELTA)
+    found = claim(outcome)
+    assert truth * 0.9999 <= found["epsilon"] <= truth * 1.01
+    assert (found["delta"], found["unit"], found["accountant"], found["source"]) == (DELTA, "example", "prv", "ledgers")
+    assert says.lines[-1] == found["statement"]
+    assert "one example of one client" in found["statement"]
+    assert f"{DELTA:g}" in found["statement"]
+    assert totals(outcome.records, found["statement"]).endswith("\n" + found["statement"])
+    spent = [record["epsilon"] for record in outcome.records[1:]]
+    assert spent == sorted(spent)
+    assert spent[-1] == found["epsilon"]
+
+
+def test_a_calibrated_run_ends_just_below_its_epsilon(private: MakeConfig) -> None:
+    found = claim(run(private(noise="epsilon=4")))
+    assert 3.99 < found["epsilon"] <= 4
+
+
+def test_the_largest_client_counts_and_clients_that_were_not_asked_spend_nothing(private: MakeConfig) -> None:
+    config = private("privacy.public_examples=[40,400]", "server.clients_per_round=1")
+    outcome = run(config)
+    asked = [record["asked"][0] for record in outcome.records[1:]]
+    folder = outcome.rundir.privacy_dir
+    for k in range(4):
+        ledger = Ledger(ledger_path(folder, k))
+        steps = STEPS * asked.count(k)
+        q = 10 / (400 if k % 2 else 40)
+        assert ledger.entries() == ((Entry(q, SIGMA, steps),) if steps else ())
+    largest = max(Ledger(ledger_path(folder, k)).epsilon(DELTA, "rdp") for k in range(4))
+    assert claim(outcome)["epsilon"] == largest
+    # A server without the ledgers adds up what it asked, and says so.
+    summary = Spending(config, None).summary(outcome.records)
+    assert summary["epsilon"] == largest
+    assert summary["source"] == "plan"
+    assert "each client's own ledger has the last word" in summary["statement"]
+
+
+def test_two_runs_of_one_seed_differ_by_the_noise(private: MakeConfig) -> None:
+    one, other = run(private("rounds=1", name="a")), run(private("rounds=1", name="b"))
+    first, second = one.state.adapter.tensors(), other.state.adapter.tensors()
+    assert all(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_without_noise_a_private_federation_learns(private: MakeConfig) -> None:
+    quiet = private("rounds=6", "train.steps=8", "train.batch_size=20", noise="noise_multiplier=1e-6")
+    records = run(quiet).records
+    assert records[-1]["accuracy"] > records[0]["accuracy"] + 0.2
+
+
+SLOW = [pytest.param(rule, marks=pytest.mark.slow) for rule in ("ffa", "fair")]
+
+
+@pytest.mark.parametrize("rule", ["flora", *SLOW])
+def test_every_rule_takes_noised_updates(private: MakeConfig, rule: str) -> None:
+    outcome = run(private(f"strategy.name={rule}", "rounds=2", "server.evaluate_every=2"))
+    assert outcome.records[-1]["answered"] == [0, 1, 2, 3]
+    assert "aggregation_error" in outcome.records[-1]  # computed from noised updates: post-processing
+
+
+# ------------------------------------------------------------------------------------------------ leaks
+
+
+def test_nothing_leaves_a_client_but_noised_tensors_and_public_figures(
+    private: MakeConfig, replies: list[Message]
+) -> None:
+    outcome = run(private())
+    notes = [json.loads(str(reply.content.config_records["reply"]["json"])) for reply in replies]
+    hellos = [note for note in notes if note["kind"] == "hello"]
+    assert len(hellos) == 4
+    assert all(note.keys() == {"protocol", "kind", "client_id", "fedlora", "fingerprint"} for note in hellos)
+    updates = [(reply, note) for reply, note in zip(replies, notes, strict=True) if note["kind"] == "update"]
+    assert len(updates) == 4 * ROUNDS
+    heads = [set(note) for _, note in updates]
+    assert all(head == {"protocol", "kind", "round", "base_digest"} for head in heads)
+    for reply, _ in updates:
+        assert set(reply.content) == {"reply", "update", "metrics"}
+        assert dict(reply.content.metric_records["metrics"]) == {
+            "num_examples": 1,
+            "steps": float(STEPS),
+            "sample_rate": Q,
+            "noise_multiplier": SIGMA,
+            "max_grad_norm": 0.5,
+        }
+    public = {"num_examples", "steps", "sample_rate", "noise_multiplier", "max_grad_norm"}
+    for record in outcome.records[1:]:
+        assert record["train_loss"] is None
+        assert all(row.keys() == public and row["num_examples"] == 1 for row in record["clients"].values())
+    names = {path.name for path in outcome.rundir.path.iterdir()}
+    assert not names & {"partition.json", "labels.png"}
+
+
+def test_simulated_time_is_that_of_the_declared_number(private: MakeConfig) -> None:
+    profile = 'clients.profiles=[{name="slow", examples_per_s=10}]'
+    outcome = run(private("rounds=1", profile))
+    seconds = {row["simulated_seconds"] for row in outcome.records[1]["clients"].values()}
+    assert seconds == {STEPS * 10 / 10}
+
+
+@pytest.mark.parametrize("error", [ValueError("label 7 of text 'x'"), DataError("row 13 is bad")])
+def test_errors_tell_nothing_of_the_data(
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch, replies: list[Message], error: Exception
+) -> None:
+    def raises(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(client_app, "run_plan_privately", raises)
+    with pytest.raises(RoundError, match="the reason may tell of its data and stays in its log"):
+        run(private())
+    assert not any(str(error) in str(reply.content) for reply in replies)
+
+
+def test_a_loss_that_explodes_is_not_reported(private: MakeConfig, replies: list[Message]) -> None:
+    with pytest.raises(RoundError, match=r"lower train\.lr"):
+        run(private("train.lr=3e38", "train.optimizer=sgd", "privacy.max_grad_norm=100"))
+    assert not any("loss" in str(reply.content) for reply in replies)
+
+
+def test_an_update_with_more_than_public_figures_is_refused(
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_app, "scrub", lambda metrics: {**metrics, "loss": 0.5})
+    with pytest.raises(RoundError, match="metric 'loss' was not asked for"):
+        run(private())
+
+
+def test_a_client_without_examples_answers_like_the_others(
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = client_app._indices
+    monkeypatch.setattr(client_app, "_indices", lambda b, k: np.empty(0, np.int64) if k == 2 else real(b, k))
+    outcome = run(private())
+    assert outcome.records[-1]["answered"] == [0, 1, 2, 3]
+    rows = outcome.records[-1]["clients"]
+    assert rows["2"] == rows["1"]
+
+
+# ------------------------------------------------------------------------------------------------ budgets
+
+
+def test_a_client_whose_budget_is_spent_is_not_asked_again(private: MakeConfig) -> None:
+    config = private(noise="epsilon=4")
+    rundir = RunDir.create(config)
+    entry = client_app.private_settings(config, 0).entry
+    with Ledger(ledger_path(rundir.privacy_dir, 1), session="x").spend(entry, run="earlier", round=1) as attempt:
+        attempt.release()
+    outcome = run_local(config, rundir, NoProgress())
+    first, second, last = outcome.records[1:]
+    assert (first["answered"], first["spent"], second["spent"]) == ([0, 1, 2, 3], [], [])
+    assert "privacy budget is spent: its ledger stands at epsilon 3.99" in last["refused"]["1"]
+    assert (last["asked"], last["answered"], last["spent"]) == ([0, 1, 2, 3], [0, 2, 3], [1])
+    assert claim(outcome)["epsilon"] <= 4
+
+    later = RunDir.create(private(noise="epsilon=4", name="later"))
+    for k, spent_before in ((0, 2), (1, 3)):
+        ledger = Ledger(ledger_path(later.privacy_dir, k), session="x")
+        for number in range(spent_before):
+            with ledger.spend(entry, run="earlier", round=number) as attempt:
+                attempt.release()
+    records = run_local(later.config, later, NoProgress()).records
+    assert [record["asked"] for record in records[1:]] == [[0, 1, 2, 3], [0, 2, 3], [2, 3]]
+    assert [record["spent"] for record in records[1:]] == [[1], [0, 1], [0, 1]]
+
+
+def test_a_run_whose_budgets_are_all_spent_ends_with_a_clear_line(private: MakeConfig) -> None:
+    config = private(noise="epsilon=4")
+    rundir = RunDir.create(config)
+    entry = client_app.private_settings(config, 0).entry
+    for k in range(4):
+        with Ledger(ledger_path(rundir.privacy_dir, k), session="x").spend(entry, run="earlier", round=1) as attempt:
+            attempt.release()
+    with pytest.raises(RoundError, match=r"round 3: 0 of 4 clients answered.*its privacy budget is spent"):
+        run_local(config, rundir, NoProgress())
+    assert [record["round"] for record in rundir.read_metrics()] == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def test_a_run_killed_between_rounds_spends_what_an_uninterrupted_one_does(private: MakeConfig) -> None:
+    whole = run(private(noise="epsilon=4", name="whole"))
+    rundir = RunDir.create(private(noise="epsilon=4", name="cut"))
+    for number in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run_local(rundir.config, RunDir.open(rundir.path), Cut(number), resume=number > 2)
+    name = rundir.run_id
+    assert claim(resume(rundir)) == claim(whole)
+    assert rundir.run_id == name
+
+
+@pytest.fixture
+def killed_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A kill in the middle of training, after so many clients."""
+    left: list[int] = []
+    real = client_app.run_plan_privately
+
+    def train(*args: Any) -> Any:
+        result = real(*args)
+        if left:
+            left[0] -= 1
+            if left[0] == 0:
+                left.clear()
+                raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(client_app, "run_plan_privately", train)
+    return left
+
+
+def test_a_run_killed_in_the_middle_of_a_round_spends_what_an_uninterrupted_one_does(
+    private: MakeConfig, killed_after: list[int]
+) -> None:
+    whole = run(private(noise="epsilon=4", name="whole"))
+    rundir = RunDir.create(private(noise="epsilon=4", name="cut"))
+    killed_after.append(6)  # the second client of round 2
+    with pytest.raises(KeyboardInterrupt):
+        run_local(rundir.config, rundir, NoProgress())
+    killed_after.append(3)  # again, in the round that is repeated
+    with pytest.raises(KeyboardInterrupt):
+        resume(rundir)
+    assert claim(resume(rundir)) == claim(whole)
+    events = [json.loads(line)["event"] for line in ledger_path(rundir.privacy_dir, 1).read_text().splitlines()]
+    assert events.count("void") == 2
+
+
+def test_figures_that_were_written_before_the_checkpoint_count_twice(
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rundir = RunDir.create(private())
+    real = RunDir.save_checkpoint
+
+    def save(self: RunDir, state: Any) -> Any:
+        if state.round == 2:
+            raise KeyboardInterrupt
+        return real(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save_checkpoint", save)
+        with pytest.raises(KeyboardInterrupt):
+            run_local(rundir.config, rundir, NoProgress())
+    assert rundir.read_metrics()[-1]["round"] == 2
+    outcome = resume(rundir)
+    entries = Ledger(ledger_path(rundir.privacy_dir, 0)).entries()
+    assert entries == (Entry(Q, SIGMA, STEPS * (ROUNDS + 1)),)
+    assert claim(outcome)["epsilon"] == Ledger(ledger_path(rundir.privacy_dir, 0)).epsilon(DELTA, "rdp")
+
+
+def test_a_failed_client_has_spent_even_if_its_round_is_repeated(
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rundir = RunDir.create(private())
+
+    def raises(*args: object) -> None:
+        raise ValueError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client_app, "run_plan_privately", raises)
+        with pytest.raises(RoundError):
+            run_local(rundir.config, rundir, NoProgress())
+    resume(rundir)
+    assert Ledger(ledger_path(rundir.privacy_dir, 0)).entries() == (Entry(Q, SIGMA, STEPS * (ROUNDS + 1)),)
+
+
+def test_a_resume_without_the_ledgers_is_refused(private: MakeConfig) -> None:
+    rundir = RunDir.create(private())
+    with pytest.raises(KeyboardInterrupt):
+        run_local(rundir.config, rundir, Cut(3))
+    ledger_path(rundir.privacy_dir, 2).unlink()
+    before = rundir.read_metrics()
+    with pytest.raises(PrivacyError, match=r"client-2\.jsonl' lacks round 1, which was completed: restore it"):
+        resume(rundir)
+    assert rundir.read_metrics() == before
+    shutil.rmtree(rundir.privacy_dir)
+    with pytest.raises(PrivacyError, match="lacks round 1"):
+        resume(rundir)
+    (rundir.path / "run-id").unlink()
+    with pytest.raises(RunDirError, match="run-id' is missing"):
+        resume(rundir)
+
+
+def test_ledgers_that_know_the_run_by_another_name_each_time_must_at_least_be_there(private: MakeConfig) -> None:
+    rundir = run(private("rounds=1")).rundir
+    before = [path.read_bytes() for path in sorted(rundir.privacy_dir.iterdir())]
+    spending = Spending(rundir.config, rundir.privacy_dir)
+    spending.prepare(rundir)
+    assert [path.read_bytes() for path in sorted(rundir.privacy_dir.iterdir())] == before
+    ledger_path(rundir.privacy_dir, 1).unlink()
+    with pytest.raises(PrivacyError, match="lacks round 1"):
+        spending.prepare(rundir)
+
+
+def test_more_rounds_are_refused_where_the_noise_was_calibrated_for_fewer(private: MakeConfig) -> None:
+    calibrated = run(private(noise="epsilon=4")).rundir
+    with pytest.raises(RunDirError, match="calibrated for 3 rounds: resume with rounds = 3"):
+        RunDir.open(calibrated.path, private("rounds=4", noise="epsilon=4"))
+    fixed = run(private(name="fixed")).rundir
+    more = private("rounds=4", name="fixed")
+    outcome = run_local(more, RunDir.open(fixed.path, more), NoProgress(), resume=True)
+    assert Ledger(ledger_path(fixed.privacy_dir, 0)).entries() == (Entry(Q, SIGMA, STEPS * 4),)
+    assert outcome.state.round == 4
+
+
+# ------------------------------------------------------------------------------------------------ nodes
+
+
+def context(node: dict[str, Any], run_config: dict[str, Any]) -> Context:
+    return Context(77, 5, UserConfig({"partition-id": 0, **node}), RecordDict(), UserConfig(run_config))
+
+
+def test_a_node_without_a_ledger_trains_nothing(private: MakeConfig) -> None:
+    with pytest.raises(PrivacyError, match=r"--node-config 'ledger="):
+        account_of(context({}, {}), 0)
+    grid = LocalGrid(client_app.app, [{"partition-id": 0}], {"toml": private().to_toml()})
+    with task_identity(run_id=1):
+        question = Message(RecordDict({"hello": ConfigRecord({})}), 2, "query.hello")
+        (reply,) = grid.send_and_receive([question])
+    assert "num_examples" not in str(reply.content)
+
+
+def test_a_nodes_own_ledger_cannot_be_replaced_and_releases_what_it_sends(tmp_path: Path) -> None:
+    evil = {"ledger-dir": str(tmp_path / "fresh"), "run-id": "r", "session": "s"}
+    own = account_of(context({"ledger": str(tmp_path / "mine.jsonl")}, evil), 0)
+    assert (own.ledger.path, own.run, own.releases) == (tmp_path / "mine.jsonl", "flower-77", True)
+    shared = account_of(context({}, {"ledger-dir": str(tmp_path)}), 3)
+    assert (shared.ledger.path, shared.run, shared.releases) == (tmp_path / "client-3.jsonl", "flower-77", True)
+    local = account_of(context({}, evil), 3)
+    assert (local.ledger.session, local.run, local.releases) == ("s", "r", False)
+
+
+def test_a_real_node_writes_that_its_update_leaves(private: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = client_app.account_of
+    monkeypatch.setattr(
+        client_app, "account_of", lambda c, k: real(context({"ledger": str(folder / f"{k}.jsonl")}, {}), k)
+    )
+    config = private()
+    rundir = RunDir.create(config)
+    folder = rundir.path / "nodes"
+    run_local(config, rundir, NoProgress())
+    events = [json.loads(line)["event"] for line in (folder / "0.jsonl").read_text().splitlines()]
+    assert events == ["started", "released"] * ROUNDS
+
+
+def test_baselines_of_a_private_run_are_refused(private: MakeConfig, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fedlora.cli import app
+
+    file = tmp_path / "private.toml"
+    file.write_text(private().to_toml())
+    done = CliRunner().invoke(app, ["run", str(file), "--baselines"])
+    assert done.exit_code == 1
+    assert "--baselines trains without privacy" in done.output
+    done = CliRunner().invoke(app, ["run", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "-differential privacy for one example of one client" in done.output
+    assert not (tmp_path / "runs" / "private" / "labels.png").exists()

@@ -1,0 +1,218 @@
+"""Private training on one client is plain training plus clipping and noise, and tells nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.config import OpenTable, RunConfig, TrainConfig, parse_config
+from fedlora.errors import PrivacyError
+from fedlora.flower import refuse_early
+from fedlora.model import Base
+from fedlora.privacy.accounting import Entry, epsilon
+from fedlora.privacy.calibrate import Schedule
+from fedlora.tasks import load_task
+from fedlora.training import open_workbench
+from fedlora.training import private as module
+from fedlora.training.loop import TrainJob, train
+from fedlora.training.private import (
+    PrivateSettings,
+    check_model,
+    private_settings,
+    require_private_task,
+    train_private,
+)
+from fedlora.training.workbench import Workbench
+
+PRIVATE = ("server.weighting=uniform", "privacy.delta=1e-3", "privacy.max_grad_norm=1.0", "privacy.accountant=rdp")
+N = 40
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return parse_config("", [*PRIVATE, "privacy.public_examples=40", *overrides])
+
+
+def settings(sigma: float, *, clip: float = 1e3, q: float = 1.0, steps: int = 3, **changes: Any) -> PrivateSettings:
+    return PrivateSettings(Schedule(q, steps, 1, q * N), sigma, clip, **changes)
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_bert: Path, tiny_csv: Path) -> Workbench:
+    config = parse_config(
+        "",
+        [
+            f"model.name='{tiny_bert}'",
+            f"data.source='{tiny_csv}'",
+            "adapter.rank=4",
+            "adapter.targets=['query','value']",
+            "runtime.threads=1",
+            "runtime.kernels=off",
+            "runtime.device=cpu",
+        ],
+    )
+    return open_workbench(config)
+
+
+def job(base: Base, size: int = N, **changes: Any) -> TrainJob:
+    state = base.initial_adapter(1)
+    generator = torch.Generator().manual_seed(5)
+    moved = {f"{name}:B": torch.randn(pair.B.shape, generator=generator) * 0.05 for name, pair in state.pairs.items()}
+    return replace(TrainJob(state.with_tensors(moved), ALL_PARTS, np.arange(size), 0), **changes)
+
+
+def move(result: AdapterState, start: AdapterState) -> torch.Tensor:
+    before = start.tensors()
+    return torch.cat([(value - before[name]).double().flatten() for name, value in result.tensors().items()])
+
+
+@pytest.mark.parametrize("physical", [None, 7])
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+def test_without_noise_and_clipping_it_is_the_plain_loop(bench: Workbench, physical: int | None, mu: float) -> None:
+    how = TrainConfig(steps=3, batch_size=N, optimizer="sgd", lr=0.2, momentum=0.5, warmup_steps=1, proximal_mu=mu)
+    what = job(bench.base)
+    plain = train(bench.base, bench.task, bench.data.train, what, how)
+    quiet = settings(1e-9, physical_batch_size=physical)
+    private = train_private(bench.base, bench.task, bench.data.train, what, how, quiet)
+    one, other = move(plain.adapter, what.adapter), move(private.adapter, what.adapter)
+    assert float((one - other).norm()) < 1e-4 * float(one.norm())
+
+
+def test_adamw_without_noise_goes_the_same_way(bench: Workbench) -> None:
+    how, what = TrainConfig(steps=3, batch_size=N, lr=1e-3), job(bench.base)
+    plain = train(bench.base, bench.task, bench.data.train, what, how)
+    private = train_private(bench.base, bench.task, bench.data.train, what, how, settings(1e-9))
+    one, other = move(plain.adapter, what.adapter), move(private.adapter, what.adapter)
+    assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.999
+
+
+def test_the_noise_is_there_is_new_each_time_and_has_the_size_it_should(bench: Workbench) -> None:
+    how, what = TrainConfig(optimizer="sgd", lr=1.0), job(bench.base)
+    once = settings(20.0, clip=0.5, steps=1)
+    first, again = (
+        move(train_private(bench.base, bench.task, bench.data.train, what, how, once).adapter, what.adapter)
+        for _ in range(2)
+    )
+    std = 20.0 * 0.5 / N
+    spread = float((first - again).std()) / math.sqrt(2)  # the signal cancels
+    assert spread == pytest.approx(std, rel=6 / math.sqrt(2 * len(first)))
+
+
+def test_nothing_that_depends_on_the_data_is_in_the_result(bench: Workbench) -> None:
+    how, what = TrainConfig(lr=1e-3), job(bench.base)
+    result = train_private(bench.base, bench.task, bench.data.train, what, how, settings(1.0, q=0.25))
+    assert (result.num_examples, result.steps, result.examples_seen, result.compute_seconds) == (1, 3, 0, 0.0)
+    assert math.isnan(result.loss)
+
+
+def test_a_client_without_examples_takes_steps_of_noise(bench: Workbench) -> None:
+    how = TrainConfig(optimizer="sgd", lr=1.0)
+    what = job(bench.base, size=0)
+    result = train_private(bench.base, bench.task, bench.data.train, what, how, settings(2.0, clip=1.0, steps=4))
+    std = 2.0 / N * math.sqrt(4)
+    moved = move(result.adapter, what.adapter)
+    assert float(moved.std()) == pytest.approx(std, rel=6 / math.sqrt(2 * len(moved)))
+
+
+def test_the_base_trains_plainly_afterwards_as_before(bench: Workbench) -> None:
+    how, what = TrainConfig(steps=2, batch_size=8, lr=1e-3), job(bench.base)
+    before = train(bench.base, bench.task, bench.data.train, what, how)
+    train_private(bench.base, bench.task, bench.data.train, what, how, settings(1.0))
+    after = train(bench.base, bench.task, bench.data.train, what, how)
+    assert torch.equal(move(before.adapter, what.adapter), move(after.adapter, what.adapter))
+
+
+def test_a_failure_inside_tells_nothing_of_the_data(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(model: object, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise ValueError(f"secret: {len(batch['labels'])} examples")
+
+    monkeypatch.setattr(type(bench.task), "losses", staticmethod(losses))
+    with pytest.raises(PrivacyError, match=r"private training failed; the reason .* stays") as caught:
+        train_private(bench.base, bench.task, bench.data.train, job(bench.base), TrainConfig(), settings(1.0))
+    assert "secret" not in str(caught.value)
+    assert not any(ch.isdigit() for ch in str(caught.value))
+
+
+def test_the_model_is_looked_at_once_on_examples_of_the_caller(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = module.preflight
+    monkeypatch.setattr(module, "preflight", lambda *args: (seen.append(1), real(*args)))
+    monkeypatch.setattr(module, "_passed", type(module._passed)())
+    for trains in (ALL_PARTS, ALL_PARTS, frozenset({"B"})):
+        check_model(bench.base, bench.task, bench.data.test, job(bench.base, size=0, trains=trains))
+    assert len(seen) == 2
+    with pytest.raises(PrivacyError, match="needs two test examples"):
+        check_model(bench.base, bench.task, bench.data.test.take([0]), job(bench.base, trains=frozenset({"A"})))
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def test_noise_is_calibrated_for_all_rounds_from_declared_numbers() -> None:
+    config = config_of("privacy.epsilon=4", "train.batch_size=10", "train.steps=2", "rounds=5")
+    found = private_settings(config, 0)
+    assert found.schedule == Schedule(0.25, 2, 5, 10.0)
+    spent = epsilon([found.entry] * 5, 1e-3, "rdp")
+    assert 3.99 < spent <= 4
+    assert found.budget is not None
+    assert found.budget.epsilon == 4
+
+
+def test_declared_numbers_are_dealt_cyclically_and_profiles_have_their_own_schedule() -> None:
+    profiles = 'clients.profiles=[{name="a", steps=3, batch_size=5}, {name="b", epochs=2}]'
+    config = config_of(
+        "privacy.public_examples=[20,50]", "privacy.noise_multiplier=1.5", "train.batch_size=10", profiles
+    )
+    assert private_settings(config, 0).schedule == Schedule(0.25, 3, 10, 5.0)
+    assert private_settings(config, 1).schedule == Schedule(0.2, 10, 10, 10.0)
+    assert private_settings(config, 2).entry == Entry(0.25, 1.5, 3)
+    assert private_settings(config, 0).budget is None
+
+
+REFUSED = {
+    "both": (("privacy.epsilon=1", "privacy.noise_multiplier=1"), "exactly one of privacy.epsilon"),
+    "neither": ((), "exactly one of privacy.epsilon"),
+    "delta": (("privacy.epsilon=1", "privacy.delta=0.025"), r"delta 0\.025 protects nobody among 40.* 1 / 40"),
+    "gdp": (("privacy.epsilon=1", "privacy.accountant=gdp"), "less than was spent"),
+    "clip": (("privacy.epsilon=1", "train.clip_norm=1"), r"remove it, privacy\.max_grad_norm"),
+    "weights": (("privacy.epsilon=1", "server.weighting=examples"), "set server.weighting = 'uniform'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_not_be_private_is_refused_in_one_line(case: str) -> None:
+    overrides, message = REFUSED[case]
+    with pytest.raises(PrivacyError, match=message) as caught:
+        config_of(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_are_checked_and_a_written_config_reads_back() -> None:
+    with pytest.raises(Exception, match=r"unknown key 'privacy\.epsilonn'; did you mean 'epsilon'"):
+        config_of("privacy.epsilonn=1")
+    with pytest.raises(Exception, match=r"privacy\.delta"):
+        parse_config("", ["server.weighting=uniform", "privacy.epsilon=1", "privacy.max_grad_norm=1"])
+    config = config_of("privacy.epsilon=2", "privacy.public_examples=[40,50]")
+    assert parse_config(config.to_toml()) == config
+    assert parse_config(RunConfig().to_toml()).privacy is None
+
+
+def test_a_task_that_packs_examples_is_refused() -> None:
+    packed = load_task(OpenTable(name="causal-lm", packing=True))  # type: ignore[call-arg]
+    with pytest.raises(PrivacyError, match=r"task\.packing = false"):
+        require_private_task(packed)
+
+
+def test_an_epsilon_out_of_reach_is_refused_before_anything_is_trained(bench: Workbench) -> None:
+    privacy = config_of("privacy.epsilon=1e-9").privacy
+    server = bench.config.server.model_copy(update={"weighting": "uniform"})
+    with pytest.raises(PrivacyError, match="cannot be reached"):
+        refuse_early(bench.config.model_copy(update={"privacy": privacy, "server": server}), bench)
