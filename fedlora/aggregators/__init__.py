@@ -16,6 +16,7 @@ from fedlora.aggregators._base import (
 )
 from fedlora.aggregators._changes import (
     accumulate,
+    as_pair,
     broadcast_change,
     catch_up,
     compact,
@@ -35,6 +36,7 @@ __all__ = [
     "Merge",
     "WeightedMean",
     "accumulate",
+    "as_pair",
     "broadcast_change",
     "catch_up",
     "compact",

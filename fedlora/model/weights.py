@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fedlora.adapter import AdapterState, DeltaSum, LoraPair, stack
-from fedlora.aggregators import Merge, accumulate
+from fedlora.aggregators import Merge, accumulate, as_pair
 from fedlora.errors import ModelError, nearest
 from fedlora.model.targets import is_linear, is_transposed, linear_shape
 
@@ -98,7 +98,7 @@ class BaseWeights:
         absorbed = {n: p for n, p in merge.change.pairs.items() if absorbs(self._layers[n])}
         dense = {n: d for n, d in merge.change.dense.items() if absorbs(self._layers[n])}
         beside = {n: p for n, p in merge.change.pairs.items() if n not in absorbed}
-        beside.update({n: _as_pair(d) for n, d in merge.change.dense.items() if n not in dense})
+        beside.update({n: as_pair(d) for n, d in merge.change.dense.items() if n not in dense})
         return Merge(merge.since, merge.version, AdapterState(absorbed, dense)), beside
 
     @torch.no_grad()
@@ -188,7 +188,3 @@ def _adds(layer: nn.Module, pair: LoraPair) -> Callable[[nn.Module, tuple[Any, .
         return (output + change).to(output.dtype)
 
     return hook
-
-
-def _as_pair(dense: Float[Tensor, "o i"]) -> LoraPair:
-    return LoraPair(torch.eye(dense.shape[1], dtype=dense.dtype), dense, 1.0)
