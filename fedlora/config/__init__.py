@@ -1,0 +1,30 @@
+"""RunConfig <-> TOML: frozen, typed, unknown keys raise with the nearest valid name.
+
+The tables `[strategy]`, `[partition]` and `[task]` are open: their `name` chooses an entry of a registry and the other
+keys are that entry's dataclass fields. They are checked against it when the part is built, before anything is trained.
+"""
+
+from fedlora.config._base import OPEN_TABLES, OpenTable, Section
+from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig
+from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
+from fedlora.config._privacy import PrivacyConfig
+from fedlora.config._reading import load_config, parse_config
+from fedlora.config._run import RunConfig, RuntimeConfig
+
+__all__ = [
+    "OPEN_TABLES",
+    "AdapterConfig",
+    "ClientsConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OpenTable",
+    "PrivacyConfig",
+    "ProfileConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "Section",
+    "ServerConfig",
+    "TrainConfig",
+    "load_config",
+    "parse_config",
+]

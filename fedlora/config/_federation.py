@@ -1,0 +1,110 @@
+"""Who takes part: the clients and their devices, and the server's round."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedlora.config._base import Fraction, PositiveInt, Section
+
+
+class ProfileConfig(Section):
+    """One kind of device. What is left out is the run's own value, or takes no simulated time."""
+
+    name: str
+    share: Annotated[float, Field(gt=0)] = 1.0
+    """Clients of this kind, relative to the other profiles' shares; dealt evenly along the clients' numbers."""
+    rank: PositiveInt | None = None
+    """Of its adapter; None: clients.ranks or adapter.rank."""
+    steps: PositiveInt | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_size: PositiveInt | None = None
+    availability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability of being there when a round begins."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of never answering, once asked."""
+    examples_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Training speed."""
+    download_mbit_s: Annotated[float, Field(gt=0)] | None = None
+    upload_mbit_s: Annotated[float, Field(gt=0)] | None = None
+    latency_s: Annotated[float, Field(ge=0)] = 0.0
+    """Of the link, one way."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> ProfileConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give either steps or epochs, not both")
+        return self
+
+
+class ClientsConfig(Section):
+    """What the clients are like."""
+
+    ranks: tuple[PositiveInt, ...] | None = None
+    """A rank for each client, repeated cyclically; None: adapter.rank for all."""
+    profiles: tuple[ProfileConfig, ...] = ()
+    """Kinds of devices, each client one of them; empty: all the same, always there, no simulated time."""
+
+    @model_validator(mode="after")
+    def _one_source_of_ranks(self) -> ClientsConfig:
+        if self.ranks is not None and any(profile.rank is not None for profile in self.profiles):
+            raise ValueError("give ranks either in clients.ranks or in clients.profiles, not in both")
+        return self
+
+    def profile_of(self, client_id: int) -> ProfileConfig | None:
+        """The profile of a client, None where there are none.
+
+        Each client in turn gets the profile that is furthest behind its share, so that any first n clients hold the
+        shares as well as n clients can.
+        """
+        if not self.profiles:
+            return None
+        total = sum(profile.share for profile in self.profiles)
+        return self.profiles[_deal(tuple(profile.share / total for profile in self.profiles), client_id)]
+
+    def rank_of(self, client_id: int) -> int | None:
+        """The rank of a client, None for adapter.rank."""
+        profile = self.profile_of(client_id)
+        if profile is not None and profile.rank is not None:
+            return profile.rank
+        return self.ranks[client_id % len(self.ranks)] if self.ranks else None
+
+
+class ServerConfig(Section):
+    """The round."""
+
+    fraction: Fraction = 1.0
+    """Share of the clients that are asked in a round."""
+    clients_per_round: PositiveInt | None = None
+    """How many clients are asked; instead of `fraction`."""
+    quorum: Fraction = 0.5
+    """Share of the asked clients whose replies a round needs."""
+    deadline_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds after which a round goes on without the replies that are missing; also how long a node may take to say
+    hello. Clients in this process are computed when they are asked, and are never late."""
+    simulated_deadline_s: Annotated[float, Field(gt=0)] | None = None
+    """Simulated seconds after which a round goes on without its stragglers (see clients.profiles)."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    max_examples: PositiveInt = 10_000_000
+    """Largest number of examples that a reply may claim."""
+    max_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest L2 norm of a reply's tensors together; a larger one is refused."""
+    aggregation_error: bool = True
+    """Measure the aggregation error each round (keeps the round's factors in memory)."""
+    evaluate_every: PositiveInt = 1
+    """Evaluate the global model after each so many rounds, and always after the last."""
+    node_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds to wait for nodes at the start."""
+
+
+@lru_cache(maxsize=1 << 16)
+def _deal(shares: tuple[float, ...], place: int) -> int:
+    """Which of `shares` (their sum is 1) the `place`-th card goes to, if each goes to the one furthest behind."""
+    counts = [0] * len(shares)
+    for card in range(place + 1):
+        behind = [(card + 1) * share - count for share, count in zip(shares, counts, strict=True)]
+        chosen = max(range(len(shares)), key=behind.__getitem__)
+        counts[chosen] += 1
+    return chosen

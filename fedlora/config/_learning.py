@@ -1,0 +1,93 @@
+"""What is learnt, and how: the model, its adapter, the data, and a client's local training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedlora.config._base import Names, PositiveInt, Section
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name: str = "all-MiniLM-L6-v2"
+    """A named asset, a Hugging Face hub name, or a local folder."""
+    revision: str | None = None
+    """A commit or tag of a hub model."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Of the frozen base; adapters are always trained in float32 (float64 with a float64 base)."""
+    trust_remote_code: bool = False
+
+
+class AdapterConfig(Section):
+    """The low-rank adapter that PEFT injects."""
+
+    method: str = "lora"
+    rank: PositiveInt = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha_scaling: Literal["fixed", "proportional"] = "fixed"
+    """For clients with a rank of their own: the same alpha for all, or alpha * rank / adapter.rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Names = ()
+    """Module names (suffixes) to adapt; empty: PEFT's default for the architecture."""
+    rank_pattern: dict[str, PositiveInt] = Field(default={})
+    """Module name (suffix or regular expression, as in PEFT) -> rank at adapter.rank; scaled for other client ranks."""
+    alpha_pattern: dict[str, float] = Field(default={})
+    export_rank: PositiveInt | None = None
+    """Largest rank of the final adapter of rules that change the base; None: as large as it takes to be exact."""
+    modules_to_save: Names | None = None
+    """Dense modules trained beside the adapter; None: the task's head."""
+
+
+class DataConfig(Section):
+    """Where examples come from and which columns matter."""
+
+    source: str = "vader"
+    """A named corpus, a Hugging Face hub name, or a local .csv, .tsv, .jsonl or .parquet file."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    train_split: str = "train"
+    test: str | None = None
+    """A second file, or the name of a split, with the test examples; None: cut from the source by `test_fraction`."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    text: str = "text"
+    label: str = "label"
+    columns: dict[str, str] = Field(default={})
+    """Role -> column of what a task needs besides text and label: prompt, answer, messages, image. A role that is not
+    here is a column of its own name."""
+    domain: str | None = None
+    """Column with each example's domain (site, user), for figures per domain and for domain partitions."""
+    group: str | None = None
+    """Column whose groups are never split between training and test (document, patient)."""
+    limit: PositiveInt | None = None
+    """Use at most this many examples, drawn with the seed."""
+
+
+class TrainConfig(Section):
+    """Local training in one round on one client."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: PositiveInt | None = None
+    """Optimiser steps a round; give either this or `epochs`."""
+    batch_size: PositiveInt = 16
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Linear warm-up at the start of each round's local training."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest L2 norm of a step's gradient over all trained parameters."""
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx's mu (Li et al. 2020, arXiv 1812.06127, equation (2))."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> TrainConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give either steps or epochs, not both")
+        return self

@@ -1,0 +1,92 @@
+"""From TOML text to a `RunConfig`: overrides, and refusals that name the nearest valid key."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from fedlora.config._base import OPEN_TABLES, Section
+from fedlora.config._federation import ProfileConfig
+from fedlora.config._run import RunConfig
+from fedlora.errors import ConfigError, nearest
+from fedlora.registry import first_problem
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply `key=value` overrides.
+
+    Args:
+        path: of the file; its stem is the run's name unless the file gives one.
+        overrides: such as "rounds=20" or "strategy.name=ffa"; values are TOML, a bare word is a string.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, a key is unknown (with the nearest valid one), a value is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise ConfigError(f"there is no config file {str(path)!r}; {nearest(str(path), others)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from None
+    return parse_config(text, overrides, source=str(path), name=path.stem)
+
+
+def parse_config(
+    text: str, overrides: Sequence[str] = (), *, source: str = "config", name: str | None = None
+) -> RunConfig:
+    """As `load_config`, from TOML text."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from None
+    if name is not None:
+        tree.setdefault("name", name)
+    for override in overrides:
+        _override(tree, override)
+    _refuse_unknown(tree, RunConfig, "")
+    for table in OPEN_TABLES:
+        if isinstance(given := tree.get(table), dict) and "name" not in given:
+            tree[table] = {**RunConfig.model_fields[table].default.model_dump(), **given}
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {first_problem(error)}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r} must have the form key=value, for example train.lr=0.001")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *tables, last = key.strip().split(".")
+    here = tree
+    for table in tables:
+        here = here.setdefault(table, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"--set {override!r}: {table!r} is a value, not a table")
+    if last == "name" and len(tables) == 1 and tables[0] in OPEN_TABLES and here.get("name") != value:
+        here.clear()  # another rule, partitioner or task: the old one's fields do not apply
+    here[last] = value
+
+
+def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+    for key, value in tree.items():
+        if key not in section.model_fields:
+            raise ConfigError(f"unknown key {prefix + key!r}; {nearest(key, section.model_fields)}")
+        annotation = section.model_fields[key].annotation
+        inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
+        if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping):
+            _refuse_unknown(value, inner, f"{prefix}{key}.")
+        if key == "profiles" and isinstance(value, list):
+            for profile in value:
+                if isinstance(profile, Mapping):
+                    _refuse_unknown(profile, ProfileConfig, f"{prefix}{key}.")

@@ -1,0 +1,93 @@
+"""One run: all tables together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field, model_validator
+
+from fedlora.config._base import OpenTable, PositiveInt, Section
+from fedlora.config._federation import ClientsConfig, ServerConfig
+from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
+from fedlora.config._privacy import PrivacyConfig
+from fedlora.errors import PrivacyError
+
+
+class RuntimeConfig(Section):
+    """The machine. Nothing here changes what is computed, only where and how fast (up to rounding)."""
+
+    device: str = "auto"
+    """One of: auto (CUDA, Apple's MPS, CPU, in this order), cpu, cuda, cuda:1, mps."""
+    threads: PositiveInt | None = None
+    """Torch threads; None: the cores. Results are bit-for-bit the same only for the same number."""
+    kernels: Literal["auto", "off", "onednn"] = "auto"
+    """Kernels for the frozen base on a CPU; "auto" measures at the start and records its choice."""
+
+
+class RunConfig(Section):
+    """One run, complete: with the same versions and machine it gives the same bytes."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    rounds: PositiveInt = 10
+    output: str = "runs"
+    """Folder in which the run directory `output/name` is made."""
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    task: OpenTable = OpenTable(name="text-classification")
+    data: DataConfig = DataConfig()
+    partition: OpenTable = OpenTable(name="iid", clients=8)  # type: ignore[call-arg]
+    clients: ClientsConfig = ClientsConfig()
+    train: TrainConfig = TrainConfig()
+    server: ServerConfig = ServerConfig()
+    strategy: OpenTable = OpenTable(name="fedavg")
+    privacy: PrivacyConfig | None = None
+    """None: no privacy."""
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _simulated_time(self) -> RunConfig:
+        profiles, deadline = self.clients.profiles, self.server.simulated_deadline_s
+        if deadline is not None and not profiles:
+            raise ValueError("server.simulated_deadline_s needs clients.profiles that say how fast the devices are")
+        if deadline is None and any(profile.dropout for profile in profiles):
+            raise ValueError(
+                "a client that drops out is noticed at a deadline: set server.simulated_deadline_s beside dropout"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _private(self) -> RunConfig:
+        # server.aggregation_error may stay: it is computed from updates that are noised already (post-processing).
+        if self.privacy is None:
+            return self
+        if self.train.clip_norm is not None:
+            raise PrivacyError(
+                "train.clip_norm clips a whole batch and protects nobody: remove it, privacy.max_grad_norm clips each "
+                "example"
+            )
+        if self.server.weighting != "uniform":
+            raise PrivacyError(
+                "server.weighting = 'examples' needs the true numbers of examples, which are secret under [privacy]: "
+                "set server.weighting = 'uniform'"
+            )
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved config, every key written out (keys whose value is None are left out: TOML has no null)."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+    def digest(self, *sections: str) -> str:
+        """A hash of some sections (all without names): a cache's key."""
+        dump = self.model_dump(mode="json")
+        chosen = {key: dump[key] for key in (sections or sorted(dump))}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return [_without_none(value) for value in tree] if isinstance(tree, list) else tree
