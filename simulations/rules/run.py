@@ -6,9 +6,9 @@ Four rules on the default task under
 (a) domain shift: each client sees one of four domains;
 (b) domain and label shift: Dirichlet 0.5 over labels inside each domain;
 (c) mixed ranks under (a).
-Each rule has its own learning rate, the best of LRS on a seed that is not among the five that are reported. Rules that
-cannot take mixed ranks run (c) with the smallest client's rank on all clients, which is what such a federation would
-have to do.
+Each rule has its own learning rate, the best of LRS on a seed that is not among the five that are reported; where the
+best is the largest or the smallest, the next one beyond is tried as well. Rules that cannot take mixed ranks run (c)
+with the smallest client's rank on all clients, which is what such a federation would have to do.
 
 Writes results.jsonl, table.md and plot.png beside this file.
 """
@@ -31,6 +31,7 @@ RULES = ("fedavg", "ffa", "flora", "fair")
 LRS = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2, 3, 4)
 SWEEP_SEED = 100
+BEYOND = {1e-3: 3e-4, 3e-4: 1e-4, 1e-2: 3e-2, 3e-2: 1e-1}
 RANKS = (32, 16, 8, 8, 4, 4, 2, 2)
 SETTINGS = {
     "domain shift": (),
@@ -61,8 +62,18 @@ def main() -> None:
     file = HERE / "results.jsonl"
     cells = [(rule, setting) for setting in SETTINGS for rule in RULES]
 
-    swept = results(file, [make(*cell, lr, SWEEP_SEED) for cell in cells for lr in LRS], processes=args.processes)
-    chosen = {cell: best({lr: swept[key(make(*cell, lr, SWEEP_SEED))]["accuracy"] for lr in LRS}) for cell in cells}
+    rates = {cell: list(LRS) for cell in cells}
+    chosen: dict[tuple[str, str], float] = {}
+    while True:
+        tried = {(cell, lr): make(*cell, lr, SWEEP_SEED) for cell in cells for lr in rates[cell]}
+        swept = results(file, tried.values(), processes=args.processes)
+        chosen = {cell: best({lr: swept[key(tried[cell, lr])]["accuracy"] for lr in rates[cell]}) for cell in cells}
+        further = {cell: BEYOND.get(lr) for cell, lr in chosen.items()}
+        if all(lr is None or lr in rates[cell] for cell, lr in further.items()):
+            break
+        for cell, lr in further.items():
+            if lr is not None and lr not in rates[cell]:
+                rates[cell].append(lr)
     found = results(
         file, [make(*cell, chosen[cell], seed) for cell in cells for seed in SEEDS], processes=args.processes
     )
