@@ -13,6 +13,7 @@ runs/<name>/
   adapter/              the final adapter, in PEFT's format
   result.json           written last: a run that has it is finished, until a resume asks for more rounds
   baselines.json, *.png
+  .lock                 held by the process that writes the run
 ```
 
 A file appears whole or not at all. In a round the line of metrics is written first and the checkpoint after it, so
@@ -26,7 +27,8 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,15 @@ from fedlora.aggregators import GlobalState, Merge
 from fedlora.config import RunConfig, load_config
 from fedlora.environment import describe_environment
 from fedlora.errors import ConfigError, RunDirError, nearest
+from fedlora.files import locked, sync_folder, write_atomically
 from fedlora.progress import NoProgress, PlainProgress, Progress
 from fedlora.state_io import (
     flatten_merge,
     flatten_state,
     pack,
-    sync_folder,
     unflatten_merge,
     unflatten_state,
     unpack,
-    write_atomically,
 )
 
 __all__ = ["NoProgress", "PlainProgress", "Progress", "RunDir"]
@@ -127,6 +128,21 @@ class RunDir:
                 "or start a new run with --set name=..."
             )
         return run
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, this process alone writes the run.
+
+        Raises:
+            RunDirError: another one is at it.
+        """
+        try:
+            with locked(self.path / ".lock"):
+                yield
+        except BlockingIOError:
+            raise RunDirError(
+                f"another process is writing {str(self.path)!r}: wait for it, stop it, or choose --set name=..."
+            ) from None
 
     @property
     def rounds_done(self) -> int:
@@ -314,7 +330,8 @@ class RunDir:
             self._refuse_if_taken()
         self._refuse_if_foreign()
         if self.path.exists():
-            shutil.rmtree(self.path)
+            with self.writing():
+                shutil.rmtree(self.path)
 
     def _refuse_if_foreign(self) -> None:
         """Whatever is no run's is not touched, even where overwriting was asked for."""

@@ -6,10 +6,9 @@ Order, scales and numbers are in the JSON part. No pickle anywhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,18 +122,20 @@ def unflatten_state(
     )
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------- bytes
 
 
 def pack(tensors: Mapping[str, Tensor], meta: Meta) -> bytes:
     """Tensors and JSON as the bytes of a safetensors file; the JSON is in the header under "fedlora".
 
-    Tensors may be views, share memory or be on any device: each is stored on its own.
+    Tensors may be views, share memory or be on any device: each is stored on its own. A hash of all of them stands
+    in the header, so that a flipped bit is found.
     """
     from safetensors.torch import save
 
     plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    return save(plain, {"fedlora": json.dumps(meta)})
+    text = json.dumps(meta)
+    return save(plain, {"fedlora": text, "sha256": _digest(plain, text)})
 
 
 def unpack(data: bytes) -> tuple[dict[str, Tensor], Meta]:
@@ -149,34 +150,22 @@ def unpack(data: bytes) -> tuple[dict[str, Tensor], Meta]:
     try:
         tensors = load(data)
         size = int.from_bytes(data[:8], "little")
-        return tensors, json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedlora"])
+        header = json.loads(data[8 : 8 + size])["__metadata__"]
+        text = header["fedlora"]
+        if _digest(tensors, text) != header["sha256"]:
+            raise ValueError("their hash is another than that which was written")
+        return tensors, json.loads(text)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise RunDirError(f"these bytes hold no state of fedlora, or a damaged one ({error})") from None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` so that a reader finds the old file or the new one, whole, even after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)  # bfloat16 has no numpy of its own
+    return found.hexdigest()
 
 
 def same_state(left: GlobalState, right: GlobalState) -> bool:

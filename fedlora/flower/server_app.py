@@ -120,14 +120,15 @@ def run_rounds(
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
     bench = open_workbench(config)
     spending = None if config.privacy is None else Spending(config, ledgers, run_id)
-    if resume and spending is not None:
-        spending.prepare(rundir)
-    state = rundir.resume() if resume else None
-    rundir.note_environment(**describe(), kernels=bench.kernels.mode, kernels_why=bench.kernels.reason)
-    if config.privacy is None:  # sizes and label counts are the clients' own
-        rundir.write_json("partition.json", describe_partition(bench.data))
-    state = Federation(grid, config, rule, bench, rundir, progress, spending).run(state)
-    outcome = finish(state, config, bench, rundir, spending)
+    with rundir.writing():
+        if resume and spending is not None:
+            spending.prepare(rundir)
+        state = rundir.resume() if resume else None
+        rundir.note_environment(**describe(), kernels=bench.kernels.mode, kernels_why=bench.kernels.reason)
+        if config.privacy is None:  # sizes and label counts are the clients' own
+            rundir.write_json("partition.json", describe_partition(bench.data))
+        state = Federation(grid, config, rule, bench, rundir, progress, spending).run(state)
+        outcome = finish(state, config, bench, rundir, spending)
     if spending is not None:
         progress.message(rundir.read_json("result.json")["privacy"]["statement"])
     return outcome

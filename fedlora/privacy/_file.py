@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import PrivacyError
+from fedlora.files import sync_folder
 
 
 class Appender:
@@ -59,23 +60,3 @@ class Appender:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put a whole file in place, on the disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -45,7 +45,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from fedlora.errors import PrivacyError
-from fedlora.privacy._file import Appender, write_atomically
+from fedlora.files import write_atomically
+from fedlora.privacy._file import Appender
 from fedlora.privacy.accounting import UNITS, Budget, Entry, epsilon, merged, statement
 
 _PROCESS = uuid.uuid4().hex

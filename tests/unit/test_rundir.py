@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import state_io
+from fedlora import files, state_io
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import GlobalState, Merge
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError, RunDirError
+from fedlora.files import write_atomically
 from fedlora.rundir import RunDir
 from fedlora.state_io import (
     flatten_adapter,
@@ -24,7 +25,6 @@ from fedlora.state_io import (
     unflatten_adapter,
     unflatten_state,
     unpack,
-    write_atomically,
 )
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -127,6 +127,19 @@ def test_damaged_bytes_are_refused(damage) -> None:
         unpack(damage(data) if callable(damage) else damage)
 
 
+@given(st.data())
+def test_a_flipped_bit_is_found_wherever_it_is(data) -> None:
+    good = pack(*flatten_state(make_state(1)))
+    place = data.draw(st.integers(0, 8 * len(good) - 1))
+    bad = bytearray(good)
+    bad[place // 8] ^= 1 << place % 8
+    try:
+        tensors, meta = unpack(bytes(bad))
+    except RunDirError:
+        return
+    assert same_state(unflatten_state(tensors, meta), make_state(1))  # the bit carries nothing: a space, for instance
+
+
 # ---------------------------------------------------------------------------------------------- the folder
 
 
@@ -175,6 +188,22 @@ def test_overwrite_removes_nothing_that_is_not_a_run(config: RunConfig) -> None:
     with pytest.raises(RunDirError, match="holds other files than a run's"):
         RunDir.create(config, overwrite=True)
     assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+def test_two_processes_never_write_one_run(config: RunConfig) -> None:
+    run = RunDir.create(config)
+    run.save_checkpoint(make_state(1))
+    with run.writing():
+        with (
+            pytest.raises(RunDirError, match=r"another process is writing .*wait for it"),
+            RunDir.open(run.path).writing(),
+        ):
+            pass
+        with pytest.raises(RunDirError, match="another process is writing"):
+            RunDir.create(config, overwrite=True)
+    assert RunDir.open(run.path).latest_checkpoint() is not None
+    with run.writing():  # the lock was given back
+        pass
 
 
 def test_an_empty_folder_is_not_in_the_way(config: RunConfig) -> None:
@@ -357,7 +386,7 @@ def test_a_kill_anywhere_in_a_checkpoint_leaves_the_one_before(
 
         return call
 
-    monkeypatch.setattr(state_io.os, "fsync", dying(os.fsync))
+    monkeypatch.setattr(files.os, "fsync", dying(os.fsync))
     state = make_state(2, (make_merge(0, 1), make_merge(1, 2)))
     state = GlobalState(state.adapter, state.seed, 2, (next(iter(run._merges.values())), state.merges[1]))
     with pytest.raises(Killed):
