@@ -25,6 +25,9 @@ class RuntimeConfig(Section):
     """Torch threads; None: the cores. Results are bit-for-bit the same only for the same number."""
     kernels: Literal["auto", "off", "onednn"] = "auto"
     """Kernels for the frozen base on a CPU; "auto" measures at the start and records its choice."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """"auto" goes by device, dtype and length: plain products for short sequences where they are faster, torch's fused
+    kernel for all others. "sdpa" is that kernel always, "eager" the model's own plain code."""
 
 
 class RunConfig(Section):

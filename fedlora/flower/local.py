@@ -55,8 +55,11 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
 
 
 def _as_before(config: RunConfig, rundir: RunDir) -> RunConfig:
-    """The kernels that were chosen at the start are kept: another choice would round differently."""
-    chosen = (rundir.read_json("environment.json") or {}).get("kernels")
-    if config.runtime.kernels != "auto" or chosen is None:
-        return config
-    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"kernels": chosen})})
+    """What "auto" chose at the start is kept: another choice would round differently."""
+    chosen = rundir.read_json("environment.json") or {}
+    kept = {
+        key: chosen[key]
+        for key in ("kernels", "attention")
+        if getattr(config.runtime, key) == "auto" and chosen.get(key) is not None
+    }
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update=kept)})

@@ -124,7 +124,7 @@ def run_rounds(
         if resume and spending is not None:
             spending.prepare(rundir)
         state = rundir.resume() if resume else None
-        rundir.note_environment(**describe(), kernels=bench.kernels.mode, kernels_why=bench.kernels.reason)
+        rundir.note_environment(**describe(), **bench.choices)
         if config.privacy is None:  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(bench.data))
         state = Federation(grid, config, rule, bench, rundir, progress, spending).run(state)

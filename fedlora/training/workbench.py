@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedlora.attention import AttentionReport, choose_attention
 from fedlora.config import RunConfig
 from fedlora.kernels import KernelReport, accelerate
 from fedlora.model import Base, clear_cache, load_base
@@ -33,6 +34,7 @@ class Workbench:
         base: the model with its adapter.
         device: where it computes.
         kernels: which kernels the frozen layers use, and why.
+        attention: how the model attends, and why.
     """
 
     config: RunConfig
@@ -41,6 +43,17 @@ class Workbench:
     base: Base
     device: torch.device
     kernels: KernelReport
+    attention: AttentionReport
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What each "auto" of `[runtime]` chose, and why: facts for the run directory."""
+        return {
+            "kernels": self.kernels.mode,
+            "kernels_why": self.kernels.reason,
+            "attention": self.attention.mode,
+            "attention_why": self.attention.reason,
+        }
 
 
 _lock = threading.RLock()
@@ -64,7 +77,8 @@ def open_workbench(config: RunConfig) -> Workbench:
             data = load_data(config)
             base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
             kernels = accelerate(base.model, config.runtime.kernels)
-            _open[key] = Workbench(config, task, data, base, device, kernels)
+            attention = choose_attention(base.model, config.runtime.attention)
+            _open[key] = Workbench(config, task, data, base, device, kernels, attention)
         return replace(_open[key], config=config)
 
 
