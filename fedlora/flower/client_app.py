@@ -32,7 +32,7 @@ from fedlora.errors import (
     RuleError,
     TrainingError,
 )
-from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update
+from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.settings import client_id_of, config_of
 from fedlora.flower.spending import account_of
@@ -114,7 +114,7 @@ def train_round(message: Message, context: Context) -> Message:
         result = run_plan(plan, frozen, bench, client_id)
         head = plan.head
         reply = encode_update(
-            result.adapter.tensors(head["sends"]),
+            encode_upload(plan, plan.adapter(frozen), result.adapter, bench.config.seed),
             {
                 "num_examples": result.num_examples,
                 "examples_seen": float(result.examples_seen),
@@ -204,7 +204,7 @@ def _run_privately(
         "max_grad_norm": settings.max_grad_norm,
     }
     return encode_update(
-        result.adapter.tensors(head["sends"]),
+        encode_upload(plan, plan.adapter(frozen), result.adapter, bench.config.seed),
         {"num_examples": 1, **scrub(figures)},
         round_number=number,
         base_digest=head["base_digest"],

@@ -248,7 +248,7 @@ class Federation:
         since = node.base_digest if plan.merges and plan.merges[0].since == node.base_version else ""
         if not plan.merges:
             since = self.base_digest
-        return Ask(plan, number, client_id, self.base_digest, since)
+        return Ask(plan, number, client_id, self.base_digest, since, self.config.wire.up)
 
     def _updates(self, state: GlobalState, books: Round) -> Iterator[ClientUpdate]:
         """Ask the round's clients and yield each valid update, in the order of their numbers."""
@@ -290,7 +290,7 @@ class Federation:
             client_id,
             bytes_down=payload_bytes(content),
             examples=examples,
-            bytes_up=ask.plan.adapter.nbytes(ask.plan.sends),
+            bytes_up=sum(header.nbytes for header in ask.headers().values()),
         )
         books.simulated_s[client_id] = seconds
         if self.fleet.drops_out(books.number, client_id):
