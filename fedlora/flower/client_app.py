@@ -34,6 +34,7 @@ from fedlora.errors import (
 )
 from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
 from fedlora.flower.following import can_follow, follow
+from fedlora.flower.handshake import require_same_config
 from fedlora.flower.settings import client_id_of, config_of
 from fedlora.flower.spending import account_of
 from fedlora.privacy.dpsgd import scrub
@@ -79,6 +80,7 @@ def hello(message: Message, context: Context) -> Message:
     config: RunConfig | None = None
     try:
         config = config_of(context)
+        require_same_config(message.content, config)
         client_id = client_id_of(context)
         bench = open_workbench(config)
         facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": bench.base.fingerprint}

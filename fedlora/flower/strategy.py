@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora import __version__
 from fedlora.adapter import relative_error
 from fedlora.aggregators import (
     Aggregator,
@@ -33,6 +32,7 @@ from fedlora.aggregators import (
 from fedlora.config import RunConfig
 from fedlora.devices import Fleet, train_config
 from fedlora.errors import FedloraError, ReplyError, RoundError
+from fedlora.flower import handshake
 from fedlora.flower.books import Round
 from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
@@ -208,7 +208,7 @@ class Federation:
                 f"no node is there after {self.config.server.node_timeout_s:g} s: start the SuperNodes, "
                 "or raise server.node_timeout_s"
             )
-        question = RecordDict({"hello": ConfigRecord({"fedlora": __version__})})
+        question = handshake.question(self.config)
         nodes: dict[int, Node] = {}
         messages = [Message(question, node_id, f"{MessageType.QUERY}.hello") for node_id in ids]
         refused: list[str] = []
