@@ -9,7 +9,7 @@ import torch
 
 from fedlora.adapter import AdapterState, Layout
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState
-from fedlora.flower.codec import PlanEncoder, frozen_tensors, trained_tensors
+from fedlora.flower.codec import Ask, PlanEncoder, frozen_tensors, trained_tensors
 from fedlora.rng import derive
 from fedlora.state_io import flatten_merge
 
@@ -32,13 +32,16 @@ class Traffic:
     first_down: float
 
 
-def measure_traffic(rule: Aggregator, initial: AdapterState, layouts: Sequence[Layout]) -> Traffic:
+def measure_traffic(
+    rule: Aggregator, initial: AdapterState, layouts: Sequence[Layout], wire: str = "float32"
+) -> Traffic:
     """Play a few rounds with all clients.
 
     Args:
         rule: to be measured.
         initial: the global adapter before the first round.
         layouts: of each client.
+        wire: format of what the clients send.
 
     Raises:
         RuleError: the rule cannot serve these layouts.
@@ -56,7 +59,7 @@ def measure_traffic(rule: Aggregator, initial: AdapterState, layouts: Sequence[L
                 first += received
             else:
                 down += received
-                up += sum(tensor.nbytes for tensor in plan.adapter.tensors(plan.sends).values())
+                up += sum(header.nbytes for header in Ask(plan, number, k, wire=wire).headers().values())
             versions[k] = plan.base_version
             updates.append(ClientUpdate(k, _moved(plan, derive(number, "traffic", k)), 1.0, plan.base_version))
         state = _merge(rule, state, updates, number)

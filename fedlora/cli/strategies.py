@@ -67,12 +67,14 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
     ranks = config.clients.ranks or (config.adapter.rank,)
     layouts = [bench.base.layout(ranks[k % len(ranks)]) for k in range(asked)]
     about = f"{config.model.name}, rank {'/'.join(map(str, ranks))}, {asked} clients a round"
+    if config.wire.up != "float32":
+        about += f", {config.wire.up} on the way up"
     console.print(f"bytes for one client in one round, with {about}\n", style="dim", highlight=False, soft_wrap=True)
     lines = {}
     for name in rules():
         fields = config.strategy.fields if name == config.strategy.name else {}
         try:
-            found = measure_traffic(load_aggregator(name, fields), initial, layouts)
+            found = measure_traffic(load_aggregator(name, fields), initial, layouts, config.wire.up)
         except FedloraError as error:
             lines[name] = f"not with this config: {error}"
             continue

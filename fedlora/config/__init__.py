@@ -5,7 +5,7 @@ keys are that entry's dataclass fields. They are checked against it when the par
 """
 
 from fedlora.config._base import OPEN_TABLES, OpenTable, Section
-from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig
+from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig, WireConfig
 from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._privacy import PrivacyConfig
 from fedlora.config._reading import load_config, parse_config
@@ -25,6 +25,7 @@ __all__ = [
     "Section",
     "ServerConfig",
     "TrainConfig",
+    "WireConfig",
     "load_config",
     "parse_config",
 ]

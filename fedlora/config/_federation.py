@@ -99,6 +99,14 @@ class ServerConfig(Section):
     """Seconds to wait for nodes at the start."""
 
 
+class WireConfig(Section):
+    """What travels."""
+
+    up: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Of what a client sends: its tensors as they are, or their changes in two bytes or one for a number. What the
+    server sends is never rounded, so that all train on the same."""
+
+
 @lru_cache(maxsize=1 << 16)
 def _deal(shares: tuple[float, ...], place: int) -> int:
     """Which of `shares` (their sum is 1) the `place`-th card goes to, if each goes to the one furthest behind."""

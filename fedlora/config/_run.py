@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import Field, model_validator
 
 from fedlora.config._base import OpenTable, PositiveInt, Section
-from fedlora.config._federation import ClientsConfig, ServerConfig
+from fedlora.config._federation import ClientsConfig, ServerConfig, WireConfig
 from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._privacy import PrivacyConfig
 from fedlora.errors import PrivacyError
@@ -46,6 +46,7 @@ class RunConfig(Section):
     clients: ClientsConfig = ClientsConfig()
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
+    wire: WireConfig = WireConfig()
     strategy: OpenTable = OpenTable(name="fedavg")
     privacy: PrivacyConfig | None = None
     """None: no privacy."""

@@ -32,8 +32,9 @@ from fedlora.errors import (
     RuleError,
     TrainingError,
 )
-from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update
+from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
 from fedlora.flower.following import can_follow, follow
+from fedlora.flower.handshake import require_same_config
 from fedlora.flower.settings import client_id_of, config_of
 from fedlora.flower.spending import account_of
 from fedlora.privacy.dpsgd import scrub
@@ -79,6 +80,7 @@ def hello(message: Message, context: Context) -> Message:
     config: RunConfig | None = None
     try:
         config = config_of(context)
+        require_same_config(message.content, config)
         client_id = client_id_of(context)
         bench = open_workbench(config)
         facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": bench.base.fingerprint}
@@ -114,7 +116,7 @@ def train_round(message: Message, context: Context) -> Message:
         result = run_plan(plan, frozen, bench, client_id)
         head = plan.head
         reply = encode_update(
-            result.adapter.tensors(head["sends"]),
+            encode_upload(plan, plan.adapter(frozen), result.adapter, bench.config.seed),
             {
                 "num_examples": result.num_examples,
                 "examples_seen": float(result.examples_seen),
@@ -204,7 +206,7 @@ def _run_privately(
         "max_grad_norm": settings.max_grad_norm,
     }
     return encode_update(
-        result.adapter.tensors(head["sends"]),
+        encode_upload(plan, plan.adapter(frozen), result.adapter, bench.config.seed),
         {"num_examples": 1, **scrub(figures)},
         round_number=number,
         base_digest=head["base_digest"],

@@ -1,7 +1,4 @@
-"""Plans and updates <-> Flower messages; no pickle, no NumPy container, raw bytes with a declared dtype and shape.
-
-A tensor travels as `Array(dtype, shape, stype="fedlora.raw.v1", data)`, so that bfloat16 is possible and the receiver
-can check the header against its own manifest before it looks at the body.
+"""Plans and updates <-> Flower messages; how one tensor travels is in `fedlora.flower.wire`.
 
 What a client needs of a plan is sent once: frozen parts (FFA-LoRA's A) are named by a digest and left out for a client
 that is known to hold them; changes of the base are sent from the version that the client holds. A client that does not
@@ -16,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,37 +21,13 @@ from fedlora import __version__
 from fedlora.adapter import AdapterState, Layout, LoraPair, PairShape, Part, fresh_pairs
 from fedlora.aggregators import ClientPlan, Merge
 from fedlora.errors import ReplyError
+from fedlora.flower.wire import WIRES, Header, encode_change, from_array, header_of, to_array
+from fedlora.rng import derive
 from fedlora.state_io import flatten_merge, unflatten_merge
 
 PROTOCOL = 1
-STYPE = "fedlora.raw.v1"
 MAX_HEAD = 65_536
 """Characters that the head of a reply may have."""
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-# ------------------------------------------------------------------------------------------------------ tensors
-
-
-def to_array(tensor: Tensor) -> Array:
-    """One tensor as raw little-endian bytes with its dtype and shape."""
-    flat = tensor.detach().cpu().contiguous()
-    data = flat.reshape(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return Array(_NAMES[flat.dtype], tuple(flat.shape), STYPE, data)
-
-
-def from_array(array: Array) -> Tensor:
-    """The tensor of an array whose header was checked; the result owns its memory."""
-    dtype = DTYPES[array.dtype]
-    if not array.data:
-        return torch.zeros(array.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(array.shape)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -88,6 +60,7 @@ class Ask:
         client_id: whose plan it is.
         base_digest: identity of the base weights on which to train ("" for the pristine base).
         since_digest: identity of the base to which `plan.merges` apply.
+        wire: in which format the reply's tensors are to come, one of `WIRES`.
     """
 
     plan: ClientPlan
@@ -95,6 +68,15 @@ class Ask:
     client_id: int
     base_digest: str = ""
     since_digest: str = ""
+    wire: str = "float32"
+
+    def starts(self) -> dict[str, Tensor]:
+        """The tensors that the reply is to hold, as they are before training."""
+        return self.plan.adapter.tensors(self.plan.sends)
+
+    def headers(self) -> dict[str, Header]:
+        """The manifest of the reply: the header of each tensor."""
+        return {name: header_of(self.wire, t.dtype, tuple(t.shape)) for name, t in self.starts().items()}
 
 
 class PlanEncoder:
@@ -153,6 +135,7 @@ class PlanEncoder:
             "since_digest": ask.since_digest,
             "fresh_seed": plan.fresh_seed,
             "proximal_mu": plan.proximal_mu,
+            "wire": ask.wire,
             "frozen": self.frozen_digest(plan),
             "merges": merges,
         }
@@ -211,7 +194,7 @@ def decode_plan(content: RecordDict) -> ReceivedPlan:
     """Read a train message.
 
     Raises:
-        ReplyError: if the server speaks another protocol.
+        ReplyError: if the server speaks another protocol, or asks for a wire format that this node does not know.
     """
     head = json.loads(str(content.config_records["plan"]["json"]))
     if head["protocol"] != PROTOCOL:
@@ -219,21 +202,44 @@ def decode_plan(content: RecordDict) -> ReceivedPlan:
             f"the server speaks protocol {head['protocol']} (fedlora {head['fedlora']}) and this node {PROTOCOL} "
             f"(fedlora {__version__}): install the same fedlora on both"
         )
+    if head["wire"] not in WIRES:
+        raise ReplyError(
+            f"the server (fedlora {head['fedlora']}) asks for wire format {str(head['wire'])[:40]!r}, and this node "
+            f"(fedlora {__version__}) knows {', '.join(WIRES)}: install the same fedlora on both"
+        )
     return ReceivedPlan(head, content.array_records["arrays"])
 
 
 # ------------------------------------------------------------------------------------------------------ replies
 
 
+def encode_upload(plan: ReceivedPlan, start: AdapterState, trained: AdapterState, seed: int) -> dict[str, Array]:
+    """The parts of a trained adapter that a plan asks for, in the format that it asks for.
+
+    Args:
+        plan: what was asked.
+        start: the adapter before training, as the server knows it.
+        trained: the adapter after it.
+        seed: the run's.
+    """
+    head, before = plan.head, start.tensors(plan.head["sends"])
+    key = seed, "wire", head["round"], head["client_id"]
+    return {
+        name: encode_change(tensor, before[name], head["wire"], derive(*key, name))
+        for name, tensor in trained.tensors(head["sends"]).items()
+    }
+
+
 def encode_update(
-    tensors: Mapping[str, Tensor], metrics: Mapping[str, float], *, round_number: int, base_digest: str
+    tensors: Mapping[str, Tensor | Array], metrics: Mapping[str, float], *, round_number: int, base_digest: str
 ) -> RecordDict:
-    """The content of a reply that carries a trained adapter's parts."""
+    """The content of a reply that carries a trained adapter's parts (tensors travel as they are)."""
     head = {"protocol": PROTOCOL, "kind": "update", "round": round_number, "base_digest": base_digest}
+    arrays = {name: value if isinstance(value, Array) else to_array(value) for name, value in tensors.items()}
     return RecordDict(
         {
             "reply": ConfigRecord({"json": json.dumps(head)}),
-            "update": ArrayRecord({name: to_array(tensor) for name, tensor in tensors.items()}),
+            "update": ArrayRecord(arrays),
             "metrics": MetricRecord(dict(metrics)),
         }
     )

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora import __version__
 from fedlora.adapter import relative_error
 from fedlora.aggregators import (
     Aggregator,
@@ -33,6 +32,7 @@ from fedlora.aggregators import (
 from fedlora.config import RunConfig
 from fedlora.devices import Fleet, train_config
 from fedlora.errors import FedloraError, ReplyError, RoundError
+from fedlora.flower import handshake
 from fedlora.flower.books import Round
 from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
@@ -208,7 +208,7 @@ class Federation:
                 f"no node is there after {self.config.server.node_timeout_s:g} s: start the SuperNodes, "
                 "or raise server.node_timeout_s"
             )
-        question = RecordDict({"hello": ConfigRecord({"fedlora": __version__})})
+        question = handshake.question(self.config)
         nodes: dict[int, Node] = {}
         messages = [Message(question, node_id, f"{MessageType.QUERY}.hello") for node_id in ids]
         refused: list[str] = []
@@ -248,7 +248,7 @@ class Federation:
         since = node.base_digest if plan.merges and plan.merges[0].since == node.base_version else ""
         if not plan.merges:
             since = self.base_digest
-        return Ask(plan, number, client_id, self.base_digest, since)
+        return Ask(plan, number, client_id, self.base_digest, since, self.config.wire.up)
 
     def _updates(self, state: GlobalState, books: Round) -> Iterator[ClientUpdate]:
         """Ask the round's clients and yield each valid update, in the order of their numbers."""
@@ -290,7 +290,7 @@ class Federation:
             client_id,
             bytes_down=payload_bytes(content),
             examples=examples,
-            bytes_up=ask.plan.adapter.nbytes(ask.plan.sends),
+            bytes_up=sum(header.nbytes for header in ask.headers().values()),
         )
         books.simulated_s[client_id] = seconds
         if self.fleet.drops_out(books.number, client_id):

@@ -1,7 +1,8 @@
 """Nothing that a client sends touches a tensor before it passed these checks, in this order.
 
 1. the reply is no error; 2. its keys are exactly those that were asked for; 3. it is not larger than it can be;
-4. each header fits (serialisation, dtype, shape as asked, length of the body); 5. every value is finite;
+4. each header fits (serialisation, dtype, shape as asked, length of the body); 5. every value is finite, and is one
+that the wire format can make;
 6. the norm is below the cap; 7. the weight is a whole number in [1, the declared maximum];
 8. it was trained on the base that was asked for.
 """
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from fedlora import __version__
 from fedlora.errors import ReplyError
-from fedlora.flower.codec import DTYPES, STYPE, Ask, decode_head, from_array
+from fedlora.flower.codec import Ask, decode_head
+from fedlora.flower.wire import decode_change
 
 METRICS = frozenset(("loss", "steps", "seconds", "compute_seconds", "examples_seen"))
 
@@ -47,11 +49,6 @@ class Valid:
     tensors: Mapping[str, Tensor]
     num_examples: int
     metrics: Mapping[str, float]
-
-
-def expected_tensors(ask: Ask) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The manifest of a reply: tensor name -> dtype and shape."""
-    return {name: (t.dtype, tuple(t.shape)) for name, t in ask.plan.adapter.tensors(ask.plan.sends).items()}
 
 
 def check_head(reply: Message, kinds: Sequence[str] = ("update", "need")) -> dict[str, Any]:
@@ -97,7 +94,7 @@ def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
     Raises:
         ReplyError: naming the first check that failed.
     """
-    manifest = expected_tensors(ask)
+    manifest = ask.headers()
     head = decode_head(content)
     kinds = (set(content.config_records), set(content.array_records), set(content.metric_records))
     if kinds != ({"reply"}, {"update"}, {"metrics"}):
@@ -107,19 +104,19 @@ def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
         name = min(odd)
         raise ReplyError(f"tensor {name[:80]!r} {'was not asked for' if name in arrays else 'is missing'}")
     size = sum(len(array.data) for array in arrays.values())
-    if size > (cap := sum(dtype.itemsize * math.prod(shape) for dtype, shape in manifest.values())):
+    if size > (cap := sum(header.nbytes for header in manifest.values())):
         raise ReplyError(f"the reply has {size} bytes of tensors, {cap} were asked for")
-    for name, (dtype, shape) in manifest.items():
+    for name, header in manifest.items():
         array = arrays[name]
-        if array.stype != STYPE:
-            raise ReplyError(f"tensor {name!r} is serialised as {array.stype[:40]!r}, not {STYPE!r}")
-        if DTYPES.get(array.dtype) is not dtype:
-            raise ReplyError(f"tensor {name!r} is of type {array.dtype[:40]!r}, not {dtype}")
-        if tuple(array.shape) != shape:
-            raise ReplyError(f"tensor {name!r} has shape {tuple(array.shape)[:8]}, not {shape}")
-        if len(array.data) != dtype.itemsize * math.prod(shape):
-            raise ReplyError(f"tensor {name!r} has {len(array.data)} bytes, not {dtype.itemsize * math.prod(shape)}")
-    tensors = {name: from_array(arrays[name]) for name in manifest}
+        if array.stype != header.stype:
+            raise ReplyError(f"tensor {name!r} is serialised as {array.stype[:40]!r}, not {header.stype!r}")
+        if array.dtype != header.dtype:
+            raise ReplyError(f"tensor {name!r} is of type {array.dtype[:40]!r}, not {header.dtype!r}")
+        if tuple(array.shape) != header.shape:
+            raise ReplyError(f"tensor {name!r} has shape {tuple(array.shape)[:8]}, not {header.shape}")
+        if len(array.data) != header.nbytes:
+            raise ReplyError(f"tensor {name!r} has {len(array.data)} bytes, not {header.nbytes}")
+    tensors = {name: decode_change(arrays[name], start) for name, start in ask.starts().items()}
     square = 0.0
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

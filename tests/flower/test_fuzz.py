@@ -1,4 +1,4 @@
-"""Thousands of mutated replies: each is refused by `ReplyError`, or is one that an honest client could have sent.
+"""Thousands of mutated replies in each wire format: each is refused by `ReplyError`, or could have been an honest one.
 
 What an honest client could have sent is said here once more, from the message's parts alone and by NumPy.
 """
@@ -23,15 +23,23 @@ from hypothesis import strategies as st
 from fedlora import __version__
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
+from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
-from fedlora.flower.codec import Ask, encode_note, encode_update
-from fedlora.flower.local_grid import task_identity
+from fedlora.flower import run_local
+from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, encode_note, encode_update, encode_upload
+from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.validate import Limits, Valid, check_head, check_hello, check_update
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
 
 G = torch.Generator().manual_seed(0)
 PAIR = LoraPair(torch.randn(2, 3, generator=G), torch.randn(4, 2, generator=G), 2.0)
 PLAN = ClientPlan(AdapterState({"m": PAIR}, {"head": torch.randn(2, generator=G).bfloat16()}))
-ASK = Ask(PLAN, 5, 1, "base")
+TRAINED = PLAN.adapter.with_tensors(
+    {name: (t + torch.randn(t.shape, generator=G)).to(t.dtype) for name, t in PLAN.adapter.tensors().items()}
+)
+WIRES = ("float32", "bfloat16", "int8")
+STYPES = ["fedlora.raw.v1", "fedlora.change-bf16.v1", "fedlora.change-int8.v1"]
 LIMITS = Limits(max_examples=1000, max_norm=50.0)
 SHAPES = {"m:A": (2, 3), "m:B": (4, 2), "head": (2,)}
 METRICS = {"loss", "steps", "seconds", "compute_seconds", "examples_seen"}
@@ -49,12 +57,46 @@ def as_reply(content: RecordDict) -> Message:
         return Message(content, reply_to=QUESTION)
 
 
-def good() -> RecordDict:
+def asked(wire: str) -> Ask:
+    return Ask(PLAN, 5, 1, "base", wire=wire)
+
+
+def good(wire: str) -> RecordDict:
     metrics = {"num_examples": 7, "loss": 0.5, "steps": 4.0, "seconds": 0.1, "compute_seconds": 0.1}
-    return encode_update(PLAN.adapter.tensors(), metrics, round_number=5, base_digest="base")
+    arrays = encode_upload(decode_plan(PlanEncoder().encode(asked(wire))), PLAN.adapter, TRAINED, seed=0)
+    return encode_update(arrays, metrics, round_number=5, base_digest="base")
 
 
-def honest(content: RecordDict) -> bool:
+def values_of(name: str, array: Array, wire: str) -> np.ndarray | None:
+    """The float32 values of an array by NumPy, or None if it is not in the wire format. The head is in bfloat16, and
+    two bytes a number are no more than it would take in any format."""
+    shape, size = SHAPES[name], math.prod(SHAPES[name])
+    if tuple(array.shape) != shape or any(type(side) is not int for side in array.shape):
+        return None
+    kind = "head" if name == "head" else wire
+    stype, dtype, length = {
+        "head": ("fedlora.raw.v1", "bfloat16", 2 * size),
+        "float32": ("fedlora.raw.v1", "float32", 4 * size),
+        "bfloat16": ("fedlora.change-bf16.v1", "bfloat16", 2 * size),
+        "int8": ("fedlora.change-int8.v1", "int8", 4 * 2 + size),  # both matrices have two rows along the longer side
+    }[kind]
+    if (array.stype, array.dtype, len(array.data)) != (stype, dtype, length):
+        return None
+    if kind == "float32":
+        return np.frombuffer(array.data, "<f4").reshape(shape)
+    if kind in ("head", "bfloat16"):
+        values = (np.frombuffer(array.data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+    else:
+        steps, codes = np.frombuffer(array.data[:8], "<f4"), np.frombuffer(array.data[8:], "i1")
+        if (steps < 0).any() or (codes == -128).any():
+            return None
+        values = codes.reshape(2, -1).astype("<f4") * steps[:, None]
+        values = values if shape[0] < shape[1] else values.T
+    return values if kind == "head" else PLAN.adapter.tensors()[name].numpy() + values
+
+
+@np.errstate(invalid="ignore", over="ignore")  # signalling NaNs, and changes beyond float32
+def honest(content: RecordDict, wire: str) -> bool:
     """Whether a client that does as it was asked could have sent this."""
     kinds = {key: type(record) for key, record in content.items()}
     if kinds != {"reply": ConfigRecord, "update": ArrayRecord, "metrics": MetricRecord}:
@@ -72,14 +114,10 @@ def honest(content: RecordDict) -> bool:
         return False
     square = 0.0
     for name, array in arrays.items():
-        size = 2 if name == "head" else 4
-        if (array.dtype, array.shape) != ("bfloat16" if size == 2 else "float32", SHAPES[name]):
+        values = values_of(name, array, wire)
+        if values is None:
             return False
-        if array.stype != "fedlora.raw.v1" or len(array.data) != size * math.prod(array.shape):
-            return False
-        values = np.frombuffer(array.data, "<u2").astype("<u4") << 16 if size == 2 else np.frombuffer(array.data, "<u4")
-        with np.errstate(invalid="ignore"):  # signalling NaNs
-            square += float((values.view("<f4").astype(float) ** 2).sum())
+        square += float((values.astype(float) ** 2).sum())
     weight = metrics.pop("num_examples", None)
     numbers = all(isinstance(v, int | float) and abs(v) <= sys.float_info.max for v in metrics.values())
     fair = type(weight) is int and 1 <= weight <= 1000 and set(metrics) <= METRICS and numbers
@@ -93,15 +131,30 @@ def change_array(content: RecordDict, draw: random.Random) -> None:
     data = bytearray(old.data)
     for _ in range(draw.randint(1, 4)):
         data[draw.randrange(len(data))] = draw.choice([0, 0x7F, 0x80, 0xFF, draw.randrange(256)])
-    dtypes = ["float64", "float16", "bfloat16", "float32", "int64", "complex64", "object", "", "[('a', '<f4')]", ">f4"]
+    dtypes = [
+        "int8",
+        "uint8",
+        "float64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "int64",
+        "complex64",
+        "object",
+        "",
+        "[('a', '<f4')]",
+        ">f4",
+    ]
     shapes = [(), (0,), old.shape[::-1], (1, *old.shape), (2**40, 2**40), (-2, -3), (6,), (2, 0), (True, 3)]
+    stypes = ["", "numpy.ndarray", "pickle", "torch", *STYPES]
     bodies = [b"", old.data[:-1], old.data + b"\0", old.data * 2, b"\x93NUMPY" + old.data, bytes(10_000)]
     makes: list[Callable[[], Array]] = [
         lambda: Array(old.dtype, old.shape, old.stype, bytes(data)),
         lambda: Array(draw.choice(dtypes), old.shape, old.stype, old.data),
         lambda: Array(old.dtype, draw.choice(shapes), old.stype, old.data),
-        lambda: Array(old.dtype, old.shape, draw.choice(["", "numpy.ndarray", "pickle", "torch"]), old.data),
+        lambda: Array(old.dtype, old.shape, draw.choice(stypes), old.data),
         lambda: Array(old.dtype, old.shape, old.stype, draw.choice(bodies)),
+        lambda: draw.choice(list(good(draw.choice(WIRES)).array_records["update"].values())),
     ]
     arrays[name] = draw.choice(makes)()
 
@@ -169,37 +222,40 @@ CHANGES: list[Callable[[RecordDict, random.Random], None]] = [
 ]
 
 
-def verdict(content: RecordDict) -> Valid | str:
+def verdict(content: RecordDict, wire: str) -> Valid | str:
     """What the server does with a reply: what it accepts, or why it refuses. Anything else ends the test."""
     try:
         head = check_head(as_reply(content))
         assert head["kind"] in ("update", "need")
-        return "need" if head["kind"] == "need" else check_update(content, ASK, LIMITS)
+        return "need" if head["kind"] == "need" else check_update(content, asked(wire), LIMITS)
     except ReplyError as error:
         return str(error)
 
 
-def test_a_mutated_reply_is_refused_or_is_one_that_could_have_been_honest() -> None:
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_mutated_reply_is_refused_or_is_one_that_could_have_been_honest(wire: str) -> None:
     seen: Counter[str] = Counter()
     for seed in range(4000):
         draw = random.Random(seed)
-        content = good()
+        content = good(wire)
         change = CHANGES[seed % len(CHANGES)]
         change(content, draw)
         if draw.random() < 0.2 and set(content) == {"reply", "update", "metrics"} and change is not change_records:
             draw.choice([change_metric, change_head])(content, draw)
-        got = verdict(content)
+        got = verdict(content, wire)
         if isinstance(got, str):
-            assert got == "need" or not honest(content), f"seed {seed}: refused a good reply: {got}"
+            assert got == "need" or not honest(content, wire), f"seed {seed}: refused a good reply: {got}"
             assert len(got) < 600
             assert "\n" not in got
             seen["refused"] += 1
             continue
-        assert honest(content), f"seed {seed} ({change.__name__}) was accepted"
+        assert honest(content, wire), f"seed {seed} ({change.__name__}) was accepted"
         seen["accepted"] += 1
         arrays = content.array_records["update"]
         for name, tensor in got.tensors.items():
-            assert tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == arrays[name].data
+            values = values_of(name, arrays[name], wire)
+            assert values is not None
+            assert tensor.float().numpy().tobytes() == values.tobytes()
         assert got.num_examples == content.metric_records["metrics"]["num_examples"]
     assert seen["refused"] > 2000
     assert seen["accepted"] > 100  # the mutations are near enough to the edge to fall on both sides
@@ -241,3 +297,34 @@ def test_errors_of_any_text_are_refused_in_one_line() -> None:
             check_head(reply)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 600
+
+
+def test_a_hostile_client_changes_nothing_and_is_named_in_each_round(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, hostile = LocalGrid._answer, 4
+    changes: list[Callable[[RecordDict], object]] = [
+        lambda content: content.pop("metrics"),
+        lambda content: content.array_records["update"].popitem(),
+        lambda content: content.metric_records["metrics"].update(num_examples=10**18),
+        lambda content: content.config_records["reply"].update(json="["),
+    ]
+    configs = [tiny_config("rounds=4", "wire.up=int8", "server.evaluate_every=4", name=name) for name in "ab"]
+
+    def answer(self: LocalGrid, message: Message) -> Message:
+        reply = real(self, message)
+        if message.metadata.dst_node_id == hostile and message.metadata.message_type == "train":
+            if mode == "away":
+                with task_identity(1, hostile):
+                    return Message(Error(0, "not there"), reply_to=message)
+            changes[int(message.metadata.group_id) - 1](reply.content)
+        return reply
+
+    monkeypatch.setattr(LocalGrid, "_answer", answer)
+    mode = "hostile"
+    outcomes = [run_local(configs[0], RunDir.create(configs[0]), NoProgress())]
+    mode = "away"
+    outcomes += [run_local(configs[1], RunDir.create(configs[1]), NoProgress())]
+    assert [list(record["refused"]) for record in outcomes[0].records[1:]] == [["2"]] * 4
+    one, other = (outcome.adapter.tensors() for outcome in outcomes)
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,172 @@
+"""What the wire formats save and cost: bytes, relative error of an update, encoding time, accuracy after a short run.
+
+    python benchmarks/wire.py configs/images_vit.toml --rounds 6 --seeds 3
+    python benchmarks/wire.py configs/quickstart.toml --rounds 5 --seeds 3 --set train.steps=5
+    python benchmarks/wire.py --times            # no run: encode and decode q and v of 7B at rank 16
+
+Runs are paired: each format gets the same seeds, and what is printed for accuracy and loss is the mean difference from
+float32 with its standard error. The relative error is |what the server reads - what was trained| / |what was trained -
+what the server sent|, the mean over clients and rounds. Arms in brackets are not offered; they say why the offered
+formats are as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from flwr.app import Array
+from torch import Tensor
+
+from fedlora.adapter import AdapterState, PairShape, fresh_pairs
+from fedlora.config import RunConfig, load_config
+from fedlora.flower import client_app, run_local, validate
+from fedlora.flower.codec import ReceivedPlan, encode_upload
+from fedlora.flower.wire import WIRES, decode_change, encode_change
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
+
+ARMS = ("float32", "bfloat16", "int8", "[int8, residual kept]", "[int8, values]", "[bfloat16, values]")
+
+
+@dataclass
+class Upload:
+    """`encode_upload` as an arm has it, with a record of what it did; state is one run's."""
+
+    arm: str
+    bytes: list[int] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    residuals: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, plan: ReceivedPlan, start: AdapterState, trained: AdapterState, seed: int) -> dict[str, Array]:
+        """What the client sends."""
+        client, before = plan.head["client_id"], start.tensors(plan.head["sends"])
+        wanted = trained.tensors(plan.head["sends"])
+        if "residual" in self.arm and client in self.residuals:
+            trained = trained.with_tensors({n: t + self.residuals[client][n] for n, t in wanted.items()})
+        origin = start
+        if "values" in self.arm:
+            origin = start.with_tensors({name: torch.zeros_like(t) for name, t in before.items()})
+        arrays = encode_upload(plan, origin, trained, seed)
+        read = {name: self.decode(array, before[name]) for name, array in arrays.items()}
+        if "residual" in self.arm:
+            sent = trained.tensors(plan.head["sends"])
+            self.residuals[client] = {name: sent[name] - read[name] for name in read}
+        self.bytes.append(sum(len(array.data) for array in arrays.values()))
+        self.errors.append(_distance(read, wanted) / _distance(wanted, before))
+        return arrays
+
+    def decode(self, array: Array, start: Tensor) -> Tensor:
+        """What the server reads."""
+        return decode_change(array, torch.zeros_like(start) if "values" in self.arm else start)
+
+
+def _distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    return sum(float((left[name].double() - right[name].double()).square().sum()) for name in left) ** 0.5
+
+
+def measure(config: RunConfig, arm: str) -> dict[str, float]:
+    """One run of one arm."""
+    upload = Upload(arm)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(client_app, "encode_upload", upload),
+        mock.patch.object(validate, "decode_change", upload.decode),
+    ):
+        last = run_local(config, RunDir.create(config, folder), NoProgress()).records[-1]
+    return {
+        "bytes": statistics.mean(upload.bytes),
+        "error": statistics.mean(upload.errors),
+        "accuracy": last.get("accuracy", float("nan")),
+        "loss": last["loss"],
+    }
+
+
+def accuracy(config: str, overrides: list[str], rounds: int, seeds: int, arms: list[str]) -> None:
+    """Print the table of the runs."""
+    rows: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+    for seed in range(seeds):
+        for arm in arms:
+            wire = next(wire for wire in WIRES if wire in arm)
+            keys = [f"rounds={rounds}", f"seed={seed}", f"wire.up={wire}", f"server.evaluate_every={rounds}"]
+            rows[arm].append(measure(load_config(config, [*overrides, *keys]), arm))
+            print(f"seed {seed}, {arm}: {rows[arm][-1]}", flush=True)
+    print(f"\n{config}, {rounds} rounds, {seeds} seeds {' '.join(overrides)}")
+    print(f"{'format':22} {'bytes up':>9} {'of float32':>10} {'rel. error':>10} {'accuracy':>18} {'test loss':>20}")
+    base = rows[arms[0]]
+    for arm, runs in rows.items():
+        size = statistics.mean(run["bytes"] for run in runs)
+        line = f"{arm:22} {size:9.0f} {size / statistics.mean(run['bytes'] for run in base):10.3f}"
+        line += f" {statistics.mean(run['error'] for run in runs):10.2%}"
+        for name, width, scale, unit in (("accuracy", 18, 100, " pt"), ("loss", 20, 1, "")):
+            values = [run[name] for run in runs]
+            if arm == arms[0]:
+                line += f" {statistics.mean(values):{width}.4f}"
+                continue
+            gaps = [scale * (value - run[name]) for value, run in zip(values, base, strict=True)]
+            spread = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
+            line += f" {f'{statistics.mean(gaps):+.4f} ± {spread:.4f}{unit}':>{width}}"
+        print(line)
+
+
+def times(layers: int, d: int, rank: int, repeats: int) -> None:
+    """Print what encoding and decoding take, as CPU time, beside float32's."""
+    layout = {f"{n}.{m}": PairShape(d, d, rank, 2.0) for n in range(layers) for m in "qv"}
+    start = AdapterState(fresh_pairs(layout, 0)).tensors()
+    trained = {name: value + 1e-3 * torch.randn(value.shape) for name, value in start.items()}
+    size = sum(value.nbytes for value in trained.values())
+    print(f"\n{2 * layers} pairs of {d} x {d} at rank {rank}: {size / 1e6:.1f} MB in float32, {repeats} repetitions")
+    results: dict[str, tuple[float, float, int]] = {}
+    for wire in WIRES:
+        sent = {name: encode_change(value, start[name], wire, 0) for name, value in trained.items()}
+
+        def encode(wire: str = wire) -> Any:
+            return [encode_change(value, start[name], wire, 0) for name, value in trained.items()]
+
+        def decode(sent: Mapping[str, Array] = sent) -> Any:
+            return [decode_change(array, start[name]) for name, array in sent.items()]
+
+        took = [statistics.median(_cpu(action) for _ in range(repeats)) for action in (encode, decode)]
+        results[wire] = took[0], took[1], sum(len(array.data) for array in sent.values())
+    for wire, (up, down, count) in results.items():
+        base = results["float32"]
+        print(
+            f"{wire:9} {count / base[2]:.3f} of the bytes; encode {1e3 * up:6.0f} ms ({up / base[0]:4.1f}), "
+            f"decode {1e3 * down:6.0f} ms ({down / base[1]:4.1f})"
+        )
+
+
+def _cpu(action: Callable[[], Any]) -> float:
+    started = time.process_time()
+    action()
+    return time.process_time() - started
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", nargs="?")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="the first is compared with")
+    parser.add_argument("--times", action="store_true")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--d", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=16)
+    args = parser.parse_args()
+    if args.config:
+        accuracy(args.config, args.overrides, args.rounds, args.seeds, args.arms)
+    if args.times or not args.config:
+        times(args.layers, args.d, args.rank, repeats=5)
+
+
+if __name__ == "__main__":
+    main()
