@@ -61,17 +61,6 @@ class Appender:
             self._fd = -1
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put a whole file in place, on the disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY)
