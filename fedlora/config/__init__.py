@@ -7,18 +7,19 @@ keys are that entry's dataclass fields. They are checked against it when the par
 from fedlora.config._base import OPEN_TABLES, OpenTable, Section
 from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig, WireConfig
 from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
-from fedlora.config._privacy import PrivacyConfig
+from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedlora.config._reading import load_config, parse_config
 from fedlora.config._run import RunConfig, RuntimeConfig
 
 __all__ = [
     "OPEN_TABLES",
     "AdapterConfig",
+    "ClientPrivacyConfig",
     "ClientsConfig",
     "DataConfig",
+    "ExamplePrivacyConfig",
     "ModelConfig",
     "OpenTable",
-    "PrivacyConfig",
     "ProfileConfig",
     "RunConfig",
     "RuntimeConfig",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedlora.config._base import OPEN_TABLES, Section
 from fedlora.config._federation import ProfileConfig
+from fedlora.config._privacy import UNITS, unit_of
 from fedlora.config._run import RunConfig
 from fedlora.errors import ConfigError, nearest
 from fedlora.registry import first_problem
@@ -56,7 +57,10 @@ def parse_config(
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {first_problem(error)}") from None
+        problem = first_problem(error)
+        for unit in UNITS:  # pydantic names the branch of a union, which is no table of the file
+            problem = problem.replace(f"privacy.{unit}.", "privacy.")
+        raise ConfigError(f"{source}: {problem}") from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -84,6 +88,10 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: s
             raise ConfigError(f"unknown key {prefix + key!r}; {nearest(key, section.model_fields)}")
         annotation = section.model_fields[key].annotation
         inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
+        if key == "privacy" and isinstance(value, Mapping):
+            if (unit := unit_of(value)) not in UNITS:
+                raise ConfigError(f"unknown privacy.unit {unit!r}; {nearest(str(unit), UNITS)}")
+            inner = UNITS[unit]
         if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping):
             _refuse_unknown(value, inner, f"{prefix}{key}.")
         if key == "profiles" and isinstance(value, list):

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from fedlora.config._base import OpenTable, PositiveInt, Section
 from fedlora.config._federation import ClientsConfig, ServerConfig, WireConfig
 from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
-from fedlora.config._privacy import PrivacyConfig
+from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig, PrivacyConfig
 from fedlora.errors import PrivacyError
 
 
@@ -65,9 +65,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _private(self) -> RunConfig:
+        if self.example_privacy is not None:
+            self._example_private()
+        elif self.client_privacy is not None:
+            self._client_private()
+        return self
+
+    def _example_private(self) -> None:
         # server.aggregation_error may stay: it is computed from updates that are noised already (post-processing).
-        if self.privacy is None:
-            return self
         if self.train.clip_norm is not None:
             raise PrivacyError(
                 "train.clip_norm clips a whole batch and protects nobody: remove it, privacy.max_grad_norm clips each "
@@ -78,7 +83,28 @@ class RunConfig(Section):
                 "server.weighting = 'examples' needs the true numbers of examples, which are secret under [privacy]: "
                 "set server.weighting = 'uniform'"
             )
-        return self
+
+    def _client_private(self) -> None:
+        if self.server.max_norm is not None:
+            raise PrivacyError(
+                "server.max_norm leaves a client out for what it sent, which changes everybody else's share: remove "
+                "it, privacy.clip_norm clips each update"
+            )
+        if self.server.aggregation_error:
+            raise PrivacyError(
+                "the aggregation error is computed from the clients' own updates, of which the run's files must tell "
+                "nothing: set server.aggregation_error = false"
+            )
+
+    @property
+    def example_privacy(self) -> ExamplePrivacyConfig | None:
+        """The table [privacy] of a run whose clients train with DP-SGD."""
+        return self.privacy if isinstance(self.privacy, ExamplePrivacyConfig) else None
+
+    @property
+    def client_privacy(self) -> ClientPrivacyConfig | None:
+        """The table [privacy] of a run whose server adds noise."""
+        return self.privacy if isinstance(self.privacy, ClientPrivacyConfig) else None
 
     def to_toml(self) -> str:
         """The resolved config, every key written out (keys whose value is None are left out: TOML has no null)."""

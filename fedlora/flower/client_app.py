@@ -85,7 +85,7 @@ def hello(message: Message, context: Context) -> Message:
         bench = open_workbench(config)
         facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": bench.base.fingerprint}
         indices = _indices(bench, client_id)
-        if config.privacy is None:
+        if config.example_privacy is None:
             facts["num_examples"] = len(indices)
         note = encode_note("hello", client_id=client_id, **facts)
     except Exception as error:
@@ -111,7 +111,7 @@ def train_round(message: Message, context: Context) -> Message:
         if frozen is None or not base_fits:
             need = encode_note("need", frozen=frozen is None, base=not base_fits)
             return Message(need, reply_to=message)
-        if config.privacy is not None:
+        if config.example_privacy is not None:
             return Message(_run_privately(plan, frozen, bench, client_id, context), reply_to=message)
         result = run_plan(plan, frozen, bench, client_id)
         head = plan.head
@@ -139,7 +139,7 @@ def _error_note(error: Exception, config: RunConfig | None) -> RecordDict:
     Raises:
         Exception: the error itself, if it is none of fedlora's and the run is not private.
     """
-    if config is not None and config.privacy is not None and not isinstance(error, TELLS_NOTHING):
+    if config is not None and config.example_privacy is not None and not isinstance(error, TELLS_NOTHING):
         logger.warning("%s: %s", type(error).__name__, error)
         logger.debug("a private client failed", exc_info=error)
         return encode_note("error", error="it failed; the reason may tell of its data and stays in its log: see there")

@@ -37,7 +37,7 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
         config = _as_before(config, rundir)
     number = len(open_workbench(config).data.clients)
     run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
-    if config.privacy is not None:
+    if config.example_privacy is not None:
         # A session is one call: a round that an earlier one began and did not complete was seen by nobody.
         run_config |= {
             "ledger-dir": str(rundir.privacy_dir.resolve()),

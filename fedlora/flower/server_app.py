@@ -15,13 +15,15 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.adapter import AdapterState
-from fedlora.aggregators import GlobalState, equivalent_adapter, load_aggregator
+from fedlora.aggregators import GlobalState, equivalent_adapter
 from fedlora.config import RunConfig
 from fedlora.data.describe import describe_partition
+from fedlora.flower.central import ServerLedger, load_rule
 from fedlora.flower.settings import config_of
 from fedlora.flower.spending import Spending
 from fedlora.flower.strategy import Federation
 from fedlora.model import save_adapter
+from fedlora.privacy.central import Central
 from fedlora.progress import PlainProgress, Progress
 from fedlora.rundir import RunDir
 from fedlora.training.runtime import describe
@@ -117,25 +119,30 @@ def run_rounds(
     Raises:
         FedloraError: of any kind; the run directory is then as it was after the last finished round.
     """
-    rule = load_aggregator(config.strategy.name, config.strategy.fields)
+    rule = load_rule(config)
     bench = open_workbench(config)
-    spending = None if config.privacy is None else Spending(config, ledgers, run_id)
+    spending = None if config.example_privacy is None else Spending(config, ledgers, run_id)
+    account = spending or (ServerLedger(config, rule, rundir) if isinstance(rule, Central) else None)
     with rundir.writing():
-        if resume and spending is not None:
-            spending.prepare(rundir)
+        if resume and account is not None:
+            account.prepare(rundir)
         state = rundir.resume() if resume else None
         rundir.note_environment(**describe(), **bench.choices)
         if config.privacy is None:  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(bench.data))
         state = Federation(grid, config, rule, bench, rundir, progress, spending).run(state)
-        outcome = finish(state, config, bench, rundir, spending)
-    if spending is not None:
+        outcome = finish(state, config, bench, rundir, account)
+    if account is not None:
         progress.message(rundir.read_json("result.json")["privacy"]["statement"])
     return outcome
 
 
 def finish(
-    state: GlobalState, config: RunConfig, bench: Workbench, rundir: RunDir, spending: Spending | None = None
+    state: GlobalState,
+    config: RunConfig,
+    bench: Workbench,
+    rundir: RunDir,
+    account: Spending | ServerLedger | None = None,
 ) -> RunOutcome:
     """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
@@ -149,6 +156,6 @@ def finish(
     save_adapter(bench.base, adapter, rundir.adapter_dir, facts)
     records = rundir.read_metrics()
     last = {key: value for key, value in records[-1].items() if key not in ("clients", "asked", "answered")}
-    claim = {} if spending is None else {"privacy": spending.summary(records)}
+    claim = {} if account is None else {"privacy": account.summary(records)}
     rundir.write_json("result.json", {"rounds": state.round, "relative_error": error, "last": last, **claim})
     return RunOutcome(state, adapter, records, rundir)

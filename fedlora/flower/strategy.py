@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,18 +27,19 @@ from fedlora.aggregators import (
     ClientUpdate,
     GlobalState,
     broadcast_change,
-    load_aggregator,
     merge_chain,
 )
 from fedlora.config import RunConfig
 from fedlora.devices import Fleet, train_config
-from fedlora.errors import FedloraError, ReplyError, RoundError
+from fedlora.errors import FedloraError, PrivacyError, ReplyError, RoundError
 from fedlora.flower import handshake
 from fedlora.flower.books import Round
+from fedlora.flower.central import ServerLedger, load_rule, require_cohort, require_one_start
 from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
 from fedlora.flower.spending import Spending, asked_in
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_hello, check_update
+from fedlora.privacy.central import Central
 from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
 from fedlora.rng import derive
@@ -98,10 +100,13 @@ class Federation:
         self.base_digest = ""
         self._digests = {0: ""}
         self.fleet = Fleet.of(config)
-        self.spending = spending or (None if config.privacy is None else Spending(config, None))
+        self.spending = spending or (None if config.example_privacy is None else Spending(config, None))
+        self.account = ServerLedger(config, rule, rundir) if isinstance(rule, Central) else None
+        if (config.client_privacy is None) != (self.account is None):
+            raise PrivacyError("privacy.unit = 'client' needs the rule that load_rule makes of the config, no other")
         self.spent: set[int] = set()
         self._asked: Counter[int] = Counter()
-        private = config.privacy is not None
+        private = config.example_privacy is not None
         most, metrics = (1, RELEASABLE) if private else (config.server.max_examples, METRICS)
         self._limits = Limits(most, config.server.max_norm, metrics)
 
@@ -126,7 +131,9 @@ class Federation:
         self._digests |= {state.base_version: self.base_digest}
         for client_id in self.nodes:  # a rule that cannot serve one of them says so before anything is trained
             self._plan(state, client_id)
-        if self.config.privacy is not None:
+        if self.config.client_privacy is not None:
+            require_cohort(self.config.client_privacy, len(self.nodes), clients_wanted(self.config, len(self.nodes)))
+        if self.config.example_privacy is not None:
             _require_private(self.config, self.bench, self._plan(state, min(self.nodes)), self.nodes)
             before = self.rundir.read_metrics()
             self._asked = asked_in(before)
@@ -138,7 +145,8 @@ class Federation:
             self.progress.round_ended(record)
             self.rundir.save_checkpoint(state)
         for number in range(state.round + 1, self.config.rounds + 1):
-            state = self._round(state, number)
+            with self.account.round(number) if self.account else nullcontext():
+                state = self._round(state, number)
         return state
 
     def _round(self, state: GlobalState, number: int) -> GlobalState:
@@ -280,7 +288,7 @@ class Federation:
         if not self.fleet.simulated:
             return True
         client_id = ask.client_id
-        if self.config.privacy is not None:  # what it plans, in public; how many there are is secret
+        if self.config.example_privacy is not None:  # what it plans, in public; how many there are is secret
             plan = private_settings(self.config, client_id).schedule
             examples = round(plan.steps * plan.expected_batch_size)
         else:
@@ -335,7 +343,7 @@ class Federation:
 
     def _head(self, reply: Message, books: Round, client_id: int) -> dict[str, Any]:
         """`check_head`; a client whose privacy budget is spent is refused, and not asked again."""
-        if self.config.privacy is None:
+        if self.config.example_privacy is None:
             return check_head(reply)
         head = check_head(reply, ("update", "need", "spent"))
         if head["kind"] == "spent":
@@ -351,7 +359,9 @@ class Federation:
         adapter = ask.plan.adapter.with_tensors(valid.tensors)
         weight = float(valid.num_examples) if self.config.server.weighting == "examples" else 1.0
         books.answered.append(ask.client_id)
-        books.clients[ask.client_id] = {"num_examples": valid.num_examples, **valid.metrics}
+        # Under user-level privacy no figure of one client is written down, but for the weight, which counts as public.
+        figures = {"num_examples": weight} if self.account else {"num_examples": valid.num_examples, **valid.metrics}
+        books.clients[ask.client_id] = figures
         if ask.client_id in books.simulated_s:
             books.clients[ask.client_id]["simulated_seconds"] = books.simulated_s[ask.client_id]
         if self.config.server.aggregation_error:
@@ -403,6 +413,8 @@ class Federation:
         if self.spending is not None:
             self._asked.update(books.asked)
             record |= {"spent": sorted(self.spent), "epsilon": self.spending.largest(self._asked)}
+        if self.account is not None:
+            record |= self.account.settle(record)
         return record
 
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
@@ -427,15 +439,18 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
         RoundError: more clients are asked for than there are.
         PrivacyError: a private run would not be private with this model or task, or within this epsilon.
     """
-    rule = load_aggregator(config.strategy.name, config.strategy.fields)
+    rule = load_rule(config)
     state = rule.init(bench.base.initial_adapter(config.seed), seed=derive(config.seed, "rule"))
     clients = range(len(bench.data.clients))
     plans = [
         rule.plan(state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
         for client_id in clients
     ]
-    clients_wanted(config, len(clients))
-    if config.privacy is not None:
+    asked = clients_wanted(config, len(clients))
+    if config.client_privacy is not None:
+        require_cohort(config.client_privacy, len(clients), asked)
+        require_one_start(plans)
+    if config.example_privacy is not None:
         _require_private(config, bench, plans[0], clients)
 
 

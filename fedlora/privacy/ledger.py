@@ -12,9 +12,7 @@ torn       for an unreadable line above it               counts
 
 What is true of a round that is asked for twice, as after a crash:
 
-- An attempt that was *released* may have been seen, and a new attempt draws new noise: both count. Unless the very
-  reply is sent again: `release(reply)` keeps it, `Ledger.reply` gives it back for the same run, round and request, and
-  sending known bytes a second time costs nothing (post-processing).
+- An attempt that was *released* may have been seen, and a new attempt draws new noise: both count.
 - An attempt that was *started and not released* was seen by nobody: its line would be on the disk before anything
   left, and the noise died with its session, the only one that could have sent it (an attempt holds the ledger's lock
   while it lives). A new attempt at the same round of the same run in a later session therefore makes it void. In the
@@ -33,19 +31,17 @@ shared an id would make each other's rounds void.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from fedlora.errors import PrivacyError
-from fedlora.files import write_atomically
 from fedlora.privacy._file import Appender
 from fedlora.privacy.accounting import UNITS, Budget, Entry, epsilon, merged, statement
 
@@ -58,10 +54,8 @@ class _Attempt:
     entry: Entry
     run: str
     round: int
-    request: str
+    session: str
     status: Status = "started"
-    session: str = ""
-    reply: str = ""
 
     def replaced_by(self, run: str, round: int, session: str) -> bool:  # noqa: A002
         """Whether a new attempt makes this one void: the same round, and nobody is left who could send it."""
@@ -142,24 +136,6 @@ class Ledger:
         """One line with the epsilon spent and what it protects."""
         return statement(self.epsilon(delta, accountant), delta, self.unit, accountant)
 
-    def reply(self, run: str, round: int, request: str) -> bytes | None:  # noqa: A002
-        """The stored reply to this very request, if it was released and is whole; sending it again costs nothing.
-
-        Args:
-            run: id of the run.
-            round: number of the round.
-            request: digest of everything that the client was asked (the plan and the tensors).
-        """
-        for attempt in self._read().attempts.values():
-            if (attempt.run, attempt.round, attempt.request) == (run, round, request) and attempt.reply:
-                try:
-                    kept = self._reply_path.read_bytes()
-                except FileNotFoundError:
-                    return None
-                if hashlib.sha256(kept).hexdigest() == attempt.reply:
-                    return kept
-        return None
-
     def seen(self, run: str, round: int) -> None:  # noqa: A002
         """Write down that something of a round became known, so that no later attempt at it makes it void.
 
@@ -171,7 +147,7 @@ class Ledger:
             content = self._fold(appender.read())
             lines: list[Mapping[str, Any]] = [{"event": "torn", **_amount(c)} for c in self._torn_cost(content, None)]
             lines += [
-                {"event": "released", "attempt": name, "reply": ""}
+                {"event": "released", "attempt": name}
                 for name, attempt in content.attempts.items()
                 if attempt.status == "started" and (attempt.run, attempt.round) == (run, round)
             ]
@@ -186,7 +162,6 @@ class Ledger:
         *,
         run: str,
         round: int,  # noqa: A002
-        request: str = "",
         budget: Budget | None = None,
     ) -> Attempt:
         """Write down that `entry` is being spent, then return: only now may the data be touched.
@@ -195,7 +170,6 @@ class Ledger:
             entry: all private steps of this round.
             run: id of the run (see above).
             round: number of the round.
-            request: digest of what was asked, for `reply`.
             budget: refused with `PrivacyError` if the entry does not fit.
 
         Returns:
@@ -221,18 +195,14 @@ class Ledger:
                     why = "never released; the round is tried again"
                     lines.append({"event": "void", "attempt": name, "why": why})
             name = uuid.uuid4().hex
-            key = {"unit": self.unit, "run": run, "round": round, "request": request, "session": self.session}
+            key = {"unit": self.unit, "run": run, "round": round, "session": self.session}
             lines.append({"event": "started", "attempt": name, **key, **_amount(entry)})
             # A line that is whole but for its line break is completed; a torn one is closed by the "torn" line.
             appender.append(lines, b"" if content.ends else b"\n")
         except BaseException:
             appender.close()
             raise
-        return Attempt(appender, name, self._reply_path)
-
-    @property
-    def _reply_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".reply")
+        return Attempt(appender, name)
 
     def _read(self) -> _Content:
         try:
@@ -272,15 +242,14 @@ class Ledger:
         elif event == "started":
             if line["unit"] != self.unit:
                 raise PrivacyError(f"it keeps figures for {line['unit']!r}, and {self.unit!r} was asked for")
-            attempt = _Attempt(
-                _entry(line), str(line["run"]), int(line["round"]), str(line["request"]), session=str(line["session"])
+            content.attempts[line["attempt"]] = _Attempt(
+                _entry(line), str(line["run"]), int(line["round"]), str(line["session"])
             )
-            content.attempts[line["attempt"]] = attempt
         elif event in ("released", "void"):
             before = content.attempts[line["attempt"]]
             if event == "void" and before.status == "released":
                 raise PrivacyError("it makes void what was released")
-            content.attempts[line["attempt"]] = replace(before, status=event, reply=str(line.get("reply", "")))
+            content.attempts[line["attempt"]] = replace(before, status=event)
         else:
             raise PrivacyError(f"unknown event {event!r}")
 
@@ -294,27 +263,19 @@ class Ledger:
 class Attempt:
     """One round's spending while it happens; made by `Ledger.spend`, and holds the ledger's lock until `close`."""
 
-    def __init__(self, appender: Appender, name: str, reply_path: Path) -> None:
+    def __init__(self, appender: Appender, name: str) -> None:
         self._appender = appender
         self._name = name
-        self._reply_path = reply_path
         self._done = False
 
-    def release(self, reply: bytes | None = None) -> None:
+    def release(self) -> None:
         """Write down that the update leaves; call it before anything is sent.
-
-        Args:
-            reply: what is sent, kept beside the ledger so that `Ledger.reply` can give it back (the last one only).
 
         Raises:
             PrivacyError: if the attempt is closed, void or released.
         """
         self._require_open("released")
-        digest = ""
-        if reply is not None:
-            write_atomically(self._reply_path, reply)
-            digest = hashlib.sha256(reply).hexdigest()
-        self._appender.append([{"event": "released", "attempt": self._name, "reply": digest}])
+        self._appender.append([{"event": "released", "attempt": self._name}])
         self._done = True
 
     def void(self, why: str) -> None:
@@ -345,11 +306,6 @@ class Attempt:
     def _require_open(self, what: str) -> None:
         if self._done:
             raise PrivacyError(f"an attempt is {what} once, and before it is closed: ask the ledger for a new one")
-
-
-def largest_epsilon(ledgers: Iterable[Ledger], delta: float, accountant: str = "prv") -> float:
-    """The figure of a run: the largest epsilon over its clients (each client's examples are its own)."""
-    return max((ledger.epsilon(delta, accountant) for ledger in ledgers), default=0.0)
 
 
 def _amount(entry: Entry) -> dict[str, float | int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Part
-from fedlora.config import PrivacyConfig, RunConfig, TrainConfig
+from fedlora.config import ExamplePrivacyConfig, RunConfig, TrainConfig
 from fedlora.devices import train_config
 from fedlora.errors import PrivacyError, TrainingError
 from fedlora.model import Base, seeded
@@ -71,19 +71,18 @@ def private_settings(config: RunConfig, client_id: int) -> PrivateSettings:
     plan = schedule(
         privacy.public_examples_of(client_id), train.batch_size, config.rounds, steps=train.steps, epochs=train.epochs
     )
-    sigma, budget = privacy.noise_multiplier, None
-    if privacy.epsilon is not None:
-        budget = Budget(privacy.epsilon, privacy.delta, privacy.accountant)
-        sigma = _calibrated(budget, plan.sample_rate, plan.steps * plan.rounds)
+    sigma, budget = privacy.noise_multiplier, privacy.budget
+    if budget is not None:
+        sigma = calibrated(budget, plan.sample_rate, plan.steps * plan.rounds)
     assert sigma is not None
     return PrivateSettings(plan, sigma, privacy.max_grad_norm, privacy.physical_batch_size, budget)
 
 
-def require_privacy(config: RunConfig) -> PrivacyConfig:
-    """The table [privacy]; `PrivacyError` if there is none."""
-    if config.privacy is None:
-        raise PrivacyError("this run is not private: add a table [privacy] to its config")
-    return config.privacy
+def require_privacy(config: RunConfig) -> ExamplePrivacyConfig:
+    """The table [privacy] with unit = "example"; `PrivacyError` if there is none."""
+    if config.example_privacy is None:
+        raise PrivacyError("this run's clients do not train privately: add a table [privacy] to its config")
+    return config.example_privacy
 
 
 def require_private_task(task: Task) -> None:
@@ -184,5 +183,6 @@ def train_private(
 
 
 @lru_cache(maxsize=256)
-def _calibrated(budget: Budget, sample_rate: float, steps: int) -> float:
+def calibrated(budget: Budget, sample_rate: float, steps: int) -> float:
+    """`noise_multiplier_for`, worked out once for all clients of the same rate."""
     return noise_multiplier_for(budget.epsilon, budget.delta, sample_rate, steps, budget.accountant)

@@ -1,0 +1,177 @@
+"""User-level privacy in a run: the rule with clipping and noise around it, and the server's own ledger.
+
+The server holds the updates, the ledger and the checkpoints: an attempt at a round is written down before the clients
+are asked, and is void where the round changed nothing. A run that was killed repeats the round that it did not finish;
+of the first attempt nothing is on the disk, so that it counts once (see `fedlora.privacy.ledger`).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fedlora.aggregators import Aggregator, ClientPlan, load_aggregator
+from fedlora.config import ClientPrivacyConfig, RunConfig
+from fedlora.errors import PrivacyError
+from fedlora.privacy.accounting import statement
+from fedlora.privacy.central import Central
+from fedlora.privacy.ledger import Attempt, Ledger
+from fedlora.rundir import RunDir
+from fedlora.training.private import calibrated
+
+
+def load_rule(config: RunConfig) -> Aggregator:
+    """The run's rule; under user-level privacy inside `Central`, with noise for all planned rounds.
+
+    Raises:
+        ConfigError: the rule or one of its fields is unknown or wrong.
+        PrivacyError: it does not claim LINEAR, or epsilon is out of reach.
+    """
+    rule = load_aggregator(config.strategy.name, config.strategy.fields)
+    privacy = config.client_privacy
+    if privacy is None:
+        return rule
+    sigma, budget = privacy.noise_multiplier, privacy.budget
+    if budget is not None:
+        sigma = calibrated(budget, 1.0, config.rounds)
+    assert sigma is not None
+    return Central(
+        rule,
+        noise_multiplier=sigma,
+        clip_norm=privacy.clip_norm,
+        minimum_cohort=privacy.minimum_cohort,
+        adaptive=privacy.adaptive_clipping,
+        quantile=privacy.quantile,
+        clip_lr=privacy.clip_lr,
+    )
+
+
+def require_cohort(privacy: ClientPrivacyConfig, clients: int, asked: int) -> None:
+    """Refuse a claim that means nothing for so few clients, and rounds that could never count.
+
+    Args:
+        privacy: of the config.
+        clients: of the federation.
+        asked: in each round.
+
+    Raises:
+        PrivacyError: delta is at least 1 / clients, or a round asks fewer than the smallest cohort.
+    """
+    if privacy.delta * clients >= 1:
+        raise PrivacyError(
+            f"privacy.delta {privacy.delta:g} protects nobody among {clients} clients: choose one far below "
+            f"1 / {clients}"
+        )
+    if asked < privacy.minimum_cohort:
+        raise PrivacyError(
+            f"privacy.minimum_cohort = {privacy.minimum_cohort}, but a round asks {asked} clients: every round would "
+            "be dropped; ask more (server.fraction, server.clients_per_round)"
+        )
+
+
+def require_one_start(plans: Iterable[ClientPlan]) -> None:
+    """Refuse clients that start from different adapters, such as those of other ranks: updates need a common mean.
+
+    Raises:
+        PrivacyError: two plans ask for tensors of other names or shapes.
+    """
+    shapes = [{name: t.shape for name, t in plan.adapter.tensors(plan.sends).items()} for plan in plans]
+    for number, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise PrivacyError(
+                f"client {number} starts from an adapter of another shape than client 0, and noise is added to a mean "
+                "of all: give all clients the same rank under privacy.unit = 'client'"
+            )
+
+
+class ServerLedger:
+    """What the server has spent of its clients' privacy.
+
+    Args:
+        config: of a run with privacy.unit = "client".
+        rule: what `load_rule` made of it.
+        rundir: holds the ledger, privacy/server.jsonl, and the id by which it knows the run.
+    """
+
+    def __init__(self, config: RunConfig, rule: Central, rundir: RunDir) -> None:
+        assert config.client_privacy is not None
+        self._privacy, self._weighting, self._rule, self._run = (
+            config.client_privacy,
+            config.server.weighting,
+            rule,
+            rundir.run_id,
+        )
+        # A session is one process's go at the run: what an earlier one began and did not write down, nobody saw.
+        self._ledger = Ledger(rundir.privacy_dir / "server.jsonl", unit="client", session=uuid.uuid4().hex)
+        self._attempt: Attempt | None = None
+
+    def prepare(self, rundir: RunDir) -> None:
+        """Before a resume cuts anything back: completed rounds are in the ledger, and what was written counts.
+
+        Raises:
+            PrivacyError: the ledger lacks a completed round.
+        """
+        state = rundir.latest_checkpoint()
+        done = -1 if state is None else state.round
+        written = {r["round"] for r in rundir.read_metrics() if r["round"] and not _changed_nothing(r)}
+        if lacking := written - self._ledger.rounds(self._run):
+            raise PrivacyError(
+                f"privacy ledger {str(self._ledger.path)!r} lacks round {min(lacking)}, which was completed: restore "
+                "it from a backup, or start a new run with --set name=...; without it nobody knows what was spent"
+            )
+        for number in sorted(n for n in written if n > done):
+            self._ledger.seen(self._run, number)
+
+    @contextmanager
+    def round(self, number: int) -> Iterator[None]:
+        """Inside, the clients are asked, and what they send is merged and written down.
+
+        Raises:
+            PrivacyError: the budget does not allow the round.
+        """
+        with self._ledger.spend(
+            self._rule.entry(), run=self._run, round=number, budget=self._privacy.budget
+        ) as self._attempt:
+            try:
+                yield
+                if self._attempt is not None:
+                    self._attempt.release()
+            finally:
+                self._attempt = None
+
+    def settle(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """The round's figures for its line of metrics; a round that changed nothing is taken off the account.
+
+        Args:
+            record: its line of metrics so far.
+        """
+        if _changed_nothing(record) and self._attempt is not None:
+            self._attempt.void("the round changed nothing: too few replies")
+            self._attempt = None
+        return {"epsilon": self._ledger.epsilon(self._privacy.delta, self._privacy.accountant)}
+
+    def summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The run's claim, for result.json, with one line that says all of it."""
+        privacy = self._privacy
+        value = self._ledger.epsilon(privacy.delta, privacy.accountant)
+        public = "who answered" + (" and with how many examples" if self._weighting == "examples" else "")
+        line = (
+            f"{statement(value, privacy.delta, 'client', privacy.accountant)}, as if each took part in every round; it "
+            f"holds for the global models and the run's files, against whoever sees them but the server, which is "
+            f"trusted; {public} counts as public"
+        )
+        return {
+            "epsilon": value,
+            "delta": privacy.delta,
+            "unit": "client",
+            "accountant": privacy.accountant,
+            "source": "server's ledger",
+            "rounds_dropped": sum(_changed_nothing(record) for record in records if record["round"]),
+            "statement": line,
+        }
+
+
+def _changed_nothing(record: Mapping[str, Any]) -> bool:
+    return bool(record.get("lost", False)) or record.get("rule", {}).get("dropped", 0.0) == 1.0

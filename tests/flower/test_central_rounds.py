@@ -1,0 +1,303 @@
+"""User-level privacy in whole federations: what is claimed, what is written down, what is refused, and crashes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedlora.aggregators import load_aggregator
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError, FedloraError, PrivacyError, RoundError
+from fedlora.flower import refuse_early, run_local
+from fedlora.flower.central import load_rule
+from fedlora.flower.local_grid import LocalGrid
+from fedlora.flower.server_app import RunOutcome
+from fedlora.flower.strategy import Federation
+from fedlora.privacy import central as central_module
+from fedlora.privacy.accounting import Entry
+from fedlora.privacy.central import CLIP
+from fedlora.privacy.ledger import Ledger
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
+from fedlora.training import open_workbench
+
+MakeConfig = Callable[..., RunConfig]
+Z, ROUNDS, DELTA = 2.0, 3, 1e-3
+
+
+@pytest.fixture
+def central(tiny_config: MakeConfig) -> MakeConfig:
+    def make(*overrides: str, name: str = "central", noise: str = f"noise_multiplier={Z}") -> RunConfig:
+        return tiny_config(
+            "train.steps=1",
+            "server.aggregation_error=false",
+            f"server.evaluate_every={ROUNDS}",
+            "privacy.unit=client",
+            f"privacy.{noise}",
+            f"privacy.delta={DELTA}",
+            "privacy.clip_norm=0.05",
+            f"rounds={ROUNDS}",
+            *overrides,
+            name=name,
+        )
+
+    return make
+
+
+def run(config: RunConfig, progress: NoProgress | None = None) -> RunOutcome:
+    return run_local(config, RunDir.create(config, overwrite=True), progress or NoProgress())
+
+
+def resume(rundir: RunDir) -> RunOutcome:
+    return run_local(rundir.config, RunDir.open(rundir.path), NoProgress(), resume=True)
+
+
+def claim(outcome: RunOutcome) -> dict[str, Any]:
+    return outcome.rundir.read_json("result.json")["privacy"]
+
+
+def ledger(rundir: RunDir) -> Ledger:
+    return Ledger(rundir.privacy_dir / "server.jsonl", unit="client")
+
+
+class Cut(NoProgress):
+    """A kill when round `number` begins."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def round_started(self, number: int, asked: object) -> None:
+        if number == self.number:
+            raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------------ the claim
+
+
+def test_the_claim_is_that_of_another_library_and_says_that_it_is_user_level(central: MakeConfig) -> None:
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    outcome = run(central())
+    accountant = PLDAccountant()
+    accountant.compose(dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(Z), ROUNDS))
+    found = claim(outcome)
+    assert found["epsilon"] == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-3)
+    assert (found["unit"], found["delta"], found["rounds_dropped"]) == ("client", DELTA, 0)
+    for words in ("one whole client", "the server, which is trusted", "who answered and with how many examples counts"):
+        assert words in found["statement"]
+    assert ledger(outcome.rundir).entries() == (Entry(1.0, Z, ROUNDS),)
+    spent = [record["epsilon"] for record in outcome.records[1:]]
+    assert spent == sorted(spent)
+    assert spent[-1] == found["epsilon"]
+
+
+def test_a_calibrated_run_ends_just_below_its_epsilon_whatever_share_of_the_clients_is_asked(
+    central: MakeConfig,
+) -> None:
+    assert 3.99 < claim(run(central(noise="epsilon=4")))["epsilon"] <= 4
+    few = claim(run(central("server.clients_per_round=2", "server.weighting=uniform", noise="epsilon=4", name="few")))
+    assert 3.99 < few["epsilon"] <= 4  # no amplification: the seed of the draw is known
+    assert "examples" not in few["statement"].split("counts as public")[0].rsplit(";", 1)[1]
+
+
+@pytest.mark.parametrize(("weighting", "unequal"), [("uniform", False), ("examples", True)])
+def test_noise_follows_the_largest_share_of_the_replies_that_came(
+    central: MakeConfig, weighting: str, unequal: bool
+) -> None:
+    unequally = ["partition.name=quantity", "partition.clients=4", "partition.alpha=0.5"]
+    config = central("rounds=1", f"server.weighting={weighting}", *unequally)
+    sizes = [len(part) for part in open_workbench(config).data.clients]
+    share = max(sizes) / sum(sizes) if unequal else 1 / len(sizes)
+    record = run(config).records[-1]
+    assert record["rule"]["noise_std"] == pytest.approx(Z * 0.05 * share)
+
+
+def test_the_global_model_moves_by_clipped_updates_and_noise_alone(
+    central: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = central("rounds=1", "privacy.clip_norm=1e-3", "train.lr=0.1")
+    monkeypatch.setattr(central_module, "_noise", lambda like, std, generator: torch.zeros_like(like))
+    start = open_workbench(quiet).base.initial_adapter(quiet.seed).tensors()
+    after = run(quiet).state.adapter.tensors()
+    moved = math.sqrt(sum(float((after[n].double() - t.double()).square().sum()) for n, t in start.items()))
+    assert 1e-4 < moved <= 1e-3 * 1.001
+    monkeypatch.undo()
+    one, other = run(quiet).state.adapter.tensors(), run(quiet).state.adapter.tensors()
+    assert all(not torch.equal(one[name], other[name]) for name in one)  # noise is not the seed's
+
+
+def test_adaptive_clipping_goes_on_after_a_resume(central: MakeConfig) -> None:
+    outcome = run(central("privacy.adaptive_clipping=true", "privacy.clip_norm=10", "privacy.clip_lr=1.0"))
+    norms = [record["rule"]["clip_norm"] for record in outcome.records[1:]]
+    assert norms[0] == 10
+    assert norms[-1] < 10
+    assert float(outcome.rundir.latest_checkpoint().memory[CLIP]) < norms[-1] * math.exp(0.5)
+    assert claim(outcome)["epsilon"] == pytest.approx(ledger(outcome.rundir).epsilon(DELTA))
+    assert ledger(outcome.rundir).entries() == (Entry(1.0, Z, ROUNDS),)  # the count query is paid for in it
+
+
+# ------------------------------------------------------------------------------------------------ leaks
+
+
+def test_the_runs_files_hold_no_figure_of_a_client(central: MakeConfig) -> None:
+    outcome = run(central("server.weighting=uniform"))
+    for record in outcome.records[1:]:
+        assert record["train_loss"] is None
+        assert "aggregation_error" not in record
+        assert all(row == {"num_examples": 1.0} for row in record["clients"].values())
+        assert record["rule"].keys() == {"dropped", "clip_norm", "noise_std"}
+    assert not {path.name for path in outcome.rundir.path.iterdir()} & {"partition.json", "labels.png"}
+
+
+def test_clients_train_as_ever_and_tell_the_trusted_server_what_they_did(
+    central: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, Any]] = []
+    real = LocalGrid._answer
+
+    def answer(self: LocalGrid, message: Any) -> Any:
+        reply = real(self, message)
+        sent.append(dict(reply.content.metric_records.get("metrics", {})))
+        return reply
+
+    monkeypatch.setattr(LocalGrid, "_answer", answer)
+    run(central("rounds=1", "train.clip_norm=1.0"))
+    assert all("loss" in row and "noise_multiplier" not in row for row in sent if row)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["strategy.name=flora"], "Flora does not claim LINEAR: it looks at each client's update by itself"),
+        (["strategy.name=fair"], "does not claim LINEAR"),
+        (["strategy.name=ffa", "clients.ranks=[4,2]"], "give all clients the same rank under privacy.unit = 'client'"),
+        (["privacy.delta=0.25"], r"protects nobody among 4 clients: choose one far below 1 / 4"),
+        (["privacy.minimum_cohort=5"], "every round would be dropped"),
+        (["server.clients_per_round=1"], "a round asks 1 clients: every round would be dropped"),
+    ],
+)
+def test_refused_before_anything_is_made(central: MakeConfig, overrides: list[str], says: str) -> None:
+    config = central(*overrides)
+    with pytest.raises(FedloraError, match=says):
+        refuse_early(config, open_workbench(config))
+    with pytest.raises(FedloraError, match=says.split(":")[0] if "ranks" not in overrides[-1] else "same rank"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["server.aggregation_error=true"], "set server.aggregation_error = false"),
+        (["server.max_norm=1.0"], "remove it, privacy.clip_norm clips each update"),
+        (["privacy.max_grad_norm=1.0"], "unknown key 'privacy.max_grad_norm'"),
+        (["privacy.unit=user"], "unknown privacy.unit 'user'"),
+        (["privacy.epsilon=3"], "give exactly one of privacy.epsilon and privacy.noise_multiplier"),
+        (["privacy.clip_norm=0"], r"privacy\.clip_norm"),
+        (["privacy.minimum_cohort=1"], r"privacy\.minimum_cohort"),
+    ],
+)
+def test_configs_that_make_no_claim_are_refused(central: MakeConfig, overrides: list[str], says: str) -> None:
+    with pytest.raises((ConfigError, PrivacyError), match=says):
+        central(*overrides)
+
+
+def test_a_rule_without_noise_cannot_slip_in(central: MakeConfig, tmp_path: Path) -> None:
+    config = central()
+    rundir = RunDir.create(config)
+    with pytest.raises(PrivacyError, match="load_rule"):
+        Federation(None, config, load_aggregator("fedavg", {}), open_workbench(config), rundir, NoProgress())  # type: ignore[arg-type]
+    assert load_rule(config).entry() == Entry(1.0, Z, 1)  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------------------ dropped rounds
+
+
+def test_a_round_with_too_few_replies_changes_nothing_and_costs_nothing(
+    central: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Federation._await
+
+    def await_(self: Federation, state: Any, ask: Any, *rest: Any) -> Any:
+        update = real(self, state, ask, *rest)
+        return None if (ask.round, ask.client_id > 0) == (2, True) else update
+
+    monkeypatch.setattr(Federation, "_await", await_)
+    outcome = run(central("privacy.minimum_cohort=3", "server.quorum=0.1"))
+    first, second, third = outcome.records[1:]
+    assert [r["rule"]["dropped"] for r in (first, second, third)] == [0.0, 1.0, 0.0]
+    assert first["epsilon"] == second["epsilon"] < third["epsilon"]
+    assert ledger(outcome.rundir).entries() == (Entry(1.0, Z, 2),)
+    assert claim(outcome)["rounds_dropped"] == 1
+    assert ledger(outcome.rundir).rounds(outcome.rundir.run_id) == {1, 3}
+
+
+# ------------------------------------------------------------------------------------------------ crashes
+
+
+def _killed(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_run_reports_what_an_uninterrupted_one_does(
+    central: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = claim(run(central(noise="epsilon=4", name="whole")))
+    rundir = RunDir.create(central(noise="epsilon=4", name="cut"))
+    with pytest.raises(KeyboardInterrupt):
+        run_local(rundir.config, rundir, Cut(2))
+    for _ in range(2):  # killed in the middle of a round, after its clients have answered
+        with monkeypatch.context() as patch:
+            patch.setattr(Federation, "_record", _killed)
+            with pytest.raises(KeyboardInterrupt):
+                resume(rundir)
+    assert claim(resume(rundir)) == whole
+    events = [json.loads(line)["event"] for line in ledger(rundir).path.read_text().splitlines()]
+    assert events.count("void") == 3
+    assert events.count("released") == ROUNDS
+
+
+def test_figures_without_their_checkpoint_count_twice(central: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rundir = RunDir.create(central())
+    real = RunDir.save_checkpoint
+
+    def save(self: RunDir, state: Any) -> Any:
+        if state.round == 2:
+            raise KeyboardInterrupt
+        return real(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save_checkpoint", save)
+        with pytest.raises(KeyboardInterrupt):
+            run_local(rundir.config, rundir, NoProgress())
+    outcome = resume(rundir)
+    assert ledger(rundir).entries() == (Entry(1.0, Z, ROUNDS + 1),)
+    assert claim(outcome)["epsilon"] == ledger(rundir).epsilon(DELTA)
+
+
+def test_a_resume_without_its_ledger_is_refused(central: MakeConfig) -> None:
+    rundir = RunDir.create(central())
+    with pytest.raises(KeyboardInterrupt):
+        run_local(rundir.config, rundir, Cut(3))
+    ledger(rundir).path.unlink()
+    with pytest.raises(PrivacyError, match="lacks round 1, which was completed"):
+        resume(rundir)
+
+
+def test_a_budget_that_was_spent_elsewhere_ends_the_run(central: MakeConfig) -> None:
+    config = central(noise="epsilon=4")
+    rundir = RunDir.create(config)
+    with ledger(rundir).spend(load_rule(config).entry(), run="earlier", round=1) as attempt:  # type: ignore[attr-defined]
+        attempt.release()
+    with pytest.raises((PrivacyError, RoundError), match="privacy budget spent"):
+        run_local(config, rundir, NoProgress())
+    assert rundir.read_metrics()[-1]["round"] == ROUNDS - 1
