@@ -18,7 +18,8 @@ import numpy as np
 from fedlora.adapter import ALL_PARTS
 from fedlora.config import parse_config
 from fedlora.privacy.calibrate import Schedule
-from fedlora.training.loop import TrainJob, train
+from fedlora.training.cohort import train
+from fedlora.training.job import TrainJob
 from fedlora.training.private import PrivateSettings, check_model, train_private
 from fedlora.training.workbench import open_workbench
 

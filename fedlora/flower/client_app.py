@@ -39,7 +39,8 @@ from fedlora.flower.settings import client_id_of, config_of
 from fedlora.flower.spending import account_of
 from fedlora.privacy.dpsgd import scrub
 from fedlora.rng import derive
-from fedlora.training.loop import TrainJob, TrainResult, train
+from fedlora.training.cohort import train
+from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.private import PrivateSettings, check_model, private_settings, train_private
 from fedlora.training.workbench import Workbench, open_workbench
 

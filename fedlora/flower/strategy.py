@@ -45,7 +45,7 @@ from fedlora.progress import Progress
 from fedlora.rng import derive
 from fedlora.rundir import RunDir
 from fedlora.training.evaluate import evaluate
-from fedlora.training.loop import TrainJob, examples_of
+from fedlora.training.job import TrainJob, examples_of
 from fedlora.training.private import check_model, private_settings
 from fedlora.training.workbench import Workbench
 

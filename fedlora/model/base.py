@@ -201,6 +201,32 @@ class Base:
                     f"{list(self._dense[name].shape)}: server and client must have the same labels"
                 )
 
+    @property
+    def pair_layers(self) -> Mapping[str, nn.Module]:
+        """PEFT's layers around the adapted modules, by the modules' names, in order."""
+        return self._layers
+
+    @property
+    def head_modules(self) -> Mapping[str, nn.Module]:
+        """The trained copies of the modules that are trained in full, by name, in order."""
+        return {name: wrapper.modules_to_save[ADAPTER] for name, wrapper in self._wrappers.items()}
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The parameters of the adapter, by the names of `AdapterState.tensors`."""
+        pairs = {
+            f"{name}:{part}": matrices[ADAPTER].weight
+            for name, layer in self._layers.items()
+            for part, matrices in (("A", layer.lora_A), ("B", layer.lora_B))
+        }
+        return {**pairs, **self._dense}
+
+    def tensor_names(self, parts: Iterable[Part] = ALL_PARTS) -> list[str]:
+        """Names of an adapter's tensors of some parts, as in `AdapterState.tensors`, in the order of `write`."""
+        chosen = set(parts)
+        names = [f"{name}:{part}" for name in self._layers for part in ("A", "B") if part in chosen]
+        return names + (list(self._dense) if "dense" in chosen else [])
+
     def train_mode(self, training: bool) -> None:
         """Dropout on, as the model's config says, or off. Layers with running statistics stay as in evaluation."""
         if self.model.training == training:

@@ -123,6 +123,27 @@ class Task(ABC):
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """One padded batch on the CPU."""
 
+    def padding(self, examples: Examples) -> Mapping[str, int]:  # noqa: ARG002
+        """The tensors of a batch that are padded, [rows, tokens], with what fills their shorter rows."""
+        return {}
+
+    def tokens(self, batch: Batch) -> int | None:
+        """Tokens in each row of a batch, padding included; None where all rows of all batches are of one size."""
+        ids = batch.get("input_ids")
+        return None if ids is None else int(ids.shape[1])
+
+    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:
+        """Several batches as one, their rows after each other, padded to the longest.
+
+        Args:
+            examples: that they were collated from.
+            batches: at least one.
+        """
+        if len(batches) == 1:
+            return batches[0]
+        fill = self.padding(examples)
+        return {name: _joined([batch[name] for batch in batches], fill.get(name)) for name in batches[0]}
+
     @abstractmethod
     def losses(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b"]:
         """The loss of each example on its own (never a mean over the batch or its tokens)."""
@@ -148,6 +169,18 @@ class Task(ABC):
     @abstractmethod
     def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Figures over some examples: at least `metric` and "loss"."""
+
+
+def _joined(tensors: Sequence[Tensor], fill: int | None) -> Tensor:
+    if fill is None or len({tensor.shape[1] for tensor in tensors}) == 1:
+        return torch.cat(tuple(tensors))
+    shape = (sum(len(tensor) for tensor in tensors), max(tensor.shape[1] for tensor in tensors))
+    out = tensors[0].new_full(shape, fill)
+    row = 0
+    for tensor in tensors:
+        out[row : row + len(tensor), : tensor.shape[1]] = tensor
+        row += len(tensor)
+    return out
 
 
 tasks: Registry[Task] = Registry("task")

@@ -142,6 +142,22 @@ class CausalLM(Task):
         padded, mask = ids.pad(indices)
         return {"input_ids": padded, "attention_mask": mask, "labels": labels.pad(indices)[0]}
 
+    def padding(self, examples: Examples) -> Mapping[str, int]:
+        """Labels that do not count, and positions and segments of nobody."""
+        pad = _tokens(examples, "input_ids").pad_id
+        return {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "position_ids": 0, "segments": -1}
+
+    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:
+        """As for every task; packed examples are numbered on from batch to batch."""
+        if "segments" in batches[0]:
+            numbered, count = [], 0
+            for batch in batches:
+                segments = batch["segments"]
+                numbered.append({**batch, "segments": torch.where(segments < 0, segments, segments + count)})
+                count += int(segments.max()) + 1
+            batches = numbered
+        return super().join(examples, batches)
+
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b"]:
         """Mean cross entropy of each example's counted tokens, in nats."""
         if "segments" in batch:

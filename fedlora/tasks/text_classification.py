@@ -76,6 +76,10 @@ class TextClassification(Classification):
             "labels": torch.from_numpy(examples.labels[np.asarray(indices, dtype=np.int64)]),
         }
 
+    def padding(self, examples: Examples) -> Mapping[str, int]:
+        """The tokeniser's own padding, which is not looked at."""
+        return {"input_ids": _tokens(examples).pad_id, "attention_mask": 0}
+
     def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
         """Noise in the texts: `rate` is the share of words that are exchanged for words of other texts."""
         tokens = _tokens(examples).corrupt(rows, rate, seed)

@@ -1,7 +1,8 @@
 """A client's local training, the evaluation, and what both stand on."""
 
+from fedlora.training.cohort import train, train_cohort
 from fedlora.training.evaluate import Evaluation, evaluate
-from fedlora.training.loop import TrainJob, TrainResult, train
+from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.runtime import describe, setup
 from fedlora.training.workbench import Workbench, close_workbench, open_workbench
 
@@ -16,4 +17,5 @@ __all__ = [
     "open_workbench",
     "setup",
     "train",
+    "train_cohort",
 ]

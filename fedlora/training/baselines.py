@@ -18,8 +18,9 @@ from fedlora.config import TrainConfig
 from fedlora.devices import train_config
 from fedlora.errors import ConfigError
 from fedlora.rng import derive
+from fedlora.training.cohort import train
 from fedlora.training.evaluate import evaluate
-from fedlora.training.loop import TrainJob, examples_of, number_of_steps, train
+from fedlora.training.job import TrainJob, examples_of, number_of_steps
 from fedlora.training.workbench import Workbench
 
 if TYPE_CHECKING:

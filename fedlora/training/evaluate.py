@@ -11,7 +11,7 @@ import torch
 from fedlora.errors import DataError, nearest
 from fedlora.model import Base
 from fedlora.tasks._base import Examples, Task
-from fedlora.training.loop import to_device
+from fedlora.training.job import to_device
 
 CPU_TOKENS = 2048
 DEVICE_TOKENS = 16384

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fedlora.adapter import Part
 from fedlora.config import ExamplePrivacyConfig, RunConfig, TrainConfig
@@ -27,7 +29,7 @@ from fedlora.privacy.dpsgd import PrivateStep, poisson_batches
 from fedlora.privacy.preflight import preflight
 from fedlora.rng import derive
 from fedlora.tasks._base import Examples, Task
-from fedlora.training.loop import TrainJob, TrainResult, add_proximal, learning_rate, make_optimizer, to_device
+from fedlora.training.job import TrainJob, TrainResult, learning_rate, to_device
 
 logger = logging.getLogger(__name__)
 _passed: WeakKeyDictionary[Base, set[frozenset[Part]]] = WeakKeyDictionary()
@@ -148,7 +150,7 @@ def train_private(
     base.train_mode(True)
     mu = job.proximal_mu or config.proximal_mu
     anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
-    optimizer = make_optimizer(parameters, config, fused=False)
+    optimizer = make_optimizer(parameters, config)
     plan = settings.schedule
 
     def losses(positions: np.ndarray) -> Tensor:
@@ -180,6 +182,24 @@ def train_private(
         raise PrivacyError(f"the adapter is not finite after private training: lower train.lr (now {config.lr:g})")
     seconds = time.perf_counter() - begin
     return TrainResult(base.read(), 1, plan.steps, 0, float("nan"), seconds, 0.0)
+
+
+def make_optimizer(parameters: list[Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of a config. AdamW is not fused: that asks for gradients with their parameter's strides."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True
+        )
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=False)
+
+
+@torch.no_grad()
+def add_proximal(parameters: Sequence[Parameter], anchor: Sequence[Tensor], mu: float) -> None:
+    """The gradient of (mu / 2) |w - w0|^2, FedProx's proximal term (arXiv 1812.06127, equation (2)): mu (w - w0)."""
+    moved = [(p, a) for p, a in zip(parameters, anchor, strict=True) if p.grad is not None]
+    gradients = [p.grad for p, _ in moved]
+    drift = torch._foreach_sub([p for p, _ in moved], [a for _, a in moved])
+    torch._foreach_add_(gradients, drift, alpha=mu)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=256)

@@ -22,7 +22,7 @@ from fedlora.model import Base, load_base
 from fedlora.tasks import Examples, Table, Task, load_task
 from fedlora.training import TrainJob, TrainResult, describe, evaluate, open_workbench, setup, train
 from fedlora.training.evaluate import length_batches
-from fedlora.training.loop import batches, learning_rate, number_of_steps
+from fedlora.training.job import batches, learning_rate, number_of_steps
 from fedlora.training.workbench import close_workbench
 
 FAST = TrainConfig(steps=4, batch_size=8, lr=1e-2)
@@ -371,7 +371,7 @@ def test_server_and_clients_share_one_workbench(tiny_bert: Path, tiny_csv: Path)
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (8, 4), (3, 16), (1, 1)])
 @pytest.mark.parametrize("settings", [{"steps": 1}, {"steps": 7}, {"epochs": 1.5}, {"epochs": 0.1}])
 def test_examples_of_counts_what_the_batches_hold(size: int, batch_size: int, settings: dict) -> None:
-    from fedlora.training.loop import batches, examples_of, number_of_steps
+    from fedlora.training.job import batches, examples_of, number_of_steps
 
     config = TrainConfig(batch_size=batch_size, **settings)
     drawn = batches(np.arange(size), batch_size, number_of_steps(size, config), seed=0)

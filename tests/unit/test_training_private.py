@@ -21,7 +21,8 @@ from fedlora.privacy.calibrate import Schedule
 from fedlora.tasks import load_task
 from fedlora.training import open_workbench
 from fedlora.training import private as module
-from fedlora.training.loop import TrainJob, train
+from fedlora.training.cohort import train
+from fedlora.training.job import TrainJob
 from fedlora.training.private import (
     PrivateSettings,
     check_model,

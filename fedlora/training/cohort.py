@@ -1,0 +1,101 @@
+"""Local training, of one client or of many at once through one frozen base.
+
+Each client's result is what it would be alone, up to rounding: its batches, its dropout, its optimiser's state and its
+rates are its own, and the loss is the sum of the clients' losses, so that its gradients are too. In which company a
+client takes its steps changes the shapes of the products, and so the last digits in float32.
+
+A client that fails (a loss that is not finite, an example that cannot be batched) leaves, and the others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from fedlora.config import TrainConfig
+from fedlora.model import Base
+from fedlora.tasks._base import Examples, Task
+from fedlora.training.dropout import RowsError
+from fedlora.training.job import TrainJob, TrainResult
+from fedlora.training.pool import Budget
+from fedlora.training.stacked import cannot_stack
+from fedlora.training.together import Outcome, Together
+
+_alone: WeakKeyDictionary[Base, str] = WeakKeyDictionary()  # bases on which clients were tried together in vain
+
+
+def train(
+    base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig, *, synchronize: bool = False
+) -> TrainResult:
+    """Train an adapter on one client's examples: the cohort of one.
+
+    Args:
+        base: at the version to train on; its adapter is overwritten.
+        task: gives batches and losses.
+        examples: the whole training set.
+        job: what to train.
+        config: how.
+        synchronize: wait for the device at each step, so that `compute_seconds` is exact on a GPU (slower).
+
+    Raises:
+        TrainingError: the client has no examples, nothing trains, or loss or adapter are not finite any more.
+    """
+    (outcome,) = train_cohort(base, task, examples, [job], [config], synchronize=synchronize)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def train_cohort(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    jobs: Sequence[TrainJob],
+    configs: Sequence[TrainConfig],
+    *,
+    budget: Budget | None = None,
+    synchronize: bool = False,
+) -> list[Outcome]:
+    """Train many clients' adapters, side by side where the base allows it.
+
+    Clients may differ in everything: rank, steps, batch size, lengths, rates. Those that train other parts, or with
+    another optimiser, form a cohort of their own. All adapters and states are in memory at once: how many clients to
+    give is the caller's choice (see `fedlora.training.sizing`).
+
+    Args:
+        base: at the version to train on; its adapter is overwritten.
+        task: gives batches and losses.
+        examples: the whole training set.
+        jobs: what to train.
+        configs: how, one for each job.
+        budget: of one joint step; None: by the model's size.
+        synchronize: wait for the device at each step, so that `compute_seconds` is exact on a GPU (slower).
+
+    Returns:
+        An outcome for each job, in their order.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, (job, config) in enumerate(zip(jobs, configs, strict=True)):
+        alike.setdefault((tuple(sorted(job.trains)), config.optimizer), []).append(number)
+    outcomes: dict[int, Outcome] = {}
+    todo = list(alike.values())
+    while todo:
+        part = todo.pop(0)
+        if len(part) > 1 and why_alone(base) is not None:
+            todo = [[number] for number in part] + todo
+            continue
+        run = Together(base, task, examples, [(jobs[k], configs[k]) for k in part], budget, synchronize)
+        try:
+            outcomes.update(zip(part, run.run(), strict=True))
+        except RowsError as error:
+            if len(part) == 1:
+                raise
+            _alone[base] = str(error)
+            todo.insert(0, part)
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+def why_alone(base: Base) -> str | None:
+    """Why clients go one by one through a base, or None where they go together as far as is known."""
+    return _alone.get(base) or cannot_stack(base)

@@ -1,0 +1,203 @@
+"""Each client's own stream of dropout masks, whoever trains beside it and however far its texts are padded.
+
+While `Streams` is entered, torch's dropout, and the dropout inside its fused attention, draw a client's part of a mask
+from that client's generator, in the shape that the client's own batch has without the others. On a CPU the bits come
+from numpy's SFC64 through one comparison: torch's own dropout takes some ten times as long there, which is a quarter of
+a small encoder's training step. The probability is rounded to a multiple of 2^-16 and the scale follows it exactly.
+
+What draws random numbers in another way is not seen here; `Watch` notices it.
+
+Shapes: n = rows of the joint batch, t = its tokens, h = heads, d = features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+LEVELS = 1 << 16  # of a 16-bit draw
+
+
+@dataclass(frozen=True)
+class Part:
+    """One client's rows of the joint batch.
+
+    Args:
+        rows: the first, and one after the last.
+        tokens: of the client's own longest row; None where nothing is padded.
+        stream: the client's.
+    """
+
+    rows: tuple[int, int]
+    tokens: int | None
+    stream: Stream
+
+
+class Stream:
+    """One client's random bits.
+
+    Args:
+        seed: of all its masks.
+        device: on which they are wanted.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._bits = np.random.SFC64(seed) if device.type == "cpu" else None
+        self._generator = None if self._bits is not None else torch.Generator(device).manual_seed(seed)
+
+    @property
+    def state(self) -> Any:
+        """Where the stream is, to be set again."""
+        return self._generator.get_state() if self._bits is None and self._generator else self._bits.state  # type: ignore[union-attr]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if self._bits is None and self._generator:
+            self._generator.set_state(value)
+        else:
+            self._bits.state = value  # type: ignore[union-attr]
+
+    def fill(self, noise: Tensor, p: float) -> None:
+        """Write 0 with probability p and 1 / (1 - p) otherwise into a tensor."""
+        if self._bits is None:
+            drawn = torch.empty(noise.shape, dtype=noise.dtype, device=noise.device)
+            noise.copy_(drawn.bernoulli_(1 - p, generator=self._generator).div_(1 - p))
+            return
+        cut = min(round(p * LEVELS), LEVELS - 1)
+        bits = self._bits.random_raw(-(-noise.numel() // 4)).view(np.uint16)[: noise.numel()].reshape(noise.shape)
+        kept = bits >= np.uint16(cut)
+        if noise.dtype in (torch.float32, torch.float64):
+            out = noise.numpy()
+            np.multiply(kept, out.dtype.type(LEVELS / (LEVELS - cut)), out=out)
+        else:
+            noise.copy_(torch.from_numpy(kept)).mul_(LEVELS / (LEVELS - cut))
+
+
+class Streams(TorchFunctionMode):
+    """Inside, every dropout is drawn client by client; set `parts` before each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: Sequence[Part] = ()
+        self.tokens: int | None = None
+        """Of the joint batch; None where nothing is padded."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Torch's own road into every function while the mode is on."""
+        kwargs = kwargs or {}
+        if func is functional.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention and _dropout_of(args, kwargs):
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+        if not training or p == 0.0 or not input.numel():
+            return input
+        noise = self.noise(input.shape, p, input)
+        return input.mul_(noise) if inplace else input * noise
+
+    def noise(self, shape: torch.Size, p: float, like: Tensor) -> Tensor:
+        """The factors of one dropout.
+
+        Args:
+            shape: [n, ...]; tokens are the second of three dimensions, and the last two of four where both are `t`.
+            p: probability of a zero.
+            like: of which dtype and device.
+
+        Raises:
+            RowsError: the first dimension is not the batch's rows, so that nobody knows whose entry is whose.
+        """
+        noise = torch.empty(shape, dtype=like.dtype, device=like.device)
+        if len(self.parts) == 1 and self.parts[0].tokens == self.tokens:
+            self.parts[0].stream.fill(noise, p)
+            return noise
+        if shape[0] != self.parts[-1].rows[1]:
+            raise RowsError(f"a dropout sees {shape[0]} rows where the batch has {self.parts[-1].rows[1]}")
+        for part in self.parts:
+            own = noise[part.rows[0] : part.rows[1]]
+            if part.tokens != self.tokens and part.tokens is not None:
+                own.fill_(1.0)
+                if len(shape) == 3 and shape[1] == self.tokens:
+                    own = own[:, : part.tokens]
+                elif len(shape) == 4 and shape[2] == shape[3] == self.tokens:
+                    own = own[:, :, : part.tokens, : part.tokens]
+            part.stream.fill(own, p)
+        return noise
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`scaled_dot_product_attention` in two products, with masks of our own."""
+        if enable_gqa and key.shape[1] != query.shape[1]:
+            times = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = torch.matmul(query * scale, key.transpose(-2, -1))
+        least = torch.finfo(scores.dtype).min
+        if is_causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, least)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, least) if attn_mask.dtype == torch.bool else scores + attn_mask
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(dim=-1, dtype=wide).to(query.dtype)
+        return torch.matmul(weights * self.noise(weights.shape, dropout_p, weights), value)
+
+
+class RowsError(Exception):
+    """A layer sees its rows in another form than the batch has them, so that clients cannot be told apart."""
+
+
+class Watch:
+    """Notices random numbers drawn from torch's default generator, which no client owns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.drawn = False
+
+    def __enter__(self) -> Watch:
+        self._before = self._state()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.drawn = any(not torch.equal(a, b) for a, b in zip(self._before, self._state(), strict=True))
+
+    def _state(self) -> list[Tensor]:
+        states = [torch.default_generator.get_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        return states
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Whether anything in a model may be dropped out while it trains, by its modules and its config."""
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
+        return True
+    values = vars(getattr(model, "config", object())) if hasattr(model, "config") else {}
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in values.items())
+
+
+def _dropout_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    return float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))

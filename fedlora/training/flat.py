@@ -1,0 +1,168 @@
+"""Adapters as rows of one matrix, and optimisers that move all rows at once, each by its own rates.
+
+K clients' trained tensors are the K rows of a matrix, so that a step of AdamW for all of them is a handful of vector
+operations, and a layer's stacked tensor is a view of some columns. A pair of a smaller rank than the widest is padded
+with zeros, and stays so: with zero columns in B and zero rows in A neither gets a gradient there, and no optimiser here
+moves a zero that has none.
+
+Shapes: k = clients, p = entries of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.adapter import AdapterState, LoraPair
+from fedlora.config import TrainConfig
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where one named tensor lies in each row.
+
+    Args:
+        name: as in `AdapterState.tensors`.
+        shape: of the tensor, at the widest rank.
+        start: its first entry.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """One after its last entry."""
+        return self.start + math.prod(self.shape)
+
+    def of(self, rows: Float[Tensor, "k p"]) -> Tensor:
+        """The stacked tensor, a view [k, *shape]."""
+        return rows[:, self.start : self.stop].unflatten(1, self.shape)
+
+
+@final
+class Columns:
+    """The layout of a row.
+
+    Args:
+        adapters: that are to be rows; of equal modules, and of any ranks.
+        names: the tensors that a row holds, in their order.
+    """
+
+    def __init__(self, adapters: Sequence[AdapterState], names: Sequence[str]) -> None:
+        each = [adapter.tensors() for adapter in adapters]
+        self.columns: list[Column] = []
+        start = 0
+        for name in names:
+            shapes = [tensors[name].shape for tensors in each]
+            column = Column(name, tuple(max(sizes) for sizes in zip(*shapes, strict=True)), start)
+            self.columns.append(column)
+            start = column.stop
+        self.width = start
+
+    def write(self, row: Float[Tensor, "p"], adapter: AdapterState) -> None:
+        """Put an adapter into a row; its padding is zero."""
+        tensors = adapter.tensors()
+        row.zero_()
+        for column in self.columns:
+            value = tensors[column.name]
+            own = tuple(slice(size) for size in value.shape)
+            column.of(row[None])[0][own].copy_(value)
+
+    def read(self, row: Float[Tensor, "p"], adapter: AdapterState) -> AdapterState:
+        """An adapter of `adapter`'s shape from a row, on the CPU and in the row's dtype; what is not there is kept."""
+        kept = adapter.tensors()
+        found: dict[str, Tensor] = {
+            name: value.detach().to("cpu", row.dtype, copy=True) for name, value in kept.items()
+        }
+        for column in self.columns:
+            own = tuple(slice(size) for size in kept[column.name].shape)
+            found[column.name] = (
+                column.of(row[None])[0][own].detach().to("cpu").clone(memory_format=torch.contiguous_format)
+            )
+        pairs = {name: LoraPair(found[f"{name}:A"], found[f"{name}:B"], p.scale) for name, p in adapter.pairs.items()}
+        return AdapterState(pairs, {name: found[name] for name in adapter.dense})
+
+
+@final
+class FlatOptimizer:
+    """AdamW or SGD with momentum, as torch's, on some rows at a time.
+
+    A row that takes no part in a step is not touched, and counts its own steps.
+
+    Args:
+        rows: how many rows there are.
+        width: entries of a row.
+        configs: of each row; all of the same optimiser.
+        like: dtype and device.
+    """
+
+    def __init__(self, rows: int, width: int, configs: Sequence[TrainConfig], like: Tensor) -> None:
+        self._adamw = configs[0].optimizer == "adamw"
+        self._decay = [config.weight_decay for config in configs]
+        self._momentum = [config.momentum for config in configs]
+        self._steps = [0] * rows
+        needed = 2 if self._adamw else int(any(self._momentum))
+        self._state = [like.new_zeros(rows, width) for _ in range(needed)]
+
+    @torch.no_grad()
+    def step(
+        self, values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"], rows: Sequence[int], rates: Sequence[float]
+    ) -> None:
+        """Move some rows.
+
+        Args:
+            values: of these rows; changed in place.
+            gradients: of these rows; may be overwritten.
+            rows: their numbers.
+            rates: the learning rate of each.
+        """
+
+        def each(numbers: Sequence[float]) -> Tensor:
+            return values.new_tensor(numbers)[:, None]
+
+        for row in rows:
+            self._steps[row] += 1
+        state = [take(held, rows) for held in self._state]
+        decay = [self._decay[row] for row in rows]
+        if self._adamw:
+            first, second = state
+            steps = [self._steps[row] for row in rows]
+            if any(decay):
+                values.mul_(each([1 - rate * weight for rate, weight in zip(rates, decay, strict=True)]))
+            first.lerp_(gradients, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(gradients, gradients, value=1 - BETAS[1])
+            root = second.sqrt().div_(each([math.sqrt(1 - BETAS[1] ** t) for t in steps])).add_(EPSILON)
+            size = each([-rate / (1 - BETAS[0] ** t) for rate, t in zip(rates, steps, strict=True)])
+            values.addcmul_(torch.div(first, root, out=root), size)
+        else:
+            if any(decay):
+                gradients.addcmul_(values, each(decay))
+            if state:
+                gradients = state[0].mul_(each([self._momentum[row] for row in rows])).add_(gradients)
+            values.addcmul_(gradients, each([-rate for rate in rates]))
+        for held, now in zip(self._state, state, strict=True):
+            put(held, rows, now)
+
+
+def take(held: Float[Tensor, "K p"], rows: Sequence[int]) -> Float[Tensor, "k p"]:
+    """Some rows of a matrix to work on, a view where they follow each other; `put` writes them back."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return held[rows[0] : rows[0] + len(rows)]
+    return held[torch.as_tensor(rows, device=held.device)]
+
+
+def put(held: Float[Tensor, "K p"], rows: Sequence[int], now: Float[Tensor, "k p"]) -> None:
+    """Write back what `take` gave, where that was a copy."""
+    if now.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
+        held[torch.as_tensor(rows, device=held.device)] = now

@@ -1,0 +1,107 @@
+"""What one client trains in a round, and what follows from that alone: its steps, its batches, its rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedlora.adapter import AdapterState, Part
+from fedlora.config import TrainConfig
+from fedlora.rng import derive
+from fedlora.tasks._base import Batch
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What one client trains in one round.
+
+    Args:
+        adapter: where training starts.
+        trains: the parts that receive gradients.
+        indices: the client's examples, as positions in the training set.
+        seed: of the batches and of dropout.
+        proximal_mu: FedProx's mu; 0 takes the train config's.
+    """
+
+    adapter: AdapterState
+    trains: frozenset[Part]
+    indices: np.ndarray
+    seed: int
+    proximal_mu: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of it.
+
+    Args:
+        adapter: after training; parts that were frozen are as they were.
+        num_examples: of the client.
+        steps: optimiser steps taken.
+        examples_seen: sum of the batch sizes.
+        loss: mean over the steps of the batch's mean loss, without the proximal term.
+        seconds: wall time of everything.
+        compute_seconds: of it, in forward, backward and optimiser step.
+    """
+
+    adapter: AdapterState
+    num_examples: int
+    steps: int
+    examples_seen: int
+    loss: float
+    seconds: float
+    compute_seconds: float
+
+
+def number_of_steps(size: int, config: TrainConfig) -> int:
+    """Optimiser steps for a client of `size` examples: `steps`, or `epochs` (1 by default) passes, rounded up."""
+    if config.steps is not None:
+        return config.steps
+    in_a_pass = -(-size // config.batch_size)
+    return max(1, math.ceil((config.epochs or 1.0) * in_a_pass - 1e-9))
+
+
+def examples_of(size: int, config: TrainConfig) -> int:
+    """Examples that `train` sees on a client of `size` examples: whole passes, and the batches of the last one."""
+    if size == 0:
+        return 0
+    passes, rest = divmod(number_of_steps(size, config), -(-size // config.batch_size))
+    return passes * size + min(rest * config.batch_size, size)
+
+
+def batches(indices: np.ndarray, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches without replacement: shuffled pass after shuffled pass, each cut into consecutive pieces.
+
+    The last batch of a pass may be smaller; a client smaller than the batch size uses what it has.
+
+    Args:
+        indices: the client's examples.
+        batch_size: of a full batch.
+        steps: how many batches.
+        seed: the draw is a function of it and of `indices`.
+    """
+    generator = np.random.Generator(np.random.PCG64(derive(seed, "batches")))
+    given = 0
+    while given < steps:
+        order = generator.permutation(indices)
+        for start in range(0, len(order), batch_size):
+            if given == steps:
+                return
+            yield order[start : start + batch_size]
+            given += 1
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of one step (from 0): linear warm-up to lr, which step `warmup_steps` is the first to have."""
+    return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch where the model is."""
+    if device.type == "cpu":
+        return batch
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -1,0 +1,325 @@
+"""The training loop: some clients with a common optimiser and common trained parts, until all of them are done.
+
+Shapes: K = clients, k = those in one step, p = trained entries of an adapter, b = examples of a joint batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.config import TrainConfig
+from fedlora.errors import TrainingError
+from fedlora.model import Base, seeded
+from fedlora.rng import derive
+from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.training.dropout import Part, RowsError, Stream, Streams, Watch, drops_out
+from fedlora.training.flat import Columns, FlatOptimizer, put, take
+from fedlora.training.job import TrainJob, TrainResult, batches, learning_rate, number_of_steps, to_device
+from fedlora.training.pool import Budget, Waiting, choose
+from fedlora.training.sizing import step_budget
+from fedlora.training.stacked import Alone, Stacked, cannot_stack
+
+CHECK_EVERY = 32  # steps between looks at the losses on a device where looking waits for all work to end
+
+Outcome: TypeAlias = TrainResult | Exception
+"""What came of one client: its result, or what it raised."""
+
+
+@dataclass
+class _Client:
+    """One client on its way; `row` is its row in the matrices."""
+
+    row: int
+    job: TrainJob
+    config: TrainConfig
+    steps: int
+    batches: Iterator[np.ndarray]
+    stream: Stream
+    chosen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    batch: Batch | None = None
+    done: int = 0
+    seen: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    compute: float = 0.0
+    outcome: Outcome | None = None
+
+
+class Binding(Protocol):
+    """How a model comes to use the adapters of a step: stacked, or one alone."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any, /) -> None: ...
+
+    def bind(self, values: Float[Tensor, "k p"], rows: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+        """Use these clients' adapters until the next call.
+
+        Args:
+            values: the trained entries.
+            rows: the clients' numbers.
+            sizes: rows of each in the batch.
+
+        Returns:
+            The tensors to differentiate by, in the order of the columns.
+        """
+        ...
+
+
+@final
+class Together:
+    """One cohort.
+
+    Args:
+        base: at the version to train on; its adapter is overwritten.
+        task: gives batches and losses.
+        examples: the whole training set.
+        work: jobs and configs of the clients.
+        budget: of one joint step; None: by the model's size.
+        synchronize: wait for the device at each step.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        task: Task,
+        examples: Examples,
+        work: Sequence[tuple[TrainJob, TrainConfig]],
+        budget: Budget | None,
+        synchronize: bool,
+    ) -> None:
+        self._base, self._task, self._examples = base, task, examples
+        self._budget = budget or step_budget(base)
+        self._synchronize = synchronize
+        self._look_every = 1 if base.device.type == "cpu" else CHECK_EVERY
+        self._unseen: list[tuple[list[_Client], Tensor]] = []
+        self._clients = [
+            _Client(
+                row,
+                job,
+                config,
+                number_of_steps(len(job.indices), config) if len(job.indices) else 0,
+                batches(job.indices, config.batch_size, number_of_steps(len(job.indices), config), job.seed),
+                Stream(derive(job.seed, "dropout"), base.device),
+            )
+            for row, (job, config) in enumerate(work)
+        ]
+
+    def run(self) -> list[Outcome]:
+        """Train all clients to their ends.
+
+        Raises:
+            RowsError: of more than one client: they cannot go together through this model.
+        """
+        begin = time.perf_counter()
+        ready = [client for client in self._clients if self._prepared(client)]
+        if ready:
+            first = ready[0].job
+            if not self._base.write(first.adapter, first.trains):
+                error = TrainingError(f"nothing trains: the adapter has no tensor in {sorted(first.trains)}")
+                for client in ready:
+                    client.outcome = error
+            else:
+                self._train(ready)
+        overhead = (time.perf_counter() - begin - sum(client.seconds for client in ready)) / max(1, len(ready))
+        out: list[Outcome] = []
+        for client in self._clients:
+            assert client.outcome is not None
+            if isinstance(client.outcome, TrainResult):
+                seconds = client.seconds + max(0.0, overhead)
+                client.outcome = TrainResult(**{**vars(client.outcome), "seconds": seconds})
+            out.append(client.outcome)
+        return out
+
+    def _prepared(self, client: _Client) -> bool:
+        """Whether a client can begin."""
+        if len(client.job.indices) == 0:
+            client.outcome = TrainingError(
+                "the client has no examples: give it some, or leave it out (a larger min_size in [partition])"
+            )
+            return False
+        try:
+            self._base.require_fit(client.job.adapter)
+        except Exception as error:
+            client.outcome = error
+        return client.outcome is None
+
+    def _train(self, clients: list[_Client]) -> None:
+        base = self._base
+        jobs = [client.job for client in clients]
+        for row, client in enumerate(clients):
+            client.row = row
+        like = torch.empty(0, dtype=base.adapter_dtype, device=base.device)
+        self._columns = Columns([job.adapter for job in jobs], base.tensor_names(jobs[0].trains))
+        self._values = like.new_empty(len(jobs), self._columns.width)
+        for client in clients:
+            self._columns.write(self._values[client.row], client.job.adapter)
+        self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
+        self._anchor = self._values.clone() if any(self._mu) else None
+        self._optimizer = FlatOptimizer(len(jobs), self._columns.width, [client.config for client in clients], like)
+        self._streams = Streams() if drops_out(base.model) else None
+        base.train_mode(True)
+        with ExitStack() as stack:
+            stack.enter_context(seeded(derive(jobs[0].seed, "dropout"), base.device))
+            if self._streams is not None:
+                stack.enter_context(self._streams)
+            alone = cannot_stack(base) is not None
+            binding: Binding = Alone(base, self._columns) if alone else Stacked(base, self._columns, jobs)
+            self._binding = stack.enter_context(binding)
+            for client in clients:
+                self._next_batch(client)
+            while active := [client for client in clients if client.outcome is None]:
+                waiting = [self._waiting(client) for client in active]
+                self._joint([active[place] for place in choose(waiting, self._budget)])
+
+    # ------------------------------------------------------------------------------------------ one step
+
+    def _joint(self, members: list[_Client]) -> None:
+        """One step of some clients; if that fails, of each of them alone, to see whose fault it is."""
+        states = [client.stream.state for client in members] if self._streams is not None and len(members) > 1 else []
+        try:
+            self._step(members)
+        except Exception as error:
+            if isinstance(error, RowsError) and len(self._clients) > 1:
+                raise
+            if len(members) == 1:
+                members[0].outcome = error
+                return
+            for client, state in zip(members, states, strict=False):
+                client.stream.state = state
+            for client in members:
+                self._joint([client])
+
+    def _step(self, members: list[_Client]) -> None:
+        begin = time.perf_counter()
+        members = sorted(members, key=lambda client: (-self._rows(client), client.row))
+        sizes = [self._rows(client) for client in members]
+        rows = [client.row for client in members]
+        own = [client.batch for client in members if client.batch is not None]
+        batch = to_device(self._task.join(self._examples, own), self._base.device)
+        if self._streams is not None:
+            self._streams.tokens = self._task.tokens(batch)
+            ends = np.cumsum(sizes).tolist()
+            self._streams.parts = [
+                Part((end - size, end), self._task.tokens(one), client.stream)
+                for end, size, one, client in zip(ends, sizes, own, members, strict=True)
+            ]
+        started = self._now()
+        values = take(self._values, rows)
+        leaves = self._binding.bind(values, rows, sizes)
+        losses = self._losses(batch, members)
+        found = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+        gradients = torch.cat([gradient.reshape(len(members), -1) for gradient in found], dim=1)
+        rates = self._adjusted(members, values, gradients)
+        self._optimizer.step(values, gradients, rows, rates)
+        put(self._values, rows, values)
+        computed = self._now() - started
+        self._unseen.append((members, losses.detach()))
+        for client in members:
+            client.done += 1
+            client.seen += len(client.chosen)
+            client.compute += computed * self._rows(client) / sum(sizes)
+        ended = any(client.done == client.steps for client in members)
+        if ended or sum(len(clients) for clients, _ in self._unseen) >= self._look_every:
+            self._look()
+        weights = [self._rows(client) / sum(sizes) for client in members]
+        for client in members:
+            if client.outcome is None:
+                self._next_batch(client)
+        taken = time.perf_counter() - begin
+        for client, weight in zip(members, weights, strict=True):
+            client.seconds += taken * weight
+            if isinstance(client.outcome, TrainResult):
+                client.outcome = TrainResult(**{**vars(client.outcome), "compute_seconds": client.compute})
+
+    def _losses(self, batch: Batch, members: list[_Client]) -> Float[Tensor, "k"]:
+        """The mean loss of each client's batch."""
+        with Watch(self._base.device) as watch:
+            each = self._task.losses(self._base.model, batch)
+        if watch.drawn and len(self._clients) > 1:
+            raise RowsError("it draws random numbers in a way that cannot be told apart by clients")
+        return torch.stack([part.mean() for part in each.split([len(client.chosen) for client in members])])
+
+    def _adjusted(
+        self, members: list[_Client], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]
+    ) -> list[float]:
+        """Proximal term, clipping and warm-up; the gradients are changed, the rates are given back.
+
+        The gradient of FedProx's (mu / 2) |w - w0|^2 (arXiv 1812.06127, equation (2)) is mu (w - w0).
+        """
+        with torch.no_grad():
+            if self._anchor is not None:
+                anchor = take(self._anchor, [client.row for client in members])
+                mu = values.new_tensor([self._mu[client.row] for client in members])
+                gradients.addcmul_(values - anchor, mu[:, None])
+            if any(client.config.clip_norm is not None for client in members):
+                most = [c.config.clip_norm if c.config.clip_norm is not None else float("inf") for c in members]
+                norms = torch.linalg.vector_norm(gradients, dim=1)
+                gradients.mul_((values.new_tensor(most) / (norms + 1e-6)).clamp_(max=1.0)[:, None])
+        return [learning_rate(client.done, client.config) for client in members]
+
+    # ------------------------------------------------------------------------------------------ batches and ends
+
+    def _next_batch(self, client: _Client) -> None:
+        try:
+            client.chosen = next(client.batches)
+            client.batch = self._task.collate(self._examples, client.chosen)
+        except Exception as error:
+            client.outcome = error
+
+    def _rows(self, client: _Client) -> int:
+        assert client.batch is not None
+        return len(next(iter(client.batch.values())))
+
+    def _waiting(self, client: _Client) -> Waiting:
+        assert client.batch is not None
+        tokens = self._task.tokens(client.batch) or int(self._examples.lengths[client.chosen].max())
+        return Waiting(self._rows(client), tokens, client.steps - client.done)
+
+    def _look(self) -> None:
+        """Take note of the losses so far; clients whose loss is not finite leave, and those that are done end."""
+        found = torch.cat([losses for _, losses in self._unseen]).tolist()
+        for client, loss in zip((client for members, _ in self._unseen for client in members), found, strict=True):
+            client.losses.append(loss)
+            if not np.isfinite(loss) and client.outcome is None:
+                client.outcome = TrainingError(
+                    f"the loss is not finite at step {len(client.losses)}: {_cure(client.config)}"
+                )
+            elif client.done == client.steps == len(client.losses) and client.outcome is None:
+                client.outcome = self._ended(client)
+        self._unseen.clear()
+
+    def _ended(self, client: _Client) -> Outcome:
+        row = self._values[client.row]
+        if not bool(torch.isfinite(row).all()):
+            return TrainingError(f"the adapter is not finite after step {client.steps}: {_cure(client.config)}")
+        return TrainResult(
+            adapter=self._columns.read(row, client.job.adapter),
+            num_examples=len(client.job.indices),
+            steps=client.steps,
+            examples_seen=client.seen,
+            loss=float(np.mean(client.losses)),
+            seconds=client.seconds,
+            compute_seconds=client.compute,
+        )
+
+    def _now(self) -> float:
+        device = self._base.device
+        if self._synchronize and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif self._synchronize and device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+
+def _cure(config: TrainConfig) -> str:
+    clip = "" if config.clip_norm is not None else ", or set train.clip_norm (1.0 is usual)"
+    return f"lower train.lr (now {config.lr:g}){clip}"
