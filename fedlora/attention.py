@@ -7,17 +7,12 @@ the two is taken is a function of device, dtype and length alone, never of a mea
 transformers' models call whatever attention function their config names; `choose_attention` registers ours there and
 names it, so that it serves every architecture that asks transformers' interface for its function.
 
-Dropout of attention weights is torch's own, unless somebody says otherwise (see `dropout_by`).
-
 Shapes: b = examples, h = heads, g = key and value heads (h is a multiple), t = queries, s = keys, d = features of a
 head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -29,8 +24,6 @@ from torch.nn import functional
 from fedlora.errors import ModelError, nearest
 
 Mode: TypeAlias = Literal["auto", "sdpa", "eager"]
-Dropout: TypeAlias = Callable[[Tensor, float], Tensor]
-"""Attention weights [b, h, t, s] and the probability -> the weights after dropout, in the same dtype."""
 
 MODES: tuple[Mode, ...] = ("auto", "sdpa", "eager")
 NAME = "fedlora_by_length"
@@ -42,8 +35,6 @@ Measured forward and backward on an AMD EPYC core, heads of 32 and 64 features. 
 is faster at every length."""
 NOT_OURS = ("softcap", "s_aux", "position_bias", "cache")
 """Arguments that change what is computed; transformers' own function takes them, or says that it cannot."""
-
-_dropout: ContextVar[Dropout | None] = ContextVar("attention_dropout", default=None)
 
 
 @dataclass(frozen=True)
@@ -100,22 +91,6 @@ def short_limit(device: torch.device, dtype: torch.dtype) -> int:
     return SHORT.get((device.type, dtype), 0)
 
 
-def goes_by_length(model: nn.Module) -> bool:
-    """Whether `choose_attention` gave the model this module's function, so that `dropout_by` reaches it."""
-    return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
-
-
-@contextmanager
-def dropout_by(function: Dropout) -> Iterator[None]:
-    """Inside, attention weights are dropped by a function, whatever their length: many clients in one batch, for one,
-    draw from streams of their own. Only where `goes_by_length`."""
-    token = _dropout.set(function)
-    try:
-        yield
-    finally:
-        _dropout.reset(token)
-
-
 def attend(
     module: nn.Module,
     query: Float[Tensor, "b h t d"],
@@ -140,16 +115,13 @@ def attend(
         is_causal: whether a query sees no later key; counts where there is no mask, as in sdpa.
         kwargs: whatever else the model passes on.
     """
-    drop = _dropout.get() if dropout else None
     causal = attention_mask is None and query.shape[2] > 1
     causal = causal and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     limit = short_limit(query.device, query.dtype)
     # torch's kernel for CPUs knows no dropout: with it the scores are in memory either way, at any length.
     short = key.shape[2] <= limit or (limit > 0 and dropout > 0)
     foreign = any(kwargs.get(name) is not None for name in NOT_OURS) or torch.compiler.is_compiling()
-    if foreign or not (short or drop) or (causal and query.shape[2] != key.shape[2]):
-        if drop is not None:
-            raise ModelError(f"{type(module).__name__} needs an attention whose dropout cannot be set: model.dropout=0")
+    if foreign or not short or (causal and query.shape[2] != key.shape[2]):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         found, _ = sdpa_attention_forward(
@@ -157,7 +129,7 @@ def attend(
         )
         return found, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = two_products(query, key, value, attention_mask, scale, causal, dropout, drop or functional.dropout)
+    out = two_products(query, key, value, attention_mask, scale, causal, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -169,7 +141,6 @@ def two_products(
     scale: float,
     causal: bool = False,
     dropout: float = 0.0,
-    drop: Dropout = functional.dropout,
 ) -> Float[Tensor, "b h t d"]:
     """softmax(Q Kᵀ scale + mask) V with the scores in memory (Vaswani et al. 2017, arXiv 1706.03762, equation (1)).
 
@@ -188,7 +159,7 @@ def two_products(
     halves = scores.dtype in (torch.bfloat16, torch.float16) and not scores.is_cpu
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype) if halves else torch.softmax(scores, -1)
     if dropout:
-        weights = drop(weights, dropout)
+        weights = functional.dropout(weights, dropout)
     return torch.matmul(weights.view(b, g, h // g * t, s), value).view(b, h, t, value.shape[-1])
 
 

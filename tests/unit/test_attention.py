@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora import attention
-from fedlora.attention import choose_attention, dropout_by, goes_by_length, short_limit, two_products
+from fedlora.attention import choose_attention, short_limit, two_products
 from fedlora.errors import ModelError
 
 VOCABULARY = 40
@@ -182,34 +182,7 @@ def test_generation_with_a_cache_agrees(short: dict) -> None:
     assert torch.equal(*said)
 
 
-@pytest.mark.parametrize("limit", [0, 64])
-def test_dropout_comes_from_the_function_that_is_set(limit: int, short: dict) -> None:
-    short[("cpu", torch.float64)] = limit
-    model = text_model("Bert", attention_probs_dropout_prob=0.25, hidden_dropout_prob=0.0)
-    choose_attention(model)
-    inputs, seen = batch("none"), []
-
-    def halve(weights: Tensor, p: float) -> Tensor:
-        seen.append((tuple(weights.shape), p))
-        return weights * 0.5
-
-    plain = model(**inputs).logits.detach()
-    with dropout_by(halve):
-        assert torch.equal(model(**inputs).logits, plain)  # evaluation drops nothing
-        assert seen == []
-        model.train()
-        halved = model(**inputs).logits.detach()
-    assert seen == [((3, 4, 7, 7), 0.25)] * 2
-    values = [layer.attention.self.value for layer in model.bert.encoder.layer]  # type: ignore[operator, union-attr]
-    with torch.no_grad():
-        for value in values:
-            value.weight.mul_(0.5)
-            value.bias.mul_(0.5)
-        wanted = model.eval()(**inputs).logits
-    assert float((wanted - halved).abs().max()) < 1e-12
-
-
-def test_torchs_dropout_keeps_its_share(short: dict) -> None:
+def test_dropout_keeps_its_share(short: dict) -> None:
     draw = torch.Generator().manual_seed(0)
     query, key = (torch.randn(4, 2, 64, 8, dtype=torch.float64, generator=draw) for _ in range(2))
     ones = torch.ones_like(key)
@@ -236,7 +209,6 @@ def test_what_changes_the_scores_is_not_ours(short: dict, calls: list) -> None:
     report = choose_attention(model)
     assert report.mode == "eager"
     assert "Gemma2" in report.reason
-    assert not goes_by_length(model)
     with pytest.raises(ModelError, match="has no sdpa"):
         choose_attention(model, "sdpa")
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64)
@@ -249,12 +221,10 @@ def test_the_report_says_which() -> None:
     model = text_model("Bert")
     report = choose_attention(model)
     assert report.mode == "auto"
-    assert goes_by_length(model)
     assert "float64" in report.reason
     assert "256 tokens" in choose_attention(model.bfloat16()).reason
     for mode in ("sdpa", "eager"):
         assert choose_attention(model, mode).mode == mode  # type: ignore[arg-type]
-        assert not goes_by_length(model)
 
 
 def test_an_exported_config_does_not_name_it(tmp_path) -> None:
