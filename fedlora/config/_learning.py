@@ -18,6 +18,9 @@ class ModelConfig(Section):
     """A commit or tag of a hub model."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Of the frozen base; adapters are always trained in float32 (float64 with a float64 base)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of the base in training, everywhere the same; 0 turns it off, which adapters of low rank seldom miss and
+    `runtime.prefix_cache` needs. None: as the checkpoint says."""
     trust_remote_code: bool = False
 
 
@@ -34,6 +37,9 @@ class AdapterConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Names = ()
     """Module names (suffixes) to adapt; empty: PEFT's default for the architecture."""
+    layers: Annotated[str, Field(pattern=r"^top:[1-9][0-9]*$")] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Of the targets those in some layers alone: their numbers from 0, or the uppermost as "top:2". What lies below
+    the lowest of them need not be computed again and again (`runtime.prefix_cache`). None: all."""
     rank_pattern: dict[str, PositiveInt] = Field(default={})
     """Module name (suffix or regular expression, as in PEFT) -> rank at adapter.rank; scaled for other client ranks."""
     alpha_pattern: dict[str, float] = Field(default={})

@@ -24,6 +24,7 @@ from fedlora.config import AdapterConfig, RunConfig
 from fedlora.errors import ConfigError, ModelError
 from fedlora.model.base import ADAPTER, Base
 from fedlora.model.device import resolve_device, seeded
+from fedlora.model.dropout import set_dropout
 from fedlora.model.targets import is_transposed, resolve_heads, resolve_targets
 from fedlora.model.weights import plain_linears
 from fedlora.rng import derive
@@ -116,6 +117,8 @@ def _load(
     with seeded(derive(0, "base"), torch.device("cpu")):
         model, absent = _from_pretrained(config, source, auto_class, model_kwargs, dtype)
         model.requires_grad_(False)
+        if config.model.dropout is not None:
+            set_dropout(model, config.model.dropout)
         if not getattr(model, "is_quantized", False):
             model.to(device)
         heads = resolve_heads(model, config.adapter, head)

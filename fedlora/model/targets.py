@@ -41,6 +41,8 @@ def resolve_targets(model: nn.Module, adapter: AdapterConfig, heads: Sequence[st
                     f"{nearest(target, suffixes(linear))}"
                 )
         chosen = [name for name in outside if any(ends_with(name, target) for target in targets)]
+    if adapter.layers is not None:
+        chosen = _in_layers(model, chosen, adapter.layers)
     if not chosen:
         raise ModelError(f"no module gets an adapter; set adapter.targets; {nearest('', suffixes(linear))}")
     for name in chosen:
@@ -86,6 +88,16 @@ def resolve_heads(model: nn.Module, adapter: AdapterConfig, candidates: Sequence
             raise ModelError(f"module {name!r} has no parameters to train: leave it out of adapter.modules_to_save")
     _refuse_tied(model, heads, "adapter.modules_to_save")
     return heads
+
+
+def layer_of(model: nn.Module, name: str) -> tuple[str, int] | None:
+    """Name of the outermost list of layers in which a module is, and in which of them; None for one outside of all."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        owner = ".".join(parts[:depth])
+        if parts[depth].isdecimal() and isinstance(model.get_submodule(owner), nn.ModuleList):
+            return owner, int(parts[depth])
+    return None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -148,6 +160,26 @@ def _default_targets(model: nn.Module, linear: Sequence[str]) -> tuple[str, ...]
         )
     found = defaults[kind]
     return found if isinstance(found, str) else tuple(found)
+
+
+def _in_layers(model: nn.Module, names: Sequence[str], layers: str | tuple[int, ...]) -> list[str]:
+    places = {name: place for name in names if (place := layer_of(model, name)) is not None}
+    lists = sorted({owner for owner, _ in places.values()})
+    if len(lists) != 1:
+        found = (
+            f"has several lists of layers ({', '.join(lists)})" if lists else "keeps its targets in no list of layers"
+        )
+        raise ModelError(
+            f"adapter.layers needs one list of layers, and the model {found}: name modules in adapter.targets"
+        )
+    depth = len(model.get_submodule(lists[0]))  # type: ignore[arg-type]
+    wanted = range(depth - int(layers[4:]), depth) if isinstance(layers, str) else layers
+    if missing := [number for number in wanted if not 0 <= number < depth]:
+        raise ModelError(
+            f"adapter.layers asks for layer {missing[0]}, and {lists[0]!r} has layers 0 to {depth - 1}: "
+            f'name some of these, or "top:{min(2, depth)}"'
+        )
+    return [name for name in names if name in places and places[name][1] in wanted]
 
 
 def _refuse_unfit(name: str, module: nn.Module, linear: Sequence[str]) -> None:

@@ -6,48 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import TEXT, classifier, config_of, inputs_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora import attention
 from fedlora.attention import choose_attention, short_limit, two_products
 from fedlora.errors import ModelError
-
-VOCABULARY = 40
-
-
-def text_model(kind: str, **more: Any) -> nn.Module:
-    import transformers
-
-    common: dict[str, Any] = {"vocab_size": VOCABULARY, "num_labels": 3, "pad_token_id": 0}
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-    by_kind = {
-        "Bert": small,
-        "Roberta": small,
-        "DistilBert": {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 32},
-        "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 4, "scale_attn_by_inverse_layer_idx": True},
-        "Llama": {**small, "num_key_value_heads": 2},
-        "Qwen2": {**small, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 3},
-        "Gemma2": {**small, "num_key_value_heads": 2, "head_dim": 4},
-    }
-    config = getattr(transformers, f"{kind}Config")(**common, **{**by_kind[kind], **more})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}ForSequenceClassification")(config).double()
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def batch(padding: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
-    mask = torch.ones_like(ids)
-    if padding == "right":
-        mask[1, 4:] = mask[2, 6:] = 0
-    elif padding == "left":
-        mask[1, :3] = 0
-    return {"input_ids": ids * mask, "attention_mask": mask}
 
 
 def outcome(model: nn.Module, mode: str, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -87,9 +52,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "GPT2", "Llama", "Qwen2"])
+@pytest.mark.parametrize("kind", TEXT)
 def test_two_products_are_the_models_own_attention(kind: str, padding: str, short: dict, calls: list) -> None:
-    model, inputs = text_model(kind), batch(padding)
+    model, inputs = classifier(kind), inputs_of(kind, padding)
     ours = outcome(model, "auto", inputs)
     assert len(calls) == 2  # once a layer
     assert_same(ours, outcome(model, "sdpa", inputs))
@@ -99,20 +64,14 @@ def test_two_products_are_the_models_own_attention(kind: str, padding: str, shor
 
 
 def test_two_products_serve_pictures(short: dict, calls: list) -> None:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
-    )
-    model = ViTForImageClassification(config).double().eval()
-    inputs = {"pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
+    model, inputs = classifier("ViT"), inputs_of("ViT")
     ours = outcome(model, "auto", inputs)
     assert len(calls) == 2
     assert_same(ours, outcome(model, "sdpa", inputs))
 
 
 def test_length_decides(short: dict, calls: list) -> None:
-    model, inputs = text_model("Llama"), batch("right")
+    model, inputs = classifier("Llama"), inputs_of("Llama", "right")
     ours = outcome(model, "auto", inputs)
     short[("cpu", torch.float64)] = 6  # the batch has 7 tokens
     calls.clear()
@@ -161,24 +120,15 @@ def test_bfloat16_stays_within_its_rounding() -> None:
 
 
 def test_generation_with_a_cache_agrees(short: dict) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        eos_token_id=None,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).double().eval()
+        model = LlamaForCausalLM(config_of("Llama", eos_token_id=None)).double().eval()
     said = []
     for mode in ("auto", "sdpa"):
         choose_attention(model, mode)  # type: ignore[arg-type]
-        said.append(model.generate(batch("none")["input_ids"], max_new_tokens=5, do_sample=False, pad_token_id=0))
+        said.append(model.generate(inputs_of("Llama")["input_ids"], max_new_tokens=5, do_sample=False, pad_token_id=0))
     assert torch.equal(*said)
 
 
@@ -200,12 +150,12 @@ def test_models_that_cannot_are_left_alone() -> None:
     with pytest.raises(ModelError, match=r"runtime\.attention = 'auto'"):
         choose_attention(nn.Linear(2, 2), "sdpa")
     with pytest.raises(ModelError, match="sdpa"):
-        choose_attention(text_model("Bert"), "spda")  # type: ignore[arg-type]
+        choose_attention(classifier("Bert"), "spda")  # type: ignore[arg-type]
 
 
 def test_what_changes_the_scores_is_not_ours(short: dict, calls: list) -> None:
     """Gemma 2 caps its scores; the kernel cannot, and neither may we do as if."""
-    model = text_model("Gemma2")
+    model = classifier("Gemma2")
     report = choose_attention(model)
     assert report.mode == "eager"
     assert "Gemma2" in report.reason
@@ -218,7 +168,7 @@ def test_what_changes_the_scores_is_not_ours(short: dict, calls: list) -> None:
 
 
 def test_the_report_says_which() -> None:
-    model = text_model("Bert")
+    model = classifier("Bert")
     report = choose_attention(model)
     assert report.mode == "auto"
     assert "float64" in report.reason
@@ -228,7 +178,7 @@ def test_the_report_says_which() -> None:
 
 
 def test_an_exported_config_does_not_name_it(tmp_path) -> None:
-    model = text_model("Bert")
+    model = classifier("Bert")
     choose_attention(model)
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     assert attention.NAME not in (tmp_path / "config.json").read_text()

@@ -200,6 +200,28 @@ def test_all_linear_leaves_head_and_embeddings_out(tiny_bert: Path) -> None:
     assert len(base.targets) == 2 * 6 + 1  # four of attention, two of the feed-forward part; the pooler
 
 
+@pytest.mark.parametrize(
+    ("layers", "numbers"), [("top:1", [1]), ("top:2", [0, 1]), ([0], [0]), ([1, 0], [0, 1]), (None, [0, 1])]
+)
+def test_layers_choose_among_the_targets(layers: Any, numbers: list[int], tiny_bert: Path) -> None:
+    base = load(tiny_bert, targets=("query",), layers=layers)
+    assert base.targets == tuple(f"bert.encoder.layer.{number}.attention.self.query" for number in numbers)
+    assert (base.target_names == ["query"]) == (numbers == [0, 1])
+
+
+def test_layers_leave_out_what_is_in_none(tiny_bert: Path) -> None:
+    assert "bert.pooler.dense" in load(tiny_bert, targets=("dense",)).targets
+    assert "bert.pooler.dense" not in load(tiny_bert, targets=("dense",), layers="top:2").targets
+
+
+@pytest.mark.parametrize("layers", ["top:3", [2]])
+def test_a_layer_that_is_not_there_is_refused(layers: Any, tiny_bert: Path) -> None:
+    with pytest.raises(ModelError, match=r"'bert\.encoder\.layer' has layers 0 to 1"):
+        load(tiny_bert, targets=("query",), layers=layers)
+    with pytest.raises(ModelError, match="no list of layers"):
+        load(tiny_bert, targets=("pooler.dense",), layers=layers)
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:3", "cuda:x"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="device"):
@@ -526,6 +548,7 @@ def test_a_quantised_base_trains_and_follows_merges(tiny_bert: Path, monkeypatch
         {"targets": ("query", "dense"), "modules_to_save": ("classifier", "pooler")},
         {"modules_to_save": ()},
         {"modules_to_save": ("pooler",)},
+        {"layers": "top:1"},
     ],
 )
 def test_peft_loads_the_adapter_and_gives_the_same_logits(
