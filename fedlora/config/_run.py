@@ -28,6 +28,10 @@ class RuntimeConfig(Section):
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """"auto" goes by device, dtype and length: plain products for short sequences where they are faster, torch's fused
     kernel for all others. "sdpa" is that kernel always, "eager" the model's own plain code."""
+    prefix_cache: Literal["auto", "on", "off"] = "auto"
+    """What the layers below the lowest adapter give is computed once for each example and kept. "auto" does so where
+    adapters sit in the upper layers alone (`adapter.layers`), nothing below is random in training
+    (`model.dropout = 0`), and all examples fit into a quarter of the free memory; "on" fails where that is not so."""
 
 
 class RunConfig(Section):

@@ -59,7 +59,7 @@ def _as_before(config: RunConfig, rundir: RunDir) -> RunConfig:
     chosen = rundir.read_json("environment.json") or {}
     kept = {
         key: chosen[key]
-        for key in ("kernels", "attention")
+        for key in ("kernels", "attention", "prefix_cache")
         if getattr(config.runtime, key) == "auto" and chosen.get(key) is not None
     }
     return config.model_copy(update={"runtime": config.runtime.model_copy(update=kept)})

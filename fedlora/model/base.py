@@ -21,6 +21,7 @@ from fedlora.aggregators import Merge
 from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.errors import ModelError, nearest
 from fedlora.model.device import seeded
+from fedlora.model.prefix import Prefix
 from fedlora.model.targets import check_patterns, ends_with, is_transposed, linear_shape, matching, suffixes
 from fedlora.model.weights import BaseWeights
 from fedlora.rng import derive
@@ -47,6 +48,7 @@ class Base:
         dtype: of the frozen weights.
         adapter_dtype: of all that is trained: float64 for a float64 base, float32 for any other.
         weights: the versions of the frozen weights.
+        prefix: keeps what the layers below the adapters compute, if anybody has opened one.
         config: the model's table of the run's config.
         adapter_config: the adapter's table.
         task_type: PEFT's name of the task, for exports.
@@ -77,6 +79,7 @@ class Base:
         self.adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.targets, self.heads = tuple(targets), tuple(heads)
         self.weights = BaseWeights(plain)
+        self.prefix: Prefix | None = None
         self._drawn, self._fingerprint = frozenset(drawn), fingerprint
         self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
         self._wrappers: dict[str, Any] = {name: model.get_submodule(name) for name in heads}
@@ -272,6 +275,9 @@ class Base:
     def rebase(self, base_version: int, merges: Sequence[Merge]) -> None:
         """Bring the frozen weights to a version; see `BaseWeights.rebase`."""
         self.weights.rebase(base_version, merges)
+        if self.prefix is not None and not self.weights.changed <= set(self.targets):
+            odd = min(self.weights.changed - set(self.targets))
+            raise ModelError(f"a merge changed {odd!r}, below the adapters: set runtime.prefix_cache = 'off'")
 
     @cached_property
     def fingerprint(self) -> str:

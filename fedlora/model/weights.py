@@ -45,6 +45,11 @@ class BaseWeights:
         self._hooks: dict[str, RemovableHandle] = {}
         self.version = 0
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the layers whose weights are not the pristine ones."""
+        return frozenset(self._acc) | self._carried.names
+
     def rebase(self, version: int, merges: Sequence[Merge]) -> None:
         """Bring the weights to a version.
 

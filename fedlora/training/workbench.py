@@ -14,6 +14,7 @@ from fedlora.kernels import KernelReport, accelerate
 from fedlora.model import Base, clear_cache, load_base
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
+from fedlora.training.prefix import PrefixReport, choose_prefix
 from fedlora.training.runtime import setup
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Workbench:
         device: where it computes.
         kernels: which kernels the frozen layers use, and why.
         attention: how the model attends, and why.
+        prefix: whether the layers below the adapters are computed once for each example, and why.
     """
 
     config: RunConfig
@@ -44,6 +46,7 @@ class Workbench:
     device: torch.device
     kernels: KernelReport
     attention: AttentionReport
+    prefix: PrefixReport
 
     @property
     def choices(self) -> dict[str, str]:
@@ -53,6 +56,8 @@ class Workbench:
             "kernels_why": self.kernels.reason,
             "attention": self.attention.mode,
             "attention_why": self.attention.reason,
+            "prefix_cache": self.prefix.mode,
+            "prefix_cache_why": self.prefix.reason,
         }
 
 
@@ -78,7 +83,9 @@ def open_workbench(config: RunConfig) -> Workbench:
             base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
             kernels = accelerate(base.model, config.runtime.kernels)
             attention = choose_attention(base.model, config.runtime.attention)
-            _open[key] = Workbench(config, task, data, base, device, kernels, attention)
+            how = (kernels.mode, attention.mode, torch.get_num_threads())
+            prefix = choose_prefix(base, task, [data.train, data.test], config.runtime.prefix_cache, how)
+            _open[key] = Workbench(config, task, data, base, device, kernels, attention, prefix)
         return replace(_open[key], config=config)
 
 

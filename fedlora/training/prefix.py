@@ -1,0 +1,122 @@
+"""Whether a run keeps what the layers below its adapters compute."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.errors import ModelError
+from fedlora.model import Base
+from fedlora.model.device import free_bytes
+from fedlora.model.prefix import Prefix, UnfitError, open_prefix
+from fedlora.tasks._base import Examples, Task
+from fedlora.training.loop import to_device
+
+SHARE = 0.25  # of the free memory: other processes may want to keep theirs
+
+
+@dataclass(frozen=True)
+class PrefixReport:
+    """What `choose_prefix` did.
+
+    Attributes:
+        mode: "on" or "off". Pass it to repeat the choice.
+        reason: One line, why.
+    """
+
+    mode: Literal["on", "off"]
+    reason: str
+
+
+def choose_prefix(
+    base: Base, task: Task, sets: Sequence[Examples], mode: Literal["auto", "on", "off"], how: Hashable = None
+) -> PrefixReport:
+    """Open, keep or close a base's prefix cache.
+
+    Args:
+        base: at its pristine version, with its kernels and its attention chosen.
+        task: gives batches.
+        sets: all examples that the run may look at.
+        mode: as in the config.
+        how: whatever else decides the bits that the lower layers compute; what an earlier run on the same base kept is
+            used again where it is the same.
+
+    Raises:
+        ModelError: "on" was asked for and cannot be.
+    """
+    try:
+        if mode == "off":
+            raise UnfitError("switched off")
+        return _open(base, task, sets, how, forced=mode == "on")
+    except UnfitError as unfit:
+        _close(base)
+        if mode == "on":
+            raise ModelError(f"runtime.prefix_cache = 'on' cannot be: {unfit}; set it to 'auto' or 'off'") from None
+        return PrefixReport("off", str(unfit))
+
+
+def _open(base: Base, task: Task, sets: Sequence[Examples], how: Hashable, *, forced: bool) -> PrefixReport:
+    if not task.rows_are_examples:
+        raise UnfitError("several examples are packed into a row")
+    examples = next((found for found in sets if len(found)), None)
+    if examples is None:
+        raise UnfitError("there are no examples")
+    shortest, longest = int(np.argmin(examples.lengths)), int(np.argmax(examples.lengths))
+    inputs = _model_inputs(base, task, examples, [shortest, longest])
+    kept, base.prefix = base.prefix, None
+    prefix = kept if kept is not None and kept.how == how else _opened(base, inputs, kept, how)
+    base.prefix = prefix
+    states = prefix.reach(inputs)
+    # What counts as a token for a task may be a little more or less for the model: a class token, patches.
+    factor = states.shape[1] / float(examples.lengths[longest])
+    tokens = int(np.ceil(factor * sum(float(np.sum(found.lengths)) for found in sets)))
+    needed, room = tokens * states.shape[-1] * states.element_size(), int(SHARE * free_bytes(base.device))
+    if prefix.capacity < tokens:
+        if needed > room and not forced:
+            raise UnfitError(
+                f"{_size(needed)} are needed for {tokens} tokens, and a quarter of the free memory is {_size(room)}"
+            )
+        prefix.clear(tokens)
+    return PrefixReport("on", f"{prefix.depth} layers below the adapters, {tokens} tokens, at most {_size(needed)}")
+
+
+def _opened(base: Base, inputs: dict[str, Tensor], old: Prefix | None, how: Hashable) -> Prefix:
+    if old is not None:
+        old.close()
+    prefix = open_prefix(base.model, base.targets, base.heads, inputs)
+    prefix.how = how
+    return prefix
+
+
+def _close(base: Base) -> None:
+    if base.prefix is not None:
+        base.prefix.close()
+        base.prefix = None
+
+
+def _model_inputs(base: Base, task: Task, examples: Examples, rows: list[int]) -> dict[str, Tensor]:
+    """What the task calls the model with."""
+    found: dict[str, Any] = {}
+
+    def stop(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.update(kwargs, **{"": args} if args else {})
+        raise UnfitError("")
+
+    handle = base.model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        with torch.no_grad():
+            task.losses(base.model, to_device(task.collate(examples, rows), base.device))
+    except UnfitError:
+        pass
+    finally:
+        handle.remove()
+    return {name: value for name, value in found.items() if value is not None and name != "labels"}
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
