@@ -30,6 +30,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "threads": config.runtime.threads or torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "kernels": config.runtime.kernels,
+        "cohort": config.runtime.cohort,
         "attention": config.runtime.attention,
         "prefix_cache": config.runtime.prefix_cache,
         "seed": config.seed,

@@ -21,6 +21,8 @@ class RuntimeConfig(Section):
 
     device: str = "auto"
     """One of: auto (CUDA, Apple's MPS, CPU, in this order), cpu, cuda, cuda:1, mps."""
+    cohort: Literal["auto"] | PositiveInt = "auto"
+    """How many clients train at once in one process; "auto" goes by memory, batches and the model's width."""
     threads: PositiveInt | None = None
     """Torch threads; None: the cores. Results are bit-for-bit the same only for the same number."""
     kernels: Literal["auto", "off", "onednn"] = "auto"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,10 @@ from fedlora.flower.settings import client_id_of, config_of
 from fedlora.flower.spending import account_of
 from fedlora.privacy.dpsgd import scrub
 from fedlora.rng import derive
-from fedlora.training.cohort import train
+from fedlora.training.cohort import train_cohort
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.private import PrivateSettings, check_model, private_settings, train_private
+from fedlora.training.together import Outcome
 from fedlora.training.workbench import Workbench, open_workbench
 
 app = ClientApp()
@@ -97,41 +99,108 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def train_round(message: Message, context: Context) -> Message:
     """One round of local training: plan in, the asked parts of the trained adapter out."""
+    (reply,) = train_rounds([message], [context])
+    if isinstance(reply, Exception):
+        raise reply
+    return Message(reply, reply_to=message)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A message that asks for training that can begin."""
+
+    plan: ReceivedPlan
+    frozen: Mapping[str, Tensor]
+    bench: Workbench
+    client_id: int
+    context: Context
+
+
+def train_rounds(messages: Sequence[Message], contexts: Sequence[Context]) -> list[RecordDict | Exception]:
+    """`train_round` of many nodes in one process, whose clients train together where they can.
+
+    Args:
+        messages: each the question to one node.
+        contexts: of these nodes.
+
+    Returns:
+        For each the reply's content, or what Flower should hear that the node's app has raised.
+    """
+    replies: dict[int, RecordDict | Exception] = {}
+    waiting: dict[int, _Asked] = {}
+    for number, (message, context) in enumerate(zip(messages, contexts, strict=True)):
+        try:
+            plan = decode_plan(message.content)
+            if any(asked.plan.head["base_digest"] != plan.head["base_digest"] for asked in waiting.values()):
+                replies |= _train_all(waiting)  # before the base is brought to another version
+                waiting.clear()
+            asked = _asked(plan, context)
+            if isinstance(asked, RecordDict):
+                replies[number] = asked
+            elif asked.bench.config.example_privacy is not None:
+                replies[number] = _run_privately(plan, asked.frozen, asked.bench, asked.client_id, context)
+            else:
+                waiting[number] = asked
+        except Exception as error:
+            replies[number] = _told(error, context)
+    replies |= _train_all(waiting)
+    return [replies[number] for number in range(len(messages))]
+
+
+def _asked(plan: ReceivedPlan, context: Context) -> _Asked | RecordDict:
+    """What a plan asks of a node, or the node's question for what it lacks."""
+    bench = open_workbench(config_of(context))
+    client_id = client_id_of(context)
+    if client_id != plan.head["client_id"]:
+        raise ReplyError(f"the plan is for client {plan.head['client_id']}, and this node is client {client_id} now")
+    frozen = _frozen(plan)
+    base_fits = can_follow(bench.base, plan.head["base_digest"], plan.head["since_digest"])
+    if frozen is None or not base_fits:
+        return encode_note("need", frozen=frozen is None, base=not base_fits)
+    return _Asked(plan, frozen, bench, client_id, context)
+
+
+def _train_all(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict | Exception]:
+    """Replies of clients whose plans are on one version of the base."""
+    replies: dict[int, RecordDict | Exception] = {}
+    for (number, asked), outcome in zip(waiting.items(), run_plans(list(waiting.values())), strict=True):
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            replies[number] = _update(asked, outcome)
+        except Exception as error:
+            replies[number] = _told(error, asked.context)
+    return replies
+
+
+def _update(asked: _Asked, result: TrainResult) -> RecordDict:
+    plan, head = asked.plan, asked.plan.head
+    return encode_update(
+        encode_upload(plan, plan.adapter(asked.frozen), result.adapter, asked.bench.config.seed),
+        {
+            "num_examples": result.num_examples,
+            "examples_seen": float(result.examples_seen),
+            "loss": result.loss,
+            "steps": float(result.steps),
+            "seconds": result.seconds,
+            "compute_seconds": result.compute_seconds,
+        },
+        round_number=head["round"],
+        base_digest=head["base_digest"],
+    )
+
+
+def _told(error: Exception, context: Context) -> RecordDict | Exception:
+    """`_error_note`, or what it raises."""
     config: RunConfig | None = None
     try:
         config = config_of(context)
-        plan = decode_plan(message.content)
-        bench = open_workbench(config)
-        client_id = client_id_of(context)
-        if client_id != plan.head["client_id"]:
-            raise ReplyError(
-                f"the plan is for client {plan.head['client_id']}, and this node is client {client_id} now"
-            )
-        frozen = _frozen(plan)
-        base_fits = can_follow(bench.base, plan.head["base_digest"], plan.head["since_digest"])
-        if frozen is None or not base_fits:
-            need = encode_note("need", frozen=frozen is None, base=not base_fits)
-            return Message(need, reply_to=message)
-        if config.example_privacy is not None:
-            return Message(_run_privately(plan, frozen, bench, client_id, context), reply_to=message)
-        result = run_plan(plan, frozen, bench, client_id)
-        head = plan.head
-        reply = encode_update(
-            encode_upload(plan, plan.adapter(frozen), result.adapter, bench.config.seed),
-            {
-                "num_examples": result.num_examples,
-                "examples_seen": float(result.examples_seen),
-                "loss": result.loss,
-                "steps": float(result.steps),
-                "seconds": result.seconds,
-                "compute_seconds": result.compute_seconds,
-            },
-            round_number=head["round"],
-            base_digest=head["base_digest"],
-        )
-    except Exception as error:
-        reply = _error_note(error, config)
-    return Message(reply, reply_to=message)
+    except Exception:
+        logger.debug("an error whose node has no config", exc_info=True)
+    try:
+        return _error_note(error, config)
+    except Exception as raised:
+        return raised
 
 
 def _error_note(error: Exception, config: RunConfig | None) -> RecordDict:
@@ -159,13 +228,24 @@ def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
     return frozen if frozen or not key else frozen_store.get(key)
 
 
-def run_plan(plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int) -> TrainResult:
-    """Train what a plan asks on this client's examples."""
-    indices = _indices(bench, client_id)
-    if not len(indices):
-        raise TrainingError(f"client {client_id} has no examples: give it some, or lower partition.clients")
-    job = _job(plan, frozen, bench, client_id, indices)
-    return train(bench.base, bench.task, bench.data.train, job, train_config(bench.config, client_id))
+def run_plans(asked: Sequence[_Asked]) -> list[Outcome]:
+    """Train what some plans ask on their clients' examples, together where they can."""
+    jobs: dict[int, TrainJob] = {}
+    outcomes: dict[int, Outcome] = {}
+    for number, one in enumerate(asked):
+        try:
+            indices = _indices(one.bench, one.client_id)
+            if not len(indices):
+                raise TrainingError(f"client {one.client_id} has no examples: give it some, or lower partition.clients")
+            jobs[number] = _job(one.plan, one.frozen, one.bench, one.client_id, indices)
+        except Exception as error:
+            outcomes[number] = error
+    if jobs:
+        bench = asked[0].bench
+        configs = [train_config(bench.config, asked[number].client_id) for number in jobs]
+        found = train_cohort(bench.base, bench.task, bench.data.train, list(jobs.values()), configs)
+        outcomes |= dict(zip(jobs, found, strict=True))
+    return [outcomes[number] for number in range(len(asked))]
 
 
 def run_plan_privately(

@@ -12,8 +12,10 @@ from fedlora.errors import RoundError
 from fedlora.flower import client_app, server_app
 from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.server_app import RunOutcome, Session
+from fedlora.flower.strategy import clients_wanted
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
+from fedlora.training.sizing import cohort_size
 from fedlora.training.workbench import open_workbench
 
 
@@ -35,7 +37,8 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
     if resume:
         rundir = RunDir.open(rundir.path, config)  # refuses a config that is not the run's
         config = _as_before(config, rundir)
-    number = len(open_workbench(config).data.clients)
+    bench = open_workbench(config)
+    number = len(bench.data.clients)
     run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
     if config.example_privacy is not None:
         # A session is one call: a round that an earlier one began and did not complete was seen by nobody.
@@ -46,6 +49,9 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
         }
     nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
     grid = LocalGrid(client_app.app, nodes, run_config)
+    cohort = cohort_size(bench, clients_wanted(config, number))
+    grid.window, grid.together = cohort.clients, client_app.train_rounds
+    rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason)
     context = Context(1, 1, UserConfig(), RecordDict(), UserConfig(run_config))
     with server_app.session(Session(rundir, progress, resume)) as session, task_identity(run_id=1):
         server_app.app(grid, context)
@@ -59,7 +65,7 @@ def _as_before(config: RunConfig, rundir: RunDir) -> RunConfig:
     chosen = rundir.read_json("environment.json") or {}
     kept = {
         key: chosen[key]
-        for key in ("kernels", "attention", "prefix_cache")
+        for key in ("kernels", "attention", "prefix_cache", "cohort")
         if getattr(config.runtime, key) == "auto" and chosen.get(key) is not None
     }
     return config.model_copy(update={"runtime": config.runtime.model_copy(update=kept)})

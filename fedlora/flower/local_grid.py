@@ -1,4 +1,4 @@
-"""Flower's `Grid` without processes: the ClientApp runs here, one message at a time, when its reply is pulled.
+"""Flower's `Grid` without processes: the ClientApp runs here, when a reply is pulled; train messages run together.
 
 The same ServerApp and ClientApp objects run on this grid, on Ray and on a SuperLink. Each side gets its own copy of a
 message (array bodies are immutable bytes and are shared). A client's exception becomes an error reply, as in Flower.
@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -37,8 +37,11 @@ class LocalGrid(Grid):
         run_id: any positive number.
     """
 
-    window = 1
+    window: int = 1
     """How many messages are worth having under way at once: the caller keeps memory flat by not pushing more."""
+    together: Callable[[Sequence[Message], Sequence[Context]], Sequence[RecordDict | Exception]] | None = None
+    """Answers up to `window` waiting train messages at once, each with its reply's content or with what its app has
+    raised; None: the ClientApp answers one after the other."""
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class LocalGrid(Grid):
             for node_id, config in enumerate(node_configs, start=2)
         }
         self._waiting: dict[str, Message] = {}
+        self._answers: dict[str, Message] = {}
         self._sent = 0
 
     def set_run(self, run: Run) -> None:
@@ -88,7 +92,7 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Run the messages of these ids, in this order, and return their replies."""
-        return [self._answer(self._waiting.pop(key)) for key in message_ids if key in self._waiting]
+        return [self._pull(key) for key in message_ids if key in self._waiting or key in self._answers]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push, then pull until all are answered or the time is up."""
@@ -100,6 +104,39 @@ class LocalGrid(Grid):
             replies.extend(self.pull_messages([message_id]))
         return replies
 
+    def _pull(self, key: str) -> Message:
+        if key not in self._answers:
+            keys = self._companions(key)
+            messages = [self._waiting.pop(other) for other in keys]
+            answers = [self._answer(messages[0])] if len(keys) == 1 else self._answer_together(messages)
+            self._answers.update(zip(keys, answers, strict=True))
+        return self._answers.pop(key)
+
+    def _companions(self, key: str) -> list[str]:
+        """This message, and those that are to be answered with it: train messages of other nodes that wait."""
+        if self.together is None or not self._trains(self._waiting[key]):
+            return [key]
+        nodes: dict[int, str] = {self._waiting[key].metadata.dst_node_id: key}
+        for other, message in self._waiting.items():
+            if len(nodes) < self.window and self._trains(message):
+                nodes.setdefault(message.metadata.dst_node_id, other)
+        return list(nodes.values())
+
+    def _trains(self, message: Message) -> bool:
+        return message.metadata.message_type == MessageType.TRAIN and message.metadata.dst_node_id in self._contexts
+
+    def _answer_together(self, messages: Sequence[Message]) -> list[Message]:
+        assert self.together is not None
+        contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
+        replies = []
+        for message, found in zip(messages, self.together(messages, contexts), strict=True):
+            with task_identity(self._run.run_id, message.metadata.dst_node_id):
+                if isinstance(found, Exception):
+                    replies.append(_raised(found, message))
+                else:
+                    replies.append(_copy(Message(found, reply_to=message)))
+        return replies
+
     def _answer(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
         context = self._contexts.get(node_id)
@@ -109,10 +146,7 @@ class LocalGrid(Grid):
             try:
                 return _copy(self._client_app(message, context))
             except Exception as error:
-                # A client's failure must not end the server: it becomes a reply that names it, as on any other grid.
-                logger.debug("client on node %s failed", node_id, exc_info=True)
-                text = str(error) if isinstance(error, FedloraError) else f"{type(error).__name__}: {error}"
-                return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
+                return _raised(error, message)
 
 
 @contextlib.contextmanager
@@ -125,6 +159,13 @@ def task_identity(run_id: int, node_id: int = SUPERLINK_NODE_ID) -> Iterator[Non
     finally:
         for name, value in before.items():
             setattr(TaskIdentity, f"_{name}", value)
+
+
+def _raised(error: Exception, message: Message) -> Message:
+    """A client's failure must not end the server: it becomes a reply that names it, as on any other grid."""
+    logger.debug("client on node %s failed", message.metadata.dst_node_id, exc_info=error)
+    text = str(error) if isinstance(error, FedloraError) else f"{type(error).__name__}: {error}"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
 
 
 def _copy(message: Message) -> Message:

@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedlora.model import Base
+
+ENTRIES = {"cpu": 786_432, "cuda": 4_194_304}
+"""Numbers in one activation of a joint step: about what a processor's caches hold, or what keeps a GPU busy."""
+
 
 @dataclass(frozen=True)
 class Waiting:
@@ -37,6 +42,13 @@ class Budget:
 
     tokens: int
     waste: int
+
+
+def step_budget(base: Base) -> Budget:
+    """The budget of one joint step, by the device and the width of the adapted layers."""
+    width = max(shape.d_in for shape in base.layout().values())
+    tokens = max(512, ENTRIES.get(base.device.type, ENTRIES["cpu"]) // width)
+    return Budget(tokens, tokens // 16)
 
 
 def choose(waiting: Sequence[Waiting], budget: Budget) -> list[int]:

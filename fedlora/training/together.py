@@ -24,8 +24,7 @@ from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.dropout import Part, RowsError, Stream, Streams, Watch, drops_out
 from fedlora.training.flat import Columns, FlatOptimizer, put, take
 from fedlora.training.job import TrainJob, TrainResult, batches, learning_rate, number_of_steps, to_device
-from fedlora.training.pool import Budget, Waiting, choose
-from fedlora.training.sizing import step_budget
+from fedlora.training.pool import Budget, Waiting, choose, step_budget
 from fedlora.training.stacked import Alone, Stacked, cannot_stack
 
 CHECK_EVERY = 32  # steps between looks at the losses on a device where looking waits for all work to end

@@ -73,7 +73,8 @@ def open_workbench(config: RunConfig) -> Workbench:
     """
     from fedlora.data import load_data
 
-    key = config.digest(*SECTIONS)
+    # How many clients train at once is asked of each run's own config.
+    key = config.model_copy(update={"runtime": config.runtime.model_copy(update={"cohort": 1})}).digest(*SECTIONS)
     with _lock:
         if key not in _open:
             _open.clear()

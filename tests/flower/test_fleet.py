@@ -33,13 +33,13 @@ def test_stragglers_miss_the_deadline_and_cost_nothing(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[int] = []
-    real = client_app.run_plan
+    real = client_app.run_plans
 
-    def watched(plan: Any, frozen: Any, bench: Any, client_id: int) -> Any:
-        trained.append(client_id)
-        return real(plan, frozen, bench, client_id)
+    def watched(asked: Any) -> Any:
+        trained.extend(one.client_id for one in asked)
+        return real(asked)
 
-    monkeypatch.setattr(client_app, "run_plan", watched)
+    monkeypatch.setattr(client_app, "run_plans", watched)
     outcome = run(tiny_config(profiles(FAST, SLOW), "server.simulated_deadline_s=10.0"))
     record = outcome.records[1]
     assert record["asked"] == [0, 1, 2, 3]

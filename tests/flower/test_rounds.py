@@ -104,20 +104,21 @@ def test_ffa_sends_a_once_and_b_alone_after_that(tiny_config: MakeConfig) -> Non
 
 
 def test_a_client_that_forgot_what_it_held_is_sent_everything(tiny_config: MakeConfig) -> None:
-    expected = run(tiny_config("strategy.name=ffa", name="keeps"))
+    # A client that is asked again trains alone: other company, other roundings.
+    expected = run(tiny_config("strategy.name=ffa", "runtime.cohort=1", name="keeps"))
 
     class Forgets(NoProgress):
         def round_started(self, number: int, asked: object) -> None:
             client_app.frozen_store.__init__()  # type: ignore[misc]
 
-    config = tiny_config("strategy.name=ffa", name="forgets")
+    config = tiny_config("strategy.name=ffa", "runtime.cohort=1", name="forgets")
     outcome = run_local(config, RunDir.create(config), Forgets())
     assert same(outcome.adapter, expected.adapter)
     assert outcome.records[2]["bytes_down"] > expected.records[2]["bytes_down"]
 
 
 def test_flora_clients_that_join_late_or_restart_train_on_the_same_base(tiny_config: MakeConfig) -> None:
-    settings = ("strategy.name=flora", "server.clients_per_round=2", "rounds=6")
+    settings = ("strategy.name=flora", "server.clients_per_round=2", "rounds=6", "runtime.cohort=1")
     expected = run(tiny_config(*settings, name="stays"))
 
     class Restarts(NoProgress):
@@ -161,14 +162,14 @@ def test_mixed_ranks_are_refused_before_anything_is_trained(tiny_config: MakeCon
 def failing(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Clients in this set raise."""
     bad: set[int] = set()
-    real = client_app.run_plan
+    real = client_app._job
 
-    def run_plan(plan: Any, frozen: Any, bench: Any, client_id: int) -> Any:
+    def job(plan: Any, frozen: Any, bench: Any, client_id: int, indices: Any) -> Any:
         if client_id in bad:
             raise (ValueError("disk on fire") if client_id % 2 else TrainingError("the loss is not finite"))
-        return real(plan, frozen, bench, client_id)
+        return real(plan, frozen, bench, client_id, indices)
 
-    monkeypatch.setattr(client_app, "run_plan", run_plan)
+    monkeypatch.setattr(client_app, "_job", job)
     return bad
 
 
@@ -255,14 +256,13 @@ def test_a_config_that_cannot_work_is_refused_before_an_earlier_run_is_removed(t
 
 
 def test_a_merge_that_overflows_is_named_and_not_kept(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = client_app.run_plan
+    real = client_app.run_plans
 
-    def huge(plan: Any, frozen: Any, bench: Any, client_id: int) -> Any:
-        result = real(plan, frozen, bench, client_id)
+    def blown_up(result: Any) -> Any:
         large = {name: torch.full_like(value, 3e38) for name, value in result.adapter.tensors(("A", "B")).items()}
         return dataclasses.replace(result, adapter=result.adapter.with_tensors(large))
 
-    monkeypatch.setattr(client_app, "run_plan", huge)
+    monkeypatch.setattr(client_app, "run_plans", lambda asked: [blown_up(result) for result in real(asked)])
     config = tiny_config("strategy.name=flora", "adapter.alpha=64")
     rundir = RunDir.create(config)
     with pytest.raises(RoundError, match=r"round 1: the merged .* is not finite.*server\.max_norm"):

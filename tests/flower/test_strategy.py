@@ -129,9 +129,9 @@ class EmptyAtFirst(Troubled):
 
 @pytest.mark.parametrize("grid", [Late, Twice, Misdelivers, EmptyAtFirst])
 def test_how_replies_arrive_changes_no_bit(tiny_config: MakeConfig, grid: type[Troubled]) -> None:
-    config = tiny_config("rounds=2")
+    config = tiny_config("rounds=2", "runtime.cohort=1")
     plain = run_local(config, RunDir.create(config), NoProgress())
-    troubled = federate(tiny_config("rounds=2", name="troubled"), grid(config))
+    troubled = federate(tiny_config("rounds=2", "runtime.cohort=1", name="troubled"), grid(config))
     assert same(plain.adapter, troubled.adapter)
     assert [r["answered"] for r in troubled.records[1:]] == [[0, 1, 2, 3]] * 2
 
@@ -276,7 +276,7 @@ def test_the_encoder_holds_no_more_than_the_plans_under_way() -> None:
 
 
 def test_ffa_with_mixed_ranks_sends_each_client_its_a_once(tiny_config: MakeConfig) -> None:
-    settings = ("strategy.name=ffa", "clients.ranks=[4,2,1,3]", "rounds=4")
+    settings = ("strategy.name=ffa", "clients.ranks=[4,2,1,3]", "rounds=4", "runtime.cohort=1")
     config = tiny_config(*settings)
     outcome = run_local(config, RunDir.create(config), NoProgress())
 
