@@ -11,6 +11,7 @@ FedloraError
 ├── TrainingError      local training failed: a loss that is not finite, an empty client
 ├── RoundError         a round could not be completed: quorum missed, no node there
 ├── PrivacyError       a private run would not be private, or its budget is spent
+├── WorkerError        a node's worker is not there, or could be somebody else's
 └── RunDirError        a run directory is in the way, incomplete or damaged
 ```
 
@@ -61,6 +62,10 @@ class RoundError(FedloraError):
 
 class PrivacyError(FedloraError):
     """A run that was asked to be private would not be, or its budget is spent."""
+
+
+class WorkerError(FedloraError):
+    """A node's worker is not there, or could be somebody else's; the node's own process can do the work."""
 
 
 class RunDirError(FedloraError):

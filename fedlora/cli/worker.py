@@ -1,0 +1,53 @@
+"""`fedlora worker`: keeps the base model loaded beside a node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedlora.cli._common import Debug, app, calm_loggers, errors_in_one_line
+
+Socket = Annotated[
+    Path, typer.Option("--socket", metavar="PATH", help="A Unix socket, in a folder that is the user's alone.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Compute on this one, such as cuda:1, whatever configs say.", show_default=False),
+]
+
+
+@app.command()
+def worker(
+    socket: Socket,
+    device: Device = None,
+    supervise: Annotated[bool, typer.Option("--supervise", help="Start it again when it dies.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say whether one serves there, by exit status.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a node's messages from one process that keeps the base model loaded, instead of a new one for each."""
+    with errors_in_one_line(debug):
+        path = socket.absolute()
+        if check:
+            from fedlora.flower.worker.client import check as ask_health
+
+            ask_health(path)
+            typer.echo(f"a worker serves {path}")
+            return
+
+        def say(line: str) -> None:
+            typer.echo(line, err=True)
+
+        if supervise:
+            from fedlora.flower.worker.socket import make_folder
+            from fedlora.flower.worker.supervisor import supervise as keep
+            from fedlora.flower.worker.supervisor import worker_command
+
+            make_folder(path)
+            raise typer.Exit(keep(worker_command(str(path), device), say))
+        from fedlora.flower.worker.server import run
+
+        calm_loggers(debug)
+        if status := run(path, device, say):
+            raise typer.Exit(status)

@@ -1,0 +1,83 @@
+"""The socket's folder and file: what both ends check, so that nobody but the node's user is at either of them.
+
+Whoever can enter the folder can speak to the worker, and whoever can write in it can take the worker's place: so it
+must belong to the user and be closed to everybody else. The socket itself is the user's too, with mode 0600.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from fedlora.errors import WorkerError
+
+KEY = "worker"
+VARIABLE = "FEDLORA_WORKER"
+LONGEST = 100
+"""Bytes of a socket's path; the kernel allows 107, and gRPC needs some for itself."""
+METHOD = "/fedlora.Worker/Answer"
+SERVICE = "fedlora.Worker"
+UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+
+
+def named_by(node_config: Mapping[str, bool | float | int | str]) -> Path | None:
+    """The socket that a node's config (`worker="/run/fedlora/worker.sock"`) or environment names, if any."""
+    name = str(node_config.get(KEY, "") or os.environ.get(VARIABLE, ""))
+    return Path(name).absolute() if name else None
+
+
+def make_folder(path: Path) -> None:
+    """See that the folder of a socket is there, and the user's alone.
+
+    Raises:
+        WorkerError: it is open to others or belongs to another user, or the path is too long.
+    """
+    if len(os.fsencode(path)) > LONGEST:
+        raise WorkerError(f"socket path {str(path)!r} is longer than {LONGEST} bytes: choose a shorter one")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkerError(f"folder {str(path.parent)!r} cannot be made: {error.strerror}") from None
+    _require_closed(path.parent)
+
+
+def require_own(path: Path) -> None:
+    """The other end's check, before anything is sent.
+
+    Raises:
+        WorkerError: there is no socket, or somebody else could be behind it.
+    """
+    try:
+        facts = path.lstat()
+    except OSError as error:
+        raise WorkerError(f"there is no worker's socket at {str(path)!r} ({error.strerror})") from None
+    _require_closed(path.parent)
+    if not stat.S_ISSOCK(facts.st_mode):
+        raise WorkerError(f"{str(path)!r} is no socket: name the one that fedlora worker was started with")
+    if facts.st_uid != os.geteuid():
+        raise WorkerError(f"socket {str(path)!r} belongs to another user: start the worker as the node's user")
+
+
+def _require_closed(folder: Path) -> None:
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode):
+        raise WorkerError(f"{str(folder)!r} is no folder (or a link to one): name the socket by its real path")
+    if facts.st_uid != os.geteuid():
+        raise WorkerError(f"folder {str(folder)!r} belongs to another user: choose one of the node's user")
+    if facts.st_mode & 0o077:
+        raise WorkerError(f"others can enter folder {str(folder)!r}: chmod 700 {folder}")
+
+
+@cache
+def code_digest() -> str:
+    """A hash of fedlora's own source: a worker of other code would not give the same bytes."""
+    root = Path(__file__).resolve().parents[2]
+    sha = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        sha.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        sha.update(hashlib.sha256(path.read_bytes()).digest())
+    return sha.hexdigest()[:16]
