@@ -11,6 +11,7 @@ FedloraError
 ├── TrainingError      local training failed: a loss that is not finite, an empty client
 ├── RoundError         a round could not be completed: quorum missed, no node there
 ├── PrivacyError       a private run would not be private, or its budget is spent
+├── DeployError        a federation's folders are in the way, incomplete or not usable
 └── RunDirError        a run directory is in the way, incomplete or damaged
 ```
 
@@ -61,6 +62,10 @@ class RoundError(FedloraError):
 
 class PrivacyError(FedloraError):
     """A run that was asked to be private would not be, or its budget is spent."""
+
+
+class DeployError(FedloraError):
+    """A federation's folders are in the way, incomplete, or what was asked for them is not usable."""
 
 
 class RunDirError(FedloraError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig
@@ -11,13 +13,21 @@ from fedlora.config import RunConfig
 from fedlora.errors import RoundError
 from fedlora.flower import client_app, server_app
 from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.replay import ReplayGrid, answered_in, require_same
 from fedlora.flower.server_app import RunOutcome, Session
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
 from fedlora.training.workbench import open_workbench
 
 
-def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: bool = False) -> RunOutcome:
+def run_local(
+    config: RunConfig,
+    rundir: RunDir,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    replay: Sequence[Mapping[str, Any]] | None = None,
+) -> RunOutcome:
     """Run a federation in this process.
 
     Args:
@@ -25,6 +35,7 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
         rundir: where it is written.
         progress: is told what happens.
         resume: go on from the run directory's last checkpoint; `config` may ask for more rounds than it did then.
+        replay: lines of metrics of a run: in each round only those clients answer that did then.
 
     Returns:
         The final state, the exported adapter and the metrics.
@@ -46,11 +57,16 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
         }
     nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
     grid = LocalGrid(client_app.app, nodes, run_config)
+    if replay is not None:
+        grid = ReplayGrid(client_app.app, nodes, run_config)
+        grid.answered = answered_in(replay)
     context = Context(1, 1, UserConfig(), RecordDict(), UserConfig(run_config))
     with server_app.session(Session(rundir, progress, resume)) as session, task_identity(run_id=1):
         server_app.app(grid, context)
     if session.outcome is None:
         raise RoundError("the server app ended without a result: run again with --debug")
+    if replay is not None:
+        require_same(replay, session.outcome.records)
     return session.outcome
 
 
