@@ -25,7 +25,7 @@ from pathlib import Path
 
 SITES = ("site-a", "site-b", "site-c")
 VICTIM = "site-b"
-ROUNDS = 6
+ROUNDS = 5
 FEDLORA = [sys.executable, "-m", "fedlora"]
 PATIENCE_S = 900.0
 """For anything that is waited for: every message starts a process that imports torch, and machines may be slow."""

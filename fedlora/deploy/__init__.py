@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedlora.deploy.commands import CONNECTION, ENVIRONMENT, Address
+from fedlora.deploy.foreground import Program, programs, script, start, stop, up
 from fedlora.deploy.project import FederationPlan, NodePlan, write_project
-from fedlora.deploy.up import Program, programs, script, start, stop, up
 
 __all__ = [
     "CONNECTION",

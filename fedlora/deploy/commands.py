@@ -124,30 +124,49 @@ def run(folder: str, *overrides: str) -> list[str]:
     return ["flwr", "run", f"{folder}/app", CONNECTION, "--stream", *config]
 
 
-def caddyfile(public: int, certificates: str, upstream: Address) -> str:
-    """The proxy's configuration.
+def health(folder: str, server: Address) -> list[str]:
+    """Ends with 0 if a SuperLink or SuperNode answers, with a certificate of this federation."""
+    program = (
+        "import ssl, urllib.request; "
+        f"context = ssl.create_default_context(cafile='{folder}/ca.crt'); "
+        f"urllib.request.urlopen('https://{server}/health', timeout=5, context=context)"
+    )
+    return ["python", "-c", program]
+
+
+def caddyfile(public: int, upstream: Address) -> str:
+    """The proxy's configuration; its certificates are in the folder in which it runs.
 
     Args:
         public: port for the nodes.
-        certificates: folder with ca.crt, server.crt and server.key.
-        upstream: of the SuperLink.
+        upstream: of the SuperLink, unless the environment has another in SUPERLINK.
     """
-    return f"""{{
-	admin off
-	auto_https off
-}}
+    return CADDYFILE.replace("PUBLIC", str(public)).replace("UPSTREAM", str(upstream))
 
-:{public} {{
-	tls {certificates}/server.crt {certificates}/server.key
-	handle /v1/fleet/* {{
-		reverse_proxy https://{upstream} {{
-			transport http {{
-				tls_trusted_ca_certs {certificates}/ca.crt
-			}}
-		}}
-	}}
-	handle {{
+
+CADDYFILE = """\
+# What the nodes can reach: /v1/fleet, and nothing else that a SuperLink serves.
+
+{
+	admin off
+	auto_https disable_redirects
+	default_sni localhost
+}
+
+https://:PUBLIC {
+	tls server.crt server.key
+	handle /v1/fleet/* {
+		reverse_proxy https://{$SUPERLINK:UPSTREAM} {
+			transport http {
+				tls_trusted_ca_certs ca.crt
+			}
+		}
+	}
+	handle /health {
+		respond 200
+	}
+	handle {
 		respond 404
-	}}
-}}
+	}
+}
 """

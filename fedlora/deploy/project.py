@@ -170,6 +170,7 @@ def _write_coordinator(folder: Path, config: RunConfig, plan: FederationPlan, au
     _public(folder / "server.crt", server.public)
     _private(folder / "server.key", server.private)
     _private(folder / "superexec.secret", make_secret())
+    _make_private(folder / "state")
     facts = {
         "host": plan.hosts[0],
         "port": plan.port,
@@ -178,7 +179,7 @@ def _write_coordinator(folder: Path, config: RunConfig, plan: FederationPlan, au
         "nodes": [node.name for node in plan.nodes],
     }
     _public(folder / "federation.toml", tomli_w.dumps(facts))
-    _public(folder / "Caddyfile", caddyfile(plan.port, str(folder), plan.control))
+    _public(folder / "Caddyfile", caddyfile(plan.port, plan.control))
     connection = {"address": str(plan.control), "root-certificates": str(folder / "ca.crt")}
     _public(
         folder / "flower" / "config.toml", tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}})
@@ -195,6 +196,7 @@ def _write_node(folder: Path, plan: FederationPlan, place: int, authority: Pair,
     _public(folder / "runtime.crt", runtime.public)
     _private(folder / "runtime.key", runtime.private)
     _private(folder / "superexec.secret", make_secret())
+    _make_private(folder / "state")
     facts = {"name": node.name, "superlink": str(plan.public), "runtime-port": plan.runtime_port(place)}
     _public(folder / "node.toml", tomli_w.dumps(facts))
     _public(folder / "node-config.toml", texts.NODE_CONFIG_HEAD + tomli_w.dumps(node_config(plan, place)))
@@ -261,11 +263,15 @@ def _make_way(folder: Path, overwrite: bool) -> None:
 
 
 def _private(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
+    _make_private(path.parent)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
 
 
 def _public(path: Path, content: str | bytes) -> None:

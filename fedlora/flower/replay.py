@@ -43,6 +43,6 @@ def require_same(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[st
         if then.get(number) != now.get(number):
             here, there = sorted(now.get(number, ())), sorted(then.get(number, ()))
             raise RoundError(
-                f"round {number} of the replay has updates of clients {here}, and the run had those of {there}: replay it "
-                "with the run's config and data"
+                f"round {number} of the replay has updates of clients {here}, and the run had those of {there}: "
+                "replay it with the run's config and data"
             )
