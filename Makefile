@@ -16,10 +16,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets fetched run test test-slow check format bench lock clean
+.PHONY: help setup assets fetched run deploy-demo test test-slow check format bench lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv from requirements.lock, and install fedlora into it
 
@@ -40,6 +40,9 @@ fetched: setup
 
 run: fetched  ## train the quickstart federation
 	$(BIN)/fedlora run configs/quickstart.toml --overwrite
+
+deploy-demo: setup  ## three nodes with TLS and node keys on this machine; one is killed and comes back (minutes)
+	$(BIN)/python deploy/demo.py
 
 test: export HF_HUB_OFFLINE := 1
 test: fetched  ## run the fast tests

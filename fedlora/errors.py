@@ -12,6 +12,7 @@ FedloraError
 ├── RoundError         a round could not be completed: quorum missed, no node there
 ├── PrivacyError       a private run would not be private, or its budget is spent
 ├── WorkerError        a node's worker is not there, or could be somebody else's
+├── DeployError        a federation's folders are in the way, incomplete or not usable
 └── RunDirError        a run directory is in the way, incomplete or damaged
 ```
 
@@ -66,6 +67,10 @@ class PrivacyError(FedloraError):
 
 class WorkerError(FedloraError):
     """A node's worker is not there, or could be somebody else's; the node's own process can do the work."""
+
+
+class DeployError(FedloraError):
+    """A federation's folders are in the way, incomplete, or what was asked for them is not usable."""
 
 
 class RunDirError(FedloraError):

@@ -49,6 +49,14 @@ def run(
         int | None,
         typer.Option(min=1, metavar="N", help="Train only N clients alone, taken evenly from the domains."),
     ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            "--replay",
+            metavar="DIR",
+            help="In each round only those clients answer that did in the run in this folder.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the table at the end.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -68,7 +76,7 @@ def run(
         try:
             with Terminal(console, quiet=quiet) as terminal:
                 terminal.doing(f"loading {config.model.name} and {config.data.source}")
-                run_dir = _run(config, run_dir, terminal, overwrite)
+                run_dir = _run(config, run_dir, terminal, overwrite, replay)
                 if baselines:
                     _baselines(config, run_dir, baseline_clients, terminal)
         except KeyboardInterrupt:
@@ -99,7 +107,7 @@ def _which_run(
     return config, RunDir.open(resume, config)
 
 
-def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrite: bool) -> RunDir:
+def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrite: bool, replay: Path | None) -> RunDir:
     from fedlora.rundir import RunDir
 
     if run_dir is not None and run_dir.finished:
@@ -120,7 +128,8 @@ def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrit
     try:
         if config.privacy is None:  # label counts are the clients' own
             draw_labels(bench.data, run_dir.path / "labels.png")
-        run_local(config, run_dir, progress, resume=resume)
+        again = None if replay is None else RunDir.open(replay).read_metrics()
+        run_local(config, run_dir, progress, resume=resume, replay=again)
     except FedloraError:
         run_dir.discard_if_empty()
         raise

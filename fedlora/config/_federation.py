@@ -82,8 +82,8 @@ class ServerConfig(Section):
     quorum: Fraction = 0.5
     """Share of the asked clients whose replies a round needs."""
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds after which a round goes on without the replies that are missing; also how long a node may take to say
-    hello. Clients in this process are computed when they are asked, and are never late."""
+    """Seconds after which a round goes on without the replies that are missing; also the longest that a
+    node may take to say hello. Clients in this process are computed when they are asked, and are never late."""
     simulated_deadline_s: Annotated[float, Field(gt=0)] | None = None
     """Simulated seconds after which a round goes on without its stragglers (see clients.profiles)."""
     weighting: Literal["examples", "uniform"] = "examples"
@@ -96,7 +96,10 @@ class ServerConfig(Section):
     evaluate_every: PositiveInt = 1
     """Evaluate the global model after each so many rounds, and always after the last."""
     node_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds to wait for nodes at the start."""
+    """Seconds to wait at the start for all nodes to be there and say hello (then a quorum is enough), before a round
+    for a quorum of them, and for a reply before its node is asked whether it still has the message."""
+    max_failed_rounds: Annotated[int, Field(ge=0)] = 3
+    """How many rounds in a row may miss the quorum: each changes nothing, and the next one tries again."""
 
 
 class WireConfig(Section):

@@ -53,7 +53,8 @@ class DataConfig(Section):
     """Where examples come from and which columns matter."""
 
     source: str = "vader"
-    """A named corpus, a Hugging Face hub name, or a local .csv, .tsv, .jsonl or .parquet file."""
+    """A named corpus, a Hugging Face hub name, a local .csv, .tsv, .jsonl or .parquet file, or "nodes" where each node
+    brings its own (with partition.name = "nodes")."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     train_split: str = "train"
@@ -71,6 +72,8 @@ class DataConfig(Section):
     """Column whose groups are never split between training and test (document, patient)."""
     limit: PositiveInt | None = None
     """Use at most this many examples, drawn with the seed."""
+    own: str | None = None
+    """On a node: the file that its own config names (`--node-config 'data="..."'`); never set in a run's config."""
 
 
 class TrainConfig(Section):

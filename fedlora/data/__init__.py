@@ -68,12 +68,23 @@ class _Key:
 def load_data(config: RunConfig) -> FederatedData:
     """Read, tokenise and divide the data of a run; remembered, so that the second call is instant.
 
+    Where each node brings its own (`fedlora.data.own`), it is what this machine has of them.
+
     Raises:
         AssetError: a named corpus or model was not fetched.
         ConfigError: the task's or the partition's table is wrong.
         DataError: a file or column is missing, a value is not usable, or a client would be empty.
     """
+    from fedlora.data.own import brought_by_nodes, load_own
+
     load_task(config.task)
+    if brought_by_nodes(config):
+        return load_own(config)
+    if config.data.own is not None:
+        raise ConfigError(
+            "this node's config names data of its own, and the run divides data.source among the clients: set "
+            "data.source = 'nodes' and partition.name = 'nodes' in the run's config"
+        )
     partitioner = load_partitioner(config.partition.name, config.partition.fields)
     files = [file for file in source_files(config.data) if file is not None]
     roles = column_roles(config.data)

@@ -25,7 +25,7 @@ class Round:
         dropped: clients that dropped out (simulated devices).
         late: clients that missed the simulated deadline.
         spent: of the refused, those whose privacy budget is spent.
-        lost: whether too few answered in simulated time, so that the round changed nothing.
+        lost: whether too few answered, so that the round changed nothing.
         simulated_s: client -> simulated seconds until its reply.
     """
 
@@ -51,14 +51,16 @@ class Round:
         rows = [(row["num_examples"], row[metric]) for row in self.clients.values() if metric in row]
         return sum(n * value for n, value in rows) / sum(n for n, _ in rows) if rows else None
 
-    def require_quorum(self, share: float, deadline_s: float, cure: str) -> None:
-        """Raise `RoundError`, with the clients' reasons, if fewer than that share of the asked answered."""
-        needed = quorum_of(len(self.asked), share)
-        if len(self.answered) >= needed:
-            return
+    def has_quorum(self, share: float) -> bool:
+        """Whether that share of the asked answered (of none asked, nobody is enough)."""
+        return len(self.answered) >= quorum_of(len(self.asked), share)
+
+    def no_quorum(self, share: float, deadline_s: float, cure: str) -> RoundError:
+        """What to say where the quorum was missed, with the clients' reasons."""
         reasons = [f"client {k}: {why}" for k, why in sorted(self.refused.items())]
         reasons += [f"client {k}: no reply within {deadline_s:g} s" for k in self.missing]
-        raise RoundError(
+        needed = quorum_of(len(self.asked), share)
+        return RoundError(
             f"round {self.number}: {len(self.answered)} of {len(self.asked)} clients answered, the quorum is {needed}; "
             f"{'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''} ({cure})"
         )
@@ -78,6 +80,7 @@ class Round:
             "refused": {str(k): why for k, why in self.refused.items()},
             "missing": self.missing,
             "clients": {str(k): row for k, row in self.clients.items()},
+            **({"lost": True} if self.lost else {}),
         }
 
     def simulated(self, fleet: Fleet) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from fedlora.errors import (
 from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.handshake import require_same_config
-from fedlora.flower.settings import client_id_of, config_of
+from fedlora.flower.settings import client_id_of, config_of, rank_of
 from fedlora.flower.spending import account_of
 from fedlora.privacy.dpsgd import scrub
 from fedlora.rng import derive
@@ -90,6 +90,8 @@ def hello(message: Message, context: Context) -> Message:
         indices = _indices(bench, client_id)
         if config.example_privacy is None:
             facts["num_examples"] = len(indices)
+        if (rank := rank_of(context)) is not None:
+            facts["rank"] = rank
         note = encode_note("hello", client_id=client_id, **facts)
     except Exception as error:
         note = _error_note(error, config)
@@ -271,7 +273,7 @@ def _run_privately(
             error=f"its privacy budget is spent: its ledger stands at epsilon {epsilon:.3f}, and one more round would "
             f"pass {budget.epsilon:g}",
         )
-    check_model(bench.base, bench.task, bench.data.test, _job(plan, frozen, bench, client_id, np.empty(0, np.int64)))
+    _check_model(plan, frozen, bench, client_id)
     with account.ledger.spend(entry, run=account.run, round=number, budget=budget) as attempt:
         try:
             result = run_plan_privately(plan, frozen, bench, client_id, settings)
@@ -292,6 +294,16 @@ def _run_privately(
         round_number=number,
         base_digest=head["base_digest"],
     )
+
+
+def _check_model(plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int) -> None:
+    job = _job(plan, frozen, bench, client_id, np.empty(0, np.int64))
+    try:
+        check_model(bench.base, bench.task, bench.data.test, job)
+    except PrivacyError as error:
+        if bench.config.data.own is None:
+            raise
+        raise TrainingError(str(error)) from error  # a node with its own data has no others to look at: it may tell
 
 
 def _job(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig
@@ -11,6 +13,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import RoundError
 from fedlora.flower import client_app, server_app
 from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.replay import ReplayGrid, answered_in, require_same
 from fedlora.flower.server_app import RunOutcome, Session
 from fedlora.flower.strategy import clients_wanted
 from fedlora.progress import Progress
@@ -19,7 +22,14 @@ from fedlora.training.sizing import cohort_size
 from fedlora.training.workbench import open_workbench
 
 
-def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: bool = False) -> RunOutcome:
+def run_local(
+    config: RunConfig,
+    rundir: RunDir,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    replay: Sequence[Mapping[str, Any]] | None = None,
+) -> RunOutcome:
     """Run a federation in this process.
 
     Args:
@@ -27,6 +37,7 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
         rundir: where it is written.
         progress: is told what happens.
         resume: go on from the run directory's last checkpoint; `config` may ask for more rounds than it did then.
+        replay: lines of metrics of a run: in each round only those clients answer that did then.
 
     Returns:
         The final state, the exported adapter and the metrics.
@@ -48,15 +59,20 @@ def run_local(config: RunConfig, rundir: RunDir, progress: Progress, *, resume: 
             "session": uuid.uuid4().hex,
         }
     nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
-    grid = LocalGrid(client_app.app, nodes, run_config)
-    cohort = cohort_size(bench, clients_wanted(config, number))
-    grid.window, grid.together = cohort.clients, client_app.train_rounds
-    rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason)
+    if replay is not None:  # one client at a time, as on machines of their own: to the byte
+        grid: LocalGrid = ReplayGrid(client_app.app, nodes, run_config, answered=answered_in(replay))
+    else:
+        grid = LocalGrid(client_app.app, nodes, run_config)
+        cohort = cohort_size(bench, clients_wanted(config, number))
+        grid.window, grid.together = cohort.clients, client_app.train_rounds
+        rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason)
     context = Context(1, 1, UserConfig(), RecordDict(), UserConfig(run_config))
     with server_app.session(Session(rundir, progress, resume)) as session, task_identity(run_id=1):
         server_app.app(grid, context)
     if session.outcome is None:
         raise RoundError("the server app ended without a result: run again with --debug")
+    if replay is not None:
+        require_same(replay, session.outcome.records)
     return session.outcome
 
 

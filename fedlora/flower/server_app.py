@@ -18,6 +18,7 @@ from fedlora.adapter import AdapterState
 from fedlora.aggregators import GlobalState, equivalent_adapter
 from fedlora.config import RunConfig
 from fedlora.data.describe import describe_partition
+from fedlora.data.own import brought_by_nodes
 from fedlora.flower.central import ServerLedger, load_rule
 from fedlora.flower.settings import config_of
 from fedlora.flower.spending import Spending
@@ -128,7 +129,7 @@ def run_rounds(
             account.prepare(rundir)
         state = rundir.resume() if resume else None
         rundir.note_environment(**describe(), **bench.choices)
-        if config.privacy is None:  # sizes and label counts are the clients' own
+        if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(bench.data))
         state = Federation(grid, config, rule, bench, rundir, progress, spending).run(state)
         outcome = finish(state, config, bench, rundir, account)

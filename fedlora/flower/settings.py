@@ -1,28 +1,62 @@
-"""How both apps find the run's config in Flower's run config.
+"""How both apps find the run's config in Flower's run config, and what a node says of itself in its own.
 
-Keys: `toml` (the whole config as text, as the in-process engine passes it), or `config` (a TOML file inside the app's
-folder) with `set` ("rounds=20 strategy.name=ffa", separated by blanks), as `flwr run . --run-config` passes them.
+Run config: `toml` (the whole config as text, as the in-process engine passes it), or `config` (a TOML file inside the
+app's folder) with `set` ("rounds=20 strategy.name=ffa", separated by blanks), as `flwr run . --run-config` passes them.
+
+Node config (`flower-supernode --node-config`): `NODE_KEYS`. What it says of a node's machine stands above the run's
+config, which is the same for all.
 """
 
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 from flwr.app import Context
 
 from fedlora.config import RunConfig, load_config, parse_config
-from fedlora.errors import ConfigError
+from fedlora.data.own import NODES
+from fedlora.errors import ConfigError, nearest
 
 APP_FOLDER = Path(__file__).resolve().parents[2]
 
+NODE_KEYS = {
+    "partition-id": int,  # the client's number, 0 to n - 1
+    "num-partitions": int,  # n, which Flower's own examples give; nobody reads it
+    "data": str,  # its own data file
+    "device": str,  # what it trains on
+    "rank": int,  # of its adapter
+    "ledger": str,  # its privacy ledger
+}
+"""Keys of a node's config, and their types."""
+
 
 def config_of(context: Context) -> RunConfig:
-    """The run's config.
+    """The run's config, on a node with the node's own data file and device.
 
     Raises:
-        ConfigError: if the run config has neither key, or the config is wrong.
+        ConfigError: if the run config has neither key, or a config is wrong.
     """
+    config = _run_config_of(context)
+    if config.data.own is not None:
+        raise ConfigError("data.own is a node's own matter: remove it, and name the file in the node's --node-config")
+    for key, value in context.node_config.items():
+        if key not in NODE_KEYS:
+            raise ConfigError(f"this node's config has an unknown key {key!r}; {nearest(key, NODE_KEYS)}")
+        if type(value) is not NODE_KEYS[key]:
+            raise ConfigError(f"this node's config: {key} must be of type {NODE_KEYS[key].__name__}, not {value!r}")
+    data, device = context.node_config.get("data"), context.node_config.get("device")
+    if data:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"own": data})})
+    elif config.data.source == NODES and "partition-id" in context.node_config:
+        raise ConfigError("each node brings its own data: start this one with --node-config 'data=\"/path/to/file\"'")
+    if device:
+        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": device})})
+    return config
+
+
+def _run_config_of(context: Context) -> RunConfig:
     text = str(context.run_config.get("toml", ""))
     overrides = shlex.split(str(context.run_config.get("set", "")))
     if text:
@@ -30,8 +64,9 @@ def config_of(context: Context) -> RunConfig:
     name = str(context.run_config.get("config", ""))
     if not name:
         raise ConfigError("no config was given: add --run-config 'config=\"configs/quickstart.toml\"'")
-    path = Path(name)
-    return load_config(path if path.is_absolute() or path.exists() else APP_FOLDER / path, overrides)
+    # Flower puts the folder into which it unpacked the app on sys.path.
+    folders = [*map(Path, sys.path), Path(), APP_FOLDER]
+    return load_config(next((folder / name for folder in folders if (folder / name).is_file()), Path(name)), overrides)
 
 
 def client_id_of(context: Context) -> int:
@@ -44,3 +79,17 @@ def client_id_of(context: Context) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError("this node has no number: start it with --node-config 'partition-id=0 num-partitions=3'")
     return value
+
+
+def rank_of(context: Context) -> int | None:
+    """The rank that this node's config asks for; None: the run's config decides.
+
+    Raises:
+        ConfigError: it is no rank.
+    """
+    rank = context.node_config.get("rank")
+    if rank is None:
+        return None
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ConfigError(f"this node's rank must be a whole number from 1, not {rank!r}")
+    return rank

@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,18 @@ from fedlora.aggregators import (
     merge_chain,
 )
 from fedlora.config import RunConfig
+from fedlora.data.own import brought_by_nodes
 from fedlora.devices import Fleet, train_config
-from fedlora.errors import FedloraError, PrivacyError, ReplyError, RoundError
+from fedlora.errors import ConfigError, FedloraError, PrivacyError, ReplyError, RoundError
 from fedlora.flower import handshake
-from fedlora.flower.books import Round
+from fedlora.flower.books import Round, quorum_of
 from fedlora.flower.central import ServerLedger, load_rule, require_cohort, require_one_start
 from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
+from fedlora.flower.meeting import Meeting, Node
+from fedlora.flower.post import Post, Sent
 from fedlora.flower.spending import Spending, asked_in
-from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_hello, check_update
+from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update
 from fedlora.privacy.central import Central
 from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
@@ -48,27 +51,6 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, examples_of
 from fedlora.training.private import check_model, private_settings
 from fedlora.training.workbench import Workbench
-
-POLL_S = (0.02, 0.5)
-"""Shortest and longest pause between two looks for a reply."""
-
-
-@dataclass
-class Node:
-    """What the server knows of one client.
-
-    Args:
-        client_id: its number in the partition.
-        node_id: Flower's id of the node.
-        frozen: digest of the frozen parts that it holds.
-        base_version: of the base that it holds, with its digest.
-    """
-
-    client_id: int
-    node_id: int
-    frozen: str = ""
-    base_version: int = 0
-    base_digest: str = ""
 
 
 class Federation:
@@ -96,7 +78,9 @@ class Federation:
     ) -> None:
         self.grid, self.config, self.rule, self.bench = grid, config, rule, bench
         self.rundir, self.progress = rundir, progress
-        self.nodes: dict[int, Node] = {}
+        hello = handshake.question(config)
+        self.mail = Post(grid, hello, patience_s=config.server.node_timeout_s, ttl_s=config.server.deadline_s + 60.0)
+        self.meeting = Meeting(self.mail, config, len(bench.data.clients), bench.base.fingerprint, progress)
         self.base_digest = ""
         self._digests = {0: ""}
         self.fleet = Fleet.of(config)
@@ -105,10 +89,16 @@ class Federation:
         if (config.client_privacy is None) != (self.account is None):
             raise PrivacyError("privacy.unit = 'client' needs the rule that load_rule makes of the config, no other")
         self.spent: set[int] = set()
+        self._failed = 0
         self._asked: Counter[int] = Counter()
         private = config.example_privacy is not None
         most, metrics = (1, RELEASABLE) if private else (config.server.max_examples, METRICS)
         self._limits = Limits(most, config.server.max_norm, metrics)
+
+    @property
+    def nodes(self) -> dict[int, Node]:
+        """The nodes that take part, by the number of their client."""
+        return self.meeting.nodes
 
     # ------------------------------------------------------------------------------------------------ the run
 
@@ -121,7 +111,7 @@ class Federation:
         Returns:
             The state after the last round.
         """
-        self.nodes = self._meet()
+        self.meeting.begin()
         fresh = state is None
         if state is None:
             state = self.rule.init(
@@ -129,9 +119,10 @@ class Federation:
             )
         self.base_digest = chain_digest("", state.merges)
         self._digests |= {state.base_version: self.base_digest}
-        for client_id in self.nodes:  # a rule that cannot serve one of them says so before anything is trained
-            self._plan(state, client_id)
+        # A rule that cannot serve one of them says so before anything is trained.
+        plans = [self._plan(state, client_id) for client_id in self.nodes]
         if self.config.client_privacy is not None:
+            require_one_start(plans)
             require_cohort(self.config.client_privacy, len(self.nodes), clients_wanted(self.config, len(self.nodes)))
         if self.config.example_privacy is not None:
             _require_private(self.config, self.bench, self._plan(state, min(self.nodes)), self.nodes)
@@ -150,6 +141,7 @@ class Federation:
         return state
 
     def _round(self, state: GlobalState, number: int) -> GlobalState:
+        self._gather(state, number)
         started = time.perf_counter()
         books = self._sample(number)
         self.progress.round_started(number, books.asked)
@@ -164,25 +156,52 @@ class Federation:
         ended = time.perf_counter()
         record |= {"seconds": ended - started, "seconds_train": trained - started, "seconds_evaluate": ended - trained}
         self.rundir.append_metrics(record)
+        self._end_if_failing(books)  # with its line written, and without a checkpoint: a resume repeats the round
         self.rundir.save_checkpoint(after)
         self.progress.round_ended(record)
         return after
 
+    def _gather(self, state: GlobalState, number: int) -> None:
+        """Let in who has come since the last round, unless the rule cannot serve it."""
+        needed = quorum_of(clients_wanted(self.config, len(self.nodes)), self.config.server.quorum)
+        for client_id in self.meeting.gather(number, needed):
+            try:
+                plan = self._plan(state, client_id)
+                if self.config.client_privacy is not None:
+                    require_one_start([self._plan(state, min(self.nodes)), plan])
+                if self.config.example_privacy is not None:
+                    private_settings(self.config, client_id)
+            except FedloraError as error:
+                self.meeting.refuse(self.nodes[client_id].node_id, str(error))
+                continue
+            self.progress.message(f"client {client_id} takes part from round {number} on")
+
     def _merge(self, state: GlobalState, books: Round) -> GlobalState:
-        """The rule's next state; the old one, for the next round, if simulated devices left too few replies."""
+        """The rule's next state; the old one, for the next round, if too few replies came."""
         quorum = self.config.server.quorum
         try:
             after = self.rule.merge(state, self._updates(state, books))
         except FedloraError:
-            if not books.lost_to_devices(quorum):
-                self._require_quorum(books)  # most likely the cause, and the clearer message
+            if books.has_quorum(quorum):
                 raise
-            after = state
-        books.lost = books.lost_to_devices(quorum)
+            after = state  # most likely the cause
+        books.lost = not books.has_quorum(quorum)
         if books.lost:
             return replace(state, round=books.number, metrics={})
-        self._require_quorum(books)
         return after if after.round == books.number else replace(after, round=books.number)
+
+    def _end_if_failing(self, books: Round) -> None:
+        """Raise `RoundError` after too many rounds without a quorum in a row, and after such a last round."""
+        server = self.config.server
+        if not books.lost or books.lost_to_devices(server.quorum):
+            self._failed = 0
+            return
+        self._failed += 1
+        cure = f"cure the clients, then: fedlora run --resume {self.rundir.path}"
+        error = books.no_quorum(server.quorum, server.deadline_s, cure)
+        if self._failed > server.max_failed_rounds or books.number == self.config.rounds:
+            raise error
+        self.progress.message(f"{error.args[0]}; going on with round {books.number + 1}")
 
     def _sample(self, number: int) -> Round:
         """Open a round's books: draw its clients from those that are there."""
@@ -198,54 +217,12 @@ class Federation:
         asked = sorted(int(k) for k in generator.choice(there, size=wanted, replace=False)) if there else []
         return Round(number, asked, offline=sorted(set(solvent) - set(there)))
 
-    def _require_quorum(self, books: Round) -> None:
-        server = self.config.server
-        cure = f"cure the clients, then: fedlora run --resume {self.rundir.path}"
-        books.require_quorum(server.quorum, server.deadline_s, cure)
-
     # ------------------------------------------------------------------------------------------------ asking
 
-    def _meet(self) -> dict[int, Node]:
-        """Wait for the nodes and ask each for its number and versions; who comes later does not take part."""
-        end = time.monotonic() + self.config.server.node_timeout_s
-        expected = len(self.bench.data.clients)
-        while len(ids := list(self.grid.get_node_ids())) < expected and time.monotonic() < end:
-            time.sleep(POLL_S[1])
-        if not ids:
-            raise RoundError(
-                f"no node is there after {self.config.server.node_timeout_s:g} s: start the SuperNodes, "
-                "or raise server.node_timeout_s"
-            )
-        question = handshake.question(self.config)
-        nodes: dict[int, Node] = {}
-        messages = [Message(question, node_id, f"{MessageType.QUERY}.hello") for node_id in ids]
-        refused: list[str] = []
-        message_ids = [self._push(message) for message in messages]
-        deadline = time.monotonic() + self.config.server.deadline_s
-        for node_id, message_id in zip(ids, message_ids, strict=True):
-            try:
-                reply = self._pull(message_id, deadline)
-                client_id = check_hello(reply, self.bench.base.fingerprint, expected)
-            except ReplyError as error:
-                refused.append(f"node {node_id}: {error}")
-                continue
-            if client_id in nodes:
-                refused.append(f"node {node_id}: client {client_id} is there already")
-                continue
-            nodes[client_id] = Node(client_id, node_id)
-        for line in refused:
-            self.progress.message(f"refused {line}")
-        if not nodes:
-            raise RoundError(f"no node can take part; {'; '.join(refused[:3])}")
-        if len(nodes) < expected:
-            self.progress.message(
-                f"only {len(nodes)} of {expected} clients are there; the run goes on without the others"
-            )
-        return nodes
-
     def _plan(self, state: GlobalState, client_id: int) -> ClientPlan:
-        layout = self.bench.base.layout(self.config.clients.rank_of(client_id))
-        return self.rule.plan(state, ClientSpec(client_id, layout, self.nodes[client_id].base_version))
+        node = self.nodes[client_id]
+        layout = self.bench.base.layout(node.rank or self.config.clients.rank_of(client_id))
+        return self.rule.plan(state, ClientSpec(client_id, layout, node.base_version))
 
     def _ask(self, state: GlobalState, client_id: int, number: int, *, everything: bool) -> Ask:
         """The plan for one client; `everything` for one that turned out to hold nothing."""
@@ -263,17 +240,21 @@ class Federation:
         encoder = PlanEncoder()
         deadline = time.monotonic() + self.config.server.deadline_s
         window = getattr(self.grid, "window", None) or len(books.asked)
-        todo, under_way = deque(books.asked), deque[tuple[Ask, str | None]]()
+        todo, under_way = deque(books.asked), deque[tuple[Ask, Sent]]()
         while todo or under_way:
             while todo and len(under_way) < window:
-                ask = self._ask(state, todo.popleft(), books.number, everything=False)
+                client_id = todo.popleft()
+                if not self.meeting.is_there(client_id):
+                    self._refuse(client_id, "its node is not there", books)
+                    continue
+                ask = self._ask(state, client_id, books.number, everything=False)
                 content = self._content(ask, encoder, books)
                 if self._answers_in_time(ask, content, books):
                     under_way.append((ask, self._send(ask, content)))
             if not under_way:
                 continue
-            ask, message_id = under_way.popleft()
-            update = self._await(state, ask, message_id, encoder, deadline, books)
+            ask, sent = under_way.popleft()
+            update = self._await(state, ask, sent, encoder, deadline, books)
             if update is not None:
                 yield update
 
@@ -309,22 +290,16 @@ class Federation:
             return True
         return False
 
-    def _send(self, ask: Ask, content: RecordDict) -> str | None:
-        ttl = self.config.server.deadline_s + 60.0
-        node_id = self.nodes[ask.client_id].node_id
-        return self._push(Message(content, node_id, MessageType.TRAIN, group_id=str(ask.round), ttl=ttl))
-
-    def _push(self, message: Message) -> str | None:
-        """Flower's id of the message, or None if the grid did not take it."""
-        return next(iter(self.grid.push_messages([message])), None)
+    def _send(self, ask: Ask, content: RecordDict) -> Sent:
+        return self.mail.send(content, self.nodes[ask.client_id].node_id, MessageType.TRAIN, str(ask.round))
 
     def _await(
-        self, state: GlobalState, ask: Ask, message_id: str | None, encoder: PlanEncoder, deadline: float, books: Round
+        self, state: GlobalState, ask: Ask, sent: Sent, encoder: PlanEncoder, deadline: float, books: Round
     ) -> ClientUpdate | None:
         """Wait for one client's reply, check it, and write it into the books; None if there is no usable one."""
         client_id = ask.client_id
         try:
-            reply = self._receive(message_id, deadline, books)
+            reply = self._receive(sent, deadline, books)
             if reply is not None and self._head(reply, books, client_id)["kind"] == "need":
                 ask = self._ask(state, client_id, books.number, everything=True)
                 reply = self._receive(self._send(ask, self._content(ask, encoder, books)), deadline, books)
@@ -336,10 +311,20 @@ class Federation:
                 return None
             valid = check_update(reply.content, ask, self._limits)
         except ReplyError as error:
-            books.refused[client_id] = str(error)
-            self.progress.reply(books.number, client_id, False, str(error))
+            self._refuse(client_id, str(error), books)
             return None
         return self._accept(ask, valid, encoder, books)
+
+    def _refuse(self, client_id: int, why: str, books: Round) -> None:
+        books.refused[client_id] = why
+        self.progress.reply(books.number, client_id, False, why)
+
+    def _receive(self, sent: Sent, deadline: float, books: Round) -> Message | None:
+        """The reply, with its bytes in the books, whether it can be used or not."""
+        reply = self.mail.receive(sent, deadline)
+        if reply is not None and not reply.has_error():
+            books.bytes_up += payload_bytes(reply.content)
+        return reply
 
     def _head(self, reply: Message, books: Round, client_id: int) -> dict[str, Any]:
         """`check_head`; a client whose privacy budget is spent is refused, and not asked again."""
@@ -369,33 +354,6 @@ class Federation:
             books.weight += weight
         self.progress.reply(books.number, ask.client_id, True, "")
         return ClientUpdate(ask.client_id, adapter, weight, ask.plan.base_version, valid.metrics)
-
-    # ------------------------------------------------------------------------------------------------ replies
-
-    def _receive(self, message_id: str | None, deadline: float, books: Round) -> Message | None:
-        """`_pull`, with the reply's bytes in the books, whether it can be used or not."""
-        reply = self._pull(message_id, deadline)
-        if reply is not None and not reply.has_error():
-            books.bytes_up += payload_bytes(reply.content)
-        return reply
-
-    def _pull(self, message_id: str | None, deadline: float) -> Message | None:
-        """The reply to one message, or None if it is not there at the deadline.
-
-        Raises:
-            ReplyError: the grid did not take the message.
-        """
-        if message_id is None:
-            raise ReplyError("the grid did not take its message: it is too large, or the node is gone")
-        pause = POLL_S[0]
-        while True:
-            for reply in self.grid.pull_messages([message_id]):
-                if reply.metadata.reply_to_message_id == message_id:
-                    return reply
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-            pause = min(2 * pause, POLL_S[1])
 
     # ------------------------------------------------------------------------------------------------ figures
 
@@ -434,11 +392,16 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
     """Raise for a config whose rule cannot serve its clients, before a run directory is made or an old one removed.
 
     Raises:
-        ConfigError: the rule or one of its fields is unknown or wrong.
+        ConfigError: the rule or one of its fields is unknown or wrong, or the data are the nodes' own.
         RuleError: the rule refuses a client's rank.
         RoundError: more clients are asked for than there are.
         PrivacyError: a private run would not be private with this model or task, or within this epsilon.
     """
+    if brought_by_nodes(config):
+        raise ConfigError(
+            "the nodes bring their own data, of which nothing is here: start the run with flwr run, or simulate it "
+            "with data.source and a partition"
+        )
     rule = load_rule(config)
     state = rule.init(bench.base.initial_adapter(config.seed), seed=derive(config.seed, "rule"))
     clients = range(len(bench.data.clients))

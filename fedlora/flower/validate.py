@@ -26,6 +26,9 @@ from fedlora.flower.wire import decode_change
 
 METRICS = frozenset(("loss", "steps", "seconds", "compute_seconds", "examples_seen"))
 
+MAX_RANK = 4096
+"""Above any matrix's side that adapters are made for; a node that asks for more wants the server's memory."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -64,8 +67,8 @@ def check_head(reply: Message, kinds: Sequence[str] = ("update", "need")) -> dic
     return head
 
 
-def check_hello(reply: Message | None, fingerprint: str, clients: int) -> int:
-    """The number of the client that a node serves.
+def check_hello(reply: Message | None, fingerprint: str, clients: int) -> tuple[int, int | None]:
+    """The number of the client that a node serves, and the rank that it asks for, if any.
 
     Args:
         reply: to the question "hello"; None if there is none.
@@ -85,7 +88,10 @@ def check_hello(reply: Message | None, fingerprint: str, clients: int) -> int:
     client_id = head.get("client_id")
     if type(client_id) is not int or not 0 <= client_id < clients:
         raise ReplyError(f"it says to be client {str(client_id)[:40]}, and there are {clients}, numbered from 0")
-    return client_id
+    rank = head.get("rank")
+    if rank is not None and (type(rank) is not int or not 1 <= rank <= MAX_RANK):
+        raise ReplyError(f"it asks for rank {str(rank)[:40]}: a rank is a whole number from 1 to {MAX_RANK}")
+    return client_id, rank
 
 
 def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:

@@ -28,7 +28,7 @@ from fedlora.errors import ReplyError
 from fedlora.flower import run_local
 from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, encode_note, encode_update, encode_upload
 from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.validate import Limits, Valid, check_head, check_hello, check_update
+from fedlora.flower.validate import MAX_RANK, Limits, Valid, check_head, check_hello, check_update
 from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
 
@@ -266,7 +266,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
-keys = st.sampled_from(["kind", "fedlora", "fingerprint", "client_id", "num_examples"])
+keys = st.sampled_from(["kind", "fedlora", "fingerprint", "client_id", "num_examples", "rank"])
 
 
 @given(st.dictionaries(keys, json_values), st.booleans())
@@ -274,12 +274,13 @@ keys = st.sampled_from(["kind", "fedlora", "fingerprint", "client_id", "num_exam
 def test_a_mutated_hello_is_refused_or_names_a_client_that_there_is(fields: dict[str, Any], with_ids: bool) -> None:
     whole = {"kind": "hello", "fedlora": __version__, "fingerprint": "f", "client_id": 2, "num_examples": 7}
     try:
-        number = check_hello(as_reply(encode_note(**{**whole, **fields})), "f", 4)
+        number, rank = check_hello(as_reply(encode_note(**{**whole, **fields})), "f", 4)
     except ReplyError:
         assert {**whole, **fields} != whole
     else:
         assert type(number) is int
         assert number in range(4)
+        assert rank is None or rank in range(1, MAX_RANK + 1)
 
 
 @pytest.mark.parametrize("client_id", [None, True, -1, 4, 1.0, "1", [1], {"a": 1}])

@@ -19,7 +19,7 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan, GlobalState, Merge
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError, RunDirError
-from fedlora.flower import client_app, run_local, strategy
+from fedlora.flower import client_app, post, run_local
 from fedlora.flower.books import quorum_of
 from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, digest
 from fedlora.flower.following import can_follow, digest_of, next_digest
@@ -34,7 +34,7 @@ MakeConfig = Callable[..., RunConfig]
 
 @pytest.fixture(autouse=True)
 def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategy, "POLL_S", (0.001, 0.002))
+    monkeypatch.setattr(post, "POLL_S", (0.001, 0.002))
 
 
 class Heard(NoProgress):

@@ -1,0 +1,210 @@
+"""Run a folder's programs in the foreground: what a terminal for each of them would do, no more.
+
+A program that ends is started again after a pause, as `restart: unless-stopped` has it: Flower turns a node away that
+comes back before it was missed. Ctrl-C ends them all, with everything that they started.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedlora.deploy import commands
+from fedlora.deploy.commands import Address
+from fedlora.deploy.project import read_toml
+from fedlora.errors import DeployError
+
+PAUSE_S = 5.0
+"""Before a program that ended is started again."""
+GRACE_S = 10.0
+"""Between asking programs to end and ending them."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program of a folder.
+
+    Args:
+        name: for people.
+        command: program and arguments.
+        folder: in which it runs.
+        environment: variables beside those of the caller.
+    """
+
+    name: str
+    command: Sequence[str]
+    folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def shell(self) -> str:
+        """The line that a shell would run."""
+        return shlex.join(self.command)
+
+
+def programs(folder: Path) -> list[Program]:
+    """The programs of a coordinator's or a node's folder, in the order in which they start.
+
+    Raises:
+        DeployError: it is neither.
+    """
+    folder = folder.resolve()
+    if (folder / "coordinator" / "federation.toml").is_file():
+        folder = folder / "coordinator"
+    state = folder / "state"
+    if (folder / "federation.toml").is_file():
+        facts = read_toml(folder / "federation.toml", ("control-port", "proxied"))
+        listen = Address("127.0.0.1", int(facts["control-port"]))
+        lines = {
+            "superlink": commands.superlink(str(folder), str(state), listen),
+            "superexec": commands.superexec(str(folder), listen),
+        }
+        if facts["proxied"]:
+            lines["proxy"] = commands.proxy(str(folder))
+        home = folder / "flower"
+    elif (folder / "node.toml").is_file():
+        facts = read_toml(folder / "node.toml", ("superlink", "runtime-port"))
+        host, _, port = str(facts["superlink"]).rpartition(":")
+        runtime = Address("127.0.0.1", int(facts["runtime-port"]))
+        lines = {
+            "supernode": commands.supernode(str(folder), Address(host.strip("[]"), int(port)), runtime),
+            "superexec": commands.superexec(str(folder), runtime),
+        }
+        home = state / "flower"
+    else:
+        raise DeployError(
+            f"{str(folder)!r} is neither a coordinator's folder nor a node's: fedlora deploy init writes them"
+        )
+    environment = {**commands.ENVIRONMENT, "FLWR_HOME": str(home)}
+    return [Program(name, line, folder, environment) for name, line in lines.items()]
+
+
+def script(folder: Path) -> str:
+    """What `up` would run, as lines for a shell, each to be kept in a terminal of its own."""
+    todo = programs(folder)
+    lines = [f"cd {shlex.quote(str(todo[0].folder))}", f"mkdir -p {shlex.quote(str(todo[0].folder / 'state'))}"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in todo[0].environment.items()]
+    lines += [program.shell() for program in todo]
+    if (todo[0].folder / "federation.toml").is_file():
+        names = read_toml(todo[0].folder / "federation.toml", ("nodes",))["nodes"]
+        lines += ["# once, when the SuperLink is up:"]
+        lines += [shlex.join(commands.register(str(todo[0].folder), name)) for name in names]
+        lines += ["# for each run:", shlex.join(commands.run(str(todo[0].folder)))]
+    return "\n".join(lines) + "\n"
+
+
+def environment_of(program: Program) -> dict[str, str]:
+    """The environment of a program: Flower finds its other programs by their names on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **program.environment, "PATH": path}
+
+
+def start(program: Program, output: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a program in a process group of its own.
+
+    Args:
+        program: to be started.
+        output: file descriptor for standard output and error; None: a pipe.
+
+    Raises:
+        DeployError: it is not installed.
+    """
+    environment = environment_of(program)
+    (program.folder / "state").mkdir(mode=0o700, exist_ok=True)
+    found = shutil.which(program.command[0], path=environment["PATH"])
+    if found is None:
+        cure = "https://caddyserver.com/docs/install" if program.command[0] == "caddy" else "pip install fedlora"
+        raise DeployError(f"{program.command[0]!r} is not installed on this machine: {cure}")
+    return subprocess.Popen(
+        [found, *program.command[1:]],
+        cwd=program.folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if output is None else output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def stop(processes: Iterable[subprocess.Popen[bytes]], *, grace_s: float = GRACE_S) -> None:
+    """End programs and all that they started; first with SIGTERM, then with SIGKILL."""
+    left = list(processes)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in left:
+            _signal_group(process, number)
+        end = time.monotonic() + grace_s
+        while (left := [process for process in left if _signal_group(process, 0)]) and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def up(folder: Path, say: Callable[[str], None], *, pause_s: float = PAUSE_S) -> None:
+    """Run a folder's programs until the caller is interrupted (Ctrl-C or SIGTERM); their output goes to `say`.
+
+    Raises:
+        DeployError: the folder is none, or a program is not installed.
+    """
+    todo = programs(folder)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    again: dict[str, float] = {}
+    with _until_interrupted() as over:
+        try:
+            for program in todo:
+                running[program.name] = _start_aloud(program, say)
+            while not over.wait(0.2):
+                for program in todo:
+                    process = running[program.name]
+                    if process.poll() is None:
+                        continue
+                    if program.name not in again:
+                        say(f"{program.name} ended with status {process.returncode}; starts again in {pause_s:g} s")
+                        again[program.name] = time.monotonic() + pause_s
+                        stop([process], grace_s=1.0)  # what it started and left behind
+                    elif time.monotonic() >= again[program.name]:
+                        del again[program.name]
+                        running[program.name] = _start_aloud(program, say)
+        finally:
+            stop(reversed(running.values()))
+    say("all programs have ended")
+
+
+def _start_aloud(program: Program, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
+    say(f"{program.name}: {program.shell()}")
+    process = start(program)
+
+    def read() -> None:
+        for line in process.stdout or ():
+            say(f"{program.name} | {line.decode(errors='replace').rstrip()}")
+
+    threading.Thread(target=read, daemon=True).start()
+    return process
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Send a signal to a program's process group; whether anybody is left in it."""
+    process.poll()  # reaps it: a dead leader would count as somebody
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set."""
+    over = threading.Event()
+    before = {number: signal.signal(number, lambda *_: over.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield over
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

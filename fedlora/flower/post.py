@@ -1,0 +1,108 @@
+"""Messages out and replies in, on a grid that loses some: a reply comes, or it is said why none will.
+
+Flower says NODE_UNAVAILABLE of a node that it misses, after a minute or so. A node that is back before that has lost
+the message that it had, and nobody says so: a question that is sent after the message and answered before it does. (A
+SuperNode works off its messages one at a time, in their order.)
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora.errors import ReplyError
+
+POLL_S = (0.02, 0.5)
+"""Shortest and longest pause between two looks for a reply."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message under way.
+
+    Args:
+        message_id: Flower's; None if the grid did not take it.
+        node_id: whom it is for.
+        at: when it was sent, on the monotonic clock.
+    """
+
+    message_id: str | None
+    node_id: int
+    at: float
+
+
+class Post:
+    """What goes between the server and its nodes.
+
+    Args:
+        grid: in-process, Ray or a SuperLink.
+        hello: the content of the question who a node is.
+        patience_s: after how long without a reply a node is asked whether it still has the message.
+        ttl_s: how long the grid keeps a message.
+    """
+
+    def __init__(self, grid: Grid, hello: RecordDict, *, patience_s: float, ttl_s: float) -> None:
+        self._grid, self._hello, self._patience_s, self._ttl_s = grid, hello, patience_s, ttl_s
+        self._longest_s = 0.0
+
+    def node_ids(self) -> list[int]:
+        """The nodes that the grid holds to be there."""
+        return list(self._grid.get_node_ids())
+
+    def send(self, content: RecordDict, node_id: int, kind: str, group: str = "") -> Sent:
+        """Hand a message to the grid.
+
+        Args:
+            content: of the message.
+            node_id: whom it is for.
+            kind: its type, such as "train" or "query.hello".
+            group: the round, for the nodes' logs.
+        """
+        message = Message(content, node_id, kind, group_id=group, ttl=self._ttl_s)
+        return Sent(next(iter(self._grid.push_messages([message])), None), node_id, time.monotonic())
+
+    def ask_hello(self, node_id: int) -> Sent:
+        """Ask a node who it is."""
+        return self.send(self._hello, node_id, f"{MessageType.QUERY}.hello")
+
+    def look(self, sent: Sent) -> Message | None:
+        """The reply, or None if it is not there yet.
+
+        Raises:
+            ReplyError: the grid did not take the message.
+        """
+        if sent.message_id is None:
+            raise ReplyError("the grid did not take its message: it is too large, or the node is gone")
+        for reply in self._grid.pull_messages([sent.message_id]):
+            if reply.metadata.reply_to_message_id == sent.message_id:
+                return reply
+        return None
+
+    def receive(self, sent: Sent, deadline: float) -> Message | None:
+        """Wait for a reply; None if it is not there at the deadline (on the monotonic clock).
+
+        Raises:
+            ReplyError: the grid did not take the message, or the node lost it.
+        """
+        pause, question = POLL_S[0], None
+        while True:
+            answered = question is not None and self.look(question) is not None
+            reply = self.look(sent)
+            if reply is not None:
+                self._longest_s = max(self._longest_s, time.monotonic() - sent.at)
+                return reply
+            if answered:
+                raise ReplyError("its node lost the message: it was started again in the middle of the round")
+            now = time.monotonic()
+            if now >= deadline:
+                return None
+            # Twice the longest so far: who is slow is not asked in every round.
+            if question is None and now - sent.at > max(self._patience_s, 2 * self._longest_s):
+                question = self.ask_hello(sent.node_id)
+                if question.message_id is None:
+                    question = None
+            time.sleep(min(pause, max(0.0, deadline - now)))
+            pause = min(2 * pause, POLL_S[1])

@@ -1,0 +1,209 @@
+"""Nodes that bring their own files: the same bytes as one file that was divided, and nothing on the server."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+from flwr.app.user_config import UserConfig
+
+from fedlora.config import RunConfig, parse_config
+from fedlora.data import load_data
+from fedlora.errors import ConfigError, DataError, FedloraError, RoundError
+from fedlora.flower import client_app, refuse_early, run_local
+from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.server_app import RunOutcome, run_rounds
+from fedlora.flower.settings import NODE_KEYS, config_of
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
+from fedlora.training.workbench import open_workbench
+
+MakeConfig = Callable[..., RunConfig]
+LABELS = "task.labels=['negative','positive']"
+
+
+@pytest.fixture(scope="module")
+def files(tiny_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with test.csv, a file for each of two sites, and all sites' examples in one with a column "site"."""
+    folder = tmp_path_factory.mktemp("sites")
+    rows = list(csv.DictReader(tiny_csv.open(encoding="utf-8")))
+    test, rest = rows[:60], rows[60:]
+    sites = {
+        "a": [r for r in rest if r["domain"] == "films"][:70],
+        "b": [r for r in rest if r["domain"] == "phones"][:50],
+    }
+    everybody = [{**row, "site": site} for site, mine in sites.items() for row in mine]
+    for name, table in {**sites, "test": test, "all": everybody}.items():
+        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+    return folder
+
+
+@pytest.fixture
+def configs(tiny_bert: Path, files: Path, tmp_path: Path) -> Callable[..., tuple[RunConfig, RunConfig]]:
+    """The config of a federation whose nodes bring their data, and of its simulation."""
+
+    def make(*overrides: str) -> tuple[RunConfig, RunConfig]:
+        shared = [
+            f"output='{tmp_path / 'runs'}'",
+            f"model.name='{tiny_bert}'",
+            "adapter.targets=['query','value']",
+            "task.name=text-classification",
+            LABELS,
+            f"data.test='{files / 'test.csv'}'",
+            "train.steps=3",
+            "train.lr=0.01",
+            "runtime.threads=1",
+            "runtime.kernels=off",
+            "rounds=2",
+            *overrides,
+        ]
+        own = parse_config(
+            "", [*shared, "data.source=nodes", "partition.name=nodes", "partition.clients=2"], name="own"
+        )
+        natural = ["partition.name=natural", "partition.column=site"]
+        one = parse_config("", [*shared, f"data.source='{files / 'all.csv'}'", *natural], name="one")
+        return own, one
+
+    return make
+
+
+def federate(config: RunConfig, nodes: list[dict[str, Any]]) -> RunOutcome:
+    grid = LocalGrid(client_app.app, nodes, {"toml": config.to_toml()})
+    with task_identity(1):
+        return run_rounds(grid, config, RunDir.create(config), NoProgress(), resume=False)
+
+
+def weights(outcome: RunOutcome) -> bytes:
+    return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
+
+
+def test_files_of_their_own_give_the_bytes_of_one_file_that_was_divided(configs: Any, files: Path) -> None:
+    own, one = configs()
+    nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("ab")]
+    deployed = federate(own, nodes)
+    simulated = run_local(one, RunDir.create(one), NoProgress())
+    assert [row["num_examples"] for row in deployed.records[1]["clients"].values()] == [70, 50]
+    assert weights(deployed) == weights(simulated)
+    assert deployed.records[-1]["accuracy"] == simulated.records[-1]["accuracy"]
+    assert not (deployed.rundir.path / "partition.json").exists()
+
+
+def test_the_server_has_test_data_alone(configs: Any) -> None:
+    own, _ = configs()
+    data = load_data(own)
+    assert len(data.test) == 60
+    assert [len(rows) for rows in data.clients] == [0, 0]
+    assert data.label_names == ("negative", "positive")
+
+
+def test_a_node_trains_on_all_of_its_file_and_on_nothing_else(configs: Any, files: Path) -> None:
+    own, _ = configs()
+    context = context_of(own, {"partition-id": 1, "data": str(files / "b.csv"), "device": "cpu"})
+    config = config_of(context)
+    assert config.runtime.device == "cpu"
+    data = load_data(config)
+    assert [len(rows) for rows in data.clients] == [50, 50]
+    assert len(data.train) == 50
+    assert open_workbench(config).data is data or len(open_workbench(config).data.train) == 50
+
+
+def context_of(config: RunConfig, node_config: dict[str, Any]) -> Context:
+    return Context(1, 2, UserConfig(node_config), RecordDict(), UserConfig({"toml": config.to_toml()}))
+
+
+@pytest.mark.parametrize(
+    ("node_config", "message"),
+    [
+        ({"partition-id": 0}, "each node brings its own data: start this one with --node-config 'data="),
+        ({"partition-id": 0, "dta": "/x.csv"}, "unknown key 'dta'; did you mean 'data'"),
+        ({"partition-id": 0, "data": 3}, "data must be of type str, not 3"),
+        ({"partition-id": "0", "data": "/x.csv"}, "partition-id must be of type int"),
+        ({"partition-id": True, "data": "/x.csv"}, "partition-id must be of type int"),
+    ],
+)
+def test_a_node_config_that_cannot_be_meant_is_refused(configs: Any, node_config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(context_of(configs()[0], node_config))
+
+
+def test_a_file_that_is_not_there_costs_its_node_the_run_and_nobody_else(configs: Any, files: Path) -> None:
+    own, _ = configs("server.node_timeout_s=0.02")
+    outcome = federate(
+        own, [{"partition-id": 0, "data": str(files / "a.csv")}, {"partition-id": 1, "data": "/no/b.csv"}]
+    )
+    assert outcome.records[1]["answered"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ("task.labels=[]", ConfigError, "may lack a class: name them all"),
+        ("partition.clients=0", ConfigError, "clients = the number of nodes"),
+        ("partition.alpha=1", ConfigError, "has one key"),
+        ("partition.name=iid", ConfigError, "set both data.source = 'nodes' and partition.name = 'nodes'"),
+        ("data.test='/no/test.csv'", DataError, "correct data.test in the run's config"),
+    ],
+)
+def test_a_config_that_lacks_what_all_must_agree_on_is_refused(
+    configs: Any, change: str, error: type[FedloraError], message: str
+) -> None:
+    own, _ = configs()
+    with pytest.raises(error, match=message):
+        load_data(parse_config(own.to_toml(), [change]))
+
+
+def test_data_of_its_own_is_never_left_unused(configs: Any, files: Path) -> None:
+    _, one = configs()
+    with pytest.raises(ConfigError, match=r"the run divides data\.source among the clients"):
+        load_data(config_of(context_of(one, {"partition-id": 0, "data": str(files / "a.csv")})))
+
+
+def test_a_run_config_cannot_name_a_nodes_file(configs: Any, files: Path) -> None:
+    own, _ = configs()
+    named = parse_config(own.to_toml(), [f"data.own='{files / 'a.csv'}'"])
+    with pytest.raises(ConfigError, match=r"data\.own is a node's own matter"):
+        config_of(context_of(named, {"partition-id": 0}))
+
+
+def test_what_the_nodes_keep_cannot_be_simulated_from_nothing(configs: Any) -> None:
+    own, _ = configs()
+    with pytest.raises(ConfigError, match="start the run with flwr run"):
+        refuse_early(own, open_workbench(own))
+
+
+def test_every_key_of_a_node_config_is_in_the_deployment_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
+    for key in NODE_KEYS:
+        assert f"`{key}`" in page, key
+
+
+# ------------------------------------------------------------------------------------------------ replays
+
+
+def test_a_replay_has_the_updates_of_the_run_and_its_bytes(tiny_config: MakeConfig) -> None:
+    config = tiny_config("rounds=3")
+    run = run_local(config, RunDir.create(config), NoProgress())
+    records = [dict(record) for record in run.records]
+    again = tiny_config("rounds=3", name="again")
+    assert weights(run) == weights(run_local(again, RunDir.create(again), NoProgress(), replay=records))
+    records[2]["answered"] = [0, 2, 3]
+    other = tiny_config("rounds=3", name="other")
+    replayed = run_local(other, RunDir.create(other), NoProgress(), replay=records)
+    assert [record["answered"] for record in replayed.records[1:]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
+    assert "did not answer in the run that is replayed" in replayed.records[2]["refused"]["1"]
+    assert weights(run) != weights(replayed)
+
+
+def test_a_replay_that_cannot_be_the_run_says_so(tiny_config: MakeConfig) -> None:
+    config = tiny_config("rounds=1")
+    records = [{"round": 0}, {"round": 1, "answered": [0, 2, 9]}]
+    expected = r"round 1 of the replay has updates of clients \[0, 2\], and the run had those of \[0, 2, 9\]"
+    with pytest.raises(RoundError, match=expected):
+        run_local(config, RunDir.create(config), NoProgress(), replay=records)

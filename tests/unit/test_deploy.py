@@ -1,0 +1,439 @@
+"""Folders, keys and commands of a federation; no program of Flower's is started here."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from typer.testing import CliRunner
+
+from fedlora.cli import app
+from fedlora.config import RunConfig, load_config, parse_config
+from fedlora.deploy import ENVIRONMENT, Address, FederationPlan, NodePlan, commands, programs, script, write_project
+from fedlora.deploy.keys import make_authority, make_node_key, make_server
+from fedlora.errors import ConfigError, DeployError
+
+ROOT = Path(__file__).parents[2]
+PLAN = FederationPlan(("example.org", "10.0.0.1"), (NodePlan("site-a"), NodePlan("site-b")))
+CONFIG = parse_config("", ["partition.clients=2"], name="trial")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deploy") / "federation"
+    write_project(folder, CONFIG, PLAN)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ keys
+
+
+def chain_is_valid(certificate: bytes, authority: bytes, host: str) -> bool:
+    name: x509.DNSName | x509.IPAddress = x509.DNSName(host)
+    with suppress(ValueError):
+        name = x509.IPAddress(ipaddress.ip_address(host))
+    verifier = PolicyBuilder().store(Store([x509.load_pem_x509_certificate(authority)])).build_server_verifier(name)
+    try:
+        verifier.verify(x509.load_pem_x509_certificate(certificate), [])
+    except VerificationError:
+        return False
+    return True
+
+
+def test_a_certificate_holds_for_its_hosts_under_its_authority_and_for_nothing_else() -> None:
+    ours, theirs = make_authority("ours"), make_authority("theirs")
+    server = make_server(ours, "server", ("example.org", "10.0.0.1"))
+    assert chain_is_valid(server.public, ours.public, "example.org")
+    assert chain_is_valid(server.public, ours.public, "10.0.0.1")
+    assert not chain_is_valid(server.public, ours.public, "example.com")
+    assert not chain_is_valid(server.public, theirs.public, "example.org")
+    valid_to = x509.load_pem_x509_certificate(server.public).not_valid_after_utc
+    assert valid_to > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=365)
+
+
+def test_a_server_cannot_sign_for_others() -> None:
+    ours = make_authority("ours")
+    server = make_server(ours, "server", ("example.org",))
+    forged = make_server(server, "forged", ("example.com",))
+    verifier = PolicyBuilder().store(Store([x509.load_pem_x509_certificate(ours.public)]))
+    chain = [x509.load_pem_x509_certificate(server.public)]
+    with pytest.raises(VerificationError):
+        verifier.build_server_verifier(x509.DNSName("example.com")).verify(
+            x509.load_pem_x509_certificate(forged.public), chain
+        )
+
+
+def test_a_node_key_is_what_flower_takes() -> None:
+    pair = make_node_key("site-a")
+    private = serialization.load_ssh_private_key(pair.private, password=None)
+    public = serialization.load_ssh_public_key(pair.public)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    assert private.curve.name == "secp384r1"
+    assert private.public_key() == public
+    assert pair.public.endswith(b" site-a\n")
+    assert make_node_key("site-a").private != pair.private
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def test_what_is_private_can_be_read_by_its_owner_alone(project: Path) -> None:
+    private = {path.relative_to(project).as_posix() for path in project.rglob("*") if path.is_file() and secret(path)}
+    assert private == {
+        "authority/ca.key",
+        *(f"coordinator/{name}" for name in ("server.key", "superexec.secret")),
+        *(f"nodes/{node}/{name}" for node in ("site-a", "site-b") for name in NODE_SECRETS),
+    }
+    for name in private:
+        assert (project / name).stat().st_mode & 0o777 == 0o600
+        assert (project / name).parent.stat().st_mode & 0o777 == 0o700
+
+
+NODE_SECRETS = ("node.key", "runtime.key", "superexec.secret")
+
+
+def secret(path: Path) -> bool:
+    return b"PRIVATE KEY" in path.read_bytes() or path.suffix == ".secret"
+
+
+def test_a_node_gets_its_own_secrets_and_nobody_elses(project: Path) -> None:
+    a, b = project / "nodes" / "site-a", project / "nodes" / "site-b"
+    for name in NODE_SECRETS:
+        assert (a / name).read_bytes() != (b / name).read_bytes()
+    assert (a / "ca.crt").read_bytes() == (project / "coordinator" / "ca.crt").read_bytes()
+    for node in (a, b):
+        key = serialization.load_ssh_private_key((node / "node.key").read_bytes(), None)
+        public = (project / "coordinator" / "nodes" / f"{node.name}.pub").read_bytes()
+        assert key.public_key() == serialization.load_ssh_public_key(public)
+        assert len((node / "README.md").read_text().splitlines()) == 3
+        authority = (node / "ca.crt").read_bytes()
+        assert chain_is_valid((node / "runtime.crt").read_bytes(), authority, f"supernode-{node.name}")
+        assert not chain_is_valid((node / "runtime.crt").read_bytes(), authority, "example.org")
+    server = (project / "coordinator" / "server.crt").read_bytes()
+    for host in ("example.org", "10.0.0.1", "localhost", "127.0.0.1", "superlink", "proxy"):
+        assert chain_is_valid(server, (project / "coordinator" / "ca.crt").read_bytes(), host)
+
+
+def test_the_app_carries_the_run_config_and_no_code(project: Path) -> None:
+    app_folder = project / "coordinator" / "app"
+    assert sorted(path.name for path in app_folder.iterdir()) == ["pyproject.toml", "run.toml"]
+    assert load_config(app_folder / "run.toml") == CONFIG
+    theirs = tomllib.loads((app_folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert theirs["components"] == ours["components"]
+    assert theirs["config"].keys() == ours["config"].keys()
+
+
+def test_a_node_config_says_what_was_asked_for(tmp_path: Path) -> None:
+    nodes = (
+        NodePlan("a", data="/srv/a.csv", device="cuda:1", rank=4, ledger="/var/a.jsonl"),
+        NodePlan("b", data="/srv/b.csv", ledger="/var/b.jsonl"),
+    )
+    config = parse_config("", [f"data.test='{tmp_path}/test.csv'", "task.labels=['no','yes']"])
+    write_project(tmp_path / "f", config, FederationPlan(("127.0.0.1",), nodes))
+    read = [tomllib.loads((tmp_path / "f" / "nodes" / node.name / "node-config.toml").read_text()) for node in nodes]
+    first = {"data": "/srv/a.csv", "device": "cuda:1", "rank": 4, "ledger": "/var/a.jsonl"}
+    assert read[0] == {"partition-id": 0, "num-partitions": 2, **first}
+    assert read[1] == {"partition-id": 1, "num-partitions": 2, "data": "/srv/b.csv", "ledger": "/var/b.jsonl"}
+    run = load_config(tmp_path / "f" / "coordinator" / "app" / "run.toml")
+    assert (run.data.source, run.partition.name, run.partition.fields) == ("nodes", "nodes", {"clients": 2})
+    ports = [
+        tomllib.loads((tmp_path / "f" / "nodes" / node.name / "node.toml").read_text())["runtime-port"]
+        for node in nodes
+    ]
+    assert len(set(ports)) == 2  # on one machine
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    write_project(folder, CONFIG, PLAN)
+    key = (folder / "authority" / "ca.key").read_bytes()
+    with pytest.raises(DeployError, match="holds a federation: choose another folder, or --overwrite it"):
+        write_project(folder, CONFIG, PLAN)
+    assert (folder / "authority" / "ca.key").read_bytes() == key
+    write_project(folder, CONFIG, PLAN, overwrite=True)
+    assert (folder / "authority" / "ca.key").read_bytes() != key
+    foreign = tmp_path / "g"
+    foreign.mkdir()
+    (foreign / "thesis.md").touch()
+    with pytest.raises(DeployError, match="holds no federation"):
+        write_project(foreign, CONFIG, PLAN, overwrite=True)
+    assert (foreign / "thesis.md").exists()
+
+
+def nodes(*plans: NodePlan) -> FederationPlan:
+    return replace(PLAN, nodes=plans)
+
+
+A, B = NodePlan("a", data="/srv/a.csv"), NodePlan("b", data="/srv/b.csv")
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings", "error", "message"),
+    [
+        (nodes(), [], DeployError, "give --node NAME"),
+        (nodes(NodePlan("A b")), [], DeployError, "small letters"),
+        (nodes(NodePlan("a"), NodePlan("a")), [], DeployError, "two nodes are called 'a'"),
+        (nodes(A, NodePlan("b")), [], DeployError, "node 'b' has no data and 'a' has: give --data b="),
+        (nodes(replace(A, data="a.csv"), B), [], DeployError, "data 'a.csv' must be an absolute path"),
+        (nodes(replace(A, ledger="x"), B), [], DeployError, "ledger 'x' must be an absolute path"),
+        (nodes(A, B), [], DeployError, "the server needs test data of its own"),
+        (nodes(A, B), ["data.test='t.csv'"], ConfigError, r"task.labels = \['no', 'yes'\]"),
+        (nodes(NodePlan("a"), NodePlan("b"), NodePlan("c")), [], DeployError, "--set partition.clients=3"),
+        (replace(PLAN, hosts=("localhost",)), [], DeployError, "nodes on one machine need a ledger each"),
+    ],
+)
+def test_plans_that_cannot_work_say_the_cure_and_write_nothing(
+    plan: FederationPlan, settings: list[str], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        write_project(tmp_path / "f", parse_config("", ["partition.clients=2", *settings]), plan)
+    assert not (tmp_path / "f").exists()
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def test_only_the_proxy_is_reached_from_outside(project: Path) -> None:
+    todo = {program.name: list(program.command) for program in programs(project)}
+    assert list(todo) == ["superlink", "superexec", "proxy"]
+    assert value_of("--host", todo["superlink"]) == "127.0.0.1"
+    node = {program.name: list(program.command) for program in programs(project / "nodes" / "site-a")}
+    assert value_of("--superlink", node["supernode"]) == "example.org:8443"
+    assert value_of("--host", node["supernode"]) == "127.0.0.1"
+    caddyfile = (project / "coordinator" / "Caddyfile").read_text()
+    assert re.findall(r"handle (\S+) {", caddyfile) == ["/v1/fleet/*", "/health"]
+    assert caddyfile.count("reverse_proxy") == 1
+    assert ":8443 {" in caddyfile
+
+
+def value_of(option: str, command: list[str]) -> str:
+    return command[command.index(option) + 1]
+
+
+def test_every_program_is_told_to_keep_quiet_and_to_install_nothing(project: Path) -> None:
+    assert ENVIRONMENT["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert ENVIRONMENT["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+    for folder in (project, project / "nodes" / "site-b"):
+        for program in programs(folder):
+            assert program.environment.items() >= ENVIRONMENT.items()
+            assert "--allow-runtime-dependency-installation" not in program.command
+            assert "--insecure" not in program.command
+
+
+def test_a_folder_that_is_none_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="neither a coordinator's folder nor a node's"):
+        programs(tmp_path)
+    (tmp_path / "node.toml").write_text("name = 'a'\n")
+    with pytest.raises(DeployError, match="lacks the key 'superlink'"):
+        programs(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ docker-compose.yml
+
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+SITES = ("site-a", "site-b")
+
+
+def defaults(value: str) -> str:
+    """What compose puts in place of ${NAME:-default} where nothing is set."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+
+
+def command_of(service: str) -> list[str]:
+    return [defaults(word) for word in (*SERVICES[service]["entrypoint"], *SERVICES[service]["command"])]
+
+
+def test_compose_runs_the_commands_of_deploy_up() -> None:
+    superlink, home = Address("superlink", 8000), "/federation"
+    expected = {
+        "superlink": commands.superlink(home, f"{home}/state", Address("0.0.0.0", 8000)),
+        "superexec": commands.superexec(home, superlink),
+        "proxy": commands.proxy(home),
+    }
+    for site in SITES:
+        node = f"supernode-{site}"
+        expected[node] = commands.supernode(home, Address("proxy", 8443), Address("0.0.0.0", 9094))
+        expected[f"superexec-{site}"] = commands.superexec(home, Address(node, 9094))
+    assert {service: command_of(service) for service in SERVICES} == expected
+
+
+def test_compose_checks_the_health_of_every_service() -> None:
+    asked = {"superlink": Address("superlink", 8000), "superexec": Address("superlink", 8000)}
+    for site in SITES:
+        asked |= dict.fromkeys((f"supernode-{site}", f"superexec-{site}"), Address(f"supernode-{site}", 9094))
+    for service, address in asked.items():
+        assert SERVICES[service]["healthcheck"]["test"] == ["CMD", *commands.health("/federation", address)]
+    assert SERVICES["proxy"]["healthcheck"]["test"][-1] == "https://localhost:8443/health"
+
+
+def test_compose_lets_nodes_reach_the_proxy_alone_and_data_stay() -> None:
+    networks = {name: set(service["networks"]) for name, service in SERVICES.items()}
+    assert networks["proxy"] == {"coordinator", "fleet"}
+    for site in SITES:
+        assert networks[f"supernode-{site}"] == {"fleet", site}
+        assert networks[f"superexec-{site}"] == {site}  # where the data is
+        assert COMPOSE["networks"][site] == {"internal": True}
+        mounts = [name for name, service in SERVICES.items() if any("_DATA" in v for v in service.get("volumes", ()))]
+        assert f"superexec-{site}" in mounts
+        assert f"supernode-{site}" not in mounts
+    ports = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert ports.keys() == {"superlink", "proxy"}
+    assert all(port.startswith("127.0.0.1:") for port in ports["superlink"])
+
+
+def test_compose_restarts_programs_and_keeps_them_quiet(project: Path) -> None:
+    for name, service in SERVICES.items():
+        assert service["restart"] == "unless-stopped"
+        assert service["init"] is True
+        if name != "proxy":
+            assert service["environment"].items() >= ENVIRONMENT.items()
+    homes = {program.name: program.environment["FLWR_HOME"] for program in programs(project)}
+    for name, home in (("superlink", homes["superlink"]), ("superexec", homes["superexec"])):
+        inside = home.replace(str(project.resolve() / "coordinator"), "/federation")
+        assert SERVICES[name]["environment"]["FLWR_HOME"] == inside
+
+
+def test_compose_and_the_images_are_of_the_flower_that_is_pinned() -> None:
+    pinned = re.search(r"^flwr==(.+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert pinned is not None
+    for name, service in SERVICES.items():
+        if name.startswith(("superlink", "supernode")):
+            assert service["image"].endswith(f":{pinned[1]}")
+        elif name != "proxy":
+            assert service["build"]["dockerfile"] == "deploy/Dockerfile"
+    assert f"ARG FLWR={pinned[1]}\nFROM flwr/superexec:${{FLWR}}" in (ROOT / "deploy" / "Dockerfile").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def fedlora(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def test_init_and_print_from_the_command_line(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(CONFIG.to_toml())
+    folder = tmp_path / "f"
+    arguments = ["deploy", "init", folder, config, "--node", "a", "--node", "b", "--host", "example.org"]
+    code, output = fedlora(*arguments, "--rank", "b=2", "--device", "a=cpu")
+    assert (code, "nodes connect to example.org:8443" in output) == (0, True)
+    assert tomllib.loads((folder / "nodes" / "b" / "node-config.toml").read_text())["rank"] == 2
+    code, output = fedlora("deploy", "up", folder, "--print")
+    assert code == 0
+    assert output == script(folder)
+    for program in programs(folder):
+        assert program.shell() in output.splitlines()
+    register = [line for line in output.splitlines() if line.startswith("flwr supernode register")]
+    assert [Path(line.split()[3]).stem for line in register] == ["a", "b"]
+    assert all(Path(line.split()[3]).is_file() for line in register)
+    code, output = fedlora(*arguments)
+    assert (code, "holds a federation" in output) == (1, True)
+    assert fedlora(*arguments, "--overwrite")[1].startswith(f"replacing {folder}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--data", "/srv/a.csv", "must have the form NAME=DATA"),
+        ("--data", "sitea=/srv/a.csv", "there is no node 'sitea'; did you mean 'site-a'?"),
+        ("--rank", "site-a=0", "a rank is a whole number from 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(option: str, value: str, message: str, tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(CONFIG.to_toml())
+    code, output = fedlora("deploy", "init", tmp_path / "f", config, "--node", "site-a", option, value)
+    assert (code, message in output) == (1, True), output
+
+
+# ------------------------------------------------------------------------------------------------ up
+
+UP = """
+import sys
+from pathlib import Path
+import fedlora.deploy.foreground as up
+folder = Path(sys.argv[1])
+sleeper = (
+    "import os, subprocess, sys, time; subprocess.Popen(['sleep', '600']); "
+    "open(sys.argv[1], 'a').write(f'{os.getpid()} '); time.sleep(600)"
+)
+command = [sys.executable, "-c", sleeper]
+up.programs = lambda folder: [up.Program(name, [*command, str(folder / name)], folder) for name in ("a", "b")]
+up.up(folder, lambda line: print(line, flush=True), pause_s=0.2)
+"""
+
+
+def pids(file: Path) -> list[int]:
+    return [int(word) for word in file.read_text().split()] if file.exists() else []
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def group_is_empty(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_starts_again_what_ended_and_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
+    runner = subprocess.Popen([sys.executable, "-c", UP, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        a, b = tmp_path / "a", tmp_path / "b"
+        wait_until(lambda: pids(a) and pids(b))
+        os.kill(pids(a)[0], signal.SIGKILL)
+        wait_until(lambda: len(pids(a)) == 2)
+        runner.send_signal(number)
+        output, _ = runner.communicate(timeout=60)
+    finally:
+        runner.kill()
+    assert runner.returncode == 0
+    assert "a ended with status -9; starts again in 0.2 s" in output
+    assert output.endswith("all programs have ended\n")
+    assert len(pids(b)) == 1
+    for pid in pids(a) + pids(b):
+        wait_until(lambda pid=pid: group_is_empty(pid))  # init may be a moment behind with burying them
+
+
+def test_a_program_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedlora.deploy import Program, start
+
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DeployError, match="'caddy' is not installed on this machine"):
+        start(Program("proxy", commands.proxy("/x"), tmp_path))
+
+
+def test_a_config_stays_the_same_if_the_nodes_have_no_data() -> None:
+    from fedlora.deploy.project import run_config
+
+    assert run_config(CONFIG, PLAN) == CONFIG
+    assert isinstance(CONFIG, RunConfig)
