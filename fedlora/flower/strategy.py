@@ -427,6 +427,8 @@ class Federation:
         result = evaluate(
             self.bench.base, self.bench.task, self.bench.data.test, domain_column=self.bench.data.domain_column
         )
+        if state.round == self.config.rounds:
+            self.rundir.write_outcomes(state.round, self.bench.data.test_digest, result.measures)
         return {**result.overall, "domains": dict(result.domains)}
 
 
