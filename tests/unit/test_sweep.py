@@ -311,10 +311,15 @@ def test_processes_end_with_the_sweep_and_a_killed_one_is_noted(tiny_toml: Path,
     command = [sys.executable, "-m", "fedlora", "sweep", str(tiny_toml), "--seeds", "4", "-j", "2", "-o", str(out)]
     command += ["--set", "rounds=40"]
 
+    def lines() -> int:
+        return sum(path.read_text().count("\n") for path in out.glob("*/metrics.jsonl"))
+
     def begin() -> subprocess.Popen[str]:
+        """A sweep whose processes are both at work."""
+        before = lines()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         end = time.monotonic() + 240
-        while len(list(out.glob("*/metrics.jsonl"))) < 2:
+        while len(children(process)) < 2 or lines() < before + 4:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < end
             time.sleep(0.05)
