@@ -33,9 +33,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from fedlora.aggregators import GlobalState, Merge
 from fedlora.config import RunConfig, different_keys, flat_keys, load_config
 from fedlora.environment import describe_environment
@@ -241,27 +238,6 @@ class RunDir:
         """Forget the rounds after `last_round`, and a line that was cut short."""
         kept = [record for record in self.read_metrics() if record["round"] <= last_round]
         write_atomically(self._metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-    # ------------------------------------------------------------------------------------------ test examples
-
-    def write_outcomes(self, number: int, test: str, measures: Mapping[str, np.ndarray]) -> None:
-        """Keep what the last evaluation measured of each example: two runs are then compared example by example.
-
-        Args:
-            number: the round.
-            test: names the test examples; two runs with the same name were tested on the same ones.
-            measures: the task's, [n, ...] by name; kept in single precision.
-        """
-        tensors = {name: torch.from_numpy(np.asarray(values, dtype=np.float32)) for name, values in measures.items()}
-        write_atomically(self.path / "outcomes.safetensors", pack(tensors, {"round": number, "test": test}))
-
-    def read_outcomes(self) -> tuple[str, dict[str, np.ndarray]] | None:
-        """What `write_outcomes` kept, as "test" and "measures" in double precision; None where there is nothing."""
-        path = self.path / "outcomes.safetensors"
-        if not path.is_file():
-            return None
-        tensors, meta = self._read(path, "remove it")
-        return str(meta["test"]), {name: value.double().numpy() for name, value in tensors.items()}
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

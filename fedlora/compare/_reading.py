@@ -12,6 +12,7 @@ import numpy as np
 
 from fedlora.config import flat_keys
 from fedlora.errors import FedloraError, RunDirError
+from fedlora.outcomes import read_outcomes
 from fedlora.rundir import RunDir
 from fedlora.tasks import Task, load_task
 
@@ -119,7 +120,7 @@ def read_run(path: str | Path) -> Run:
     records = folder.read_metrics()
     if not any(task.metric in record for record in records):
         raise RunDirError(f"{str(path)!r} has no {task.metric} in any round: run it again")
-    test, outcomes = folder.read_outcomes() or ("", None)
+    test, outcomes = read_outcomes(folder.path) or ("", None)
     claim = (folder.read_json("result.json") or {}).get("privacy") or {}
     return Run(Path(path), flat_keys(folder.config), task, records, test, outcomes, claim.get("epsilon"))
 

@@ -39,6 +39,7 @@ from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
 from fedlora.flower.spending import Spending, asked_in
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_hello, check_update
+from fedlora.outcomes import write_outcomes
 from fedlora.privacy.central import Central
 from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
@@ -428,7 +429,7 @@ class Federation:
             self.bench.base, self.bench.task, self.bench.data.test, domain_column=self.bench.data.domain_column
         )
         if state.round == self.config.rounds:
-            self.rundir.write_outcomes(state.round, self.bench.data.test_digest, result.measures)
+            write_outcomes(self.rundir.path, state.round, self.bench.data.test_digest, result.measures)
         return {**result.overall, "domains": dict(result.domains)}
 
 

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from fedlora.compare import read_run
 from fedlora.config import RunConfig, load_config
-from fedlora.errors import ConfigError, RunDirError
+from fedlora.errors import ConfigError, RunDirError, nearest
+from fedlora.files import locked, write_atomically
 from fedlora.rundir import Keep, RunDir
-from fedlora.state_io import write_atomically
 from fedlora.sweep._grid import Settings, plain
 from fedlora.sweep._workers import run_all
 
@@ -22,17 +22,25 @@ SELECT = "select"
 """The folder, among the runs, of the runs by which alternatives were chosen."""
 
 
+Pick = tuple[str | None, Mapping[str, float]]
+"""The candidate whose run ended best (the first of equals), "" without a selection, None if none ended; and what each
+reached."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """Alternatives of which each setting takes its best, by one run each on a seed that is not reported.
 
     Args:
-        candidates: name -> overrides, as `grid` makes them.
+        candidates: name -> overrides, as `grid` makes them, in their order (ascending learning rates, say).
         seed: of the runs that decide.
+        start: names of the candidates to begin with; where the best of those is the first or the last one tried, its
+            neighbour beyond is tried too, and so on. (): all of them, at once.
     """
 
     candidates: Settings
     seed: int = 100
+    start: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,9 @@ class Watcher(Protocol):
     def begun(self, runs: int, rounds: int, runs_done: int, rounds_done: int) -> None:
         """So many runs with so many rounds in all, of which some were done before."""
 
+    def more(self, runs: int, rounds: int) -> None:
+        """So many more are to be done than was said: a selection goes on."""
+
     def round_ended(self, name: str, number: int) -> None:
         """A round of a run is over (0: the evaluation before training)."""
 
@@ -113,6 +124,9 @@ class NoWatcher:
     """Tells nobody."""
 
     def begun(self, runs: int, rounds: int, runs_done: int, rounds_done: int) -> None:
+        """Do nothing."""
+
+    def more(self, runs: int, rounds: int) -> None:
         """Do nothing."""
 
     def round_ended(self, name: str, number: int) -> None:
@@ -138,9 +152,7 @@ def run_sweep(sweep: Sweep, watcher: Watcher | None = None) -> Outcome:
     watcher = watcher or NoWatcher()
     chooses, reports = plan(sweep)
     with _alone(sweep.out):
-        _say_where_it_stands(sweep, chooses, reports, watcher)
-        failed = _run(sweep, list(chooses.values()), watcher)
-        picks = {name: _pick(sweep, name, chooses, watcher) for name in sweep.settings}
+        picks, failed = _select(sweep, chooses, reports, watcher)
         final = {
             (name, seed): reports[name, choice, seed]
             for name, (choice, _) in picks.items()
@@ -177,6 +189,9 @@ def plan(sweep: Sweep) -> tuple[dict[tuple[str, str], RunConfig], dict[tuple[str
         raise ConfigError(
             f"seed {selection.seed} would choose and be reported: choose on another one, with --select-seed"
         )
+    for name in selection.start if selection else ():
+        if selection is not None and name not in selection.candidates:
+            raise ConfigError(f"{name!r} is no candidate; {nearest(name, selection.candidates)}")
     candidates = list(selection.candidates) if selection else [""]
     chooses = {}
     if selection is not None:
@@ -236,14 +251,53 @@ def _rounds_done(config: RunConfig) -> int:
     return RunDir.open(path, config).rounds_done if (path / "config.toml").is_file() else 0
 
 
-def _say_where_it_stands(
+def _select(
     sweep: Sweep,
     chooses: Mapping[tuple[str, str], RunConfig],
     reports: Mapping[tuple[str, str, int], RunConfig],
     watcher: Watcher,
+) -> tuple[dict[str, Pick], dict[str, str]]:
+    """Do the runs that choose; each setting's pick, and what failed."""
+    selection = sweep.selection
+    order = list(selection.candidates) if selection else []
+    tried = {
+        name: [c for c in order if c in ((selection.start or order) if selection else ())] for name in sweep.settings
+    }
+    todo = [chooses[name, candidate] for name, candidates in tried.items() for candidate in candidates]
+    _say_where_it_stands(sweep, todo, reports, watcher)
+    failed: dict[str, str] = {}
+    while True:
+        failed |= _run(sweep, todo, watcher)
+        picks = {name: _pick({c: chooses[name, c] for c in tried[name]}, selection is not None) for name in tried}
+        further = {name: _beyond(order, tried[name], picks[name][0]) for name in tried}
+        todo = [chooses[name, candidate] for name, candidate in further.items() if candidate]
+        if not todo:
+            break
+        watcher.more(len(todo), sum(config.rounds for config in todo))
+        for name, candidate in further.items():
+            if candidate:
+                tried[name] = sorted([*tried[name], candidate], key=order.index)
+    for name, (choice, found) in picks.items():
+        if choice:
+            watcher.chosen(name, choice, found)
+    return picks, failed
+
+
+def _beyond(order: Sequence[str], tried: Sequence[str], choice: str | None) -> str | None:
+    """The neighbour of the best, where that is the first or the last one tried and has one."""
+    if not choice:
+        return None
+    place = order.index(choice)
+    if choice == tried[0] and place > 0:
+        return order[place - 1]
+    return order[place + 1] if choice == tried[-1] and place + 1 < len(order) else None
+
+
+def _say_where_it_stands(
+    sweep: Sweep, chooses: Sequence[RunConfig], reports: Mapping[tuple[str, str, int], RunConfig], watcher: Watcher
 ) -> None:
     """Of each run that is reported, only one of the candidates will be done; at most one was begun before."""
-    runs = [(config.rounds, _rounds_done(config)) for config in chooses.values()]
+    runs = [(config.rounds, _rounds_done(config)) for config in chooses]
     for name in sweep.settings:
         for seed in sweep.seeds:
             same = [config for (n, _, s), config in reports.items() if (n, s) == (name, seed)]
@@ -257,39 +311,27 @@ def _run(sweep: Sweep, configs: Sequence[RunConfig], watcher: Watcher) -> dict[s
     return run_all(todo, sweep.keep, sweep.processes, watcher.round_ended, watcher.run_ended)
 
 
-def _pick(
-    sweep: Sweep, name: str, chooses: Mapping[tuple[str, str], RunConfig], watcher: Watcher
-) -> tuple[str | None, dict[str, float]]:
-    """The candidate whose run ended best (the first of equals), or None if none ended; and what each reached."""
-    if sweep.selection is None:
+def _pick(candidates: Mapping[str, RunConfig], selects: bool) -> Pick:
+    if not selects:
         return "", {}
-    tried: dict[str, float] = {}
+    tried = dict.fromkeys(candidates, math.nan)
     better = 1.0
-    for candidate in sweep.selection.candidates:
-        config = chooses[name, candidate]
-        tried[candidate] = math.nan
+    for candidate, config in candidates.items():
         if _is_finished(config):
             run = read_run(_path(config))
             better = 1.0 if run.higher_is_better else -1.0
             tried[candidate] = run.final
-    known = {candidate: value for candidate, value in tried.items() if not math.isnan(value)}
-    if not known:
-        return None, tried
-    choice = max(known, key=lambda candidate: better * known[candidate])
-    watcher.chosen(name, choice, tried)
-    return choice, tried
+    known = [candidate for candidate, value in tried.items() if not math.isnan(value)]
+    return max(known, key=lambda candidate: better * tried[candidate], default=None), tried
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        with lock:
+        with locked(folder / ".lock"):
             yield
-    except Timeout:
+    except BlockingIOError:
         raise RunDirError(f"another sweep is at work in {str(folder)!r}: wait for it, or name another -o") from None
     except (FileExistsError, NotADirectoryError):
         raise RunDirError(f"{str(folder)!r} is no folder: name another one with -o") from None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.config import parse_config
+from fedlora.outcomes import write_outcomes
 from fedlora.rundir import RunDir
 
 
@@ -53,7 +54,7 @@ def make_run(
     run = RunDir(folder, config)
     if correct is not None:
         values = np.asarray(correct, dtype=np.float64)
-        run.write_outcomes(len(curve) - 1, test, {"correct": values, "loss": 1 - values})
+        write_outcomes(folder, len(curve) - 1, test, {"correct": values, "loss": 1 - values})
     if finished:
         run.write_json("result.json", {"rounds": len(curve) - 1})
     return folder

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunDirError, TrainingError
+from fedlora.outcomes import read_outcomes
 from fedlora.rundir import RunDir
 from fedlora.sweep import Selection, Sweep, _workers, grid, run_sweep
 from fedlora.sweep._grid import alternatives, plain
@@ -100,6 +101,9 @@ class Watch:
     def round_ended(self, name: str, number: int) -> None:
         self.rounds.append((name, number))
 
+    def more(self, runs: int, rounds: int) -> None:
+        self.start = (self.start[0] + runs, self.start[1] + rounds, *self.start[2:])
+
     def run_ended(self, name: str, why: str | None) -> None:
         self.ended[name] = why
 
@@ -169,6 +173,26 @@ def test_the_best_alternative_is_chosen_on_another_seed(toml: Path, tmp_path: Pa
     assert outcome.failed["ffa,lr=7,seed=9"] == "the loss is not finite: lower train.lr"
     run_sweep(Sweep(toml, tmp_path / "out", {"plain text": (), "ffa": ("strategy.name=ffa",)}, (0, 1), rates), watch)
     assert watch.start == (12, 12, 10, 10)  # the two that failed are tried again
+
+
+def test_beyond_the_best_at_an_edge_the_next_one_is_tried(toml: Path, tmp_path: Path, pretend: list[str]) -> None:
+    rates = Selection(grid(["train.lr=0.001,0.005,0.02,0.05,0.06"]), seed=9, start=("lr=0.001", "lr=0.005"))
+    watch = Watch()
+    outcome = run_sweep(Sweep(toml, tmp_path / "out", {"a": ()}, (0,), rates), watch)
+    assert [name for name in pretend if "seed=9" in name] == [
+        f"a,lr={rate},seed=9" for rate in (0.001, 0.005, 0.02, 0.05)
+    ]
+    assert watch.picks == {"a": "lr=0.02"}
+    assert list(outcome.cells["a"].tried) == ["lr=0.001", "lr=0.005", "lr=0.02", "lr=0.05"]
+    assert watch.start[0] == 5
+    pretend.clear()
+    down = Selection(grid(["train.lr=0.001,0.019,0.03,0.05"]), seed=9, start=("lr=0.03", "lr=0.05"))
+    run_sweep(Sweep(toml, tmp_path / "down", {"a": ()}, (0,), down), watch)
+    assert [name[2:] for name in pretend] == [f"lr={rate},seed=9" for rate in (0.03, 0.05, 0.019, 0.001)] + [
+        "lr=0.019,seed=0"
+    ]
+    with pytest.raises(ConfigError, match=r"'lr=3' is no candidate; did you mean"):
+        run_sweep(Sweep(toml, tmp_path / "x", {"a": ()}, (0,), Selection(grid(["train.lr=1,2"]), start=("lr=3",))))
 
 
 def test_a_run_that_fails_stops_no_other(toml: Path, tmp_path: Path, pretend: list[str]) -> None:
@@ -292,11 +316,14 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
     assert (cut / "strategy=fedavg,seed=0" / "result.json").stat().st_mtime_ns == before
     assert CliRunner().invoke(app, words(whole)).exit_code == 0
     for name in ("strategy=fedavg,seed=0", "strategy=ffa,seed=0"):
-        for file in ("adapter/adapter_model.safetensors", "outcomes.safetensors"):
-            assert (cut / name / file).read_bytes() == (whole / name / file).read_bytes()
+        file = "adapter/adapter_model.safetensors"
+        assert (cut / name / file).read_bytes() == (whole / name / file).read_bytes()
+        (one, mine), (other, yours) = (read_outcomes(out / name) or ("", {}) for out in (cut, whole))
+        assert one == other
+        assert {key: values.tolist() for key, values in mine.items()} == {k: v.tolist() for k, v in yours.items()}
         assert not (cut / name / "checkpoints").exists()  # of finished runs only what was asked for stays
     run = RunDir.open(cut / "strategy=ffa,seed=0")
-    test, outcomes = run.read_outcomes() or ("", {})
+    test, outcomes = read_outcomes(run.path) or ("", {})
     last = run.read_metrics()[-1]
     assert outcomes["correct"].mean() == pytest.approx(last["accuracy"])
     assert len(test) == 16
