@@ -206,8 +206,9 @@ def plan(sweep: Sweep) -> tuple[dict[tuple[str, str], RunConfig], dict[tuple[str
     every = [*chooses.values(), *reports.values()]
     if len({_path(config) for config in every}) < len(every):
         raise ConfigError("two settings have the same name as folders: give them names that differ in their letters")
-    for config in every:
+    for config in {config.digest("strategy", "partition", "task"): config for config in every}.values():
         _check_names(config)
+    for config in every:
         _rounds_done(config)  # refuses a run of that name with another config
     return chooses, reports
 
