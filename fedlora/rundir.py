@@ -11,6 +11,7 @@ runs/<name>/
   checkpoints/          the last two states, <round>.safetensors
   merges/               changes of the base, <since>-<version>.safetensors, each written once
   adapter/              the final adapter, in PEFT's format
+  outcomes.safetensors  what the last evaluation measured of each test example
   result.json           written last: a run that has it is finished, until a resume asks for more rounds
   baselines.json, *.png
   .lock                 held by the process that writes the run
@@ -30,10 +31,10 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedlora.aggregators import GlobalState, Merge
-from fedlora.config import RunConfig, load_config
+from fedlora.config import RunConfig, different_keys, flat_keys, load_config
 from fedlora.environment import describe_environment
 from fedlora.errors import ConfigError, RunDirError, nearest
 from fedlora.files import locked, sync_folder, write_atomically
@@ -51,6 +52,9 @@ __all__ = ["NoProgress", "PlainProgress", "Progress", "RunDir"]
 
 KEPT_CHECKPOINTS = 2
 """The last one, and the one before it in case the last is lost to a bad disk."""
+
+Keep = Literal["all", "adapter", "metrics"]
+"""How much of a finished run stays on disk."""
 
 MAY_DIFFER = ("output", "rounds", "runtime")
 """Config keys that a resume may change: where the run is, how far it goes, and on what machine."""
@@ -110,7 +114,7 @@ class RunDir:
             raise RunDirError(f"there is no run in {str(path)!r}; {nearest(str(path), others)}")
         written = load_config(path / "config.toml")
         if config is not None:
-            changed = [key for key in _different_keys(written, config) if key.split(".")[0] not in MAY_DIFFER]
+            changed = [key for key in different_keys(written, config) if key.split(".")[0] not in MAY_DIFFER]
             if changed:
                 raise RunDirError(
                     f"{str(path)!r} was started with another config: {_both(written, config, changed)}; "
@@ -276,6 +280,11 @@ class RunDir:
             The state to go on from, or None where no round was completed (start from the beginning).
         """
         state = self.latest_checkpoint()
+        if state is None and (self.path / "result.json").is_file():
+            raise RunDirError(
+                f"the checkpoints of {str(self.path)!r} were removed: it cannot go on, start a new run with "
+                "--set name=..."
+            )
         self.truncate_metrics(-1 if state is None else state.round)
         (self.path / "result.json").unlink(missing_ok=True)
         write_atomically(self.path / "config.toml", self.config.to_toml().encode())
@@ -283,6 +292,18 @@ class RunDir:
         here = {"round": 0 if state is None else state.round, **describe_environment(self.config)}
         self.note_environment(resumed=[*resumed, here])
         return state
+
+    def slim(self, keep: Keep) -> None:
+        """Remove what a finished run needs no longer; it cannot go on to more rounds then.
+
+        Args:
+            keep: "all": everything; "adapter": no checkpoints; "metrics": no adapter either.
+        """
+        if keep == "all" or not self.finished:
+            return
+        names = ["checkpoints", "merges", *(["adapter"] if keep == "metrics" else [])]
+        for name in names:
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _list_checkpoints(self) -> list[Path]:
         return sorted(path for path in self._checkpoints.glob("*.safetensors") if not path.name.startswith("."))
@@ -377,21 +398,6 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out.update(_flat(value, f"{prefix}{key}."))
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
-def _different_keys(left: RunConfig, right: RunConfig) -> list[str]:
-    one, other = _flat(left.model_dump(mode="json")), _flat(right.model_dump(mode="json"))
-    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
-
-
 def _both(left: RunConfig, right: RunConfig, keys: Sequence[str]) -> str:
-    one, other = _flat(left.model_dump(mode="json")), _flat(right.model_dump(mode="json"))
+    one, other = flat_keys(left), flat_keys(right)
     return ", ".join(f"{key} was {one.get(key)!r} and is now {other.get(key)!r}" for key in keys)

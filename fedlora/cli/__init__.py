@@ -4,10 +4,34 @@ from __future__ import annotations
 
 import os
 
-from fedlora.cli import assets, deploy, export, partition, run, strategies, version, worker
+from fedlora.cli import (
+    assets,
+    compare,
+    deploy,
+    export,
+    partition,
+    run,
+    strategies,
+    sweep,
+    version,
+    worker,
+)
 from fedlora.cli._common import app
 
-__all__ = ["app", "assets", "deploy", "export", "main", "partition", "run", "strategies", "version", "worker"]
+__all__ = [
+    "app",
+    "assets",
+    "compare",
+    "deploy",
+    "export",
+    "main",
+    "partition",
+    "run",
+    "strategies",
+    "sweep",
+    "version",
+    "worker",
+]
 
 QUIET_LIBRARIES = {
     "FLWR_TELEMETRY_ENABLED": "0",

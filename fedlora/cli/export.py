@@ -34,17 +34,20 @@ def export(
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunDirError(f"{str(out)!r} is in the way: name a folder that is new or empty")
         state = run_dir.latest_checkpoint()
-        if state is None:
-            raise RunDirError(f"{str(run_path)!r} has no checkpoint yet: go on with fedlora run --resume {run_path}")
-        if not merge and run_dir.finished:
+        number = run_dir.rounds_done
+        if not merge and run_dir.finished and run_dir.adapter_dir.is_dir():
             import shutil
 
             shutil.copytree(run_dir.adapter_dir, out, dirs_exist_ok=True)
+        elif state is not None:
+            _write_model(open_workbench(run_dir.config), state, out, merge)
+            number = state.round
+        elif run_dir.finished:
+            raise RunDirError(f"the checkpoints of {str(run_path)!r} were removed: only its adapter can be exported")
         else:
-            bench = open_workbench(run_dir.config)
-            _write_model(bench, state, out, merge)
+            raise RunDirError(f"{str(run_path)!r} has no checkpoint yet: go on with fedlora run --resume {run_path}")
         what = "model" if merge else "adapter"
-        typer.echo(f"the {what} of round {state.round} is in {out}")
+        typer.echo(f"the {what} of round {number} is in {out}")
 
 
 def _write_model(bench: Workbench, state: GlobalState, out: Path, merge: bool) -> None:

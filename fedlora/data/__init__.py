@@ -6,8 +6,9 @@ process: tokenised examples and whole partitions are remembered by what they dep
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,16 @@ class FederatedData:
     note: str = ""
     label_noise: tuple[float, ...] = ()
     feature_noise: tuple[float, ...] = ()
+
+    @cached_property
+    def test_digest(self) -> str:
+        """A hash by which two runs know that they were tested on the same examples in the same order.
+
+        Of the labels, so that models with different tokenisers can be compared; of the numbers of tokens where there
+        are no classes.
+        """
+        known = self.test.lengths if self.test.labels is None else self.test.labels
+        return hashlib.sha256(np.asarray(known, dtype=np.int64).tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

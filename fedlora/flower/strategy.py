@@ -42,6 +42,7 @@ from fedlora.flower.meeting import Meeting, Node
 from fedlora.flower.post import Post, Sent
 from fedlora.flower.spending import Spending, asked_in
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update
+from fedlora.outcomes import write_outcomes
 from fedlora.privacy.central import Central
 from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
@@ -385,6 +386,8 @@ class Federation:
         result = evaluate(
             self.bench.base, self.bench.task, self.bench.data.test, domain_column=self.bench.data.domain_column
         )
+        if state.round == self.config.rounds:
+            write_outcomes(self.rundir.path, state.round, self.bench.data.test_digest, result.measures)
         return {**result.overall, "domains": dict(result.domains)}
 
 

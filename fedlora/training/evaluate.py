@@ -24,10 +24,12 @@ class Evaluation:
     Args:
         overall: over all examples.
         domains: domain -> the same figures over its examples; empty without a domain column.
+        measures: what the task measured of each example, [n, ...] by name, in the examples' order.
     """
 
     overall: dict[str, float]
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
+    measures: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
 
 
 def evaluate(
@@ -76,7 +78,7 @@ def evaluate(
         for domain in sorted(set(column.tolist()), key=str):
             inside = column == domain
             domains[str(domain)] = task.summarise({name: every[inside] for name, every in measures.items()})
-    return Evaluation(task.summarise(measures), domains)
+    return Evaluation(task.summarise(measures), domains, measures)
 
 
 def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

@@ -1,0 +1,25 @@
+"""Runs side by side: `fedlora compare`."""
+
+from fedlora.compare._bootstrap import Difference, difference
+from fedlora.compare._comparison import Comparison, Format, compare, mean_and_deviation
+from fedlora.compare._groups import Group, differences, group_runs
+from fedlora.compare._plot import plot_curves
+from fedlora.compare._reading import Run, read_run, read_runs
+from fedlora.compare._tables import Table
+
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Format",
+    "Group",
+    "Run",
+    "Table",
+    "compare",
+    "difference",
+    "differences",
+    "group_runs",
+    "mean_and_deviation",
+    "plot_curves",
+    "read_run",
+    "read_runs",
+]

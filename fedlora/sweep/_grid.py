@@ -1,0 +1,102 @@
+"""From `key=value,value` to a grid of settings with names that can be folders'."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from fedlora.errors import ConfigError
+
+Settings = Mapping[str, tuple[str, ...]]
+"""Name -> overrides, such as "strategy=ffa,lr=0.01" -> ("strategy.name=ffa", "train.lr=0.01")."""
+
+RESERVED = {"seed": "--seeds", "name": "-o", "output": "-o"}
+"""Keys that a sweep sets itself, and the option that decides them."""
+LONGEST = 48
+"""Letters of a value in a name; a longer one is cut, and a hash of the whole follows."""
+
+
+def grid(assignments: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Every combination of some keys' alternatives.
+
+    Args:
+        assignments: such as "train.lr=0.001,0.01" or "adapter.targets=['query'],['query','value']": commas outside of
+            brackets and quotes stand between alternatives. A key with one value is set everywhere.
+
+    Returns:
+        Name -> overrides, the last key changing fastest. A name says the keys that have alternatives; it is "" where
+        none has.
+
+    Raises:
+        ConfigError: no `key=value`, an alternative is empty or stands there twice, a key twice, or the sweep sets it.
+
+    Example:
+        >>> grid(["strategy.name=fedavg,ffa", "rounds=3"])
+        {'strategy=fedavg': ('strategy.name=fedavg', 'rounds=3'), 'strategy=ffa': ('strategy.name=ffa', 'rounds=3')}
+    """
+    found: dict[str, list[str]] = {}
+    for assignment in assignments:
+        key, separator, text = (part.strip() for part in assignment.partition("="))
+        if not separator or not key:
+            raise ConfigError(f"--set {assignment!r} must have the form key=value or key=value,value")
+        if key in RESERVED:
+            raise ConfigError(f"--set {key}: a sweep sets it itself, say it with {RESERVED[key]}")
+        if key in found:
+            raise ConfigError(f"--set {key} stands there twice: give its alternatives in one, separated by commas")
+        found[key] = list(alternatives(text))
+        for value, times in Counter(found[key]).items():
+            if not value or times > 1:
+                what = f"{value!r} stands there twice" if value else "an alternative is empty"
+                raise ConfigError(f"--set {assignment!r}: {what}; separate alternatives by single commas")
+    short = _short_keys([key for key, values in found.items() if len(values) > 1])
+    out: dict[str, tuple[str, ...]] = {}
+    for values in itertools.product(*found.values()):
+        pairs = dict(zip(found, values, strict=True))
+        name = ",".join(f"{short[key]}={plain(value)}" for key, value in pairs.items() if key in short)
+        if name in out:  # values that differ only in marks that a folder's name cannot have
+            name += "-" + _hash("\n".join(values))
+        out[name] = tuple(f"{key}={value}" for key, value in pairs.items())
+    return out
+
+
+def alternatives(text: str) -> Iterator[str]:
+    """The parts of a text between commas that are in no bracket and no quotes.
+
+    Example:
+        >>> list(alternatives("[1, 2], 'a,b', c"))
+        ['[1, 2]', "'a,b'", 'c']
+    """
+    depth, quote, part = 0, "", ""
+    for mark in text:
+        if quote:
+            quote = "" if mark == quote else quote
+        elif mark in "'\"":
+            quote = mark
+        else:
+            depth += (mark in "[{(") - (mark in "]})")
+            if mark == "," and depth == 0:
+                yield part.strip()
+                part = ""
+                continue
+        part += mark
+    yield part.strip()
+
+
+def plain(text: str) -> str:
+    """A text with nothing in it that a folder's name or a shell would stumble over."""
+    name = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", text.replace('"', "").replace("'", "")).strip("-,") or "empty"
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{_hash(text)}"
+
+
+def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """ "strategy.name" -> "strategy", "train.lr" -> "lr"; the whole key where two would be called the same."""
+    short = {key: key.removesuffix(".name") if key.endswith(".name") else key.rpartition(".")[2] for key in keys}
+    times = Counter(short.values())
+    return {key: name if times[name] == 1 else key for key, name in short.items()}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -1,0 +1,197 @@
+"""Runs one after the other here, or several at once in processes that work through them.
+
+A process is started anew (spawned) and does many runs, so that libraries, model and data are loaded once. It ends when
+the process that started it does, however that ended: nobody is left to write into a run's folder.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig, parse_config
+from fedlora.errors import FedloraError
+from fedlora.progress import NoProgress
+from fedlora.rundir import Keep, RunDir
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
+"""Small matrices gain little from a second thread and much from a second process; OpenMP reads this when it starts."""
+
+OnRound = Callable[[str, int], None]
+"""Told a run's name and the number of the round that ended."""
+OnRun = Callable[[str, str | None], None]
+"""Told a run's name, and why it failed or None."""
+
+
+def run_all(
+    configs: Sequence[RunConfig], keep: Keep, processes: int, on_round: OnRound, on_run: OnRun
+) -> dict[str, str]:
+    """Bring runs to their end: begin them, go on with them, or see that they are finished.
+
+    Args:
+        configs: `output` and `name` say where each is written.
+        keep: how much of a finished run stays.
+        processes: how many at once; 1: in this process.
+        on_round: told of each round.
+        on_run: told of each run that ended.
+
+    Returns:
+        The runs that failed: name -> why. The others are finished.
+    """
+    failed: dict[str, str] = {}
+
+    def ended(name: str, why: str | None) -> None:
+        if why is not None:
+            failed[name] = why
+        on_run(name, why)
+
+    if processes == 1:
+        for config in configs:
+            ended(config.name, attempt(config, keep, lambda number, name=config.name: on_round(name, number)))  # type: ignore[misc]
+    else:
+        _share_out(configs, keep, min(processes, len(configs)), on_round, ended)
+    return failed
+
+
+def attempt(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> str | None:
+    """One run to its end; why it failed, or None. A bug's traceback goes to errors/ beside the runs."""
+    try:
+        complete(config, keep, on_round)
+    except FedloraError as error:
+        return " ".join(str(error).split())
+    except Exception as error:
+        file = Path(config.output) / "errors" / f"{config.name}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(traceback.format_exc())
+        return f"{type(error).__name__}: {error} (see {file})"
+    return None
+
+
+def complete(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> None:
+    """One run to its end: from the beginning, or from where it was stopped."""
+    from fedlora.flower import refuse_early, run_local
+    from fedlora.training import open_workbench
+
+    path = Path(config.output) / config.name
+    there = (path / "config.toml").is_file()
+    if there and (run := RunDir.open(path, config)).finished:
+        run.slim(keep)
+        return
+    refuse_early(config, open_workbench(config))
+    run = RunDir.open(path, config) if there else RunDir.create(config)
+    try:
+        run_local(config, run, _Rounds(on_round), resume=there)
+    except FedloraError:
+        run.discard_if_empty()
+        raise
+    run.slim(keep)
+
+
+class _Rounds(NoProgress):
+    """Tells of rounds and of nothing else."""
+
+    def __init__(self, on_round: Callable[[int], None]) -> None:
+        self._on_round = on_round
+
+    def round_ended(self, record: Mapping[str, Any]) -> None:
+        """Pass the number on."""
+        self._on_round(int(record["round"]))
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    doing: str = ""
+
+
+def _share_out(configs: Sequence[RunConfig], keep: Keep, processes: int, on_round: OnRound, ended: OnRun) -> None:
+    todo = deque(configs)
+    workers: list[_Worker] = []
+    try:
+        while todo or workers:
+            while todo and len(workers) < processes:
+                workers.append(_start())
+                _give(workers[-1], todo.popleft(), keep)
+            ready = wait([worker.pipe for worker in workers])
+            for worker in [worker for worker in workers if worker.pipe in ready]:
+                try:
+                    kind, value = worker.pipe.recv()
+                except (EOFError, OSError):  # it is gone, and its run with it; the others go on
+                    worker.process.join()
+                    workers.remove(worker)
+                    why = f"its process ended with status {worker.process.exitcode}, as it does when memory runs out"
+                    ended(worker.doing, why)
+                    continue
+                if kind == "round":
+                    on_round(worker.doing, value)
+                    continue
+                ended(worker.doing, value)
+                if todo:
+                    _give(worker, todo.popleft(), keep)
+                else:
+                    worker.pipe.send(None)
+                    worker.process.join()
+                    workers.remove(worker)
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.process.join()
+
+
+def _start() -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there,), daemon=True)
+    with _environment(ONE_THREAD):
+        process.start()
+    there.close()  # so that the pipe ends when the process does
+    return _Worker(process, here)
+
+
+def _give(worker: _Worker, config: RunConfig, keep: Keep) -> None:
+    worker.doing = config.name
+    worker.pipe.send((config.to_toml(), keep))
+
+
+def _work(pipe: Connection) -> None:
+    """What a process does: runs, until there are no more or nobody is left to ask."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while (job := pipe.recv()) is not None:
+        toml, keep = job
+        pipe.send(("ended", attempt(parse_config(toml), keep, lambda number: pipe.send(("round", number)))))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for processes that are started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

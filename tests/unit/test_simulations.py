@@ -1,0 +1,53 @@
+"""The simulations run through, on runs that nobody trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from made_runs import make_run
+
+from fedlora.config import RunConfig
+from fedlora.sweep import _workers
+
+FOLDER = Path(__file__).parents[2] / "simulations"
+
+
+def test_rules_chooses_a_rate_for_each_rule_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[RunConfig] = []
+
+    def complete(config: RunConfig, keep: str, on_round: Callable[[int], None]) -> None:
+        asked.append(config)
+        assert keep == "metrics"
+        final = 0.8 - abs(config.train.lr - (0.03 if config.strategy.name == "ffa" else 0.003)) + config.seed / 1000
+        domains = {"movies": final - 0.1, "tweets": final + 0.1}
+        rounds = [0.5, *[float("nan")] * (config.rounds - 1), final]
+        path = make_run(Path(config.output) / config.name, rounds, domains=domains, aggregation_error=0.25)
+        (path / "config.toml").write_text(config.to_toml())
+
+    monkeypatch.setattr(_workers, "complete", complete)
+    shutil.copy(FOLDER / "rules" / "config.toml", tmp_path / "config.toml")
+    spec = importlib.util.spec_from_file_location("rules_run", FOLDER / "rules" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr("sys.argv", ["run.py", "--processes", "1"])
+    module.main()
+    rows = [
+        line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| d") or "mixed" in line
+    ]
+    assert len(rows) == 12
+    assert [row.split("|")[3].strip() for row in rows[:4]] == ["0.003", "0.03", "0.003", "0.003"]  # ffa's was beyond
+    assert "80.2 ± 0.2 |" in rows[0]
+    assert "70.2 ± 0.2 |" in rows[0]
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 13
+    # Rules that cannot take mixed ranks have the smallest client's.
+    ranks = {c.strategy.name: (c.adapter.rank, c.clients.ranks) for c in asked if "mixed" in c.name}
+    assert ranks["fedavg"][0] == ranks["fair"][0] == 2
+    assert ranks["ffa"][0] == ranks["flora"][0] == 32
