@@ -322,3 +322,31 @@ def test_a_run_that_never_began_cannot_be_exported(cli: Cli, tiny_toml: Path, tm
     result = cli("export", run.path, tmp_path / "out")
     assert result.exit_code == 1
     assert "has no checkpoint yet" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def test_a_run_ends_by_naming_its_report(cli: Cli, tiny_toml: Path) -> None:
+    done = cli("run", tiny_toml)
+    path = tiny_toml.parent / "runs" / "tiny" / "report.html"
+    assert done.stdout.splitlines()[-1] == f"report: {path}"
+    assert "2 of 2" in path.read_text()
+
+
+def test_the_report_can_be_written_again_and_holds_the_baselines(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished / "runs" / "tiny", tmp_path / "tiny")
+    before = (run / "report.html").read_text()
+    assert "one client alone" not in before
+    figures = {"accuracy": 0.25, "loss": 1.0, "domains": {}}
+    alone = {"clients": [figures], "of": 1, "best": figures, "mean": figures, "worst": figures}
+    (run / "baselines.json").write_text(json.dumps({"local_only": alone, "centralised": figures}))
+    done = cli("report", run)
+    assert done.stdout == f"report: {run / 'report.html'}\n"
+    assert "one client alone, worst" in (run / "report.html").read_text()
+
+
+def test_a_report_of_nothing_names_the_nearest_run(cli: Cli, finished: Path) -> None:
+    done = cli("report", finished / "runs" / "tyni")
+    assert done.exit_code == 1
+    assert "did you mean" in done.stderr
