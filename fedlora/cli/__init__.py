@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from fedlora.cli import assets, export, partition, report, run, strategies, version
+from fedlora.cli import assets, config, export, partition, report, run, strategies, version
 from fedlora.cli._common import app
 
-__all__ = ["app", "assets", "export", "main", "partition", "report", "run", "strategies", "version"]
+__all__ = ["app", "assets", "config", "export", "main", "partition", "report", "run", "strategies", "version"]
 
 QUIET_LIBRARIES = {
     "FLWR_TELEMETRY_ENABLED": "0",
