@@ -10,13 +10,13 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter
 
-from fedlora.config import OPEN_TABLES, ProfileConfig, RunConfig, Section
+from fedlora.config import OPEN_TABLES, RunConfig, Section
 from fedlora.errors import ConfigError, nearest
 
 REQUIRED = "(must be given)"
@@ -34,7 +34,8 @@ class Key:
         kind: its type in words, with the choices or bounds.
         default: as TOML would have it, or `REQUIRED`.
         doc: what it means; "" where the name says it.
-        entry: for a field of an open table the table's `name` that it belongs to, otherwise "".
+        entry: for a field of an open table the table's `name` that it belongs to, and for one of [privacy] its `unit`;
+            "" for keys that are always there.
     """
 
     path: str
@@ -47,6 +48,11 @@ class Key:
     def table(self) -> str:
         """The table that it stands in, "" for the top."""
         return self.path.rpartition(".")[0]
+
+    @property
+    def chooser(self) -> str:
+        """The key whose value is `entry`."""
+        return f"{self.table}.unit" if self.table == "privacy" else f"{self.table}.name"
 
 
 def keys() -> list[Key]:
@@ -145,15 +151,16 @@ def _first_paragraph(cls: type) -> str:
 
 def _sections(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield cls
-    for name, field in cls.model_fields.items():
-        inner = ProfileConfig if name == "profiles" else _section_in(field.annotation)
-        if inner is not None:
+    for field in cls.model_fields.values():
+        for inner in _sections_in(field.annotation):
             yield from _sections(inner)
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
-    parts = (annotation, *getattr(annotation, "__args__", ()))
-    return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The tables that a field can hold: one, several to choose from, or none."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _sections_in(part)]
 
 
 def _keys_of(cls: type[BaseModel], prefix: str, schema: Mapping[str, Any]) -> Iterator[Key]:
@@ -162,19 +169,34 @@ def _keys_of(cls: type[BaseModel], prefix: str, schema: Mapping[str, Any]) -> It
     nested: list[Iterator[Key]] = []
     for name, field in cls.model_fields.items():
         path = prefix + name
-        inner = _section_in(field.annotation)
+        inner = _sections_in(field.annotation)
         if name in OPEN_TABLES and cls is RunConfig:
             nested.append(_keys_of_open(name, field.default))
-        elif inner is not None and name != "profiles":
-            nested.append(_keys_of(inner, f"{path}.", schema))
-        elif name == "profiles":
+        elif len(inner) > 1:
+            nested.append(_keys_of_several(inner, f"{path}.", schema))
+        elif inner and name != "profiles":
+            nested.append(_keys_of(inner[0], f"{path}.", schema))
+        elif inner:
             yield Key(path, "array of tables", "none", docs.get(name, ""))
-            nested.append(_keys_of(ProfileConfig, f"{path}.", schema))
+            nested.append(_keys_of(inner[0], f"{path}.", schema))
         else:
             default = REQUIRED if field.is_required() else say(field.get_default())
             yield Key(path, kind_of(here["properties"][name], schema), default, docs.get(name, ""))
     for several in nested:
         yield from several
+
+
+def _keys_of_several(classes: Sequence[type[Section]], prefix: str, schema: Mapping[str, Any]) -> Iterator[Key]:
+    """Of tables to choose from by their key "unit": what all have alike once, the rest for each."""
+    units = [get_args(cls.model_fields["unit"].annotation)[0] for cls in classes]
+    several = [(unit, list(_keys_of(cls, prefix, schema))) for unit, cls in zip(units, classes, strict=True)]
+    yield Key(f"{prefix}unit", f"one of: {', '.join(units)}", say(units[0]), field_docs(classes[0]).get("unit", ""))
+    common = [key for key in several[0][1] if all(key in found for _, found in several)]
+    yield from common
+    for unit, found in several:
+        yield from (
+            dataclasses.replace(key, entry=unit) for key in found if key not in common and key.path != f"{prefix}unit"
+        )
 
 
 def _keys_of_open(table: str, default: Any) -> Iterator[Key]:

@@ -79,7 +79,7 @@ class _Values:
         """Whether it is a key of this run: a field of what its open tables name, and none of a table in a list."""
         if key.path.startswith("clients.profiles.") or (key.table and self._tree[key.table] is None):
             return False
-        return not key.entry or bool(self._tree[key.table]["name"] == key.entry)
+        return not key.entry or bool(self._tree[key.table][key.chooser.rpartition(".")[2]] == key.entry)
 
     def of(self, key: Key) -> tuple[str, str]:
         """Value and source."""
@@ -117,7 +117,7 @@ def _explain(console: Console, key: Key, values: _Values | None) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    about = f" (with {key.table}.name = {key.entry!r})" if key.entry else ""
+    about = f" (with {key.chooser} = {key.entry!r})" if key.entry else ""
     lines = [key.kind, f"default: {key.default}", key.doc]
     if values is not None:
         lines.append("here: {} ({})".format(*values.of(key)))

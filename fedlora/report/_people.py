@@ -36,13 +36,11 @@ def privacy(facts: Facts) -> Html:
         parts.append(el("p", el("strong", claim["statement"]), "."))
     else:
         parts.append(el("p", "The run has no final claim yet: it is written when the run is finished."))
-    parts.append(
-        el(
-            "p",
-            "It covers one example of one client, not all that a person or an institution holds. Smaller is better.",
-            class_="soft",
-        )
-    )
+    covers = {
+        "example": "It covers one example of one client, not all that a person or an institution holds.",
+        "client": "It covers all that one client holds, against whoever sees the global models but not the server.",
+    }
+    parts.append(el("p", f"{covers[facts.config.privacy.unit]} Smaller is better.", class_="soft"))
     if points:
         end, value = points[-1]
         label = f"Line chart of the largest epsilon over the clients by round, {value:.3g} after round {end}."

@@ -44,6 +44,10 @@ def _progress(facts: Facts) -> Iterator[str]:
             "A longer server.simulated_deadline_s or a lower server.quorum lets more of them count."
         )
 
+    dropped = [record["round"] for record in facts.rounds if (record.get("rule") or {}).get("dropped") == 1]
+    if dropped:
+        yield f"{_rounds(dropped)} changed nothing: fewer clients answered than privacy.minimum_cohort asks for."
+
 
 def _learning(facts: Facts) -> Iterator[str]:
     metric, evaluated = facts.metric, facts.evaluated

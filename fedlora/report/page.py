@@ -12,6 +12,7 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.config import RunConfig
+from fedlora.files import write_atomically
 from fedlora.progress import format_bytes, format_metric, format_seconds
 from fedlora.report import _people, _sections
 from fedlora.report._facts import Facts, margin, number
@@ -19,7 +20,6 @@ from fedlora.report._markup import Html, details, el, table
 from fedlora.report._style import style_sheet
 from fedlora.report._warnings import warnings
 from fedlora.rundir import RunDir
-from fedlora.files import write_atomically
 
 SECTIONS: Mapping[str, tuple[str, Callable[[Facts], Html | None]]] = {
     "learning": ("What was learned", _sections.learning),
@@ -127,7 +127,11 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
     elif claim or epsilons:
         epsilon = number(claim.get("epsilon"))
         value = epsilons[-1] if epsilon is None else epsilon
-        yield "privacy spent", f"ε = {value:.3g}", f"at δ = {facts.config.privacy.delta:g}, for one example"
+        yield (
+            "privacy spent",
+            f"ε = {value:.3g}",
+            f"at δ = {facts.config.privacy.delta:g}, for one {facts.config.privacy.unit}",
+        )
 
 
 def _warnings(facts: Facts) -> Html | None:

@@ -15,6 +15,8 @@ from fedlora.explain import REQUIRED, entries, field_docs, find_keys, json_schem
 jsonschema = pytest.importorskip("jsonschema", reason="the schema is checked with jsonschema: pip install jsonschema")
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
+CLIENT_PRIVACY = "[privacy]\nunit = 'client'\nepsilon = 1\ndelta = 1e-5\nclip_norm = 1.0"
+
 
 def errors(tree: dict[str, Any]) -> list[str]:
     return [error.message for error in jsonschema.Draft202012Validator(json_schema()).iter_errors(tree)]
@@ -31,10 +33,14 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def test_every_key_of_the_models_is_explained_and_no_other() -> None:
-    known = {key.path for key in keys() if not key.entry}
-    whole = RunConfig(privacy={"epsilon": 1, "delta": 1e-5, "max_grad_norm": 1, "public_examples": 9},
-                      server={"weighting": "uniform"})  # fmt: skip
-    dumped = leaves(whole.model_dump(mode="json")) - {"partition.clients"}
+    known = {key.path for key in keys() if not key.entry or key.table == "privacy"}
+    claim = {"epsilon": 1, "delta": 1e-5}
+    units = [{"max_grad_norm": 1, "public_examples": 9}, {"unit": "client", "clip_norm": 1}]
+    dumped: set[str] = set()
+    for unit in units:
+        server = {"weighting": "uniform", "aggregation_error": False}
+        config = RunConfig.model_validate({"privacy": claim | unit, "server": server})
+        dumped |= leaves(config.model_dump(mode="json")) - {"partition.clients"}
     dumped |= {"adapter.rank_pattern", "adapter.alpha_pattern", "data.columns"}  # tables of the user's own keys
     assert {path for path in known if not path.startswith("clients.profiles.")} == dumped
 
@@ -49,6 +55,7 @@ def test_a_key_is_explained_by_the_string_under_it() -> None:
     assert key.default == "none"
     assert key.doc == "Largest L2 norm of a step's gradient over all trained parameters."
     assert find_keys("privacy.delta")[0].default == REQUIRED
+    assert [(key.entry, key.chooser) for key in find_keys("privacy.clip_norm")] == [("client", "privacy.unit")]
     assert find_keys("model.dtype")[0].kind == "one of: float32, bfloat16, float16, float64"
 
 
@@ -56,7 +63,7 @@ def test_defaults_are_those_of_the_models() -> None:
     for key in keys():
         if not key.entry and key.default not in (REQUIRED, "none") and "profiles" not in key.path:
             table, _, name = key.path.rpartition(".")
-            if table == "privacy":
+            if table == "privacy":  # none by default
                 continue
             given = getattr(RunConfig(), table) if table else RunConfig()
             value = getattr(given, name)
@@ -141,6 +148,12 @@ def test_every_config_file_fits_the_models_and_the_schema(path: Path) -> None:
         ("[partition]\nname = 'dirichlet'\nclients = 3\nalpha = -1", False),
         ("[[clients.profiles]]\nname = 'phone'\nspeed = 2", False),
         ("[model]\ndtype = 'int8'", False),
+        (
+            f"server = {{ aggregation_error = false }}\n{CLIENT_PRIVACY}",
+            True,
+        ),
+        ("[privacy]\nunit = 'client'\nepsilon = 1\ndelta = 1e-5\nmax_grad_norm = 1.0", False),
+        ("[privacy]\nunit = 'nobody'\nepsilon = 1\ndelta = 1e-5\nclip_norm = 1.0", False),
     ],
 )
 def test_the_schema_and_the_models_agree(toml: str, valid: bool) -> None:

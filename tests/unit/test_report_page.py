@@ -246,6 +246,7 @@ LAST = {"accuracy": 0.9, "domains": {"films": {"accuracy": 0.8}}}
     [
         ("stopped after round 4 of 4", {}, {"finished": False}),
         ("Round 4 changed nothing", {"lost": True}, {}),
+        ("Round 4 changed nothing: fewer clients", {"rule": {"dropped": 1.0}}, {}),
         ("After round 4 the accuracy was no finite number", {"accuracy": None}, {}),
         ("Training did not help: accuracy 50.0% at the end, 50.0% before", {"accuracy": 0.5}, {}),
         ("Round 3 was better (80.0%) than the last one (70.0%)", {"accuracy": 0.7}, {}),
