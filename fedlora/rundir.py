@@ -13,7 +13,8 @@ runs/<name>/
   adapter/              the final adapter, in PEFT's format
   outcomes.safetensors  what the last evaluation measured of each test example
   result.json           written last: a run that has it is finished, until a resume asks for more rounds
-  baselines.json, *.png
+  report.html           all of it to read, made from the other files by `fedlora report`
+  baselines.json, samples.json, *.png
   .lock                 held by the process that writes the run
 ```
 
@@ -178,6 +179,11 @@ class RunDir:
     def privacy_dir(self) -> Path:
         """Where the simulated clients' privacy ledgers are."""
         return self.path / "privacy"
+
+    @property
+    def report(self) -> Path:
+        """Where the report goes, one HTML file."""
+        return self.path / "report.html"
 
     @property
     def adapter_dir(self) -> Path:

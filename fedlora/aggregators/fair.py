@@ -68,7 +68,7 @@ class Fair(Aggregator):
     modules together.
 
     Args:
-        regularisation: lambda >= 0; see above for its units.
+        regularisation: lambda >= 0, against the correction; see above for its units.
         solver: "closed" or "cosine".
         steps: of gradient descent, for "cosine".
         lr: its learning rate.

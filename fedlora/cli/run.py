@@ -79,6 +79,10 @@ def run(
                 run_dir = _run(config, run_dir, terminal, overwrite, replay)
                 if baselines:
                     _baselines(config, run_dir, baseline_clients, terminal)
+                if baselines or not run_dir.report.is_file():
+                    from fedlora.report import write_report
+
+                    write_report(run_dir)
         except KeyboardInterrupt:
             path = run_dir.path if run_dir else Path(config.output) / config.name
             again = (
@@ -165,3 +169,4 @@ def _show_outcome(console: Console, run_dir: RunDir) -> None:
     claim = (run_dir.read_json("result.json") or {}).get("privacy", {}).get("statement")
     console.print(totals(records, claim), highlight=False, soft_wrap=True)
     console.print(f"files: {run_dir.path} (adapter/ is in PEFT's format)", highlight=False, soft_wrap=True)
+    console.print(f"report: {run_dir.report}", highlight=False, soft_wrap=True)

@@ -14,8 +14,12 @@ def _one_or_many(value: object) -> object:
     return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
-Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many, json_schema_input_type=str | tuple[str, ...])]
+Counts = Annotated[
+    tuple[PositiveInt, ...],
+    BeforeValidator(_one_or_many, json_schema_input_type=PositiveInt | tuple[PositiveInt, ...]),
+    Field(min_length=1),
+]
 
 
 class Section(BaseModel):

@@ -14,13 +14,17 @@ class ProfileConfig(Section):
     """One kind of device. What is left out is the run's own value, or takes no simulated time."""
 
     name: str
+    """For people; not used otherwise."""
     share: Annotated[float, Field(gt=0)] = 1.0
     """Clients of this kind, relative to the other profiles' shares; dealt evenly along the clients' numbers."""
     rank: PositiveInt | None = None
     """Of its adapter; None: clients.ranks or adapter.rank."""
     steps: PositiveInt | None = None
+    """Instead of train.steps."""
     epochs: Annotated[float, Field(gt=0)] | None = None
+    """Instead of train.epochs."""
     batch_size: PositiveInt | None = None
+    """Instead of train.batch_size."""
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability of being there when a round begins."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -28,7 +32,9 @@ class ProfileConfig(Section):
     examples_per_s: Annotated[float, Field(gt=0)] | None = None
     """Training speed."""
     download_mbit_s: Annotated[float, Field(gt=0)] | None = None
+    """Speed of the link towards the client."""
     upload_mbit_s: Annotated[float, Field(gt=0)] | None = None
+    """Speed of the link towards the server."""
     latency_s: Annotated[float, Field(ge=0)] = 0.0
     """Of the link, one way."""
 
@@ -87,6 +93,7 @@ class ServerConfig(Section):
     simulated_deadline_s: Annotated[float, Field(gt=0)] | None = None
     """Simulated seconds after which a round goes on without its stragglers (see clients.profiles)."""
     weighting: Literal["examples", "uniform"] = "examples"
+    """What a reply weighs in the mean: its number of examples, or all the same."""
     max_examples: PositiveInt = 10_000_000
     """Largest number of examples that a reply may claim."""
     max_norm: Annotated[float, Field(gt=0)] | None = None

@@ -22,19 +22,24 @@ class ModelConfig(Section):
     """Of the base in training, everywhere the same; 0 turns it off, which adapters of low rank seldom miss and
     `runtime.prefix_cache` needs. None: as the checkpoint says."""
     trust_remote_code: bool = False
+    """Whether Python code that comes with a hub model may run here."""
 
 
 class AdapterConfig(Section):
     """The low-rank adapter that PEFT injects."""
 
     method: str = "lora"
+    """Which kind of adapter, in PEFT's name."""
     rank: PositiveInt = 8
+    """Columns of B and rows of A: the larger, the more it can learn, and the more a client sends."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The change of the base is alpha / rank times B A."""
     alpha_scaling: Literal["fixed", "proportional"] = "fixed"
     """For clients with a rank of their own: the same alpha for all, or alpha * rank / adapter.rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that are zeroed in training."""
     targets: Names = ()
     """Module names (suffixes) to adapt; empty: PEFT's default for the architecture."""
     layers: Annotated[str, Field(pattern=r"^top:[1-9][0-9]*$")] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
@@ -43,6 +48,7 @@ class AdapterConfig(Section):
     rank_pattern: dict[str, PositiveInt] = Field(default={})
     """Module name (suffix or regular expression, as in PEFT) -> rank at adapter.rank; scaled for other client ranks."""
     alpha_pattern: dict[str, float] = Field(default={})
+    """The same for alpha."""
     export_rank: PositiveInt | None = None
     """Largest rank of the final adapter of rules that change the base; None: as large as it takes to be exact."""
     modules_to_save: Names | None = None
@@ -58,11 +64,15 @@ class DataConfig(Section):
     subset: str | None = None
     """Configuration name of a hub data set."""
     train_split: str = "train"
+    """Name of the split of a hub data set that is trained on."""
     test: str | None = None
     """A second file, or the name of a split, with the test examples; None: cut from the source by `test_fraction`."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the source that becomes the test set, where `test` names none."""
     text: str = "text"
+    """Column with the text."""
     label: str = "label"
+    """Column with the class."""
     columns: dict[str, str] = Field(default={})
     """Role -> column of what a task needs besides text and label: prompt, answer, messages, image. A role that is not
     here is a column of its own name."""
@@ -80,12 +90,17 @@ class TrainConfig(Section):
     """Local training in one round on one client."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the client's examples a round; neither this nor `steps`: one."""
     steps: PositiveInt | None = None
     """Optimiser steps a round; give either this or `epochs`."""
     batch_size: PositiveInt = 16
+    """Examples of one step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Fresh on every client in every round."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of the adapter and the head."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the optimiser, on all that is trained."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of SGD."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

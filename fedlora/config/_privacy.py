@@ -45,6 +45,7 @@ class ExamplePrivacyConfig(_Claim):
     """
 
     unit: Literal["example"] = "example"
+    """What is protected: one "example" of one client, or all that one "client" holds."""
     max_grad_norm: Annotated[float, Field(gt=0)]
     """Each example's gradient is clipped to this L2 norm."""
     physical_batch_size: PositiveInt | None = None
@@ -81,7 +82,9 @@ class ClientPrivacyConfig(_Claim):
     adaptive_clipping: bool = False
     """Move the clip norm towards the `quantile` of the updates' norms, by a count that the noise pays for too."""
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the updates that adaptive clipping leaves as they are."""
     clip_lr: Annotated[float, Field(gt=0)] = 0.2
+    """How fast the clip norm moves under adaptive clipping."""
 
 
 UNITS: dict[str, type[_Claim]] = {"example": ExamplePrivacyConfig, "client": ClientPrivacyConfig}

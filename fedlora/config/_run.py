@@ -40,8 +40,11 @@ class RunConfig(Section):
     """One run, complete: with the same versions and machine it gives the same bytes."""
 
     name: str = "run"
+    """Of the run's folder; if not given, the config file's name without ".toml"."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of everything that is drawn, but for the noise of private runs."""
     rounds: PositiveInt = 10
+    """How often clients train and the server merges."""
     output: str = "runs"
     """Folder in which the run directory `output/name` is made."""
     model: ModelConfig = ModelConfig()

@@ -19,6 +19,7 @@ from fedlora.aggregators import GlobalState, equivalent_adapter
 from fedlora.config import RunConfig
 from fedlora.data.describe import describe_partition
 from fedlora.data.own import brought_by_nodes
+from fedlora.errors import FedloraError
 from fedlora.flower.central import ServerLedger, load_rule
 from fedlora.flower.settings import config_of
 from fedlora.flower.spending import Spending
@@ -26,6 +27,7 @@ from fedlora.flower.strategy import Federation
 from fedlora.model import save_adapter
 from fedlora.privacy.central import Central
 from fedlora.progress import PlainProgress, Progress
+from fedlora.report import write_report
 from fedlora.rundir import RunDir
 from fedlora.training.runtime import describe
 from fedlora.training.workbench import Workbench, open_workbench
@@ -90,6 +92,8 @@ def main(grid: Grid, context: Context) -> None:
         ledgers=Path(folder) if folder else None,
         run_id=str(context.run_config.get("run-id", "")),
     )
+    if _session.get() is None:  # otherwise the caller says where it is, after what it has to add
+        logger.info("report: %s", rundir.report)
 
 
 def _open(config: RunConfig, resume: bool) -> RunDir:
@@ -135,6 +139,10 @@ def run_rounds(
         outcome = finish(state, config, bench, rundir, account)
     if account is not None:
         progress.message(rundir.read_json("result.json")["privacy"]["statement"])
+    try:
+        write_report(rundir)
+    except (FedloraError, OSError) as error:  # the run is complete without it
+        progress.message(f"no report: {error}; try again with: fedlora report {rundir.path}")
     return outcome
 
 

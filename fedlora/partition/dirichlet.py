@@ -41,7 +41,7 @@ class Dirichlet(Partitioner):
         clients: how many.
         alpha: concentration; 0.1 is strong skew, 100 nearly none.
         min_size: smallest client that is accepted; drawn again if missed (for sizes = "drawn").
-        sizes: see above.
+        sizes: of the clients: "drawn" (they differ too) or "equal"; see above.
     """
 
     cure: ClassVar[str] = "raise partition.alpha, lower partition.clients, or set partition.sizes = 'equal'"

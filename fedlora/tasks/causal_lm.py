@@ -65,7 +65,7 @@ class CausalLM(Task):
             them, then the last of the answer.
         train_on: tokens that count in a conversation: the last "answer", all the assistant's "answers", or "all".
         system: a system message for conversations that have none; None leaves it to the model's chat template.
-        packing: see above.
+        packing: whether several short examples share a row, to save padding; see above.
     """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"

@@ -322,3 +322,66 @@ def test_a_run_that_never_began_cannot_be_exported(cli: Cli, tiny_toml: Path, tm
     result = cli("export", run.path, tmp_path / "out")
     assert result.exit_code == 1
     assert "has no checkpoint yet" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def test_a_run_ends_by_naming_its_report(cli: Cli, tiny_toml: Path) -> None:
+    done = cli("run", tiny_toml)
+    path = tiny_toml.parent / "runs" / "tiny" / "report.html"
+    assert done.stdout.splitlines()[-1] == f"report: {path}"
+    assert "2 of 2" in path.read_text()
+
+
+def test_the_report_can_be_written_again_and_holds_the_baselines(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished / "runs" / "tiny", tmp_path / "tiny")
+    before = (run / "report.html").read_text()
+    assert "one client alone" not in before
+    figures = {"accuracy": 0.25, "loss": 1.0, "domains": {}}
+    alone = {"clients": [figures], "of": 1, "best": figures, "mean": figures, "worst": figures}
+    (run / "baselines.json").write_text(json.dumps({"local_only": alone, "centralised": figures}))
+    done = cli("report", run)
+    assert done.stdout == f"report: {run / 'report.html'}\n"
+    assert "one client alone, worst" in (run / "report.html").read_text()
+
+
+def test_a_report_of_nothing_names_the_nearest_run(cli: Cli, finished: Path) -> None:
+    done = cli("report", finished / "runs" / "tyni")
+    assert done.exit_code == 1
+    assert "did you mean" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- config
+
+
+def test_config_explains_a_key_and_says_where_its_value_comes_from(cli: Cli, tiny_toml: Path) -> None:
+    alone = cli("config", "train.lr").stdout
+    assert "number, > 0" in alone
+    assert "default: 0.001" in alone
+    assert "here:" not in alone
+    for words, here in (
+        ((), f"here: 0.01 ({tiny_toml})"),
+        (("--set", "train.lr=5"), "here: 5 (--set)"),
+        (("--set", "train.steps=3"), f"here: 0.01 ({tiny_toml})"),
+    ):
+        assert here in " ".join(cli("config", tiny_toml, "train.lr", *words).stdout.split())
+    assert "here: 0 (default)" in cli("config", tiny_toml, "seed").stdout
+
+
+def test_config_lists_the_fields_of_what_the_file_chooses_alone(cli: Cli, tiny_toml: Path) -> None:
+    everything = cli("config").stdout
+    assert "partition.alpha (dirichlet)" in everything
+    here = cli("config", tiny_toml).stdout
+    assert "partition.alpha" not in here
+    assert "partition.mixing" in here
+    assert "privacy.delta" not in here
+    other = cli("config", tiny_toml, "--set", "strategy.name=fair").stdout
+    assert "strategy.solver" in other
+    assert re.search(r"strategy\.name +\"fair\" +--set", other)
+
+
+def test_config_names_the_nearest_key_and_prints_the_schema(cli: Cli, tiny_toml: Path) -> None:
+    assert "did you mean 'train.lr'" in cli("config", "train.lrr").stderr
+    assert "--set changes a config file" in cli("config", "--set", "seed=1").stderr
+    assert json.loads(cli("config", "--schema").stdout)["properties"]["rounds"]

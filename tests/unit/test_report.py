@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.errors import FedloraError
-from fedlora.report import plot_accuracy, plot_labels, spread
+from fedlora.report import plot_accuracy, plot_labels
+from fedlora.report._charts import spread
 
 
 def make_records(rounds: int, domains: Sequence[str] = ("films", "phones")) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from fedlora.errors import FedloraError
 from fedlora.progress import format_metric, main_metric
+from fedlora.report._charts import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,26 +216,6 @@ def _label_ends(axes: Axes, last: float, ends: list[tuple[float, str, str, bool]
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
         )
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Places as near to `values` as they can be with `gap` between neighbours, in the same order.
-
-    Least squares under the order: subtract the gaps, pool neighbours that are out of order, add the gaps again.
-    """
-    order = sorted(range(len(values)), key=lambda k: values[k])
-    blocks: list[tuple[float, int]] = []
-    for number, k in enumerate(order):
-        mean, size = values[k] - number * gap, 1
-        while blocks and blocks[-1][0] >= mean:
-            before, count = blocks.pop()
-            mean, size = (before * count + mean * size) / (count + size), count + size
-        blocks.append((mean, size))
-    flat = [mean for mean, size in blocks for _ in range(size)]
-    places = [0.0] * len(values)
-    for number, k in enumerate(order):
-        places[k] = flat[number] + number * gap
-    return places
 
 
 def _save(figure: Figure, path: str | Path) -> Path:

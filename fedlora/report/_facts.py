@@ -1,0 +1,150 @@
+"""What a run directory says, read once for all sections of the report; whatever is missing is empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig
+from fedlora.progress import main_metric
+from fedlora.rundir import RunDir
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One run.
+
+    Args:
+        path: of its folder.
+        config: resolved.
+        records: lines of metrics.jsonl.
+        metric: the figure that its rounds report.
+        partition, baselines, environment, result: what the files of these names hold.
+        samples: entries with "prompt", "reference", "before" and "after".
+        finished: whether all its rounds are done.
+    """
+
+    path: Path
+    config: RunConfig
+    records: Sequence[Record] = ()
+    metric: str = "accuracy"
+    partition: Mapping[str, Any] = field(default_factory=dict)
+    baselines: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+    finished: bool = False
+
+    @classmethod
+    def read(cls, run: RunDir) -> Facts:
+        """Everything that is there.
+
+        Raises:
+            RunDirError: a file is damaged.
+        """
+        records = run.read_metrics()
+        samples = run.read_json("samples.json") or ()
+        return cls(
+            path=run.path,
+            config=run.config,
+            records=records,
+            metric=_metric(records),
+            **{
+                name: run.read_json(f"{name}.json") or {}
+                for name in ("partition", "baselines", "environment", "result")
+            },
+            samples=samples.get("samples", ()) if isinstance(samples, Mapping) else samples,
+            finished=run.finished,
+        )
+
+    @cached_property
+    def evaluated(self) -> list[Record]:
+        """The lines that have the main figure."""
+        return [record for record in self.records if number(record.get(self.metric)) is not None]
+
+    @cached_property
+    def rounds(self) -> list[Record]:
+        """The lines of rounds of training."""
+        return [record for record in self.records if record["round"] > 0]
+
+    @cached_property
+    def domains(self) -> list[str]:
+        """Names of the test set's domains, in order."""
+        names = (name for record in self.records for name in record.get("domains") or {})
+        return list(dict.fromkeys(names))
+
+    @cached_property
+    def clients(self) -> int:
+        """How many clients there are, as far as the files tell."""
+        known = {int(k) for record in self.rounds for kind in PLACES for k in record.get(kind) or ()}
+        return max(len(self.partition.get("sizes") or ()), max(known, default=-1) + 1)
+
+    def domain_value(self, record: Record, name: str) -> float | None:
+        """The main figure of one domain in one round."""
+        return number(((record.get("domains") or {}).get(name) or {}).get(self.metric))
+
+    def total(self, key: str) -> float:
+        """The sum of a figure over all rounds."""
+        return sum(number(record.get(key)) or 0.0 for record in self.records)
+
+
+PLACES = ("asked", "answered", "refused", "missing", "late", "dropped", "offline", "spent")
+"""Keys of a line of metrics under which client numbers stand."""
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Losses and perplexities."""
+    return "loss" in metric or "perplexity" in metric or metric.endswith("error")
+
+
+def better(metric: str, one: float, other: float) -> bool:
+    """Whether `one` is better than `other`."""
+    return one < other if lower_is_better(metric) else one > other
+
+
+def statuses(record: Record) -> dict[int, str]:
+    """What became of each client in a round, by number; those not named were not asked."""
+    found: dict[int, str] = {}
+    # Later kinds win: a client that was asked and came late stands under both.
+    for kind in ("offline", "missing", "dropped", "late", "refused", "answered"):
+        found.update((int(k), kind) for k in record.get(kind) or ())
+    for k, reason in (record.get("refused") or {}).items():
+        if "privacy budget is spent" in str(reason):
+            found[int(k)] = "spent"
+    return found
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Linear between the sorted values."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def margin(facts: Facts, value: float) -> float | None:
+    """Half of the 95% interval of a share of the test examples (normal approximation), None for other figures."""
+    size = facts.partition.get("test_size")
+    if facts.metric != "accuracy" or not size:
+        return None
+    return 1.96 * math.sqrt(max(value * (1 - value), 0.0) / size)
+
+
+def _metric(records: Sequence[Record]) -> str:
+    name = main_metric(records[0]) if records else "accuracy"
+    there = {key for record in records for key, value in record.items() if number(value) is not None}
+    return name if name in there or "loss" not in there else "loss"

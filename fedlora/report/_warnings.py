@@ -1,0 +1,156 @@
+"""What a reader should know before believing a run's figures, in plain words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from fedlora.progress import format_metric
+from fedlora.report._facts import Facts, better, margin, number, statuses
+
+LARGE_ERROR = 0.25
+"""Aggregation error above which a rule's broadcast is called far from the clients' mean."""
+APPROXIMATE = 1e-3
+"""Relative error above which the exported adapter is called an approximation."""
+WEAK_EPSILON = 10.0
+"""At this epsilon and above, e^epsilon bounds an attacker's odds by a factor of 22 000: hardly at all."""
+SMALL_TEST = 0.03
+"""Half of the 95% interval above which a test set is called small."""
+
+
+def warnings(facts: Facts) -> list[str]:
+    """One or two sentences each, the gravest first."""
+    return [
+        *_progress(facts),
+        *_learning(facts),
+        *_clients(facts),
+        *_exactness(facts),
+        *_privacy(facts),
+        *_traces(facts),
+    ]
+
+
+def _progress(facts: Facts) -> Iterator[str]:
+    done = facts.records[-1]["round"] if facts.records else 0
+    if not facts.finished:
+        yield (
+            f"The run stopped after round {done} of {facts.config.rounds}. "
+            f"Go on with: fedlora run --resume {facts.path}"
+        )
+    lost = [record["round"] for record in facts.rounds if record.get("lost")]
+    if lost:
+        yield (
+            f"{_rounds(lost)} changed nothing: too few clients answered in simulated time. "
+            "A longer server.simulated_deadline_s or a lower server.quorum lets more of them count."
+        )
+
+    dropped = [record["round"] for record in facts.rounds if (record.get("rule") or {}).get("dropped") == 1]
+    if dropped:
+        yield f"{_rounds(dropped)} changed nothing: fewer clients answered than privacy.minimum_cohort asks for."
+
+
+def _learning(facts: Facts) -> Iterator[str]:
+    metric, evaluated = facts.metric, facts.evaluated
+    broken = [r["round"] for r in facts.records if metric in r and number(r[metric]) is None]
+    if broken:
+        rounds = _rounds(broken, upper=False)
+        yield f"After {rounds} the {_words(metric)} was no finite number: a lower train.lr may help."
+    if len(evaluated) < 2:
+        return
+    first, last = evaluated[0], evaluated[-1]
+    start, end = float(first[metric]), float(last[metric])
+    if first["round"] == 0 and not better(metric, end, start):
+        yield (
+            f"Training did not help: {_words(metric)} {format_metric(metric, end)} at the end, "
+            f"{format_metric(metric, start)} before."
+        )
+    best = evaluated[0]
+    for record in evaluated:
+        best = record if better(metric, record[metric], best[metric]) else best
+    room = margin(facts, end) or 0.02 * abs(end)
+    if best["round"] > 0 and abs(best[metric] - end) > room:
+        yield (
+            f"Round {best['round']} was better ({format_metric(metric, best[metric])}) than the last one "
+            f"({format_metric(metric, end)}); adapter/ holds the last one."
+        )
+    if first["round"] == 0:
+        pairs = ((name, facts.domain_value(first, name), facts.domain_value(last, name)) for name in facts.domains)
+        worse = [n for n, old, new in pairs if old is not None and new is not None and better(metric, old, new)]
+        if worse:
+            yield f"Worse than before the training: {_list(worse)}."
+    half = margin(facts, end)
+    if half is not None and half > SMALL_TEST:
+        yield (
+            f"The test set has only {facts.partition['test_size']} examples: the last accuracy is known to about "
+            f"±{100 * half:.0f} percentage points, and smaller differences mean nothing."
+        )
+
+
+def _clients(facts: Facts) -> Iterator[str]:
+    reasons = Counter(str(why) for record in facts.rounds for why in (record.get("refused") or {}).values())
+    if reasons:
+        asked = sum(len(record.get("asked") or ()) for record in facts.rounds)
+        why, _ = reasons.most_common(1)[0]
+        yield f"{sum(reasons.values())} of {asked} replies were refused; most often because: {why}."
+    missing = sum(len(record.get("missing") or ()) for record in facts.rounds)
+    if missing:
+        limit = facts.config.server.deadline_s
+        yield f"{missing} replies were not there at the deadline (server.deadline_s = {limit:g})."
+    answered = {k for record in facts.rounds for k, kind in statuses(record).items() if kind == "answered"}
+    silent = [k for k in range(facts.clients) if k not in answered]
+    if facts.rounds and silent:
+        yield f"What these clients hold was never learned from, since no reply of theirs was used: {_list(silent)}."
+    if facts.partition.get("dropped"):
+        note = f": {facts.partition['note']}" if facts.partition.get("note") else ""
+        yield f"{facts.partition['dropped']} examples are on no client{note}."
+
+
+def _exactness(facts: Facts) -> Iterator[str]:
+    errors = [e for record in facts.rounds if (e := number(record.get("aggregation_error"))) is not None]
+    if errors and max(errors) > LARGE_ERROR:
+        yield (
+            f"What the server sends out is off from the mean of what the clients learned by up to "
+            f"{100 * max(errors):.0f}% of its size (aggregation error). Rules that claim “exact” have none: "
+            "see fedlora strategies."
+        )
+    error = number(facts.result.get("relative_error")) or 0.0
+    if error > APPROXIMATE:
+        yield (
+            f"adapter/ is an approximation of the trained model, off by {100 * error:.1f}% of the change "
+            "(adapter.export_rank); fedlora export RUN OUT --merge is exact."
+        )
+
+
+def _privacy(facts: Facts) -> Iterator[str]:
+    epsilon = number((facts.result.get("privacy") or {}).get("epsilon"))
+    if epsilon is not None and epsilon >= WEAK_EPSILON:
+        yield f"Epsilon {epsilon:.3g} is a weak promise: values of 1 to 8 are common."
+    spent = sorted({k for record in facts.rounds for k in record.get("spent") or ()})
+    if spent:
+        yield f"The privacy budget of these clients is spent, and they are not asked any more: {_list(spent)}."
+
+
+def _traces(facts: Facts) -> Iterator[str]:
+    if str(facts.environment.get("commit") or "").endswith("+changes"):
+        yield "The code had changes that no commit holds: the exact code of this run is not on record."
+    now = {name: facts.environment.get(name) for name in ("fedlora", "python", "packages", "processor", "device")}
+    for resumed in facts.environment.get("resumed") or ():
+        if any(name in resumed and now[name] is not None and resumed[name] != now[name] for name in now):
+            yield (
+                f"It went on after round {resumed.get('round')} with other versions or on another machine: "
+                "its bytes need not be those of an uninterrupted run."
+            )
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _rounds(numbers: list[int], *, upper: bool = True) -> str:
+    word = ("Round" if upper else "round") + "s" * (len(numbers) != 1)
+    return f"{word} {_list(numbers)}"
+
+
+def _list(items: Iterable[object], most: int = 8) -> str:
+    words = [str(item) for item in items]
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

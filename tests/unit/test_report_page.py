@@ -1,0 +1,325 @@
+"""The report of a run, as text: what it says, that data stays data, and that a screen reader gets along."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from report_runs import HOSTILE, make_run, records
+
+from fedlora.config import parse_config
+from fedlora.report._charts import Series, line_chart, nice_ticks
+from fedlora.report._facts import Facts, statuses
+from fedlora.report._markup import VOID, el
+from fedlora.report._style import DARK, KINDS, LIGHT
+from fedlora.report._warnings import warnings
+from fedlora.report.page import render_report, write_report
+from fedlora.rundir import RunDir
+
+PRIVACY = """
+server.weighting = "uniform"
+privacy = { epsilon = 8, delta = 1e-5, max_grad_norm = 1.0, public_examples = 100 }
+"""
+
+
+class Page(HTMLParser):
+    """A strict reader: raises where a tag is not closed by its own end."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Page:
+    return Page(write_report(make_run(tmp_path)).read_text())
+
+
+# ---------------------------------------------------------------------------------------------- what it says
+
+
+def test_the_report_is_one_file_that_names_nothing_outside_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    path = write_report(run)
+    text = path.read_text()
+    page = Page(text)
+    assert path == run.report
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe", "object", "link", "base", "form")]
+    assert all(href.startswith("#") for attributes in page.all("a") if (href := attributes["href"] or ""))
+    assert not re.search(r"url\(|@import|src=|https?://", text)
+    (policy,) = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in str(policy)
+
+
+def test_it_says_the_last_figures_and_the_first(page: Page) -> None:
+    assert "accuracy went from 50.0% to 90.0%" in page.text
+    assert "4 of 4" in page.text
+    assert "48.0 kB" in page.text  # 4 rounds of 3 clients that send 1 kB, and of 9 kB received
+    for words in ("films 80.0%", "all 90.0%", "Example 1", "yes films"):
+        assert words in page.text
+
+
+def test_the_grid_counts_every_client_of_every_round(page: Page) -> None:
+    counted = Counter(kind for record in records()[1:] for kind in statuses(record).values())
+    assert counted == {"answered": 12, "late": 4, "refused": 4, "offline": 4}
+    for kind, number in counted.items():
+        assert f"{KINDS[kind][2]}: {number}" in page.text
+
+
+def test_of_two_kinds_the_outcome_wins_over_the_question() -> None:
+    record = {"asked": [0, 1, 2, 3], "answered": [0], "late": [1], "missing": [2], "offline": [4]}
+    record["refused"] = {"3": "its privacy budget is spent: its ledger stands at epsilon 8"}
+    assert statuses(record) == {0: "answered", 1: "late", 2: "missing", 3: "spent", 4: "offline"}
+
+
+def test_a_private_run_shows_its_claim_and_no_secret(tmp_path: Path) -> None:
+    run = make_run(tmp_path, toml=PRIVACY)
+    lines = [{**r, "epsilon": 2.0 * r["round"], "clients": {}} if r["round"] else r for r in records()]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.write_json(
+        "result.json", {"rounds": 4, "privacy": {"epsilon": 7.9, "statement": "THE CLAIM", "unit": "example"}}
+    )
+    text = Page(write_report(run).read_text()).text
+    assert "THE CLAIM" in text
+    assert "ε = 7.9" in text
+    assert "epsilon 8" in text  # the last of the curve
+    assert text.count("secret under [privacy]") == 2  # losses, and who holds what
+
+
+def test_a_run_that_stopped_says_how_to_go_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run.path / "result.json").unlink()
+    assert f"fedlora run --resume {run.path}" in Page(write_report(run).read_text()).text
+
+
+@pytest.mark.parametrize("gone", ["partition.json", "samples.json", "environment.json", "result.json", "metrics.jsonl"])
+def test_whatever_is_missing_leaves_its_section_out(tmp_path: Path, gone: str) -> None:
+    run = make_run(tmp_path)
+    (run.path / gone).unlink()
+    page = Page(write_report(run).read_text())
+    links = {a["href"] for a in page.all("a")}
+    assert ("#samples" in links) == (gone != "samples.json")
+    assert ("#partition" in links) == (gone != "partition.json")
+    assert ("#learning" in links) == (gone != "metrics.jsonl")
+
+
+def test_many_clients_and_rounds_stay_readable_and_small(tmp_path: Path) -> None:
+    text = write_report(make_run(tmp_path, rounds=250, clients=240)).read_text()
+    assert "A cell is 3 clients in 2 rounds" in text
+    assert len(text) < 1_500_000
+
+
+def test_writing_it_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------- data stays data
+
+
+def test_data_never_becomes_markup(tmp_path: Path) -> None:
+    run, tame = make_run(tmp_path / "a", HOSTILE), make_run(tmp_path / "b", "word")
+    hostile, usual = (Page(write_report(made).read_text()) for made in (run, tame))
+    assert {tag for tag, _ in hostile.tags} == {tag for tag, _ in usual.tags}
+    names = [{name for _, attributes in made.tags for name in attributes} for made in (hostile, usual)]
+    assert names[0] == names[1]
+    assert HOSTILE.replace("\x00", "\ufffd") in hostile.text
+
+
+@settings(max_examples=50)
+@given(st.text())
+def test_an_element_gives_back_the_text_that_went_in(text: str) -> None:
+    class Reader(HTMLParser):
+        seen, value = "", ""
+
+        def handle_data(self, data: str) -> None:
+            self.seen += data
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.value = str(dict(attrs)["title"])
+
+    reader = Reader()
+    reader.feed(el("p", text, title=text).encode().decode())
+    reader.close()
+    held = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+    assert reader.seen == held
+    assert reader.value == held
+
+
+# ---------------------------------------------------------------------------------------------- for everybody
+
+
+def test_pictures_tables_and_headings_speak(page: Page) -> None:
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {str(a["href"])[1:] for a in page.all("a")} <= set(ids)
+    assert all(a["aria-labelledby"] in ids for _, a in page.tags if "aria-labelledby" in a)
+    pictures = page.all("svg")
+    assert len(pictures) >= 10  # each of five charts for desks and for phones
+    assert all(a["role"] == "img" and len(str(a["aria-label"])) > 30 for a in pictures)
+    tables = page.all("table")
+    assert len(page.all("caption")) == len(tables)
+    assert all(a["scope"] in ("row", "col") for a in page.all("th"))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    assert page.all("html")[0]["lang"] == "en"
+    assert any(a.get("name") == "viewport" for a in page.all("meta"))
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.1, "contrast ratio" and "relative luminance"."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
+def test_text_and_lines_stand_out(colours: dict[str, str]) -> None:
+    for name, behind in (("ink", "page"), ("soft", "page"), ("link", "page"), ("ink", "panel"), ("soft", "panel")):
+        assert contrast(colours[name], colours[behind]) >= 4.5, name
+    for name in ("ink", "warn"):
+        assert contrast(colours[name], colours["warnbg"]) >= 4.5
+    for name in (f"c{k}" for k in range(7)):
+        assert contrast(colours[name], colours["page"]) >= 3.0, name
+    for kind, (colour, mark, _) in KINDS.items():
+        if mark and kind != "idle":  # a mark is written in the page's colour on the kind's
+            assert contrast(colours[colour], colours["page"]) >= 3.0, kind
+
+
+# ---------------------------------------------------------------------------------------------- warnings
+
+
+def facts(toml: str = "", **more: Any) -> Facts:
+    config = parse_config(f"rounds = 4\n{toml}")
+    return Facts(**{"path": Path("runs/x"), "config": config, "records": records(), "finished": True, **more})
+
+
+def test_a_run_without_trouble_has_no_warnings() -> None:
+    good = [{**r, "refused": {}, "late": [], "offline": [], "answered": list(range(6))} for r in records()]
+    assert warnings(facts(records=good, partition={"test_size": 5000, "sizes": [9] * 6})) == []
+
+
+LAST = {"accuracy": 0.9, "domains": {"films": {"accuracy": 0.8}}}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "last", "more"),
+    [
+        ("stopped after round 4 of 4", {}, {"finished": False}),
+        ("Round 4 changed nothing", {"lost": True}, {}),
+        ("Round 4 changed nothing: fewer clients", {"rule": {"dropped": 1.0}}, {}),
+        ("After round 4 the accuracy was no finite number", {"accuracy": None}, {}),
+        ("Training did not help: accuracy 50.0% at the end, 50.0% before", {"accuracy": 0.5}, {}),
+        ("Round 3 was better (80.0%) than the last one (70.0%)", {"accuracy": 0.7}, {}),
+        ("Worse than before the training: films", {"domains": {"films": {"accuracy": 0.4}}}, {}),
+        (
+            "only 60 examples: the last accuracy is known to about ±8 percentage points",
+            {},
+            {"partition": {"test_size": 60}},
+        ),
+        ("4 of 20 replies were refused; most often because: its norm", {}, {}),
+        ("2 replies were not there at the deadline", {"missing": [0, 1]}, {}),
+        ("no reply of theirs was used: 6, 7", {}, {"partition": {"sizes": [9] * 8}}),
+        ("3 examples are on no client: too few", {}, {"partition": {"dropped": 3, "note": "too few"}}),
+        ("by up to 90% of its size", {"aggregation_error": 0.9}, {}),
+        ("adapter/ is an approximation of the trained model, off by 5.0%", {}, {"result": {"relative_error": 0.05}}),
+        ("Epsilon 50 is a weak promise", {}, {"result": {"privacy": {"epsilon": 50.0}}}),
+        ("these clients is spent, and they are not asked any more: 2", {"spent": [2]}, {}),
+        ("changes that no commit holds", {}, {"environment": {"commit": "abc+changes"}}),
+        (
+            "went on after round 2 with other versions",
+            {},
+            {"environment": {"python": "3.11.1", "resumed": [{"round": 2, "python": "3.12.0"}]}},
+        ),
+    ],
+)
+def test_what_a_reader_should_know_is_said(sentence: str, last: dict[str, Any], more: dict[str, Any]) -> None:
+    lines = records()
+    lines[-1] = {**lines[-1], **last}
+    assert any(sentence in line for line in warnings(facts(records=lines, **more))), warnings(
+        facts(records=lines, **more)
+    )
+
+
+def test_for_perplexity_less_is_better() -> None:
+    lines = [{"round": k, "perplexity": value, "loss": 1.0} for k, value in enumerate((30.0, 20.0, 10.0))]
+    found = warnings(facts(records=lines, metric="perplexity"))
+    assert not any("Training did not help" in line or "was better" in line for line in found)
+    found = warnings(facts(records=lines[::-1], metric="perplexity"))
+    assert found == warnings(facts(records=lines[::-1], metric="perplexity"))
+    lines = [{**line, "round": 2 - line["round"]} for line in lines][::-1]
+    assert any("Training did not help" in line for line in warnings(facts(records=lines, metric="perplexity")))
+
+
+# ---------------------------------------------------------------------------------------------- charts
+
+
+@given(st.floats(-1e9, 1e9), st.floats(0, 1e9), st.integers(2, 8))
+def test_ticks_are_even_and_hold_the_values(low: float, width: float, number: int) -> None:
+    ticks = nice_ticks(low, low + width, number)
+    tolerance = 1e-6 * max(abs(low), abs(low + width)) + 1e-150
+    assert ticks[0] <= low + tolerance
+    assert ticks[-1] >= low + width - tolerance
+    assert 2 <= len(ticks) <= 2 * number + 3
+    steps = [b - a for a, b in pairwise(ticks)]
+    assert max(steps) - min(steps) <= 1e-6 * max(abs(t) for t in ticks) + 1e-12
+
+
+def test_a_line_is_interrupted_where_it_has_no_value() -> None:
+    points = [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, 2.0)]
+    chart = line_chart(400, [Series("x", points)], "label", str)
+    (drawn,) = re.findall(r'd="([^"]*)" class="line', chart)
+    assert drawn.count("M") == 2
+    assert drawn.count("L") == 2
+
+
+def test_a_higher_value_is_drawn_higher() -> None:
+    chart = line_chart(400, [Series("x", [(0, 1.0), (1, 3.0), (2, 2.0)])], "label", str)
+    (drawn,) = re.findall(r'd="([^"]*)" class="line', chart)
+    (x0, y0), (x1, y1), (x2, y2) = [map(float, p.split()) for p in re.split("[ML]", drawn)[1:]]
+    assert x0 < x1 < x2
+    assert y0 > y2 > y1  # SVG counts from the top
+
+
+def test_the_page_of_a_run_is_what_its_facts_give(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert write_report(run).read_text() == render_report(Facts.read(RunDir.open(run.path)))
