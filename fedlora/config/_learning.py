@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,16 +22,17 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    """The low-rank adapter that PEFT injects."""
+    """The adapter that PEFT injects."""
 
     method: str = "lora"
+    """A LoRA variant or another of PEFT's methods; docs/methods.md says which goes with which rule."""
     rank: PositiveInt = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     alpha_scaling: Literal["fixed", "proportional"] = "fixed"
     """For clients with a rank of their own: the same alpha for all, or alpha * rank / adapter.rank."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    options: dict[str, Any] = Field(default={})
+    """Other fields of PEFT's config, for a method that is no LoRA."""
     targets: Names = ()
     """Module names (suffixes) to adapt; empty: PEFT's default for the architecture."""
     rank_pattern: dict[str, PositiveInt] = Field(default={})

@@ -22,6 +22,7 @@ from fedlora import __version__
 from fedlora.adapter import relative_error
 from fedlora.aggregators import (
     Aggregator,
+    Claim,
     ClientPlan,
     ClientSpec,
     ClientUpdate,
@@ -38,6 +39,7 @@ from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
 from fedlora.flower.spending import Spending, asked_in
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_hello, check_update
+from fedlora.model.starting import first_state, plan_for
 from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
 from fedlora.rng import derive
@@ -119,9 +121,7 @@ class Federation:
         self.nodes = self._meet()
         fresh = state is None
         if state is None:
-            state = self.rule.init(
-                self.bench.base.initial_adapter(self.config.seed), seed=derive(self.config.seed, "rule")
-            )
+            state = first_state(self.rule, self.bench.base, self.config.seed)
         self.base_digest = chain_digest("", state.merges)
         self._digests |= {state.base_version: self.base_digest}
         for client_id in self.nodes:  # a rule that cannot serve one of them says so before anything is trained
@@ -237,7 +237,7 @@ class Federation:
 
     def _plan(self, state: GlobalState, client_id: int) -> ClientPlan:
         layout = self.bench.base.layout(self.config.clients.rank_of(client_id))
-        return self.rule.plan(state, ClientSpec(client_id, layout, self.nodes[client_id].base_version))
+        return plan_for(self.rule, state, ClientSpec(client_id, layout, self.nodes[client_id].base_version))
 
     def _ask(self, state: GlobalState, client_id: int, number: int, *, everything: bool) -> Ask:
         """The plan for one client; `everything` for one that turned out to hold nothing."""
@@ -354,7 +354,7 @@ class Federation:
         books.clients[ask.client_id] = {"num_examples": valid.num_examples, **valid.metrics}
         if ask.client_id in books.simulated_s:
             books.clients[ask.client_id]["simulated_seconds"] = books.simulated_s[ask.client_id]
-        if self.config.server.aggregation_error:
+        if self._measures_error:
             books.ideal.add(adapter.pairs, weight)
             books.weight += weight
         self.progress.reply(books.number, ask.client_id, True, "")
@@ -397,13 +397,27 @@ class Federation:
             **books.simulated(self.fleet),
             "rule": dict(after.metrics),
         }
-        if self.config.server.aggregation_error and not books.lost:
+        if self._measures_error and not books.lost:
             # Under [privacy] the updates are noised already: what is computed from them gives nothing away.
-            record["aggregation_error"] = relative_error(broadcast_change(before, after), books.ideal, books.weight)
+            record["aggregation_error"] = self._aggregation_error(before, after, books)
         if self.spending is not None:
             self._asked.update(books.asked)
             record |= {"spent": sorted(self.spent), "epsilon": self.spending.largest(self._asked)}
         return record
+
+    @property
+    def _measures_error(self) -> bool:
+        """Only where weights change by s B A is D* known."""
+        return self.config.server.aggregation_error and self.bench.base.method.bilinear
+
+    def _aggregation_error(self, before: GlobalState, after: GlobalState, books: Round) -> float:
+        change = broadcast_change(before, after)
+        if Claim.CHANGES_BASE not in self.rule.claims:
+            # What the base gave up at the start belongs to both sides: they are changes of the pristine base.
+            for merge in before.merges:
+                change.add(merge.change.pairs)
+                books.ideal.add(merge.change.pairs, books.weight)
+        return relative_error(change, books.ideal, books.weight)
 
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
         base = self.bench.base
@@ -428,10 +442,10 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
         PrivacyError: a private run would not be private with this model or task, or within this epsilon.
     """
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
-    state = rule.init(bench.base.initial_adapter(config.seed), seed=derive(config.seed, "rule"))
+    state = first_state(rule, bench.base, config.seed)
     clients = range(len(bench.data.clients))
     plans = [
-        rule.plan(state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
+        plan_for(rule, state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
         for client_id in clients
     ]
     clients_wanted(config, len(clients))
