@@ -347,6 +347,18 @@ class AggregatorContract:
             moved = max(float((fooled[name] - honest[name]).norm()) for name in honest)
             _require(moved < 10 * size, f"claims ROBUST, and one liar of 9 moves the result {moved / size:.1e} times")
 
+    def test_any_tensors_are_treated_alike(self) -> None:
+        self._law("test_any_tensors_are_treated_alike", Claim.ANY_TENSORS)
+        state = self._states()[-1]
+        updates = self._updates(state, self._specs())
+        expected = self.aggregator.merge(state, updates).adapter.tensors()
+        loose = dataclasses.replace(
+            self.aggregator.init(AdapterState(dense=state.adapter.tensors()), seed=7), round=state.round
+        )
+        renamed = [dataclasses.replace(u, adapter=AdapterState(dense=u.adapter.tensors())) for u in updates]
+        got = self.aggregator.merge(loose, renamed).adapter.tensors()
+        _require_same(got, expected, 1e-12, "factors under other names")
+
     # ------------------------------------------------------------------------------------------ the toy federation
 
     def _law(self, name: str, claim: Claim = Claim.NONE) -> None:

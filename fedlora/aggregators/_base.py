@@ -42,6 +42,8 @@ class Claim(enum.Flag):
     """The base model's weights change; clients follow a version log."""
     ROBUST = enum.auto()
     """A minority of arbitrary updates moves the result by a bounded amount."""
+    ANY_TENSORS = enum.auto()
+    """Every tensor is treated alike, so that other methods than LoRA can be averaged, whose tensors are no pairs."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from fedlora.aggregators._registry import register
 class FedAvg(Aggregator):
     """A <- sum_k p_k A_k, B <- sum_k p_k B_k, dense likewise; clients go on from the mean with a fresh optimiser."""
 
-    claims: ClassVar[Claim] = Claim.LINEAR
+    claims: ClassVar[Claim] = Claim.LINEAR | Claim.ANY_TENSORS
     paper: ClassVar[str] = "McMahan et al. 2017, arXiv 1602.05629; FedIT: Zhang et al. 2024, arXiv 2305.05644"
 
     def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:

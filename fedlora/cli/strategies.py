@@ -51,6 +51,7 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
     """For each rule one line on its bytes with the model, ranks and clients of a config."""
     from fedlora.aggregators import load_aggregator, rules
     from fedlora.errors import AssetError
+    from fedlora.model.starting import require_method
     from fedlora.progress import format_bytes
     from fedlora.traffic import measure_traffic
     from fedlora.training import open_workbench
@@ -74,7 +75,9 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
     for name in rules():
         fields = config.strategy.fields if name == config.strategy.name else {}
         try:
-            found = measure_traffic(load_aggregator(name, fields), initial, layouts, config.wire.up)
+            rule = load_aggregator(name, fields)
+            require_method(rule, bench.base.method)
+            found = measure_traffic(rule, initial, layouts, config.wire.up)
         except FedloraError as error:
             lines[name] = f"not with this config: {error}"
             continue

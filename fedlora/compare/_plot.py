@@ -11,7 +11,7 @@ import numpy as np
 from fedlora.compare._groups import Group
 from fedlora.errors import ConfigError
 from fedlora.progress import format_metric
-from fedlora.report import COLOURS, FAINT, INK, _figure, _label_ends, _save
+from fedlora.report.pictures import COLOURS, FAINT, INK, label_ends, new_figure, save_figure
 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 MOST_GROUPS = len(COLOURS) * len(DASHES)
@@ -36,7 +36,7 @@ def plot_curves(groups: Sequence[Group], path: str | Path, title: str = "") -> P
         raise ConfigError(f"{len(groups)} settings are more than the {MOST_GROUPS} lines that one can tell apart")
     metric = groups[0].runs[0].metric
     unit = 100.0 if format_metric(metric, 0.5).endswith("%") else 1.0
-    figure, axes = _figure(7.6, max(4.2, 0.32 * len(groups)))
+    figure, axes = new_figure(7.6, max(4.2, 0.32 * len(groups)))
     ends: list[tuple[float, str, str, bool]] = []
     last, banded = 0, False
     for number, group in enumerate(groups):
@@ -55,7 +55,7 @@ def plot_curves(groups: Sequence[Group], path: str | Path, title: str = "") -> P
         last = max(last, rounds[-1])
         if not math.isnan(mean[-1]):
             ends.append((float(mean[-1]), f"{group.label} {format_metric(metric, mean[-1] / unit)}", colour, False))
-    _label_ends(axes, last, ends)
+    label_ends(axes, last, ends)
     most = max(len(group.runs) for group in groups)
     axes.set_xlabel("round" + (f" (bands: one standard deviation over up to {most} seeds)" if banded else ""))
     axes.set_ylabel(f"{metric.replace('_', ' ')} on the test set{', in %' if unit == 100.0 else ''}")
@@ -63,4 +63,4 @@ def plot_curves(groups: Sequence[Group], path: str | Path, title: str = "") -> P
     axes.grid(axis="y", color=FAINT, lw=0.7)
     if title:
         axes.set_title(title, loc="left", fontsize=11, color=INK)
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,20 +26,20 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    """The low-rank adapter that PEFT injects."""
+    """The adapter that PEFT injects."""
 
     method: str = "lora"
-    """Which kind of adapter, in PEFT's name."""
+    """A LoRA variant or another of PEFT's methods; docs/methods.md says which goes with which rule."""
     rank: PositiveInt = 8
     """Columns of B and rows of A: the larger, the more it can learn, and the more a client sends."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """The change of the base is alpha / rank times B A."""
     alpha_scaling: Literal["fixed", "proportional"] = "fixed"
     """For clients with a rank of their own: the same alpha for all, or alpha * rank / adapter.rank."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that are zeroed in training."""
+    options: dict[str, Any] = Field(default={})
+    """Other fields of PEFT's config, for a method that is no LoRA."""
     targets: Names = ()
     """Module names (suffixes) to adapt; empty: PEFT's default for the architecture."""
     layers: Annotated[str, Field(pattern=r"^top:[1-9][0-9]*$")] | tuple[Annotated[int, Field(ge=0)], ...] | None = None

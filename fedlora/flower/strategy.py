@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from fedlora.adapter import relative_error
 from fedlora.aggregators import (
     Aggregator,
+    Claim,
     ClientPlan,
     ClientSpec,
     ClientUpdate,
@@ -42,6 +43,7 @@ from fedlora.flower.meeting import Meeting, Node
 from fedlora.flower.post import Post, Sent
 from fedlora.flower.spending import Spending, asked_in
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update
+from fedlora.model.starting import first_state, plan_for
 from fedlora.outcomes import write_outcomes
 from fedlora.privacy.central import Central
 from fedlora.privacy.dpsgd import RELEASABLE
@@ -115,9 +117,7 @@ class Federation:
         self.meeting.begin()
         fresh = state is None
         if state is None:
-            state = self.rule.init(
-                self.bench.base.initial_adapter(self.config.seed), seed=derive(self.config.seed, "rule")
-            )
+            state = first_state(self.rule, self.bench.base, self.config.seed)
         self.base_digest = chain_digest("", state.merges)
         self._digests |= {state.base_version: self.base_digest}
         # A rule that cannot serve one of them says so before anything is trained.
@@ -223,7 +223,7 @@ class Federation:
     def _plan(self, state: GlobalState, client_id: int) -> ClientPlan:
         node = self.nodes[client_id]
         layout = self.bench.base.layout(node.rank or self.config.clients.rank_of(client_id))
-        return self.rule.plan(state, ClientSpec(client_id, layout, node.base_version))
+        return plan_for(self.rule, state, ClientSpec(client_id, layout, node.base_version))
 
     def _ask(self, state: GlobalState, client_id: int, number: int, *, everything: bool) -> Ask:
         """The plan for one client; `everything` for one that turned out to hold nothing."""
@@ -350,7 +350,7 @@ class Federation:
         books.clients[ask.client_id] = figures
         if ask.client_id in books.simulated_s:
             books.clients[ask.client_id]["simulated_seconds"] = books.simulated_s[ask.client_id]
-        if self.config.server.aggregation_error:
+        if self._measures_error:
             books.ideal.add(adapter.pairs, weight)
             books.weight += weight
         self.progress.reply(books.number, ask.client_id, True, "")
@@ -366,15 +366,29 @@ class Federation:
             **books.simulated(self.fleet),
             "rule": dict(after.metrics),
         }
-        if self.config.server.aggregation_error and not books.lost:
+        if self._measures_error and not books.lost:
             # Under [privacy] the updates are noised already: what is computed from them gives nothing away.
-            record["aggregation_error"] = relative_error(broadcast_change(before, after), books.ideal, books.weight)
+            record["aggregation_error"] = self._aggregation_error(before, after, books)
         if self.spending is not None:
             self._asked.update(books.asked)
             record |= {"spent": sorted(self.spent), "epsilon": self.spending.largest(self._asked)}
         if self.account is not None:
             record |= self.account.settle(record)
         return record
+
+    @property
+    def _measures_error(self) -> bool:
+        """Only where weights change by s B A is D* known."""
+        return self.config.server.aggregation_error and self.bench.base.method.bilinear
+
+    def _aggregation_error(self, before: GlobalState, after: GlobalState, books: Round) -> float:
+        change = broadcast_change(before, after)
+        if Claim.CHANGES_BASE not in self.rule.claims:
+            # What the base gave up at the start belongs to both sides: they are changes of the pristine base.
+            for merge in before.merges:
+                change.add(merge.change.pairs)
+                books.ideal.add(merge.change.pairs, books.weight)
+        return relative_error(change, books.ideal, books.weight)
 
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
         base = self.bench.base
@@ -406,10 +420,10 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
             "with data.source and a partition"
         )
     rule = load_rule(config)
-    state = rule.init(bench.base.initial_adapter(config.seed), seed=derive(config.seed, "rule"))
+    state = first_state(rule, bench.base, config.seed)
     clients = range(len(bench.data.clients))
     plans = [
-        rule.plan(state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
+        plan_for(rule, state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
         for client_id in clients
     ]
     asked = clients_wanted(config, len(clients))

@@ -7,26 +7,28 @@ parameter's name there ("classifier.weight"): no PEFT prefix leaves this file.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, Part, fresh_pairs
+from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, Part
 from fedlora.aggregators import Merge
 from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.errors import ModelError, nearest
 from fedlora.model.device import seeded
+from fedlora.model.initial import STARTS, residual
+from fedlora.model.methods import Method
 from fedlora.model.prefix import Prefix
 from fedlora.model.targets import check_patterns, ends_with, is_transposed, linear_shape, matching, suffixes
+from fedlora.model.tuners import ADAPTER, frozen_digest, magnitudes, trained_tensors
 from fedlora.model.weights import BaseWeights
 from fedlora.rng import derive
-
-ADAPTER = "default"  # the name under which PEFT keeps the only adapter
 
 
 @final
@@ -34,15 +36,20 @@ class Base:
     """A base model, its adapter's current values, and the version of its weights. Made by `load_base`.
 
     Args:
-        model: the transformers model with PEFT's layers injected.
+        peft_model: PEFT's wrapper around the transformers model with its layers injected.
+        method: of the adapter.
         plain: the base's own linear layers by name.
         targets: names of the modules with a pair, in order.
         heads: names of the modules that are trained in full.
         drawn: names of the dense parameters that the checkpoint does not hold, so that the seed draws them.
+        plain_names: of the tensors of the model before anything was injected.
+        seed: by which PEFT drew the adapter of a method that is no LoRA; None for a LoRA variant.
         source: folder or hub name that the model was loaded from.
         fingerprint: a function that hashes the pristine weights' identity; called at most once.
 
     Attributes:
+        peft_model: PEFT's wrapper, for exports.
+        method: of the adapter.
         model: to be called by a task; its dropout is on or off by `train_mode`.
         device: where it computes.
         dtype: of the frozen weights.
@@ -59,12 +66,15 @@ class Base:
 
     def __init__(
         self,
-        model: nn.Module,
+        peft_model: Any,
         *,
+        method: Method,
         plain: Mapping[str, nn.Module],
         targets: Sequence[str],
         heads: Sequence[str],
         drawn: Iterable[str],
+        plain_names: Iterable[str],
+        seed: int | None,
         config: ModelConfig,
         adapter_config: AdapterConfig,
         task_type: str | None,
@@ -73,7 +83,8 @@ class Base:
         dtype: torch.dtype,
         fingerprint: Callable[[], str],
     ) -> None:
-        self.model = model
+        model: nn.Module = peft_model.base_model.model
+        self.peft_model, self.method, self.model = peft_model, method, model
         self.config, self.adapter_config, self.task_type, self.source = config, adapter_config, task_type, source
         self.device, self.dtype = device, dtype
         self.adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -81,7 +92,8 @@ class Base:
         self.weights = BaseWeights(plain)
         self.prefix: Prefix | None = None
         self._drawn, self._fingerprint = frozenset(drawn), fingerprint
-        self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
+        self._plain_names, self._seed = frozenset(plain_names), seed
+        self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets} if method.pairs else {}
         self._wrappers: dict[str, Any] = {name: model.get_submodule(name) for name in heads}
         self._shapes = {name: linear_shape(plain[name]) for name in targets}
         self._layouts: dict[int, dict[str, PairShape]] = {}
@@ -92,18 +104,23 @@ class Base:
             wrapper.modules_to_save.to(self.adapter_dtype)
             if self.dtype != self.adapter_dtype:
                 wrapper.modules_to_save[ADAPTER].register_forward_pre_hook(self._widen, with_kwargs=True)
-        self._dense: dict[str, Parameter] = {
+        beside = magnitudes(self._layers, self.adapter_dtype) if method.magnitudes else {}
+        if not method.pairs:
+            beside = trained_tensors(model, self.adapter_dtype)
+        self._beside = {name: _copy(parameter) for name, parameter in beside.items()}
+        self._dense: dict[str, Parameter] = beside | {
             f"{name}.{inner}": parameter
             for name, wrapper in self._wrappers.items()
             for inner, parameter in wrapper.modules_to_save[ADAPTER].named_parameters()
         }
+        self._frozen = "" if method.pairs else frozen_digest(model, self.targets)
         model.requires_grad_(False)
         model.eval()
 
     # ------------------------------------------------------------------------------------------ the adapter
 
     def layout(self, rank: int | None = None) -> dict[str, PairShape]:
-        """Shape and scale of each pair for a client of a given rank.
+        """Shape and scale of each pair for a client of a given rank; empty for a method without pairs.
 
         A rank from `rank_pattern` is scaled by rank / adapter.rank, rounded, and at least 1. With alpha_scaling =
         "proportional" alpha grows with the rank, so that alpha / rank is the same for all clients.
@@ -115,16 +132,27 @@ class Base:
         wanted = config.rank if rank is None else rank
         if wanted < 1:
             raise ModelError(f"a client's rank must be 1 or more, not {wanted}")
+        if wanted != config.rank and (self.method.whole_rank or not self.method.pairs):
+            raise ModelError(
+                f"a client of rank {wanted} cannot take part with method {self.method.name!r}, whose adapter is whole "
+                f"at rank {config.rank} alone: remove clients.ranks and the ranks of profiles, or use method 'lora'"
+            )
         if wanted not in self._layouts:
-            self._layouts[wanted] = {name: self._pair_shape(name, wanted) for name in self.targets}
+            self._layouts[wanted] = {name: self._pair_shape(name, wanted) for name in self._layers}
         return dict(self._layouts[wanted])
 
     def initial_adapter(self, seed: int) -> AdapterState:
-        """The adapter that training starts from: fresh pairs, and the head as its model class draws it.
+        """The adapter that training starts from: pairs as the method draws them, and the head as its model class does.
 
-        A function of the seed alone. Head parameters that the checkpoint holds keep its values.
+        A function of the seed and of the pristine weights. Head parameters that the checkpoint holds keep its values.
+        What is no pair (a magnitude, another tuner's tensors) is as PEFT drew it when the base was loaded.
+
+        Raises:
+            ModelError: the base was loaded for another seed, or is quantised and the method starts from its weights.
         """
-        dense: dict[str, Tensor] = {}
+        if self._seed not in (None, seed):
+            raise ModelError(f"the adapter was drawn by the seed {self._seed}, not {seed}: load the base for that seed")
+        dense: dict[str, Tensor] = dict(self._beside)
         for name, wrapper in self._wrappers.items():
             module = copy.deepcopy(wrapper.original_module).to("cpu", self.adapter_dtype)
             known = {inner: value.detach().clone() for inner, value in module.named_parameters()}
@@ -136,7 +164,16 @@ class Base:
             for inner, value in module.named_parameters():
                 full = f"{name}.{inner}"
                 dense[full] = value.detach().clone() if full in self._drawn else known[inner]
-        return AdapterState(fresh_pairs(self.layout(), derive(seed, "init"), self.adapter_dtype), dense)
+        start, key = STARTS[self.method.start], derive(seed, "init")
+        pairs = {
+            name: start(shape, derive(key, "fresh", name), self.adapter_dtype, partial(self.weights.pristine, name))
+            for name, shape in self.layout().items()
+        }
+        return AdapterState(pairs, dense)
+
+    def initial_merges(self, adapter: AdapterState) -> tuple[Merge, ...]:
+        """What the base gives up when training starts from `initial_adapter`; see `fedlora.model.initial`."""
+        return residual(adapter) if self.method.bilinear else ()
 
     def write(self, state: AdapterState, trains: frozenset[Part] = ALL_PARTS) -> list[Parameter]:
         """Put an adapter's values into the model; pairs of another rank than the present one are resized.
@@ -165,7 +202,7 @@ class Base:
                     down.weight.copy_(pair.A)
                     up.weight.copy_(pair.B)
                 layer.scaling[ADAPTER] = pair.scale
-                layer.lora_alpha[ADAPTER] = alpha_of(pair.scale, pair.rank, self.adapter_config.rslora)
+                layer.lora_alpha[ADAPTER] = alpha_of(pair.scale, pair.rank, self.method.root_scale)
                 _set_trained(down.weight, train_A, trained)
                 _set_trained(up.weight, train_B, trained)
             for name, parameter in self._dense.items():
@@ -244,14 +281,14 @@ class Base:
     @property
     def transposed(self) -> bool:
         """Whether the adapted layers store their weights as [d_in, d_out]: PEFT's fan_in_fan_out."""
-        return is_transposed(self._layers[self.targets[0]].get_base_layer())
+        return is_transposed(self.model.get_submodule(self.targets[0]).get_base_layer())  # type: ignore[operator]
 
     @property
     def target_names(self) -> list[str]:
         """The shortest names that mean the adapted modules and no others: their last parts if these are clear."""
         short = suffixes(self.targets)
         inner = tuple(f"{name}." for name in (*self.targets, *self.heads))
-        others = [n for n, _ in self.model.named_modules() if n not in self._layers and not n.startswith(inner)]
+        others = [n for n, _ in self.model.named_modules() if n not in self.targets and not n.startswith(inner)]
         clear = not any(ends_with(name, ending) for name in others for ending in short)
         return sorted(short if clear else self.targets)
 
@@ -259,12 +296,10 @@ class Base:
         """The model's tensors as they are now, without any pair, by the names of the plain base model."""
         out: dict[str, Tensor] = {}
         for name, value in self.model.state_dict().items():
-            if ".lora_" in name or ".original_module." in name:
-                continue
             if f".modules_to_save.{ADAPTER}." in name:
                 out[name.replace(f".modules_to_save.{ADAPTER}.", ".")] = value.to(self.dtype)
-            else:
-                out[name.replace(".base_layer.", ".")] = value
+            elif (plain := name.replace(".base_layer.", ".")) in self._plain_names:
+                out[plain] = value
         return out
 
     @property
@@ -281,8 +316,10 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the pristine weights' identity: equal on two machines that loaded the same base."""
-        return self._fingerprint()
+        """Hash of the pristine weights' identity, and of what a method froze beside them: equal on two machines that
+        loaded the same base."""
+        weights = self._fingerprint()
+        return hashlib.sha256(f"{weights} {self._frozen}".encode()).hexdigest() if self._frozen else weights
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -294,7 +331,7 @@ class Base:
         if config.alpha_scaling == "proportional" and scaled != own:
             alpha = alpha * scaled / own
         d_out, d_in = self._shapes[name]
-        return PairShape(d_out, d_in, scaled, alpha / (math.sqrt(scaled) if config.rslora else scaled))
+        return PairShape(d_out, d_in, scaled, alpha / (math.sqrt(scaled) if self.method.root_scale else scaled))
 
     def _class_init(self, module: nn.Module) -> Callable[[], None] | None:
         draw = getattr(self.model, "_init_weights", None)

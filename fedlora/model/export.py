@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import Merge
 from fedlora.errors import ModelError
 from fedlora.model.base import Base, alpha_of
+from fedlora.model.tuners import ADAPTER, merged_weights, saved_tensors
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
 PEFT_HEADS = ("classifier", "score")  # which PEFT's classes for classification train in full, unasked
@@ -50,12 +52,26 @@ def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mappin
     Raises:
         ModelError: the adapter does not fit the model.
     """
-    from peft import LoraConfig
     from safetensors.torch import save_file
 
     base.require_fit(state)
+    config, tensors = _lora_files(base, state) if base.method.pairs else _tuner_files(base, state)
+    with _replaced(folder) as fresh:
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+            fresh / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        _write_json(fresh / "adapter_config.json", _sorted(config.to_dict()))
+        _write_json(fresh / "fedlora.json", dict(metadata))
+
+
+def _lora_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor]]:
+    """PEFT's config and tensors of a LoRA variant."""
+    from peft import LoraConfig
+
     pairs = {name: _at_least_one(pair) for name, pair in state.pairs.items()}
-    rslora = base.adapter_config.rslora
+    rslora = base.method.root_scale
     ranks = {name: pair.rank for name, pair in pairs.items()}
     alphas = {name: _plain(alpha_of(pair.scale, pair.rank, rslora)) for name, pair in pairs.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -67,6 +83,7 @@ def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mappin
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=base.adapter_config.dropout,
         use_rslora=rslora,
+        use_dora=base.method.magnitudes,
         target_modules=base.target_names,
         modules_to_save=list(base.heads) or None,
         rank_pattern={f"^{name}": r for name, r in ranks.items() if r != rank},
@@ -76,15 +93,17 @@ def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mappin
     )
     tensors = {f"{PREFIX}{name}.lora_A.weight": pair.A for name, pair in pairs.items()}
     tensors |= {f"{PREFIX}{name}.lora_B.weight": pair.B for name, pair in pairs.items()}
-    tensors |= {f"{PREFIX}{name}": value for name, value in state.dense.items()}
-    with _replaced(folder) as fresh:
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-            fresh / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        _write_json(fresh / "adapter_config.json", _sorted(config.to_dict()))
-        _write_json(fresh / "fedlora.json", dict(metadata))
+    return config, tensors | {f"{PREFIX}{name}": value for name, value in state.dense.items()}
+
+
+def _tuner_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor]]:
+    """PEFT's config and tensors of any other method, frozen projections included."""
+    base.write(state, frozenset())
+    config = copy.deepcopy(base.peft_model.peft_config[ADAPTER])
+    config.task_type = _task_type(base)
+    config.base_model_name_or_path, config.revision = base.config.name, base.config.revision
+    config.target_modules, config.inference_mode = base.target_names, True
+    return config, saved_tensors(base.peft_model)
 
 
 def save_merged(base: Base, state: AdapterState, merges: Sequence[Merge], folder: Path) -> None:
@@ -116,8 +135,11 @@ def save_merged(base: Base, state: AdapterState, merges: Sequence[Merge], folder
 def _merged(base: Base, state: AdapterState) -> Any:
     """A model of the base's class without any PEFT layer; it shares memory with the base where nothing was added."""
     values = {name: value.detach().cpu() for name, value in base.plain_state_dict().items()}
-    for name, pair in state.pairs.items():
-        values[f"{name}.weight"] = base.weights.merged(name, pair.delta().to(torch.float32)).cpu()
+    if base.method.bilinear:
+        for name, pair in state.pairs.items():
+            values[f"{name}.weight"] = base.weights.merged(name, pair.delta().to(torch.float32)).cpu()
+    else:
+        values |= merged_weights(base.model, base.targets)
     model: Any = base.model
     config = copy.deepcopy(model.config)
     with torch.device("meta"):

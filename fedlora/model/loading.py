@@ -21,11 +21,13 @@ from torch import nn
 
 from fedlora.assets import resolve_model
 from fedlora.config import AdapterConfig, RunConfig
-from fedlora.errors import ConfigError, ModelError
-from fedlora.model.base import ADAPTER, Base
+from fedlora.errors import ModelError
+from fedlora.model.base import Base
 from fedlora.model.device import resolve_device, seeded
 from fedlora.model.dropout import set_dropout
+from fedlora.model.methods import Method, find_method, peft_type, tuner_fields
 from fedlora.model.targets import is_transposed, resolve_heads, resolve_targets
+from fedlora.model.tuners import ADAPTER
 from fedlora.model.weights import plain_linears
 from fedlora.rng import derive
 
@@ -71,7 +73,7 @@ def load_base(
     The process keeps the last one. It comes as the last user left it: write an adapter and rebase before you use it.
 
     Args:
-        config: of which the model, adapter and runtime.device matter.
+        config: of which the model, adapter and runtime.device matter; and the seed, for a method that is no LoRA.
         auto_class: name of the transformers class, such as "AutoModelForSequenceClassification".
         head: candidates for the modules that are trained in full, unless adapter.modules_to_save names some.
         model_kwargs: for `from_pretrained`, such as `num_labels`.
@@ -86,6 +88,7 @@ def load_base(
     key = json.dumps(
         [
             config.digest("model", "adapter"),
+            None if find_method(config.adapter).pairs else config.seed,  # by which PEFT draws what is no pair
             [auto_class, list(head), dict(model_kwargs or {}), peft_task_type, str(device)],
         ],
         sort_keys=True,
@@ -110,7 +113,7 @@ def _load(
     task_type: str | None,
     device: torch.device,
 ) -> Base:
-    _check_method(config.adapter)
+    method = find_method(config.adapter)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     source = resolve_model(config.model.name)
     # Parameters that the checkpoint lacks are drawn while loading: the same ones in every process.
@@ -125,16 +128,21 @@ def _load(
         targets = resolve_targets(model, config.adapter, heads)
         plain = plain_linears(model)
         _warn_untrained(absent, heads, config.model.name)
-        _inject(model, config.adapter, targets, heads)
+        plain_names = frozenset(model.state_dict())
+        with seeded(derive(config.seed, "tuner"), torch.device("cpu")):
+            peft_model = _inject(model, method, config.adapter, targets, heads)
     for name in targets:  # PEFT wrapped these; what follows merges is the layer inside
         plain[name] = model.get_submodule(name).get_base_layer()  # type: ignore[operator]
     commit = getattr(model.config, "_commit_hash", None) or config.model.revision or "main"
     return Base(
-        model,
+        peft_model,
+        method=method,
         plain={name: module for name, module in plain.items() if not _in_any(name, heads)},
         targets=targets,
         heads=heads,
         drawn=[name for name in absent if _in_any(name, heads)],
+        plain_names=plain_names,
+        seed=None if method.pairs else config.seed,
         config=config.model,
         adapter_config=config.adapter,
         task_type=task_type,
@@ -143,19 +151,6 @@ def _load(
         dtype=dtype,
         fingerprint=lambda: _hash_weights(source, commit),
     )
-
-
-def _check_method(adapter: AdapterConfig) -> None:
-    method = adapter.method.lower()
-    if method == "dora":
-        raise ConfigError(
-            "adapter.method 'dora' cannot be federated by these rules, because its magnitudes are not bilinear: "
-            "use method = 'lora', with rslora = true for high ranks"
-        )
-    if method != "lora":
-        raise ConfigError(
-            f"unknown adapter.method {adapter.method!r}; the only one is 'lora' (with rslora = true for rsLoRA)"
-        )
 
 
 def _from_pretrained(
@@ -202,26 +197,45 @@ def _warn_untrained(absent: frozenset[str], heads: Sequence[str], name: str) -> 
         )
 
 
-def _inject(model: nn.Module, adapter: AdapterConfig, targets: Sequence[str], heads: Sequence[str]) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    lora = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout,
-        use_rslora=adapter.rslora,
-        # Anchored full names as one expression: PEFT matches a list by endings, and would take modules of the head too.
-        target_modules="|".join(re.escape(name) for name in targets),
-        modules_to_save=list(heads) or None,
-        fan_in_fan_out=is_transposed(model.get_submodule(targets[0])),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on fan_in_fan_out, which it corrects for each layer
-        inject_adapter_in_model(lora, model, ADAPTER)
-    from peft.tuners.lora import LoraLayer
+def _inject(
+    model: nn.Module, method: Method, adapter: AdapterConfig, targets: Sequence[str], heads: Sequence[str]
+) -> Any:
+    """PEFT's wrapper around the model."""
+    from peft import LoraConfig, get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    # Anchored full names as one expression: PEFT matches a list by endings, and would take modules of the head too.
+    places: dict[str, Any] = {
+        "target_modules": "|".join(re.escape(name) for name in targets),
+        "modules_to_save": list(heads) or None,
+    }
+    config: Any
+    if method.pairs:
+        config = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+            lora_dropout=adapter.dropout,
+            use_rslora=method.root_scale,
+            use_dora=method.magnitudes,
+            fan_in_fan_out=is_transposed(model.get_submodule(targets[0])),
+            **places,
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on fan_in_fan_out, which it corrects for each layer
+            if not method.pairs:
+                kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type(method)]
+                config = kind(**places, **tuner_fields(method, adapter))
+            peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
+    except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(
+            f"PEFT cannot put method {method.name!r} on these modules: {first}: change adapter.options or "
+            "adapter.targets, or use method 'lora'"
+        ) from error
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     wrapped = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     if set(adapted) != set(targets) or set(wrapped) != set(heads):
         odd = min((set(adapted) ^ set(targets)) | (set(wrapped) ^ set(heads)))
@@ -229,6 +243,7 @@ def _inject(model: nn.Module, adapter: AdapterConfig, targets: Sequence[str], he
             f"PEFT did not adapt the modules that were chosen ({odd!r} is one too many or too few): give longer names "
             "in adapter.targets and adapter.modules_to_save"
         )
+    return peft_model
 
 
 def _hash_weights(source: str, commit: str) -> str:

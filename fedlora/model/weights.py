@@ -98,6 +98,22 @@ class BaseWeights:
         pristine = self._pristine.get(name, layer.weight.detach())  # type: ignore[operator]
         return pristine.clone() if change is None else _sum(pristine, change, is_transposed(layer))
 
+    def pristine(self, name: str) -> Float[Tensor, "o i"]:
+        """W of a layer at version 0, on the CPU, in float32 or wider.
+
+        Raises:
+            ModelError: if the layer's weight is quantised.
+        """
+        layer = self._layers[name]
+        if not absorbs(layer):
+            raise ModelError(
+                f"the weight of {name!r} is quantised, and no adapter can start from it: set adapter.method = 'lora', "
+                "or load the base in float32 or bfloat16"
+            )
+        weight = self._pristine.get(name, layer.weight.detach())  # type: ignore[operator]
+        weight = weight.to("cpu", torch.promote_types(weight.dtype, torch.float32))
+        return weight.T if is_transposed(layer) else weight
+
     def _split(self, merge: Merge) -> tuple[Merge, dict[str, LoraPair]]:
         """The part of a merge that goes into weights, and the part that is carried beside them."""
         absorbed = {n: p for n, p in merge.change.pairs.items() if absorbs(self._layers[n])}

@@ -50,7 +50,7 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path, title:
     percent = format_metric(metric, 0.5).endswith("%")
     unit = 100.0 if percent else 1.0
     rounds = [record["round"] for record in evaluated]
-    figure, axes = _figure(7.6, 4.2)
+    figure, axes = new_figure(7.6, 4.2)
     ends: list[tuple[float, str, str, bool]] = []
     for number, name in enumerate(list(evaluated[-1].get("domains", {}))[:MOST_LINES]):
         found = [(r["round"], r["domains"][name][metric]) for r in evaluated if name in r.get("domains", {})]
@@ -62,7 +62,7 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path, title:
     axes.plot(rounds, whole, color=INK, lw=3.2, marker="o", ms=5, zorder=3, solid_capstyle="round")
     ends.append((whole[-1], f"all {format_metric(metric, evaluated[-1][metric])}", INK, True))
     _room_above_and_below(axes)
-    _label_ends(axes, rounds[-1], ends)
+    label_ends(axes, rounds[-1], ends)
     if rounds[0] == 0:
         below = len(whole) < 2 or whole[1] > whole[0]
         axes.annotate(
@@ -83,7 +83,7 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path, title:
     axes.spines["bottom"].set_bounds(rounds[0], rounds[-1])
     if title:
         axes.set_title(title, loc="left", fontsize=11, color=INK)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_labels(
@@ -112,7 +112,7 @@ def plot_labels(
     if domains is not None and len(domains) != len(counts):
         raise FedloraError(f"{len(domains)} domains do not fit {len(counts)} clients")
     clients = len(counts)
-    figure, axes = _figure(7.6, min(9.0, 1.5 + max(0.26 * clients, 1.0)))
+    figure, axes = new_figure(7.6, min(9.0, 1.5 + max(0.26 * clients, 1.0)))
     (_bars if len(label_names) <= MOST_BARS else _heat)(figure, axes, counts, label_names)
     step = max(1, int(np.ceil(clients / 32)))
     rows = list(range(0, clients, step))
@@ -125,7 +125,7 @@ def plot_labels(
         _paint_domains(axes, domains, rows)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _bars(figure: Figure, axes: Axes, counts: np.ndarray, label_names: Sequence[str]) -> None:
@@ -179,7 +179,7 @@ def _paint_domains(axes: Axes, domains: Sequence[str], rows: Sequence[int]) -> N
 # ---------------------------------------------------------------------------------------------- common
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of its own, without pyplot: no global state, no window system."""
     from matplotlib.figure import Figure
 
@@ -198,7 +198,7 @@ def _room_above_and_below(axes: Axes) -> None:
     axes.set_ylim(low - 0.06 * (high - low), high + 0.04 * (high - low))
 
 
-def _label_ends(axes: Axes, last: float, ends: list[tuple[float, str, str, bool]]) -> None:
+def label_ends(axes: Axes, last: float, ends: list[tuple[float, str, str, bool]]) -> None:
     """Names at the right ends of the lines, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap = (high - low) * 0.062
@@ -218,7 +218,8 @@ def _label_ends(axes: Axes, last: float, ends: list[tuple[float, str, str, bool]
         )
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a PNG without a trace of the machine."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path = Path(path)

@@ -144,7 +144,10 @@ def spread_over_domains(domains: Sequence[str] | None, clients: int, number: int
 def _train_and_test(bench: Workbench, indices: np.ndarray, config: TrainConfig, key: str) -> dict[str, Any]:
     bench.base.rebase(0, ())
     seed = bench.config.seed
-    job = TrainJob(bench.base.initial_adapter(seed), ALL_PARTS, indices, derive(seed, "baseline", key))
+    start = bench.base.initial_adapter(seed)
+    merges = bench.base.initial_merges(start)
+    bench.base.rebase(len(merges), merges)
+    job = TrainJob(start, ALL_PARTS, indices, derive(seed, "baseline", key))
     # FedProx pulls a client towards the server's model; here there is none.
     result = train(bench.base, bench.task, bench.data.train, job, config.model_copy(update={"proximal_mu": 0.0}))
     bench.base.write(result.adapter, frozenset())

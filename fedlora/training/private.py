@@ -109,6 +109,11 @@ def check_model(base: Base, task: Task, examples: Examples, job: TrainJob) -> No
         PrivacyError: names the module and the cure.
     """
     require_private_task(task)
+    if not base.method.bilinear:
+        raise PrivacyError(
+            f"the gradients of single examples are not to be had with method {base.method.name!r}: set adapter.method "
+            "= 'lora', or another one that trains A and B alone"
+        )
     done = _passed.setdefault(base, set())
     if job.trains in done:
         return

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from fedlora.kernels import OneDnnLinear
 from fedlora.model import Base
-from fedlora.model.base import ADAPTER
+from fedlora.model.tuners import ADAPTER
 from fedlora.training.dropout import RowsError
 from fedlora.training.flat import Columns, take
 from fedlora.training.job import TrainJob

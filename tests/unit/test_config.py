@@ -74,10 +74,10 @@ def test_an_override_wins_over_the_file_and_the_last_over_the_first() -> None:
 
 
 def test_a_bare_word_is_a_string_and_toml_is_toml() -> None:
-    config = parse_config("", ["name=one", "adapter.targets=['a','b']", "adapter.rslora=true", "data.source='x.csv'"])
+    config = parse_config("", ["name=one", "adapter.targets=['a','b']", "adapter.method=rslora", "data.source='x.csv'"])
     assert config.name == "one"
     assert config.adapter.targets == ("a", "b")
-    assert config.adapter.rslora is True
+    assert config.adapter.method == "rslora"
     assert config.data.source == "x.csv"
 
 

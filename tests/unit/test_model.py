@@ -160,8 +160,8 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_place(tiny_bert: Path, tmp
         ({"targets": ("qeury",)}, "did you mean 'query'"),
         ({"targets": ("word_embeddings",)}, "is an embedding"),
         ({"targets": ("LayerNorm",)}, "only linear layers"),
-        ({"method": "dora"}, "magnitudes"),
-        ({"method": "lorra"}, "'lora'"),
+        ({"method": "eva"}, "training data"),
+        ({"method": "lorra"}, "did you mean 'lora'"),
         ({"modules_to_save": ("clasifier",)}, "did you mean 'classifier'"),
         ({"modules_to_save": ("dropout",)}, "no parameters"),
         ({"rank_pattern": {"qery": 2}}, "did you mean 'query'"),
@@ -306,7 +306,7 @@ def test_layouts_follow_patterns_and_scaling(tiny_bert: Path) -> None:
     assert (fixed(1)[value].rank, fixed(1)[value].scale) == (1, 6.0)
     proportional = load(tiny_bert, alpha_scaling="proportional", **patterns).layout
     assert {proportional(rank)[QUERY].scale for rank in (1, 2, 4, 16)} == {2.0}
-    root = load(tiny_bert, rslora=True, alpha=16.0).layout
+    root = load(tiny_bert, method="rslora", alpha=16.0).layout
     assert root(4)[QUERY].scale == 8.0
     assert root(16)[QUERY].scale == 4.0
     with pytest.raises(ModelError, match="rank"):
@@ -544,7 +544,7 @@ def test_a_quantised_base_trains_and_follows_merges(tiny_bert: Path, monkeypatch
     [
         {},
         {"alpha": 5.0, "rank_pattern": {"layer.0.*query": 3}, "alpha_pattern": {"value": 7.0}},
-        {"rslora": True, "alpha": 3.3},
+        {"method": "rslora", "alpha": 3.3},
         {"targets": ("query", "dense"), "modules_to_save": ("classifier", "pooler")},
         {"modules_to_save": ()},
         {"modules_to_save": ("pooler",)},
