@@ -15,7 +15,7 @@ from fedlora.model import Base
 from fedlora.model.device import free_bytes
 from fedlora.model.prefix import Prefix, UnfitError, open_prefix
 from fedlora.tasks._base import Examples, Task
-from fedlora.training.loop import to_device
+from fedlora.training.job import to_device
 
 SHARE = 0.25  # of the free memory: other processes may want to keep theirs
 
