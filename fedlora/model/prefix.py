@@ -76,7 +76,7 @@ class Prefix:
         self._places: dict[bytes, tuple[int, int]] = {}
         self._flat: Tensor | None = None
         self._used = 1  # row 0 is what stands in the place of padding
-        self._filling = False
+        self._computing = False
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -92,6 +92,7 @@ class Prefix:
         """Take the hooks off, and forget everything."""
         for handle in self._handles:
             handle.remove()
+        self._after()
         self.clear()
 
     def clear(self, capacity: int = 0) -> None:
@@ -102,12 +103,16 @@ class Prefix:
 
     def reach(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "b t d"]:
         """What enters the lowest adapted layer, computed."""
-        return _reach(self._model, self._first, inputs)
+        self._computing = True
+        try:
+            return _reach(self._model, self._first, inputs)
+        finally:
+            self._computing = False
 
     # ------------------------------------------------------------------------------------------ around each call
 
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._filling:
+        if self._computing:
             return
         self._after()  # an interrupt ends a call without its last hook
         inputs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
@@ -163,11 +168,7 @@ class Prefix:
 
     def _alone(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "n d"]:
         self.fills += 1
-        self._filling = True
-        try:
-            return self.reach(inputs)[0]
-        finally:
-            self._filling = False
+        return self.reach(inputs)[0]
 
     def _keep(self, key: bytes, states: Float[Tensor, "n d"]) -> bool:
         if self._flat is None:
