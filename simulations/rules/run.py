@@ -1,6 +1,6 @@
 """Which aggregation rule, when the clients' data and ranks differ?
 
-    python simulations/rules/run.py            # about an hour on two cores; what is done is not repeated
+    python simulations/rules/run.py            # half an hour of one core; what is done is not repeated
 
 Four rules on the default task under
 (a) domain shift: each client sees one of four domains;
