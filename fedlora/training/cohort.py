@@ -99,3 +99,8 @@ def train_cohort(
 def why_alone(base: Base) -> str | None:
     """Why clients go one by one through a base, or None where they go together as far as is known."""
     return _alone.get(base) or cannot_stack(base)
+
+
+def forget(base: Base) -> None:
+    """Try clients together again on a base on which that failed."""
+    _alone.pop(base, None)
