@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from fedlora.adapter import AdapterState
-from fedlora.aggregators._registry import registry
+from fedlora.aggregators import rules
 from fedlora.config import RunConfig
 from fedlora.flower import run_local
 from fedlora.flower.server_app import RunOutcome
@@ -33,7 +33,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = together.Together._step
 
-    def step(self: together.Together, members: list[together._Client]) -> None:
+    def step(self: together.Together, members: list[together.Client]) -> None:
         seen.append(len(members))
         real(self, members)
 
@@ -41,7 +41,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("rule", sorted(registry))
+@pytest.mark.parametrize("rule", sorted(rules()))
 def test_every_rule_takes_clients_together(tiny_config: MakeConfig, rule: str, sizes: list[int]) -> None:
     common = [f"strategy.name={rule}", "model.dtype=float64", "rounds=2", "train.clip_norm=1.0"]
     one = run(tiny_config(*common, "runtime.cohort=1", name="one"))
