@@ -20,7 +20,8 @@ from fedlora.config import parse_config
 from fedlora.privacy.calibrate import Schedule
 from fedlora.training.cohort import train
 from fedlora.training.job import TrainJob
-from fedlora.training.private import PrivateSettings, check_model, train_private
+from fedlora.training.private import PrivateSettings, check_model
+from fedlora.training.private_cohort import train_private
 from fedlora.training.workbench import open_workbench
 
 

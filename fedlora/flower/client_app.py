@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +38,14 @@ from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note,
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.handshake import require_same_config
 from fedlora.flower.settings import client_id_of, config_of, rank_of
-from fedlora.flower.spending import account_of
+from fedlora.flower.spending import Account, account_of
 from fedlora.privacy.dpsgd import scrub
+from fedlora.privacy.ledger import Attempt
 from fedlora.rng import derive
 from fedlora.training.cohort import train_cohort
 from fedlora.training.job import TrainJob, TrainResult
-from fedlora.training.private import PrivateSettings, check_model, private_settings, train_private
+from fedlora.training.private import PrivateSettings, check_model, private_settings
+from fedlora.training.private_cohort import train_private_cohort
 from fedlora.training.together import Outcome
 from fedlora.training.workbench import Workbench, open_workbench
 
@@ -139,8 +142,6 @@ def train_rounds(messages: Sequence[Message], contexts: Sequence[Context]) -> li
             asked = _asked(plan, context)
             if isinstance(asked, RecordDict):
                 replies[number] = asked
-            elif asked.bench.config.example_privacy is not None:
-                replies[number] = _run_privately(plan, asked.frozen, asked.bench, asked.client_id, context)
             else:
                 waiting[number] = asked
         except Exception as error:
@@ -164,8 +165,11 @@ def _asked(plan: ReceivedPlan, context: Context) -> _Asked | RecordDict:
 
 def _train_all(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict | Exception]:
     """Replies of clients whose plans are on one version of the base."""
+    if any(asked.bench.config.example_privacy is not None for asked in waiting.values()):
+        return _train_all_privately(waiting)
     replies: dict[int, RecordDict | Exception] = {}
-    for (number, asked), outcome in zip(waiting.items(), run_plans(list(waiting.values())), strict=True):
+    outcomes = _each(lambda: run_plans(list(waiting.values())), len(waiting))
+    for (number, asked), outcome in zip(waiting.items(), outcomes, strict=True):
         try:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -173,6 +177,14 @@ def _train_all(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict | Exceptio
         except Exception as error:
             replies[number] = _told(error, asked.context)
     return replies
+
+
+def _each(run: Callable[[], list[Outcome]], number: int) -> list[Outcome]:
+    """What came of each client; what stopped all of them came of each."""
+    try:
+        return run()
+    except Exception as error:
+        return [error] * number
 
 
 def _update(asked: _Asked, result: TrainResult) -> RecordDict:
@@ -250,38 +262,79 @@ def run_plans(asked: Sequence[_Asked]) -> list[Outcome]:
     return [outcomes[number] for number in range(len(asked))]
 
 
-def run_plan_privately(
-    plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int, settings: PrivateSettings
-) -> TrainResult:
-    """As `run_plan`, with DP-SGD; a client without examples trains on noise alone. Its ledger is the caller's."""
-    job = _job(plan, frozen, bench, client_id, _indices(bench, client_id))
-    config = train_config(bench.config, client_id)
-    return train_private(bench.base, bench.task, bench.data.train, job, config, settings)
-
-
-def _run_privately(
-    plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int, context: Context
-) -> RecordDict:
-    """The reply of a private client: "spent" where its budget does not allow the round."""
-    head, settings = plan.head, private_settings(bench.config, client_id)
-    account = account_of(context, client_id)
-    entry, budget, number = settings.entry, settings.budget, int(head["round"])
-    if budget is not None and not account.ledger.affords(entry, budget, run=account.run, round=number):
-        epsilon = account.ledger.epsilon(budget.delta, budget.accountant)
-        return encode_note(
-            "spent",
-            error=f"its privacy budget is spent: its ledger stands at epsilon {epsilon:.3f}, and one more round would "
-            f"pass {budget.epsilon:g}",
-        )
-    _check_model(plan, frozen, bench, client_id)
-    with account.ledger.spend(entry, run=account.run, round=number, budget=budget) as attempt:
+def run_plans_privately(asked: Sequence[_Asked], settings: Sequence[PrivateSettings]) -> list[Outcome]:
+    """As `run_plans`, with DP-SGD; a client without examples trains on noise alone. Their ledgers are the caller's."""
+    jobs: dict[int, TrainJob] = {}
+    outcomes: dict[int, Outcome] = {}
+    for number, one in enumerate(asked):
         try:
-            result = run_plan_privately(plan, frozen, bench, client_id, settings)
-        except Exception:
-            attempt.release()  # that it failed is seen, and may depend on the data: the attempt counts for ever
-            raise
-        if account.releases:
-            attempt.release()
+            indices = _indices(one.bench, one.client_id)
+            jobs[number] = _job(one.plan, one.frozen, one.bench, one.client_id, indices)
+        except Exception as error:
+            outcomes[number] = error
+    if jobs:
+        bench = asked[0].bench
+        configs = [train_config(bench.config, asked[number].client_id) for number in jobs]
+        how = [settings[number] for number in jobs]
+        work = list(jobs.values())
+        found = train_private_cohort(bench.base, bench.task, bench.data.train, work, configs, how)
+        outcomes |= dict(zip(jobs, found, strict=True))
+    return [outcomes[number] for number in range(len(asked))]
+
+
+def _train_all_privately(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict | Exception]:
+    """Replies of private clients: "spent" where a budget does not allow the round.
+
+    Each client's ledger says that it spends before anybody's data are touched, and is held until all have trained.
+    """
+    replies: dict[int, RecordDict | Exception] = {}
+    with ExitStack() as ledgers:
+        attempts: dict[int, tuple[Attempt, PrivateSettings, bool]] = {}
+        for number, asked in waiting.items():
+            try:
+                settings = private_settings(asked.bench.config, asked.client_id)
+                account = account_of(asked.context, asked.client_id)
+                spent = _spent(account, settings, int(asked.plan.head["round"]))
+                if spent is not None:
+                    replies[number] = spent
+                    continue
+                _check_model(asked.plan, asked.frozen, asked.bench, asked.client_id)
+                attempt = account.ledger.spend(
+                    settings.entry, run=account.run, round=int(asked.plan.head["round"]), budget=settings.budget
+                )
+                attempts[number] = (ledgers.enter_context(attempt), settings, account.releases)
+            except Exception as error:
+                replies[number] = _told(error, asked.context)
+        asking, how = [waiting[number] for number in attempts], [settings for _, settings, _ in attempts.values()]
+        outcomes = _each(lambda: run_plans_privately(asking, how), len(asking))
+        for (number, (attempt, settings, releases)), outcome in zip(attempts.items(), outcomes, strict=True):
+            asked = waiting[number]
+            try:
+                if releases or isinstance(outcome, Exception):
+                    attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
+                if isinstance(outcome, Exception):
+                    raise outcome
+                replies[number] = _private_update(asked, outcome, settings)
+            except Exception as error:
+                replies[number] = _told(error, asked.context)
+    return replies
+
+
+def _spent(account: Account, settings: PrivateSettings, number: int) -> RecordDict | None:
+    """What a client answers whose budget does not allow the round; None where it does."""
+    entry, budget = settings.entry, settings.budget
+    if budget is None or account.ledger.affords(entry, budget, run=account.run, round=number):
+        return None
+    epsilon = account.ledger.epsilon(budget.delta, budget.accountant)
+    return encode_note(
+        "spent",
+        error=f"its privacy budget is spent: its ledger stands at epsilon {epsilon:.3f}, and one more round would "
+        f"pass {budget.epsilon:g}",
+    )
+
+
+def _private_update(asked: _Asked, result: TrainResult, settings: PrivateSettings) -> RecordDict:
+    plan, head, entry = asked.plan, asked.plan.head, settings.entry
     figures = {
         "steps": float(result.steps),
         "sample_rate": entry.sample_rate,
@@ -289,9 +342,9 @@ def _run_privately(
         "max_grad_norm": settings.max_grad_norm,
     }
     return encode_update(
-        encode_upload(plan, plan.adapter(frozen), result.adapter, bench.config.seed),
+        encode_upload(plan, plan.adapter(asked.frozen), result.adapter, asked.bench.config.seed),
         {"num_examples": 1, **scrub(figures)},
-        round_number=number,
+        round_number=int(head["round"]),
         base_digest=head["base_digest"],
     )
 

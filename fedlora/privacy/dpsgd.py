@@ -89,6 +89,14 @@ def poisson_batches(
         yield np.flatnonzero(rng.random(n) < sample_rate)
 
 
+def noise(std: float, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal noise in a tensor's shape, as Opacus draws it in its secure mode (see `PrivateStep`)."""
+    from opacus.optimizers.optimizer import _generate_noise
+
+    drawn: Tensor = _generate_noise(std, like, generator, secure_mode=True)
+    return drawn
+
+
 class PrivateStep:
     """Turns Poisson samples into private optimiser steps; a context manager, because its hooks must come off again.
 

@@ -40,8 +40,8 @@ class TextClassification(Classification):
 
     @property
     def head(self) -> tuple[str, ...]:
-        """Names that transformers gives to the classification head (BERT's, and Llama's)."""
-        return ("classifier", "score")
+        """Names that transformers gives to the classification head (BERT's, DistilBERT's, Llama's)."""
+        return ("classifier", "pre_classifier", "score")
 
     def prepare(
         self, table: Table, model_path: str | Path, columns: Mapping[str, str], *, keep: Sequence[str]

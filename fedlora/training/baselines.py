@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from fedlora.config import TrainConfig
 from fedlora.devices import train_config
 from fedlora.errors import ConfigError
 from fedlora.rng import derive
-from fedlora.training.cohort import train
+from fedlora.training.cohort import train_cohort
 from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, examples_of, number_of_steps
+from fedlora.training.sizing import cohort_size
 from fedlora.training.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ def local_only(
         raise ConfigError("no client was chosen for the local-only baseline: choose at least one")
     domains = main_domains(data)
     rows: list[dict[str, Any]] = []
-    for k in chosen:
-        row = {"client": k, "domain": domains[k] if domains else None, "num_examples": len(data.clients[k])}
-        row |= _train_and_test(
-            bench, data.clients[k], longer(train_config(config, k), config.rounds), f"local-only {k}"
-        )
-        rows.append(row)
-        report(f"local-only: client {k} alone: {bench.task.metric} {row[bench.task.metric]:.4f}")
+    size = cohort_size(bench, len(chosen)).clients
+    for first in range(0, len(chosen), size):
+        some = chosen[first : first + size]
+        work = [(data.clients[k], longer(train_config(config, k), config.rounds), f"local-only {k}") for k in some]
+        for k, figures in zip(some, _train_and_test(bench, work), strict=True):
+            row = {"client": k, "domain": domains[k] if domains else None, "num_examples": len(data.clients[k])}
+            rows.append(row | figures)
+            report(f"local-only: client {k} alone: {bench.task.metric} {figures[bench.task.metric]:.4f}")
     ranked = sorted(rows, key=lambda row: row[bench.task.metric], reverse=bench.task.higher_is_better)
     best, worst = (_figures(row) for row in (ranked[0], ranked[-1]))
     mean = _mean([_figures(row) for row in rows])
@@ -89,7 +91,7 @@ def centralised(
     )
     batch = min(math.ceil(seen / steps), len(pooled))
     once = config.train.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
-    row = _train_and_test(bench, pooled, once, "centralised")
+    (row,) = _train_and_test(bench, [(pooled, once, "centralised")])
     figure = f"{bench.task.metric} {row[bench.task.metric]:.4f}"
     report(f"centralised: {steps} steps of batch {batch} on {len(pooled)} examples: {figure}")
     return row
@@ -141,19 +143,23 @@ def spread_over_domains(domains: Sequence[str] | None, clients: int, number: int
     return sorted(taken)
 
 
-def _train_and_test(bench: Workbench, indices: np.ndarray, config: TrainConfig, key: str) -> dict[str, Any]:
+def _train_and_test(bench: Workbench, work: Sequence[tuple[np.ndarray, TrainConfig, str]]) -> Iterator[dict[str, Any]]:
+    """Figures of some adapters, each on its own examples, from the run's own start; they are trained together."""
     bench.base.rebase(0, ())
     seed = bench.config.seed
     start = bench.base.initial_adapter(seed)
     merges = bench.base.initial_merges(start)
     bench.base.rebase(len(merges), merges)
-    job = TrainJob(start, ALL_PARTS, indices, derive(seed, "baseline", key))
+    jobs = [TrainJob(start, ALL_PARTS, indices, derive(seed, "baseline", key)) for indices, _, key in work]
     # FedProx pulls a client towards the server's model; here there is none.
-    result = train(bench.base, bench.task, bench.data.train, job, config.model_copy(update={"proximal_mu": 0.0}))
-    bench.base.write(result.adapter, frozenset())
-    found = evaluate(bench.base, bench.task, bench.data.test, domain_column=bench.data.domain_column)
-    facts = {"steps": result.steps, "examples_seen": result.examples_seen, "train_loss": result.loss}
-    return {**facts, **found.overall, "domains": found.domains}
+    configs = [config.model_copy(update={"proximal_mu": 0.0}) for _, config, _ in work]
+    for result in train_cohort(bench.base, bench.task, bench.data.train, jobs, configs):
+        if isinstance(result, Exception):
+            raise result
+        bench.base.write(result.adapter, frozenset())
+        found = evaluate(bench.base, bench.task, bench.data.test, domain_column=bench.data.domain_column)
+        facts = {"steps": result.steps, "examples_seen": result.examples_seen, "train_loss": result.loss}
+        yield {**facts, **found.overall, "domains": found.domains}
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,11 +75,8 @@ def train_cohort(
     Returns:
         An outcome for each job, in their order.
     """
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for number, (job, config) in enumerate(zip(jobs, configs, strict=True)):
-        alike.setdefault((tuple(sorted(job.trains)), config.optimizer), []).append(number)
     outcomes: dict[int, Outcome] = {}
-    todo = list(alike.values())
+    todo = alike(jobs, configs)
     while todo:
         part = todo.pop(0)
         if len(part) > 1 and why_alone(base) is not None:
@@ -91,11 +88,29 @@ def train_cohort(
         except RowsError as error:
             if len(part) == 1:
                 raise
-            _alone[base] = str(error)
+            note_alone(base, error)
             todo.insert(0, part)
     return [outcomes[number] for number in range(len(jobs))]
+
+
+def alike(jobs: Sequence[TrainJob], configs: Sequence[TrainConfig]) -> list[list[int]]:
+    """Numbers of the clients that train the same parts with the same optimiser."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for number, (job, config) in enumerate(zip(jobs, configs, strict=True)):
+        found.setdefault((tuple(sorted(job.trains)), config.optimizer), []).append(number)
+    return list(found.values())
+
+
+def note_alone(base: Base, error: RowsError) -> None:
+    """From now on clients go one by one through this base."""
+    _alone[base] = str(error)
 
 
 def why_alone(base: Base) -> str | None:
     """Why clients go one by one through a base, or None where they go together as far as is known."""
     return _alone.get(base) or cannot_stack(base)
+
+
+def forget(base: Base) -> None:
+    """Try clients together again on a base on which that failed."""
+    _alone.pop(base, None)

@@ -46,7 +46,7 @@ class Budget:
 
 def step_budget(base: Base) -> Budget:
     """The budget of one joint step, by the device and the width of the adapted layers."""
-    width = max(shape.d_in for shape in base.layout().values())
+    width = max((shape.d_in for shape in base.layout().values()), default=ENTRIES["cpu"] // 512)
     tokens = max(512, ENTRIES.get(base.device.type, ENTRIES["cpu"]) // width)
     return Budget(tokens, tokens // 16)
 

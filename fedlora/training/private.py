@@ -1,4 +1,4 @@
-"""One client's private local training: the same job as `loop.train`, in Poisson samples and private steps.
+"""What a client's private training is made of: its settings, the check of its model, and Opacus where it is needed.
 
 Under example-level privacy nothing that depends on the data leaves the client but noised tensors: rates, steps and
 noise follow from the config and from a number of examples that the client has declared in public.
@@ -125,13 +125,10 @@ def check_model(base: Base, task: Task, examples: Examples, job: TrainJob) -> No
     done.add(job.trains)
 
 
-def train_private(
+def train_by_opacus(
     base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig, settings: PrivateSettings
 ) -> TrainResult:
-    """Train an adapter on one client's examples with DP-SGD; `check_model` comes first.
-
-    Batches and noise are drawn from the operating system's randomness, never from the run's seed (dropout, which
-    hides nothing, is): no two runs are the same.
+    """What `train_private` of `fedlora.training.private_cohort` does, by Opacus: for layers without a stacked form.
 
     Args:
         base: at the version to train on; its adapter is overwritten.

@@ -49,8 +49,6 @@ def cohort_size(bench: Workbench, most: int) -> CohortChoice:
         most: as many as a round asks.
     """
     config, base = bench.config, bench.base
-    if config.example_privacy is not None:
-        return CohortChoice(1, "private clients train one after the other")
     if (alone := why_alone(base)) is not None:
         return CohortChoice(1, f"one after the other: {alone}")
     if config.runtime.cohort != "auto":

@@ -220,6 +220,8 @@ def cannot_stack(base: Base) -> str | None:
     """Why a base's adapters cannot be trained side by side, or None if they can."""
     from peft.tuners.lora.layer import Linear
 
+    if not base.method.pairs or base.method.magnitudes:
+        return f"adapter.method {base.method.name!r} has no stacked form"
     for name, layer in base.pair_layers.items():
         if type(layer) is not Linear:
             return f"{name} is adapted by {type(layer).__name__}, which has no stacked form"

@@ -1,11 +1,14 @@
 """The training loop: some clients with a common optimiser and common trained parts, until all of them are done.
 
+`Loop` is what plain and private training share; `Together` is plain training.
+
 Shapes: K = clients, k = those in one step, p = trained entries of an adapter, b = examples of a joint batch.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -34,15 +37,15 @@ Outcome: TypeAlias = TrainResult | Exception
 
 
 @dataclass
-class _Client:
+class Client:
     """One client on its way; `row` is its row in the matrices."""
 
     row: int
     job: TrainJob
     config: TrainConfig
-    steps: int
-    batches: Iterator[np.ndarray]
     stream: Stream
+    steps: int = 0
+    batches: Iterator[np.ndarray] = field(default_factory=lambda: iter(()))
     chosen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     batch: Batch | None = None
     done: int = 0
@@ -73,9 +76,8 @@ class Binding(Protocol):
         ...
 
 
-@final
-class Together:
-    """One cohort.
+class Loop(ABC):
+    """One cohort on its way; how a step moves its clients is a subclass's.
 
     Args:
         base: at the version to train on; its adapter is overwritten.
@@ -98,17 +100,8 @@ class Together:
         self._base, self._task, self._examples = base, task, examples
         self._budget = budget or step_budget(base)
         self._synchronize = synchronize
-        self._look_every = 1 if base.device.type == "cpu" else CHECK_EVERY
-        self._unseen: list[tuple[list[_Client], Tensor]] = []
         self._clients = [
-            _Client(
-                row,
-                job,
-                config,
-                number_of_steps(len(job.indices), config) if len(job.indices) else 0,
-                batches(job.indices, config.batch_size, number_of_steps(len(job.indices), config), job.seed),
-                Stream(derive(job.seed, "dropout"), base.device),
-            )
+            Client(row, job, config, Stream(derive(job.seed, "dropout"), base.device))
             for row, (job, config) in enumerate(work)
         ]
 
@@ -138,20 +131,32 @@ class Together:
             out.append(client.outcome)
         return out
 
-    def _prepared(self, client: _Client) -> bool:
+    @abstractmethod
+    def _begin(self, client: Client) -> None:
+        """Set a client's steps and batches; raises what keeps it from training."""
+
+    @abstractmethod
+    def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
+        """Take a step with the members' batches, in this order, joined in `batch`."""
+
+    @abstractmethod
+    def _ended(self, client: Client) -> Outcome:
+        """What came of a client that has done its steps."""
+
+    def _fail(self, client: Client, error: Exception) -> None:
+        """A client leaves because of what its training raised."""
+        client.outcome = error
+
+    def _prepared(self, client: Client) -> bool:
         """Whether a client can begin."""
-        if len(client.job.indices) == 0:
-            client.outcome = TrainingError(
-                "the client has no examples: give it some, or leave it out (a larger min_size in [partition])"
-            )
-            return False
         try:
             self._base.require_fit(client.job.adapter)
+            self._begin(client)
         except Exception as error:
             client.outcome = error
         return client.outcome is None
 
-    def _train(self, clients: list[_Client]) -> None:
+    def _train(self, clients: list[Client]) -> None:
         base = self._base
         jobs = [client.job for client in clients]
         for row, client in enumerate(clients):
@@ -181,7 +186,7 @@ class Together:
 
     # ------------------------------------------------------------------------------------------ one step
 
-    def _joint(self, members: list[_Client]) -> None:
+    def _joint(self, members: list[Client]) -> None:
         """One step of some clients; if that fails, of each of them alone, to see whose fault it is."""
         states = [client.stream.state for client in members] if self._streams is not None and len(members) > 1 else []
         try:
@@ -190,18 +195,17 @@ class Together:
             if isinstance(error, RowsError) and len(self._clients) > 1:
                 raise
             if len(members) == 1:
-                members[0].outcome = error
+                self._fail(members[0], error)
                 return
             for client, state in zip(members, states, strict=False):
                 client.stream.state = state
             for client in members:
                 self._joint([client])
 
-    def _step(self, members: list[_Client]) -> None:
+    def _step(self, members: list[Client]) -> None:
         begin = time.perf_counter()
         members = sorted(members, key=lambda client: (-self._rows(client), client.row))
         sizes = [self._rows(client) for client in members]
-        rows = [client.row for client in members]
         own = [client.batch for client in members if client.batch is not None]
         batch = to_device(self._task.join(self._examples, own), self._base.device)
         if self._streams is not None:
@@ -212,23 +216,10 @@ class Together:
                 for end, size, one, client in zip(ends, sizes, own, members, strict=True)
             ]
         started = self._now()
-        values = take(self._values, rows)
-        leaves = self._binding.bind(values, rows, sizes)
-        losses = self._losses(batch, members)
-        found = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-        gradients = torch.cat([gradient.reshape(len(members), -1) for gradient in found], dim=1)
-        rates = self._adjusted(members, values, gradients)
-        self._optimizer.step(values, gradients, rows, rates)
-        put(self._values, rows, values)
+        self._move(members, batch, sizes)
         computed = self._now() - started
-        self._unseen.append((members, losses.detach()))
         for client in members:
-            client.done += 1
-            client.seen += len(client.chosen)
             client.compute += computed * self._rows(client) / sum(sizes)
-        ended = any(client.done == client.steps for client in members)
-        if ended or sum(len(clients) for clients, _ in self._unseen) >= self._look_every:
-            self._look()
         weights = [self._rows(client) / sum(sizes) for client in members]
         for client in members:
             if client.outcome is None:
@@ -239,49 +230,86 @@ class Together:
             if isinstance(client.outcome, TrainResult):
                 client.outcome = TrainResult(**{**vars(client.outcome), "compute_seconds": client.compute})
 
-    def _losses(self, batch: Batch, members: list[_Client]) -> Float[Tensor, "k"]:
-        """The mean loss of each client's batch."""
+    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
+        """The loss of each example."""
         with Watch(self._base.device) as watch:
             each = self._task.losses(self._base.model, batch)
         if watch.drawn and len(self._clients) > 1:
             raise RowsError("it draws random numbers in a way that cannot be told apart by clients")
-        return torch.stack([part.mean() for part in each.split([len(client.chosen) for client in members])])
+        return each
 
-    def _adjusted(
-        self, members: list[_Client], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]
-    ) -> list[float]:
-        """Proximal term, clipping and warm-up; the gradients are changed, the rates are given back.
-
-        The gradient of FedProx's (mu / 2) |w - w0|^2 (arXiv 1812.06127, equation (2)) is mu (w - w0).
-        """
-        with torch.no_grad():
-            if self._anchor is not None:
-                anchor = take(self._anchor, [client.row for client in members])
-                mu = values.new_tensor([self._mu[client.row] for client in members])
-                gradients.addcmul_(values - anchor, mu[:, None])
-            if any(client.config.clip_norm is not None for client in members):
-                most = [c.config.clip_norm if c.config.clip_norm is not None else float("inf") for c in members]
-                norms = torch.linalg.vector_norm(gradients, dim=1)
-                gradients.mul_((values.new_tensor(most) / (norms + 1e-6)).clamp_(max=1.0)[:, None])
-        return [learning_rate(client.done, client.config) for client in members]
+    @torch.no_grad()
+    def _add_proximal(self, rows: Sequence[int], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]) -> None:
+        """The gradient of (mu / 2) |w - w0|^2, FedProx's term (arXiv 1812.06127, equation (2)): mu (w - w0)."""
+        if self._anchor is not None:
+            mu = values.new_tensor([self._mu[row] for row in rows])
+            gradients.addcmul_(values - take(self._anchor, rows), mu[:, None])
 
     # ------------------------------------------------------------------------------------------ batches and ends
 
-    def _next_batch(self, client: _Client) -> None:
+    def _next_batch(self, client: Client) -> None:
         try:
             client.chosen = next(client.batches)
             client.batch = self._task.collate(self._examples, client.chosen)
         except Exception as error:
-            client.outcome = error
+            self._fail(client, error)
 
-    def _rows(self, client: _Client) -> int:
+    def _rows(self, client: Client) -> int:
         assert client.batch is not None
         return len(next(iter(client.batch.values())))
 
-    def _waiting(self, client: _Client) -> Waiting:
+    def _waiting(self, client: Client) -> Waiting:
         assert client.batch is not None
         tokens = self._task.tokens(client.batch) or int(self._examples.lengths[client.chosen].max())
         return Waiting(self._rows(client), tokens, client.steps - client.done)
+
+    def _now(self) -> float:
+        device = self._base.device
+        if self._synchronize and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif self._synchronize and device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+
+@final
+class Together(Loop):
+    """Plain training; see `Loop`."""
+
+    def _begin(self, client: Client) -> None:
+        self._unseen: list[tuple[list[Client], Tensor]] = []
+        self._look_every = 1 if self._base.device.type == "cpu" else CHECK_EVERY
+        size = len(client.job.indices)
+        if not size:
+            raise TrainingError(
+                "the client has no examples: give it some, or leave it out (a larger min_size in [partition])"
+            )
+        client.steps = number_of_steps(size, client.config)
+        client.batches = batches(client.job.indices, client.config.batch_size, client.steps, client.job.seed)
+
+    def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
+        rows = [client.row for client in members]
+        values = take(self._values, rows)
+        leaves = self._binding.bind(values, rows, sizes)
+        parts = self._losses(batch).split([len(client.chosen) for client in members])
+        losses = torch.stack([part.mean() for part in parts])
+        found = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+        gradients = torch.cat([gradient.reshape(len(members), -1) for gradient in found], dim=1)
+        self._add_proximal(rows, values, gradients)
+        if any(client.config.clip_norm is not None for client in members):
+            most = [c.config.clip_norm if c.config.clip_norm is not None else float("inf") for c in members]
+            norms = torch.linalg.vector_norm(gradients, dim=1)
+            gradients.mul_((values.new_tensor(most) / (norms + 1e-6)).clamp_(max=1.0)[:, None])
+        rates = [learning_rate(client.done, client.config) for client in members]
+        self._optimizer.step(values, gradients, rows, rates)
+        put(self._values, rows, values)
+        for client in members:
+            client.done += 1
+            client.seen += len(client.chosen)
+        self._unseen.append((members, losses.detach()))
+        ended = any(client.done == client.steps for client in members)
+        if ended or sum(len(clients) for clients, _ in self._unseen) >= self._look_every:
+            self._look()
 
     def _look(self) -> None:
         """Take note of the losses so far; clients whose loss is not finite leave, and those that are done end."""
@@ -296,7 +324,7 @@ class Together:
                 client.outcome = self._ended(client)
         self._unseen.clear()
 
-    def _ended(self, client: _Client) -> Outcome:
+    def _ended(self, client: Client) -> Outcome:
         row = self._values[client.row]
         if not bool(torch.isfinite(row).all()):
             return TrainingError(f"the adapter is not finite after step {client.steps}: {_cure(client.config)}")
@@ -309,14 +337,6 @@ class Together:
             seconds=client.seconds,
             compute_seconds=client.compute,
         )
-
-    def _now(self) -> float:
-        device = self._base.device
-        if self._synchronize and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif self._synchronize and device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()
 
 
 def _cure(config: TrainConfig) -> str:

@@ -68,13 +68,13 @@ def claim(outcome: RunOutcome) -> dict[str, Any]:
 def replies(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
     """Everything that the clients send, as it leaves them."""
     sent: list[Message] = []
-    real = LocalGrid._answer
+    real = LocalGrid._pull
 
-    def answer(self: LocalGrid, message: Message) -> Message:
-        sent.append(real(self, message))
+    def pull(self: LocalGrid, key: str) -> Message:
+        sent.append(real(self, key))
         return sent[-1]
 
-    monkeypatch.setattr(LocalGrid, "_answer", answer)
+    monkeypatch.setattr(LocalGrid, "_pull", pull)
     return sent
 
 
@@ -215,7 +215,7 @@ def test_errors_tell_nothing_of_the_data(
     def raises(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(client_app, "run_plan_privately", raises)
+    monkeypatch.setattr(client_app, "run_plans_privately", raises)
     with pytest.raises(RoundError, match="the reason may tell of its data and stays in its log"):
         run(private())
     assert not any(str(error) in str(reply.content) for reply in replies)
@@ -303,18 +303,18 @@ def test_a_run_killed_between_rounds_spends_what_an_uninterrupted_one_does(priva
 def killed_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A kill in the middle of training, after so many clients."""
     left: list[int] = []
-    real = client_app.run_plan_privately
+    real = client_app.run_plans_privately
 
-    def train(*args: Any) -> Any:
-        result = real(*args)
+    def train(asked: Any, settings: Any) -> Any:
+        result = real(asked, settings)
         if left:
-            left[0] -= 1
-            if left[0] == 0:
+            left[0] -= len(asked)
+            if left[0] <= 0:
                 left.clear()
                 raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(client_app, "run_plan_privately", train)
+    monkeypatch.setattr(client_app, "run_plans_privately", train)
     return left
 
 
@@ -365,7 +365,7 @@ def test_a_failed_client_has_spent_even_if_its_round_is_repeated(
         raise ValueError
 
     with monkeypatch.context() as patch:
-        patch.setattr(client_app, "run_plan_privately", raises)
+        patch.setattr(client_app, "run_plans_privately", raises)
         with pytest.raises(RoundError):
             run_local(rundir.config, rundir, NoProgress())
     resume(rundir)

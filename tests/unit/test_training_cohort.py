@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
-from fedlora.model import Base, load_base
+from fedlora.model import Base, load_base, seeded
+from fedlora.model.dropout import set_dropout
 from fedlora.tasks import Examples, Table, Task, load_task
+from fedlora.tasks._text import Tokens
+from fedlora.tasks.image_classification import Pixels
 from fedlora.training import TrainJob, TrainResult, train, train_cohort
+from fedlora.training.cohort import forget, why_alone
+from fedlora.training.flat import FlatOptimizer
 from fedlora.training.job import batches
-from fedlora.training.pool import Budget
+from fedlora.training.pool import Budget, Waiting, choose
 
 WIDE = Budget(10**6, 10**6)
 """Everybody who waits goes."""
@@ -54,7 +63,7 @@ def load(path: Path, task: Task, examples: Examples, dtype: str = "float64", dro
 
 def adapter(base: Base, rank: int | None, seed: int) -> AdapterState:
     """One with values everywhere, so that every tensor has a gradient."""
-    state = base.initial_adapter(1)
+    state = base.initial_adapter(0)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -96,7 +105,7 @@ def check_alike(base: Base, task: Task, examples: Examples, clients: list[Client
         ):
             assert isinstance(found, TrainResult), found
             assert gap(one.adapter, found.adapter) < within
-            assert gap(one.adapter, replace_shape(job.adapter)) > 1e-4, "it did train"
+            assert gap(one.adapter, job.adapter) > 1e-4, "it did train"
             assert found.adapter.layout == one.adapter.layout
             assert found.loss == pytest.approx(one.loss, abs=within)
             assert (found.steps, found.examples_seen, found.num_examples) == (
@@ -104,10 +113,6 @@ def check_alike(base: Base, task: Task, examples: Examples, clients: list[Client
                 one.examples_seen,
                 one.num_examples,
             )
-
-
-def replace_shape(state: AdapterState) -> AdapterState:
-    return state
 
 
 RAGGED: list[dict[str, Any]] = [
@@ -168,3 +173,264 @@ def test_a_cohort_is_torch_and_peft_client_by_client(
         for name, value in found.adapter.tensors().items():
             part = name.rpartition(":")[2] if ":" in name else "dense"
             assert torch.equal(value, job.adapter.tensors()[name]) == (part not in trains), name
+
+
+# ---------------------------------------------------------------------------------------------- models and tasks
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+DROP = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+VOCABULARY = 40
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", {**SMALL, **DROP}),
+    "roberta": ("RobertaConfig", {**SMALL, **DROP, "max_position_embeddings": 40, "pad_token_id": 0}),
+    "distilbert": ("DistilBertConfig", {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}),
+    "gpt2": ("GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
+    "llama": ("LlamaConfig", {**SMALL, "num_key_value_heads": 1, "attention_dropout": 0.1}),
+    "qwen2": ("Qwen2Config", {**SMALL, "num_key_value_heads": 1}),
+    "vit": ("ViTConfig", {**SMALL, **DROP, "image_size": 8, "patch_size": 4}),
+}
+
+
+def random_base(name: str, folder: Path, causal: bool, **adapter: Any) -> Base:
+    """A tiny random model of an architecture, its head three classes or its vocabulary."""
+    import transformers
+
+    kind, options = MODELS[name]
+    if name != "vit":
+        options = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **options}
+    config = getattr(transformers, kind)(**options, num_labels=3)
+    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    auto = "AutoModelForImageClassification" if name == "vit" else auto
+    with seeded(3, torch.device("cpu")):
+        model = getattr(transformers, auto).from_config(config)
+        for parameter in model.parameters():  # so that every layer matters
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    run = RunConfig(
+        model=ModelConfig(name=str(folder), dtype="float64"),
+        adapter=AdapterConfig(**adapter),
+        runtime=RuntimeConfig(device="cpu"),
+    )
+    return load_base(run, auto, () if causal else ("classifier", "pre_classifier", "score"), {})
+
+
+def random_examples(causal: bool, vit: bool) -> Examples:
+    draw = np.random.default_rng(0)
+    classes = draw.integers(0, 3, 200)
+    if vit:
+        values = draw.integers(0, 256, (200, 3, 8, 8)).astype(np.uint8)
+        pixels = Pixels(values, np.full(3, 1 / 255, np.float32), np.zeros(3, np.float32))
+        return Examples({"pixel_values": pixels}, classes, np.full(200, 5))
+    rows = [draw.integers(3, VOCABULARY, draw.integers(4, 20)) for _ in range(200)]
+    tokens = Tokens.join(rows, 0)
+    if not causal:
+        return Examples({"input_ids": tokens}, classes, tokens.lengths)
+    labels = [np.where(np.arange(len(row)) < 2, -100, row) for row in rows]
+    return Examples({"input_ids": tokens, "labels": Tokens.join(labels, -100)}, None, tokens.lengths)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["classes", "causal"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_trains_in_company(name: str, causal: bool, tmp_path: Path) -> None:
+    if causal and name not in ("gpt2", "llama", "qwen2"):
+        pytest.skip("no causal model here")
+    targets = {"distilbert": ("q_lin", "v_lin"), "vit": ("q_proj", "v_proj")}.get(name, ())
+    base = random_base(name, tmp_path, causal, dropout=0.1, targets=targets)
+    task = load_task(OpenTable(name="causal-lm" if causal else "text-classification"))
+    if name == "vit":
+        task = load_task(OpenTable(name="image-classification"))
+    examples = random_examples(causal, name == "vit")
+    clients = [client(base, k, **one) for k, one in enumerate(RAGGED)]
+    check_alike(base, task, examples, clients)
+    assert why_alone(base) is None
+
+
+def test_packed_rows_keep_their_clients_apart(tmp_path: Path) -> None:
+    base = random_base("llama", tmp_path, causal=True)
+    task = load_task(OpenTable(name="causal-lm", packing=True, max_length=32))  # type: ignore[call-arg]
+    clients = [client(base, k, **one) for k, one in enumerate(RAGGED)]
+    check_alike(base, task, random_examples(causal=True, vit=False), clients)
+
+
+def test_an_adapted_output_layer_goes_in_company(tmp_path: Path) -> None:
+    base = random_base("llama", tmp_path, causal=True, targets=("q_proj", "lm_head"))
+    task = load_task(OpenTable(name="causal-lm"))
+    clients = [client(base, k, **one) for k, one in enumerate(RAGGED)]
+    check_alike(base, task, random_examples(causal=True, vit=False), clients)
+    assert why_alone(base) is None
+
+
+# ---------------------------------------------------------------------------------------------- what cannot go together
+
+
+@pytest.mark.parametrize("form", ["embedding", "dora", "ia3"])
+def test_what_has_no_stacked_form_goes_one_by_one(form: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = (
+        {"method": form} if form != "embedding" else {"modules_to_save": ("classifier", "word_embeddings")}
+    )
+    base = random_base("bert", tmp_path, causal=False, **options)
+    assert "has no stacked form" in str(why_alone(base))
+    task = load_task(OpenTable(name="text-classification"))
+    examples = random_examples(causal=False, vit=False)
+    set_dropout(base.model, 0.0)
+    rows = [one | {"rank": None} for one in RAGGED] if form != "embedding" else RAGGED
+    clients = [client(base, k, **one) for k, one in enumerate(rows)]
+    check_alike(base, task, examples, clients)
+    wanted = [plain(base, task, examples, *one) for one in clients]
+    for one, found in zip(wanted, together(base, task, examples, clients), strict=True):
+        assert gap(one, found.adapter) < 1e-10
+
+
+class Noisy(torch.nn.Module):
+    """Draws random numbers that no client's stream can give."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1e-3 * torch.randn_like(x)
+
+
+class Flat(torch.nn.Module):
+    """Hands its layer all rows and tokens in one dimension, in two halves."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        return torch.cat([self.layer(half) for half in rows.chunk(2)]).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("trouble", ["noise", "rows"])
+def test_a_model_that_mixes_clients_is_noticed(
+    tiny_bert: Path, task: Task, examples: Examples, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load(tiny_bert, task, examples)
+    clients = [client(base, k, **one) for k, one in enumerate(RAGGED)]
+    layer = base.model.get_submodule("bert.encoder.layer.1")
+    if trouble == "noise":
+        monkeypatch.setitem(layer.output._modules, "dropout", Noisy())  # type: ignore[union-attr]
+    else:
+        attention = layer.attention.self  # type: ignore[union-attr]
+        monkeypatch.setitem(attention._modules, "query", Flat(attention.query))  # type: ignore[union-attr, arg-type]
+    assert why_alone(base) is None
+    alone = [train(base, task, examples, *one) for one in clients]
+    found = together(base, task, examples, clients)
+    assert why_alone(base) is not None
+    assert all(gap(one.adapter, other.adapter) == 0 for one, other in zip(alone, found, strict=True))
+    forget(base)
+
+
+# ---------------------------------------------------------------------------------------------- failures
+
+
+def test_one_client_fails_and_the_others_do_not_notice(tiny_bert: Path, task: Task, examples: Examples) -> None:
+    base = load(tiny_bert, task, examples, dropout=0.2)
+    good = [client(base, k, **one) for k, one in enumerate(RAGGED)]
+    alone = [train(base, task, examples, *one) for one in good]
+    wild = client(base, 1, optimizer="sgd", lr=1e200, steps=6)
+    beyond = (replace(good[0][0], indices=np.array([3, 10**6])), good[0][1])
+    narrow = (replace(good[0][0], adapter=AdapterState({}, {})), good[0][1])
+    none = (replace(good[0][0], indices=np.arange(0)), good[0][1])
+    nothing = (replace(good[0][0], trains=frozenset()), good[0][1])
+    steep = client(base, 2, lr=math.inf, steps=1)
+    mixed = [wild, good[0], beyond, good[1], narrow, good[2], none, good[3], nothing, good[4], steep]
+    found = together(base, task, examples, mixed)
+    for one, other in zip(alone, found[1:11:2], strict=True):
+        assert gap(one.adapter, other.adapter) < 1e-10
+    said = [f"{type(found[k]).__name__}: {found[k]}" for k in (0, 2, 4, 6, 8, 10)]
+    patterns = (
+        r"TrainingError: the loss is not finite at step [2-6]: lower train.lr \(now 1e\+200\)",
+        "IndexError",
+        "ModelError: the adapter does not fit",
+        "TrainingError: the client has no examples",
+        "TrainingError: nothing trains",
+        "TrainingError: the adapter is not finite after step 1",
+    )
+    assert all(re.match(pattern, text) for pattern, text in zip(patterns, said, strict=True)), said
+
+
+class Refuses(torch.nn.Module):
+    """Cannot take one of the tokens."""
+
+    def __init__(self, embedding: torch.nn.Module, token: int) -> None:
+        super().__init__()
+        self.embedding, self.token = embedding, token
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if bool((ids == self.token).any()):
+            raise ValueError("this token is too much")
+        return self.embedding(ids)  # type: ignore[no-any-return]
+
+
+def test_a_step_that_fails_is_found_to_be_one_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, task = random_base("bert", tmp_path, causal=False), load_task(OpenTable(name="text-classification"))
+    examples = random_examples(causal=False, vit=False)
+    clients = [client(base, k, **{"steps": 9, **one}) for k, one in enumerate(RAGGED)]
+    odd = VOCABULARY - 1
+    tokens: Any = examples.inputs["input_ids"]
+    tokens.flat[tokens.flat == odd] = 3
+    alone = [train(base, task, examples, *one) for one in clients]
+    mine = min(set(clients[2][0].indices) - set(clients[1][0].indices) - set(clients[3][0].indices))
+    tokens[int(mine)][1] = odd
+    embeddings = base.model.get_submodule("bert.embeddings")
+    refuses = Refuses(embeddings.word_embeddings, odd)  # type: ignore[arg-type]
+    monkeypatch.setitem(embeddings._modules, "word_embeddings", refuses)
+    found = together(base, task, examples, clients, budget=WIDE)
+    assert str(found[2]) == "this token is too much"
+    for k in (0, 1, 3, 4):
+        assert gap(alone[k].adapter, found[k].adapter) < 1e-10
+
+
+def test_the_base_is_given_back_whatever_happens(
+    tiny_bert: Path, task: Task, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load(tiny_bert, task, examples, dropout=0.2)
+    clients = [client(base, k) for k in range(3)]
+
+    def state() -> list[Any]:
+        values = [(name, value.clone()) for name, value in base.plain_state_dict().items() if "classifier" not in name]
+        return [values, [type(module) for module in base.model.modules()], [set(vars(m)) for m in base.model.modules()]]
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    together(base, task, examples, clients)
+    before = state()
+    random = torch.random.get_rng_state()
+    monkeypatch.setattr(FlatOptimizer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        together(base, task, examples, clients)
+    after = state()
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(before[0], after[0], strict=True))
+    assert before[1:] == after[1:]
+    assert torch.equal(torch.random.get_rng_state(), random)
+    base.write(clients[0][0].adapter)
+    assert gap(base.read(), clients[0][0].adapter) == 0
+
+
+# ---------------------------------------------------------------------------------------------- who goes with whom
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=20),
+    st.integers(1, 800),
+    st.integers(0, 100),
+)
+def test_a_step_keeps_its_budget(rows: list[tuple[int, int, int]], tokens: int, waste: int) -> None:
+    waiting = [Waiting(*row) for row in rows]
+    chosen = choose(waiting, Budget(tokens, waste))
+    assert chosen == sorted(set(chosen))
+    size = sum(waiting[k].rows for k in chosen) * max(waiting[k].tokens for k in chosen)
+    assert len(chosen) == 1 or size <= tokens
+    assert size - sum(waiting[k].rows * waiting[k].tokens for k in chosen) <= waste * len(chosen)
+    most = max(one.left * one.rows * one.tokens for one in waiting)
+    assert any(waiting[k].left * waiting[k].rows * waiting[k].tokens == most for k in chosen), "nobody waits for ever"
+
+
+def test_texts_of_like_length_go_together() -> None:
+    waiting = [Waiting(4, length, 3) for length in (10, 31, 60, 30, 11, 29)]
+    assert choose(waiting, Budget(1000, 10)) == [2]
+    assert choose([one for one in waiting if one.tokens < 60], Budget(1000, 10)) == [1, 2, 4]
+    assert choose([one for one in waiting if one.tokens < 60], Budget(250, 10)) == [1, 2]
+    assert choose(waiting, Budget(10**6, 10**6)) == [0, 1, 2, 3, 4, 5]

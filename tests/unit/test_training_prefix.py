@@ -18,7 +18,8 @@ from fedlora.privacy.calibrate import Schedule
 from fedlora.training import TrainJob, evaluate, open_workbench, train
 from fedlora.training import prefix as prefixes
 from fedlora.training.cohort import train_cohort
-from fedlora.training.private import PrivateSettings, check_model, train_private
+from fedlora.training.private import PrivateSettings, check_model
+from fedlora.training.private_cohort import train_private
 from fedlora.training.workbench import Workbench, close_workbench
 
 HOW = TrainConfig(steps=4, batch_size=6, lr=1e-2)

@@ -28,8 +28,8 @@ from fedlora.training.private import (
     check_model,
     private_settings,
     require_private_task,
-    train_private,
 )
+from fedlora.training.private_cohort import train_private
 from fedlora.training.workbench import Workbench
 
 PRIVATE = ("server.weighting=uniform", "privacy.delta=1e-3", "privacy.max_grad_norm=1.0", "privacy.accountant=rdp")
