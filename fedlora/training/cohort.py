@@ -17,8 +17,9 @@ from fedlora.config import TrainConfig
 from fedlora.model import Base
 from fedlora.tasks._base import Examples, Task
 from fedlora.training.dropout import RowsError
-from fedlora.training.job import TrainJob, TrainResult
+from fedlora.training.job import TrainJob, TrainResult, rows_of
 from fedlora.training.pool import Budget
+from fedlora.training.prefix import prepare
 from fedlora.training.stacked import cannot_stack
 from fedlora.training.together import Outcome, Together
 
@@ -78,6 +79,7 @@ def train_cohort(
     alike: dict[tuple[Any, ...], list[int]] = {}
     for number, (job, config) in enumerate(zip(jobs, configs, strict=True)):
         alike.setdefault((tuple(sorted(job.trains)), config.optimizer), []).append(number)
+    prepare(base, task, examples, rows_of(jobs, configs))
     outcomes: dict[int, Outcome] = {}
     todo = list(alike.values())
     while todo:
