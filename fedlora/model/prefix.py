@@ -235,7 +235,7 @@ def open_prefix(
     try:
         model.eval()
         seen, outputs, states = _traced(model, first, inputs)
-        trained = [model.get_submodule(name) for name in (*targets, *heads)]
+        trained = [part for name in (*targets, *heads) for part in model.get_submodule(name).modules()]
         if any(module in seen for module in trained):
             raise UnfitError("a module below the lowest adapted layer is trained too")
         if chance := dropout_in({*seen, *(module for layer in lower for module in layer.modules())}):
@@ -289,6 +289,18 @@ def _same_in_company(prefix: Prefix, one: Mapping[str, Tensor]) -> bool:
         for k in {2, 3, 8, 17}
         if k <= most
     )
+
+
+def lower_kinds(model: nn.Module, targets: tuple[str, ...]) -> frozenset[type]:
+    """The classes of the modules in the layers below the adapters, and so their kernels.
+
+    Raises:
+        UnfitError: there are none.
+    """
+    owner, number = _lowest(model, targets)
+    layers = model.get_submodule(owner)
+    assert isinstance(layers, nn.ModuleList)
+    return frozenset(type(module) for layer in list(layers)[:number] for module in layer.modules())
 
 
 def _lowest(model: nn.Module, targets: tuple[str, ...]) -> tuple[str, int]:

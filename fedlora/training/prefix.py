@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlora.errors import ModelError
 from fedlora.model import Base
 from fedlora.model.device import free_bytes
-from fedlora.model.prefix import Prefix, UnfitError, open_prefix
+from fedlora.model.prefix import Prefix, UnfitError, lower_kinds, open_prefix
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.evaluate import length_batches
 from fedlora.training.job import to_device
@@ -45,8 +45,8 @@ def choose_prefix(
         task: gives batches.
         sets: all examples that the run may look at.
         mode: as in the config.
-        how: whatever else decides the bits that the lower layers compute; what an earlier run on the same base kept is
-            used again where it is the same.
+        how: what decides the bits that the lower layers compute besides their modules' classes; what an earlier run on
+            the same base kept is used again where both are the same.
 
     Raises:
         ModelError: "on" was asked for and cannot be.
@@ -68,6 +68,7 @@ def _open(base: Base, task: Task, sets: Sequence[Examples], how: Hashable, *, fo
     examples = next((found for found in sets if len(found)), None)
     if examples is None:
         raise UnfitError("there are no examples")
+    how = (how, lower_kinds(base.model, base.targets))
     shortest, longest = int(np.argmin(examples.lengths)), int(np.argmax(examples.lengths))
     inputs = _model_inputs(base, task, task.collate(examples, [shortest, longest]))
     kept, base.prefix = base.prefix, None

@@ -152,6 +152,8 @@ def test_runs_on_the_same_base_share_what_is_kept(tiny_bert: Path, tiny_csv: Pat
     assert again.base.prefix is prefix
     evaluate(again.base, again.task, again.data.test)
     assert prefix.fills == fills
+    kernel = "runtime.kernels=onednn"  # of no layer in float64
+    assert bench_of(tiny_bert, tiny_csv, kernel).base.prefix is prefix
     other: Any = bench_of(tiny_bert, tiny_csv, "runtime.attention=eager").base  # other bits
     assert other is bench.base
     assert other.prefix is not prefix
