@@ -5,9 +5,10 @@ step, round, client and evaluation. It is kept here, and handed out by stand-ins
 them (masks, rotary embeddings, poolers, heads) stays the model's own code.
 
 Examples are known by their content: a hash of the token ids or pixels in a call of the model. So nobody has to say
-which examples a batch holds or whose they are, and an example that occurs twice is computed once. Each is computed on
-its own, without padding: its states depend neither on the batch in which it came first nor on what is kept already, and
-a resumed run repeats bit by bit. Against the same batch without the cache the products below have other shapes, which
+which examples a batch holds or whose they are, and an example that occurs twice is computed once. Each is computed
+without padding, among others of its length alone (or by itself, where trying that out at the start shows in a bit): its
+states depend neither on the batch in which it came first nor on what is kept already, and a resumed run repeats bit by
+bit. Against the same batch without the cache the products below have other shapes, which
 shows in rounding only (nothing at all for one example alone).
 
 A call that does anything else than to put whole, right-padded examples through the model (a packed batch, generation
@@ -32,6 +33,8 @@ from fedlora.model.targets import layer_of
 
 SERVED = ({"input_ids"}, {"input_ids", "attention_mask"}, {"pixel_values"})
 """Arguments of the calls that are served; "labels" may stand beside them."""
+TOGETHER = 2048
+"""Tokens in a group of examples that are computed together."""
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Relative, of the logits of a padded batch; 0.05 for narrower dtypes."""
 
@@ -60,6 +63,7 @@ class Prefix:
     Attributes:
         capacity: tokens to keep at most; further examples are computed anew each time, to the same bits.
         depth: number of layers below.
+        company: whether examples of one length are computed together; `open_prefix` has seen that no bit depends on it.
         how: what the opener wants to know when it meets this cache again.
         hits: examples that were handed out.
         fills: examples that were computed.
@@ -71,6 +75,7 @@ class Prefix:
         self.hits = self.fills = self.capacity = 0
         self.how: Hashable = None
         self.depth = len(lower)
+        self.company = False
         self._model, self._first = model, first
         self._skipped = lower if embeddings is None else [embeddings, *lower]
         self._places: dict[bytes, tuple[int, int]] = {}
@@ -136,27 +141,26 @@ class Prefix:
 
     # ------------------------------------------------------------------------------------------ what is kept
 
+    def prepare(self, inputs: Mapping[str, Tensor]) -> None:
+        """Compute what is not kept yet of some examples and keep it, as far as there is room.
+
+        Args:
+            inputs: a batch as the model is called with, of any size; one that is not served is not looked at.
+        """
+        lengths = _lengths(inputs) if set(inputs) in SERVED else None
+        if lengths is not None:
+            self._compute(inputs, lengths, _keys(inputs, lengths), room=self.capacity + 1 - self._used)
+
     def _states(self, inputs: Mapping[str, Tensor], lengths: np.ndarray) -> Float[Tensor, "b t d"]:
-        content = next(inputs[name] for name in ("input_ids", "pixel_values") if name in inputs)
-        rows = content.detach().cpu().contiguous()
-        if rows.dtype == torch.bfloat16:
-            rows = rows.view(torch.int16)
-        table = rows.numpy()
-        unkept: dict[int, Tensor] = {}
-        places: list[tuple[int, int]] = []
-        for row, length in enumerate(lengths):
-            part = table[row] if length < 0 else table[row, :length]
-            key = hashlib.blake2b(part.tobytes(), digest_size=16).digest()
-            if key in self._places:
-                self.hits += 1
-            elif length:
-                alone = self._alone(_one(inputs, row, length))
-                if not self._keep(key, alone):
-                    unkept[row] = alone
-            places.append(self._places.get(key, (0, 0)))
+        keys = _keys(inputs, lengths)
+        self.hits += sum(key in self._places for key in keys)
+        unkept = self._compute(inputs, lengths, keys)
         assert self._flat is not None
-        longest = max([size for _, size in places] + [len(alone) for alone in unkept.values()])
-        width = longest if lengths.min() < 0 else int(content.shape[1])
+        places = [self._places.get(key, (0, 0)) for key in keys]
+        if lengths.min() < 0:
+            width = max([size for _, size in places] + [len(alone) for alone in unkept.values()])
+        else:
+            width = int(inputs["input_ids"].shape[1])
         index = np.zeros((len(places), width), dtype=np.int64)
         for row, (start, size) in enumerate(places):
             index[row, :size] = np.arange(start, start + size)
@@ -166,9 +170,29 @@ class Prefix:
             states[row, : len(alone)] = alone
         return states
 
-    def _alone(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "n d"]:
-        self.fills += 1
-        return self.reach(inputs)[0]
+    def _compute(
+        self, inputs: Mapping[str, Tensor], lengths: np.ndarray, keys: list[bytes], room: int | None = None
+    ) -> dict[int, Tensor]:
+        """Compute the rows that are not kept, those of one length together; gives back those that find no room."""
+        missing: dict[int, dict[bytes, int]] = {}
+        for row, (key, length) in enumerate(zip(keys, lengths.tolist(), strict=True)):
+            if key not in self._places and length:
+                missing.setdefault(length, {}).setdefault(key, row)
+        found: dict[bytes, Tensor] = {}
+        for length, rows in missing.items():
+            pending = list(rows.items())
+            while pending and (room is None or room >= length):
+                size = max(1, TOGETHER // length) if self.company and length > 0 else 1
+                group, pending = pending[:size], pending[size:]
+                chosen = [row for _, row in group]
+                self.fills += len(group)
+                part = self.reach({n: v[chosen] if length < 0 else v[chosen, :length] for n, v in inputs.items()})
+                for (key, _), states in zip(group, part, strict=True):
+                    if not self._keep(key, states):
+                        found[key] = states
+                if room is not None:
+                    room = self.capacity + 1 - self._used
+        return {row: found[key] for row, key in enumerate(keys) if key in found}
 
     def _keep(self, key: bytes, states: Float[Tensor, "n d"]) -> bool:
         if self._flat is None:
@@ -211,7 +235,7 @@ def open_prefix(
     try:
         model.eval()
         seen, outputs, states = _traced(model, first, inputs)
-        trained = [model.get_submodule(name) for name in (*targets, *heads)]
+        trained = [part for name in (*targets, *heads) for part in model.get_submodule(name).modules()]
         if any(module in seen for module in trained):
             raise UnfitError("a module below the lowest adapted layer is trained too")
         if chance := dropout_in({*seen, *(module for layer in lower for module in layer.modules())}):
@@ -239,6 +263,7 @@ def open_prefix(
         if not gap <= ROUNDING.get(wanted.dtype, 0.05):
             raise UnfitError(f"it does not ignore padding (its logits move by {gap:.1g})")
         prefix.clear()
+        prefix.company = all(_same_in_company(prefix, _one(inputs, row, int(n))) for row, n in enumerate(lengths))
         return prefix
     except Exception as error:
         if prefix is not None:
@@ -251,6 +276,31 @@ def open_prefix(
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _same_in_company(prefix: Prefix, one: Mapping[str, Tensor]) -> bool:
+    """Whether an example has the same states, bit by bit, wherever it stands among others of its length."""
+    alone = prefix.reach(one)
+    most = max(1, TOGETHER // alone.shape[1])
+    return all(
+        torch.equal(
+            prefix.reach({n: v.repeat(k, *[1] * (v.dim() - 1)) for n, v in one.items()}), alone.expand(k, -1, -1)
+        )
+        for k in {2, 3, 8, 17}
+        if k <= most
+    )
+
+
+def lower_kinds(model: nn.Module, targets: tuple[str, ...]) -> frozenset[type]:
+    """The classes of the modules in the layers below the adapters, and so their kernels.
+
+    Raises:
+        UnfitError: there are none.
+    """
+    owner, number = _lowest(model, targets)
+    layers = model.get_submodule(owner)
+    assert isinstance(layers, nn.ModuleList)
+    return frozenset(type(module) for layer in list(layers)[:number] for module in layer.modules())
 
 
 def _lowest(model: nn.Module, targets: tuple[str, ...]) -> tuple[str, int]:
@@ -277,6 +327,14 @@ def _lengths(inputs: Mapping[str, Tensor]) -> np.ndarray | None:
         return None
     mask = inputs["attention_mask"].detach().cpu().numpy() != 0
     return mask.sum(axis=1) if (mask[:, 1:] <= mask[:, :-1]).all() else None
+
+
+def _keys(inputs: Mapping[str, Tensor], lengths: np.ndarray) -> list[bytes]:
+    """A hash of each example's content [b]."""
+    content = next(inputs[name] for name in ("input_ids", "pixel_values") if name in inputs).detach().cpu().contiguous()
+    table = (content.view(torch.int16) if content.dtype == torch.bfloat16 else content).numpy()
+    parts = (table[row] if length < 0 else table[row, :length] for row, length in enumerate(lengths))
+    return [hashlib.blake2b(part.tobytes(), digest_size=16).digest() for part in parts]
 
 
 def _one(inputs: Mapping[str, Tensor], row: int, length: int) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ from fedlora.config import TrainConfig
 from fedlora.model import Base
 from fedlora.tasks._base import Examples, Task
 from fedlora.training.dropout import RowsError
-from fedlora.training.job import TrainJob, TrainResult
+from fedlora.training.job import TrainJob, TrainResult, rows_of
 from fedlora.training.pool import Budget
+from fedlora.training.prefix import prepare
 from fedlora.training.stacked import cannot_stack
 from fedlora.training.together import Outcome, Together
 
@@ -75,6 +76,7 @@ def train_cohort(
     Returns:
         An outcome for each job, in their order.
     """
+    prepare(base, task, examples, rows_of(jobs, configs))
     outcomes: dict[int, Outcome] = {}
     todo = alike(jobs, configs)
     while todo:

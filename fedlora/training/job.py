@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +93,17 @@ def batches(indices: np.ndarray, batch_size: int, steps: int, seed: int) -> Iter
                 return
             yield order[start : start + batch_size]
             given += 1
+
+
+def rows_of(jobs: Sequence[TrainJob], configs: Sequence[TrainConfig]) -> np.ndarray:
+    """The examples in all batches of some jobs, one after the other."""
+    drawn = [
+        batch
+        for job, config in zip(jobs, configs, strict=True)
+        if (size := len(job.indices))
+        for batch in batches(job.indices, config.batch_size, number_of_steps(size, config), job.seed)
+    ]
+    return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

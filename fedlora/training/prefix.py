@@ -13,11 +13,13 @@ from torch import Tensor
 from fedlora.errors import ModelError
 from fedlora.model import Base
 from fedlora.model.device import free_bytes
-from fedlora.model.prefix import Prefix, UnfitError, open_prefix
-from fedlora.tasks._base import Examples, Task
+from fedlora.model.prefix import Prefix, UnfitError, lower_kinds, open_prefix
+from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.training.evaluate import length_batches
 from fedlora.training.job import to_device
 
 SHARE = 0.25  # of the free memory: other processes may want to keep theirs
+AT_ONCE = 16384  # tokens that are put into one batch, to be taken apart by length
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ def choose_prefix(
         task: gives batches.
         sets: all examples that the run may look at.
         mode: as in the config.
-        how: whatever else decides the bits that the lower layers compute; what an earlier run on the same base kept is
-            used again where it is the same.
+        how: what decides the bits that the lower layers compute besides their modules' classes; what an earlier run on
+            the same base kept is used again where both are the same.
 
     Raises:
         ModelError: "on" was asked for and cannot be.
@@ -66,8 +68,9 @@ def _open(base: Base, task: Task, sets: Sequence[Examples], how: Hashable, *, fo
     examples = next((found for found in sets if len(found)), None)
     if examples is None:
         raise UnfitError("there are no examples")
+    how = (how, lower_kinds(base.model, base.targets))
     shortest, longest = int(np.argmin(examples.lengths)), int(np.argmax(examples.lengths))
-    inputs = _model_inputs(base, task, examples, [shortest, longest])
+    inputs = _model_inputs(base, task, task.collate(examples, [shortest, longest]))
     kept, base.prefix = base.prefix, None
     prefix = kept if kept is not None and kept.how == how else _opened(base, inputs, kept, how)
     base.prefix = prefix
@@ -99,7 +102,29 @@ def _close(base: Base) -> None:
         base.prefix = None
 
 
-def _model_inputs(base: Base, task: Task, examples: Examples, rows: list[int]) -> dict[str, Tensor]:
+def prepare(base: Base, task: Task, examples: Examples, rows: np.ndarray) -> None:
+    """Compute what a base's prefix cache will be asked for, many examples at once; nothing where it has none.
+
+    Without it the same would be computed batch by batch, to the same bits, in smaller products.
+
+    Args:
+        base: whose adapter does not matter.
+        task: gives batches.
+        examples: all of them.
+        rows: those that will be used, in any order, any number of times.
+    """
+    if base.prefix is None or not len(rows):
+        return
+    chosen = np.unique(rows)
+    for places in length_batches(np.asarray(examples.lengths)[chosen], AT_ONCE):
+        try:
+            batch = task.collate(examples, chosen[places])
+        except Exception:  # whoever owns the broken example will meet it in its own batch, and the others will not
+            continue
+        base.prefix.prepare(_model_inputs(base, task, batch))
+
+
+def _model_inputs(base: Base, task: Task, batch: Batch) -> dict[str, Tensor]:
     """What the task calls the model with."""
     found: dict[str, Any] = {}
 
@@ -110,7 +135,7 @@ def _model_inputs(base: Base, task: Task, examples: Examples, rows: list[int]) -
     handle = base.model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         with torch.no_grad():
-            task.losses(base.model, to_device(task.collate(examples, rows), base.device))
+            task.losses(base.model, to_device(batch, base.device))
     except UnfitError:
         pass
     finally:

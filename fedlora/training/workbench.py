@@ -84,7 +84,7 @@ def open_workbench(config: RunConfig) -> Workbench:
             base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
             kernels = accelerate(base.model, config.runtime.kernels)
             attention = choose_attention(base.model, config.runtime.attention)
-            how = (kernels.mode, attention.mode, torch.get_num_threads())
+            how = (attention.mode, torch.get_num_threads())
             prefix = choose_prefix(base, task, [data.train, data.test], config.runtime.prefix_cache, how)
             _open[key] = Workbench(config, task, data, base, device, kernels, attention, prefix)
         return replace(_open[key], config=config)

@@ -133,6 +133,28 @@ def test_states_depend_on_the_example_alone() -> None:
     assert prefix.size <= 9 * 16 * 4
 
 
+@pytest.mark.parametrize("kind", [*TEXT, "ViT"])
+def test_company_shows_in_no_bit_or_is_not_kept(kind: str) -> None:
+    model, targets = adapted(kind, torch.float32)
+    inputs = cast(inputs_of(kind, rows=9), torch.float32)
+    prefix = opened(model, targets, inputs)
+    prefix.prepare(inputs)
+    assert prefix.fills == 9
+    together = outcome(model, inputs)
+    prefix.clear(1000)
+    prefix.company = False
+    for a, b in zip(outcome(model, inputs), together, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_company_that_shows_is_avoided() -> None:
+    model, targets = adapted("Bert", torch.float32)
+    lower: Any = model.get_submodule("bert.encoder.layer.0.output.dense")
+    handle = lower.register_forward_hook(lambda _m, _a, out: out + 1e-4 * len(out))
+    assert not opened(model, targets, inputs_of("Bert", "right")).company
+    handle.remove()
+
+
 def test_evaluation_and_training_share_what_is_kept() -> None:
     model, targets = adapted("Llama")
     inputs = inputs_of("Llama", "right")

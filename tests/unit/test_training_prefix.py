@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fedlora.privacy.calibrate import Schedule
 from fedlora.training import TrainJob, evaluate, open_workbench, train
 from fedlora.training import prefix as prefixes
 from fedlora.training.cohort import train_cohort
+from fedlora.training.job import rows_of
+from fedlora.training.prefix import prepare
 from fedlora.training.private import PrivateSettings, check_model
 from fedlora.training.private_cohort import train_private
 from fedlora.training.workbench import Workbench, close_workbench
@@ -150,6 +153,8 @@ def test_runs_on_the_same_base_share_what_is_kept(tiny_bert: Path, tiny_csv: Pat
     assert again.base.prefix is prefix
     evaluate(again.base, again.task, again.data.test)
     assert prefix.fills == fills
+    kernel = "runtime.kernels=onednn"  # of no layer in float64
+    assert bench_of(tiny_bert, tiny_csv, kernel).base.prefix is prefix
     other: Any = bench_of(tiny_bert, tiny_csv, "runtime.attention=eager").base  # other bits
     assert other is bench.base
     assert other.prefix is not prefix
@@ -164,3 +169,37 @@ def test_a_merge_below_the_adapters_is_refused(tiny_bert: Path, tiny_csv: Path) 
     base.rebase(0, [])
     with pytest.raises(ModelError, match=r"runtime\.prefix_cache = 'off'"):
         base.rebase(1, [Merge(0, 1, AdapterState({}, {below: change}))])
+
+
+def test_preparing_changes_no_bit(tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for prepared in (True, False):
+        close_workbench()
+        if not prepared:
+            monkeypatch.setattr("fedlora.training.cohort.prepare", lambda *_: None)
+        bench = bench_of(tiny_bert, tiny_csv, "model.dtype=float32")
+        prefix: Any = bench.base.prefix
+        before = prefix.fills
+        if prepared:
+            prepare(bench.base, bench.task, bench.data.train, np.array([3, 3, 5, 4]))
+            assert prefix.fills == before + 3
+        start = job(bench)
+        start = replace(start, adapter=bench.base.initial_adapter(1))
+        results.append(train(bench.base, bench.task, bench.data.train, start, HOW).adapter)
+        assert prefix.company
+        assert prefix.fills <= before + len(start.indices)
+    assert gap(*results) == 0
+
+
+def test_what_is_prepared_is_what_the_batches_hold(tiny_bert: Path, tiny_csv: Path) -> None:
+    bench = bench_of(tiny_bert, tiny_csv)
+    jobs = [job(bench, 0), job(bench, 3)]
+    prepare(bench.base, bench.task, bench.data.train, rows_of(jobs, [HOW, HOW]))
+    prefix: Any = bench.base.prefix
+    fills, size = prefix.fills, prefix.size
+    train_cohort(bench.base, bench.task, bench.data.train, jobs, [HOW, HOW])
+    assert (prefix.fills, prefix.size) == (fills, size)
+    prefix.clear(30)
+    prepare(bench.base, bench.task, bench.data.train, np.arange(20))  # no more than there is room for
+    assert prefix.size <= 31 * 32 * 8
+    assert prefix.fills <= 4
