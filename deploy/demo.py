@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -85,7 +86,7 @@ def main() -> int:
     init(project, config)
     begin = time.monotonic()
     with running(project) as nodes:
-        wait_for_superlink(project)
+        wait_until(lambda: listens(project), "the SuperLink")
         for site in SITES:
             flower(
                 project,
@@ -195,18 +196,16 @@ def flower(project: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def wait_for_superlink(project: Path) -> None:
-    """Until the SuperLink takes connections."""
-    import tomllib
+def listens(project: Path) -> bool:
+    """Whether the project's SuperLink takes connections."""
+    return connects(tomllib.loads((project / "coordinator" / "federation.toml").read_text())["control-port"])
 
-    port = tomllib.loads((project / "coordinator" / "federation.toml").read_text())["control-port"]
 
-    def there() -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return True
-        return False
-
-    wait_until(there, "the SuperLink")
+def connects(port: int) -> bool:
+    """Whether something on this machine listens there."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def kill_and_bring_back(project: Path, rundir: Path, nodes: dict[str, subprocess.Popen[bytes]], folder: Path) -> None:
