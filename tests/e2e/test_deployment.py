@@ -32,7 +32,7 @@ from fedlora.rundir import RunDir
 ROOT = Path(__file__).parents[2]
 NODES = ("site-a", "site-b")
 WEIGHTS = "adapter/adapter_model.safetensors"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def _demo() -> ModuleType:
@@ -41,7 +41,7 @@ def _demo() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.PATIENCE_S = 200.0
+    module.PATIENCE_S = 400.0
     return module
 
 
@@ -172,12 +172,12 @@ def simulate(federation: Federation, name: str = "simulated", **how: Any) -> Pat
 
 
 def test_a_superlink_that_is_killed_loses_nothing(federate: Callable[..., Federation]) -> None:
-    federation = federate("rounds=3")
+    federation = federate("rounds=2")
     federation.run()
     federation.wait(lambda: len(federation.records()) >= 2, "round 1")
     federation.kill("coordinator", "flower-superlink")
     federation.wait(federation.finished, "the run's end")
-    assert [record["answered"] for record in federation.records()[1:]] == [[0, 1]] * 3
+    assert [record["answered"] for record in federation.records()[1:]] == [[0, 1]] * 2
     assert (federation.rundir / WEIGHTS).read_bytes() == (simulate(federation) / WEIGHTS).read_bytes()
 
 
@@ -195,7 +195,7 @@ def test_a_server_app_that_is_killed_is_resumed(federate: Callable[..., Federati
 
 
 def test_a_node_that_is_killed_is_missed_and_comes_back(federate: Callable[..., Federation]) -> None:
-    federation = federate("rounds=12", "server.deadline_s=20", "server.quorum=0.5")
+    federation = federate("rounds=8", "server.quorum=0.5")
     federation.run()
     federation.wait(lambda: len(federation.records()) >= 2 and federation.pids("site-b", "flwr-clientapp"), "training")
     for program in ("flower-supernode", "flower-superexec", "flwr-clientapp"):
