@@ -240,7 +240,9 @@ def test_strangers_are_turned_away(federate: Callable[..., Federation]) -> None:
                 at = command.index("--auth-supernode-private-key")
                 del command[at : at + 2]
             if name == "insecure":
-                command[command.index("--root-certificates") : command.index("--root-certificates") + 2] = ["--insecure"]
+                command[command.index("--root-certificates") : command.index("--root-certificates") + 2] = [
+                    "--insecure"
+                ]
             with (federation.folder / f"{name}.log").open("wb") as log:
                 running[name] = start(Program(name, command, folder, supernode.environment), log.fileno())
         for name, process in running.items():

@@ -148,7 +148,10 @@ def test_a_refused_node_that_was_put_right_is_let_in(tiny_config: MakeConfig) ->
         grid._contexts[50].node_config["partition-id"] = 3
 
     outcome, lines = tell(config, grid, r2=cure)
-    assert any(line.startswith("refused node 50: it says to be client 7") or "no client 7" in line for line in lines)
+    (why,) = [line for line in lines if line.startswith("refused node 50: ")]
+    assert outcome.records[1]["turned_away"] == {"50": why.removeprefix("refused node 50: ")}
+    assert "client 7" in why
+    assert "turned_away" not in outcome.records[2]
     assert answered(outcome) == [[0, 1, 2], [0, 1, 2, 3]]
 
 
