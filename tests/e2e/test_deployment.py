@@ -130,6 +130,7 @@ def make_config(tiny_bert: Path, tiny_csv: Path, folder: Path, *overrides: str) 
         "server.node_timeout_s=90",
         "runtime.device=cpu",
         "runtime.threads=1",
+        "runtime.cohort=1",
         "runtime.kernels=off",
     ]
     return parse_config("", [*settings, *overrides])
@@ -195,7 +196,7 @@ def test_a_server_app_that_is_killed_is_resumed(federate: Callable[..., Federati
 
 
 def test_a_node_that_is_killed_is_missed_and_comes_back(federate: Callable[..., Federation]) -> None:
-    federation = federate("rounds=8", "server.quorum=0.5")
+    federation = federate("rounds=5", "server.quorum=0.5")
     federation.run()
     federation.wait(lambda: len(federation.records()) >= 2 and federation.pids("site-b", "flwr-clientapp"), "training")
     for program in ("flower-supernode", "flower-superexec", "flwr-clientapp"):
