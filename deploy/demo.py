@@ -176,13 +176,12 @@ def running(project: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
             process.kill()
 
 
-def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    """`fedlora deploy up` in the background."""
+def start(folder: Path, log: Path, *prefix: str) -> subprocess.Popen[bytes]:
+    """`fedlora deploy up` in the background, after the words of `prefix`."""
     say(f"fedlora deploy up {folder.name}")
+    command = [*prefix, *FEDLORA, "deploy", "up", str(folder)]
     with log.open("ab") as file:
-        return subprocess.Popen(
-            [*FEDLORA, "deploy", "up", str(folder)], stdout=file, stderr=file, start_new_session=True
-        )
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
 
 
 def flower(project: Path, *arguments: str) -> str:
@@ -267,12 +266,9 @@ def finished(project: Path, rundir: Path) -> bool:
     for record in records(rundir)[_told:]:
         _told += 1
         who = f"clients {record['answered']} answered" if "answered" in record else "before training"
-        out = (
-            f", left out: {record['refused'] or record['missing']}"
-            if record.get("refused") or record.get("missing")
-            else ""
-        )
-        say(f"round {record['round']}: accuracy {record['accuracy']:.1%}, {who}{out}")
+        refused = [f"; client {k}: {str(why)[:60]}" for k, why in record.get("refused", {}).items()]
+        missing = [f"; client {k}: no reply" for k in record.get("missing", ())]
+        say(f"round {record['round']}: accuracy {record['accuracy']:.1%}, {who}{''.join(refused + missing)}")
     if (rundir / "result.json").is_file():
         return True
     if time.monotonic() > _next_look:

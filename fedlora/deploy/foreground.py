@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fedlora.deploy import commands
 from fedlora.deploy.commands import Address
-from fedlora.deploy.project import read_toml
+from fedlora.deploy.project import read_toml, write_connection
 from fedlora.errors import DeployError
 
 LONGEST_SOCKET = 100
@@ -58,6 +58,8 @@ class Program:
 def programs(folder: Path) -> list[Program]:
     """The programs of a coordinator's or a node's folder, in the order in which they start.
 
+    Where a coordinator's folder was moved, its Flower connection is put right.
+
     Raises:
         DeployError: it is neither.
     """
@@ -75,6 +77,7 @@ def programs(folder: Path) -> list[Program]:
         if facts["proxied"]:
             lines["proxy"] = commands.proxy(str(folder))
         home = folder / "flower"
+        write_connection(folder, listen)
     elif (folder / "node.toml").is_file():
         facts = read_toml(folder / "node.toml", ("superlink", "runtime-port"))
         host, _, port = str(facts["superlink"]).rpartition(":")

@@ -60,9 +60,9 @@ class Federation:
     def rundir(self) -> Path:
         return self.project / "coordinator" / "runs" / "trial"
 
-    def up(self, name: str) -> None:
+    def up(self, name: str, *prefix: str) -> None:
         folder = self.project if name == "coordinator" else self.project / "nodes" / name
-        self.processes[name] = demo.start(folder, self.folder / f"{name}.log")
+        self.processes[name] = demo.start(folder, self.folder / f"{name}.log", *prefix)
 
     def down(self) -> None:
         for process in self.processes.values():
@@ -212,6 +212,63 @@ def test_a_node_that_is_killed_is_missed_and_comes_back(federate: Callable[..., 
     assert missed["refused"].keys() == {"1"} or missed["missing"] == [1]
     again = simulate(federation, replay=federation.records())
     assert (federation.rundir / WEIGHTS).read_bytes() == (again / WEIGHTS).read_bytes()
+
+
+@pytest.fixture
+def far_away(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """A network namespace "fedlora-far" at 10.99.7.2 behind a link to 10.99.7.1, and what runs `ip` on it."""
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("caddy") is None:
+        pytest.skip("needs root, iproute2 and Caddy")
+    try:
+        ip("netns", "add", "fedlora-far")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    try:
+        ip("link", "add", "fedlora0", "type", "veth", "peer", "name", "fedlora1", "netns", "fedlora-far")
+        ip("address", "add", "10.99.7.1/24", "dev", "fedlora0")
+        ip("link", "set", "fedlora0", "up")
+        for words in ("address add 10.99.7.2/24 dev fedlora1", "link set fedlora1 up", "link set lo up"):
+            ip("-n", "fedlora-far", *words.split())
+        yield ip
+    finally:
+        subprocess.run(["ip", "link", "del", "fedlora0"], check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "del", "fedlora-far"], check=False, capture_output=True)
+
+
+def test_a_link_that_is_down_for_a_while_costs_nothing(
+    tiny_bert: Path, tiny_csv: Path, tmp_path: Path, far_away: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One node in a network of its own, through the proxy; the cable is out for twenty seconds while it trains."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    federation = Federation(tmp_path, make_config(tiny_bert, tiny_csv, tmp_path, "rounds=2"))
+    first = demo.free_ports(3)
+    nodes = tuple(NodePlan(name, data=f"{tmp_path}/{name}.csv", ledger=f"{tmp_path}/{name}.jsonl") for name in NODES)
+    plan = FederationPlan(("10.99.7.1",), nodes, port=first, control_port=first + 1)
+    write_project(federation.project, federation.config, plan)
+    here = federation.project / "nodes" / "site-a" / "node.toml"
+    here.write_text(here.read_text().replace("9094", str(first + 2)))
+    try:
+        federation.up("coordinator")
+        federation.wait(lambda: demo.listens(federation.project), "the SuperLink")
+        for name in NODES:
+            key = f"{federation.project}/coordinator/nodes/{name}.pub"
+            demo.flower(federation.project, "supernode", "register", key, "federation", "--name", name)
+        federation.up("site-a")
+        federation.up("site-b", "ip", "netns", "exec", "fedlora-far")
+        federation.run()
+        federation.wait(lambda: federation.records() and federation.pids("site-b", "flwr-clientapp"), "training")
+        far_away("link", "set", "fedlora0", "down")
+        time.sleep(20)
+        far_away("link", "set", "fedlora0", "up")
+        federation.wait(federation.finished, "the run's end")
+    finally:
+        federation.down()
+    assert [record["answered"] for record in federation.records()[1:]] == [[0, 1]] * 2
+    assert (federation.rundir / WEIGHTS).read_bytes() == (simulate(federation) / WEIGHTS).read_bytes()
 
 
 STRANGERS = {

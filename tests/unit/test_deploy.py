@@ -164,6 +164,19 @@ def test_a_node_config_says_what_was_asked_for(tmp_path: Path) -> None:
     assert len(set(ports)) == 2  # on one machine
 
 
+def test_a_coordinators_folder_can_be_moved(tmp_path: Path) -> None:
+    write_project(tmp_path / "f", CONFIG, PLAN)
+    moved = tmp_path / "moved"
+    (tmp_path / "f" / "coordinator").rename(moved)
+    file = moved / "flower" / "config.toml"
+    file.write_text(file.read_text() + '[superlink.mine]\naddress = "other:1"\n')
+    programs(moved)
+    connections = tomllib.loads(file.read_text())["superlink"]
+    assert connections["federation"] == {"address": "127.0.0.1:8000", "root-certificates": f"{moved}/ca.crt"}
+    assert connections["default"] == "federation"
+    assert connections["mine"] == {"address": "other:1"}
+
+
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     folder = tmp_path / "f"
     write_project(folder, CONFIG, PLAN)
