@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -85,7 +86,7 @@ def main() -> int:
     init(project, config)
     begin = time.monotonic()
     with running(project) as nodes:
-        wait_for_superlink(project)
+        wait_until(lambda: listens(project), "the SuperLink")
         for site in SITES:
             flower(
                 project,
@@ -175,13 +176,12 @@ def running(project: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
             process.kill()
 
 
-def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    """`fedlora deploy up` in the background."""
+def start(folder: Path, log: Path, *prefix: str) -> subprocess.Popen[bytes]:
+    """`fedlora deploy up` in the background, after the words of `prefix`."""
     say(f"fedlora deploy up {folder.name}")
+    command = [*prefix, *FEDLORA, "deploy", "up", str(folder)]
     with log.open("ab") as file:
-        return subprocess.Popen(
-            [*FEDLORA, "deploy", "up", str(folder)], stdout=file, stderr=file, start_new_session=True
-        )
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
 
 
 def flower(project: Path, *arguments: str) -> str:
@@ -195,18 +195,16 @@ def flower(project: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def wait_for_superlink(project: Path) -> None:
-    """Until the SuperLink takes connections."""
-    import tomllib
+def listens(project: Path) -> bool:
+    """Whether the project's SuperLink takes connections."""
+    return connects(tomllib.loads((project / "coordinator" / "federation.toml").read_text())["control-port"])
 
-    port = tomllib.loads((project / "coordinator" / "federation.toml").read_text())["control-port"]
 
-    def there() -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return True
-        return False
-
-    wait_until(there, "the SuperLink")
+def connects(port: int) -> bool:
+    """Whether something on this machine listens there."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def kill_and_bring_back(project: Path, rundir: Path, nodes: dict[str, subprocess.Popen[bytes]], folder: Path) -> None:
@@ -268,12 +266,9 @@ def finished(project: Path, rundir: Path) -> bool:
     for record in records(rundir)[_told:]:
         _told += 1
         who = f"clients {record['answered']} answered" if "answered" in record else "before training"
-        out = (
-            f", left out: {record['refused'] or record['missing']}"
-            if record.get("refused") or record.get("missing")
-            else ""
-        )
-        say(f"round {record['round']}: accuracy {record['accuracy']:.1%}, {who}{out}")
+        refused = [f"; client {k}: {str(why)[:60]}" for k, why in record.get("refused", {}).items()]
+        missing = [f"; client {k}: no reply" for k in record.get("missing", ())]
+        say(f"round {record['round']}: accuracy {record['accuracy']:.1%}, {who}{''.join(refused + missing)}")
     if (rundir / "result.json").is_file():
         return True
     if time.monotonic() > _next_look:

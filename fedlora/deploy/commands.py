@@ -103,6 +103,15 @@ def supernode(folder: str, superlink_address: Address, listen: Address) -> list[
     ]
 
 
+def worker(socket: str) -> list[str]:
+    """A node's worker, which keeps the base model loaded: without it every message loads it anew.
+
+    Args:
+        socket: path of its Unix socket; FEDLORA_WORKER names it to the app.
+    """
+    return ["fedlora", "worker", "--socket", socket]
+
+
 def proxy(folder: str) -> list[str]:
     """Caddy before the SuperLink: TLS for the nodes, and no route but /v1/fleet."""
     return ["caddy", "run", "--config", f"{folder}/Caddyfile", "--adapter", "caddyfile"]

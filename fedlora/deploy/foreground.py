@@ -6,12 +6,14 @@ comes back before it was missed. Ctrl-C ends them all, with everything that they
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,9 +23,11 @@ from pathlib import Path
 
 from fedlora.deploy import commands
 from fedlora.deploy.commands import Address
-from fedlora.deploy.project import read_toml
+from fedlora.deploy.project import read_toml, write_connection
 from fedlora.errors import DeployError
 
+LONGEST_SOCKET = 100
+"""Bytes of a socket's path that `fedlora worker` takes."""
 PAUSE_S = 5.0
 """Before a program that ended is started again."""
 GRACE_S = 10.0
@@ -54,13 +58,15 @@ class Program:
 def programs(folder: Path) -> list[Program]:
     """The programs of a coordinator's or a node's folder, in the order in which they start.
 
+    Where a coordinator's folder was moved, its Flower connection is put right.
+
     Raises:
         DeployError: it is neither.
     """
     folder = folder.resolve()
     if (folder / "coordinator" / "federation.toml").is_file():
         folder = folder / "coordinator"
-    state = folder / "state"
+    state, more = folder / "state", dict(commands.ENVIRONMENT)
     if (folder / "federation.toml").is_file():
         facts = read_toml(folder / "federation.toml", ("control-port", "proxied"))
         listen = Address("127.0.0.1", int(facts["control-port"]))
@@ -71,11 +77,15 @@ def programs(folder: Path) -> list[Program]:
         if facts["proxied"]:
             lines["proxy"] = commands.proxy(str(folder))
         home = folder / "flower"
+        write_connection(folder, listen)
     elif (folder / "node.toml").is_file():
         facts = read_toml(folder / "node.toml", ("superlink", "runtime-port"))
         host, _, port = str(facts["superlink"]).rpartition(":")
         runtime = Address("127.0.0.1", int(facts["runtime-port"]))
+        socket = worker_socket(state)
+        more["FEDLORA_WORKER"] = socket
         lines = {
+            "worker": commands.worker(socket),
             "supernode": commands.supernode(str(folder), Address(host.strip("[]"), int(port)), runtime),
             "superexec": commands.superexec(str(folder), runtime),
         }
@@ -84,8 +94,17 @@ def programs(folder: Path) -> list[Program]:
         raise DeployError(
             f"{str(folder)!r} is neither a coordinator's folder nor a node's: fedlora deploy init writes them"
         )
-    environment = {**commands.ENVIRONMENT, "FLWR_HOME": str(home)}
+    environment = {**more, "FLWR_HOME": str(home)}
     return [Program(name, line, folder, environment) for name, line in lines.items()]
+
+
+def worker_socket(state: Path) -> str:
+    """Where a node's worker listens: in its folder, or, as a socket's path has to be short, in the temporary one."""
+    inside = state / "worker.sock"
+    if len(os.fsencode(inside)) <= LONGEST_SOCKET:
+        return str(inside)
+    short = hashlib.sha256(os.fsencode(inside)).hexdigest()[:16]
+    return str(Path(tempfile.gettempdir()) / f"fedlora-{os.getuid()}-{short}" / "worker.sock")
 
 
 def script(folder: Path) -> str:

@@ -180,10 +180,7 @@ def _write_coordinator(folder: Path, config: RunConfig, plan: FederationPlan, au
     }
     _public(folder / "federation.toml", tomli_w.dumps(facts))
     _public(folder / "Caddyfile", caddyfile(plan.port, plan.control))
-    connection = {"address": str(plan.control), "root-certificates": str(folder / "ca.crt")}
-    _public(
-        folder / "flower" / "config.toml", tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}})
-    )
+    write_connection(folder, plan.control)
     _public(folder / "app" / "pyproject.toml", texts.APP)
     _public(folder / "app" / "run.toml", texts.RUN_HEAD + config.to_toml())
 
@@ -208,6 +205,22 @@ def node_config(plan: FederationPlan, place: int) -> dict[str, Any]:
     node = plan.nodes[place]
     config: dict[str, Any] = {"partition-id": place, "num-partitions": len(plan.nodes), "ledger": node.ledger}
     return config | {k: v for k, v in (("data", node.data), ("device", node.device), ("rank", node.rank)) if v}
+
+
+def write_connection(folder: Path, control: Address) -> None:
+    """Tell `flwr` where the SuperLink is and whose certificates to trust; again after the folder was moved.
+
+    Args:
+        folder: the coordinator's, absolute.
+        control: of the SuperLink.
+    """
+    path = folder / "flower" / "config.toml"
+    tree = read_toml(path, ()) if path.is_file() else {}
+    wanted = {"address": str(control), "root-certificates": str(folder / "ca.crt")}
+    connections = {"default": CONNECTION, **tree.get("superlink", {})}
+    if connections.get(CONNECTION) != wanted:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(tomli_w.dumps({**tree, "superlink": {**connections, CONNECTION: wanted}}), encoding="utf-8")
 
 
 def read_toml(path: Path, keys: Sequence[str]) -> dict[str, Any]:

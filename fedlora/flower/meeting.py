@@ -57,6 +57,11 @@ class Meeting:
         self._asked: dict[int, Sent] = {}
         self._refused: dict[int, str] = {}
 
+    @property
+    def turned_away(self) -> dict[int, str]:
+        """Flower's id of each node that does not take part -> why."""
+        return dict(self._refused)
+
     def is_there(self, client_id: int) -> bool:
         """Whether the grid held the client's node to be there at the last look."""
         return self.nodes[client_id].node_id in self._there

@@ -365,6 +365,7 @@ class Federation:
             **books.outcome(),
             **books.simulated(self.fleet),
             "rule": dict(after.metrics),
+            **({"turned_away": away} if (away := {str(n): why for n, why in self.meeting.turned_away.items()}) else {}),
         }
         if self._measures_error and not books.lost:
             # Under [privacy] the updates are noised already: what is computed from them gives nothing away.

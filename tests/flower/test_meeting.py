@@ -148,7 +148,10 @@ def test_a_refused_node_that_was_put_right_is_let_in(tiny_config: MakeConfig) ->
         grid._contexts[50].node_config["partition-id"] = 3
 
     outcome, lines = tell(config, grid, r2=cure)
-    assert any(line.startswith("refused node 50: it says to be client 7") or "no client 7" in line for line in lines)
+    (why,) = [line for line in lines if line.startswith("refused node 50: ")]
+    assert outcome.records[1]["turned_away"] == {"50": why.removeprefix("refused node 50: ")}
+    assert "client 7" in why
+    assert "turned_away" not in outcome.records[2]
     assert answered(outcome) == [[0, 1, 2], [0, 1, 2, 3]]
 
 
@@ -162,11 +165,13 @@ def test_a_late_node_whose_rank_the_rule_refuses_does_not_end_the_run(tiny_confi
 
 
 def test_a_node_that_asks_for_a_rank_trains_at_it(tiny_config: MakeConfig) -> None:
-    config = tiny_config("strategy.name=flora", "rounds=1")
+    config = tiny_config("strategy.name=flora", "rounds=1", "runtime.cohort=1")
     grid = Moving(config)
     grid._contexts[3].node_config["rank"] = 2
     outcome, _ = tell(config, grid)
-    ranked = tiny_config("strategy.name=flora", "rounds=1", "clients.ranks=[4,2,4,4]", name="ranked")
+    ranked = tiny_config(
+        "strategy.name=flora", "rounds=1", "runtime.cohort=1", "clients.ranks=[4,2,4,4]", name="ranked"
+    )
     assert same(outcome, run_local(ranked, RunDir.create(ranked), NoProgress()))
 
 
@@ -286,7 +291,7 @@ def test_too_many_lost_rounds_end_the_run_with_everything_written(tiny_config: M
 
 
 def test_after_too_many_lost_rounds_a_resume_goes_on_where_it_stopped(tiny_config: MakeConfig) -> None:
-    settings = ("rounds=4", "server.node_timeout_s=0.01", "server.max_failed_rounds=0")
+    settings = ("rounds=4", "server.node_timeout_s=0.01", "server.max_failed_rounds=0", "runtime.cohort=1")
     config, whole = tiny_config(*settings), tiny_config(*settings, name="whole")
     grid = Moving(config)
     with pytest.raises(RoundError, match=r"round 3: .* fedlora run --resume"):

@@ -60,6 +60,7 @@ def configs(tiny_bert: Path, files: Path, tmp_path: Path) -> Callable[..., tuple
             "train.steps=3",
             "train.lr=0.01",
             "runtime.threads=1",
+            "runtime.cohort=1",
             "runtime.kernels=off",
             "rounds=2",
             *overrides,
@@ -188,13 +189,13 @@ def test_every_key_of_a_node_config_is_in_the_deployment_page() -> None:
 
 
 def test_a_replay_has_the_updates_of_the_run_and_its_bytes(tiny_config: MakeConfig) -> None:
-    config = tiny_config("rounds=3")
+    config = tiny_config("rounds=3", "runtime.cohort=1")
     run = run_local(config, RunDir.create(config), NoProgress())
     records = [dict(record) for record in run.records]
-    again = tiny_config("rounds=3", name="again")
+    again = tiny_config("rounds=3", "runtime.cohort=1", name="again")
     assert weights(run) == weights(run_local(again, RunDir.create(again), NoProgress(), replay=records))
     records[2]["answered"] = [0, 2, 3]
-    other = tiny_config("rounds=3", name="other")
+    other = tiny_config("rounds=3", "runtime.cohort=1", name="other")
     replayed = run_local(other, RunDir.create(other), NoProgress(), replay=records)
     assert [record["answered"] for record in replayed.records[1:]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
     assert "did not answer in the run that is replayed" in replayed.records[2]["refused"]["1"]

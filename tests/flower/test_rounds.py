@@ -183,7 +183,7 @@ def test_clients_that_raise_are_named_and_the_round_goes_on(tiny_config: MakeCon
 
 
 def test_below_the_quorum_the_run_stops_and_the_directory_stays(tiny_config: MakeConfig, failing: set[int]) -> None:
-    config = tiny_config()
+    config = tiny_config("server.max_failed_rounds=0")
     rundir = RunDir.create(config)
 
     class Breaks(NoProgress):
@@ -193,7 +193,8 @@ def test_below_the_quorum_the_run_stops_and_the_directory_stays(tiny_config: Mak
 
     with pytest.raises(RoundError, match=r"round 2: 1 of 4 clients answered, the quorum is 2; client 0: .*--resume"):
         run_local(config, rundir, Breaks())
-    assert [record["round"] for record in rundir.read_metrics()] == [0, 1]
+    assert [record["round"] for record in rundir.read_metrics()] == [0, 1, 2]
+    assert set(rundir.read_metrics()[-1]["refused"]) == {"0", "1", "2"}
     failing.clear()
     resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
     assert resumed.state.round == 3

@@ -28,8 +28,10 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.deploy import ENVIRONMENT, Address, FederationPlan, NodePlan, commands, programs, script, write_project
+from fedlora.deploy.foreground import worker_socket
 from fedlora.deploy.keys import make_authority, make_node_key, make_server
 from fedlora.errors import ConfigError, DeployError
+from fedlora.flower.worker.socket import LONGEST
 
 ROOT = Path(__file__).parents[2]
 PLAN = FederationPlan(("example.org", "10.0.0.1"), (NodePlan("site-a"), NodePlan("site-b")))
@@ -162,6 +164,19 @@ def test_a_node_config_says_what_was_asked_for(tmp_path: Path) -> None:
     assert len(set(ports)) == 2  # on one machine
 
 
+def test_a_coordinators_folder_can_be_moved(tmp_path: Path) -> None:
+    write_project(tmp_path / "f", CONFIG, PLAN)
+    moved = tmp_path / "moved"
+    (tmp_path / "f" / "coordinator").rename(moved)
+    file = moved / "flower" / "config.toml"
+    file.write_text(file.read_text() + '[superlink.mine]\naddress = "other:1"\n')
+    programs(moved)
+    connections = tomllib.loads(file.read_text())["superlink"]
+    assert connections["federation"] == {"address": "127.0.0.1:8000", "root-certificates": f"{moved}/ca.crt"}
+    assert connections["default"] == "federation"
+    assert connections["mine"] == {"address": "other:1"}
+
+
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     folder = tmp_path / "f"
     write_project(folder, CONFIG, PLAN)
@@ -239,6 +254,23 @@ def test_every_program_is_told_to_keep_quiet_and_to_install_nothing(project: Pat
             assert "--insecure" not in program.command
 
 
+def test_a_worker_listens_where_its_path_is_short_enough_and_every_program_knows_where(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 60) / ("y" * 60)
+    for folder in (tmp_path / "f", deep):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_project(folder, CONFIG, PLAN)
+    sockets = set()
+    for node in (Path("/srv/site-a"), *(deep / "nodes" / name for name in ("site-a", "site-b"))):
+        socket = worker_socket(node / "state")
+        assert len(os.fsencode(socket)) <= LONGEST
+        sockets.add(socket)
+    assert len(sockets) == 3
+    assert "/srv/site-a/state/worker.sock" in sockets
+    for program in programs(deep / "nodes" / "site-b"):
+        assert program.environment["FEDLORA_WORKER"] == worker_socket(deep.resolve() / "nodes" / "site-b" / "state")
+    assert "FEDLORA_WORKER" not in programs(deep)[0].environment
+
+
 def test_a_folder_that_is_none_says_so(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="neither a coordinator's folder nor a node's"):
         programs(tmp_path)
@@ -274,6 +306,7 @@ def test_compose_runs_the_commands_of_deploy_up() -> None:
         node = f"supernode-{site}"
         expected[node] = commands.supernode(home, Address("proxy", 8443), Address("0.0.0.0", 9094))
         expected[f"superexec-{site}"] = commands.superexec(home, Address(node, 9094))
+        expected[f"worker-{site}"] = commands.worker(f"{home}/state/worker.sock")
     assert {service: command_of(service) for service in SERVICES} == expected
 
 
@@ -283,16 +316,21 @@ def test_compose_checks_the_health_of_every_service() -> None:
         asked |= dict.fromkeys((f"supernode-{site}", f"superexec-{site}"), Address(f"supernode-{site}", 9094))
     for service, address in asked.items():
         assert SERVICES[service]["healthcheck"]["test"] == ["CMD", *commands.health("/federation", address)]
+    for site in SITES:
+        worker = SERVICES[f"worker-{site}"]
+        assert worker["healthcheck"]["test"] == ["CMD", *commands.worker("/federation/state/worker.sock"), "--check"]
+        assert worker["environment"]["FEDLORA_WORKER"] == SERVICES[f"superexec-{site}"]["environment"]["FEDLORA_WORKER"]
     assert SERVICES["proxy"]["healthcheck"]["test"][-1] == "https://localhost:8443/health"
 
 
 def test_compose_lets_nodes_reach_the_proxy_alone_and_data_stay() -> None:
-    networks = {name: set(service["networks"]) for name, service in SERVICES.items()}
+    networks = {name: set(service.get("networks", ())) for name, service in SERVICES.items()}
     assert networks["proxy"] == {"coordinator", "fleet"}
     for site in SITES:
         assert networks[f"supernode-{site}"] == {"fleet", site}
         assert networks[f"superexec-{site}"] == {site}  # where the data is
         assert COMPOSE["networks"][site] == {"internal": True}
+        assert SERVICES[f"worker-{site}"]["network_mode"] == "none"
         mounts = [name for name, service in SERVICES.items() if any("_DATA" in v for v in service.get("volumes", ()))]
         assert f"superexec-{site}" in mounts
         assert f"supernode-{site}" not in mounts
