@@ -7,12 +7,13 @@ keys are that entry's dataclass fields. They are checked against it when the par
 from fedlora.config._base import OPEN_TABLES, OpenTable, Section
 from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig, WireConfig
 from fedlora.config._flat import different_keys, flat_keys
-from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
+from fedlora.config._learning import NODES, AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedlora.config._reading import load_config, parse_config
 from fedlora.config._run import RunConfig, RuntimeConfig
 
 __all__ = [
+    "NODES",
     "OPEN_TABLES",
     "AdapterConfig",
     "ClientPrivacyConfig",

@@ -55,6 +55,10 @@ class AdapterConfig(Section):
     """Dense modules trained beside the adapter; None: the task's head."""
 
 
+NODES = "nodes"
+"""Source of the data, and name of the partition, where each node brings its own."""
+
+
 class DataConfig(Section):
     """Where examples come from and which columns matter."""
 

@@ -18,13 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora.config import RunConfig
+from fedlora.config import NODES, RunConfig
 from fedlora.data import FederatedData, load_local
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import Examples, load_task
-
-NODES = "nodes"
-"""The name of such a source, and of such a partition."""
 
 
 def brought_by_nodes(config: RunConfig) -> bool:

@@ -15,13 +15,12 @@ from fedlora import __version__
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
 
-TABLES = ("seed", "adapter", "task", "partition", "clients", "train", "strategy", "wire", "privacy")
+TABLES = ("seed", "model", "adapter", "task", "partition", "clients", "train", "strategy", "wire", "privacy")
 
 
 def question(config: RunConfig) -> RecordDict:
     """The content of the server's "hello"."""
-    hashes = {table: config.digest(table) for table in TABLES}
-    return RecordDict({"hello": ConfigRecord({"fedlora": __version__, "config": json.dumps(hashes)})})
+    return RecordDict({"hello": ConfigRecord({"fedlora": __version__, "config": json.dumps(_hashes(config))})})
 
 
 def require_same_config(content: RecordDict, config: RunConfig) -> None:
@@ -35,7 +34,14 @@ def require_same_config(content: RecordDict, config: RunConfig) -> None:
         ReplyError: naming the tables that differ.
     """
     asked = json.loads(str(content.config_records["hello"].get("config", "{}")))
-    other = [table for table in TABLES if asked.get(table, config.digest(table)) != config.digest(table)]
+    other = [table for table, own in _hashes(config).items() if asked.get(table, own) != own]
     if other:
         names = ", ".join(table if table == "seed" else f"[{table}]" for table in other)
         raise ReplyError(f"its config is not the server's: {names} differ: give server and nodes the same config file")
+
+
+def _hashes(config: RunConfig) -> dict[str, str]:
+    """A hash of each table; of the model without where it lies, since its weights have a hash of their own."""
+    anywhere = config.model.model_copy(update={"name": "", "revision": None, "trust_remote_code": False})
+    config = config.model_copy(update={"model": anywhere})
+    return {table: config.digest(table) for table in TABLES}

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from fedlora.config import RunConfig, load_config, parse_config
-from fedlora.data.own import NODES
+from fedlora.config import NODES, RunConfig, load_config, parse_config
 from fedlora.errors import ConfigError, nearest
 
 APP_FOLDER = Path(__file__).resolve().parents[2]
@@ -28,6 +27,7 @@ NODE_KEYS = {
     "device": str,  # what it trains on
     "rank": int,  # of its adapter
     "ledger": str,  # its privacy ledger
+    "worker": str,  # its worker's socket, which `node_app` reads
 }
 """Keys of a node's config, and their types."""
 

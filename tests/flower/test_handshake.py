@@ -23,6 +23,7 @@ MakeConfig = Callable[..., RunConfig]
         (("seed=1",), "seed differ"),
         (("wire.up=int8", "adapter.rank=2"), r"\[adapter\], \[wire\] differ"),
         (("strategy.name=ffa",), r"\[strategy\] differ"),
+        (("model.dtype=bfloat16",), r"\[model\] differ"),
     ],
 )
 def test_another_config_is_refused_by_the_names_of_its_tables(
@@ -33,14 +34,16 @@ def test_another_config_is_refused_by_the_names_of_its_tables(
         require_same_config(asked, tiny_config(*override))
 
 
-@pytest.mark.parametrize("override", ["output=elsewhere", "runtime.threads=2", "rounds=9", "server.quorum=0.1"])
+@pytest.mark.parametrize(
+    "override", ["output=elsewhere", "model.name=/another/folder", "runtime.threads=2", "rounds=9", "server.quorum=0.1"]
+)
 def test_what_is_a_nodes_own_or_the_servers_alone_is_not_compared(tiny_config: MakeConfig, override: str) -> None:
     require_same_config(question(tiny_config()), tiny_config(override, name="other"))
 
 
 def test_every_table_that_decides_what_is_trained_is_compared() -> None:
     not_trained_by = {"name", "output", "rounds", "server", "runtime"}
-    of_the_node = {"model", "data"}  # where they lie; the model's hash is compared by itself
+    of_the_node = {"data"}
     assert set(TABLES) == set(RunConfig.model_fields) - not_trained_by - of_the_node
 
 

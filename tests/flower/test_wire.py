@@ -14,8 +14,9 @@ from fedlora.aggregators import ClientPlan, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
 from fedlora.flower import client_app, run_local
-from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, encode_upload
+from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, encode_update, encode_upload
 from fedlora.flower.server_app import RunOutcome
+from fedlora.flower.validate import Limits, check_update
 from fedlora.flower.wire import BF16_STYPE, INT8_STYPE, STYPE, WIRES, decode_change, encode_change, header_of, to_array
 from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
@@ -99,6 +100,40 @@ def test_int8_codes_that_no_client_makes_are_refused() -> None:
         data[at] = byte
         with pytest.raises(ReplyError, match="none that a client makes"):
             decode_change(Array(good.dtype, good.shape, good.stype, bytes(data)), start)
+
+
+# ------------------------------------------------------------------------------------------------ the server's checks
+
+START = AdapterState({}, {"w": torch.randn(4, 30, generator=G)})
+GOOD = encode_change(START.dense["w"] + 0.1, START.dense["w"], "int8", 0)
+BROKEN: dict[str, tuple[Array, str]] = {
+    "raw": (to_array(START.dense["w"]), "480 bytes of tensors, 136 were asked for"),
+    "bfloat16": (encode_change(START.dense["w"] + 0.1, START.dense["w"], "bfloat16", 0), "bytes of tensors"),
+    "a raw name": (Array(GOOD.dtype, GOOD.shape, STYPE, GOOD.data), "serialised as 'fedlora.raw.v1', not .*int8"),
+    "another name": (Array(GOOD.dtype, GOOD.shape, BF16_STYPE, GOOD.data), "serialised as .*bf16.*, not .*int8"),
+    "float32 codes": (Array("float32", GOOD.shape, GOOD.stype, GOOD.data), "is of type 'float32', not 'int8'"),
+    "transposed": (Array(GOOD.dtype, (30, 4), GOOD.stype, GOOD.data), r"has shape \(30, 4\), not \(4, 30\)"),
+    "flat": (Array(GOOD.dtype, (120,), GOOD.stype, GOOD.data), r"has shape \(120,\)"),
+    "without steps": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, GOOD.data[16:]), "has 120 bytes, not 136"),
+    "a step of NaN": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\0\0\xc0\x7f" + GOOD.data[4:]), "not finite"),
+    "an endless step": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\0\0\x80\x7f" + GOOD.data[4:]), "not finite"),
+    "an overflow": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\xff\xff\x7f\x7f" + GOOD.data[4:]), "not finite"),
+    "a negative step": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\0\0\0\xc0" + GOOD.data[4:]), "negative step"),
+    "a large step": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\0\0\0\x60" + GOOD.data[4:]), "norm .* is above"),
+}
+
+
+@pytest.mark.parametrize("case", ["good", *BROKEN])
+def test_an_int8_reply_is_checked_header_first(case: str) -> None:
+    array, message = BROKEN.get(case, (GOOD, ""))
+    ask, metrics = Ask(ClientPlan(START), 1, 0, wire="int8"), {"num_examples": 1}
+    content = encode_update({"w": array}, metrics, round_number=1, base_digest="")
+    if not message:
+        tensor = check_update(content, ask, Limits(10, 100.0)).tensors["w"]
+        assert torch.allclose(tensor, START.dense["w"] + 0.1, atol=1e-3)
+        return
+    with pytest.raises(ReplyError, match=message):
+        check_update(content, ask, Limits(10, 100.0))
 
 
 # ------------------------------------------------------------------------------------------------ messages

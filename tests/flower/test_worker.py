@@ -27,11 +27,12 @@ from fedlora.flower import node_app as node_app_module
 from fedlora.flower.codec import Ask, PlanEncoder, decode_head
 from fedlora.flower.local_grid import task_identity
 from fedlora.flower.node_app import app as node_app
-from fedlora.flower.worker import client, server
+from fedlora.flower.worker import client, server, supervisor
 from fedlora.flower.worker.client import ask, check
 from fedlora.flower.worker.frames import pack, unpack
 from fedlora.flower.worker.server import BROKEN, Worker
 from fedlora.flower.worker.socket import code_digest, make_folder, named_by, require_own
+from fedlora.flower.worker.supervisor import supervise
 from fedlora.privacy.ledger import Ledger
 from fedlora.training.workbench import open_workbench
 
@@ -356,6 +357,60 @@ def test_the_nodes_app_imports_nothing_heavy() -> None:
 def test_the_digest_of_the_code_is_that_of_any_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(code_digest()) == 16
     assert server.code_digest() == code_digest()
+
+
+# ------------------------------------------------------------------------------------------------ the supervisor
+
+
+def test_a_supervisor_starts_again_what_died_and_waits_longer_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "WAIT_S", (0.01, 0.02))
+    said: list[str] = []
+    script = (
+        f"echo x >> {tmp_path}/lives; case $(wc -l < {tmp_path}/lives) in 1) kill -9 $$;; 4) exit 0;; *) exit 70;; esac"
+    )
+    assert supervise(["sh", "-c", script], said.append) == 0
+    assert said == [
+        "the worker was killed by signal 9; starting it again in 0.01 s",
+        "the worker ended with status 70; starting it again in 0.02 s",
+        "the worker ended with status 70; starting it again in 0.02 s",
+    ]
+
+
+def test_a_supervisor_does_not_repeat_a_mistake() -> None:
+    said: list[str] = []
+    assert supervise(["sh", "-c", "exit 1"], said.append) == 1
+    assert not said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_supervisor_passes_on_the_signal_that_ends_it(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.getsignal(number)
+    trap = f"trap 'echo told > {tmp_path}/told; kill $!; exit 0' {number.name[3:]}; sleep 30 & sleep 0.3"
+    script = f"{trap}; kill -{int(number)} {os.getpid()}; wait"
+    assert supervise(["sh", "-c", script], print) == 0
+    assert (tmp_path / "told").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_a_worker_whose_supervisor_is_gone_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = threading.Event()
+    monkeypatch.setenv(supervisor.PARENT, str(os.getppid()))
+    supervisor.stop_without_parent(stopped.set, every_s=0.01)
+    assert not stopped.wait(0.1)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stopped.wait(30)
+
+
+def test_the_command_line_says_whether_a_worker_serves(folder: Path) -> None:
+    words = [sys.executable, "-m", "fedlora", "worker", "--check", "--socket", str(folder / "w.sock")]
+    nobody = subprocess.run(words, capture_output=True, text=True)
+    assert (nobody.returncode, nobody.stdout) == (1, "")
+    assert nobody.stderr.startswith("error: there is no worker's socket")
+    with Serving(folder / "w.sock"):
+        somebody = subprocess.run(words, capture_output=True, text=True)
+    assert (somebody.returncode, somebody.stdout) == (0, f"a worker serves {folder}/w.sock\n")
 
 
 # ------------------------------------------------------------------------------------------------ real processes

@@ -14,7 +14,9 @@ from types import FrameType
 PARENT = "FEDLORA_WORKER_PARENT"
 """In a worker's environment: the process id of its supervisor, without which it has no business."""
 WAIT_S = (1.0, 60.0)
-"""The first and the longest pause before a restart; it doubles, and begins anew after a minute of life."""
+"""The first and the longest pause before a restart; it doubles."""
+LIVED_S = 60.0
+"""After a life of so many seconds the pauses begin anew."""
 MISTAKE = 1
 """Exit status of a command that said what was wrong: starting it again would say the same."""
 
@@ -43,10 +45,12 @@ def supervise(command: Sequence[str], say: Callable[[str], object]) -> int:
         while True:
             started = time.monotonic()
             child = subprocess.Popen(command, env={**os.environ, PARENT: str(os.getpid())}, start_new_session=True)
+            if asked.is_set():  # while it was being started
+                child.terminate()
             status = child.wait()
             if asked.is_set() or status in (0, MISTAKE):
                 return 0 if asked.is_set() else status
-            if time.monotonic() - started > WAIT_S[1]:
+            if time.monotonic() - started > LIVED_S:
                 pause = WAIT_S[0]
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             say(f"the worker {how}; starting it again in {pause:g} s")
