@@ -6,6 +6,7 @@ import os
 
 from fedlora.cli import (
     assets,
+    audit,
     compare,
     config,
     deploy,
@@ -23,6 +24,7 @@ from fedlora.cli._common import app
 __all__ = [
     "app",
     "assets",
+    "audit",
     "compare",
     "config",
     "deploy",

@@ -20,7 +20,7 @@ from fedlora.config import RunConfig
 from fedlora.data.describe import describe_partition
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import FedloraError
-from fedlora.flower.central import ServerLedger, load_rule
+from fedlora.flower.server_ledger import ServerLedger
 from fedlora.flower.settings import config_of
 from fedlora.flower.spending import Spending
 from fedlora.flower.strategy import Federation
@@ -29,6 +29,7 @@ from fedlora.privacy.central import Central
 from fedlora.progress import PlainProgress, Progress
 from fedlora.report import write_report
 from fedlora.rundir import RunDir
+from fedlora.training.central import load_rule
 from fedlora.training.runtime import describe
 from fedlora.training.workbench import Workbench, open_workbench
 

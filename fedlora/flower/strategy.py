@@ -36,11 +36,11 @@ from fedlora.devices import Fleet, train_config
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, ReplyError, RoundError
 from fedlora.flower import handshake
 from fedlora.flower.books import Round, quorum_of
-from fedlora.flower.central import ServerLedger, load_rule, require_cohort, require_one_start
 from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
 from fedlora.flower.meeting import Meeting, Node
 from fedlora.flower.post import Post, Sent
+from fedlora.flower.server_ledger import ServerLedger
 from fedlora.flower.spending import Spending, asked_in
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update
 from fedlora.model.starting import first_state, plan_for
@@ -50,6 +50,7 @@ from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
 from fedlora.rng import derive
 from fedlora.rundir import RunDir
+from fedlora.training.central import load_rule, require_cohort, require_one_start
 from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, examples_of
 from fedlora.training.private import check_model, private_settings

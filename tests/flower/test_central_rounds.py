@@ -15,7 +15,6 @@ from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, RoundError
 from fedlora.flower import refuse_early, run_local
-from fedlora.flower.central import load_rule
 from fedlora.flower.local_grid import LocalGrid
 from fedlora.flower.server_app import RunOutcome
 from fedlora.flower.strategy import Federation
@@ -26,6 +25,7 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
 from fedlora.training import open_workbench
+from fedlora.training.central import load_rule
 
 MakeConfig = Callable[..., RunConfig]
 Z, ROUNDS, DELTA = 2.0, 3, 1e-3

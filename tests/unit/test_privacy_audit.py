@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -15,11 +14,13 @@ from fedlora.privacy.audit import (
     AuditResult,
     audit_in_one_run,
     audit_two_worlds,
+    canary_steps,
     epsilon_lower_bound,
     noise_draws,
     reused_noise,
 )
 from fedlora.privacy.dpsgd import PrivateStep
+from fedlora.privacy.mutants import MUTANTS, MakePrivateStep, broken
 
 DELTA = 1e-5
 COLUMNS = {"epsilon 4": (4.0, 1.0, 1), "epsilon 1": (1.0, 0.25, 8)}
@@ -27,50 +28,17 @@ COLUMNS = {"epsilon 4": (4.0, 1.0, 1), "epsilon 1": (1.0, 0.25, 8)}
 SIGMA = {"epsilon 4": 1.0815, "epsilon 1": 3.1188}
 
 
-def true_step(column: str) -> Callable[[torch.nn.Module, torch.optim.Optimizer], AbstractContextManager[PrivateStep]]:
+def true_step(column: str) -> MakePrivateStep:
     batch = 2000 * COLUMNS[column][1]
     settings = {"max_grad_norm": 1.0, "noise_multiplier": SIGMA[column], "expected_batch_size": batch}
     return lambda model, optimizer: PrivateStep(model, optimizer, **settings)
 
 
-def no_noise(private: PrivateStep) -> None:
-    private.optimizer.noise_multiplier = 1e-9
-
-
-def quarter_of_the_noise(private: PrivateStep) -> None:
-    private.optimizer.noise_multiplier /= 4
-
-
-def noise_divided_by_the_batch(private: PrivateStep) -> None:
-    private.optimizer.noise_multiplier /= private.optimizer.expected_batch_size
-
-
-def no_clip(private: PrivateStep) -> None:
-    dp = private.optimizer
-
-    def accumulate() -> None:
-        for p in dp.params:
-            p.summed_grad = p.grad_sample.sum(0)
-            p.grad_sample._processed = True
-
-    dp.clip_and_accumulate = accumulate
-
-
-MUTANTS = [no_noise, no_clip, quarter_of_the_noise, noise_divided_by_the_batch]
-
-
 def audit(column: str, mutant: Callable[[PrivateStep], None] | None, seed: int) -> AuditResult:
     claimed, q, steps = COLUMNS[column]
-
-    def make(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> PrivateStep:
-        private = true_step(column)(model, optimizer)
-        if mutant:
-            mutant(private)
-        return private
-
-    return audit_in_one_run(
-        make, claimed=claimed, delta=DELTA, sample_rate=q, steps=steps, generator=np.random.default_rng(seed)
-    )
+    make = true_step(column) if mutant is None else broken(true_step(column), mutant)
+    attack = canary_steps(make, sample_rate=q, steps=steps)
+    return audit_in_one_run(attack, claimed=claimed, delta=DELTA, generator=np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -79,7 +47,7 @@ def test_the_true_step_stays_below_its_claim(column: str, seed: int) -> None:
     assert not audit(column, None, seed).refuted
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 @pytest.mark.parametrize("column", COLUMNS)
 def test_a_step_that_cheats_is_caught(column: str, mutant: Callable[[PrivateStep], None]) -> None:
     assert audit(column, mutant, 0).refuted
@@ -90,7 +58,7 @@ def test_a_step_that_cheats_is_caught(column: str, mutant: Callable[[PrivateStep
 def test_five_of_five(column: str) -> None:
     claimed, q, steps = COLUMNS[column]
     assert 0.99 * claimed < epsilon([Entry(q, SIGMA[column], steps)], DELTA) <= claimed
-    assert all(audit(column, mutant, seed).refuted for mutant in MUTANTS for seed in range(5))
+    assert all(audit(column, mutant, seed).refuted for mutant in MUTANTS.values() for seed in range(5))
     assert max(audit(column, None, seed).lower_bound for seed in range(5)) < 0.75 * claimed
 
 
@@ -98,15 +66,8 @@ def test_five_of_five(column: str) -> None:
 def test_sampling_that_is_not_secret_is_caught() -> None:
     """Batches of everything, accounted for as samples of a quarter."""
     claimed, q, steps = COLUMNS["epsilon 1"]
-    whole = audit_in_one_run(
-        true_step("epsilon 1"),
-        claimed=claimed,
-        delta=DELTA,
-        sample_rate=q,
-        steps=steps,
-        sampler=lambda n: [np.arange(n)] * steps,
-        generator=np.random.default_rng(0),
-    )
+    attack = canary_steps(true_step("epsilon 1"), sample_rate=q, steps=steps, sampler=lambda n: [np.arange(n)] * steps)
+    whole = audit_in_one_run(attack, claimed=claimed, delta=DELTA, generator=np.random.default_rng(0))
     fair = audit("epsilon 1", None, 0)
     assert whole.lower_bound > fair.lower_bound + 0.2
 

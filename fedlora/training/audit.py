@@ -1,0 +1,302 @@
+"""The audit of a config: attacks on its own private steps, and on broken ones that must be caught.
+
+unit = "example": canaries (`fedlora.privacy.audit`) ride on the examples of the config's own data, through the config's
+own model, batches and `train_private`, at the two claims where a quarter of the noise is never missed; then the
+config's own claim, over all its rounds, on canaries alone. The optimiser is plain gradient descent whatever the config
+says: what it does to the noised gradients is post-processing, and the attacker of the claim sees the gradients.
+
+unit = "client": one client against the server's noise, where it weighs most and where most of the others drop out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.adapter import ALL_PARTS, AdapterState, Part
+from fedlora.aggregators import ClientSpec
+from fedlora.aggregators.fedavg import FedAvg
+from fedlora.devices import train_config
+from fedlora.errors import PrivacyError
+from fedlora.model import Base
+from fedlora.model.starting import first_state, plan_for
+from fedlora.privacy.accounting import epsilon
+from fedlora.privacy.audit import (
+    Attack,
+    AuditResult,
+    Canaries,
+    audit_in_one_run,
+    audit_two_worlds,
+    canary_steps,
+    reused_noise,
+)
+from fedlora.privacy.audit_clients import client_worlds
+from fedlora.privacy.calibrate import Schedule, noise_multiplier_for
+from fedlora.privacy.central import Central
+from fedlora.privacy.dpsgd import PrivateStep
+from fedlora.privacy.mutants import MUTANTS, broken
+from fedlora.rng import derive
+from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.training.central import load_rule
+from fedlora.training.job import TrainJob
+from fedlora.training.private import PrivateSettings, check_model, private_settings, train_private
+from fedlora.training.workbench import Workbench
+
+DELTA = 1e-5
+COLUMNS = ((4.0, 1.0, 1), (1.0, 0.25, 8))
+"""Claim, q and T at which no noise, no clipping, noise / 4 and noise / n are all caught; at epsilon 2 in one step a
+quarter of the noise may be missed."""
+MOST_MERGES = 20_000
+"""Of the audit of all rounds together: more rounds, fewer trials."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of an audit.
+
+    Args:
+        what: was attacked.
+        result: what came of it; None for the search for noise that is used twice.
+        broken: whether it is a mutant, which must be caught.
+        note: what the search for noise found.
+        bad: whether this line makes the audit fail.
+    """
+
+    what: str
+    result: AuditResult | None
+    broken: bool
+    bad: bool
+    note: str = ""
+
+    @classmethod
+    def of(cls, what: str, result: AuditResult, *, broken: bool = False) -> Finding:
+        """A sound step must not be refuted, a broken one must."""
+        return cls(what, result, broken, bad=result.refuted != broken)
+
+    @property
+    def verdict(self) -> str:
+        """In one word or two."""
+        if self.note:
+            return self.note
+        if self.broken:
+            return "missed" if self.bad else "caught"
+        return "REFUTED" if self.bad else "holds"
+
+
+def audit(bench: Workbench, asked: int, *, canaries: int = 4000, with_model: bool = True) -> Iterator[Finding]:
+    """Attack a config's private steps, one finding at a time.
+
+    Args:
+        bench: opened for a config with [privacy].
+        asked: clients of a round.
+        canaries: of the one-run audits (unit = "example"), half of which are examples; fewer are quicker, and find
+            less. Trials of the two-world audits are half as many in each world.
+        with_model: whether the model takes part (unit = "example"); without it, canaries alone: quick, but blind for
+            what model and batches do.
+
+    Raises:
+        PrivacyError: the config has no [privacy], or its model cannot be trained privately.
+    """
+    if bench.config.example_privacy is not None:
+        yield from _of_examples(bench, canaries, with_model)
+    elif bench.config.client_privacy is not None:
+        yield from _of_clients(bench, asked, canaries // 2)
+    else:
+        raise PrivacyError("there is nothing to audit: give the config a table [privacy], or audit one that has it")
+
+
+# ------------------------------------------------------------------------------------------------ examples
+
+
+def _of_examples(bench: Workbench, canaries: int, with_model: bool) -> Iterator[Finding]:
+    config = bench.config
+    clients = range(len(bench.data.clients))
+    own = {k: private_settings(config, k) for k in clients}
+    privacy = config.example_privacy
+    assert privacy is not None
+
+    def claim(k: int) -> float:
+        s = own[k]
+        return epsilon([s.schedule.entry(s.noise_multiplier)] * config.rounds, privacy.delta, privacy.accountant)
+
+    worst = max(clients, key=claim)
+    whole = partial(audit_in_one_run, canaries=canaries)
+    for claimed, q, steps in COLUMNS:
+        sigma = noise_multiplier_for(claimed, DELTA, q, steps)
+        settings = replace(
+            own[worst], schedule=Schedule(q, steps, 1, canaries / 2 * q), noise_multiplier=sigma, budget=None
+        )
+        column = f"q = {q:g}, {steps} step{'s' * (steps > 1)}"
+        one = partial(whole, claimed=claimed, delta=DELTA)
+        alone = partial(canary_steps, sample_rate=q, steps=steps, canaries=canaries)
+        make = step_of(settings)
+        if with_model:
+            yield Finding.of(f"your model, {column}", one(through_model(bench, settings, canaries)))
+        yield Finding.of(f"step alone, {column}", one(alone(make)))
+        for name, mutant in MUTANTS.items():
+            yield Finding.of(f"  {name}", one(alone(broken(make, mutant))), broken=True)
+    s = own[worst]
+    all_rounds = canary_steps(
+        step_of(replace(s, schedule=replace(s.schedule, expected_batch_size=canaries / 2 * s.schedule.sample_rate))),
+        sample_rate=s.schedule.sample_rate,
+        steps=s.schedule.steps,
+        rounds=config.rounds,
+        canaries=canaries,
+    )
+    what = f"your claim, {config.rounds} rounds"
+    yield Finding.of(what, whole(all_rounds, claimed=claim(worst), delta=privacy.delta))
+    draws = fresh_noise(bench, own[worst])
+    twice = reused_noise(draws)
+    note = f"noise {twice[0]} is the same" if twice else f"{len(draws)} draws, no two alike"
+    yield Finding("noise used twice", None, broken=False, bad=bool(twice), note=note)
+
+
+def step_of(settings: PrivateSettings) -> Any:
+    """Model and optimiser -> `PrivateStep` with these settings."""
+    return lambda model, optimizer: PrivateStep(
+        model,
+        optimizer,
+        max_grad_norm=settings.max_grad_norm,
+        noise_multiplier=settings.noise_multiplier,
+        expected_batch_size=settings.schedule.expected_batch_size,
+        physical_batch_size=settings.physical_batch_size,
+    )
+
+
+def through_model(bench: Workbench, settings: PrivateSettings, canaries: int) -> Attack:
+    """An attack on `train_private` itself: canary i is a parameter of its own beside the model's, and rides on an
+    example of the training set, so that its gradient is clipped together with the example's.
+    """
+    job = _job(bench)
+    check_model(bench.base, bench.task, bench.data.test, replace(job, indices=np.empty(0, np.int64)))
+    config = train_config(bench.config, 0)
+    plain = {"optimizer": "sgd", "lr": 1e-2, "momentum": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
+
+    def attack(members: np.ndarray) -> np.ndarray:
+        model = _WithCanaries(bench.base.model, Canaries(canaries).to(bench.base.device))
+        train_private(
+            cast(Base, _CanaryBase(bench.base, model)),
+            cast(Task, _CanaryTask(bench.task)),
+            bench.data.train,
+            replace(job, indices=members),
+            config.model_copy(update=plain),
+            settings,
+        )
+        return model.canaries.scores()
+
+    return attack
+
+
+def fresh_noise(bench: Workbench, settings: PrivateSettings) -> list[Tensor]:
+    """What empty samples add to the adapter: the noise of two clients' two rounds, of single steps, all parts."""
+    job = replace(_job(bench), indices=np.empty(0, np.int64))
+    config = train_config(bench.config, 0).model_copy(update={"optimizer": "sgd", "lr": 1e-2, "warmup_steps": 0})
+    one = replace(settings, schedule=replace(settings.schedule, steps=1))
+    draws = []
+    for client_id in range(2):
+        for number in range(1, 3):
+            here = replace(job, seed=derive(bench.config.seed, "train", number, client_id))
+            for _ in range(2):
+                after = train_private(bench.base, bench.task, bench.data.train, here, config, one).adapter
+                draws.append(_moved(here.adapter, after, here.trains))
+    return draws
+
+
+def _moved(before: AdapterState, after: AdapterState, parts: frozenset[Part]) -> Tensor:
+    start, end = before.tensors(parts), after.tensors(parts)
+    return torch.cat([(end[name] - start[name]).flatten() for name in sorted(start)])
+
+
+def _job(bench: Workbench) -> TrainJob:
+    """What a client of the run trains in the first round."""
+    config = bench.config
+    rule = load_rule(config)
+    state = first_state(rule, bench.base, config.seed)
+    plan = plan_for(rule, state, ClientSpec(0, bench.base.layout(config.clients.rank_of(0))))
+    bench.base.rebase(0, ())
+    bench.base.rebase(plan.base_version, plan.merges)
+    trains: frozenset[Part] = frozenset(plan.trains) & ALL_PARTS
+    return TrainJob(plan.adapter, trains, np.empty(0, np.int64), derive(config.seed, "audit"))
+
+
+class _WithCanaries(torch.nn.Module):
+    def __init__(self, user: torch.nn.Module, canaries: Canaries) -> None:
+        super().__init__()
+        self.user, self.canaries = user, canaries
+
+
+class _CanaryBase:
+    """As much of a `Base` as `train_private` uses, with the canaries' weights beside the adapter's."""
+
+    def __init__(self, base: Base, model: _WithCanaries) -> None:
+        self._base, self.model, self.device = base, model, base.device
+
+    def write(self, state: AdapterState, trains: frozenset[Part]) -> list[torch.nn.Parameter]:
+        return [*self._base.write(state, trains), *self.model.canaries.parameters()]
+
+    def train_mode(self, training: bool) -> None:
+        self._base.train_mode(training)
+
+    def read(self) -> AdapterState:
+        return self._base.read()
+
+
+class _CanaryTask:
+    """The config's task, whose example i is an example of the training set with canary i on it."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
+        return {**self._task.collate(examples, indices % len(examples)), "canary": torch.from_numpy(indices)}
+
+    def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        assert isinstance(model, _WithCanaries)
+        rest = {name: value for name, value in batch.items() if name != "canary"}
+        return self._task.losses(model.user, rest) + model.canaries(batch["canary"])
+
+
+# ------------------------------------------------------------------------------------------------ clients
+
+
+def _of_clients(bench: Workbench, asked: int, trials: int) -> Iterator[Finding]:
+    config, privacy = bench.config, bench.config.client_privacy
+    assert privacy is not None
+    central = load_rule(config)
+    assert isinstance(central, Central)
+    rule = replace(central, rule=FedAvg())  # what the config's own rule does with the noisy mean is post-processing
+    one = epsilon([rule.entry()], privacy.delta, privacy.accountant)
+    every = epsilon([rule.entry()] * config.rounds, privacy.delta, privacy.accountant)
+    weights = largest_first(bench, asked)
+    few = weights[: privacy.minimum_cohort]
+    two = partial(audit_two_worlds, delta=privacy.delta, claimed=one, trials=trials)
+    yield Finding.of(f"the heaviest of {asked} clients, 1 round", two(client_worlds(rule, weights)))
+    yield Finding.of(f"the same, all but {len(few)} drop out", two(client_worlds(rule, few)))
+    seen = max(200, min(trials, MOST_MERGES // config.rounds // 2))
+    whole = client_worlds(rule, weights, rounds=config.rounds)
+    yield Finding.of(f"your claim, {config.rounds} rounds", two(whole, claimed=every, trials=seen))
+    yield Finding.of("  noise / 4", two(_quarter(rule, weights)), broken=True)
+    for what, there, share in (
+        ("noise for equal weights", weights, 1 / len(weights)),
+        ("noise for all who were asked", few, max(weights) / sum(weights)),
+    ):
+        if share < 0.4 * max(there) / sum(there):  # nearer to the truth it is hardly a lie
+            yield Finding.of(f"  {what}", two(client_worlds(rule, there, noise_for=share)), broken=True)
+
+
+def _quarter(rule: Central, weights: list[float]) -> Any:
+    return client_worlds(rule, weights, noise_for=max(weights) / sum(weights) / 4)
+
+
+def largest_first(bench: Workbench, asked: int) -> list[float]:
+    """Weights of a round's clients: the heaviest, and the lightest others, which is the worst draw for it."""
+    sizes = sorted(float(max(1, len(part))) for part in bench.data.clients)
+    if bench.config.server.weighting == "uniform":
+        return [1.0] * asked
+    return [sizes[-1], *sizes[: asked - 1]]

@@ -1,0 +1,189 @@
+"""The audit of a config sees what the config's own training does, and says so by its exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fedlora.cli import app
+from fedlora.config import parse_config
+from fedlora.errors import PrivacyError
+from fedlora.privacy import dpsgd
+from fedlora.privacy.audit import AuditResult, audit_in_one_run, reused_noise
+from fedlora.privacy.calibrate import Schedule
+from fedlora.privacy.dpsgd import PrivateStep
+from fedlora.privacy.mutants import MUTANTS
+from fedlora.training import audit as module
+from fedlora.training import open_workbench, private
+from fedlora.training.audit import Finding, audit, fresh_noise, through_model
+from fedlora.training.private import PrivateSettings, private_settings
+from fedlora.training.workbench import Workbench
+
+M = 2000
+CLAIM, SIGMA = 4.0, 1.0815
+EXAMPLE = ["server.weighting='uniform'", "privacy.max_grad_norm=0.3", "privacy.public_examples=40"]
+CLIENT = ["server.aggregation_error=false", "privacy.unit='client'", "privacy.clip_norm=0.5"]
+
+
+@pytest.fixture
+def overrides(tiny_bert: Path, tiny_csv: Path) -> list[str]:
+    return [
+        f"model.name='{tiny_bert}'",
+        f"data.source='{tiny_csv}'",
+        "adapter.rank=4",
+        "adapter.targets=['query','value']",
+        "partition.clients=4",
+        "runtime.threads=1",
+        "runtime.kernels='off'",
+        "runtime.device='cpu'",
+        "rounds=2",
+        "train.steps=2",
+        "privacy.delta=1e-3",
+        "privacy.noise_multiplier=2.0",
+    ]
+
+
+@pytest.fixture
+def bench(overrides: list[str]) -> Workbench:
+    return open_workbench(parse_config("", [*overrides, *EXAMPLE]))
+
+
+def attacked(bench: Workbench) -> AuditResult:
+    settings = PrivateSettings(Schedule(1.0, 1, 1, M / 2), SIGMA, 0.3, physical_batch_size=500)
+    attack = through_model(bench, settings, M)
+    return audit_in_one_run(attack, claimed=CLAIM, delta=1e-5, canaries=M, generator=np.random.default_rng(0))
+
+
+def breaks(monkeypatch: pytest.MonkeyPatch, mutant: Callable[[PrivateStep], None]) -> None:
+    """The mutant, inside the training that federations run."""
+
+    def make(*args: Any, **kwargs: Any) -> PrivateStep:
+        step = PrivateStep(*args, **kwargs)
+        mutant(step)
+        return step
+
+    monkeypatch.setattr(private, "PrivateStep", make)
+
+
+def test_the_training_of_a_federation_holds(bench: Workbench) -> None:
+    before = bench.base.model
+    found = attacked(bench)
+    assert 0.5 < found.lower_bound < CLAIM  # the attack sees the canaries, and not more of them than was claimed
+    assert bench.base.model is before
+    assert not any("canaries" in name for name, _ in before.named_modules())
+
+
+@pytest.mark.parametrize("name", ["noise / 4", "no clipping", pytest.param("noise / n", marks=pytest.mark.slow)])
+def test_what_goes_wrong_inside_the_training_of_a_federation_is_caught(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    breaks(monkeypatch, MUTANTS[name])
+    assert attacked(bench).refuted
+
+
+def test_training_without_any_noise_does_not_even_run(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    breaks(monkeypatch, MUTANTS["no noise"])  # fresh adapters have no gradient for A: without noise it stays
+    with pytest.raises(PrivacyError, match="private training failed"):
+        attacked(bench)
+
+
+def test_noise_over_steps_rounds_and_clients_is_never_the_same(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = private_settings(bench.config, 0)
+    draws = fresh_noise(bench, settings)
+    assert len(draws) == 8
+    assert reused_noise(draws) == []
+    monkeypatch.setattr(dpsgd, "secret_generator", lambda device: torch.Generator().manual_seed(0))
+    assert len(reused_noise(fresh_noise(bench, settings))) == 8 * 7 / 2
+
+
+def test_findings_are_bad_when_a_claim_falls_or_a_mutant_stands() -> None:
+    fallen, standing = AuditResult(1.0, 2.0, 9, 10), AuditResult(1.0, 0.5, 6, 10)
+    verdicts = [
+        (Finding.of("x", result, broken=mutant).bad, Finding.of("x", result, broken=mutant).verdict)
+        for result in (fallen, standing)
+        for mutant in (False, True)
+    ]
+    assert verdicts == [(True, "REFUTED"), (False, "caught"), (False, "holds"), (True, "missed")]
+
+
+@pytest.mark.slow
+def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
+    equal = ["server.weighting='uniform'", "rounds=2"]
+    bench = open_workbench(parse_config("", [*overrides, *CLIENT, *equal]))
+    found = list(audit(bench, 4, canaries=2000))
+    assert [finding.what.strip() for finding in found] == [
+        "the heaviest of 4 clients, 1 round",
+        "the same, all but 2 drop out",
+        "your claim, 2 rounds",
+        "noise / 4",
+    ]
+    assert not any(finding.bad for finding in found)
+    unequal = ["partition={name='quantity', clients=8, alpha=0.1}", "server.weighting='examples'"]
+    bench = open_workbench(parse_config("", [*overrides[:4], *overrides[5:], *CLIENT, *unequal]))
+    found = list(audit(bench, 8, canaries=2000))
+    assert "noise for equal weights" in [finding.what.strip() for finding in found]
+    assert not any(finding.bad for finding in found)
+
+
+def test_a_config_without_a_claim_has_nothing_to_audit(overrides: list[str]) -> None:
+    bench = open_workbench(parse_config("", overrides[:-2]))
+    with pytest.raises(PrivacyError, match="nothing to audit"):
+        next(audit(bench, 4))
+
+
+# ------------------------------------------------------------------------------------------------ fedlora audit
+
+
+def findings(*rows: Finding) -> Callable[..., Iterator[Finding]]:
+    return lambda *args, **kwargs: iter(rows)
+
+
+@pytest.mark.parametrize(
+    ("bound", "broken", "status", "says"),
+    [
+        (0.5, False, 0, "holds"),
+        (1.5, True, 0, "caught"),
+        (1.5, False, 1, "a claim is refuted"),
+        (0.5, True, 1, "raise --canaries"),
+    ],
+)
+def test_the_exit_status(
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bound: float,
+    broken: bool,
+    status: int,
+    says: str,
+) -> None:
+    row = Finding.of("the step", AuditResult(1.0, bound, 300, 400), broken=broken)
+    monkeypatch.setattr(module, "audit", findings(row))
+    path = tmp_path / "private.toml"
+    path.write_text(parse_config("", [*overrides, *EXAMPLE]).to_toml())
+    done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert done.exit_code == status
+    assert says in done.output
+    assert "300/400" in done.output
+
+
+@pytest.mark.slow
+def test_the_whole_command(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "private.toml"
+    path.write_text(parse_config("", [*overrides, *EXAMPLE]).to_toml())
+    done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert done.exit_code == 0, done.output
+    assert done.output.count("caught") == 8
+    assert done.output.count("holds") == 5
+    assert "8 draws, no two alike" in done.output
+    breaks(monkeypatch, MUTANTS["noise / 4"])
+    done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert done.exit_code == 1
+    assert done.output.count("REFUTED") == 2
