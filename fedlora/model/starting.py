@@ -61,6 +61,6 @@ def require_method(rule: Aggregator, method: Method) -> None:
         )
     if method.magnitudes and Claim.CHANGES_BASE in rule.claims:
         raise RuleError(
-            f"{type(rule).__name__} merges into the base, which the magnitudes of method {method.name!r} do not survive: "
+            f"{type(rule).__name__} merges into the base, which magnitudes ({method.name!r}) do not survive: "
             "set adapter.method = 'lora', or choose a rule that leaves the base alone, such as fedavg"
         )

@@ -22,8 +22,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 WRITE = "WRITE_DOCS"
 INTRODUCTION = """# Methods and rules
 
-`adapter.method` names one of PEFT's methods; `[strategy] name` the rule that combines what the clients trained. The server
-draws the adapter once, from the seed, and ships it. Every export loads with plain `PeftModel.from_pretrained`.
+`adapter.method` names one of PEFT's methods; `[strategy] name` the rule that combines what the clients trained. The
+server draws the adapter once, from the seed, and ships it. Every export loads with plain `PeftModel.from_pretrained`.
 
 ```toml
 [adapter]
@@ -32,14 +32,15 @@ rank = 256
 options = { d_initial = 0.1 }   # other fields of PEFT's config, for a method that is no LoRA
 ```
 
-- **LoRA variants** train pairs, dW = s B A, and go with every rule that lets the clients go on from the global pair.
-  `pissa` and `olora` start from a part of the weight itself, which the base gives up: W0 - s B0 A0 is version 1 of the base, a
-  merge that each client is sent once. Their exports are LoRA adapters of twice the rank, on the unchanged base.
-- **`dora`** trains magnitudes beside the pairs, which are averaged as they are. The weight is not linear in what is averaged,
-  so that no rule is exact for it and no aggregation error is reported.
-- **All others** train tensors that are no pairs. A rule that treats every tensor alike averages them as they are, which is an
-  average of parameters and not of weights. What they keep frozen (random projections, indices) is drawn on each machine and
-  compared by its hash when a client says hello. Mixed ranks and private training need pairs.
+- **LoRA variants** train pairs, dW = s B A, and go with every rule that lets the clients go on from the global
+  pair. `pissa` and `olora` start from a part of the weight itself, which the base gives up: W0 - s B0 A0 is version
+  1 of the base, a merge that each client is sent once. Their exports are LoRA adapters of twice the rank, on the
+  unchanged base.
+- **`dora`** trains magnitudes beside the pairs, which are averaged as they are. The weight is not linear in what is
+  averaged, so that no rule is exact for it and no aggregation error is reported.
+- **All others** train tensors that are no pairs. A rule that treats every tensor alike averages them as they are,
+  which is an average of parameters and not of weights. What they keep frozen (random projections, indices) is drawn
+  on each machine and compared by its hash when a client says hello. Mixed ranks and private training need pairs.
 """
 
 
