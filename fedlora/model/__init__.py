@@ -1,5 +1,6 @@
 """The transformers and PEFT boundary: load a base once, inject an adapter, swap its values, follow merges, export."""
 
+from fedlora.model.adapted import load_adapted
 from fedlora.model.base import Base
 from fedlora.model.device import resolve_device, seeded
 from fedlora.model.export import save_adapter, save_merged
@@ -12,6 +13,7 @@ __all__ = [
     "CacheInfo",
     "cache_info",
     "clear_cache",
+    "load_adapted",
     "load_base",
     "resolve_device",
     "save_adapter",
