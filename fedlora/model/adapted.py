@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from fedlora.assets import resolve_model
 from fedlora.config import RunConfig
 from fedlora.errors import ModelError
 from fedlora.model.device import seeded
 from fedlora.model.loading import _from_pretrained
+from fedlora.model.targets import is_transposed
+from fedlora.model.tuners import merged_weights
 from fedlora.rng import derive
 
 
@@ -49,3 +52,23 @@ def load_adapted(
         raise ModelError(f"the adapter does not fit {config.model.name!r}: {lacking[0].splitlines()[0][:200]}")
     adapted.to(device)
     return adapted.get_base_model()
+
+
+def changed_weights(model: nn.Module) -> Iterator[tuple[str, Float[Tensor, "o i"], Float[Tensor, "o i"]]]:
+    """The name of each adapted linear layer, its weight without the adapter and with it, in double precision.
+
+    Args:
+        model: as `load_adapted` gives it; is left in double precision.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model.double()  # so that the difference of the two is the update, and not its rounding
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        inner: Any = layer.get_base_layer()
+        before = inner.weight.detach().cpu().clone()
+        if before.ndim != 2:
+            continue
+        after = merged_weights(model, [name])[f"{name}.weight"]
+        yield (name, before.T, after.T) if is_transposed(inner) else (name, before, after)

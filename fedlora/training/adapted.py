@@ -111,6 +111,39 @@ def examples_for(source: Source, data: Path | None) -> Examples:
     return load_local(_with_labels(source), data)
 
 
+def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
+    """The base with the adapter, and the task, ready for `evaluate`.
+
+    Args:
+        source: see `find_adapter`.
+        examples: that it will be evaluated on; None: its weights alone matter.
+
+    Raises:
+        ConfigError: there are no examples, and nobody knows how many classes the adapter is for.
+        ModelError: the base cannot be loaded, or the adapter does not fit it.
+    """
+    task = load_task(source.config.task)
+    kwargs = _head(source, task) if examples is None else task.model_kwargs(examples)
+    device = setup(source.config.runtime)
+    try:
+        model = load_adapted(source.config, source.folder, task.auto_class, kwargs, device)
+    except ModelError as error:
+        raise ModelError(f"{str(source.folder)!r}: {error}") from None
+    return Adapted(model, device), task
+
+
+def _head(source: Source, task: Task) -> dict[str, Any]:
+    """What the model must be told so that its head is as large as the adapter's."""
+    if "label" not in task.roles:
+        return {}
+    config = _with_labels(source)
+    corpus = ASSETS.get(config.data.source)
+    names = config.task.fields.get("labels") or (corpus.label_names if corpus else ())
+    if not names:
+        raise ConfigError("the adapter does not say how many classes it is for: name them with --set task.labels=[...]")
+    return {"num_labels": len(names)}
+
+
 def _with_labels(source: Source) -> RunConfig:
     """The config with the names of the classes that the run found in its data; a file of its own may lack one."""
     config, run = source.config, source.run
@@ -121,18 +154,3 @@ def _with_labels(source: Source) -> RunConfig:
         return config
     names = (run.read_json("partition.json") or {}).get("label_names") or load_data(config).label_names
     return config.model_copy(update={"task": config.task.model_copy(update={"labels": list(names)})})
-
-
-def load_for(source: Source, examples: Examples) -> tuple[Adapted, Task]:
-    """The base with the adapter, and the task, ready for `evaluate`.
-
-    Raises:
-        ModelError: the base cannot be loaded, or the adapter does not fit it.
-    """
-    task = load_task(source.config.task)
-    device = setup(source.config.runtime)
-    try:
-        model = load_adapted(source.config, source.folder, task.auto_class, task.model_kwargs(examples), device)
-    except ModelError as error:
-        raise ModelError(f"{str(source.folder)!r}: {error}") from None
-    return Adapted(model, device), task

@@ -144,3 +144,29 @@ def test_an_adapter_for_another_base_is_refused(run: Path, cli: Cli, tiny_csv: P
     facts["task_type"] = None
     (other / "adapter_config.json").write_text(json.dumps(facts))
     assert "add --set task.name=..." in cli(other, "--data", tiny_csv).stderr
+
+
+def test_the_spectrum_is_that_of_the_adapters_own_factors(run: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from fedlora.spectrum import effective_rank
+
+    call = CliRunner().invoke
+    result = call(app, ["spectrum", str(run), "--format", "csv"])
+    found = {row["layer"]: row for row in rows(result)}
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    facts = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert len(found) == 4  # query and value of two layers
+    for name, row in found.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        assert facts["rank_pattern"] == {}
+        update = facts["lora_alpha"] / facts["r"] * B @ A
+        assert float(row["effective rank"]) == pytest.approx(effective_rank(torch.linalg.svdvals(update)), rel=1e-6)
+        assert float(row["|D| / |W0|"]) > 0
+        assert 0 <= int(row["new of the first 10"]) <= 10
+    alone = shutil.copytree(run / "adapter", tmp_path / "alone")
+    assert "name them with --set task.labels" in call(app, ["spectrum", str(alone)]).stderr
+    told = call(app, ["spectrum", str(alone), "--set", "task.labels=['no','yes']", "--format", "csv"])
+    assert told.stdout == result.stdout
+    assert "no cosine between 0 and 1" in call(app, ["spectrum", str(run), "--epsilon", "2"]).stderr
