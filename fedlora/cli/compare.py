@@ -43,11 +43,9 @@ def compare(
 
 def show(comparison: Comparison, form: str = "text", picture: Path | None = None) -> None:
     """Print a comparison, and draw it where a picture is asked for."""
-    import shutil
-
     from fedlora.compare import plot_curves
 
-    text = comparison.render(form, shutil.get_terminal_size((100, 24)).columns)  # type: ignore[arg-type]
+    text = comparison.render(form)
     if picture is not None:
         plot_curves(comparison.groups, picture)
     typer.echo(text, nl=False)

@@ -1,16 +1,16 @@
 """Runs side by side: `fedlora compare`."""
 
 from fedlora.compare._bootstrap import Difference, difference
-from fedlora.compare._comparison import Comparison, Format, compare, mean_and_deviation
+from fedlora.compare._comparison import Comparison, compare, mean_and_deviation
 from fedlora.compare._groups import Group, differences, group_runs
 from fedlora.compare._plot import plot_curves
 from fedlora.compare._reading import Run, read_run, read_runs
-from fedlora.compare._tables import Table
+from fedlora.compare._tables import FORMATS, Table, require_format
 
 __all__ = [
+    "FORMATS",
     "Comparison",
     "Difference",
-    "Format",
     "Group",
     "Run",
     "Table",
@@ -22,4 +22,5 @@ __all__ = [
     "plot_curves",
     "read_run",
     "read_runs",
+    "require_format",
 ]

@@ -44,12 +44,13 @@ class Difference:
 def difference(mine: Group, other: Group, *, draws: int = DRAWS) -> Difference:
     """Compare the final figures of two groups, seed by seed.
 
-    The standard error is that of a paired bootstrap in two stages: seeds are drawn with replacement, and for each of
-    them the test examples, the same ones for both runs where both kept their outcomes on the same examples. The
-    interval is mean +- t(s - 1) sqrt(s / (s - 1)) SE: Student's quantile, and the correction for the narrowness of a
-    bootstrap over few values (Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician
-    69(4), 2015, section 4.3). Over seeds alone it is Student's paired interval. With one seed it is the 2.5% and 97.5%
-    quantile over examples, and says nothing about other seeds.
+    The standard error is that of a paired bootstrap: seeds are drawn with replacement, and where all seeds were tested
+    on the same examples and kept their outcomes, these are drawn too, the same ones for all runs (where each seed has
+    test examples of its own, what differs between seeds holds their share already). The interval is
+    mean +- t(s - 1) sqrt(s / (s - 1)) SE: Student's quantile, and the correction for the narrowness of a bootstrap
+    over few values (Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69(4),
+    2015, section 4.3). Over seeds alone it is Student's paired interval. With one seed it is the 2.5% and 97.5%
+    quantile over test examples, and says nothing about other seeds.
 
     Args:
         mine: the group that may be better.
@@ -63,15 +64,16 @@ def difference(mine: Group, other: Group, *, draws: int = DRAWS) -> Difference:
     found = np.array([one.final - two.final for one, two in pairs])
     if not np.isfinite(found).all():
         return _nothing(seeds, "a run ended with a figure that is not finite")
-    by_example = all(_same_examples(one, two) for one, two in pairs)
+    tests = {run.test for pair in pairs for run in pair}
+    by_example = len(tests) == 1 and all(run.outcomes is not None for pair in pairs for run in pair)
     if len(seeds) == 1 and not by_example:
         return _nothing(seeds, "one seed decides nothing: run more", float(found[0]))
     generator = np.random.default_rng(0)
     if by_example:
-        table = np.stack([_by_example(*pair, draws, number) for number, pair in enumerate(pairs)])
-        columns = generator.integers(0, draws, (draws, len(seeds)))
+        table = np.stack([_by_example(*pair, draws) for pair in pairs])
+        columns = np.arange(draws)[:, None]
     else:
-        table, columns = found[:, None], np.zeros((draws, len(seeds)), dtype=int)
+        table, columns = found[:, None], np.zeros((draws, 1), dtype=int)
     rows = generator.integers(0, len(seeds), (draws, len(seeds)))
     means = table[rows, columns].mean(axis=1)
     mean = float(found.mean())
@@ -92,16 +94,12 @@ def _interval(mean: float, means: Float[np.ndarray, "m"], seeds: int) -> tuple[f
     return mean - reach, mean + reach
 
 
-def _same_examples(one: Run, two: Run) -> bool:
-    return one.outcomes is not None and two.outcomes is not None and one.test == two.test
-
-
-def _by_example(one: Run, two: Run, draws: int, number: int) -> Float[np.ndarray, "m"]:
-    """Differences of the figure over resampled test examples, the same ones for both runs."""
+def _by_example(one: Run, two: Run, draws: int) -> Float[np.ndarray, "m"]:
+    """Differences of the figure over resampled test examples, the same ones for all pairs of runs."""
     assert one.outcomes is not None
     assert two.outcomes is not None
     size = len(next(iter(one.outcomes.values())))
-    generator = np.random.default_rng([1, number])
+    generator = np.random.default_rng(1)
     out = np.empty(draws)
     for draw in range(draws):
         rows = generator.integers(0, size, size)

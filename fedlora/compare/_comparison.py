@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, get_args
 
 from fedlora.compare._bootstrap import Difference, difference
 from fedlora.compare._groups import Group, differences, group_runs
 from fedlora.compare._reading import Run, read_runs
-from fedlora.compare._tables import Table
+from fedlora.compare._tables import Table, require_format
 from fedlora.errors import ConfigError, nearest
 from fedlora.progress import format_bytes, format_metric, format_seconds
-
-Format = Literal["text", "markdown", "csv", "latex"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,22 +58,18 @@ class Comparison:
         """The name of the main figure."""
         return self.groups[0].runs[0].metric
 
-    def render(self, form: Format = "text", width: int = 100) -> str:
-        """The tables, one below the other; as CSV one table with a row for each group.
+    def render(self, form: str = "text") -> str:
+        """The tables, one below the other, as one of `FORMATS`; as CSV one table with a row for each group.
 
         Raises:
             ConfigError: there is no such format.
         """
-        if form not in get_args(Format):
-            raise ConfigError(f"there is no format {form!r}; {nearest(form, get_args(Format))}")
+        require_format(form)
         if form == "csv":
             return self.raw().csv()
-        shown = [table for table in (self.figures(), self.verdicts(), self.settings()) if table.rows]
-        if form == "text":
-            return "\n".join([table.text(width) for table in shown] + [f"note: {note}\n" for note in self.notes])
-        parts = [table.markdown() if form == "markdown" else table.latex() for table in shown]
-        mark = "" if form == "markdown" else "% "
-        return "\n".join([*parts, *(f"{mark}Note: {note}\n" for note in self.notes)])
+        tables = [table.render(form) for table in (self.figures(), self.verdicts(), self.settings()) if table.rows]
+        mark = {"text": "note: ", "markdown": "Note: ", "latex": "% Note: "}[form]
+        return "\n".join([*tables, *(f"{mark}{note}\n" for note in self.notes)])
 
     # ------------------------------------------------------------------------------------------ the tables
 

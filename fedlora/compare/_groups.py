@@ -59,7 +59,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     out: list[Group] = []
     for label, found in zip(labels, sets.values(), strict=True):
         if max(Counter(run.seed for run in found).values()) == 1:
-            out.append(Group(label or found[0].path.name, sorted(found, key=lambda run: run.seed)))
+            out.append(Group(label or found[0].keys["strategy.name"], sorted(found, key=lambda run: run.seed)))
         else:
             out += [Group(f"{label} ({run.path.name})".strip(), [run]) for run in found]
     times = Counter(group.label for group in out)

@@ -54,7 +54,7 @@ def plot_curves(groups: Sequence[Group], path: str | Path, title: str = "") -> P
         axes.plot(rounds, mean, color=colour, lw=2.0, ls=dash, marker="o", ms=3.5, zorder=2)
         last = max(last, rounds[-1])
         if not math.isnan(mean[-1]):
-            ends.append((float(mean[-1]), f"{group.label} {format_metric(metric, mean[-1] / unit)}", colour, False))
+            ends.append((float(mean[-1]), f"{format_metric(metric, mean[-1] / unit)} {group.label}", colour, False))
     label_ends(axes, last, ends)
     most = max(len(group.runs) for group in groups)
     axes.set_xlabel("round" + (f" (bands: one standard deviation over up to {most} seeds)" if banded else ""))

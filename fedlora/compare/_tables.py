@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from fedlora.errors import ConfigError, nearest
 
 GAP = "  "
 LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
+
+
+FORMATS = ("text", "markdown", "csv", "latex")
+
+
+def require_format(form: str) -> None:
+    """Raise `ConfigError` unless `form` is one of `FORMATS`."""
+    if form not in FORMATS:
+        raise ConfigError(f"there is no format {form!r}; {nearest(form, FORMATS)}")
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,11 @@ class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def render(self, form: str) -> str:
+        """The table as one of `FORMATS`; text fits the terminal."""
+        require_format(form)
+        return self.text(shutil.get_terminal_size((100, 24)).columns) if form == "text" else getattr(self, form)()
 
     def text(self, width: int = 10**6) -> str:
         """Aligned columns; those that have no room in `width` follow below, beside the first column again."""

@@ -1,5 +1,6 @@
 """The transformers and PEFT boundary: load a base once, inject an adapter, swap its values, follow merges, export."""
 
+from fedlora.model.adapted import changed_weights, load_adapted
 from fedlora.model.base import Base
 from fedlora.model.device import resolve_device, seeded
 from fedlora.model.export import save_adapter, save_merged
@@ -11,7 +12,9 @@ __all__ = [
     "BaseWeights",
     "CacheInfo",
     "cache_info",
+    "changed_weights",
     "clear_cache",
+    "load_adapted",
     "load_base",
     "resolve_device",
     "save_adapter",

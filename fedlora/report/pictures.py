@@ -214,7 +214,7 @@ def label_ends(axes: Axes, last: float, ends: list[tuple[float, str, str, bool]]
             fontsize=11 if bold else 9.5,
             fontweight="bold" if bold else "normal",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)},
         )
 
 

@@ -87,6 +87,7 @@ def alternatives(text: str) -> Iterator[str]:
 
 def plain(text: str) -> str:
     """A text with nothing in it that a folder's name or a shell would stumble over."""
+    text = re.sub(r"\s*,\s*", ",", text.strip())
     name = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", text.replace('"', "").replace("'", "")).strip("-,") or "empty"
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{_hash(text)}"
 

@@ -51,7 +51,7 @@ class Sweep:
         config: the TOML file that all runs share.
         out: the folder for the run directories.
         settings: name -> overrides, as `grid` makes them; or any names, such as "mixed ranks".
-        seeds: of each setting.
+        seeds: of each setting; () to do no more than select.
         selection: alternatives to choose from first, setting by setting.
         processes: runs at once; more than 1 have one thread each.
         keep: how much of each finished run stays on disk.
@@ -180,8 +180,8 @@ def plan(sweep: Sweep) -> tuple[dict[tuple[str, str], RunConfig], dict[tuple[str
         By setting and candidate the runs that choose (none without a selection), and by setting, candidate and seed
         all runs that may be reported.
     """
-    if sweep.processes < 1 or not sweep.seeds or not sweep.settings:
-        raise ConfigError("a sweep needs at least one setting, one seed and one process")
+    if sweep.processes < 1 or not sweep.settings or not (sweep.seeds or sweep.selection):
+        raise ConfigError("a sweep needs at least one setting, one seed (or a selection) and one process")
     if len(set(sweep.seeds)) < len(sweep.seeds):
         raise ConfigError("a seed stands there twice: give each once")
     selection = sweep.selection

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from fedlora.errors import DataError, nearest
-from fedlora.model import Base
 from fedlora.tasks._base import Examples, Task
 from fedlora.training.job import to_device
 
 CPU_TOKENS = 2048
 DEVICE_TOKENS = 16384
+
+
+class Measurable(Protocol):
+    """What can be evaluated: a `Base` with the adapter that was written to it last, or a model with a fixed one."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model with its adapter."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def train_mode(self, training: bool) -> None:
+        """Dropout on or off."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Evaluation:
 
 
 def evaluate(
-    base: Base,
+    base: Measurable,
     task: Task,
     examples: Examples,
     *,

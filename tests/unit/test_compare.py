@@ -175,6 +175,28 @@ def test_one_seed_is_judged_by_its_examples(family: Family) -> None:
     assert difference(*apart).verdict == "undecided"
 
 
+def test_examples_that_all_seeds_share_make_the_interval_wider_and_others_do_not(family: Family) -> None:
+    draw = np.random.default_rng(0)
+    finals = [[0.7, 0.72, 0.69], [0.7, 0.68, 0.7]]
+    outcomes = [draw.integers(0, 2, 40), draw.integers(0, 2, 40)]
+    alone = difference(*groups_of(family("a", finals[0]), family("b", finals[1], "train.lr=0.1")))
+    shared = difference(
+        *groups_of(
+            family("c", finals[0], "train.lr=0.2", correct=outcomes[0]),
+            family("d", finals[1], "train.lr=0.3", correct=outcomes[1]),
+        )
+    )
+    assert shared.by_example
+    assert shared.high - shared.low > 2 * (alone.high - alone.low)
+    one, two = groups_of(
+        family("e", finals[0], "train.lr=0.4", correct=outcomes[0]),
+        family("f", finals[1], "train.lr=0.5", correct=outcomes[1]),
+    )
+    own = [Group("x", [replace(run, test=str(run.seed)) for run in group.runs]) for group in (one, two)]
+    found = difference(*own)
+    assert (found.low, found.high, found.by_example) == (alone.low, alone.high, False)
+
+
 def test_lower_is_better_for_a_perplexity(family: Family) -> None:
     mine = family("a", [3.0, 3.1, 3.2], *PERPLEXITY, metric="perplexity")
     other = family("b", [9.0, 9.1, 9.3], *PERPLEXITY, "train.lr=0.1", metric="perplexity")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
+
+import pytest
+from typer.testing import CliRunner
 
 from fedlora.config import parse_config
 from fedlora.testing import broken_laws
@@ -45,3 +49,23 @@ def test_every_config_file_is_valid_and_opens_with_its_command() -> None:
         first = file.read_text().splitlines()[0]
         assert first.startswith("# fedlora "), file
         assert first.endswith(f"fedlora run configs/{file.name}"), file
+
+
+def test_the_sweep_is_a_valid_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedlora.sweep
+    from fedlora.cli import app
+
+    (command,) = re.findall(r"^fedlora sweep (?:\\\n|.)*", README, flags=re.MULTILINE)
+    planned = []
+
+    def plan(sweep: fedlora.sweep.Sweep, _watcher: object) -> fedlora.sweep.Outcome:
+        chooses, reports = fedlora.sweep.plan(sweep)
+        planned.append((len(chooses), len(reports), sweep.keep))
+        return fedlora.sweep.Outcome({}, {})
+
+    monkeypatch.setattr(fedlora.sweep, "run_sweep", plan)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    result = CliRunner().invoke(app, shlex.split(command.replace("\\\n", " "))[1:])
+    assert result.exit_code == 0, result.output
+    assert planned == [(6, 30, "metrics")]  # of the 30, the 10 with a rule's best rate will be run
+    assert "16 folders" in README

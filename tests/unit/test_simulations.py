@@ -36,6 +36,7 @@ def test_rules_chooses_a_rate_for_each_rule_and_draws(tmp_path: Path, monkeypatc
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "SEEDS", (0, 4))
     monkeypatch.setattr("sys.argv", ["run.py", "--processes", "1"])
     module.main()
     rows = [
@@ -43,8 +44,8 @@ def test_rules_chooses_a_rate_for_each_rule_and_draws(tmp_path: Path, monkeypatc
     ]
     assert len(rows) == 12
     assert [row.split("|")[3].strip() for row in rows[:4]] == ["0.003", "0.03", "0.003", "0.003"]  # ffa's was beyond
-    assert "80.2 ± 0.2 |" in rows[0]
-    assert "70.2 ± 0.2 |" in rows[0]
+    assert "80.2 ± 0.3 |" in rows[0]
+    assert "70.2 ± 0.3 |" in rows[0]
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 13
     # Rules that cannot take mixed ranks have the smallest client's.

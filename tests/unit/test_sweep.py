@@ -175,6 +175,13 @@ def test_the_best_alternative_is_chosen_on_another_seed(toml: Path, tmp_path: Pa
     assert watch.start == (12, 12, 10, 10)  # the two that failed are tried again
 
 
+def test_a_sweep_may_do_no_more_than_select(toml: Path, tmp_path: Path, pretend: list[str]) -> None:
+    rates = Selection(grid(["train.lr=0.01,0.02"]), seed=9)
+    outcome = run_sweep(Sweep(toml, tmp_path / "out", {"plain, text": ()}, (), rates))
+    assert (outcome.cells["plain, text"].chosen, outcome.runs) == ("lr=0.02", [])
+    assert pretend == ["plain,text,lr=0.01,seed=9", "plain,text,lr=0.02,seed=9"]
+
+
 def test_beyond_the_best_at_an_edge_the_next_one_is_tried(toml: Path, tmp_path: Path, pretend: list[str]) -> None:
     rates = Selection(grid(["train.lr=0.001,0.005,0.02,0.05,0.06"]), seed=9, start=("lr=0.001", "lr=0.005"))
     watch = Watch()

@@ -1,0 +1,137 @@
+"""`fedlora evaluate`: any adapter on any data, and how evenly it serves the clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.cli._common import Debug, Overrides, app, calm_loggers, errors_in_one_line
+from fedlora.cli.compare import Form
+from fedlora.errors import ConfigError, PrivacyError
+
+if TYPE_CHECKING:
+    from fedlora.compare import Table
+    from fedlora.training.adapted import Source
+
+Show = Callable[[str, float | None], str]
+"""A figure's name and value as a cell."""
+MOST_CLIENTS = 20
+"""With more, the worst are shown."""
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A run's folder, or an adapter's in PEFT's format.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help=".csv, .tsv, .jsonl, .json or .parquet; else the run's test set."),
+    ] = None,
+    clients: Annotated[
+        bool, typer.Option("--clients", help="On each client's own training examples: who is served badly?")
+    ] = False,
+    examples: Annotated[
+        int | None, typer.Option("--examples", min=1, metavar="N", help="With --clients: at most N of each client.")
+    ] = None,
+    overrides: Overrides = None,
+    form: Form = "text",
+    debug: Debug = False,
+) -> None:
+    """Measure an adapter: overall and by domain, or client by client."""
+    with errors_in_one_line(debug):
+        from fedlora.compare import require_format
+        from fedlora.progress import format_metric
+        from fedlora.training.adapted import find_adapter
+
+        calm_loggers(debug)
+        require_format(form)
+        if examples is not None and not clients:
+            raise ConfigError("--examples is for --clients: give both, or data.limit with --set")
+        source = find_adapter(adapter, overrides or [], data)
+        show = _digits if form == "csv" else format_metric
+        tables = _by_client(source, data, examples, show) if clients else [_by_domain(source, data, show)]
+        typer.echo("\n".join(table.render(form) for table in tables), nl=False)
+
+
+def _digits(_name: str, value: float | None) -> str:
+    return "" if value is None else repr(value)
+
+
+def _by_domain(source: Source, data: Path | None, show: Show) -> Table:
+    """A row for all examples and one for each domain."""
+    import numpy as np
+
+    from fedlora.compare import Table
+    from fedlora.data import column_roles
+    from fedlora.training import evaluate as measure
+    from fedlora.training.adapted import examples_for, load_for
+
+    examples = examples_for(source, data)
+    model, task = load_for(source, examples)
+    domain = column_roles(source.config.data).get("domain")
+    domain = domain if domain in examples.columns else None
+    found = measure(model, task, examples, domain_column=domain)
+    names = [task.metric, *(name for name in found.overall if name != task.metric)]
+    values = [] if domain is None else np.asarray(examples.columns[domain]).astype(str).tolist()
+    rows = [["all", str(len(examples)), *(show(name, found.overall[name]) for name in names)]]
+    for label, row in found.domains.items():
+        rows.append([label, str(values.count(label)), *(show(name, row[name]) for name in names)])
+    return Table("", [domain or "", "examples", *names], rows)
+
+
+def _by_client(source: Source, data: Path | None, most: int | None, show: Show) -> list[Table]:
+    """A row for each client, and their distribution."""
+    import numpy as np
+
+    from fedlora.compare import Table
+    from fedlora.data import load_data
+    from fedlora.fairness import fairness
+    from fedlora.rng import derive
+    from fedlora.training import evaluate as measure
+    from fedlora.training.adapted import load_for
+    from fedlora.training.baselines import main_domains
+
+    config = source.config
+    if source.run is None or data is not None:
+        raise ConfigError("--clients is for a run, whose clients are known: name the run's folder, without --data")
+    if config.privacy is not None:
+        raise PrivacyError("what a private run's model does on each client's own examples is what it keeps secret")
+    federated = load_data(config)
+    shares = list(federated.clients)
+    if most is not None:
+        draws = [np.random.default_rng(derive(config.seed, "evaluate", k)) for k in range(len(shares))]
+        shares = [np.sort(draw.permutation(rows)[:most]) for draw, rows in zip(draws, shares, strict=True)]
+    held = [k for k, rows in enumerate(shares) if len(rows)]
+    model, task = load_for(source, federated.train)
+    found = measure(model, task, federated.train, indices=np.concatenate([shares[k] for k in held]))
+    ends = np.cumsum([len(shares[k]) for k in held])
+    values = {
+        k: task.summarise({name: rows[end - len(shares[k]) : end] for name, rows in found.measures.items()})[
+            task.metric
+        ]
+        for k, end in zip(held, ends, strict=True)
+    }
+    spread = fairness(list(values.values()), higher_is_better=task.higher_is_better)
+    domains = main_domains(federated)
+    worst = sorted(values, key=lambda k: values[k], reverse=not task.higher_is_better)[:MOST_CLIENTS]
+    rows = [
+        [str(k), *([domains[k]] if domains else []), str(len(shares[k])), show(task.metric, values[k])]
+        for k in (sorted(values) if len(values) <= MOST_CLIENTS else worst)
+    ]
+    few = "" if len(values) <= MOST_CLIENTS else f"the {MOST_CLIENTS} worst of {len(values)} clients, "
+    header = ["client", *(["domain"] if domains else []), "examples", task.metric]
+    figures = {
+        "mean": show(task.metric, spread.mean),
+        "standard deviation": show(task.metric, math.sqrt(spread.variance)),
+        "worst client": show(task.metric, spread.worst),
+        "worst 10%": show(task.metric, spread.worst_decile),
+        "best 10%": show(task.metric, spread.best_decile),
+        "Gini": "-" if math.isnan(spread.gini) else show("gini", spread.gini),
+    }
+    over = Table(f"over {len(values)} clients, each counting alike", list(figures), [list(figures.values())])
+    return [Table(f"{few}on their own training examples", header, rows), over]

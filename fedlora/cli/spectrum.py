@@ -1,0 +1,52 @@
+"""`fedlora spectrum`: what an adapter does to the weights, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedlora.cli._common import Debug, Overrides, app, calm_loggers, errors_in_one_line
+from fedlora.cli.compare import Form
+from fedlora.errors import ConfigError
+
+
+@app.command()
+def spectrum(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A run's folder, or an adapter's in PEFT's format.")
+    ],
+    top: Annotated[
+        int, typer.Option("--top", min=1, metavar="N", help="Look at so many of the new weight's singular vectors.")
+    ] = 10,
+    epsilon: Annotated[
+        float, typer.Option("--epsilon", metavar="COSINE", help="One with no cosine above this to an old one is new.")
+    ] = 0.5,
+    overrides: Overrides = None,
+    form: Form = "text",
+    debug: Debug = False,
+) -> None:
+    """Show each layer's update: its size, its effective rank, and the new singular vectors that it brings."""
+    with errors_in_one_line(debug):
+        from fedlora.compare import Table, require_format
+        from fedlora.model import changed_weights
+        from fedlora.spectrum import spectrum as look
+        from fedlora.training.adapted import find_adapter, load_for
+
+        calm_loggers(debug)
+        require_format(form)
+        if not 0 < epsilon < 1:
+            raise ConfigError(f"--epsilon {epsilon:g} is no cosine between 0 and 1: give one such as 0.5")
+        source = find_adapter(adapter, overrides or [])
+        model, _ = load_for(source, None)
+        rows = []
+        for name, before, after in changed_weights(model.model):
+            found = look(before, after - before, top=top, epsilon=epsilon)
+            size, rank = found.size, found.effective_rank
+            shown = [repr(size), repr(rank)] if form == "csv" else [f"{size:.3g}", f"{rank:.2f}"]
+            rows.append([name, *shown, str(found.intruders)])
+        if not rows:
+            raise ConfigError(f"{str(adapter)!r} changes no linear layer: there is no spectrum to show")
+        header = ["layer", "|D| / |W0|", "effective rank", f"new of the first {top}"]
+        typer.echo(Table("", header, rows).render(form), nl=False)

@@ -1,0 +1,156 @@
+"""Any adapter in PEFT's format on its base, for evaluation: a run's, or one that somebody else trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlora.assets import ASSETS
+from fedlora.config import RunConfig, load_config, parse_config
+from fedlora.data import load_data, load_local
+from fedlora.errors import ConfigError, ModelError, RunDirError
+from fedlora.model import load_adapted
+from fedlora.rundir import RunDir
+from fedlora.tasks import Examples, Task, load_task
+from fedlora.training.runtime import setup
+
+TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm"}
+"""PEFT's names of tasks."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter is and what it is for.
+
+    Args:
+        folder: with adapter_config.json.
+        config: of its run, or one made from adapter_config.json.
+        run: that trained it, or None.
+    """
+
+    folder: Path
+    config: RunConfig
+    run: RunDir | None = None
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with an adapter, as `evaluate` takes it."""
+
+    model: nn.Module
+    device: torch.device
+
+    def train_mode(self, training: bool) -> None:
+        """Dropout on or off."""
+        self.model.train(training)
+
+
+def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = None) -> Source:
+    """The adapter of a run's folder, or in a folder of PEFT's.
+
+    Args:
+        path: of the run, or of the folder.
+        overrides: of its config, such as "data.text=review".
+        data: the file that it will be evaluated on, if it is not the run's own test set.
+
+    Raises:
+        RunDirError: there is neither, or the run has no adapter (yet).
+        ConfigError: the adapter does not say what it is for, and neither do the overrides.
+    """
+    if not (path / "config.toml").is_file() and (path.parent / "config.toml").is_file() and path.name == "adapter":
+        path = path.parent
+    if (path / "config.toml").is_file():
+        run = RunDir.open(path)
+        if not (run.adapter_dir / "adapter_config.json").is_file():
+            how = "its adapter was removed" if run.finished else f"go on with fedlora run --resume {path}"
+            raise RunDirError(f"{str(path)!r} has no adapter: {how}")
+        return Source(run.adapter_dir, load_config(path / "config.toml", overrides), run)
+    if not (path / "adapter_config.json").is_file():
+        raise RunDirError(f"{str(path)!r} is neither a run nor an adapter: name a folder with adapter_config.json")
+    return Source(path, _config_of(path, overrides, data))
+
+
+def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> RunConfig:
+    """The config that an adapter of unknown origin implies."""
+    facts: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    given = {override.partition("=")[0].strip() for override in overrides}
+    # No named corpus, whose columns and classes would be taken for the adapter's.
+    known = [f"name={json.dumps(folder.name)}", f"data.source={json.dumps(str(data or 'none'))}"]
+    base, task = facts.get("base_model_name_or_path"), TASKS.get(facts.get("task_type") or "")
+    if base and "model.name" not in given:
+        known.append(f"model.name={json.dumps(base)}")
+    if facts.get("revision"):
+        known.append(f"model.revision={json.dumps(facts['revision'])}")
+    if "task.name" not in given:
+        if task is None:
+            raise ConfigError(f"{str(folder)!r} does not say what it is for: add --set task.name=... (and its fields)")
+        known.append(f"task.name={task}")
+    if not base and "model.name" not in given:
+        raise ConfigError(f"{str(folder)!r} does not say what its base is: add --set model.name=...")
+    return parse_config("", [*known, *overrides], source=str(folder))
+
+
+def examples_for(source: Source, data: Path | None) -> Examples:
+    """The examples of a file, or the run's own test examples.
+
+    Raises:
+        ConfigError: there is no file, and no run that would have test examples.
+        DataError: the file is not usable, or the classes are not known.
+    """
+    config = source.config
+    if data is None:
+        if source.run is None:
+            raise ConfigError("an adapter alone has no test examples: name a file with --data")
+        return load_data(config).test
+    return load_local(_with_labels(source), data)
+
+
+def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
+    """The base with the adapter, and the task, ready for `evaluate`.
+
+    Args:
+        source: see `find_adapter`.
+        examples: that it will be evaluated on; None: its weights alone matter.
+
+    Raises:
+        ConfigError: there are no examples, and nobody knows how many classes the adapter is for.
+        ModelError: the base cannot be loaded, or the adapter does not fit it.
+    """
+    task = load_task(source.config.task)
+    kwargs = _head(source, task) if examples is None else task.model_kwargs(examples)
+    device = setup(source.config.runtime)
+    try:
+        model = load_adapted(source.config, source.folder, task.auto_class, kwargs, device)
+    except ModelError as error:
+        raise ModelError(f"{str(source.folder)!r}: {error}") from None
+    return Adapted(model, device), task
+
+
+def _head(source: Source, task: Task) -> dict[str, Any]:
+    """What the model must be told so that its head is as large as the adapter's."""
+    if "label" not in task.roles:
+        return {}
+    config = _with_labels(source)
+    corpus = ASSETS.get(config.data.source)
+    names = config.task.fields.get("labels") or (corpus.label_names if corpus else ())
+    if not names:
+        raise ConfigError("the adapter does not say how many classes it is for: name them with --set task.labels=[...]")
+    return {"num_labels": len(names)}
+
+
+def _with_labels(source: Source) -> RunConfig:
+    """The config with the names of the classes that the run found in its data; a file of its own may lack one."""
+    config, run = source.config, source.run
+    fields = config.task.fields
+    if run is None or fields.get("labels") or "label" not in load_task(config.task).roles:
+        return config
+    if (corpus := ASSETS.get(config.data.source)) is not None and corpus.label_names:
+        return config
+    names = (run.read_json("partition.json") or {}).get("label_names") or load_data(config).label_names
+    return config.model_copy(update={"task": config.task.model_copy(update={"labels": list(names)})})
