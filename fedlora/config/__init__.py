@@ -10,7 +10,7 @@ from fedlora.config._flat import different_keys, flat_keys
 from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedlora.config._reading import load_config, parse_config
-from fedlora.config._run import RunConfig, RuntimeConfig
+from fedlora.config._run import RunConfig, RuntimeConfig, TrackingConfig
 
 __all__ = [
     "OPEN_TABLES",
@@ -26,6 +26,7 @@ __all__ = [
     "RuntimeConfig",
     "Section",
     "ServerConfig",
+    "TrackingConfig",
     "TrainConfig",
     "WireConfig",
     "different_keys",
