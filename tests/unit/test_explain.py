@@ -39,7 +39,7 @@ def test_every_key_of_the_models_is_explained_and_no_other() -> None:
     dumped: set[str] = set()
     for unit in units:
         server = {"weighting": "uniform", "aggregation_error": False}
-        config = RunConfig.model_validate({"privacy": claim | unit, "server": server})
+        config = RunConfig.model_validate({"privacy": claim | unit, "server": server, "tracking": {"name": "wandb"}})
         dumped |= leaves(config.model_dump(mode="json")) - {"partition.clients"}
     dumped |= {"adapter.rank_pattern", "adapter.alpha_pattern", "data.columns"}  # tables of the user's own keys
     assert {path for path in known if not path.startswith("clients.profiles.")} == dumped
@@ -63,7 +63,7 @@ def test_defaults_are_those_of_the_models() -> None:
     for key in keys():
         if not key.entry and key.default not in (REQUIRED, "none") and "profiles" not in key.path:
             table, _, name = key.path.rpartition(".")
-            if table == "privacy":  # none by default
+            if table in ("privacy", "tracking"):  # none by default
                 continue
             given = getattr(RunConfig(), table) if table else RunConfig()
             value = getattr(given, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,10 +190,15 @@ def read_wandb(run: RunDir) -> Points:
     points: Points = {}
     for path in sorted(run.path.glob("wandb/offline-run-*/*.wandb")):
         assert path.stem == f"run-{run.read_json('tracking.json')['wandb']}"
-        for data in leveldb_records(path.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        found: list[Any] = []
+        for _ in range(100):  # a process of its own writes the file, and ends it after the run
+            found = [Record.FromString(data) for data in leveldb_records(path.read_bytes())]
+            if found and found[-1].WhichOneof("record_type") == "exit":
+                break
+            time.sleep(0.1)
+        for record in found:
+            items = record.history.item
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
             for name, value in row.items():
                 if not name.startswith("_"):
                     points.setdefault(name, []).append((int(row["_step"]), value))
