@@ -13,6 +13,7 @@ runs/<name>/
   adapter/              the final adapter, in PEFT's format
   outcomes.safetensors  what the last evaluation measured of each test example
   result.json           written last: a run that has it is finished, until a resume asks for more rounds
+  tracking.json         under which id a tracker knows the run
   report.html           all of it to read, made from the other files by `fedlora report`
   baselines.json, samples.json, *.png
   .lock                 held by the process that writes the run
@@ -57,8 +58,8 @@ KEPT_CHECKPOINTS = 2
 Keep = Literal["all", "adapter", "metrics"]
 """How much of a finished run stays on disk."""
 
-MAY_DIFFER = ("output", "rounds", "runtime")
-"""Config keys that a resume may change: where the run is, how far it goes, and on what machine."""
+MAY_DIFFER = ("output", "rounds", "runtime", "tracking")
+"""Config keys that a resume may change: where the run is, how far it goes, on what machine, and who else is told."""
 
 
 class RunDir:

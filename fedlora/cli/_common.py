@@ -22,13 +22,17 @@ app = typer.Typer(
     name="fedlora",
     help="Federated fine-tuning of foundation models with low-rank adapters.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, such as configs/quickstart.toml.")]
-MaybeConfig = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A TOML file.", show_default=False)]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped one: quickstart.")
+]
+MaybeConfig = Annotated[
+    Path | None,
+    typer.Argument(metavar="[CONFIG]", help="A TOML file, or the name of a shipped one.", show_default=False),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. train.lr=0.001. Repeatable."),

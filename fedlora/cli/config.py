@@ -24,7 +24,7 @@ def config(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [KEY ...]",
-            help="A TOML file, for the values of its run; keys or tables, such as train.lr or server.",
+            help="A config, for the values of its run; keys or tables, such as train.lr or server.",
             show_default=False,
         ),
     ] = None,
@@ -38,6 +38,7 @@ def config(
 
         from rich.console import Console
 
+        from fedlora.config import find_config
         from fedlora.explain import find_keys, json_schema, keys
 
         if schema:
@@ -45,13 +46,13 @@ def config(
                 raise ConfigError("--schema is about every config: give no file, key or --set with it")
             typer.echo(json.dumps(json_schema(), indent=2))
             return
-        files = [word for word in words or () if word.endswith(".toml")]
+        files = [word for word in words or () if word.endswith(".toml") or find_config(word).is_file()]
         names = [word for word in words or () if word not in files]
         if len(files) > 1:
             raise ConfigError(f"give one config file, not {len(files)}")
         if overrides and not files:
             raise ConfigError("--set changes a config file's keys: name the file")
-        values = _Values(Path(files[0]), overrides or []) if files else None
+        values = _Values(find_config(files[0]), overrides or []) if files else None
         console = Console()
         chosen = [key for name in names for key in find_keys(name)] if names else keys()
         if values is not None:

@@ -113,6 +113,7 @@ def _which_run(
 
 def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrite: bool, replay: Path | None) -> RunDir:
     from fedlora.rundir import RunDir
+    from fedlora.tracking import require_tracker
 
     if run_dir is not None and run_dir.finished:
         progress.message(f"{run_dir.path} is finished: nothing is left to train")
@@ -120,6 +121,7 @@ def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrit
     resume = run_dir is not None
     if not (resume or overwrite):
         RunDir.check_free(config)
+    require_tracker(config)
     bench = open_workbench(config)  # before an earlier run is removed: the config may turn out to be wrong
 
     from fedlora.flower import refuse_early, run_local

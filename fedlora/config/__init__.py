@@ -9,8 +9,8 @@ from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfi
 from fedlora.config._flat import different_keys, flat_keys
 from fedlora.config._learning import NODES, AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
-from fedlora.config._reading import load_config, parse_config
-from fedlora.config._run import RunConfig, RuntimeConfig
+from fedlora.config._reading import find_config, load_config, parse_config
+from fedlora.config._run import RunConfig, RuntimeConfig, TrackingConfig
 
 __all__ = [
     "NODES",
@@ -27,9 +27,11 @@ __all__ = [
     "RuntimeConfig",
     "Section",
     "ServerConfig",
+    "TrackingConfig",
     "TrainConfig",
     "WireConfig",
     "different_keys",
+    "find_config",
     "flat_keys",
     "load_config",
     "parse_config",

@@ -16,26 +16,39 @@ from fedlora.config._run import RunConfig
 from fedlora.errors import ConfigError, nearest
 from fedlora.registry import first_problem
 
+SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+"""Where the ready files are: inside an installed package, and beside it in a checkout."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file and apply `key=value` overrides.
 
     Args:
-        path: of the file; its stem is the run's name unless the file gives one.
+        path: of the file, or the name of one that ships with fedlora ("quickstart"); its stem is the run's name unless
+            the file gives one.
         overrides: such as "rounds=20" or "strategy.name=ffa"; values are TOML, a bare word is a string.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown (with the nearest valid one), a value is wrong.
     """
-    path = Path(path)
+    path = find_config(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        others += [other.stem for folder in SHIPPED for other in folder.glob("*.toml") if not path.suffix]
         raise ConfigError(f"there is no config file {str(path)!r}; {nearest(str(path), others)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from None
     return parse_config(text, overrides, source=str(path), name=path.stem)
+
+
+def find_config(path: str | Path) -> Path:
+    """The file of a shipped config for a bare name that is no file itself; otherwise the path as it is."""
+    path = Path(path)
+    if path.suffix or len(path.parts) != 1 or path.exists():
+        return path
+    return next((found for folder in SHIPPED if (found := folder / f"{path}.toml").is_file()), path)
 
 
 def parse_config(

@@ -36,6 +36,15 @@ class RuntimeConfig(Section):
     (`model.dropout = 0`), and all examples fit into a quarter of the free memory; "on" fails where that is not so."""
 
 
+class TrackingConfig(Section):
+    """Where the figures of each round go besides the run's folder."""
+
+    name: Literal["tensorboard", "wandb", "mlflow", "trackio"]
+    """Whose: each is an extra of its own, such as fedlora[wandb]."""
+    project: Annotated[str, Field(min_length=1)] = "fedlora"
+    """Under which the tracker puts the run (an experiment of MLflow; TensorBoard has none)."""
+
+
 class RunConfig(Section):
     """One run, complete: with the same versions and machine it gives the same bytes."""
 
@@ -60,6 +69,8 @@ class RunConfig(Section):
     privacy: PrivacyConfig | None = None
     """None: no privacy."""
     runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig | None = None
+    """None: in the run's folder alone."""
 
     @model_validator(mode="after")
     def _simulated_time(self) -> RunConfig:

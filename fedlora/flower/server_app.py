@@ -29,6 +29,7 @@ from fedlora.privacy.central import Central
 from fedlora.progress import PlainProgress, Progress
 from fedlora.report import write_report
 from fedlora.rundir import RunDir
+from fedlora.tracking import tracked
 from fedlora.training.central import load_rule
 from fedlora.training.runtime import describe
 from fedlora.training.workbench import Workbench, open_workbench
@@ -136,8 +137,9 @@ def run_rounds(
         rundir.note_environment(**describe(), **bench.choices)
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(bench.data))
-        state = Federation(grid, config, rule, bench, rundir, progress, spending).run(state)
-        outcome = finish(state, config, bench, rundir, account)
+        with tracked(progress, config, rundir) as told:
+            state = Federation(grid, config, rule, bench, rundir, told, spending).run(state)
+            outcome = finish(state, config, bench, rundir, account)
     if account is not None:
         progress.message(rundir.read_json("result.json")["privacy"]["statement"])
     try:

@@ -14,6 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import fedlora.flower
+import fedlora.tracking
 from fedlora import __version__
 from fedlora.cli import app
 from fedlora.rundir import RunDir
@@ -385,3 +386,36 @@ def test_config_names_the_nearest_key_and_prints_the_schema(cli: Cli, tiny_toml:
     assert "did you mean 'train.lr'" in cli("config", "train.lrr").stderr
     assert "--set changes a config file" in cli("config", "--set", "seed=1").stderr
     assert json.loads(cli("config", "--schema").stdout)["properties"]["rounds"]
+
+
+# ---------------------------------------------------------------------------------------------- trackers
+
+
+def test_a_run_tells_its_tracker_every_round(cli: Cli, tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int, float]] = []
+
+    class Fake(fedlora.tracking.Tracker):
+        package, where = "json", "nowhere"
+
+        def __init__(self, config: Any, folder: Path, run_id: str | None) -> None: ...
+
+        def log(self, figures: Any, step: int) -> None:
+            logged.append((step, figures["accuracy"]))
+
+        def close(self, *, ok: bool) -> None:
+            logged.append((-1, float(ok)))
+
+    monkeypatch.setattr(fedlora.tracking, "_class", lambda name: Fake)
+    assert cli("run", tiny_toml, "--set", "tracking.name=wandb").exit_code == 0
+    records = RunDir.open(tiny_toml.parent / "runs" / "tiny").read_metrics()
+    assert logged == [*((record["round"], record["accuracy"]) for record in records), (-1, 1.0)]
+
+
+def test_a_missing_tracker_is_said_before_anything_is_loaded(
+    cli: Cli, tiny_toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fedlora.tracking, "find_spec", lambda package: None)
+    done = cli("run", tiny_toml, "--set", "tracking.name=wandb", "--set", "model.name=not/there")
+    assert done.exit_code == 1
+    assert "pip install 'fedlora[wandb]'" in done.stderr
+    assert not (tiny_toml.parent / "runs").exists()

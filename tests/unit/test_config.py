@@ -161,3 +161,12 @@ def test_a_digest_sees_its_sections_and_no_others() -> None:
     assert one.digest("train") != other.digest("train")
     assert one.digest("model", "data") == other.digest("model", "data")
     assert math.isclose(other.train.lr, 0.2)
+
+
+def test_a_shipped_config_is_found_by_its_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quickstart").name == "quickstart"
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        load_config("quickstrat")
+    (tmp_path / "quickstart").write_text('name = "mine"')  # what is there comes first
+    assert load_config("quickstart").name == "mine"
