@@ -45,7 +45,8 @@ from fedlora.rng import derive
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.central import load_rule
 from fedlora.training.job import TrainJob
-from fedlora.training.private import PrivateSettings, check_model, private_settings, train_private
+from fedlora.training.private import PrivateSettings, check_model, private_settings, train_by_opacus
+from fedlora.training.private_cohort import train_private
 from fedlora.training.workbench import Workbench
 
 DELTA = 1e-5
@@ -180,7 +181,7 @@ def through_model(bench: Workbench, settings: PrivateSettings, canaries: int) ->
 
     def attack(members: np.ndarray) -> np.ndarray:
         model = _WithCanaries(bench.base.model, Canaries(canaries).to(bench.base.device))
-        train_private(
+        train_by_opacus(
             cast(Base, _CanaryBase(bench.base, model)),
             cast(Task, _CanaryTask(bench.task)),
             bench.data.train,
