@@ -42,7 +42,7 @@ def test_what_is_a_nodes_own_or_the_servers_alone_is_not_compared(tiny_config: M
 
 
 def test_every_table_that_decides_what_is_trained_is_compared() -> None:
-    not_trained_by = {"name", "output", "rounds", "server", "runtime"}
+    not_trained_by = {"name", "output", "rounds", "server", "runtime", "tracking"}
     of_the_node = {"data"}
     assert set(TABLES) == set(RunConfig.model_fields) - not_trained_by - of_the_node
 

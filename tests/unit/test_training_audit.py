@@ -14,13 +14,12 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.errors import PrivacyError
-from fedlora.privacy import dpsgd
 from fedlora.privacy.audit import AuditResult, audit_in_one_run, reused_noise
 from fedlora.privacy.calibrate import Schedule
 from fedlora.privacy.dpsgd import PrivateStep
 from fedlora.privacy.mutants import MUTANTS
 from fedlora.training import audit as module
-from fedlora.training import open_workbench, private
+from fedlora.training import open_workbench, private, private_cohort
 from fedlora.training.audit import Finding, audit, fresh_noise, through_model
 from fedlora.training.private import PrivateSettings, private_settings
 from fedlora.training.workbench import Workbench
@@ -100,7 +99,7 @@ def test_noise_over_steps_rounds_and_clients_is_never_the_same(
     draws = fresh_noise(bench, settings)
     assert len(draws) == 8
     assert reused_noise(draws) == []
-    monkeypatch.setattr(dpsgd, "secret_generator", lambda device: torch.Generator().manual_seed(0))
+    monkeypatch.setattr(private_cohort, "secret_generator", lambda device: torch.Generator().manual_seed(0))
     assert len(reused_noise(fresh_noise(bench, settings))) == 8 * 7 / 2
 
 
