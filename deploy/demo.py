@@ -55,9 +55,9 @@ name = "natural"
 column = "site"
 
 [train]
-steps = 12
+steps = 24
 batch_size = 16
-lr = 5e-3
+lr = 2e-3
 
 [server]
 quorum = 0.6
