@@ -184,6 +184,26 @@ def outcome_table(
     return table
 
 
+SHOWN_SAMPLES = 2
+SHOWN_CHARACTERS = 240
+
+
+def samples_table(samples: Sequence[Mapping[str, str]]) -> Table:
+    """What the model said to the first prompts before training and after, cut short; samples.json has all of it."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for sample in samples[:SHOWN_SAMPLES]:
+        for name in ("prompt", "reference", "before", "after"):
+            # The end of a prompt is what is answered; the beginning of an answer is what is said.
+            text = " ".join(sample[name].split())
+            if len(text) > SHOWN_CHARACTERS:
+                text = f"… {text[-SHOWN_CHARACTERS:]}" if name == "prompt" else f"{text[:SHOWN_CHARACTERS]} …"
+            table.add_row(name, Text(text))
+        table.add_row("", "")
+    return table
+
+
 def totals(records: Sequence[Mapping[str, Any]], claim: str | None = None) -> str:
     """Rounds, traffic and time of a run, in one line; in a second one the claim of a private run."""
     up, down = (sum(record.get(name, 0) for record in records) for name in ("bytes_up", "bytes_down"))

@@ -54,6 +54,7 @@ from fedlora.training.central import load_rule, require_cohort, require_one_star
 from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, examples_of
 from fedlora.training.private import check_model, private_settings
+from fedlora.training.samples import write_samples
 from fedlora.training.workbench import Workbench
 
 
@@ -134,12 +135,15 @@ class Federation:
         self.progress.started(self.config, len(self.nodes), self.config.rounds)
         if fresh:
             record = {"round": 0, **self._evaluate(state)}
+            write_samples(self.rundir, self.bench, "before")
             self.rundir.append_metrics(record)
             self.progress.round_ended(record)
             self.rundir.save_checkpoint(state)
         for number in range(state.round + 1, self.config.rounds + 1):
             with self.account.round(number) if self.account else nullcontext():
                 state = self._round(state, number)
+        self._show(state)
+        write_samples(self.rundir, self.bench, "after")
         return state
 
     def _round(self, state: GlobalState, number: int) -> GlobalState:
@@ -392,13 +396,17 @@ class Federation:
                 books.ideal.add(merge.change.pairs, books.weight)
         return relative_error(change, books.ideal, books.weight)
 
-    def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
+    def _show(self, state: GlobalState) -> None:
+        """Write the global model to the server's own base."""
         base = self.bench.base
         here = base.base_version if digest_of(base) == self._digests.get(base.base_version) else 0
         chain = merge_chain(state.merges, here)
         since = self._digests[here] if not chain or chain[0].since == here else ""
         follow(base, chain, state.base_version, self.base_digest, since)
-        self.bench.base.write(state.adapter)
+        base.write(state.adapter)
+
+    def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
+        self._show(state)
         result = evaluate(
             self.bench.base, self.bench.task, self.bench.data.test, domain_column=self.bench.data.domain_column
         )

@@ -78,6 +78,21 @@ def _take(values: Any, rows: np.ndarray) -> Any:
     return [values[row] for row in rows]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What a model says to a held-out prompt.
+
+    Args:
+        prompt: as text, with its special tokens.
+        reference: how the example goes on.
+        generated: how the model goes on, greedily.
+    """
+
+    prompt: str
+    reference: str
+    generated: str
+
+
 class Task(ABC):
     """One kind of learning problem."""
 
@@ -165,6 +180,26 @@ class Task(ABC):
             ConfigError: this kind of task has no such noise.
         """
         raise ConfigError(f"{type(self).__name__} has no feature noise; remove partition.feature_noise")
+
+    def samples(
+        self,
+        model: torch.nn.Module,  # noqa: ARG002
+        examples: Examples,  # noqa: ARG002
+        indices: Sequence[int] | np.ndarray,  # noqa: ARG002
+        model_path: str | Path,  # noqa: ARG002
+        *,
+        new_tokens: int = 32,  # noqa: ARG002
+    ) -> tuple[Sample, ...]:
+        """What the model says to the prompts of some examples; () for a task whose model says nothing.
+
+        Args:
+            model: with its adapter written.
+            examples: held out.
+            indices: which of them.
+            model_path: where the tokeniser is.
+            new_tokens: at most so many are generated.
+        """
+        return ()
 
     @abstractmethod
     def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:

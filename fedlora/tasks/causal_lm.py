@@ -21,27 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.errors import DataError, ModelError
-from fedlora.tasks._base import Batch, Examples, Table, Task, tasks
+from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
 from fedlora.tasks._chat import encode_conversations, encode_texts, read_messages
 from fedlora.tasks._text import Tokens, load_tokenizer
 
 IGNORED = -100  # the label of a token that does not count
 CHUNK = 512  # tokens whose logits are widened at once: a vocabulary of 50,000 makes 100 MB of them
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a model says to a held-out prompt.
-
-    Args:
-        prompt: as text, with its special tokens.
-        reference: how the example goes on.
-        generated: how the model goes on, greedily.
-    """
-
-    prompt: str
-    reference: str
-    generated: str
 
 
 @tasks.register("causal-lm")

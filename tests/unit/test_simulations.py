@@ -52,3 +52,33 @@ def test_rules_chooses_a_rate_for_each_rule_and_draws(tmp_path: Path, monkeypatc
     ranks = {c.strategy.name: (c.adapter.rank, c.clients.ranks) for c in asked if "mixed" in c.name}
     assert ranks["fedavg"][0] == ranks["fair"][0] == 2
     assert ranks["ffa"][0] == ranks["flora"][0] == 32
+
+
+def test_heterogeneity_reports_a_rate_chosen_at_one_alpha(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[RunConfig] = []
+
+    def complete(config: RunConfig, keep: str, on_round: Callable[[int], None]) -> None:
+        asked.append(config)
+        final = 0.8 - abs(config.train.lr - 0.003) - 0.01 / config.partition.fields["alpha"] + config.seed / 1000
+        path = make_run(Path(config.output) / config.name, [0.1, final], aggregation_error=0.25)
+        (path / "config.toml").write_text(config.to_toml())
+
+    monkeypatch.setattr(_workers, "complete", complete)
+    shutil.copy(FOLDER / "heterogeneity" / "config.toml", tmp_path / "config.toml")
+    spec = importlib.util.spec_from_file_location("heterogeneity_run", FOLDER / "heterogeneity" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "SEEDS", (0, 4))
+    monkeypatch.setattr(module, "ALPHAS", (0.1, 0.3, 1.0))
+    monkeypatch.setattr("sys.argv", ["run.py"])
+    module.main()
+    rows = (tmp_path / "table.md").read_text().splitlines()[2:]
+    assert len(rows) == 4
+    assert rows[0].split("|")[2:6] == [" 0.003 ", " 70.2 ± 0.3 ", " 76.9 ± 0.3 ", " 79.2 ± 0.3 "]
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    others = [config for config in asked if config.partition.fields["alpha"] != 0.3]
+    assert {config.train.lr for config in others} == {0.003}
+    assert {config.seed for config in others} == {0, 4}

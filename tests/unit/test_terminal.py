@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedlora.config import RunConfig
 from fedlora.progress import Columns, PlainProgress, format_bytes, format_metric, format_seconds, main_metric
-from fedlora.terminal import Terminal, outcome_table, totals
+from fedlora.terminal import SHOWN_SAMPLES, Terminal, outcome_table, samples_table, totals
 
 
 def make_record(number: int, domains: int = 4, **more: Any) -> dict[str, Any]:
@@ -159,3 +159,16 @@ def test_without_round_0_there_is_no_base_model() -> None:
 def test_totals_add_up() -> None:
     records = [make_record(0), make_record(1), make_record(2)]
     assert totals(records) == "2 rounds in 2 min 02 s; clients sent 2.0 MB and received 4.0 MB"
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_samples_are_cut_short_inside_the_width(width: int) -> None:
+    text = "[bold]start[/bold] " + "word " * 200 + "end"
+    samples = [dict.fromkeys(("prompt", "reference", "before", "after"), text)] * (SHOWN_SAMPLES + 1)
+    console, file = make_console(width)
+    console.print(samples_table(samples))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert len([line for line in lines if line.startswith("prompt")]) == SHOWN_SAMPLES
+    assert "end" in file.getvalue()  # of the prompt, which is what is answered
+    assert "[bold]start" in file.getvalue()  # of an answer, and as it stands

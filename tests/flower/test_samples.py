@@ -1,0 +1,115 @@
+"""A causal language model's run shows what the model says before and after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedlora.config import RunConfig, parse_config
+from fedlora.flower import run_local
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
+from fedlora.training.samples import NUMBER
+
+WORDS = ("red", "green", "blue", "old", "new", "cat", "dog", "bird")
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tiny_llama")
+    tokens = ["<pad>", "<end>", "<unk>", "you", "me", ":", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", bos_token="<end>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ 'you : ' if m['role'] == 'user' else 'me : ' }}{{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}me : {% endif %}"
+    )
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def echo(tiny_llama: Path, tmp_path: Path) -> Any:
+    """A federation that learns to answer each word with itself."""
+    rows = [
+        {"prompt": word, "answer": f"{word} {word} {word}", "person": f"p{n % 3}"} for n, word in enumerate(WORDS * 12)
+    ]
+    (tmp_path / "echo.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def make(*overrides: str, name: str = "echo") -> RunConfig:
+        return parse_config(
+            "",
+            [
+                f"output='{tmp_path / 'runs'}'",
+                f"model.name='{tiny_llama}'",
+                "adapter.rank=16",
+                "adapter.targets=all-linear",
+                f"data.source='{tmp_path / 'echo.jsonl'}'",
+                "data.test_fraction=0.2",
+                "task={name='causal-lm', max_length=32}",
+                "partition={name='natural', column='person'}",
+                "train.steps=12",
+                "train.lr=0.01",
+                "runtime.threads=1",
+                "runtime.kernels=off",
+                "rounds=6",
+                *overrides,
+            ],
+            name=name,
+        )
+
+    return make
+
+
+def said(rundir: RunDir) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = rundir.read_json("samples.json")
+    return found
+
+
+def test_the_same_prompts_before_and_after(echo: Any) -> None:
+    config = echo()
+    rundir = RunDir.create(config)
+    run_local(config, rundir, NoProgress())
+    rows = said(rundir)
+    assert len(rows) == NUMBER
+    assert all(row["prompt"] == f"you : {row['reference'].split()[0]} <end> me :" for row in rows)
+
+    def right(when: str) -> int:
+        return sum(row[when].split()[:1] == row["reference"].split()[:1] for row in rows)
+
+    assert right("after") > right("before")
+
+
+def test_a_resumed_run_keeps_what_was_said_before(echo: Any) -> None:
+    whole = RunDir.create(echo(name="whole"))
+    run_local(echo(name="whole"), whole, NoProgress())
+    rundir = RunDir.create(echo("rounds=3", name="cut"))
+    run_local(echo("rounds=3", name="cut"), rundir, NoProgress())
+    between = said(rundir)
+    longer = echo(name="cut")
+    run_local(longer, RunDir.open(rundir.path, longer), NoProgress(), resume=True)
+    assert said(rundir) == said(whole)
+    assert [row["before"] for row in between] == [row["before"] for row in said(whole)]
+
+
+def test_a_classifier_says_nothing(tiny_config: Any) -> None:
+    config = tiny_config("rounds=1")
+    rundir = RunDir.create(config)
+    run_local(config, rundir, NoProgress())
+    assert rundir.read_json("samples.json") is None
