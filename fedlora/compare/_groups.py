@@ -12,8 +12,8 @@ from fedlora.compare._reading import Run
 from fedlora.config import OPEN_TABLES
 from fedlora.errors import ConfigError
 
-NO_SETTING = ("seed", "name", "output", "runtime.device", "runtime.threads", "runtime.kernels")
-"""Keys that make no setting: which draw, what it is called, and on what machine."""
+NO_SETTING = ("seed", "name", "output", "runtime", "tracking")
+"""Keys and tables that make no setting: which draw, what it is called, on what machine, and who else is told."""
 ABSENT = "-"
 
 
@@ -53,7 +53,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         )
     sets: dict[str, list[Run]] = {}
     for run in runs:
-        setting = {key: value for key, value in run.keys.items() if key not in NO_SETTING}
+        setting = {key: value for key, value in run.keys.items() if _makes_a_setting(key)}
         sets.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
     labels = _labels([found[0].keys for found in sets.values()])
     out: list[Group] = []
@@ -75,8 +75,12 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     return {key: [_say(group.runs[0].keys.get(key, ABSENT)) for group in groups] for key in keys}
 
 
+def _makes_a_setting(key: str) -> bool:
+    return key.partition(".")[0] not in NO_SETTING
+
+
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = dict.fromkeys(key for setting in settings for key in setting if key not in NO_SETTING)
+    names = dict.fromkeys(key for setting in settings for key in setting if _makes_a_setting(key))
     return [key for key in names if len({json.dumps(setting.get(key, ABSENT)) for setting in settings}) > 1]
 
 

@@ -39,7 +39,7 @@ def family(tmp_path: Path) -> Family:
 def test_seeds_names_and_machines_make_no_group(tmp_path: Path) -> None:
     paths = [
         make_run(tmp_path / "a", [0.5, 0.6], "seed=3", "runtime.threads=1", "output=here"),
-        make_run(tmp_path / "b", [0.5, 0.7], "seed=1", "runtime.device=cpu", "output=there"),
+        make_run(tmp_path / "b", [0.5, 0.7], "seed=1", "runtime.cohort=2", "tracking.name=wandb"),
         make_run(tmp_path / "c", [0.5, 0.8], "seed=1", "train.lr=0.5"),
     ]
     runs, _ = read_runs(paths)

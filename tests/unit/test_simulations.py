@@ -16,29 +16,57 @@ from fedlora.sweep import _workers
 FOLDER = Path(__file__).parents[2] / "simulations"
 
 
-def test_rules_chooses_a_rate_for_each_rule_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SWEEPS = sorted(path.parent.name for path in FOLDER.glob("*/run.py") if "run_sweep" in path.read_text())
+
+
+@pytest.fixture
+def simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[RunConfig]]:
+    """Does a simulation in `tmp_path` with two seeds; its runs end at once, as well as their rule and rate let them."""
     asked: list[RunConfig] = []
 
     def complete(config: RunConfig, keep: str, on_round: Callable[[int], None]) -> None:
         asked.append(config)
-        assert keep == "metrics"
+        assert keep == "metrics"  # a checkpoint for each of a hundred runs would fill a disk
         final = 0.8 - abs(config.train.lr - (0.03 if config.strategy.name == "ffa" else 0.003)) + config.seed / 1000
         domains = {"movies": final - 0.1, "tweets": final + 0.1}
         rounds = [0.5, *[float("nan")] * (config.rounds - 1), final]
         path = make_run(Path(config.output) / config.name, rounds, domains=domains, aggregation_error=0.25)
         (path / "config.toml").write_text(config.to_toml())
 
-    monkeypatch.setattr(_workers, "complete", complete)
-    shutil.copy(FOLDER / "rules" / "config.toml", tmp_path / "config.toml")
-    spec = importlib.util.spec_from_file_location("rules_run", FOLDER / "rules" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "HERE", tmp_path)
-    monkeypatch.setattr(module, "SEEDS", (0, 4))
-    monkeypatch.setattr("sys.argv", ["run.py", "--processes", "1"])
-    module.main()
+    def run(name: str) -> list[RunConfig]:
+        monkeypatch.setattr(_workers, "complete", complete)
+        shutil.copy(FOLDER / name / "config.toml", tmp_path / "config.toml")
+        spec = importlib.util.spec_from_file_location(f"{name}_run", FOLDER / name / "run.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(module, "HERE", tmp_path)
+        monkeypatch.setattr(module, "SEEDS", (0, 4))
+        monkeypatch.setattr("sys.argv", ["run.py", "--processes", "1"])
+        module.main()
+        return asked
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name != "rules"])
+def test_it_runs_through(name: str, simulate: Callable[[str], list[RunConfig]], tmp_path: Path) -> None:
+    require_results(simulate(name), tmp_path)
+
+
+def require_results(asked: list[RunConfig], tmp_path: Path) -> None:
+    assert {config.seed for config in asked} == {0, 4, 100}  # one that chooses, and those that are reported
+    assert "79." in (tmp_path / "table.md").read_text() or "80." in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    settings = {config.name.rpartition(",seed=")[0] for config in asked if config.seed != 100}
+    assert len(lines) == 1 + len(settings)
+
+
+def test_rules_chooses_a_rate_for_each_rule(simulate: Callable[[str], list[RunConfig]], tmp_path: Path) -> None:
+    asked = simulate("rules")
+    require_results(asked, tmp_path)
     rows = [
         line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| d") or "mixed" in line
     ]
@@ -46,8 +74,6 @@ def test_rules_chooses_a_rate_for_each_rule_and_draws(tmp_path: Path, monkeypatc
     assert [row.split("|")[3].strip() for row in rows[:4]] == ["0.003", "0.03", "0.003", "0.003"]  # ffa's was beyond
     assert "80.2 ± 0.3 |" in rows[0]
     assert "70.2 ± 0.3 |" in rows[0]
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 13
     # Rules that cannot take mixed ranks have the smallest client's.
     ranks = {c.strategy.name: (c.adapter.rank, c.clients.ranks) for c in asked if "mixed" in c.name}
     assert ranks["fedavg"][0] == ranks["fair"][0] == 2
