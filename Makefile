@@ -16,7 +16,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets fetched run deploy-demo test test-slow check format bench lock clean
+.PHONY: help setup assets fetched run deploy-demo test test-slow check docs format bench lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ check: setup  ## linter, formatter, types, and which module may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup  ## build the documentation site into .cache/site
+	@$(BIN)/python -m pip install -qq "mkdocs-material>=9.6" "mkdocstrings[python]>=0.29"
+	$(BIN)/python -m mkdocs build --strict
 
 format: setup  ## let the formatter and the linter's safe fixes change files
 	$(BIN)/ruff check --fix .
