@@ -8,8 +8,8 @@ Examples are known by their content: a hash of the token ids or pixels in a call
 which examples a batch holds or whose they are, and an example that occurs twice is computed once. Each is computed
 without padding, among others of its length alone (or by itself, where trying that out at the start shows in a bit): its
 states depend neither on the batch in which it came first nor on what is kept already, and a resumed run repeats bit by
-bit. Against the same batch without the cache the products below have other shapes, which
-shows in rounding only (nothing at all for one example alone).
+bit. Against the same batch without the cache the products below have other shapes, which shows in rounding only
+(nothing at all for one example alone).
 
 A call that does anything else than to put whole, right-padded examples through the model (a packed batch, generation
 with a cache) goes through all layers as ever.
@@ -40,7 +40,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 class UnfitError(Exception):
-    """The prefix of a model cannot be kept; says why. Never leaves this package."""
+    """The prefix of a model cannot be kept; says why."""
 
 
 class _Reached(BaseException):
