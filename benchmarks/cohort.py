@@ -1,0 +1,205 @@
+"""What it is worth to train many clients at once through one frozen base: every client's result checked, then timed.
+
+    python benchmarks/cohort.py                               # the encoder, float32, batch 4
+    python benchmarks/cohort.py --shape llama --dtype bfloat16
+    python benchmarks/cohort.py --private --batch-size 1
+
+Random weights, texts of a fixed length, LoRA of rank 8 on query and value with a trained head, AdamW, one thread.
+First each client's adapter is compared with the one that it gets alone (row 0). Then all arms take turns in one
+process; the table gives medians of CPU milliseconds for a client, and ratios to the first arm. The arms change one
+thing after another: PEFT and torch in a plain loop; the same with the kernels that the engine uses; the engine, one
+client at a time; the engine, all together. With --private the first arm is Opacus, client by client, and the engine's
+own plain step is beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.attention import choose_attention
+from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
+from fedlora.kernels import accelerate
+from fedlora.model import Base, load_base, seeded
+from fedlora.model.dropout import set_dropout
+from fedlora.privacy.calibrate import Schedule
+from fedlora.tasks import Examples, Task, load_task
+from fedlora.tasks._text import Tokens
+from fedlora.training.cohort import train, train_cohort
+from fedlora.training.job import TrainJob, batches
+from fedlora.training.pool import step_budget
+from fedlora.training.private import PrivateSettings, train_by_opacus
+from fedlora.training.private_cohort import train_private_cohort
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "encoder": {"layers": 6, "hidden": 384, "heads": 12, "tokens": 64, "steps": 4},
+    "tiny": {"layers": 2, "hidden": 64, "heads": 2, "tokens": 16, "steps": 4},
+    "llama": {"layers": 6, "hidden": 384, "heads": 6, "tokens": 128, "steps": 2},
+}
+VOCABULARY = 2000
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="encoder")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, help="of each client; by the shape if not given")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the base")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--private", action="store_true")
+    return parser.parse_args()
+
+
+def random_model(shape: str, dtype: str, dropout: float, folder: Path) -> tuple[Base, Task]:
+    """A base of random weights, with its task."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    size = SHAPES[shape]
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": size["hidden"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["heads"],
+        "pad_token_id": 0,
+    }
+    causal = shape == "llama"
+    with seeded(0, torch.device("cpu")):
+        if causal:
+            config: Any = LlamaConfig(**common, intermediate_size=1024)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        else:
+            config = BertConfig(**common, intermediate_size=4 * size["hidden"], num_labels=4)
+            AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    run = RunConfig(
+        model=ModelConfig(name=str(folder), dtype=dtype),  # type: ignore[arg-type]
+        adapter=AdapterConfig(rank=8, targets=("q_proj", "v_proj") if causal else ("query", "value")),
+        runtime=RuntimeConfig(device="cpu"),
+    )
+    kind = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    base = load_base(run, kind, () if causal else ("classifier",), {})
+    set_dropout(base.model, dropout)
+    return base, load_task(OpenTable(name="causal-lm" if causal else "text-classification"))
+
+
+def random_texts(count: int, tokens: int, causal: bool) -> Examples:
+    """Texts of one length, of random tokens and classes."""
+    draw = np.random.default_rng(0)
+    rows = Tokens.join(list(draw.integers(1, VOCABULARY, (count, tokens))), 0)
+    if causal:
+        return Examples({"input_ids": rows, "labels": replace(rows, pad_id=-100)}, None, rows.lengths)
+    return Examples({"input_ids": rows}, draw.integers(0, 4, count), rows.lengths)
+
+
+def plain_loop(base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig) -> AdapterState:
+    """PEFT's layers, torch's optimiser, one client: what a lean program does."""
+    parameters = base.write(job.adapter, job.trains)
+    base.train_mode(True)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    for chosen in batches(job.indices, config.batch_size, config.steps or 1, job.seed):
+        task.losses(base.model, task.collate(examples, chosen)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return base.read()
+
+
+def farthest(one: Sequence[AdapterState], other: Sequence[AdapterState]) -> float:
+    """The largest difference between any two entries."""
+    return max(
+        float((value - second.tensors()[name]).abs().max())
+        for first, second in zip(one, other, strict=True)
+        for name, value in first.tensors().items()
+    )
+
+
+def main() -> None:
+    """Print a table."""
+    args = arguments()
+    torch.set_num_threads(1)
+    size = SHAPES[args.shape]
+    with tempfile.TemporaryDirectory() as folder:
+        base, task = random_model(args.shape, args.dtype, args.dropout, Path(folder))
+        base.fingerprint  # noqa: B018 (reads the folder while it is there)
+    examples = random_texts(args.clients * 64, size["tokens"], args.shape == "llama")
+    config = TrainConfig(steps=args.steps or size["steps"], batch_size=args.batch_size, lr=1e-3)
+    start = base.initial_adapter(0)
+    jobs = [TrainJob(start, ALL_PARTS, np.arange(64 * k, 64 * k + 64), k) for k in range(args.clients)]
+    configs = [config] * len(jobs)
+    rate = args.batch_size / 64
+    settings = PrivateSettings(Schedule(rate, config.steps or 1, 1, float(args.batch_size)), 1.0, 1.0)
+
+    def set_up(fast: bool) -> None:
+        accelerate(base.model, "onednn" if fast and args.dtype == "float32" else "off")
+        choose_attention(base.model, "auto" if fast else "sdpa")
+
+    def loop() -> Any:
+        return [plain_loop(base, task, examples, job, config) for job in jobs]
+
+    def opacus() -> Any:
+        return [train_by_opacus(base, task, examples, job, config, settings) for job in jobs]
+
+    def alone() -> Any:
+        return [train(base, task, examples, job, config) for job in jobs]
+
+    def cohort() -> Any:
+        return train_cohort(base, task, examples, jobs, configs)
+
+    def private() -> Any:
+        return train_private_cohort(base, task, examples, jobs, configs, [settings] * len(jobs))
+
+    arms: dict[str, tuple[bool, Callable[[], Any]]] = {
+        "PEFT, plain loop, torch's kernels": (False, loop),
+        "PEFT, plain loop, chosen kernels": (True, loop),
+        "engine, one by one, torch's kernels": (False, alone),
+        "engine, one by one, chosen kernels": (True, alone),
+        "engine, together, torch's kernels": (False, cohort),
+        "engine, together, chosen kernels": (True, cohort),
+    }
+    if args.private:
+        arms = {
+            "Opacus, client by client, torch's kernels": (False, opacus),
+            "Opacus, client by client, chosen kernels": (True, opacus),
+            "engine, private, together, torch's kernels": (False, private),
+            "engine, private, together, chosen kernels": (True, private),
+            "engine, plain, together, chosen kernels": (True, cohort),
+        }
+    else:
+        set_up(False)
+        gap = farthest(loop(), [result.adapter for result in cohort()])
+        print(f"farthest from the plain loop: {gap:.1e} ({args.dtype}; the tests hold float64 to 1e-10)")
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for repeat in range(args.repeats + 1):  # the first one warms up
+        for name, (fast, run) in arms.items():
+            set_up(fast)
+            begin = time.process_time()
+            run()
+            if repeat:
+                seconds[name].append(time.process_time() - begin)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    first = next(iter(medians.values()))
+    print(
+        f"{args.shape}, {args.dtype}, {size['tokens']} tokens, {args.clients} clients of {config.steps} steps of batch "
+        f"{args.batch_size}; at most {step_budget(base).tokens} tokens in a step; torch {torch.__version__}"
+    )
+    print("| arm | CPU ms a client | gain |\n|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {1e3 * median / len(jobs):.1f} | {first / median:.2f}x |")
+
+
+if __name__ == "__main__":
+    main()

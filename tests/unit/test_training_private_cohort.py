@@ -1,0 +1,193 @@
+"""Private training in company: Opacus's numbers for each client, whatever the others do."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
+from fedlora.errors import PrivacyError
+from fedlora.model import Base, load_base, seeded
+from fedlora.privacy.calibrate import Schedule
+from fedlora.privacy.dpsgd import PrivateStep
+from fedlora.tasks import Examples, Table, Task, load_task
+from fedlora.training import TrainJob, TrainResult
+from fedlora.training.job import learning_rate
+from fedlora.training.pool import Budget
+from fedlora.training.private import PrivateSettings, add_proximal, make_optimizer
+from fedlora.training.private_cohort import PrivateTogether, train_private_cohort
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task(OpenTable(name="text-classification"))
+
+
+@pytest.fixture(scope="module")
+def examples(task: Task, tiny_bert: Path, tiny_csv: Path) -> Examples:
+    with tiny_csv.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    table = Table({name: [row[name] for row in rows] for name in rows[0]})
+    return task.prepare(table, tiny_bert, {"text": "text", "label": "label"}, keep=())
+
+
+@pytest.fixture
+def base(tiny_bert: Path, task: Task, examples: Examples) -> Base:
+    config = RunConfig(
+        model=ModelConfig(name=str(tiny_bert), dtype="float64"),
+        adapter=AdapterConfig(rank=4),
+        runtime=RuntimeConfig(device="cpu"),
+    )
+    return load_base(config, task.auto_class, task.head, task.model_kwargs(examples), task.peft_task_type)
+
+
+def adapter(base: Base, rank: int, seed: int) -> AdapterState:
+    state = base.initial_adapter(0)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * 0.1
+
+    pairs = {
+        name: replace(state.pairs[name], A=draw(s.rank, s.d_in), B=draw(s.d_out, s.rank), scale=s.scale)
+        for name, s in base.layout(rank).items()
+    }
+    return AdapterState(pairs, dict(state.dense))
+
+
+OPTIMIZERS: list[dict[str, Any]] = [{}, {"optimizer": "sgd", "lr": 0.1}, {"optimizer": "sgd", "momentum": 0.9}]
+RANKS = (4, 2, 6)
+SIZES: tuple[tuple[int, ...], ...] = ((9, 0, 3, 14), (1, 5, 0, 0), (0, 0, 0, 0))
+"""Sizes of each client's samples, step by step."""
+
+
+def clients(
+    base: Base, **changes: Any
+) -> tuple[list[tuple[TrainJob, TrainConfig]], list[PrivateSettings], list[list[np.ndarray]]]:
+    draw = np.random.default_rng(0)
+    work, settings, samples = [], [], []
+    for k, rank in enumerate(RANKS):
+        job = TrainJob(adapter(base, rank, k), ALL_PARTS, np.arange(60 * k, 60 * k + 40), k, proximal_mu=0.3 * k)
+        work.append((job, TrainConfig(lr=0.01 * (k + 1), warmup_steps=k).model_copy(update=changes)))
+        plan = Schedule(0.2, STEPS, 1, 8.0 + k)
+        settings.append(PrivateSettings(plan, 0.5 + k, 0.05 * (k + 1), physical_batch_size=(None, 2, 4)[k]))
+        samples.append([np.sort(draw.choice(40, size, replace=False)) for size in SIZES[k]])
+    return work, settings, samples
+
+
+def by_opacus(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    work: tuple[TrainJob, TrainConfig],
+    how: PrivateSettings,
+    samples: Sequence[np.ndarray],
+    generator: torch.Generator,
+) -> AdapterState:
+    """One client by `PrivateStep`: Opacus's hooks, clipping and noise, torch's optimisers."""
+    job, config = work
+    parameters = base.write(job.adapter, job.trains)
+    anchor = [parameter.detach().clone() for parameter in parameters]
+    base.train_mode(True)
+    optimizer = make_optimizer(parameters, config)
+    with PrivateStep(
+        base.model,
+        optimizer,
+        max_grad_norm=how.max_grad_norm,
+        noise_multiplier=how.noise_multiplier,
+        expected_batch_size=how.schedule.expected_batch_size,
+        physical_batch_size=how.physical_batch_size,
+        after_noise=lambda: add_proximal(parameters, anchor, job.proximal_mu),
+        generator=generator,
+    ) as private:
+        for step, sample in enumerate(samples):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+            private.step(sample, lambda rows: task.losses(base.model, task.collate(examples, job.indices[rows])))
+    return base.read()
+
+
+def gap(one: AdapterState, other: AdapterState) -> float:
+    two = other.tensors()
+    return max(float((value - two[name]).abs().max()) for name, value in one.tensors().items())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
+@pytest.mark.parametrize("budget", [Budget(10**6, 10**6), Budget(80, 20)], ids=["all", "few"])
+def test_company_gives_opacus_numbers(
+    base: Base, task: Task, examples: Examples, optimizer: dict[str, Any], budget: Budget
+) -> None:
+    work, settings, samples = clients(base, **optimizer)
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(k) for k in range(len(work))]
+
+    wanted = [by_opacus(base, task, examples, *one) for one in zip(work, settings, samples, generators(), strict=True)]
+    found = PrivateTogether(
+        base,
+        task,
+        examples,
+        work,
+        settings,
+        budget=budget,
+        generators=generators(),
+        samples=[iter(rows) for rows in samples],
+    ).run()
+    for one, other, (job, _) in zip(wanted, found, work, strict=True):
+        assert isinstance(other, TrainResult), other
+        assert gap(one, other.adapter) < 1e-10
+        assert gap(one, job.adapter) > 1e-4, "it did move"
+        assert (other.num_examples, other.steps) == (1, STEPS)
+
+
+def test_a_gradient_that_is_not_finite_counts_as_none(
+    base: Base, task: Task, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, settings, samples = clients(base, optimizer="sgd", lr=0.1)
+    real = type(task).losses
+
+    def spoilt(self: Task, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        losses = real(self, model, batch)
+        return torch.where(batch["input_ids"].sum(1) % 3 == 0, losses * torch.inf, losses)
+
+    monkeypatch.setattr(type(task), "losses", spoilt)
+    generators = [[torch.Generator().manual_seed(k) for k in range(3)] for _ in range(2)]
+    wanted = [by_opacus(base, task, examples, *one) for one in zip(work, settings, samples, generators[0], strict=True)]
+    found = PrivateTogether(
+        base, task, examples, work, settings, generators=generators[1], samples=[iter(rows) for rows in samples]
+    ).run()
+    assert all(gap(one, other.adapter) < 1e-10 for one, other in zip(wanted, found, strict=True))  # type: ignore[union-attr]
+
+
+def test_one_clients_failure_is_its_own_and_says_nothing(
+    base: Base, task: Task, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, settings, _ = clients(base)
+    job, config = work[1]
+    work[1] = (replace(job, indices=np.full(40, 10**6)), config)
+    jobs, configs = zip(*work, strict=True)
+    found = train_private_cohort(base, task, examples, jobs, configs, settings)
+    assert [type(outcome) for outcome in found] == [TrainResult, PrivacyError, TrainResult]
+    assert not any(mark.isdigit() for mark in str(found[1]))
+    assert all(outcome.examples_seen == outcome.compute_seconds == 0 for outcome in found[::2])  # type: ignore[union-attr]
+
+
+def test_no_two_runs_are_the_same(base: Base, task: Task, examples: Examples) -> None:
+    work, settings, _ = clients(base)
+    jobs, configs = zip(*work, strict=True)
+    with seeded(0, torch.device("cpu")):
+        first = train_private_cohort(base, task, examples, jobs, configs, settings)
+    with seeded(0, torch.device("cpu")):
+        again = train_private_cohort(base, task, examples, jobs, configs, settings)
+    for one, other in zip(first, again, strict=True):
+        assert gap(one.adapter, other.adapter) > 1e-4  # type: ignore[union-attr]
