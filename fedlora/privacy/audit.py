@@ -79,9 +79,9 @@ def audit_in_one_run(
         claimed: epsilon of all that `attack` does, at `delta`.
         delta: of the claim.
         canaries: m.
-        guesses: r <= m, half of them for each side; None: a tenth of m. Few are right more often, and bound less: 400
-            of 4000 told a quarter of the noise from the whole in 60 of 60 runs at epsilon 4 (q = 1, T = 1) and at
-            epsilon 1 (q = 1/4, T = 8).
+        guesses: r <= m, half of them for each side; None: a tenth of m, and 400 if there are so many: with fewer even
+            right guesses alone bound epsilon too low. Few are right more often: 400 of 4000 told a quarter of the noise
+            from the whole in 60 of 60 runs at epsilon 4 (q = 1, T = 1) and at epsilon 1 (q = 1/4, T = 8).
         confidence: of the lower bound.
         generator: of the coins.
 
@@ -91,7 +91,7 @@ def audit_in_one_run(
     rng = generator if generator is not None else secret_rng()
     included = rng.random(canaries) < 0.5
     order = np.argsort(attack(np.flatnonzero(included)))
-    half = max(1, (canaries // 10 if guesses is None else guesses) // 2)
+    half = (min(canaries, max(400, canaries // 10)) if guesses is None else guesses) // 2
     correct = int(included[order[-half:]].sum() + (~included[order[:half]]).sum())
     bound = epsilon_lower_bound(canaries, 2 * half, correct, delta, confidence)
     return AuditResult(claimed, bound, correct, 2 * half)

@@ -1,7 +1,7 @@
 """The audit of a config: attacks on its own private steps, and on broken ones that must be caught.
 
 unit = "example": canaries (`fedlora.privacy.audit`) ride on the examples of the config's own data, through the config's
-own model, batches and `train_private`, at the two claims where a quarter of the noise is never missed; then the
+own model, batches and training loop, at the two claims where a quarter of the noise is never missed; then the
 config's own claim, over all its rounds, on canaries alone. The optimiser is plain gradient descent whatever the config
 says: what it does to the noised gradients is post-processing, and the attacker of the claim sees the gradients.
 
@@ -10,7 +10,7 @@ unit = "client": one client against the server's noise, where it weighs most and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -22,6 +22,7 @@ from torch import Tensor
 from fedlora.adapter import ALL_PARTS, AdapterState, Part
 from fedlora.aggregators import ClientSpec
 from fedlora.aggregators.fedavg import FedAvg
+from fedlora.config import TrainConfig
 from fedlora.devices import train_config
 from fedlora.errors import PrivacyError
 from fedlora.model import Base
@@ -39,20 +40,23 @@ from fedlora.privacy.audit import (
 from fedlora.privacy.audit_clients import client_worlds
 from fedlora.privacy.calibrate import Schedule, noise_multiplier_for
 from fedlora.privacy.central import Central
-from fedlora.privacy.dpsgd import PrivateStep
+from fedlora.privacy.dpsgd import PrivateStep, secret_rng
 from fedlora.privacy.mutants import MUTANTS, broken
 from fedlora.rng import derive
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.central import load_rule
+from fedlora.training.cohort import why_alone
 from fedlora.training.job import TrainJob
 from fedlora.training.private import PrivateSettings, check_model, private_settings, train_by_opacus
-from fedlora.training.private_cohort import train_private
+from fedlora.training.private_cohort import PrivateTogether, train_private
 from fedlora.training.workbench import Workbench
 
 DELTA = 1e-5
 COLUMNS = ((4.0, 1.0, 1), (1.0, 0.25, 8))
 """Claim, q and T at which no noise, no clipping, noise / 4 and noise / n are all caught; at epsilon 2 in one step a
 quarter of the noise may be missed."""
+PHYSICAL = 128
+"""Examples at once in an audit's large samples, where the config sets no limit."""
 MOST_MERGES = 20_000
 """Of the audit of all rounds together: more rounds, fewer trials."""
 
@@ -138,7 +142,8 @@ def _of_examples(bench: Workbench, canaries: int, with_model: bool) -> Iterator[
         alone = partial(canary_steps, sample_rate=q, steps=steps, canaries=canaries)
         make = step_of(settings)
         if with_model:
-            yield Finding.of(f"your model, {column}", one(through_model(bench, settings, canaries)))
+            attack, count = through_model(bench, settings, canaries)
+            yield Finding.of(f"your model, {column}", one(attack, canaries=count))
         yield Finding.of(f"step alone, {column}", one(alone(make)))
         for name, mutant in MUTANTS.items():
             yield Finding.of(f"  {name}", one(alone(broken(make, mutant))), broken=True)
@@ -170,25 +175,68 @@ def step_of(settings: PrivateSettings) -> Any:
     )
 
 
-def through_model(bench: Workbench, settings: PrivateSettings, canaries: int) -> Attack:
-    """An attack on `train_private` itself: canary i is a parameter of its own beside the model's, and rides on an
-    example of the training set, so that its gradient is clipped together with the example's.
+def through_model(bench: Workbench, settings: PrivateSettings, canaries: int) -> tuple[Attack, int]:
+    """An attack on the training that federations run: canary i rides on an example of the training set, so that its
+    gradient is clipped together with the example's.
+
+    Where every example is given an adapter of its own, a canary is one entry of the adapter; where Opacus's hooks see
+    to it, a parameter beside the model's.
+
+    Returns:
+        The attack, and of how many canaries: at most as many as the adapter has entries.
     """
     job = _job(bench)
-    check_model(bench.base, bench.task, bench.data.test, replace(job, indices=np.empty(0, np.int64)))
-    config = train_config(bench.config, 0)
+    check_model(bench.base, bench.task, bench.data.test, job)
+    if settings.physical_batch_size is None:  # an audit's samples are larger than a client's
+        settings = replace(settings, physical_batch_size=PHYSICAL)
     plain = {"optimizer": "sgd", "lr": 1e-2, "momentum": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
+    config = train_config(bench.config, 0).model_copy(update=plain)
+    if why_alone(bench.base) is not None:
+        return _on_parameters(bench, settings, job, config, canaries), canaries
+    names = bench.base.tensor_names(job.trains)
+    entries = sum(value.numel() for name, value in job.adapter.tensors().items() if name in set(names))
+    count = min(canaries, entries)
+    return _on_entries(bench, settings, job, config, secret_rng().permutation(entries)[:count]), count
+
+
+def _on_entries(
+    bench: Workbench, settings: PrivateSettings, job: TrainJob, config: TrainConfig, entries: np.ndarray
+) -> Attack:
+    """Canary i is entry `entries[i]` of the flat adapter; see `fedlora.training.private_cohort`."""
+    names = bench.base.tensor_names(job.trains)
+
+    def flat(adapter: AdapterState) -> np.ndarray:
+        tensors = adapter.tensors()
+        row: np.ndarray = torch.cat([tensors[name].flatten() for name in names]).double().numpy()
+        return row[entries]
+
+    def attack(members: np.ndarray) -> np.ndarray:
+        def term(canary: Tensor) -> Tensor:
+            own = torch.cat([leaf.reshape(len(canary), -1) for leaf in loop.leaves], dim=1)
+            places = torch.from_numpy(entries).to(canary.device)[canary]
+            return 1e4 * own.gather(1, places[:, None]).squeeze(1)
+
+        task = cast(Task, _CanaryTask(bench.task, lambda model: (model, term)))
+        work = [(replace(job, indices=members), config)]
+        loop = PrivateTogether(bench.base, task, bench.data.train, work, [settings])
+        (outcome,) = loop.run()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return flat(job.adapter) - flat(outcome.adapter)
+
+    return attack
+
+
+def _on_parameters(
+    bench: Workbench, settings: PrivateSettings, job: TrainJob, config: TrainConfig, canaries: int
+) -> Attack:
+    """Canary i is a parameter of its own; see `fedlora.training.private.train_by_opacus`."""
 
     def attack(members: np.ndarray) -> np.ndarray:
         model = _WithCanaries(bench.base.model, Canaries(canaries).to(bench.base.device))
-        train_by_opacus(
-            cast(Base, _CanaryBase(bench.base, model)),
-            cast(Task, _CanaryTask(bench.task)),
-            bench.data.train,
-            replace(job, indices=members),
-            config.model_copy(update=plain),
-            settings,
-        )
+        task = cast(Task, _CanaryTask(bench.task, lambda _: (model.user, model.canaries)))
+        base = cast(Base, _CanaryBase(bench.base, model))
+        train_by_opacus(base, task, bench.data.train, replace(job, indices=members), config, settings)
         return model.canaries.scores()
 
     return attack
@@ -249,18 +297,30 @@ class _CanaryBase:
 
 
 class _CanaryTask:
-    """The config's task, whose example i is an example of the training set with canary i on it."""
+    """The config's task, whose example i is an example of the training set with canary i on it.
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    Args:
+        task: the config's.
+        parts: what the loop calls the model -> the task's own model, and canaries [b] -> their losses [b].
+    """
+
+    def __init__(self, task: Task, parts: Callable[[Any], tuple[Any, Callable[[Tensor], Tensor]]]) -> None:
+        self._task, self._parts = task, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
 
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
         return {**self._task.collate(examples, indices % len(examples)), "canary": torch.from_numpy(indices)}
 
+    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:  # noqa: ARG002
+        (only,) = batches
+        return only
+
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        assert isinstance(model, _WithCanaries)
+        user, canaries = self._parts(model)
         rest = {name: value for name, value in batch.items() if name != "canary"}
-        return self._task.losses(model.user, rest) + model.canaries(batch["canary"])
+        return self._task.losses(user, rest) + canaries(batch["canary"])
 
 
 # ------------------------------------------------------------------------------------------------ clients

@@ -53,6 +53,9 @@ class PrivateTogether(Loop):
         budget: of one joint step; None: by the model's size.
         generators: of each client's noise; None: seeded by the operating system. A test may bring its own.
         samples: of each client; None: Poisson samples from the operating system's randomness. A test may bring its own.
+
+    Attributes:
+        leaves: each example's own trained tensors in the step under way, [b, *shape] each; an audit attacks them.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class PrivateTogether(Loop):
         samples: Sequence[Iterator[np.ndarray]] | None = None,
     ) -> None:
         super().__init__(base, task, examples, work, budget, synchronize=False)
+        self.leaves: list[Tensor] = []
         self._how: dict[int, PrivateSettings] = {}
         self._noise: dict[int, torch.Generator] = {}
         self._samples: dict[int, Iterator[np.ndarray]] = {}
@@ -109,7 +113,7 @@ class PrivateTogether(Loop):
         """Add each member's clipped gradients to its sum, and step with those whose sample is complete."""
         owners = torch.repeat_interleave(torch.arange(len(members)), torch.tensor(sizes)).to(self._values.device)
         rows = torch.tensor([client.row for client in members], device=self._values.device)[owners]
-        leaves = self._binding.bind(self._values[rows], rows.tolist(), [1] * len(rows))
+        leaves = self.leaves = self._binding.bind(self._values[rows], rows.tolist(), [1] * len(rows))
         losses = self._losses(batch)
         if losses.shape != owners.shape:
             raise ValueError(f"{list(losses.shape)} losses for {len(owners)} examples: they must be one for each")
