@@ -86,7 +86,8 @@ def test_heterogeneity_reports_a_rate_chosen_at_one_alpha(tmp_path: Path, monkey
     def complete(config: RunConfig, keep: str, on_round: Callable[[int], None]) -> None:
         asked.append(config)
         final = 0.8 - abs(config.train.lr - 0.003) - 0.01 / config.partition.fields["alpha"] + config.seed / 1000
-        path = make_run(Path(config.output) / config.name, [0.1, final], aggregation_error=0.25)
+        rounds = [0.1, *[float("nan")] * (config.rounds - 1), final]
+        path = make_run(Path(config.output) / config.name, rounds, aggregation_error=0.25)
         (path / "config.toml").write_text(config.to_toml())
 
     monkeypatch.setattr(_workers, "complete", complete)
