@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.errors import DataError
@@ -31,6 +31,7 @@ def test_gini_by_hand() -> None:
     assert gini([0, 0, 5]) == pytest.approx(1 - 1 / 3)
 
 
+@settings(deadline=None)
 @given(positive, st.floats(0.01, 100))
 def test_gini_is_its_definition_and_knows_no_unit(values: list[float], unit: float) -> None:
     x = np.array(values)
@@ -39,6 +40,7 @@ def test_gini_is_its_definition_and_knows_no_unit(values: list[float], unit: flo
     assert gini(unit * x) == pytest.approx(gini(values), abs=1e-9)
 
 
+@settings(deadline=None)
 @given(positive)
 def test_giving_from_the_richest_to_the_poorest_is_fairer(values: list[float]) -> None:
     x = np.sort(values)
@@ -49,6 +51,7 @@ def test_giving_from_the_richest_to_the_poorest_is_fairer(values: list[float]) -
     assert fairness(after).variance <= fairness(x).variance * (1 + 1e-9) + 1e-12
 
 
+@settings(deadline=None)
 @given(positive, st.randoms())
 def test_the_order_of_the_clients_does_not_matter(values: list[float], draw) -> None:
     other = list(values)

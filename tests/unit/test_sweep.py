@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import make_run
 from typer.testing import CliRunner
@@ -47,12 +47,14 @@ def test_commas_in_brackets_and_quotes_do_not_separate() -> None:
     assert list(alternatives(text)) == ["['a,b', \"c]\"]", "{x=1, y=[2, 3]}", "'it, too'"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab12.'\"[]{}_ ", min_size=1), min_size=1, max_size=5))
 def test_nothing_is_lost_between_commas(parts: list[str]) -> None:
     text = ",".join(parts)
     assert "".join(alternatives(text)).replace(" ", "").replace(",", "") == text.replace(" ", "").replace(",", "")
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.text(st.characters(codec="utf-8", exclude_characters=",[]{}()'\""), min_size=1), unique_by=str.strip)
 )
