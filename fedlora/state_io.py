@@ -135,7 +135,8 @@ def pack(tensors: Mapping[str, Tensor], meta: Meta) -> bytes:
 
     plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     text = json.dumps(meta)
-    return save(plain, {"fedlora": text, "sha256": _digest(plain, text)})
+    # One key: safetensors writes several in any order, and equal states shall be equal bytes.
+    return save(plain, {"fedlora": json.dumps({"sha256": _digest(plain, text), "state": text})})
 
 
 def unpack(data: bytes) -> tuple[dict[str, Tensor], Meta]:
@@ -150,11 +151,10 @@ def unpack(data: bytes) -> tuple[dict[str, Tensor], Meta]:
     try:
         tensors = load(data)
         size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])["__metadata__"]
-        text = header["fedlora"]
-        if _digest(tensors, text) != header["sha256"]:
+        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedlora"])
+        if _digest(tensors, header["state"]) != header["sha256"]:
             raise ValueError("their hash is another than that which was written")
-        return tensors, json.loads(text)
+        return tensors, json.loads(header["state"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise RunDirError(f"these bytes hold no state of fedlora, or a damaged one ({error})") from None
 

@@ -127,6 +127,10 @@ def test_damaged_bytes_are_refused(damage) -> None:
         unpack(damage(data) if callable(damage) else damage)
 
 
+def test_equal_states_are_equal_bytes() -> None:
+    assert len({pack(*flatten_state(make_state(1))) for _ in range(20)}) == 1
+
+
 @given(st.data())
 def test_a_flipped_bit_is_found_wherever_it_is(data) -> None:
     good = pack(*flatten_state(make_state(1)))
