@@ -71,6 +71,10 @@ def build(cls: type[T], fields: Mapping[str, Any], what: str) -> T:
 def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error as one readable clause."""
     problem = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    # The place in a union of types ("constrained-float") is pydantic's own word, and no key.
+    where = ".".join(str(part) for part in problem["loc"] if "-" not in str(part) and "[" not in str(part))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{where} is missing: set it"
     given = problem.get("input")
-    return f"{where}: {problem['msg']}" + ("" if isinstance(given, dict) else f", not {given!r}")
+    return (f"{where}: " if where else "") + message + ("" if isinstance(given, dict) else f", not {given!r}")

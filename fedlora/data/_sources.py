@@ -84,7 +84,7 @@ def select(table: Table, names: Sequence[str], where: str) -> Table:
     columns: dict[str, list[Any]] = {}
     for name in dict.fromkeys(names):
         if name not in table.columns:
-            raise DataError(f"{where} has no column {name!r}; {nearest(name, table.columns)}")
+            raise DataError(f"{where} has no column {name!r}; {_cure(name, table.columns)}")
         columns[name] = list(table.columns[name])
         for row, value in enumerate(columns[name]):
             if value is None or value != value or (isinstance(value, str) and not value.strip()):
@@ -195,3 +195,10 @@ READERS: Mapping[str, Callable[[Path], dict[str, list[Any]]]] = {
     ".parquet": _parquet,
 }
 """Suffix -> what reads it."""
+
+
+def _cure(name: str, columns: Mapping[str, Any]) -> str:
+    near = nearest(name, columns)
+    if near.startswith("did you mean"):
+        return near
+    return f"name one of its columns in [data] or [partition] ({', '.join(sorted(columns))}), or change task.name"

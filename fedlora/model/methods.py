@@ -168,7 +168,7 @@ def find_method(adapter: AdapterConfig) -> Method:
     if name not in METHODS:
         if name.upper() in _peft_types():
             raise ConfigError(f"adapter.method {name!r} is PEFT's, but not among those that were tried: {_choice()}")
-        raise ConfigError(f"unknown adapter.method {name!r}; {nearest(name, METHODS)}")
+        raise ConfigError(f"unknown adapter.method {name!r}; {nearest(name.lower(), METHODS)}")
     method = METHODS[name]
     taken = PAIR_KEYS if method.pairs else tuple(method.keys)
     for key in PAIR_KEYS:

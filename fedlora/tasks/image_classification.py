@@ -151,10 +151,10 @@ def _processor(path: str) -> tuple[Any, int, int]:
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"no image processor can be loaded from {path!r}: {first}; give a folder with preprocessor_config.json"
-        ) from None
+            f"{path!r} has no image processor (preprocessor_config.json): set model.name to a model of images, or "
+            "change task.name"
+        ) from error
     patch = getattr(config, "patch_size", 0)
     return processor, int(getattr(config, "num_channels", 3)), patch if isinstance(patch, int) else 0
 

@@ -233,6 +233,7 @@ def test_other_precisions_train_too(tiny_bert: Path, method: str, dtype: str) ->
     ("table", "words"),
     [
         ({"method": "veera"}, "did you mean 'vera'?"),
+        ({"method": "DoRA"}, "did you mean 'dora'?"),
         ({"method": "prompt_tuning"}, "adds tokens to the input"),
         ({"method": "lora_ga"}, "gradients of training data"),
         ({"method": "beft"}, "not among those that were tried"),
