@@ -45,7 +45,7 @@ def audit(
         asked = clients_wanted(config, len(bench.data.clients))
 
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-        for title in ("attacked", "claimed", "at least", "right guesses", "verdict"):
+        for title in ("attacked", "claimed", "at least", "right", "verdict"):
             table.add_column(title, justify="left" if title in ("attacked", "verdict") else "right", no_wrap=True)
         failed, mutants = [], 0
         with console.status("attacking") as status:

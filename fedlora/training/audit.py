@@ -159,7 +159,7 @@ def _of_examples(bench: Workbench, canaries: int, with_model: bool) -> Iterator[
     yield Finding.of(what, whole(all_rounds, claimed=claim(worst), delta=privacy.delta))
     draws = fresh_noise(bench, own[worst])
     twice = reused_noise(draws)
-    note = f"noise {twice[0]} is the same" if twice else f"{len(draws)} draws, no two alike"
+    note = f"noise {twice[0]} is the same" if twice else f"not in {len(draws)} draws"
     yield Finding("noise used twice", None, broken=False, bad=bool(twice), note=note)
 
 
