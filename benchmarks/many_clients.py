@@ -5,7 +5,7 @@
 The chitchat corpus has a client for each person who ever answered. A tiny random Llama (memory is what is measured, not
 learning) trains one round with 100, with 400 and with all of them, each in a process of its own, in the default engine
 and without `server.aggregation_error`, which keeps a round's factors on purpose. Printed are each process's peak of
-resident memory, and what the round added to it, as ratios to the smallest federation.
+resident memory while it ran, and how much of it the round added, as ratios to the smallest federation. Linux only.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ def make_model(folder: Path) -> None:
 
 def measure(model: Path, asked: int, aggregation_error: bool) -> dict[str, Any]:
     """One round with so many clients; in a process of its own, whose peak it reads."""
-    import resource
-
     from fedlora.config import parse_config
     from fedlora.flower import run_local
     from fedlora.progress import NoProgress
@@ -73,11 +71,17 @@ def measure(model: Path, asked: int, aggregation_error: bool) -> dict[str, Any]:
         ],
     )
     clients = len(open_workbench(config).data.clients)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: reading the corpus takes more than a round
+    before = status("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         run_local(config, RunDir.create(config, folder), NoProgress())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"asked": asked or clients, "clients": clients, "opened_mb": before / 1024, "peak_mb": peak / 1024}
+    return {"asked": asked or clients, "clients": clients, "opened_mb": before, "peak_mb": status("VmHWM")}
+
+
+def status(key: str) -> float:
+    """A size of this process in MB, as Linux tells it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def main() -> None:
