@@ -2,10 +2,12 @@
 
     fedlora assets chitchat && python benchmarks/many_clients.py
 
-The chitchat corpus has a client for each person who ever answered. A tiny random Llama (memory is what is measured, not
-learning) trains one round with 100, with 400 and with all of them, each in a process of its own, in the default engine
-and without `server.aggregation_error`, which keeps a round's factors on purpose. Printed are each process's peak of
-resident memory while it ran, and how much of it the round added, as ratios to the smallest federation. Linux only.
+The chitchat corpus has a client for each person who ever answered. A tiny random Llama (memory is what is measured,
+not its learning) trains one round with 100, with 400 and with all of them, each in a process of its own, in the
+default engine; with `server.aggregation_error` too, which keeps a round's factors until they are as large as two
+dense matrices. Printed are each process's peak of resident memory while it ran, and how much of it the round added,
+as ratios to the smallest federation. Linux only. On two busy cores, in MB: 725, 731, 747 without the error and 720,
+732, 729 with it.
 """
 
 from __future__ import annotations
