@@ -203,7 +203,7 @@ def test_the_whole_command(overrides: list[str], tmp_path: Path, monkeypatch: py
     assert done.output.count("caught") == 8
     assert done.output.count("holds") == 5
     assert "not in 8 draws" in done.output
-    breaks(monkeypatch, "no noise")  # the tiny model has few entries for canaries: a quarter is found in one column
+    breaks(monkeypatch, "noise / n")  # the tiny model has few entries for canaries: a quarter is found in one column
     done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
     assert done.exit_code == 1
     assert done.output.count("REFUTED") == 2
