@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedlora import __version__
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, TrainConfig
 from fedlora.devices import train_config
 from fedlora.errors import (
     AssetError,
@@ -173,7 +173,7 @@ def _train_all(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict | Exceptio
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            replies[number] = _update(asked, outcome)
+            replies[number] = _update(asked, outcome, _figures(outcome))
         except Exception as error:
             replies[number] = _told(error, asked.context)
     return replies
@@ -187,21 +187,25 @@ def _each(run: Callable[[], list[Outcome]], number: int) -> list[Outcome]:
         return [error] * number
 
 
-def _update(asked: _Asked, result: TrainResult) -> RecordDict:
+def _update(asked: _Asked, result: TrainResult, figures: Mapping[str, float]) -> RecordDict:
     plan, head = asked.plan, asked.plan.head
     return encode_update(
         encode_upload(plan, plan.adapter(asked.frozen), result.adapter, asked.bench.config.seed),
-        {
-            "num_examples": result.num_examples,
-            "examples_seen": float(result.examples_seen),
-            "loss": result.loss,
-            "steps": float(result.steps),
-            "seconds": result.seconds,
-            "compute_seconds": result.compute_seconds,
-        },
-        round_number=head["round"],
+        figures,
+        round_number=int(head["round"]),
         base_digest=head["base_digest"],
     )
+
+
+def _figures(result: TrainResult) -> dict[str, float]:
+    return {
+        "num_examples": result.num_examples,
+        "examples_seen": float(result.examples_seen),
+        "loss": result.loss,
+        "steps": float(result.steps),
+        "seconds": result.seconds,
+        "compute_seconds": result.compute_seconds,
+    }
 
 
 def _told(error: Exception, context: Context) -> RecordDict | Exception:
@@ -244,41 +248,50 @@ def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
 
 def run_plans(asked: Sequence[_Asked]) -> list[Outcome]:
     """Train what some plans ask on their clients' examples, together where they can."""
-    jobs: dict[int, TrainJob] = {}
-    outcomes: dict[int, Outcome] = {}
-    for number, one in enumerate(asked):
-        try:
-            indices = _indices(one.bench, one.client_id)
-            if not len(indices):
-                raise TrainingError(f"client {one.client_id} has no examples: give it some, or lower partition.clients")
-            jobs[number] = _job(one.plan, one.frozen, one.bench, one.client_id, indices)
-        except Exception as error:
-            outcomes[number] = error
-    if jobs:
-        bench = asked[0].bench
-        configs = [train_config(bench.config, asked[number].client_id) for number in jobs]
-        found = train_cohort(bench.base, bench.task, bench.data.train, list(jobs.values()), configs)
-        outcomes |= dict(zip(jobs, found, strict=True))
-    return [outcomes[number] for number in range(len(asked))]
+
+    def train(bench: Workbench, jobs: Mapping[int, TrainJob], configs: Sequence[TrainConfig]) -> list[Outcome]:
+        return train_cohort(bench.base, bench.task, bench.data.train, list(jobs.values()), configs)
+
+    return _run(asked, train, without_examples=False)
 
 
 def run_plans_privately(asked: Sequence[_Asked], settings: Sequence[PrivateSettings]) -> list[Outcome]:
     """As `run_plans`, with DP-SGD; a client without examples trains on noise alone. Their ledgers are the caller's."""
+
+    def train(bench: Workbench, jobs: Mapping[int, TrainJob], configs: Sequence[TrainConfig]) -> list[Outcome]:
+        how = [settings[number] for number in jobs]
+        return train_private_cohort(bench.base, bench.task, bench.data.train, list(jobs.values()), configs, how)
+
+    return _run(asked, train, without_examples=True)
+
+
+def _run(
+    asked: Sequence[_Asked],
+    train: Callable[[Workbench, Mapping[int, TrainJob], Sequence[TrainConfig]], list[Outcome]],
+    *,
+    without_examples: bool,
+) -> list[Outcome]:
+    """Make the jobs, by the places of `asked`, and train those that can begin.
+
+    Args:
+        asked: on one version of the base.
+        train: is given the jobs and their configs.
+        without_examples: whether a client that has none trains all the same.
+    """
     jobs: dict[int, TrainJob] = {}
     outcomes: dict[int, Outcome] = {}
     for number, one in enumerate(asked):
         try:
             indices = _indices(one.bench, one.client_id)
-            jobs[number] = _job(one.plan, one.frozen, one.bench, one.client_id, indices)
+            if not (len(indices) or without_examples):
+                raise TrainingError(f"client {one.client_id} has no examples: give it some, or lower partition.clients")
+            jobs[number] = _job(one, indices)
         except Exception as error:
             outcomes[number] = error
     if jobs:
         bench = asked[0].bench
         configs = [train_config(bench.config, asked[number].client_id) for number in jobs]
-        how = [settings[number] for number in jobs]
-        work = list(jobs.values())
-        found = train_private_cohort(bench.base, bench.task, bench.data.train, work, configs, how)
-        outcomes |= dict(zip(jobs, found, strict=True))
+        outcomes |= dict(zip(jobs, train(bench, jobs, configs), strict=True))
     return [outcomes[number] for number in range(len(asked))]
 
 
@@ -298,7 +311,7 @@ def _train_all_privately(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict 
                 if spent is not None:
                     replies[number] = spent
                     continue
-                _check_model(asked.plan, asked.frozen, asked.bench, asked.client_id)
+                _check_model(asked)
                 attempt = account.ledger.spend(
                     settings.entry, run=account.run, round=int(asked.plan.head["round"]), budget=settings.budget
                 )
@@ -314,7 +327,7 @@ def _train_all_privately(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict 
                     attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
                 if isinstance(outcome, Exception):
                     raise outcome
-                replies[number] = _private_update(asked, outcome, settings)
+                replies[number] = _update(asked, outcome, _private_figures(outcome, settings))
             except Exception as error:
                 replies[number] = _told(error, asked.context)
     return replies
@@ -333,24 +346,19 @@ def _spent(account: Account, settings: PrivateSettings, number: int) -> RecordDi
     )
 
 
-def _private_update(asked: _Asked, result: TrainResult, settings: PrivateSettings) -> RecordDict:
-    plan, head, entry = asked.plan, asked.plan.head, settings.entry
+def _private_figures(result: TrainResult, settings: PrivateSettings) -> dict[str, float]:
+    entry = settings.entry
     figures = {
         "steps": float(result.steps),
         "sample_rate": entry.sample_rate,
         "noise_multiplier": entry.noise_multiplier,
         "max_grad_norm": settings.max_grad_norm,
     }
-    return encode_update(
-        encode_upload(plan, plan.adapter(asked.frozen), result.adapter, asked.bench.config.seed),
-        {"num_examples": 1, **scrub(figures)},
-        round_number=int(head["round"]),
-        base_digest=head["base_digest"],
-    )
+    return {"num_examples": 1, **scrub(figures)}
 
 
-def _check_model(plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int) -> None:
-    job = _job(plan, frozen, bench, client_id, np.empty(0, np.int64))
+def _check_model(asked: _Asked) -> None:
+    bench, job = asked.bench, _job(asked, np.empty(0, np.int64))
     try:
         check_model(bench.base, bench.task, bench.data.test, job)
     except PrivacyError as error:
@@ -359,17 +367,15 @@ def _check_model(plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbe
         raise TrainingError(str(error)) from error  # a node with its own data has no others to look at: it may tell
 
 
-def _job(
-    plan: ReceivedPlan, frozen: Mapping[str, Tensor], bench: Workbench, client_id: int, indices: np.ndarray
-) -> TrainJob:
+def _job(asked: _Asked, indices: np.ndarray) -> TrainJob:
     """What a plan asks, on a base that was brought to its version."""
-    head = plan.head
+    plan, head, bench = asked.plan, asked.plan.head, asked.bench
     follow(bench.base, plan.merges(), head["base_version"], head["base_digest"], head["since_digest"])
     return TrainJob(
-        adapter=plan.adapter(frozen),
+        adapter=plan.adapter(asked.frozen),
         trains=frozenset(head["trains"]),
         indices=indices,
-        seed=derive(bench.config.seed, "train", head["round"], client_id),
+        seed=derive(bench.config.seed, "train", head["round"], asked.client_id),
         proximal_mu=max(head["proximal_mu"], bench.config.train.proximal_mu),
     )
 

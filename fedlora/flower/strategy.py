@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -122,13 +123,9 @@ class Federation:
             state = first_state(self.rule, self.bench.base, self.config.seed)
         self.base_digest = chain_digest("", state.merges)
         self._digests |= {state.base_version: self.base_digest}
-        # A rule that cannot serve one of them says so before anything is trained.
-        plans = [self._plan(state, client_id) for client_id in self.nodes]
-        if self.config.client_privacy is not None:
-            require_one_start(plans)
-            require_cohort(self.config.client_privacy, len(self.nodes), clients_wanted(self.config, len(self.nodes)))
+        plans = (self._plan(state, client_id) for client_id in self.nodes)
+        _require_servable(self.config, self.bench, plans, self.nodes)
         if self.config.example_privacy is not None:
-            _require_private(self.config, self.bench, self._plan(state, min(self.nodes)), self.nodes)
             before = self.rundir.read_metrics()
             self._asked = asked_in(before)
             self.spent = set(before[-1].get("spent", ())) if before else set()
@@ -432,16 +429,33 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
     rule = load_rule(config)
     state = first_state(rule, bench.base, config.seed)
     clients = range(len(bench.data.clients))
-    plans = [
+    plans = (
         plan_for(rule, state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
         for client_id in clients
-    ]
-    asked = clients_wanted(config, len(clients))
+    )
+    _require_servable(config, bench, plans, clients)
+    clients_wanted(config, len(clients))
+
+
+def _require_servable(
+    config: RunConfig, bench: Workbench, plans: Iterator[ClientPlan], clients: Collection[int]
+) -> None:
+    """Raise for clients whom rule or privacy cannot serve, before anything is trained.
+
+    Args:
+        config: of the run.
+        bench: the server's.
+        plans: of the clients; looked at one by one and not kept, since a rule may draw each client its own adapter.
+        clients: their numbers, at least one.
+    """
+    first = next(plans)
     if config.client_privacy is not None:
-        require_cohort(config.client_privacy, len(clients), asked)
-        require_one_start(plans)
+        require_one_start(chain([first], plans))
+        require_cohort(config.client_privacy, len(clients), clients_wanted(config, len(clients)))
+    for _ in plans:
+        pass
     if config.example_privacy is not None:
-        _require_private(config, bench, plans[0], clients)
+        _require_private(config, bench, first, clients)
 
 
 def _require_private(config: RunConfig, bench: Workbench, plan: ClientPlan, clients: Iterable[int]) -> None:

@@ -164,10 +164,10 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     bad: set[int] = set()
     real = client_app._job
 
-    def job(plan: Any, frozen: Any, bench: Any, client_id: int, indices: Any) -> Any:
-        if client_id in bad:
-            raise (ValueError("disk on fire") if client_id % 2 else TrainingError("the loss is not finite"))
-        return real(plan, frozen, bench, client_id, indices)
+    def job(asked: Any, indices: Any) -> Any:
+        if asked.client_id in bad:
+            raise (ValueError("disk on fire") if asked.client_id % 2 else TrainingError("the loss is not finite"))
+        return real(asked, indices)
 
     monkeypatch.setattr(client_app, "_job", job)
     return bad
