@@ -6,7 +6,9 @@ Andrew et al. 2021 (arXiv 1905.03871). The server is trusted with the updates; w
 d_k = what client k changed, over all tensors that it sent, jointly; C = clip norm; p_k = n_k / sum of n over the
 replies that came; z = noise multiplier.  mean = sum_k p_k d_k min(1, C / |d_k|) + N(0, (z C max_k p_k)^2 I).
 
-What is protected is one client's update, replaced by zero; who answered, and the weights n_k, are taken to be public.
+What is protected is one client's update, replaced by one that changes nothing; who answered, and the weights n_k, are
+taken to be public. The count query of adaptive clipping moves by 1 then, from "clipped" to "unclipped", not by the 1/2
+of Andrew et al., whose absent client is not counted at all: its noise is twice theirs.
 Uniform weights give the least noise, and declared weights keep the counts private. No amplification by the sampling
 of clients is claimed: each round costs a full step (q = 1).
 """
@@ -55,8 +57,8 @@ class Central(Aggregator):
         adaptive: move C towards the `quantile` of the clients' norms.
         quantile: gamma of Andrew et al., the share of updates that are left unclipped.
         clip_lr: eta_C of Andrew et al.
-        count_noise_multiplier: noise of the count query in units of its sensitivity, 1/2; None: 4 z. It must be above
-            z, because both queries together cost what one with z does.
+        count_noise_multiplier: sigma_b, noise of the count query in units of its sensitivity, 1 client; None: 4 z. It
+            must be above z, because both queries together cost what one with z does.
 
     Raises:
         PrivacyError: a number out of range, or a rule that does not claim LINEAR.
@@ -89,10 +91,10 @@ class Central(Aggregator):
             raise PrivacyError(f"minimum_cohort must be at least 1, not {self.minimum_cohort}")
         if not (0 < self.quantile < 1 and self.clip_lr > 0):
             raise PrivacyError("adaptive clipping needs a quantile between 0 and 1 and a positive clip_lr")
-        if self.adaptive and not self._count_multiplier > self.noise_multiplier:
+        if self.adaptive and not self.count_multiplier > self.noise_multiplier:
             raise PrivacyError(
                 f"count_noise_multiplier must be above noise_multiplier {self.noise_multiplier:g}, not "
-                f"{self._count_multiplier:g}: nothing would be left for the updates"
+                f"{self.count_multiplier:g}: nothing would be left for the updates"
             )
 
     def entry(self) -> Entry:
@@ -101,10 +103,18 @@ class Central(Aggregator):
 
     @property
     def update_multiplier(self) -> float:
-        """Noise multiplier of the mean: z, or z_D = (z^-2 - (2 sigma_b)^-2)^(-1/2) of Andrew et al., Theorem 1."""
+        """Noise multiplier of the mean: z, or z_D = (z^-2 - sigma_b^-2)^(-1/2).
+
+        Theorem 1 of Andrew et al. with the sensitivity that is ours (see above).
+        """
         if not self.adaptive:
             return self.noise_multiplier
-        return float((self.noise_multiplier**-2 - self._count_multiplier**-2) ** -0.5)
+        return float((self.noise_multiplier**-2 - self.count_multiplier**-2) ** -0.5)
+
+    @property
+    def count_multiplier(self) -> float:
+        """sigma_b, the noise of the count of unclipped updates, in clients."""
+        return 4 * self.noise_multiplier if self.count_noise_multiplier is None else self.count_noise_multiplier
 
     def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
         """The rule's own state, and the clip norm."""
@@ -166,18 +176,13 @@ class Central(Aggregator):
     def _next_clip(self, clip: float, unclipped: int, count: int, generator: torch.Generator) -> float:
         """Andrew et al., equation in section 3.1: C <- C exp(-eta_C (b - gamma)), b the noisy share of |d_k| <= C.
 
-        Each client adds +1/2 or -1/2 to the count, and an absent one 0: the query's sensitivity is 1/2.
+        Replacing one update by another moves the count by at most 1.
         """
         if not self.adaptive:
             return clip
-        query = torch.tensor(unclipped - count / 2, dtype=torch.float64)
-        noisy = float(query + _noise(query, self._count_multiplier / 2, generator))
-        share = noisy / count + 0.5
+        query = torch.tensor(unclipped, dtype=torch.float64)
+        share = float(query + _noise(query, self.count_multiplier, generator)) / count
         return clip * math.exp(-self.clip_lr * (share - self.quantile))
-
-    @property
-    def _count_multiplier(self) -> float:
-        return 4 * self.noise_multiplier if self.count_noise_multiplier is None else self.count_noise_multiplier
 
     @staticmethod
     def _inner(state: GlobalState) -> GlobalState:

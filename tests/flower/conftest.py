@@ -1,15 +1,19 @@
-"""A federation that trains in a second: four clients, a tiny BERT, a tiny file."""
+"""Federations that train in a second: four clients, a tiny model, a tiny file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fedlora.config import RunConfig, parse_config
 
 MakeConfig = Callable[..., RunConfig]
+WORDS = ("red", "green", "blue", "old", "new", "cat", "dog", "bird")
 
 
 @pytest.fixture
@@ -40,3 +44,75 @@ def tiny_config(tiny_overrides: list[str]) -> MakeConfig:
         return parse_config("", [*tiny_overrides, *overrides], name=name)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama, and a tokeniser with a chat template for `tiny_chat`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tiny_llama")
+    tokens = ["<pad>", "<end>", "<unk>", "you", "me", ":", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", bos_token="<end>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ 'you : ' if m['role'] == 'user' else 'me : ' }}{{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}me : {% endif %}"
+    )
+    fast.save_pretrained(path)
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 prompts of one word with the word three times for an answer, by three people."""
+    path = tmp_path_factory.mktemp("tiny_chat") / "echo.jsonl"
+    rows = [
+        {"prompt": word, "answer": f"{word} {word} {word}", "person": f"p{n % 3}"} for n, word in enumerate(WORDS * 12)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer ViT for grey pictures of 8 by 8."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    path = tmp_path_factory.mktemp("tiny_vit")
+    config = ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, num_labels=2, initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ViTForImageClassification(config).save_pretrained(path)
+    facts = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+    (path / "preprocessor_config.json").write_text(json.dumps({**facts, "image_mean": [0.5], "image_std": [0.5]}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 pictures of noise, brighter above or below by their label."""
+    path = tmp_path_factory.mktemp("tiny_pictures") / "pictures.jsonl"
+    draw = np.random.default_rng(0)
+    rows = []
+    for number in range(96):
+        picture = draw.integers(0, 128, (8, 8))
+        picture[:4] += 100 * (number % 2)
+        picture[4:] += 100 * (1 - number % 2)
+        rows.append({"image": picture.tolist(), "label": ["below", "above"][number % 2]})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path

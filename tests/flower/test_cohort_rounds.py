@@ -1,16 +1,22 @@
-"""A run comes to the same whether its clients train one by one or together, whatever the rule."""
+"""A run comes to the same whether its clients train one by one or together, whatever rule, task and privacy."""
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fedlora.adapter import AdapterState
-from fedlora.aggregators import rules
+from fedlora.aggregators import Claim, names_claiming, rules
 from fedlora.config import RunConfig
 from fedlora.flower import run_local
 from fedlora.flower.server_app import RunOutcome
+from fedlora.privacy import dpsgd
 from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
 from fedlora.training import together
@@ -31,28 +37,101 @@ def gap(one: AdapterState, other: AdapterState) -> float:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many clients took each step."""
     seen: list[int] = []
-    real = together.Together._step
+    real = together.Loop._step
 
-    def step(self: together.Together, members: list[together.Client]) -> None:
+    def step(self: together.Loop, members: list[together.Client]) -> None:
         seen.append(len(members))
         real(self, members)
 
-    monkeypatch.setattr(together.Together, "_step", step)
+    monkeypatch.setattr(together.Loop, "_step", step)
     return seen
 
 
-@pytest.mark.parametrize("rule", sorted(rules()))
-def test_every_rule_takes_clients_together(tiny_config: MakeConfig, rule: str, sizes: list[int]) -> None:
-    common = [f"strategy.name={rule}", "model.dtype=float64", "rounds=2", "train.clip_norm=1.0"]
-    one = run(tiny_config(*common, "runtime.cohort=1", name="one"))
+@pytest.fixture
+def same_secrets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called before a run, makes "the operating system's" randomness what it was in the run before.
+
+    Samples and noise ask for numbers of bytes of their own, and each client asks in its turn: so a client draws the
+    same whether others are prepared in between or not.
+    """
+    drawn: Counter[int] = Counter()
+
+    def urandom(size: int) -> bytes:
+        drawn[size] += 1
+        return hashlib.shake_256(f"{size} {drawn[size]}".encode()).digest(size)
+
+    monkeypatch.setattr(dpsgd, "os", SimpleNamespace(urandom=urandom))
+    return drawn.clear
+
+
+@pytest.fixture
+def tasks(tiny_llama: Path, tiny_chat: Path, tiny_vit: Path, tiny_pictures: Path) -> dict[str, list[str]]:
+    """What each task changes in `tiny_config`."""
+    return {
+        "text-classification": [],
+        "causal-lm": [
+            "task={name='causal-lm', max_length=32}",
+            f"model.name='{tiny_llama}'",
+            "adapter.targets=['q_proj','v_proj']",
+            f"data={{source='{tiny_chat}', test_fraction=0.2}}",
+        ],
+        "image-classification": [
+            "task={name='image-classification'}",
+            f"model.name='{tiny_vit}'",
+            "adapter.targets=['q_proj','v_proj']",
+            f"data={{source='{tiny_pictures}', test_fraction=0.2}}",
+        ],
+    }
+
+
+PRIVACY = {
+    "none": ["train.clip_norm=1.0"],
+    "example": [
+        "privacy={unit='example', noise_multiplier=1.0, delta=1e-3, max_grad_norm=0.5, public_examples=40}",
+        "server.weighting=uniform",
+    ],
+    "client": ["privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}"],
+}
+QUICK = ("text-classification", "none")
+
+
+def matrix() -> list[object]:
+    """Rule, task, privacy; user-level privacy is for rules that need sums alone."""
+    linear = names_claiming(Claim.LINEAR)
+    return [
+        pytest.param(*case, marks=() if case[1:] == QUICK or case[:2] == ("fedavg", QUICK[0]) else pytest.mark.slow)
+        for case in product(sorted(rules()), ("text-classification", "causal-lm", "image-classification"), PRIVACY)
+        if case[2] != "client" or case[0] in linear
+    ]
+
+
+@pytest.mark.parametrize(("rule", "task", "privacy"), matrix())
+def test_company_changes_nothing(
+    tiny_config: MakeConfig,
+    sizes: list[int],
+    tasks: dict[str, list[str]],
+    same_secrets: Callable[[], None],
+    rule: str,
+    task: str,
+    privacy: str,
+) -> None:
+    hidden = ["server.aggregation_error=false"] if privacy != "none" else []
+    common = [f"strategy.name={rule}", "model.dtype=float64", "rounds=2", *tasks[task], *PRIVACY[privacy], *hidden]
+
+    def seen(*overrides: str, name: str) -> RunOutcome:
+        same_secrets()
+        sizes.clear()
+        return run(tiny_config(*common, *overrides, name=name))
+
+    one = seen("runtime.cohort=1", name="one")
     assert set(sizes) == {1}
-    sizes.clear()
-    all_at_once = run(tiny_config(*common, name="all"))
+    all_at_once = seen(name="all")
     assert max(sizes) > 1
-    for other in (all_at_once, run(tiny_config(*common, "runtime.cohort=3", name="three"))):
+    for other in (all_at_once, seen("runtime.cohort=3", name="three")):
         assert gap(one.adapter, other.adapter) < 1e-9
         for first, second in zip(one.records[1:], other.records[1:], strict=True):
-            assert second["train_loss"] == pytest.approx(first["train_loss"], rel=1e-9)
+            if privacy == "none":  # the others tell no loss
+                assert second["train_loss"] == pytest.approx(first["train_loss"], rel=1e-9)
             for key in ("bytes_up", "bytes_down", "asked", "answered", "refused"):
                 assert second[key] == first[key]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.flower import run_local
@@ -15,42 +13,10 @@ from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
 from fedlora.training.samples import NUMBER
 
-WORDS = ("red", "green", "blue", "old", "new", "cat", "dog", "bird")
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("tiny_llama")
-    tokens = ["<pad>", "<end>", "<unk>", "you", "me", ":", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", bos_token="<end>", unk_token="<unk>"
-    )
-    fast.chat_template = (
-        "{% for m in messages %}{{ 'you : ' if m['role'] == 'user' else 'me : ' }}{{ m['content'] }} <end> {% endfor %}"
-        "{% if add_generation_prompt %}me : {% endif %}"
-    )
-    fast.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
 
 @pytest.fixture
-def echo(tiny_llama: Path, tmp_path: Path) -> Any:
+def echo(tiny_llama: Path, tiny_chat: Path, tmp_path: Path) -> Any:
     """A federation that learns to answer each word with itself."""
-    rows = [
-        {"prompt": word, "answer": f"{word} {word} {word}", "person": f"p{n % 3}"} for n, word in enumerate(WORDS * 12)
-    ]
-    (tmp_path / "echo.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
     def make(*overrides: str, name: str = "echo") -> RunConfig:
         return parse_config(
@@ -60,7 +26,7 @@ def echo(tiny_llama: Path, tmp_path: Path) -> Any:
                 f"model.name='{tiny_llama}'",
                 "adapter.rank=16",
                 "adapter.targets=all-linear",
-                f"data.source='{tmp_path / 'echo.jsonl'}'",
+                f"data.source='{tiny_chat}'",
                 "data.test_fraction=0.2",
                 "task={name='causal-lm', max_length=32}",
                 "partition={name='natural', column='person'}",

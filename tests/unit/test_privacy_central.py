@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,6 +17,7 @@ from fedlora.errors import PrivacyError, RuleError
 from fedlora.privacy import central as central_module
 from fedlora.privacy.accounting import epsilon
 from fedlora.privacy.audit import AuditResult, audit_two_worlds
+from fedlora.privacy.audit_clients import client_worlds
 from fedlora.privacy.central import CLIP, Central
 from fedlora.privacy.ledger import Ledger
 
@@ -193,7 +193,7 @@ def _no_noise_for_the_marked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_count_query_is_paid_for() -> None:
-    """z^-2 = z_D^-2 + (2 sigma_b)^-2: both Gaussians together cost what one round's entry says."""
+    """z^-2 = z_D^-2 + sigma_b^-2: both Gaussians together cost what one round's entry says."""
     rule = Central(FedAvg(), noise_multiplier=1.0, clip_norm=1.0, adaptive=True, count_noise_multiplier=2.0)
     assert rule.update_multiplier == pytest.approx(math.sqrt(4 / 3))
     assert rule.update_multiplier**-2 + 2.0**-2 == pytest.approx(rule.entry().noise_multiplier ** -2)
@@ -202,7 +202,7 @@ def test_the_count_query_is_paid_for() -> None:
     assert float(after.adapter.dense["head"].std()) == pytest.approx(math.sqrt(4 / 3) / 10, rel=0.03)
     generator = torch.Generator().manual_seed(0)
     logs = torch.tensor([math.log(rule._next_clip(1.0, 5, 10, generator)) for _ in range(4000)])
-    assert float(logs.std()) == pytest.approx(0.2 * (2.0 / 2) / 10, rel=0.05)  # eta sigma_b / n, sigma_b = 2 / 2
+    assert float(logs.std()) == pytest.approx(0.2 * 2.0 / 10, rel=0.05)  # eta sigma_b / n
 
 
 def test_a_resumed_run_goes_on_with_its_clip_norm_and_the_rules_memory() -> None:
@@ -240,52 +240,53 @@ def test_the_servers_ledger_counts_rounds_of_clients(tmp_path: object) -> None:
 # ---------------------------------------------------------------------------------------------- audits of one client
 
 
-def worlds(
-    rule: Central, weights: list[float], spread: Callable[[float, list[float]], float] | None = None
-) -> Callable[[bool], float]:
-    """One merge in which client 0, with the largest weight, sends its clip norm along a direction, or nothing.
-
-    `spread` undoes the noise and puts another one in its place: a mutant.
-    """
-    start = AdapterState({}, {"head": torch.zeros(1, dtype=torch.float64)})
-    state = rule.init(start)
-
-    def output(there: bool) -> float:
-        shift = rule.clip_norm * 50 if there else 0.0
-        updates = [ClientUpdate(0, AdapterState({}, {"head": torch.tensor([shift]).double()}), weights[0])]
-        updates += [ClientUpdate(k, start, w) for k, w in enumerate(weights[1:], start=1)]
-        value = float(rule.merge(state, updates).adapter.dense["head"])
-        if spread is None:
-            return value
-        exact = rule.clip_norm * weights[0] / sum(weights) * there
-        return exact + (value - exact) * spread(max(weights) / sum(weights), weights)
-
-    return output
-
-
 UNEQUAL = [400.0, 10.0, 10.0, 10.0]
 DROPPED = [1.0, 1.0]
 
 
-def audited(
-    weights: list[float], spread: Callable[[float, list[float]], float] | None = None, trials: int = 3000
-) -> AuditResult:
-    rule = Central(FedAvg(), noise_multiplier=2.0, clip_norm=1.0, minimum_cohort=1)
+def audited(weights: list[float], *, adaptive: bool = False, trials: int = 3000, **mutant: float) -> AuditResult:
+    rule = Central(FedAvg(), noise_multiplier=2.0, clip_norm=1.0, minimum_cohort=1, adaptive=adaptive)
     claim = epsilon([rule.entry()], DELTA)
-    return audit_two_worlds(worlds(rule, weights, spread), claimed=claim, delta=DELTA, trials=trials)
+    worlds = client_worlds(rule, weights, **mutant)
+    return audit_two_worlds(worlds, claimed=claim, delta=DELTA, trials=trials)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("weights", [UNEQUAL, DROPPED, [1.0] * 10])
-def test_the_claim_holds_against_a_worst_case_client(weights: list[float]) -> None:
-    assert not audited(weights).refuted
+def test_the_claim_holds_against_a_worst_case_client(weights: list[float], adaptive: bool) -> None:
+    assert not audited(weights, adaptive=adaptive).refuted
 
 
 @pytest.mark.slow
 def test_noise_for_equal_weights_is_caught_on_unequal_ones() -> None:
-    assert audited(UNEQUAL, lambda p, w: (1 / len(w)) / p).refuted
+    assert audited(UNEQUAL, noise_for=1 / len(UNEQUAL)).refuted
 
 
 @pytest.mark.slow
 def test_noise_for_the_asked_clients_is_caught_when_most_of_them_drop_out() -> None:
-    assert audited(DROPPED, lambda p, w: (1 / 10) / p).refuted
+    assert audited(DROPPED, noise_for=1 / 10).refuted
+
+
+@pytest.mark.slow
+def test_a_clip_norm_that_adapts_with_too_little_noise_is_caught() -> None:
+    assert audited([1.0] * 10, adaptive=True, count_noise=0.05).refuted
+
+
+def test_the_count_moves_by_one_when_an_update_is_replaced_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sensitivity that its noise is made for: no world moves it further."""
+    silent(monkeypatch)
+    rule = Central(FedAvg(), noise_multiplier=2.0, clip_norm=1.0, adaptive=True)
+    start = AdapterState({}, {"head": torch.zeros(1, dtype=torch.float64)})
+
+    def count(*sizes: float) -> float:
+        updates = [
+            ClientUpdate(k, AdapterState({}, {"head": torch.tensor([size]).double()}), 1.0)
+            for k, size in enumerate(sizes)
+        ]
+        moved = math.log(float(rule.merge(rule.init(start), updates).memory[CLIP]) / rule.clip_norm)
+        return (rule.quantile - moved / rule.clip_lr) * len(sizes)
+
+    others = (0.0, 3.0, 0.5)
+    assert count(0.0, *others) - count(5.0, *others) == pytest.approx(1.0)
+    assert count(math.nan, *others) == pytest.approx(count(5.0, *others))

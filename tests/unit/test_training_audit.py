@@ -151,6 +151,10 @@ def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
     found = list(audit(bench, 8, canaries=2000))
     assert "noise for equal weights" in [finding.what.strip() for finding in found]
     assert not any(finding.bad for finding in found)
+    bench = open_workbench(parse_config("", [*overrides, *CLIENT, *equal, "privacy.adaptive_clipping=true"]))
+    found = list(audit(bench, 4, canaries=2000))
+    assert found[-1].what.strip() == "clip norm with little noise"
+    assert not any(finding.bad for finding in found)
 
 
 def test_a_config_without_a_claim_has_nothing_to_audit(overrides: list[str]) -> None:
