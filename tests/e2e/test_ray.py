@@ -42,11 +42,21 @@ lr = 0.01
 name = "flora"
 [clients]
 ranks = [4, 2]
-[server]
-clients_per_round = 3
 [runtime]
 threads = 1
 kernels = "off"
+[server]
+clients_per_round = 3
+"""
+
+
+PRIVATE = """
+weighting = "uniform"
+[privacy]
+epsilon = 4.0
+delta = 1e-3
+max_grad_norm = 1.0
+public_examples = 40
 """
 
 
@@ -65,35 +75,48 @@ def flower_home(tmp_path: Path) -> Iterator[Path]:
             os.kill(int(process.name), signal.SIGTERM)
 
 
-@pytest.mark.slow
-def test_ray_reaches_the_same_adapter(tiny_bert: Path, tiny_csv: Path, tmp_path: Path, flower_home: Path) -> None:
-    file = tmp_path / "ray.toml"
-    file.write_text(CONFIG.format(output=tmp_path / "runs", model=tiny_bert, data=tiny_csv))
+def on_ray(file: Path, folder: Path, home: Path, *keys: str) -> str:
+    """`flwr run` on a config, with more keys of its run config; what it printed."""
     programs = Path(sys.executable).parent  # flwr starts flower-superlink by its name
-    federation = "num-supernodes=4 client-resources-num-cpus=1"
+    federation = ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
+    given = " ".join([f"config='{file}'", *keys])
     done = subprocess.run(
-        [
-            str(programs / "flwr"),
-            "run",
-            str(ROOT),
-            "local",
-            "--federation-config",
-            federation,
-            "--run-config",
-            f"config='{file}'",
-            "--stream",
-        ],
-        env={**os.environ, "FLWR_HOME": str(flower_home), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
-        cwd=tmp_path,
+        [str(programs / "flwr"), "run", str(ROOT), "local", *federation, "--run-config", given, "--stream"],
+        env={**os.environ, "FLWR_HOME": str(home), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=500,
         check=False,
     )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_ray_reaches_the_same_adapter(tiny_bert: Path, tiny_csv: Path, tmp_path: Path, flower_home: Path) -> None:
+    file = tmp_path / "ray.toml"
+    file.write_text(CONFIG.format(output=tmp_path / "runs", model=tiny_bert, data=tiny_csv))
+    printed = on_ray(file, tmp_path, flower_home)
     ray = tmp_path / "runs" / "ray"
-    assert (ray / "result.json").is_file(), done.stdout[-3000:] + done.stderr[-3000:]
+    assert (ray / "result.json").is_file(), printed[-6000:]
     # A client on Ray trains alone; in company its products have other shapes, and round differently.
     config = load_config(file, ["name=local", "runtime.cohort=1"])
     local = run_local(config, RunDir.create(config), NoProgress()).rundir.path
     weights = "adapter/adapter_model.safetensors"
     assert (ray / weights).read_bytes() == (local / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_ray_spends_what_the_engine_spends(tiny_bert: Path, tiny_csv: Path, tmp_path: Path, flower_home: Path) -> None:
+    """Each client's ledger lies where its actor finds it again in the next round, and the claim is the same."""
+    file = tmp_path / "ray.toml"
+    file.write_text(CONFIG.format(output=tmp_path / "runs", model=tiny_bert, data=tiny_csv) + PRIVATE)
+    printed = on_ray(file, tmp_path, flower_home, f"ledger-dir='{tmp_path / 'ledgers'}'")
+    ray = RunDir.open(tmp_path / "runs" / "ray")
+    assert (ray.path / "result.json").is_file(), printed[-6000:]
+    config = load_config(file, ["name=local"])
+    local = run_local(config, RunDir.create(config), NoProgress()).rundir
+    on_machine, in_process = (where.read_json("result.json")["privacy"] for where in (ray, local))
+    assert on_machine == in_process
+    assert on_machine["epsilon"] == pytest.approx(4.0, rel=0.01)
+    assert len(list((tmp_path / "ledgers").glob("client-*.jsonl"))) == 4
