@@ -38,7 +38,7 @@ def audit(
             bench = open_workbench(config)
 
         from fedlora.flower import refuse_early
-        from fedlora.flower.strategy import clients_wanted
+        from fedlora.flower.servable import clients_wanted
         from fedlora.training.audit import audit as attack
 
         refuse_early(config, bench)

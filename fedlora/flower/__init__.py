@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedlora.flower.local import run_local
+    from fedlora.flower.servable import refuse_early
     from fedlora.flower.server_app import RunOutcome
-    from fedlora.flower.strategy import refuse_early
 
 __all__ = ["RunOutcome", "refuse_early", "run_local"]
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> object:
 
         return run_local
     if name == "refuse_early":
-        from fedlora.flower.strategy import refuse_early
+        from fedlora.flower.servable import refuse_early
 
         return refuse_early
     if name == "RunOutcome":

@@ -14,8 +14,8 @@ from fedlora.errors import RoundError
 from fedlora.flower import client_app, server_app
 from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.replay import ReplayGrid, answered_in, require_same
+from fedlora.flower.servable import clients_wanted
 from fedlora.flower.server_app import RunOutcome, Session
-from fedlora.flower.strategy import clients_wanted
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
 from fedlora.training.sizing import cohort_size

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,15 +31,15 @@ from fedlora.aggregators import (
     merge_chain,
 )
 from fedlora.config import RunConfig
-from fedlora.data.own import brought_by_nodes
 from fedlora.devices import Fleet, train_config
-from fedlora.errors import ConfigError, FedloraError, PrivacyError, ReplyError, RoundError
+from fedlora.errors import FedloraError, PrivacyError, ReplyError, RoundError
 from fedlora.flower import handshake
 from fedlora.flower.books import Round, quorum_of
 from fedlora.flower.codec import Ask, PlanEncoder, payload_bytes
 from fedlora.flower.following import chain_digest, digest_of, follow, next_digest
 from fedlora.flower.meeting import Meeting, Node
 from fedlora.flower.post import Post, Sent
+from fedlora.flower.servable import clients_wanted, require_servable
 from fedlora.flower.server_ledger import ServerLedger
 from fedlora.flower.spending import Spending, asked_in
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update
@@ -51,10 +50,10 @@ from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
 from fedlora.rng import derive
 from fedlora.rundir import RunDir
-from fedlora.training.central import load_rule, require_cohort, require_one_start
+from fedlora.training.central import require_one_start
 from fedlora.training.evaluate import evaluate
-from fedlora.training.job import TrainJob, examples_of
-from fedlora.training.private import check_model, private_settings
+from fedlora.training.job import examples_of
+from fedlora.training.private import private_settings
 from fedlora.training.samples import write_samples
 from fedlora.training.workbench import Workbench
 
@@ -124,7 +123,7 @@ class Federation:
         self.base_digest = chain_digest("", state.merges)
         self._digests |= {state.base_version: self.base_digest}
         plans = (self._plan(state, client_id) for client_id in self.nodes)
-        _require_servable(self.config, self.bench, plans, self.nodes)
+        require_servable(self.config, self.bench, plans, self.nodes)
         if self.config.example_privacy is not None:
             before = self.rundir.read_metrics()
             self._asked = asked_in(before)
@@ -410,72 +409,6 @@ class Federation:
         if state.round == self.config.rounds:
             write_outcomes(self.rundir.path, state.round, self.bench.data.test_digest, result.measures)
         return {**result.overall, "domains": dict(result.domains)}
-
-
-def refuse_early(config: RunConfig, bench: Workbench) -> None:
-    """Raise for a config whose rule cannot serve its clients, before a run directory is made or an old one removed.
-
-    Raises:
-        ConfigError: the rule or one of its fields is unknown or wrong, or the data are the nodes' own.
-        RuleError: the rule refuses a client's rank.
-        RoundError: more clients are asked for than there are.
-        PrivacyError: a private run would not be private with this model or task, or within this epsilon.
-    """
-    if brought_by_nodes(config):
-        raise ConfigError(
-            "the nodes bring their own data, of which nothing is here: start the run with flwr run, or simulate it "
-            "with data.source and a partition"
-        )
-    rule = load_rule(config)
-    state = first_state(rule, bench.base, config.seed)
-    clients = range(len(bench.data.clients))
-    plans = (
-        plan_for(rule, state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
-        for client_id in clients
-    )
-    _require_servable(config, bench, plans, clients)
-    clients_wanted(config, len(clients))
-
-
-def _require_servable(
-    config: RunConfig, bench: Workbench, plans: Iterator[ClientPlan], clients: Collection[int]
-) -> None:
-    """Raise for clients whom rule or privacy cannot serve, before anything is trained.
-
-    Args:
-        config: of the run.
-        bench: the server's.
-        plans: of the clients; looked at one by one and not kept, since a rule may draw each client its own adapter.
-        clients: their numbers, at least one.
-    """
-    first = next(plans)
-    if config.client_privacy is not None:
-        require_one_start(chain([first], plans))
-        require_cohort(config.client_privacy, len(clients), clients_wanted(config, len(clients)))
-    for _ in plans:
-        pass
-    if config.example_privacy is not None:
-        _require_private(config, bench, first, clients)
-
-
-def _require_private(config: RunConfig, bench: Workbench, plan: ClientPlan, clients: Iterable[int]) -> None:
-    """Calibrate every client's noise, and look at the model on two of the server's own test examples."""
-    for client_id in clients:
-        private_settings(config, client_id)
-    job = TrainJob(plan.adapter, frozenset(plan.trains), np.empty(0, np.int64), 0)
-    check_model(bench.base, bench.task, bench.data.test, job)
-
-
-def clients_wanted(config: RunConfig, there: int) -> int:
-    """How many clients a round asks.
-
-    Raises:
-        RoundError: if the config wants more than are there.
-    """
-    wanted = config.server.clients_per_round or max(1, round(config.server.fraction * there))
-    if wanted > there:
-        raise RoundError(f"server.clients_per_round = {wanted}, but only {there} clients are there: lower it")
-    return wanted
 
 
 def _require_finite(state: GlobalState, number: int) -> None:

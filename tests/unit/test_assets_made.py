@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fedlora.assets import ASSETS, fetch
-from fedlora.assets_corpora import chitchat_rows, digits_rows
-from fedlora.assets_gguf import GgufFile, read_gguf, write_llama, write_safetensors
-from fedlora.assets_vit import pretrain
+from fedlora.assets._made import chitchat_rows, digits_rows
+from fedlora.assets.gguf import GgufFile, read_gguf, write_llama, write_safetensors
+from fedlora.assets.vit import pretrain
 
 DRAW = np.random.default_rng(0)
 
@@ -181,9 +181,9 @@ def test_pictures_for_pretraining_are_kept_from_everything_else() -> None:
 
 
 def test_pretraining_learns_and_repeats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedlora import assets_vit
+    from fedlora.assets import vit
 
-    monkeypatch.setattr(assets_vit, "EPOCHS", 6)
+    monkeypatch.setattr(vit, "EPOCHS", 6)
     labels = [number % 2 for number in range(40)]
     images = DRAW.integers(0, 60, (40, 28, 28))
     images[np.array(labels) == 1, 5:15] += 150

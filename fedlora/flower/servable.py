@@ -1,0 +1,84 @@
+"""What is refused before a round is trained: a rule, a privacy, a number of clients that cannot be served."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
+
+import numpy as np
+
+from fedlora.aggregators import ClientPlan, ClientSpec
+from fedlora.config import RunConfig
+from fedlora.data.own import brought_by_nodes
+from fedlora.errors import ConfigError, RoundError
+from fedlora.model.starting import first_state, plan_for
+from fedlora.training.central import load_rule, require_cohort, require_one_start
+from fedlora.training.job import TrainJob
+from fedlora.training.private import check_model, private_settings
+from fedlora.training.workbench import Workbench
+
+
+def refuse_early(config: RunConfig, bench: Workbench) -> None:
+    """Raise for a config whose rule cannot serve its clients, before a run directory is made or an old one removed.
+
+    Raises:
+        ConfigError: the rule or one of its fields is unknown or wrong, or the data are the nodes' own.
+        RuleError: the rule refuses a client's rank.
+        RoundError: more clients are asked for than there are.
+        PrivacyError: a private run would not be private with this model or task, or within this epsilon.
+    """
+    if brought_by_nodes(config):
+        raise ConfigError(
+            "the nodes bring their own data, of which nothing is here: start the run with flwr run, or simulate it "
+            "with data.source and a partition"
+        )
+    rule = load_rule(config)
+    state = first_state(rule, bench.base, config.seed)
+    clients = range(len(bench.data.clients))
+    plans = (
+        plan_for(rule, state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
+        for client_id in clients
+    )
+    require_servable(config, bench, plans, clients)
+    clients_wanted(config, len(clients))
+
+
+def require_servable(
+    config: RunConfig, bench: Workbench, plans: Iterator[ClientPlan], clients: Collection[int]
+) -> None:
+    """Raise for clients whom rule or privacy cannot serve, before anything is trained.
+
+    Args:
+        config: of the run.
+        bench: the server's.
+        plans: of the clients; looked at one by one and not kept, since a rule may draw each client its own adapter.
+        clients: their numbers, at least one.
+    """
+    first = next(plans)
+    if config.client_privacy is not None:
+        require_one_start(chain([first], plans))
+        require_cohort(config.client_privacy, len(clients), clients_wanted(config, len(clients)))
+    for _ in plans:
+        pass
+    if config.example_privacy is not None:
+        _require_private(config, bench, first, clients)
+
+
+def _require_private(config: RunConfig, bench: Workbench, plan: ClientPlan, clients: Iterable[int]) -> None:
+    """Calibrate every client's noise, and look at the model on two of the server's own test examples."""
+    for client_id in clients:
+        private_settings(config, client_id)
+    job = TrainJob(plan.adapter, frozenset(plan.trains), np.empty(0, np.int64), 0)
+    check_model(bench.base, bench.task, bench.data.test, job)
+
+
+def clients_wanted(config: RunConfig, there: int) -> int:
+    """How many clients a round asks.
+
+    Raises:
+        RoundError: if the config wants more than are there.
+    """
+    wanted = config.server.clients_per_round or max(1, round(config.server.fraction * there))
+    if wanted > there:
+        raise RoundError(f"server.clients_per_round = {wanted}, but only {there} clients are there: lower it")
+    return wanted
