@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from _shapes import CLASSES, SHAPES, VOCABULARY, auto_class, causal, targets, write_model
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.attention import choose_attention
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
 from fedlora.kernels import accelerate
-from fedlora.model import Base, load_base, seeded
+from fedlora.model import Base, load_base
 from fedlora.model.dropout import set_dropout
 from fedlora.privacy.calibrate import Schedule
 from fedlora.tasks import Examples, Task, load_task
@@ -40,13 +41,6 @@ from fedlora.training.job import TrainJob, batches
 from fedlora.training.pool import step_budget
 from fedlora.training.private import PrivateSettings, train_by_opacus
 from fedlora.training.private_cohort import train_private_cohort
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "encoder": {"layers": 6, "hidden": 384, "heads": 12, "tokens": 64, "steps": 4},
-    "tiny": {"layers": 2, "hidden": 64, "heads": 2, "tokens": 16, "steps": 4},
-    "llama": {"layers": 6, "hidden": 384, "heads": 6, "tokens": 128, "steps": 2},
-}
-VOCABULARY = 2000
 
 
 def arguments() -> argparse.Namespace:
@@ -65,45 +59,24 @@ def arguments() -> argparse.Namespace:
 
 def random_model(shape: str, dtype: str, dropout: float, folder: Path) -> tuple[Base, Task]:
     """A base of random weights, with its task."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    size = SHAPES[shape]
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": size["hidden"],
-        "num_hidden_layers": size["layers"],
-        "num_attention_heads": size["heads"],
-        "pad_token_id": 0,
-    }
-    causal = shape == "llama"
-    with seeded(0, torch.device("cpu")):
-        if causal:
-            config: Any = LlamaConfig(**common, intermediate_size=1024)
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        else:
-            config = BertConfig(**common, intermediate_size=4 * size["hidden"], num_labels=4)
-            AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    write_model(shape, folder)
     run = RunConfig(
         model=ModelConfig(name=str(folder), dtype=dtype),  # type: ignore[arg-type]
-        adapter=AdapterConfig(rank=8, targets=("q_proj", "v_proj") if causal else ("query", "value")),
+        adapter=AdapterConfig(rank=8, targets=targets(shape)),
         runtime=RuntimeConfig(device="cpu"),
     )
-    kind = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
-    base = load_base(run, kind, () if causal else ("classifier",), {})
+    base = load_base(run, auto_class(shape), () if causal(shape) else ("classifier",), {})
     set_dropout(base.model, dropout)
-    return base, load_task(OpenTable(name="causal-lm" if causal else "text-classification"))
+    return base, load_task(OpenTable(name="causal-lm" if causal(shape) else "text-classification"))
 
 
-def random_texts(count: int, tokens: int, causal: bool) -> Examples:
+def random_texts(count: int, shape: str) -> Examples:
     """Texts of one length, of random tokens and classes."""
     draw = np.random.default_rng(0)
-    rows = Tokens.join(list(draw.integers(1, VOCABULARY, (count, tokens))), 0)
-    if causal:
+    rows = Tokens.join(list(draw.integers(1, VOCABULARY, (count, SHAPES[shape]["tokens"]))), 0)
+    if causal(shape):
         return Examples({"input_ids": rows, "labels": replace(rows, pad_id=-100)}, None, rows.lengths)
-    return Examples({"input_ids": rows}, draw.integers(0, 4, count), rows.lengths)
+    return Examples({"input_ids": rows}, draw.integers(0, CLASSES, count), rows.lengths)
 
 
 def plain_loop(base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig) -> AdapterState:
@@ -135,7 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base, task = random_model(args.shape, args.dtype, args.dropout, Path(folder))
         base.fingerprint  # noqa: B018 (reads the folder while it is there)
-    examples = random_texts(args.clients * 64, size["tokens"], args.shape == "llama")
+    examples = random_texts(args.clients * 64, args.shape)
     config = TrainConfig(steps=args.steps or size["steps"], batch_size=args.batch_size, lr=1e-3)
     start = base.initial_adapter(0)
     jobs = [TrainJob(start, ALL_PARTS, np.arange(64 * k, 64 * k + 64), k) for k in range(args.clients)]
