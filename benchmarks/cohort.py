@@ -10,6 +10,9 @@ process; the table gives medians of CPU milliseconds for a client, and ratios to
 thing after another: PEFT and torch in a plain loop; the same with the kernels that the engine uses; the engine, one
 client at a time; the engine, all together. With --private the first arm is Opacus, client by client, and the engine's
 own plain step is beside it.
+
+The last column is the share of the fastest matrix product of this process and dtype, timed in the same turns, that an
+arm reaches with its matrix products alone: forward and the gradients of inputs, the adapters' own, nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _peak import best_product, flop_of
 from _shapes import CLASSES, SHAPES, VOCABULARY, auto_class, causal, targets, write_model
 
 from fedlora.adapter import ALL_PARTS, AdapterState
@@ -155,8 +159,15 @@ def main() -> None:
         set_up(False)
         gap = farthest(loop(), [result.adapter for result in cohort()])
         print(f"farthest from the plain loop: {gap:.1e} ({args.dtype}; the tests hold float64 to 1e-10)")
+    accelerate(base.model, "off")
+    choose_attention(base.model, "eager")
+    work = flop_of(lambda: plain_loop(base, task, examples, jobs[0], config)) * len(jobs)
+    product = best_product(getattr(torch, args.dtype))
+    peaks: list[float] = []
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(args.repeats + 1):  # the first one warms up
+        if repeat:
+            peaks.append(product.rate())
         for name, (fast, run) in arms.items():
             set_up(fast)
             begin = time.process_time()
@@ -169,9 +180,16 @@ def main() -> None:
         f"{args.shape}, {args.dtype}, {size['tokens']} tokens, {args.clients} clients of {config.steps} steps of batch "
         f"{args.batch_size}; at most {step_budget(base).tokens} tokens in a step; torch {torch.__version__}"
     )
-    print("| arm | CPU ms a client | gain |\n|---|---|---|")
+    peak = statistics.median(peaks)
+    print(
+        f"matrix products: {1e-9 * work / len(jobs):.2f} GFLOP a client; at best {1e-9 * peak:.0f} GFLOP/s "
+        f"({1e-9 * min(peaks):.0f} - {1e-9 * max(peaks):.0f}; {product})"
+    )
+    print("| arm | CPU ms a client | gain | share of the best |\n|---|---|---|---|")
     for name, median in medians.items():
-        print(f"| {name} | {1e3 * median / len(jobs):.1f} | {first / median:.2f}x |")
+        shares = [work / taken / rate for taken, rate in zip(seconds[name], peaks, strict=True)]
+        cells = f"{1e3 * median / len(jobs):.1f} | {first / median:.2f}x | {statistics.median(shares):.0%}"
+        print(f"| {name} | {cells} |")
 
 
 if __name__ == "__main__":
