@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-SHAPES = ((512, 512, 512), (2048, 384, 384), (2048, 384, 1536), (2048, 1536, 384), (1024, 1024, 1024), (2048, 2048, 2048))
+SHAPES = (
+    (512, 512, 512),
+    (2048, 384, 384),
+    (2048, 384, 1536),
+    (2048, 1536, 384),
+    (1024, 1024, 1024),
+    (2048, 2048, 2048),
+)
 FLOP = 2e9  # in one timing: tens of milliseconds
 
 

@@ -32,9 +32,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _shapes import CLASSES, SHAPES, VOCABULARY, auto_class, causal, targets, write_model
 from peer.peer_arms import Arm, fedlora_processes, flower_processes, pfl_processes, pfl_python
 from peer.peer_client import BATCH, RATE
-from _shapes import CLASSES, SHAPES, VOCABULARY, auto_class, causal, targets, write_model
 
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.model import save_adapter
@@ -141,13 +141,12 @@ def arms_of(args: argparse.Namespace, folder: Path, ray: str) -> list[Arm]:
             print("pfl-research is left out: name a folder for its own environment, as in --pfl ~/.cache/fedlora/pfl")
         else:
             python = pfl_python(args.pfl.expanduser().absolute())
-            for dtype in args.dtype:
-                arms.append(Arm("pfl-research 0.6", dtype, pfl_processes(folder, args.clients, dtype, python), {}))
+            arms += [Arm("pfl-research 0.6", d, pfl_processes(folder, args.clients, d, python), {}) for d in args.dtype]
     for dtype in args.dtype:
         for number, name in enumerate(OURS, 1):
             group = fedlora_processes(folder, args.clients, dtype, number)
-            for kernels in ("chosen", "torch's"):
-                arms.append(Arm(f"{name}, {kernels} kernels", dtype, group, {"kernels": kernels}))
+            ways = ("chosen", "torch's")
+            arms += [Arm(f"{name}, {kernels} kernels", dtype, group, {"kernels": kernels}) for kernels in ways]
     return arms
 
 
@@ -155,15 +154,13 @@ def merged(arm: Arm, number: int, folder: Path) -> dict[str, torch.Tensor]:
     """Play round 1 and read the merged adapter; of two halves, their mean."""
     from safetensors.torch import load_file
 
-    found = []
     if "fedlora" not in arm.name:
         file = folder / f"merged-{number}.safetensors"
         arm.group.play({**arm.turn, "rounds": 1, "save": str(file)})
         return load_file(file)
-    # Two processes on one command write beside each other: each adds its number.
+    # Two processes with one turn write beside each other: each adds the number of its first client.
     arm.group.play({**arm.turn, "rounds": 1, "save": str(folder / f"merged-{number}")})
-    for place in sorted(folder.glob(f"merged-{number}-*")):
-        found.append(load_file(place / "adapter_model.safetensors"))
+    found = [load_file(place / "adapter_model.safetensors") for place in sorted(folder.glob(f"merged-{number}-*"))]
     return {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
 
 
@@ -185,7 +182,8 @@ def compare(arms: Sequence[Arm], folder: Path) -> None:
         moved = max(float((result[key] - start[key]).abs().max()) for key in first)
         begun = "" if id(arm.group) in met else f"; ready after {arm.group.start_seconds:.1f} s"
         met.add(id(arm.group))
-        print(f"- {arm.label}: {gap:.1e} from {name} ({moved:.1e} from the start){begun}", flush=True)
+        far = f"{gap:.1e} from {name}" if arm.label != name else "the first"
+        print(f"- {arm.label}: {far}; {moved:.1e} from the start{begun}", flush=True)
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -62,8 +62,8 @@ def main() -> None:
     import json
 
     import peer_flower  # this file as a module: Ray sends functions of a module by their names
-    from peer_client import turns
     from flwr.simulation import run_simulation
+    from peer_client import turns
     from safetensors.torch import load_file
 
     folder, clients, place = sys.argv[1], int(sys.argv[2]), sys.argv[3]

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peer_client import turns
 from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig
+from peer_client import turns
 
 from fedlora.attention import choose_attention
 from fedlora.config import RunConfig, load_config
