@@ -10,6 +10,9 @@ process; the table gives medians of CPU milliseconds for a client, and ratios to
 thing after another: PEFT and torch in a plain loop; the same with the kernels that the engine uses; the engine, one
 client at a time; the engine, all together. With --private the first arm is Opacus, client by client, and the engine's
 own plain step is beside it.
+
+The last column is the share of the fastest matrix product of this process and dtype, timed in the same turns, that an
+arm reaches with its matrix products alone: forward and the gradients of inputs, the adapters' own, nothing else.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from _peak import best_product, flop_of
+from _shapes import CLASSES, SHAPES, VOCABULARY, auto_class, causal, targets, write_model
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.attention import choose_attention
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
 from fedlora.kernels import accelerate
-from fedlora.model import Base, load_base, seeded
+from fedlora.model import Base, load_base
 from fedlora.model.dropout import set_dropout
 from fedlora.privacy.calibrate import Schedule
 from fedlora.tasks import Examples, Task, load_task
@@ -40,13 +45,6 @@ from fedlora.training.job import TrainJob, batches
 from fedlora.training.pool import step_budget
 from fedlora.training.private import PrivateSettings, train_by_opacus
 from fedlora.training.private_cohort import train_private_cohort
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "encoder": {"layers": 6, "hidden": 384, "heads": 12, "tokens": 64, "steps": 4},
-    "tiny": {"layers": 2, "hidden": 64, "heads": 2, "tokens": 16, "steps": 4},
-    "llama": {"layers": 6, "hidden": 384, "heads": 6, "tokens": 128, "steps": 2},
-}
-VOCABULARY = 2000
 
 
 def arguments() -> argparse.Namespace:
@@ -65,45 +63,24 @@ def arguments() -> argparse.Namespace:
 
 def random_model(shape: str, dtype: str, dropout: float, folder: Path) -> tuple[Base, Task]:
     """A base of random weights, with its task."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    size = SHAPES[shape]
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": size["hidden"],
-        "num_hidden_layers": size["layers"],
-        "num_attention_heads": size["heads"],
-        "pad_token_id": 0,
-    }
-    causal = shape == "llama"
-    with seeded(0, torch.device("cpu")):
-        if causal:
-            config: Any = LlamaConfig(**common, intermediate_size=1024)
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        else:
-            config = BertConfig(**common, intermediate_size=4 * size["hidden"], num_labels=4)
-            AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    write_model(shape, folder)
     run = RunConfig(
         model=ModelConfig(name=str(folder), dtype=dtype),  # type: ignore[arg-type]
-        adapter=AdapterConfig(rank=8, targets=("q_proj", "v_proj") if causal else ("query", "value")),
+        adapter=AdapterConfig(rank=8, targets=targets(shape)),
         runtime=RuntimeConfig(device="cpu"),
     )
-    kind = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
-    base = load_base(run, kind, () if causal else ("classifier",), {})
+    base = load_base(run, auto_class(shape), () if causal(shape) else ("classifier",), {})
     set_dropout(base.model, dropout)
-    return base, load_task(OpenTable(name="causal-lm" if causal else "text-classification"))
+    return base, load_task(OpenTable(name="causal-lm" if causal(shape) else "text-classification"))
 
 
-def random_texts(count: int, tokens: int, causal: bool) -> Examples:
+def random_texts(count: int, shape: str) -> Examples:
     """Texts of one length, of random tokens and classes."""
     draw = np.random.default_rng(0)
-    rows = Tokens.join(list(draw.integers(1, VOCABULARY, (count, tokens))), 0)
-    if causal:
+    rows = Tokens.join(list(draw.integers(1, VOCABULARY, (count, SHAPES[shape]["tokens"]))), 0)
+    if causal(shape):
         return Examples({"input_ids": rows, "labels": replace(rows, pad_id=-100)}, None, rows.lengths)
-    return Examples({"input_ids": rows}, draw.integers(0, 4, count), rows.lengths)
+    return Examples({"input_ids": rows}, draw.integers(0, CLASSES, count), rows.lengths)
 
 
 def plain_loop(base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig) -> AdapterState:
@@ -135,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base, task = random_model(args.shape, args.dtype, args.dropout, Path(folder))
         base.fingerprint  # noqa: B018 (reads the folder while it is there)
-    examples = random_texts(args.clients * 64, size["tokens"], args.shape == "llama")
+    examples = random_texts(args.clients * 64, args.shape)
     config = TrainConfig(steps=args.steps or size["steps"], batch_size=args.batch_size, lr=1e-3)
     start = base.initial_adapter(0)
     jobs = [TrainJob(start, ALL_PARTS, np.arange(64 * k, 64 * k + 64), k) for k in range(args.clients)]
@@ -182,8 +159,15 @@ def main() -> None:
         set_up(False)
         gap = farthest(loop(), [result.adapter for result in cohort()])
         print(f"farthest from the plain loop: {gap:.1e} ({args.dtype}; the tests hold float64 to 1e-10)")
+    accelerate(base.model, "off")
+    choose_attention(base.model, "eager")
+    work = flop_of(lambda: plain_loop(base, task, examples, jobs[0], config)) * len(jobs)
+    product = best_product(getattr(torch, args.dtype))
+    peaks: list[float] = []
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(args.repeats + 1):  # the first one warms up
+        if repeat:
+            peaks.append(product.rate())
         for name, (fast, run) in arms.items():
             set_up(fast)
             begin = time.process_time()
@@ -196,9 +180,16 @@ def main() -> None:
         f"{args.shape}, {args.dtype}, {size['tokens']} tokens, {args.clients} clients of {config.steps} steps of batch "
         f"{args.batch_size}; at most {step_budget(base).tokens} tokens in a step; torch {torch.__version__}"
     )
-    print("| arm | CPU ms a client | gain |\n|---|---|---|")
+    peak = statistics.median(peaks)
+    print(
+        f"matrix products: {1e-9 * work / len(jobs):.2f} GFLOP a client; at best {1e-9 * peak:.0f} GFLOP/s "
+        f"({1e-9 * min(peaks):.0f} - {1e-9 * max(peaks):.0f}; {product})"
+    )
+    print("| arm | CPU ms a client | gain | share of the best |\n|---|---|---|---|")
     for name, median in medians.items():
-        print(f"| {name} | {1e3 * median / len(jobs):.1f} | {first / median:.2f}x |")
+        shares = [work / taken / rate for taken, rate in zip(seconds[name], peaks, strict=True)]
+        cells = f"{1e3 * median / len(jobs):.1f} | {first / median:.2f}x | {statistics.median(shares):.0%}"
+        print(f"| {name} | {cells} |")
 
 
 if __name__ == "__main__":

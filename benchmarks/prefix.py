@@ -7,7 +7,7 @@ One training step (LoRA of rank 8 on query and value, and the head, AdamW, no dr
 size: PEFT on all layers, PEFT on the top layers, the same with this project's kernels and attention, and with the
 prefix cache when it holds all examples. The last column is the first time that examples are met: those of some batches
 are computed at once, then each batch takes its step. All arms take turns within one run, and the figures are medians
-of processor time, so that other programs show less; compare ratios, not times. Some two minutes.
+of processor time, so that other programs show less; compare ratios, not times. A minute or two.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=2, help="layers with adapters")
     parser.add_argument("--batch", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--tokens", type=int, default=64, help="in a batch's longest example")
-    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

@@ -87,11 +87,11 @@ class PlanEncoder:
         self._frozen: tuple[dict[str, Tensor], str] = ({}, "")
 
     def array(self, tensor: Tensor) -> Array:
-        """`to_array`, remembered while the tensor lives."""
+        """`to_array`, remembered while the tensor lives: for an `ArrayRecord`, which copies all but the bytes."""
         if tensor not in self._arrays:
             self._arrays[tensor] = to_array(tensor)
         made: Array = self._arrays[tensor]
-        return Array(made.dtype, made.shape, made.stype, made.data)
+        return made
 
     def frozen_digest(self, plan: ClientPlan) -> str:
         """Digest of the parts that the plan does not train ("" where there are none)."""
@@ -235,11 +235,13 @@ def encode_update(
 ) -> RecordDict:
     """The content of a reply that carries a trained adapter's parts (tensors travel as they are)."""
     head = {"protocol": PROTOCOL, "kind": "update", "round": round_number, "base_digest": base_digest}
-    arrays = {name: value if isinstance(value, Array) else to_array(value) for name, value in tensors.items()}
+    arrays = ArrayRecord()
+    for name, value in tensors.items():  # one by one: from a dict it would copy them
+        arrays[name] = value if isinstance(value, Array) else to_array(value)
     return RecordDict(
         {
             "reply": ConfigRecord({"json": json.dumps(head)}),
-            "update": ArrayRecord(arrays),
+            "update": arrays,
             "metrics": MetricRecord(dict(metrics)),
         }
     )

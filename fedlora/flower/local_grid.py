@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -175,7 +175,7 @@ def _copy(message: Message) -> Message:
     content = RecordDict()
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):
-            content[key] = ArrayRecord({n: Array(a.dtype, a.shape, a.stype, a.data) for n, a in record.items()})
+            content[key] = ArrayRecord(dict(record))  # copies each array, all but its bytes
         elif isinstance(record, ConfigRecord):
             content[key] = ConfigRecord(dict(record))
         else:

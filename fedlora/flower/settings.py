@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context
@@ -60,13 +61,19 @@ def _run_config_of(context: Context) -> RunConfig:
     text = str(context.run_config.get("toml", ""))
     overrides = shlex.split(str(context.run_config.get("set", "")))
     if text:
-        return parse_config(text, overrides)
+        return _parsed(text, tuple(overrides))
     name = str(context.run_config.get("config", ""))
     if not name:
         raise ConfigError("no config was given: add --run-config 'config=\"configs/quickstart.toml\"'")
     # Flower puts the folder into which it unpacked the app on sys.path.
     folders = [*map(Path, sys.path), Path(), APP_FOLDER]
     return load_config(next((folder / name for folder in folders if (folder / name).is_file()), Path(name)), overrides)
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str, overrides: tuple[str, ...]) -> RunConfig:
+    """A virtual client would spend more time on its config than on its message: each of them has the same text."""
+    return parse_config(text, overrides)
 
 
 def client_id_of(context: Context) -> int:

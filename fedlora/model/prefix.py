@@ -260,7 +260,7 @@ def open_prefix(
         if not torch.equal(_logits(model, alone), wanted_alone):
             raise UnfitError("its upper layers use more of the lower ones than their hidden states")
         gap = float((_logits(model, inputs) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-        if not gap <= ROUNDING.get(wanted.dtype, 0.05):
+        if not gap <= ROUNDING.get(states.dtype, 0.05):  # a head may be wider than the layers
             raise UnfitError(f"it does not ignore padding (its logits move by {gap:.1g})")
         prefix.clear()
         prefix.company = all(_same_in_company(prefix, _one(inputs, row, int(n))) for row, n in enumerate(lengths))

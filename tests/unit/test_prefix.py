@@ -10,7 +10,7 @@ from families import TEXT, classifier, inputs_of
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from fedlora.model.prefix import Prefix, UnfitError, open_prefix
+from fedlora.model.prefix import ROUNDING, Prefix, UnfitError, open_prefix
 
 TARGETS = {
     "Bert": ("query", "value"),
@@ -78,6 +78,19 @@ def test_one_example_alone_gives_the_same_bits(kind: str, dtype: torch.dtype) ->
         for a, b in zip(outcome(model, first), wanted, strict=True):
             assert torch.equal(a, b)
         assert (prefix.fills, prefix.hits) == (1, time)
+
+
+def test_rounding_is_judged_by_what_the_layers_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head in float32 above layers in bfloat16 makes no finer model of it."""
+    model, targets = adapted("Bert", torch.bfloat16)
+    inputs = inputs_of("Bert", "right")
+    head = model.get_submodule("classifier").float()
+    head.register_forward_pre_hook(lambda _module, args: (args[0].float(),))
+    wanted = outcome(model, inputs)[0]
+    assert wanted.dtype == torch.float32
+    monkeypatch.setitem(ROUNDING, torch.float32, -1.0)  # nothing is that good
+    opened(model, targets, inputs)
+    assert float((outcome(model, inputs)[0] - wanted).abs().max() / wanted.abs().max()) < 0.05
 
 
 @pytest.mark.parametrize("above", [1, 2])

@@ -1,0 +1,58 @@
+"""Random models of the benchmarks' three shapes: what several of them train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora.model import seeded
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "encoder": {"layers": 6, "hidden": 384, "heads": 12, "tokens": 64, "steps": 4},
+    "tiny": {"layers": 2, "hidden": 64, "heads": 2, "tokens": 16, "steps": 4},
+    "llama": {"layers": 6, "hidden": 384, "heads": 6, "tokens": 128, "steps": 2},
+}
+VOCABULARY = 2000
+CLASSES = 4
+
+
+def causal(shape: str) -> bool:
+    """Whether a shape continues texts; the others classify them."""
+    return shape == "llama"
+
+
+def auto_class(shape: str) -> str:
+    """The class of transformers that loads a shape."""
+    return "AutoModelForCausalLM" if causal(shape) else "AutoModelForSequenceClassification"
+
+
+def targets(shape: str) -> tuple[str, ...]:
+    """Query and value."""
+    return ("q_proj", "v_proj") if causal(shape) else ("query", "value")
+
+
+def write_model(shape: str, folder: Path) -> None:
+    """Save a model of random weights (seed 0), without dropout."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    size = SHAPES[shape]
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": size["hidden"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["heads"],
+        "pad_token_id": 0,
+    }
+    with seeded(0, torch.device("cpu")):
+        if causal(shape):
+            config: Any = LlamaConfig(**common, intermediate_size=1024)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        else:
+            none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            config = BertConfig(**common, **none, intermediate_size=4 * size["hidden"], num_labels=CLASSES)
+            AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)

@@ -1,0 +1,235 @@
+"""What a virtual client costs in fedlora, and in the field's peers: Flower on Ray, and pfl-research.
+
+    python benchmarks/peers.py --pfl ~/.cache/fedlora/pfl            # the encoder, float32
+    python benchmarks/peers.py --shape tiny --pfl ~/.cache/fedlora/pfl
+    python benchmarks/peers.py --shape llama --dtype float32 bfloat16 --peers flower-ray
+
+Random weights, texts of one length, LoRA of rank 8 on query and value with a trained head, AdamW, batch 4, federated
+averaging of 32 clients a round. Each arm has two cores: two processes of one thread, or one process of two threads.
+
+- fedlora: whole rounds of its ServerApp and ClientApp on its in-process grid, checks, merge and checkpoint included;
+  in one process of two threads, as `fedlora run` does it, and as two processes that have half of the nodes each (the
+  mean of their two sums is then all that is left to do). With torch's kernels, and with the chosen ones.
+- Flower's simulation on Ray, two actors, PEFT and a plain torch loop: the base kept in an imported module, or built
+  for each message, as most examples have it. The server polls without Flower's pauses and only takes a mean.
+- pfl-research 0.6, two processes: its FederatedAveraging on its SimulatedBackend, with pfl's own sum over processes.
+
+First all arms train round 1 from the same adapter on the same batches, and their merged adapters are compared. Then
+they take turns; the tables give medians (least - most) over the turns, and medians of the ratios within a turn. CPU
+time is that of all processes of an arm, read from the system. Needs the extra for Ray: pip install "flwr[simulation]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from _shapes import CLASSES, SHAPES, VOCABULARY, auto_class, causal, targets, write_model
+from peer.peer_arms import Arm, fedlora_processes, flower_processes, pfl_processes, pfl_python
+from peer.peer_client import BATCH, RATE
+
+from fedlora.config import RunConfig, load_config, parse_config
+from fedlora.model import save_adapter
+from fedlora.rng import derive
+from fedlora.training.job import batches
+from fedlora.training.workbench import close_workbench, open_workbench
+
+ROUNDS = 3  # with batches of their own; then they come again
+SIZE = 64  # examples of a client
+OURS = ("fedlora, 1 process", "fedlora, 2 processes")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="encoder")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="of the base")
+    parser.add_argument("--peers", nargs="*", choices=["flower-ray", "pfl"], default=["flower-ray", "pfl"])
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="of a turn; by the shape if not given")
+    parser.add_argument("--pfl", type=Path, help="folder of pfl's own virtual environment; made if it is not there")
+    args = parser.parse_args()
+    if args.clients % 2:
+        parser.error("two processes share the clients: --clients must be even")
+    return args
+
+
+def federation(shape: str, clients: int, folder: Path) -> RunConfig:
+    """Write a model, its tokeniser, texts and the config of a run."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    write_model(shape, folder / "model")
+    words = {"[PAD]": 0, **{f"w{k}": k for k in range(1, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder / "model")
+    draw, size = np.random.default_rng(0), SHAPES[shape]
+    rows = draw.integers(1, VOCABULARY, (clients * SIZE + 8, size["tokens"]))
+    lines = ["text,label", *(f"{' '.join(f'w{k}' for k in row)},{draw.integers(CLASSES)}" for row in rows)]
+    (folder / "texts.csv").write_text("\n".join(lines) + "\n")
+    task = "name='causal-lm',form='text'" if causal(shape) else "name='text-classification'"
+    config = parse_config(
+        "",
+        [
+            "rounds=1000000",
+            f"model.name='{folder / 'model'}'",
+            f"adapter.targets={list(targets(shape))}",
+            "adapter.rank=8",
+            f"task={{{task},max_length={size['tokens']}}}",
+            f"data.source='{folder / 'texts.csv'}'",
+            f"data.test_fraction={8 / len(rows)}",
+            f"partition={{name='iid',clients={clients}}}",
+            f"train.steps={size['steps']}",
+            f"train.batch_size={BATCH}",
+            f"train.lr={RATE}",
+            "server.evaluate_every=1000000",
+            "server.aggregation_error=false",  # the peers know nothing of the kind
+            "server.weighting='uniform'",
+            "server.node_timeout_s=0.01",  # each of two processes has half of the nodes
+            "runtime.device='cpu'",
+        ],
+        name="peers",
+    )
+    (folder / "federation.toml").write_text(config.to_toml())
+    return load_config(folder / "federation.toml")
+
+
+def export(shape: str, config: RunConfig, folder: Path) -> None:
+    """What the peers need of it: the first adapter in PEFT's form, tokens, and each client's batches."""
+    bench = open_workbench(config)
+    save_adapter(bench.base, bench.base.initial_adapter(config.seed), folder / "adapter", {})
+    train, steps = bench.data.train, config.train.steps or 1
+    ids = np.stack(list(train.inputs["input_ids"])).astype(np.int64)
+    labels = np.stack(list(train.inputs["labels"])) if causal(shape) else np.asarray(train.labels)
+    drawn = [
+        [
+            list(batches(rows, BATCH, steps, derive(config.seed, "train", number, client)))
+            for client, rows in enumerate(bench.data.clients)
+        ]
+        for number in range(1, ROUNDS + 1)
+    ]
+    assert ids.shape[1] == SHAPES[shape]["tokens"]
+    np.savez(folder / "schedule.npz", ids=ids, labels=labels.astype(np.int64), rows=np.array(drawn))
+    facts = {"auto_class": auto_class(shape), "model": str(folder / "model"), "adapter": str(folder / "adapter")}
+    (folder / "peer.json").write_text(json.dumps(facts))
+    close_workbench()
+
+
+def arms_of(args: argparse.Namespace, folder: Path, ray: str) -> list[Arm]:
+    """All arms that can run here; what is missing is said."""
+    arms = []
+    if "flower-ray" in args.peers:
+        if importlib.util.find_spec("ray") is None:
+            print("Flower on Ray is left out: there is no Ray here; pip install 'flwr[simulation]'")
+        else:
+            flower = flower_processes(folder, args.clients, ray)
+            for dtype in args.dtype:
+                for name, cached in (("base built for each message", False), ("base kept", True)):
+                    arms.append(Arm(f"Flower on Ray, {name}", dtype, flower, {"cached": cached, "dtype": dtype}))
+    if "pfl" in args.peers:
+        if args.pfl is None:
+            print("pfl-research is left out: name a folder for its own environment, as in --pfl ~/.cache/fedlora/pfl")
+        else:
+            python = pfl_python(args.pfl.expanduser().absolute())
+            arms += [Arm("pfl-research 0.6", d, pfl_processes(folder, args.clients, d, python), {}) for d in args.dtype]
+    for dtype in args.dtype:
+        for number, name in enumerate(OURS, 1):
+            group = fedlora_processes(folder, args.clients, dtype, number)
+            ways = ("chosen", "torch's")
+            arms += [Arm(f"{name}, {kernels} kernels", dtype, group, {"kernels": kernels}) for kernels in ways]
+    return arms
+
+
+def merged(arm: Arm, number: int, folder: Path) -> dict[str, torch.Tensor]:
+    """Play round 1 and read the merged adapter; of two halves, their mean."""
+    from safetensors.torch import load_file
+
+    if "fedlora" not in arm.name:
+        file = folder / f"merged-{number}.safetensors"
+        arm.group.play({**arm.turn, "rounds": 1, "save": str(file)})
+        return load_file(file)
+    # Two processes with one turn write beside each other: each adds the number of its first client.
+    arm.group.play({**arm.turn, "rounds": 1, "save": str(folder / f"merged-{number}")})
+    found = [load_file(place / "adapter_model.safetensors") for place in sorted(folder.glob(f"merged-{number}-*"))]
+    return {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
+
+
+def compare(arms: Sequence[Arm], folder: Path) -> None:
+    """Warm all arms up with round 1, and print how far their merged adapters are from the first's of their dtype."""
+    from safetensors.torch import load_file
+
+    start = load_file(folder / "adapter" / "adapter_model.safetensors")
+    reference: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
+    print("\nround 1, all clients, the merged adapter: largest distance of an entry; and start-up, imports included")
+    met = set()
+    for number, arm in enumerate(arms):
+        if "torch's" in arm.name:  # the same processes; round 1 is over
+            arm.group.play({**arm.turn, "rounds": 1})
+            continue
+        result = merged(arm, number, folder)
+        name, first = reference.setdefault(arm.dtype, (arm.label, result))
+        gap = max(float((result[key] - first[key]).abs().max()) for key in first)
+        moved = max(float((result[key] - start[key]).abs().max()) for key in first)
+        begun = "" if id(arm.group) in met else f"; ready after {arm.group.start_seconds:.1f} s"
+        met.add(id(arm.group))
+        far = f"{gap:.1e} from {name}" if arm.label != name else "the first"
+        print(f"- {arm.label}: {far}; {moved:.1e} from the start{begun}", flush=True)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Median (least - most)."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
+
+
+def main() -> None:
+    """Print the tables."""
+    args = arguments()
+    rounds = args.rounds or {"tiny": 5}.get(args.shape, 1)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
+        ray = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        export(args.shape, federation(args.shape, args.clients, folder), folder)
+        arms = arms_of(args, folder, ray)
+        for group in {id(arm.group): arm.group for arm in arms}.values():
+            stack.callback(group.stop)
+            group.start()
+        compare(arms, folder)
+        wall: dict[str, list[float]] = {arm.label: [] for arm in arms}
+        cpu: dict[str, list[float]] = {arm.label: [] for arm in arms}
+        for _ in range(args.repeats):
+            for arm in arms:
+                taken = arm.group.play({**arm.turn, "rounds": rounds})
+                for table, seconds in zip((wall, cpu), taken, strict=True):
+                    table[arm.label].append(1e3 * seconds / rounds / args.clients)
+    size = SHAPES[args.shape]
+    print(
+        f"\n{args.shape}: {size['layers']} layers of {size['hidden']}, {size['tokens']} tokens, {args.clients} clients "
+        f"of {size['steps']} steps of batch {BATCH}; {args.repeats} turns of {rounds} rounds; torch {torch.__version__}"
+    )
+    print("\n| arm | wall ms a client | CPU ms a client |\n|---|---|---|")
+    for arm in arms:
+        print(f"| {arm.label} | {spread(wall[arm.label])} | {spread(cpu[arm.label])} |")
+    ours = [arm.label for arm in arms if "fedlora" in arm.name]
+    peers = [arm.label for arm in arms if "fedlora" not in arm.name]
+    if peers:
+        print(f"\n| times as long, wall / CPU | {' | '.join(ours)} |\n|---|{'---|' * len(ours)}")
+    for peer in peers:
+        cells = []
+        for one in ours:
+            ratios = [[a / b for a, b in zip(t[peer], t[one], strict=True)] for t in (wall, cpu)]
+            cells.append(f"{spread(ratios[0])} / {spread(ratios[1])}")
+        print(f"| {peer} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The benchmark against other frameworks compares like with like: their clients train what ours train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers.integrations import hub_kernels  # noqa: F401 (looks for a package "kernels", as a benchmark is named)
+
+from fedlora.adapter import ALL_PARTS
+from fedlora.model import save_adapter
+from fedlora.rng import derive
+from fedlora.training.cohort import train
+from fedlora.training.job import TrainJob
+from fedlora.training.workbench import open_workbench
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["tiny", "llama"])
+def test_a_peers_client_trains_what_ours_trains(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import peers
+    from peer import peer_client
+
+    config = peers.federation(shape, 2, tmp_path)
+    peers.export(shape, config, tmp_path)
+    bench = open_workbench(config)
+    model = peer_client.build(str(tmp_path), "float32")
+    peer_client.train(model, *peer_client.examples(str(tmp_path), 1, 1))
+    job = TrainJob(
+        bench.base.initial_adapter(config.seed),
+        ALL_PARTS,
+        bench.data.clients[1],
+        derive(config.seed, "train", 1, 1),
+    )
+    result = train(bench.base, bench.task, bench.data.train, job, config.train)
+    save_adapter(bench.base, result.adapter, tmp_path / "ours", {})
+    start = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ours, theirs = load_file(tmp_path / "ours" / "adapter_model.safetensors"), peer_client.tensors(model)
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - start[name]).abs().max()) for name in ours) > 1e-3
+    # AdamW's first steps are as long for a gradient that is rounding alone as for any other.
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 2e-4
