@@ -1,6 +1,7 @@
 """Runs side by side: `fedlora compare`."""
 
 from fedlora.compare._bootstrap import Difference, difference
+from fedlora.compare._cases import compare_cases
 from fedlora.compare._comparison import Comparison, compare, mean_and_deviation
 from fedlora.compare._groups import Group, differences, group_runs
 from fedlora.compare._plot import plot_curves
@@ -15,6 +16,7 @@ __all__ = [
     "Run",
     "Table",
     "compare",
+    "compare_cases",
     "difference",
     "differences",
     "group_runs",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedlora.compare import Run, Table, compare, mean_and_deviation, read_run
+from fedlora.compare import Run, Table, compare_cases, mean_and_deviation, read_run
 from fedlora.sweep import Cell, Selection, Sweep, grid, run_sweep
 from fedlora.sweep.screen import Screen
 
@@ -49,7 +49,8 @@ def main() -> None:
     rows = {where: [read_run(path) for path in cell.runs.values()] for where, cell in found.items()}
     text = table(rows, found).markdown()
     (HERE / "table.md").write_text(text)
-    (HERE / "results.csv").write_text(compare(outcome.runs).render("csv"))
+    cases = {f"epsilon {epsilon}": [run.path for rule in RULES for run in rows[rule, epsilon]] for epsilon in EPSILONS}
+    (HERE / "results.csv").write_text(compare_cases(cases).csv())
     print(text)
     draw(rows)
 
@@ -77,20 +78,25 @@ def draw(rows: dict[tuple[str, str], list[Run]]) -> None:
     figure, panel = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for side, (rule, name, colour) in enumerate(zip(RULES, RULES.values(), ("#0072B2", "#E69F00"), strict=True)):
         for column, epsilon in enumerate(EPSILONS):
-            place = column + 0.36 * side - 0.18
+            place = column + 0.44 * side - 0.24
             values = [100 * run.final for run in rows[rule, epsilon]]
             mean = 100 * (mean_and_deviation([run.final for run in rows[rule, epsilon]])[0] or 0)
             panel.plot([place] * len(values), values, "o", color=colour, alpha=0.6, markersize=4)
             panel.plot([place - 0.13, place + 0.13], [mean, mean], color=colour, linewidth=3)
-            panel.annotate(
-                f"{mean:.1f}", (place, max(values)), (0, 5), textcoords="offset points", ha="center", fontsize=8
-            )
+            panel.annotate(f"{mean:.1f}", (place + 0.15, mean), va="center", fontsize=8, color=colour)
         panel.plot([], [], color=colour, linewidth=3, label=name)
     panel.set_xticks(range(len(EPSILONS)), [f"ε = {epsilon.replace('inf', '∞')}" for epsilon in EPSILONS])
+    panel.set_xlim(right=len(EPSILONS) - 0.4)
     panel.set_ylabel("test accuracy after the last round, %")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
-    panel.set_title("Each dot a seed, bars the mean of five; each rule at its own best learning rate", fontsize=10)
+    panel.set_xlabel("privacy: none at the left, strong at the right")
+    panel.grid(axis="y", alpha=0.3)
+    panel.legend(frameon=False, loc="lower left")
+    panel.set_title(
+        "What does the noise of privacy cost?\n"
+        "Each dot a seed, bars the mean of five; each rule at its own best learning rate",
+        fontsize=10,
+    )
     figure.savefig(HERE / "plot.png", dpi=150, metadata={"Software": None})
 
 

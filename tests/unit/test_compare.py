@@ -13,7 +13,18 @@ from made_runs import make_run
 from typer.testing import CliRunner
 
 from fedlora.cli import app
-from fedlora.compare import Comparison, Group, Table, compare, difference, group_runs, plot_curves, read_run, read_runs
+from fedlora.compare import (
+    Comparison,
+    Group,
+    Table,
+    compare,
+    compare_cases,
+    difference,
+    group_runs,
+    plot_curves,
+    read_run,
+    read_runs,
+)
 from fedlora.errors import ConfigError, RunDirError
 
 PERPLEXITY = ("task.name=causal-lm", "model.name=x")
@@ -312,3 +323,29 @@ def test_the_command_prints_and_draws(family: Family, tmp_path: Path) -> None:
         1,
         "error: there is no format 'html'; valid names: csv, latex, markdown, text\n",
     )
+
+
+# ---------------------------------------------------------------------------------------------- several cases
+
+
+def test_cases_are_compared_each_within_itself(family: Family) -> None:
+    cases = {
+        "easy": [*family("a", (0.80, 0.82)), *family("b", (0.90, 0.92), "strategy.name=ffa")],
+        "hard": [
+            *family("c", (0.40, 0.42), "train.lr=0.1"),
+            *family("d", (0.30, 0.32), "strategy.name=ffa", "train.lr=0.2"),
+        ],
+    }
+    rows = list(csv.DictReader(io.StringIO(compare_cases(cases).csv())))
+    assert [(row["case"], row["strategy.name"]) for row in rows] == [
+        ("easy", "fedavg"),
+        ("easy", "ffa"),
+        ("hard", "fedavg"),
+        ("hard", "ffa"),
+    ]
+    assert [row["verdict"] for row in rows] == ["reference", "better", "reference", "worse"]
+    assert [float(row["difference"]) for row in rows[1::2]] == pytest.approx([0.1, -0.1])
+    assert [row["train.lr"] for row in rows] == ["", "", "0.1", "0.2"]  # the first case has one rate for all
+    for case, paths in cases.items():
+        alone = list(csv.DictReader(io.StringIO(compare(paths).render("csv"))))
+        assert [{key: row[key] for key in alone[0]} for row in rows if row["case"] == case] == alone

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedlora.config import parse_config
 from fedlora.testing import broken_laws
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -26,11 +25,6 @@ def test_the_rule_obeys_every_law() -> None:
     exec(compile(code, "README.md", "exec"), namespace)
     assert broken_laws(namespace["FlexLora"]()) == []
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
-
-
-def test_the_config_is_valid() -> None:
-    for block in blocks("toml"):
-        parse_config(block)
 
 
 def test_every_config_file_is_valid_and_opens_with_its_command() -> None:

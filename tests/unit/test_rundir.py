@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def test_the_config_that_is_written_is_the_config(config: RunConfig) -> None:
     assert RunDir.open(run.path).config == config
     facts = run.read_json("environment.json")
     assert facts["seed"] == config.seed
-    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["packages"]["torch"] == version("torch")
     assert not run.finished
 
 

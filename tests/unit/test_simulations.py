@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_runs import make_run
@@ -14,9 +15,21 @@ from fedlora.config import RunConfig
 from fedlora.sweep import _workers
 
 FOLDER = Path(__file__).parents[2] / "simulations"
-
-
 SWEEPS = sorted(path.parent.name for path in FOLDER.glob("*/run.py") if "run_sweep" in path.read_text())
+
+
+def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A simulation's script, working in `folder` with two seeds and one process."""
+    spec = importlib.util.spec_from_file_location(f"{name}_run", FOLDER / name / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shutil.copy(FOLDER / name / "config.toml", folder / "config.toml")
+    monkeypatch.setattr(module, "HERE", folder)
+    monkeypatch.setattr(module, "SEEDS", (0, 4))
+    monkeypatch.setattr("sys.argv", ["run.py", "--processes", "1"])
+    return module
 
 
 @pytest.fixture
@@ -35,16 +48,7 @@ def simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
     def run(name: str) -> list[RunConfig]:
         monkeypatch.setattr(_workers, "complete", complete)
-        shutil.copy(FOLDER / name / "config.toml", tmp_path / "config.toml")
-        spec = importlib.util.spec_from_file_location(f"{name}_run", FOLDER / name / "run.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(module, "HERE", tmp_path)
-        monkeypatch.setattr(module, "SEEDS", (0, 4))
-        monkeypatch.setattr("sys.argv", ["run.py", "--processes", "1"])
-        module.main()
+        load(name, tmp_path, monkeypatch).main()
         return asked
 
     return run
@@ -91,16 +95,8 @@ def test_heterogeneity_reports_a_rate_chosen_at_one_alpha(tmp_path: Path, monkey
         (path / "config.toml").write_text(config.to_toml())
 
     monkeypatch.setattr(_workers, "complete", complete)
-    shutil.copy(FOLDER / "heterogeneity" / "config.toml", tmp_path / "config.toml")
-    spec = importlib.util.spec_from_file_location("heterogeneity_run", FOLDER / "heterogeneity" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "HERE", tmp_path)
-    monkeypatch.setattr(module, "SEEDS", (0, 4))
+    module = load("heterogeneity", tmp_path, monkeypatch)
     monkeypatch.setattr(module, "ALPHAS", (0.1, 0.3, 1.0))
-    monkeypatch.setattr("sys.argv", ["run.py"])
     module.main()
     rows = (tmp_path / "table.md").read_text().splitlines()[2:]
     assert len(rows) == 4
