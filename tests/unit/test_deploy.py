@@ -27,7 +27,17 @@ from typer.testing import CliRunner
 
 from fedlora.cli import app
 from fedlora.config import RunConfig, load_config, parse_config
-from fedlora.deploy import ENVIRONMENT, Address, FederationPlan, NodePlan, commands, programs, script, write_project
+from fedlora.deploy import (
+    ENVIRONMENT,
+    Address,
+    FederationPlan,
+    Guard,
+    NodePlan,
+    commands,
+    programs,
+    script,
+    write_project,
+)
 from fedlora.deploy.foreground import worker_socket
 from fedlora.deploy.keys import make_authority, make_node_key, make_server
 from fedlora.errors import ConfigError, DeployError
@@ -442,6 +452,12 @@ def group_is_empty(pid: int) -> bool:
     return False
 
 
+def lives(group: int) -> bool:
+    """Whether anybody is left in a process group, but for the dead that init has not buried."""
+    state = subprocess.run(["ps", "-e", "-o", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    return any(int(pgid) == group and stat[0] != "Z" for pgid, stat in map(str.split, state.splitlines()))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_up_starts_again_what_ended_and_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     runner = subprocess.Popen([sys.executable, "-c", UP, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -460,6 +476,67 @@ def test_up_starts_again_what_ended_and_leaves_nothing_behind(number: signal.Sig
     assert len(pids(b)) == 1
     for pid in pids(a) + pids(b):
         wait_until(lambda pid=pid: group_is_empty(pid))  # init may be a moment behind with burying them
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])  # the second: its terminal was closed
+def test_up_leaves_nothing_behind_however_it_ends(number: signal.Signals, tmp_path: Path) -> None:
+    runner = subprocess.Popen([sys.executable, "-c", UP, str(tmp_path)], stdout=subprocess.DEVNULL)
+    try:
+        a, b = tmp_path / "a", tmp_path / "b"
+        wait_until(lambda: pids(a) and pids(b))
+        os.kill(pids(a)[0], signal.SIGKILL)
+        wait_until(lambda: len(pids(a)) == 2)  # what was started later is watched as well
+    finally:
+        runner.send_signal(number)
+        runner.wait()
+    for pid in pids(a) + pids(b):
+        wait_until(lambda pid=pid: not lives(pid))
+
+
+OWNER = """
+import subprocess, sys, time
+from fedlora.deploy import Guard
+guard = Guard(grace_s=0.5)
+for _ in range(2):
+    program = subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 600 & wait; sleep 600"], start_new_session=True)
+    guard.watch(program)
+    print(program.pid, guard._process.pid, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_guard_that_is_killed_has_a_successor_and_deaf_programs_end_too() -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdin is not None
+    assert owner.stdout is not None
+    try:
+        first, guard = map(int, owner.stdout.readline().split())
+        os.kill(guard, signal.SIGKILL)
+        time.sleep(0.1)
+        print(file=owner.stdin, flush=True)
+        second, _ = map(int, owner.stdout.readline().split())
+        assert lives(first)
+        assert lives(second)
+    finally:
+        owner.kill()
+        owner.wait()
+    for pid in (first, second):
+        wait_until(lambda pid=pid: not lives(pid))
+
+
+def test_a_guard_ends_what_it_watches_and_nothing_that_it_forgot() -> None:
+    guard = Guard()
+    kept, ended = (subprocess.Popen(["sleep", "600"], start_new_session=True) for _ in range(2))
+    try:
+        for process in (kept, ended):
+            guard.watch(process)
+        guard.forget(kept)
+        guard.close()
+        assert ended.wait(10) == -signal.SIGTERM
+        assert kept.poll() is None
+    finally:
+        kept.kill()
+        kept.wait()
 
 
 def test_a_program_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
