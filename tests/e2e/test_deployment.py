@@ -92,6 +92,7 @@ def test_a_server_app_that_is_killed_is_resumed(federation: Federation, tiny: li
     changes = ("name=server-killed", "rounds=2", *tiny)
     killed = federation.run(*changes)
     federation.wait(lambda: killed.has_finished(1), "round 1")
+    time.sleep(2)  # a node that is being sent a message would wait for the rest of it for a minute, as Flower does
     federation.kill("coordinator", "flwr-serverapp")
     before = (killed.rundir / "metrics.jsonl").read_bytes()
     run = federation.resume(killed, *changes)
