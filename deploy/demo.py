@@ -164,6 +164,7 @@ def running(project: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
             process.kill()
+            bury(process)
 
 
 def start(folder: Path, log: Path, *prefix: str) -> subprocess.Popen[bytes]:
@@ -174,6 +175,12 @@ def start(folder: Path, log: Path, *prefix: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     guard().watch(process)
     return process
+
+
+def bury(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a program's end, and watch it no longer: its number may become another's."""
+    process.wait()
+    guard().forget(process)
 
 
 @cache
@@ -215,7 +222,7 @@ def kill_and_bring_back(project: Path, rundir: Path, nodes: dict[str, subprocess
     for pid in group:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    nodes[VICTIM].wait()
+    bury(nodes[VICTIM])
     say(f"killed {VICTIM} in round {len(records(rundir))} (SIGKILL, {len(group)} processes)")
     nodes[VICTIM] = start(node, folder / f"{VICTIM}.log")
 

@@ -42,8 +42,7 @@ def _demo() -> ModuleType:
 
 
 demo = _demo()
-os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = "0.2"
+os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = "0.2"  # seconds; Flower's own 1.0 is most of a tiny model's round
 
 
 class Federation:
@@ -83,6 +82,7 @@ class Federation:
             process.send_signal(signal.SIGTERM)
         for process in self.processes.values():
             process.wait(60)
+            demo.bury(process)
 
     def pids(self, name: str, program: str) -> list[int]:
         """Processes of that program under one of the folders."""

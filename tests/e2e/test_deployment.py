@@ -168,8 +168,8 @@ def test_a_federation_ends_with_the_process_that_started_it(
     federation = Federation(folder, config, FederationPlan(("127.0.0.1",), nodes, control_port=port))
     log = tmp_path / "log"
     command = [sys.executable, "-c", LAUNCHER, str(federation.project), str(log)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{os.environ['PYTHONPATH']}"}
-    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    places = f"{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": places})
     try:
         assert launcher.stdout is not None
         while not (line := launcher.stdout.readline()).strip().isdigit():
