@@ -74,7 +74,7 @@ def tiny(tiny_bert: Path, tiny_csv: Path) -> list[str]:
 
 def test_the_default_task_has_the_bytes_of_its_simulation(federation: Federation) -> None:
     run = federation.run("name=default")
-    run.finish()
+    assert run.finish() == {}
     assert run.answers() == [[0, 1, 2]]
     run.require_equal(run.simulate())
 
@@ -83,7 +83,7 @@ def test_a_superlink_that_is_killed_loses_nothing(federation: Federation, tiny: 
     run = federation.run("name=superlink-killed", "rounds=2", *tiny)
     federation.wait(lambda: run.has_finished(1), "round 1")
     federation.kill("coordinator", "flower-superlink")
-    run.finish()
+    assert run.finish() == {}
     assert run.answers() == [[0, 1, 2]] * 2
     run.require_equal(run.simulate())
 
@@ -187,7 +187,7 @@ def test_a_node_that_is_killed_is_missed_and_comes_back(bereft: Run) -> None:
     bereft.federation.wait(lambda: [0, 2] in bereft.answers(), "a round without the node")
     missed = 1 + bereft.answers().index([0, 2])
     bereft.federation.wait(lambda: [0, 1, 2] in bereft.answers()[missed:], "a round with it")
-    bereft.finish()
+    assert (missed, 1) in bereft.finish()
     record = bereft.records()[missed]
     assert record["refused"].keys() == {"1"} or record["missing"] == [1]
     bereft.require_equal(bereft.simulate(replay=bereft.records()))
