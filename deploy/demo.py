@@ -22,7 +22,12 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlora.deploy import Guard
 
 SITES = ("site-a", "site-b", "site-c")
 VICTIM = "site-b"
@@ -81,6 +86,7 @@ def main() -> int:
     folder.mkdir(parents=True)
     (folder / "demo").touch()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    say(f"all files and everybody's log: {folder}, from where paths begin below")
     config = write_data(folder)
     project = folder / "federation"
     init(project, config)
@@ -88,15 +94,8 @@ def main() -> int:
     with running(project) as nodes:
         wait_until(lambda: listens(project), "the SuperLink")
         for site in SITES:
-            flower(
-                project,
-                "supernode",
-                "register",
-                f"{project}/coordinator/nodes/{site}.pub",
-                "federation",
-                "--name",
-                site,
-            )
+            key = f"{project}/coordinator/nodes/{site}.pub"
+            flower(project, "supernode", "register", key, "federation", "--name", site)
             nodes[site] = start(project / "nodes" / site, folder / f"{site}.log")
         flower(project, "run", f"{project}/coordinator/app", "federation")
         rundir = project / "coordinator" / "runs" / "demo"
@@ -132,22 +131,13 @@ def write_data(folder: Path) -> Path:
 def init(project: Path, config: Path) -> None:
     """`fedlora deploy init` for one machine: no proxy, everything on loopback."""
     port = free_ports(1 + len(SITES))
-    command = [
-        *FEDLORA,
-        "deploy",
-        "init",
-        str(project),
-        str(config),
-        "--host",
-        "127.0.0.1",
-        "--control-port",
-        str(port),
-    ]
+    command = [*FEDLORA, "deploy", "init", str(project), str(config)]
+    command += ["--host", "127.0.0.1", "--control-port", str(port)]
     for site in SITES:
         command += ["--node", site, "--data", f"{site}={config.parent}/data/{site}.jsonl"]
         command += ["--ledger", f"{site}={project}/{site}-ledger.jsonl"]
-    say(" ".join(["fedlora", *command[3:]]))
-    subprocess.run(command, check=True)
+    say_command(project, "fedlora", *command[3:])
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def free_ports(number: int) -> int:
@@ -174,19 +164,36 @@ def running(project: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
             process.kill()
+            bury(process)
 
 
 def start(folder: Path, log: Path, *prefix: str) -> subprocess.Popen[bytes]:
     """`fedlora deploy up` in the background, after the words of `prefix`."""
-    say(f"fedlora deploy up {folder.name}")
+    say(f"fedlora deploy up {'federation' if folder.name == 'federation' else f'federation/nodes/{folder.name}'}")
     command = [*prefix, *FEDLORA, "deploy", "up", str(folder)]
     with log.open("ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    guard().watch(process)
+    return process
+
+
+def bury(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a program's end, and watch it no longer: its number may become another's."""
+    process.wait()
+    guard().forget(process)
+
+
+@cache
+def guard() -> Guard:
+    """Ends what `start` started when this process is gone, however it went."""
+    from fedlora.deploy import Guard
+
+    return Guard(grace_s=30.0)
 
 
 def flower(project: Path, *arguments: str) -> str:
     """A command of Flower's, with the coordinator's connection."""
-    say(" ".join(("flwr", *arguments)))
+    say_command(project, "flwr", *arguments)
     environment = {**os.environ, "FLWR_HOME": str(project / "coordinator" / "flower")}
     program = Path(sys.executable).parent / "flwr"
     done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False)
@@ -210,12 +217,12 @@ def connects(port: int) -> bool:
 def kill_and_bring_back(project: Path, rundir: Path, nodes: dict[str, subprocess.Popen[bytes]], folder: Path) -> None:
     """SIGKILL to everything of one node in round 2, while it trains; start it again as an admin would."""
     node = project / "nodes" / VICTIM
-    wait_until(lambda: len(records(rundir)) >= 2 and trains(node), f"{VICTIM} to train in round 2")
+    wait_until(lambda: tell(rundir) >= 2 and trains(node), f"{VICTIM} to train in round 2")
     group = members(nodes[VICTIM].pid)
     for pid in group:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    nodes[VICTIM].wait()
+    bury(nodes[VICTIM])
     say(f"killed {VICTIM} in round {len(records(rundir))} (SIGKILL, {len(group)} processes)")
     nodes[VICTIM] = start(node, folder / f"{VICTIM}.log")
 
@@ -260,15 +267,22 @@ def records(rundir: Path) -> list[dict[str, object]]:
 _told, _next_look = 0, 0.0
 
 
-def finished(project: Path, rundir: Path) -> bool:
-    """Whether the run has its result; tells each round once, and ends the demo if the run failed."""
-    global _next_look, _told
+def tell(rundir: Path) -> int:
+    """Say the rounds that have not been said yet; how many there are, with the evaluation before training."""
+    global _told
     for record in records(rundir)[_told:]:
         _told += 1
         who = f"clients {record['answered']} answered" if "answered" in record else "before training"
-        refused = [f"; client {k}: {str(why)[:60]}" for k, why in record.get("refused", {}).items()]
+        refused = [f"; client {k}: {str(why).partition(' — ')[0]}" for k, why in record.get("refused", {}).items()]
         missing = [f"; client {k}: no reply" for k in record.get("missing", ())]
         say(f"round {record['round']}: accuracy {record['accuracy']:.1%}, {who}{''.join(refused + missing)}")
+    return _told
+
+
+def finished(project: Path, rundir: Path) -> bool:
+    """Whether the run has its result; tells each round once, and ends the demo if the run failed."""
+    global _next_look
+    tell(rundir)
     if (rundir / "result.json").is_file():
         return True
     if time.monotonic() > _next_look:
@@ -315,6 +329,11 @@ def compare(folder: Path, config: Path, deployed: Path) -> int:
 
 _begin = time.monotonic()
 _lock = threading.Lock()
+
+
+def say_command(project: Path, *words: str) -> None:
+    """One line, with files by their names in the demo's folder."""
+    say(" ".join(words).replace(f"{project.parent}/", ""))
 
 
 def say(line: str) -> None:

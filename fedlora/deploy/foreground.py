@@ -1,7 +1,8 @@
 """Run a folder's programs in the foreground: what a terminal for each of them would do, no more.
 
 A program that ends is started again after a pause, as `restart: unless-stopped` has it: Flower turns a node away that
-comes back before it was missed. Ctrl-C ends them all, with everything that they started.
+comes back before it was missed. Ctrl-C ends them all, with everything that they started; so does whatever else ends
+`up`, SIGKILL included: see `fedlora.deploy.guard`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,13 @@ from pathlib import Path
 
 from fedlora.deploy import commands
 from fedlora.deploy.commands import Address
+from fedlora.deploy.guard import GRACE_S, Guard, end_groups
 from fedlora.deploy.project import read_toml, write_connection
 from fedlora.errors import DeployError
+from fedlora.flower.worker.socket import LONGEST
 
-LONGEST_SOCKET = 100
-"""Bytes of a socket's path that `fedlora worker` takes."""
 PAUSE_S = 5.0
 """Before a program that ended is started again."""
-GRACE_S = 10.0
-"""Between asking programs to end and ending them."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def programs(folder: Path) -> list[Program]:
 def worker_socket(state: Path) -> str:
     """Where a node's worker listens: in its folder, or, as a socket's path has to be short, in the temporary one."""
     inside = state / "worker.sock"
-    if len(os.fsencode(inside)) <= LONGEST_SOCKET:
+    if len(os.fsencode(inside)) <= LONGEST:
         return str(inside)
     short = hashlib.sha256(os.fsencode(inside)).hexdigest()[:16]
     return str(Path(tempfile.gettempdir()) / f"fedlora-{os.getuid()}-{short}" / "worker.sock")
@@ -157,12 +156,7 @@ def start(program: Program, output: int | None = None) -> subprocess.Popen[bytes
 def stop(processes: Iterable[subprocess.Popen[bytes]], *, grace_s: float = GRACE_S) -> None:
     """End programs and all that they started; first with SIGTERM, then with SIGKILL."""
     left = list(processes)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in left:
-            _signal_group(process, number)
-        end = time.monotonic() + grace_s
-        while (left := [process for process in left if _signal_group(process, 0)]) and time.monotonic() < end:
-            time.sleep(0.05)
+    end_groups([process.pid for process in left], grace_s, lambda: [process.poll() for process in left])
 
 
 def up(folder: Path, say: Callable[[str], None], *, pause_s: float = PAUSE_S) -> None:
@@ -174,10 +168,11 @@ def up(folder: Path, say: Callable[[str], None], *, pause_s: float = PAUSE_S) ->
     todo = programs(folder)
     running: dict[str, subprocess.Popen[bytes]] = {}
     again: dict[str, float] = {}
+    guard = Guard()
     with _until_interrupted() as over:
         try:
             for program in todo:
-                running[program.name] = _start_aloud(program, say)
+                running[program.name] = _start_aloud(program, guard, say)
             while not over.wait(0.2):
                 for program in todo:
                     process = running[program.name]
@@ -187,17 +182,20 @@ def up(folder: Path, say: Callable[[str], None], *, pause_s: float = PAUSE_S) ->
                         say(f"{program.name} ended with status {process.returncode}; starts again in {pause_s:g} s")
                         again[program.name] = time.monotonic() + pause_s
                         stop([process], grace_s=1.0)  # what it started and left behind
+                        guard.forget(process)
                     elif time.monotonic() >= again[program.name]:
                         del again[program.name]
-                        running[program.name] = _start_aloud(program, say)
+                        running[program.name] = _start_aloud(program, guard, say)
         finally:
             stop(reversed(running.values()))
+            guard.close()
     say("all programs have ended")
 
 
-def _start_aloud(program: Program, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
+def _start_aloud(program: Program, guard: Guard, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
     say(f"{program.name}: {program.shell()}")
     process = start(program)
+    guard.watch(process)
 
     def read() -> None:
         for line in process.stdout or ():
@@ -205,16 +203,6 @@ def _start_aloud(program: Program, say: Callable[[str], None]) -> subprocess.Pop
 
     threading.Thread(target=read, daemon=True).start()
     return process
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
-    """Send a signal to a program's process group; whether anybody is left in it."""
-    process.poll()  # reaps it: a dead leader would count as somebody
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @contextmanager

@@ -133,8 +133,8 @@ class Federation:
             record = {"round": 0, **self._evaluate(state)}
             write_samples(self.rundir, self.bench, "before")
             self.rundir.append_metrics(record)
-            self.progress.round_ended(record)
             self.rundir.save_checkpoint(state)
+            self.progress.round_ended(record)
         for number in range(state.round + 1, self.config.rounds + 1):
             with self.account.round(number) if self.account else nullcontext():
                 state = self._round(state, number)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import cut
 
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig
@@ -64,17 +65,6 @@ def claim(outcome: RunOutcome) -> dict[str, Any]:
 
 def ledger(rundir: RunDir) -> Ledger:
     return Ledger(rundir.privacy_dir / "server.jsonl", unit="client")
-
-
-class Cut(NoProgress):
-    """A kill when round `number` begins."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def round_started(self, number: int, asked: object) -> None:
-        if number == self.number:
-            raise KeyboardInterrupt
 
 
 # ------------------------------------------------------------------------------------------------ the claim
@@ -137,8 +127,7 @@ def test_adaptive_clipping_goes_on_after_a_resume(central: MakeConfig) -> None:
     # The norms are noised, so that no two runs have the same: what is held is that each round has the last one's.
     config = central("privacy.adaptive_clipping=true", "privacy.clip_norm=10", "privacy.clip_lr=1.0")
     rundir = RunDir.create(config)
-    with pytest.raises(KeyboardInterrupt):
-        run_local(config, rundir, Cut(3))
+    cut(rundir, 3)
     kept = rundir.latest_checkpoint()
     assert kept is not None
     before = float(kept.memory[CLIP])
@@ -261,8 +250,7 @@ def test_a_killed_run_reports_what_an_uninterrupted_one_does(
 ) -> None:
     whole = claim(run(central(noise="epsilon=4", name="whole")))
     rundir = RunDir.create(central(noise="epsilon=4", name="cut"))
-    with pytest.raises(KeyboardInterrupt):
-        run_local(rundir.config, rundir, Cut(2))
+    cut(rundir, 2)
     for _ in range(2):  # killed in the middle of a round, after its clients have answered
         with monkeypatch.context() as patch:
             patch.setattr(Federation, "_record", _killed)
@@ -294,8 +282,7 @@ def test_figures_without_their_checkpoint_count_twice(central: MakeConfig, monke
 
 def test_a_resume_without_its_ledger_is_refused(central: MakeConfig) -> None:
     rundir = RunDir.create(central())
-    with pytest.raises(KeyboardInterrupt):
-        run_local(rundir.config, rundir, Cut(3))
+    cut(rundir, 3)
     ledger(rundir).path.unlink()
     with pytest.raises(PrivacyError, match="lacks round 1, which was completed"):
         resume(rundir)

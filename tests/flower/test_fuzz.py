@@ -19,6 +19,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nothing_lost import Witness
 
 from fedlora import __version__
 from fedlora.adapter import AdapterState, LoraPair
@@ -324,9 +325,11 @@ def test_a_hostile_client_changes_nothing_and_is_named_in_each_round(
 
     monkeypatch.setattr(LocalGrid, "_answer", answer)
     mode = "hostile"
-    outcomes = [run_local(configs[0], RunDir.create(configs[0]), NoProgress())]
+    witness = Witness(RunDir.create(configs[0]))
+    outcomes = [run_local(configs[0], witness.rundir, witness)]
     mode = "away"
     outcomes += [run_local(configs[1], RunDir.create(configs[1]), NoProgress())]
     assert [list(record["refused"]) for record in outcomes[0].records[1:]] == [["2"]] * 4
+    assert [*witness.left_out] == [(number, 2) for number in (1, 2, 3, 4)]
     one, other = (outcome.adapter.tensors() for outcome in outcomes)
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from nothing_lost import Witness
 
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError
@@ -27,17 +28,20 @@ def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(post, "POLL_S", (0.001, 0.002))
 
 
-class Story(NoProgress):
-    """Does something to the grid when a round begins, and hears what is said."""
+class Story(Witness):
+    """Does something to the grid when a round begins, hears what is said, and sees that nothing is lost."""
 
-    def __init__(self, grid: Moving, chapters: dict[int, Callable[[Moving], None]]) -> None:
+    def __init__(self, rundir: RunDir, grid: Moving, chapters: dict[int, Callable[[Moving], None]]) -> None:
+        super().__init__(rundir)
         self.grid, self.chapters, self.lines = grid, chapters, []  # type: ignore[var-annotated]
 
     def round_ended(self, record: Any) -> None:
+        super().round_ended(record)
         if record["round"] + 1 in self.chapters:
             self.chapters[record["round"] + 1](self.grid)
 
-    def round_started(self, number: int, asked: object) -> None:
+    def round_started(self, number: int, asked: Sequence[int]) -> None:
+        super().round_started(number, asked)
         self.grid.round = number
 
     def message(self, text: str) -> None:
@@ -87,9 +91,11 @@ class Moving(LocalGrid):
 
 
 def tell(config: RunConfig, grid: Moving, **chapters: Callable[[Moving], None]) -> tuple[RunOutcome, list[str]]:
-    story = Story(grid, {int(name[1:]): does for name, does in chapters.items()})
+    rundir = RunDir.create(config, overwrite=True)
+    story = Story(rundir, grid, {int(name[1:]): does for name, does in chapters.items()})
     with task_identity(1):
-        outcome = run_rounds(grid, config, RunDir.create(config, overwrite=True), story, resume=False)
+        outcome = run_rounds(grid, config, rundir, story, resume=False)
+    assert story.rounds == list(range(config.rounds + 1))
     return outcome, story.lines
 
 
@@ -315,9 +321,9 @@ def test_a_last_round_without_quorum_is_no_end(tiny_config: MakeConfig) -> None:
 def test_that_no_node_is_there_is_said_at_once(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=2", "server.node_timeout_s=0.05")
     grid = Moving(config)
-    story = Story(grid, {2: leave(2, 3, 4, 5)})
+    story = Story(RunDir.create(config), grid, {2: leave(2, 3, 4, 5)})
     with task_identity(1), pytest.raises(RoundError):
-        run_rounds(grid, config, RunDir.create(config), story, resume=False)
+        run_rounds(grid, config, story.rundir, story, resume=False)
     assert story.lines[-1] == "round 2: no node is there, the quorum is 2; waiting up to 0.05 s"
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from interrupted import cut_and_resumed
 
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, RuleError
-from fedlora.flower import client_app, refuse_early, run_local
+from fedlora.flower import refuse_early, run_local
 from fedlora.flower.server_app import RunOutcome
 from fedlora.model.methods import METHODS
 from fedlora.progress import NoProgress
@@ -60,18 +61,7 @@ def test_what_the_base_gave_up_is_sent_once_and_survives_a_resume(tiny_config: M
     downs = [record["bytes_down"] for record in whole.records[1:]]
     assert downs[0] > downs[1] == downs[2] == downs[3]
     config = tiny_config(*table, name="cut")
-    rundir = RunDir.create(config)
-
-    class Cut(NoProgress):
-        def round_started(self, number: int, asked: object) -> None:
-            if number == 3:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_local(config, rundir, Cut())
-    open_workbench(config).base.rebase(0, ())
-    client_app.frozen_store.__init__()  # type: ignore[misc]
-    resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    resumed = cut_and_resumed(config, 3)
     tensors = whole.adapter.tensors()
     assert all(torch.equal(value, tensors[name]) for name, value in resumed.adapter.tensors().items())
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
+from interrupted import cut
 
 from fedlora.config import RunConfig
 from fedlora.errors import DataError, PrivacyError, RoundError, RunDirError
@@ -84,17 +85,6 @@ class Says(NoProgress):
 
     def message(self, text: str) -> None:
         self.lines.append(text)
-
-
-class Cut(NoProgress):
-    """A kill when round `number` begins."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def round_started(self, number: int, asked: object) -> None:
-        if number == self.number:
-            raise KeyboardInterrupt
 
 
 # ------------------------------------------------------------------------------------------------ the claim
@@ -294,8 +284,7 @@ def test_a_run_killed_between_rounds_spends_what_an_uninterrupted_one_does(priva
     whole = run(private(noise="epsilon=4", name="whole"))
     rundir = RunDir.create(private(noise="epsilon=4", name="cut"))
     for number in (2, 3):
-        with pytest.raises(KeyboardInterrupt):
-            run_local(rundir.config, RunDir.open(rundir.path), Cut(number), resume=number > 2)
+        cut(RunDir.open(rundir.path), number, resume=number > 2)
     name = rundir.run_id
     assert claim(resume(rundir)) == claim(whole)
     assert rundir.run_id == name
@@ -376,8 +365,7 @@ def test_a_failed_client_has_spent_even_if_its_round_is_repeated(
 
 def test_a_resume_without_the_ledgers_is_refused(private: MakeConfig) -> None:
     rundir = RunDir.create(private())
-    with pytest.raises(KeyboardInterrupt):
-        run_local(rundir.config, rundir, Cut(3))
+    cut(rundir, 3)
     ledger_path(rundir.privacy_dir, 2).unlink()
     before = rundir.read_metrics()
     with pytest.raises(PrivacyError, match=r"client-2\.jsonl' lacks round 1, which was completed: restore it"):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interrupted import cut_and_resumed
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import equivalent_adapter
@@ -67,18 +68,7 @@ def test_a_run_is_a_function_of_its_config(tiny_config: MakeConfig) -> None:
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_config: MakeConfig, rule: str) -> None:
     whole = run(tiny_config(f"strategy.name={rule}", "rounds=4", "server.fraction=0.5", name="whole"))
     config = tiny_config(f"strategy.name={rule}", "rounds=4", "server.fraction=0.5", name="cut")
-    rundir = RunDir.create(config)
-
-    class Cut(NoProgress):
-        def round_started(self, number: int, asked: object) -> None:
-            if number == 3:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_local(config, rundir, Cut())
-    open_workbench(config).base.rebase(0, ())  # a new process holds nothing
-    client_app.frozen_store.__init__()  # type: ignore[misc]
-    resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    resumed = cut_and_resumed(config, 3)
     assert same(resumed.adapter, whole.adapter)
     strip = [{k: v for k, v in r.items() if k != "bytes_down"} for r in timeless(resumed.records)]
     assert strip == [{k: v for k, v in r.items() if k != "bytes_down"} for r in timeless(whole.records)]

@@ -14,6 +14,8 @@ import pytest
 import torch
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from interrupted import cut
+from nothing_lost import Witness
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan, GlobalState, Merge
@@ -37,8 +39,11 @@ def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(post, "POLL_S", (0.001, 0.002))
 
 
-class Heard(NoProgress):
-    def __init__(self) -> None:
+class Heard(Witness):
+    """What a run says; sees that nothing of it is lost."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(RunDir.create(config, overwrite=True))
         self.lines: list[str] = []
 
     def message(self, text: str) -> None:
@@ -77,10 +82,12 @@ class Troubled(LocalGrid):
         return message.metadata.dst_node_id - 2
 
 
-def federate(config: RunConfig, grid: LocalGrid | None = None, heard: NoProgress | None = None) -> RunOutcome:
-    rundir = RunDir.create(config, overwrite=True)
+def federate(config: RunConfig, grid: LocalGrid | None = None, heard: Heard | None = None) -> RunOutcome:
+    heard = heard or Heard(config)
     with task_identity(1):
-        return run_rounds(grid or Troubled(config), config, rundir, heard or NoProgress(), resume=False)
+        outcome = run_rounds(grid or Troubled(config), config, heard.rundir, heard, resume=False)
+    assert heard.rounds == list(range(config.rounds + 1))
+    return outcome
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:
@@ -207,7 +214,7 @@ class Silent(Troubled):
 
 def test_nodes_that_say_nothing_at_the_start_are_left_out_and_named(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=1", "server.deadline_s=0.05")
-    heard = Heard()
+    heard = Heard(config)
     assert federate(config, Silent(config), heard).records[1]["answered"] == [2]
     assert "refused node 2: it did not answer" in heard.lines
     assert heard.lines[-1].startswith("only 1 of 4 clients are there")
@@ -352,20 +359,10 @@ def test_a_base_that_somebody_else_changed_is_not_taken_for_a_known_one(tiny_con
 # ------------------------------------------------------------------------------------------------ stop and go on
 
 
-class Stops(NoProgress):
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def round_started(self, number: int, asked: object) -> None:
-        if number == self.at:
-            raise KeyboardInterrupt
-
-
 def test_a_run_that_stopped_in_its_first_round_has_one_line_for_round_0(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=1")
     rundir = RunDir.create(config)
-    with pytest.raises(KeyboardInterrupt):
-        run_local(config, rundir, Stops(1))
+    cut(rundir, 1)
     resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
     assert [record["round"] for record in resumed.records] == [0, 1]
 
@@ -383,8 +380,7 @@ def test_a_run_that_goes_on_to_more_rounds_ends_as_one_that_had_them(
     if finished:
         run_local(few, rundir, NoProgress())
     else:
-        with pytest.raises(KeyboardInterrupt):
-            run_local(few, rundir, Stops(2))
+        cut(rundir, 2)
     outcome = run_local(more, RunDir.open(rundir.path), NoProgress(), resume=True)
     assert same(outcome.adapter, expected.adapter)
     assert [record["round"] for record in outcome.records] == [0, 1, 2, 3, 4]

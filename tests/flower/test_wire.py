@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from flwr.app import Array, ConfigRecord, RecordDict
+from interrupted import cut_and_resumed
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
-from fedlora.flower import client_app, run_local
+from fedlora.flower import run_local
 from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, encode_update, encode_upload
 from fedlora.flower.server_app import RunOutcome
 from fedlora.flower.validate import Limits, check_update
@@ -207,18 +208,7 @@ def test_a_rounded_run_that_was_cut_ends_as_one_that_was_not(tiny_config: MakeCo
     settings = (f"strategy.name={rule}", "wire.up=int8", "server.fraction=0.5", "server.evaluate_every=3")
     whole = run(tiny_config(*settings, name="whole"))
     config = tiny_config(*settings, name="cut")
-    rundir = RunDir.create(config)
-
-    class Cut(NoProgress):
-        def round_started(self, number: int, asked: object) -> None:
-            if number == 2:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_local(config, rundir, Cut())
-    open_workbench(config).base.rebase(0, ())
-    client_app.frozen_store.__init__()  # type: ignore[misc]
-    resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    resumed = cut_and_resumed(config, 2)
     assert same(resumed.adapter, whole.adapter)
 
 

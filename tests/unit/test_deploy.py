@@ -6,12 +6,7 @@ import datetime
 import ipaddress
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 import tomllib
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +22,16 @@ from typer.testing import CliRunner
 
 from fedlora.cli import app
 from fedlora.config import RunConfig, load_config, parse_config
-from fedlora.deploy import ENVIRONMENT, Address, FederationPlan, NodePlan, commands, programs, script, write_project
+from fedlora.deploy import (
+    ENVIRONMENT,
+    Address,
+    FederationPlan,
+    NodePlan,
+    commands,
+    programs,
+    script,
+    write_project,
+)
 from fedlora.deploy.foreground import worker_socket
 from fedlora.deploy.keys import make_authority, make_node_key, make_server
 from fedlora.errors import ConfigError, DeployError
@@ -404,70 +408,6 @@ def test_what_cannot_be_meant_is_refused(option: str, value: str, message: str, 
     config.write_text(CONFIG.to_toml())
     code, output = fedlora("deploy", "init", tmp_path / "f", config, "--node", "site-a", option, value)
     assert (code, message in output) == (1, True), output
-
-
-# ------------------------------------------------------------------------------------------------ up
-
-UP = """
-import sys
-from pathlib import Path
-import fedlora.deploy.foreground as up
-folder = Path(sys.argv[1])
-sleeper = (
-    "import os, subprocess, sys, time; subprocess.Popen(['sleep', '600']); "
-    "open(sys.argv[1], 'a').write(f'{os.getpid()} '); time.sleep(600)"
-)
-command = [sys.executable, "-c", sleeper]
-up.programs = lambda folder: [up.Program(name, [*command, str(folder / name)], folder) for name in ("a", "b")]
-up.up(folder, lambda line: print(line, flush=True), pause_s=0.2)
-"""
-
-
-def pids(file: Path) -> list[int]:
-    return [int(word) for word in file.read_text().split()] if file.exists() else []
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def group_is_empty(pid: int) -> bool:
-    try:
-        os.killpg(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_up_starts_again_what_ended_and_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
-    runner = subprocess.Popen([sys.executable, "-c", UP, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        a, b = tmp_path / "a", tmp_path / "b"
-        wait_until(lambda: pids(a) and pids(b))
-        os.kill(pids(a)[0], signal.SIGKILL)
-        wait_until(lambda: len(pids(a)) == 2)
-        runner.send_signal(number)
-        output, _ = runner.communicate(timeout=60)
-    finally:
-        runner.kill()
-    assert runner.returncode == 0
-    assert "a ended with status -9; starts again in 0.2 s" in output
-    assert output.endswith("all programs have ended\n")
-    assert len(pids(b)) == 1
-    for pid in pids(a) + pids(b):
-        wait_until(lambda pid=pid: group_is_empty(pid))  # init may be a moment behind with burying them
-
-
-def test_a_program_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedlora.deploy import Program, start
-
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(DeployError, match="'caddy' is not installed on this machine"):
-        start(Program("proxy", commands.proxy("/x"), tmp_path))
 
 
 def test_a_config_stays_the_same_if_the_nodes_have_no_data() -> None:

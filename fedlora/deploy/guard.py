@@ -1,0 +1,115 @@
+"""Ends programs when the process that started them is gone, however it went: `kill -9` of it leaves nothing behind.
+
+A `Guard` starts this file as a process of its own and holds a pipe to it, which nobody else has: it closes when its
+owner ends, and whatever is watched then is ended, with all that it started. The file imports nothing of fedlora's, so
+that the process is small.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import final
+
+GRACE_S = 10.0
+"""Between asking programs to end and ending them."""
+
+
+@final
+class Guard:
+    """Watches programs on behalf of the process that makes it.
+
+    Args:
+        grace_s: between SIGTERM and SIGKILL, in seconds.
+    """
+
+    def __init__(self, grace_s: float = GRACE_S) -> None:
+        self._grace_s = grace_s
+        self._watched: dict[int, subprocess.Popen[bytes]] = {}
+        self._begin()
+
+    def watch(self, process: subprocess.Popen[bytes]) -> None:
+        """From now on end a program, which leads a process group, and its group, with this process."""
+        self._watched[process.pid] = process
+        self._tell(f"+{process.pid}")
+
+    def forget(self, process: subprocess.Popen[bytes]) -> None:
+        """The program has ended, and its number may become another's."""
+        self._watched.pop(process.pid, None)
+        self._tell(f"-{process.pid}")
+
+    def close(self) -> None:
+        """End all that is still watched, and the guard."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        while self._process.poll() is None:
+            for process in self._watched.values():
+                process.poll()  # buries it: to the guard a dead one counts as somebody
+            time.sleep(0.02)
+
+    def _begin(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, str(self._grace_s)],
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # out of reach of what a terminal sends its processes
+        )
+        for pid in self._watched:
+            self._tell(f"+{pid}")
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:  # somebody killed the guard: a new one is told of all
+            self._process.wait()
+            self._begin()
+
+
+def end_groups(pids: Iterable[int], grace_s: float = GRACE_S, reap: Callable[[], object] = lambda: None) -> None:
+    """End process groups: first with SIGTERM, then with SIGKILL.
+
+    Args:
+        pids: of their leaders.
+        grace_s: how long to wait after each.
+        reap: buries those that are the caller's children: a dead leader would count as somebody.
+    """
+    left = list(pids)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in left:
+            _signal_group(pid, number)
+        end = time.monotonic() + grace_s
+        while left and time.monotonic() < end:
+            reap()
+            left = [pid for pid in left if _signal_group(pid, 0)]
+            time.sleep(0.05 if left else 0.0)
+
+
+def _signal_group(pid: int, number: int) -> bool:
+    """Send a signal to a process group; whether anybody is left in it."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def main() -> None:
+    """Read who is watched until the owner is gone; then end them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it goes when its owner goes, and not before
+    watched: set[int] = set()
+    for line in sys.stdin:
+        (watched.add if line.startswith("+") else watched.discard)(int(line[1:]))
+    end_groups(watched, float(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Runs that are killed when a round begins, and go on in what could be another process: for the tests of resuming."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedlora.config import RunConfig
+from fedlora.flower import client_app, run_local
+from fedlora.flower.server_app import RunOutcome
+from fedlora.progress import NoProgress
+from fedlora.rundir import RunDir
+from fedlora.training.workbench import open_workbench
+
+
+class _Cut(NoProgress):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def round_started(self, number: int, asked: object) -> None:
+        if number == self.number:
+            raise KeyboardInterrupt
+
+
+def cut(rundir: RunDir, number: int, *, resume: bool = False) -> None:
+    """Run, and be killed when round `number` has begun."""
+    with pytest.raises(KeyboardInterrupt):
+        run_local(rundir.config, rundir, _Cut(number), resume=resume)
+
+
+def forget(config: RunConfig) -> None:
+    """Hold nothing of earlier rounds, as a new process does."""
+    open_workbench(config).base.rebase(0, ())
+    client_app.frozen_store.__init__()  # type: ignore[misc]
+
+
+def cut_and_resumed(config: RunConfig, number: int) -> RunOutcome:
+    """A run that was killed when round `number` had begun, and went on in a new process."""
+    rundir = RunDir.create(config)
+    cut(rundir, number)
+    forget(config)
+    return run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
