@@ -1,0 +1,134 @@
+"""The contract's toy federation: a model of two modules, and clients who train by drawing random steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import AdapterState, DeltaSum, LoraPair, PairShape, Part, fresh_pairs
+from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, broadcast_change
+from fedlora.rng import derive
+from fedlora.state_io import flatten_state, pack, unflatten_state, unpack
+
+MODULES = {"layer.0.q": (9, 12), "layer.0.v": (5, 12)}
+"""Module name -> (d_out, d_in) of the contract's toy model: not square, and not the same for all."""
+RANK = 4
+"""Rank of the toy model's global adapter."""
+WEIGHTS = (3.0, 1.0, 2.0, 5.0)
+"""n_k of the contract's four clients."""
+MIXED = (4, 2, 3, 1)
+"""Their ranks, where ranks are mixed."""
+
+
+class ToyFederation:
+    """Four imaginary clients around a rule."""
+
+    aggregator: ClassVar[Aggregator]
+
+    def _rank_lists(self) -> list[Sequence[int] | None]:
+        return [None, MIXED] if Claim.MIXED_RANKS in self.aggregator.claims else [None]
+
+    def _specs(self, ranks: Sequence[int] | None = None) -> list[ClientSpec]:
+        return [ClientSpec(k, layout_of(rank, mixed=ranks is not None)) for k, rank in enumerate(ranks or (RANK,) * 4)]
+
+    def _states(self, dtype: torch.dtype = torch.float64) -> list[GlobalState]:
+        """The state before the first round, and a state with a past."""
+        first = self.aggregator.init(initial(dtype), seed=7)
+        return [first, self._next(self._next(first))]
+
+    def _next(
+        self, state: GlobalState, specs: Sequence[ClientSpec] | None = None, rule: Aggregator | None = None
+    ) -> GlobalState:
+        rule = rule or self.aggregator
+        return rule.merge(state, self._updates(state, specs or self._specs(), rule=rule))
+
+    def _updates(
+        self,
+        state: GlobalState,
+        specs: Sequence[ClientSpec],
+        weights: Sequence[float] = WEIGHTS,
+        step: float = 0.3,
+        rule: Aggregator | None = None,
+    ) -> list[ClientUpdate]:
+        updates = []
+        for spec, weight in zip(specs, weights, strict=False):
+            plan = (rule or self.aggregator).plan(state, spec)
+            adapter = moved(plan, derive(state.round, "client", spec.client_id), step)
+            updates.append(ClientUpdate(spec.client_id, adapter, weight, plan.base_version, {"loss": 1.0}))
+        return updates
+
+
+def layout_of(rank: int, mixed: bool) -> dict[str, PairShape]:
+    """Alpha is fixed at 8; where ranks are mixed, the second module has a rank pattern and rsLoRA's scale."""
+    first, second = MODULES
+    other = max(1, rank - 1) if mixed else rank
+    scale = 8 / other**0.5 if mixed else 8 / other
+    return {first: PairShape(*MODULES[first], rank, 8 / rank), second: PairShape(*MODULES[second], other, scale)}
+
+
+def initial(dtype: torch.dtype) -> AdapterState:
+    dense = {"head.weight": torch.zeros(3, 5, dtype=dtype), "head.bias": torch.zeros(3, dtype=dtype)}
+    dense = {name: noise(value, 5, name) for name, value in dense.items()}
+    return AdapterState(fresh_pairs(layout_of(RANK, mixed=False), 5, dtype), dense)
+
+
+def moved(plan: ClientPlan, seed: int, step: float) -> AdapterState:
+    parts: frozenset[Part] = plan.sends
+    return plan.adapter.with_tensors(
+        {name: value + step * noise(value, seed, name) for name, value in plan.adapter.tensors(parts).items()}
+    )
+
+
+def noise(like: Tensor, seed: int, name: str) -> Tensor:
+    generator = torch.Generator().manual_seed(derive(seed, name))
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+
+def ideal(updates: Sequence[ClientUpdate]) -> DeltaSum:
+    """sum_k n_k s_k B_k A_k: D* times the sum of the weights."""
+    ideal = DeltaSum()
+    for update in updates:
+        ideal.add(update.adapter.pairs, update.num_examples)
+    return ideal
+
+
+def visible(before: GlobalState, after: GlobalState) -> dict[str, Tensor]:
+    """All that clients see of a merge: the change of each weight, multiplied out in float64, and the dense parts."""
+    change = broadcast_change(before, after)
+    out = {
+        name: torch.stack([c * p.scale * (p.B.double() @ p.A.double()) for c, p in change.terms(name)]).sum(0)
+        for name in change.names
+    }
+    return out | {name: value.double() for name, value in after.adapter.dense.items()}
+
+
+def alpha_doubled(adapter: AdapterState) -> AdapterState:
+    pairs = {name: LoraPair(pair.A, pair.B / 2, pair.scale * 2) for name, pair in adapter.pairs.items()}
+    return AdapterState(pairs, adapter.dense)
+
+
+def cast_adapter(adapter: AdapterState, dtype: torch.dtype) -> AdapterState:
+    return adapter.with_tensors({name: value.to(dtype) for name, value in adapter.tensors().items()})
+
+
+def cast_state(state: GlobalState, dtype: torch.dtype) -> GlobalState:
+    merges = tuple(dataclasses.replace(m, change=cast_adapter(m.change, dtype)) for m in state.merges)
+    memory = {name: value.to(dtype) for name, value in state.memory.items()}
+    return dataclasses.replace(state, adapter=cast_adapter(state.adapter, dtype), merges=merges, memory=memory)
+
+
+def all_tensors(state: GlobalState) -> dict[str, Tensor]:
+    out = {f"adapter {name}": value for name, value in state.adapter.tensors().items()}
+    for merge in state.merges:
+        name = f"merge {merge.since}-{merge.version}"
+        out |= {f"{name} {key}": value for key, value in merge.change.tensors().items()}
+    return out | {f"memory {name}": value for name, value in state.memory.items()}
+
+
+def saved(state: GlobalState) -> GlobalState:
+    """A state as a checkpoint gives it back."""
+    return unflatten_state(*unpack(pack(*flatten_state(state))))
