@@ -37,7 +37,7 @@ def _demo() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.PATIENCE_S = 300.0
+    module.PATIENCE_S = 500.0
     return module
 
 

@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 
 from fedlora.aggregators import ClientSpec, load_aggregator
 from fedlora.config import RunConfig
+from fedlora.deploy import Guard
 from fedlora.errors import WorkerError
 from fedlora.flower import client_app
 from fedlora.flower import node_app as node_app_module
@@ -445,7 +446,10 @@ class Node:
         self.worker: subprocess.Popen[bytes] | None = None
 
     def start_worker(self, *words: str) -> None:
-        self.worker = subprocess.Popen([sys.executable, "-m", "fedlora", "worker", "--socket", self.socket, *words])
+        command = [sys.executable, "-m", "fedlora", "worker", "--socket", self.socket, *words]
+        self.worker = subprocess.Popen(command, start_new_session=True)
+        self.guard = Guard()
+        self.guard.watch(self.worker)
         self.wait()
 
     def wait(self) -> None:
@@ -471,6 +475,7 @@ class Node:
         if self.worker is not None:
             self.worker.terminate()
             self.worker.wait(60)
+            self.guard.close()
 
 
 @pytest.mark.slow
