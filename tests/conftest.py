@@ -113,6 +113,14 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def tiny_toml(tmp_path: Path, tiny_bert: Path, tiny_csv: Path) -> Path:
+    """A config whose run takes about a second."""
+    from tiny import write_tiny_toml
+
+    return write_tiny_toml(tmp_path, tiny_bert, tiny_csv)
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2; `make test` has fetched it, otherwise it is fetched here or fails saying why."""

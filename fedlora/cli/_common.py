@@ -33,6 +33,7 @@ MaybeConfig = Annotated[
     Path | None,
     typer.Argument(metavar="[CONFIG]", help="A TOML file, or the name of a shipped one.", show_default=False),
 ]
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A run's folder, or an adapter's in PEFT's format.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. train.lr=0.001. Repeatable."),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, Overrides, app, calm_loggers, errors_in_one_line
+from fedlora.cli._common import Adapter, Debug, Overrides, app, calm_loggers, errors_in_one_line
 from fedlora.cli.compare import Form
 from fedlora.errors import ConfigError, PrivacyError
 
@@ -25,9 +25,7 @@ MOST_CLIENTS = 20
 
 @app.command()
 def evaluate(
-    adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A run's folder, or an adapter's in PEFT's format.")
-    ],
+    adapter: Adapter,
     data: Annotated[
         Path | None,
         typer.Option("--data", metavar="FILE", help=".csv, .tsv, .jsonl, .json or .parquet; else the run's test set."),

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, Overrides, app, calm_loggers, errors_in_one_line
+from fedlora.cli._common import Adapter, Debug, Overrides, app, calm_loggers, errors_in_one_line
 from fedlora.cli.compare import Form
 from fedlora.errors import ConfigError
 
 
 @app.command()
 def spectrum(
-    adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A run's folder, or an adapter's in PEFT's format.")
-    ],
+    adapter: Adapter,
     top: Annotated[
         int, typer.Option("--top", min=1, metavar="N", help="Look at so many of the new weight's singular vectors.")
     ] = 10,

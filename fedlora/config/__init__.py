@@ -6,7 +6,7 @@ keys are that entry's dataclass fields. They are checked against it when the par
 
 from fedlora.config._base import OPEN_TABLES, OpenTable, Section
 from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig, WireConfig
-from fedlora.config._flat import different_keys, flat_keys
+from fedlora.config._flat import different_keys, flat_keys, flatten
 from fedlora.config._learning import NODES, AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedlora.config._reading import find_config, load_config, parse_config
@@ -33,6 +33,7 @@ __all__ = [
     "different_keys",
     "find_config",
     "flat_keys",
+    "flatten",
     "load_config",
     "parse_config",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import __version__
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, flatten
 from fedlora.files import write_atomically
 from fedlora.progress import format_bytes, format_metric, format_seconds
 from fedlora.report import _people, _sections
@@ -143,7 +143,7 @@ def _warnings(facts: Facts) -> Html | None:
 
 
 def _configuration(config: RunConfig) -> Html:
-    given, usual = _flat(config.model_dump(mode="json")), _flat(RunConfig().model_dump(mode="json"))
+    given, usual = (flatten(one.model_dump(mode="json"), lists=True) for one in (config, RunConfig()))
     changed = [key for key in given if given[key] != usual.get(key)]
     rows = [
         (el("code", key), el("code", _say(given[key])), _say(usual[key]) if key in usual else "-") for key in changed
@@ -158,11 +158,15 @@ def _configuration(config: RunConfig) -> Html:
 
 
 def _versions(environment: Mapping[str, Any]) -> Html:
-    flat = _flat({key: value for key, value in environment.items() if key != "resumed"})
+    flat = flatten({key: value for key, value in environment.items() if key != "resumed"}, lists=True)
     rows = [(key.removeprefix("packages."), _say(value)) for key, value in flat.items()]
     parts = [table(("what", "version or value"), rows, "What the run was computed with")]
     for again in environment.get("resumed") or ():
-        rows = [(key.removeprefix("packages."), _say(value)) for key, value in _flat(again).items() if key != "round"]
+        rows = [
+            (key.removeprefix("packages."), _say(value))
+            for key, value in flatten(again, lists=True).items()
+            if key != "round"
+        ]
         parts.append(
             details(f"Resumed after round {again.get('round')}", table(("what", "version or value"), rows, "Then"))
         )
@@ -175,17 +179,3 @@ def _say(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(_say(inner) for inner in value) or "empty" if isinstance(value, list) else str(value)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out.update(_flat(value, f"{prefix}{key}."))
-        elif isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
-            for place, inner in enumerate(value, 1):
-                given = {name: part for name, part in inner.items() if part is not None}
-                out.update(_flat(given, f"{prefix}{key}[{place}]."))
-        else:
-            out[f"{prefix}{key}"] = value
-    return out

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, flatten
 
 _UNUSUAL = re.compile(r"[^\w \-./]", re.ASCII)
 """Characters that MLflow does not take in a name; domains are named by the data."""
@@ -54,27 +54,15 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
         if key in ("round", "clients"):
             continue
         if key in ("domains", "rule"):
-            found.update({f"{key}/{name}": number for name, number in _flat(value).items()})
+            found |= {f"{key}/{name}": number for name, number in _numbers(flatten(value, mark="/")).items()}
         elif isinstance(value, list | Mapping):
             found[f"clients/{key}"] = float(len(value))
-        elif isinstance(value, int | float) and math.isfinite(value):
-            found[key] = float(value)
+        else:
+            found |= _numbers({key: value})
     return {_UNUSUAL.sub("_", name): number for name, number in found.items()}
 
 
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The config under flat names: "train.lr"."""
-    return _flat(config.model_dump(mode="json"), ".", everything=True)
-
-
-def _flat(tree: Mapping[str, Any], mark: str = "/", *, everything: bool = False) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            inner = _flat(value, mark, everything=everything)
-            found.update({f"{key}{mark}{name}": part for name, part in inner.items()})
-        elif everything:
-            found[str(key)] = value
-        elif isinstance(value, int | float) and math.isfinite(value):
-            found[str(key)] = float(value)
-    return found
+def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value) for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)
+    }

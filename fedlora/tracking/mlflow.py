@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
-from fedlora.config import RunConfig
-from fedlora.tracking._base import Tracker, settings_of
+from fedlora.config import RunConfig, flat_keys
+from fedlora.tracking._base import Tracker
 
 MOST_PARAMS, LONGEST = 100, 500
 """What one request may hold, and how long a value may be (MLflow's limits)."""
@@ -31,7 +31,7 @@ class MLflow(Tracker):
             known = self._client.get_experiment_by_name(project)
             experiment = self._client.create_experiment(project) if known is None else known.experiment_id
             run_id = str(self._client.create_run(experiment, run_name=config.name).info.run_id)
-            params = [Param(name, str(value)[:LONGEST]) for name, value in settings_of(config).items()]
+            params = [Param(name, str(value)[:LONGEST]) for name, value in flat_keys(config).items()]
             for start in range(0, len(params), MOST_PARAMS):
                 self._client.log_batch(run_id, params=params[start : start + MOST_PARAMS])
         else:

@@ -8,8 +8,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import final
 
-from fedlora.config import RunConfig
-from fedlora.tracking._base import Tracker, settings_of
+from fedlora.config import RunConfig, flat_keys
+from fedlora.tracking._base import Tracker
 
 
 @final
@@ -27,7 +27,7 @@ class Trackio(Tracker):
             self._run = trackio.init(
                 project=project,
                 name=run_id or config.name,
-                config=settings_of(config),
+                config=flat_keys(config),
                 resume="never" if run_id is None else "allow",
                 embed=False,
                 auto_log_gpu=False,

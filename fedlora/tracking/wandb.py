@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
-from fedlora.config import RunConfig
-from fedlora.tracking._base import Tracker, settings_of
+from fedlora.config import RunConfig, flat_keys
+from fedlora.tracking._base import Tracker
 
 
 @final
@@ -23,7 +23,7 @@ class WandB(Tracker):
         self._run = wandb.init(
             project=config.tracking.project,
             name=config.name,
-            config=settings_of(config),
+            config=flat_keys(config),
             dir=str(folder),
             id=run_id,
             resume="allow",

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from tiny import write_tiny_toml
 from typer.testing import CliRunner
 
 import fedlora.flower
@@ -31,44 +32,12 @@ def cli() -> Cli:
     return call
 
 
-@pytest.fixture
-def tiny_toml(tmp_path: Path, tiny_bert: Path, tiny_csv: Path) -> Path:
-    """A config whose run takes about a second."""
-    path = tmp_path / "tiny.toml"
-    path.write_text(
-        f"""
-        output = {json.dumps(str(tmp_path / "runs"))}
-        rounds = 2
-        [model]
-        name = {json.dumps(str(tiny_bert))}
-        [adapter]
-        rank = 2
-        targets = ["query", "value"]
-        [data]
-        source = {json.dumps(str(tiny_csv))}
-        domain = "domain"
-        test_fraction = 0.25
-        [partition]
-        name = "domain"
-        clients = 4
-        [train]
-        steps = 2
-        batch_size = 8
-        lr = 0.01
-        [runtime]
-        threads = 1
-        kernels = "off"
-        """
-    )
-    return path
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """The folder of a finished run; tests copy it."""
     folder = tmp_path_factory.mktemp("finished")
     bert, csv = request.getfixturevalue("tiny_bert"), request.getfixturevalue("tiny_csv")
-    path = tiny_toml.__wrapped__(folder, bert, csv)  # type: ignore[attr-defined]
+    path = write_tiny_toml(folder, bert, csv)
     result = CliRunner().invoke(app, ["run", str(path)])
     assert result.exit_code == 0, result.output
     return folder

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from tiny import write_tiny_toml
 from typer.testing import CliRunner
 
 from fedlora.cli import app
@@ -24,38 +25,11 @@ Cli = Callable[..., Result]
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_csv: Path) -> Path:
     """Of a rule that changes the base, with clients of several ranks: the exported adapter has another rank."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "base.toml").write_text(
-        f"""
-        name = "flora"
-        rounds = 2
-        output = {json.dumps(str(folder))}
-        [model]
-        name = {json.dumps(str(tiny_bert))}
-        [adapter]
-        rank = 4
-        targets = ["query", "value"]
-        [clients]
-        ranks = [4, 2, 1]
-        [data]
-        source = {json.dumps(str(tiny_csv))}
-        domain = "domain"
-        [partition]
-        name = "domain"
-        clients = 4
-        [train]
-        steps = 4
-        batch_size = 8
-        lr = 0.02
-        [strategy]
-        name = "flora"
-        [runtime]
-        threads = 1
-        kernels = "off"
-        """
-    )
-    result = CliRunner().invoke(app, ["run", str(folder / "base.toml"), "--quiet"])
+    changes = ["name=flora", "strategy.name=flora", "adapter.rank=4", "clients.ranks=[4, 2, 1]", "train.steps=4"]
+    words = [word for change in (*changes, "train.lr=0.02") for word in ("--set", change)]
+    result = CliRunner().invoke(app, ["run", str(write_tiny_toml(folder, tiny_bert, tiny_csv)), "--quiet", *words])
     assert result.exit_code == 0, result.output
-    return folder / "flora"
+    return folder / "runs" / "flora"
 
 
 @pytest.fixture

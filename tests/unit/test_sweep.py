@@ -268,36 +268,6 @@ def test_two_sweeps_do_not_share_a_folder(toml: Path, tmp_path: Path, monkeypatc
 # ---------------------------------------------------------------------------------------------- real runs
 
 
-@pytest.fixture
-def tiny_toml(tmp_path: Path, tiny_bert: Path, tiny_csv: Path) -> Path:
-    path = tmp_path / "tiny.toml"
-    path.write_text(
-        f"""
-        rounds = 2
-        output = {json.dumps(str(tmp_path / "runs"))}
-        [model]
-        name = {json.dumps(str(tiny_bert))}
-        [adapter]
-        rank = 2
-        targets = ["query", "value"]
-        [data]
-        source = {json.dumps(str(tiny_csv))}
-        domain = "domain"
-        [partition]
-        name = "iid"
-        clients = 2
-        [train]
-        steps = 2
-        batch_size = 8
-        lr = 0.01
-        [runtime]
-        threads = 1
-        kernels = "off"
-        """
-    )
-    return path
-
-
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
     tiny_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
