@@ -72,7 +72,8 @@ def classifier(options: argparse.Namespace, dtype: torch.dtype, top: int, ours: 
             parameter.data = parameter.data.float()
     model.classifier.register_forward_pre_hook(lambda _module, args: (args[0].float(),))
     choose_attention(model, "auto" if ours else "sdpa")
-    accelerate(model, "auto" if ours else "off", rows=options.batch[0] * options.tokens)
+    # Not "auto": on a busy machine each arm's own measurement could choose otherwise.
+    accelerate(model, "onednn" if ours and dtype == torch.float32 else "off")
     return model, targets
 
 
