@@ -60,4 +60,5 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _first_token(_module: nn.Module, args: tuple[Float[Tensor, "b t d"], ...]) -> tuple[Tensor, ...]:
-    return (args[0][:, :1], *args[1:])
+    # Contiguous: torch takes a strided batch for many small products rather than for one.
+    return (args[0][:, :1].contiguous(), *args[1:])
