@@ -51,9 +51,9 @@ def restore_unread(model: nn.Module) -> None:
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    place = AFTER_ATTENTION.get(type(model).__name__)
+    place, config = AFTER_ATTENTION.get(type(model).__name__), getattr(model, "config", None)
     # Chunks of a sequence would each have a first token.
-    if place is None or getattr(model.config, "chunk_size_feed_forward", 0):
+    if place is None or getattr(config, "chunk_size_feed_forward", 0):
         return []
     last: Any = model.get_submodule(place[0])[-1]  # type: ignore[index]
     return [last.get_submodule(name) for name in place[1]]
