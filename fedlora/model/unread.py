@@ -52,11 +52,10 @@ def restore_unread(model: nn.Module) -> None:
 
 def _modules(model: nn.Module) -> list[nn.Module]:
     place, config = AFTER_ATTENTION.get(type(model).__name__), getattr(model, "config", None)
-    # Chunks of a sequence would each have a first token.
-    if place is None or getattr(config, "chunk_size_feed_forward", 0):
+    if place is None or getattr(config, "chunk_size_feed_forward", 0):  # each chunk would have a first token
         return []
-    last: Any = model.get_submodule(place[0])[-1]  # type: ignore[index]
-    return [last.get_submodule(name) for name in place[1]]
+    layers: Any = model.get_submodule(place[0])
+    return [layers[-1].get_submodule(name) for name in place[1]]
 
 
 def _first_token(_module: nn.Module, args: tuple[Float[Tensor, "b t d"], ...]) -> tuple[Tensor, ...]:
