@@ -52,7 +52,7 @@ def restore_unread(model: nn.Module) -> None:
 
 def _modules(model: nn.Module) -> list[nn.Module]:
     place, config = AFTER_ATTENTION.get(type(model).__name__), getattr(model, "config", None)
-    if place is None or getattr(config, "chunk_size_feed_forward", 0):  # each chunk would have a first token
+    if place is None or getattr(config, "chunk_size_feed_forward", False):  # each chunk would have a first token
         return []
     layers: Any = model.get_submodule(place[0])
     return [layers[-1].get_submodule(name) for name in place[1]]
