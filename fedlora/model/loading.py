@@ -28,6 +28,7 @@ from fedlora.model.dropout import set_dropout
 from fedlora.model.methods import Method, find_method, peft_type, tuner_fields
 from fedlora.model.targets import is_transposed, resolve_heads, resolve_targets
 from fedlora.model.tuners import ADAPTER
+from fedlora.model.unread import skip_unread
 from fedlora.model.weights import plain_linears
 from fedlora.rng import derive
 
@@ -131,6 +132,7 @@ def _load(
         plain_names = frozenset(model.state_dict())
         with seeded(derive(config.seed, "tuner"), torch.device("cpu")):
             peft_model = _inject(model, method, config.adapter, targets, heads)
+    skip_unread(model)
     for name in targets:  # PEFT wrapped these; what follows merges is the layer inside
         plain[name] = model.get_submodule(name).get_base_layer()  # type: ignore[operator]
     commit = getattr(model.config, "_commit_hash", None) or config.model.revision or "main"

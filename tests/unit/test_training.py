@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedlora.tasks import Examples, Table, Task, load_task
 from fedlora.training import TrainJob, TrainResult, describe, evaluate, open_workbench, setup, train
 from fedlora.training.evaluate import length_batches
 from fedlora.training.job import batches, learning_rate, number_of_steps
+from fedlora.training.runtime import keep_memory
 from fedlora.training.workbench import close_workbench
 
 FAST = TrainConfig(steps=4, batch_size=8, lr=1e-2)
@@ -329,6 +331,14 @@ def test_setup_records_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
             setup(RuntimeConfig(device="cudda"))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    assert keep_memory() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert not keep_memory()
 
 
 def test_server_and_clients_share_one_workbench(tiny_bert: Path, tiny_csv: Path) -> None:

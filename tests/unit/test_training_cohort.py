@@ -20,6 +20,7 @@ from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
 from fedlora.model import Base, load_base, seeded
 from fedlora.model.dropout import set_dropout
+from fedlora.model.unread import restore_unread, skip_unread
 from fedlora.tasks import Examples, Table, Task, load_task
 from fedlora.tasks._text import Tokens
 from fedlora.tasks.image_classification import Pixels
@@ -28,6 +29,7 @@ from fedlora.training.cohort import forget, why_alone
 from fedlora.training.flat import FlatOptimizer
 from fedlora.training.job import batches
 from fedlora.training.pool import Budget, Waiting, choose
+from fedlora.training.stacked import add_pairs, groups_of
 
 WIDE = Budget(10**6, 10**6)
 """Everybody who waits goes."""
@@ -167,12 +169,48 @@ def test_a_cohort_is_torch_and_peft_client_by_client(
 ) -> None:
     base = load(tiny_bert, task, examples)
     clients = [client(base, k, **{**optimizer, **one, "trains": frozenset(trains)}) for k, one in enumerate(RAGGED)]
+    restore_unread(base.model)  # the whole model is the reference
     wanted = [plain(base, task, examples, *one) for one in clients]
+    skip_unread(base.model)
     for one, found, (job, _) in zip(wanted, together(base, task, examples, clients), clients, strict=True):
         assert gap(one, found.adapter) < 1e-10
         for name, value in found.adapter.tensors().items():
             part = name.rpartition(":")[2] if ":" in name else "dense"
             assert torch.equal(value, job.adapter.tensors()[name]) == (part not in trains), name
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "dtype", "within"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 0.01),
+        (torch.float16, torch.float32, 0.01),
+    ],
+    ids=["float64", "float32", "bfloat16", "float16"],
+)
+def test_the_pairs_products_are_exact_up_to_their_dtypes_rounding(
+    base_dtype: torch.dtype, dtype: torch.dtype, within: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+
+    sizes, tokens = [3, 3, 1], 5
+    x, out, g = draw(7, tokens, 12, like=base_dtype), draw(7, tokens, 20, like=base_dtype), draw(7, tokens, 20)
+    A, B, scales = draw(3, 4, 12), draw(3, 20, 4), draw(3, 1, 1)
+    leaves = [value.requires_grad_() for value in (x, A, B)]
+    found = add_pairs(out.clone(), *leaves, scales, groups_of(sizes))
+    gradients = torch.autograd.grad(found, leaves, g.to(base_dtype))
+    exact = [value.detach().double().requires_grad_() for value in leaves]
+    owner = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
+    delta = scales.double() * exact[2] @ exact[1]
+    wanted = out.double() + exact[0] @ delta[owner].transpose(1, 2)
+    references = torch.autograd.grad(wanted, exact, g.to(base_dtype).double())
+    assert [value.dtype for value in gradients] == [value.dtype for value in leaves]
+    for value, reference in zip([found.detach(), *gradients], [wanted.detach(), *references], strict=True):
+        assert float((value.double() - reference).norm() / reference.norm()) < within
 
 
 # ---------------------------------------------------------------------------------------------- models and tasks
