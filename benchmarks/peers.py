@@ -170,7 +170,7 @@ def compare(arms: Sequence[Arm], folder: Path) -> None:
 
     start = load_file(folder / "adapter" / "adapter_model.safetensors")
     reference: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
-    print("\nround 1, all clients, the merged adapter: largest distance of an entry; and start-up, imports included")
+    print("\nround 1, the merged adapter of all clients: its distance over the change in the round; and the start")
     met = set()
     for number, arm in enumerate(arms):
         if "torch's" in arm.name:  # the same processes; round 1 is over
@@ -178,12 +178,16 @@ def compare(arms: Sequence[Arm], folder: Path) -> None:
             continue
         result = merged(arm, number, folder)
         name, first = reference.setdefault(arm.dtype, (arm.label, result))
-        gap = max(float((result[key] - first[key]).abs().max()) for key in first)
-        moved = max(float((result[key] - start[key]).abs().max()) for key in first)
+        gap = distance(result, first) / distance(first, start)
         begun = "" if id(arm.group) in met else f"; ready after {arm.group.start_seconds:.1f} s"
         met.add(id(arm.group))
-        far = f"{gap:.1e} from {name}" if arm.label != name else "the first"
-        print(f"- {arm.label}: {far}; {moved:.1e} from the start{begun}", flush=True)
+        far = "the first of its dtype" if arm.label == name else f"{gap:.1e} from {name}"
+        print(f"- {arm.label}: {far}{begun}", flush=True)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The L2 norm of the difference of all entries."""
+    return sum(float((one[key] - other[key]).double().square().sum()) for key in one) ** 0.5
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

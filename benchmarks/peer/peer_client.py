@@ -36,7 +36,8 @@ def examples(folder: str, number: int, client: int) -> tuple[torch.Tensor, torch
 def build(folder: str, dtype: str) -> Any:
     """The base with its adapter; what trains is in float32, whatever the base is."""
     import transformers
-    from peft import PeftModel
+    from peft import PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -50,6 +51,8 @@ def build(folder: str, dtype: str) -> Any:
     for name, module in model.named_modules():
         if name.endswith("modules_to_save.default"):
             module.register_forward_pre_hook(lambda _module, args: (args[0].float(), *args[1:]))
+    # Once more: a head that was read in the base's dtype was rounded.
+    set_peft_model_state_dict(model, load_file(Path(facts["adapter"]) / "adapter_model.safetensors"))
     return model.train()
 
 
