@@ -30,6 +30,7 @@ from fedlora.aggregators import (
     follow,
     load_aggregator,
     names_claiming,
+    rule_class,
     rules,
 )
 from fedlora.aggregators.fair import Fair, _squared_norm
@@ -452,3 +453,22 @@ def test_the_equivalent_adapter_does_what_base_and_adapter_do(max_rank: int) -> 
 def test_without_a_change_of_the_base_the_adapter_is_the_artefact() -> None:
     state = GlobalState(initial())
     assert equivalent_adapter(state, 2) == (state.adapter, 0.0)
+
+
+def test_an_installed_package_offers_its_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_rules.py").write_text(
+        "from fedlora.aggregators import Aggregator, Claim\n\n\nclass Theirs(Aggregator):\n"
+        "    claims, paper = Claim.NONE, 'theirs'\n\n    def merge(self, state, updates):\n        return state\n"
+    )
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fedlora.aggregators]\ntheirs = their_rules:Theirs\n")
+    with pytest.raises(ConfigError, match="unknown aggregation rule 'theirs'"):
+        rule_class("theirs")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert rule_class("theirs").__module__ == "their_rules"
+    assert "theirs" in rules()
+    with pytest.raises(ConfigError, match="did you mean 'theirs'"):
+        rule_class("theirz")
+    del sys.modules["their_rules"]

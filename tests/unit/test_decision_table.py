@@ -12,6 +12,8 @@ from pathlib import Path
 
 from scipy.stats import t
 
+from fedlora.aggregators import Claim, rule_class
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "choosing-a-rule.md"
 WRITE = "WRITE_DOCS"
@@ -90,6 +92,13 @@ def test_each_simulation_is_named_with_its_command() -> None:
     for study in STUDIES:
         assert f"../simulations/{study}/README.md" in text
         assert f"python simulations/{study}/run.py" in text
+
+
+def test_the_claims_are_those_of_the_rules() -> None:
+    assert {name for name in NAMES if Claim.EXACT in rule_class(name).claims} == {"ffa", "flora"}
+    assert {name for name in NAMES if Claim.MIXED_RANKS in rule_class(name).claims} == {"ffa", "flora"}
+    assert {name for name in NAMES if Claim.LINEAR in rule_class(name).claims} == {"fedavg", "ffa"}
+    assert Claim.ANY_TENSORS in rule_class("fedavg").claims
 
 
 def verdicts(rule: str) -> dict[tuple[str, str], str]:

@@ -315,7 +315,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
 def test_processes_end_with_the_sweep_and_a_killed_one_is_noted(tiny_toml: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fedlora", "sweep", str(tiny_toml), "--seeds", "4", "-j", "2", "-o", str(out)]
-    command += ["--set", "rounds=40"]
+    command += ["--set", "rounds=20"]
 
     def lines() -> int:
         return sum(path.read_text().count("\n") for path in out.glob("*/metrics.jsonl"))
