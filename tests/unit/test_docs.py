@@ -221,6 +221,16 @@ def test_commands_on_the_page_work(page: Path, tmp_path: Path, minilm: Path, vad
             assert re.search(pattern, done.stderr if said else done.stdout), f"{command}\n{done.stderr}"
 
 
+def test_a_quoted_message_is_one_that_the_program_has() -> None:
+    source = "".join(path.read_text() for path in sorted((ROOT / "fedlora").rglob("*.py")))
+    page = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
+    quoted = re.findall(r'"([^"]*\.\.\.[^"]*)"', page)
+    assert len(quoted) == 3
+    for message in quoted:
+        for part in message.removesuffix("...").removeprefix("...").split("..."):
+            assert part.strip() in source, message
+
+
 # ------------------------------------------------------------------------------------------------------- the site
 
 
