@@ -3,6 +3,7 @@
     python benchmarks/cohort.py                               # the encoder, float32, batch 4
     python benchmarks/cohort.py --shape llama --dtype bfloat16
     python benchmarks/cohort.py --private --batch-size 1
+    python benchmarks/cohort.py --top 2                       # adapters in the upper two layers
 
 Random weights, texts of a fixed length, LoRA of rank 8 on query and value with a trained head, AdamW, one thread.
 First each client's adapter is compared with the one that it gets alone (row 0). Then all arms take turns in one
@@ -13,7 +14,8 @@ client at a time, which leaves out what no head reads of an encoder's last layer
 beside it. All arms keep the memory that they free (`fedlora.training.runtime.keep_memory`).
 
 The last column is the share of the fastest matrix product of this process and dtype, timed in the same turns, that an
-arm reaches with its matrix products alone: forward and the gradients of inputs, the adapters' own, nothing else.
+arm reaches with its matrix products alone: forward and the gradients of inputs, the adapters' own, nothing else. With
+--top, products that a kept prefix saves count as done.
 """
 
 from __future__ import annotations
@@ -43,8 +45,9 @@ from fedlora.privacy.calibrate import Schedule
 from fedlora.tasks import Examples, Task, load_task
 from fedlora.tasks._text import Tokens
 from fedlora.training.cohort import train, train_cohort
-from fedlora.training.job import TrainJob, batches
+from fedlora.training.job import TrainJob, batches, rows_of
 from fedlora.training.pool import step_budget
+from fedlora.training.prefix import choose_prefix, prepare
 from fedlora.training.private import PrivateSettings, train_by_opacus
 from fedlora.training.private_cohort import train_private_cohort
 from fedlora.training.runtime import keep_memory
@@ -60,16 +63,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of each client; by the shape if not given")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the base")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--top", type=int, help="adapters in so many upper layers; arms with chosen kernels keep what is below"
+    )
     parser.add_argument("--private", action="store_true")
     return parser.parse_args()
 
 
-def random_model(shape: str, dtype: str, dropout: float, folder: Path) -> tuple[Base, Task]:
+def random_model(shape: str, dtype: str, dropout: float, top: int | None, folder: Path) -> tuple[Base, Task]:
     """A base of random weights, with its task."""
     write_model(shape, folder)
     run = RunConfig(
         model=ModelConfig(name=str(folder), dtype=dtype),  # type: ignore[arg-type]
-        adapter=AdapterConfig(rank=8, targets=targets(shape)),
+        adapter=AdapterConfig(rank=8, targets=targets(shape), layers=None if top is None else f"top:{top}"),
         runtime=RuntimeConfig(device="cpu"),
     )
     base = load_base(run, auto_class(shape), () if causal(shape) else ("classifier",), {})
@@ -114,7 +120,7 @@ def main() -> None:
     keep_memory()
     size = SHAPES[args.shape]
     with tempfile.TemporaryDirectory() as folder:
-        base, task = random_model(args.shape, args.dtype, args.dropout, Path(folder))
+        base, task = random_model(args.shape, args.dtype, args.dropout, args.top, Path(folder))
         base.fingerprint  # noqa: B018 (reads the folder while it is there)
     examples = random_texts(args.clients * 64, args.shape)
     config = TrainConfig(steps=args.steps or size["steps"], batch_size=args.batch_size, lr=1e-3)
@@ -128,6 +134,9 @@ def main() -> None:
         (skip_unread if engine else restore_unread)(base.model)
         accelerate(base.model, "onednn" if fast and args.dtype == "float32" else "off")
         choose_attention(base.model, "auto" if fast else "sdpa")
+        if args.top is not None:
+            choose_prefix(base, task, [examples], "on" if fast else "off")
+            prepare(base, task, examples, rows_of(jobs, configs))  # in a run, the first round does that
 
     def loop() -> Any:
         return [plain_loop(base, task, examples, job, config) for job in jobs]
