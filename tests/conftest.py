@@ -10,9 +10,11 @@ import csv
 import os
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # for programs that pip brings
 _FLWR_HOME = tempfile.mkdtemp(prefix="fedlora-flwr-home-")
 os.environ.update(
     HF_HUB_OFFLINE="1",

@@ -144,8 +144,8 @@ def test_a_guard_ends_what_it_watches_and_nothing_that_it_forgot() -> None:
 
 def test_a_program_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(DeployError, match="'caddy' is not installed on this machine"):
-        start(Program("proxy", commands.proxy("/x"), tmp_path))
+    with pytest.raises(DeployError, match="'no-such-proxy' is not installed on this machine"):
+        start(Program("proxy", ["no-such-proxy", *commands.proxy("/x")[1:]], tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ the proxy
