@@ -457,7 +457,8 @@ def test_without_a_change_of_the_base_the_adapter_is_the_artefact() -> None:
 
 def test_an_installed_package_offers_its_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "their_rules.py").write_text(
-        "from fedlora.aggregators import Aggregator, Claim\n\n\nclass Theirs(Aggregator):\n"
+        "from dataclasses import dataclass\nfrom fedlora.aggregators import Aggregator, Claim\n\n\n"
+        "@dataclass(frozen=True)\nclass Theirs(Aggregator):\n"
         "    claims, paper = Claim.NONE, 'theirs'\n\n    def merge(self, state, updates):\n        return state\n"
     )
     info = tmp_path / "theirs-1.0.dist-info"
