@@ -149,7 +149,7 @@ def test_a_command_within_a_sentence_could_be_run(page: Path) -> None:
         ("flower-supernode --insecurely --node-config 'partition-id=3'", "--insecurely"),
         ("make tests", "no target 'tests'"),
         ("python benchmarks/nothing.py", "no script"),
-        ("python benchmarks/kernels.py --modell x", "no option '--modell'"),
+        ("python benchmarks/base_kernels.py --modell x", "no option '--modell'"),
         ("pip install 'fedlora[wandbb]'", "no extra"),
         ("docker compose up superlnk", "no service 'superlnk'"),
         ("export FEDLORA_UUID=3", "nobody reads 'FEDLORA_UUID'"),

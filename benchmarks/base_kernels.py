@@ -1,7 +1,7 @@
 """How much the frozen base's kernel and precision are worth on this machine's CPU.
 
-    python benchmarks/kernels.py                                     # a random BERT of MiniLM's size
-    python benchmarks/kernels.py --model path/to/a/folder --sequence 64 --attention sdpa eager
+    python benchmarks/base_kernels.py                                     # a random BERT of MiniLM's size
+    python benchmarks/base_kernels.py --model path/to/a/folder --sequence 64 --attention sdpa eager
 
 One training step (LoRA of rank 8 on query and value, and the head, AdamW) and one pass of inference over examples
 sorted by length, for each arm and number of threads. All arms take turns within one run, and the table gives medians
