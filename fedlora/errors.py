@@ -87,7 +87,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         'valid names: fedavg, ffa'
     """
     names = sorted(valid)
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
+    if (close := closest(name, names)) is not None:
+        return f"did you mean {close!r}?"
     return "valid names: " + ", ".join(names) if names else "there are none"
+
+
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that `name` was most likely meant to be; None if it is like none of them."""
+    return next(iter(get_close_matches(name, sorted(valid), n=1, cutoff=0.6)), None)

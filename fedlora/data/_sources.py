@@ -13,7 +13,7 @@ import numpy as np
 
 from fedlora.assets import ASSETS, resolve_corpus
 from fedlora.config import DataConfig
-from fedlora.errors import ConfigError, DataError, nearest
+from fedlora.errors import ConfigError, DataError, closest, nearest
 from fedlora.rng import derive
 from fedlora.tasks import Table
 
@@ -198,7 +198,6 @@ READERS: Mapping[str, Callable[[Path], dict[str, list[Any]]]] = {
 
 
 def _cure(name: str, columns: Mapping[str, Any]) -> str:
-    near = nearest(name, columns)
-    if near.startswith("did you mean"):
-        return near
+    if closest(name, columns) is not None:
+        return nearest(name, columns)
     return f"name one of its columns in [data] or [partition] ({', '.join(sorted(columns))}), or change task.name"
