@@ -1,32 +1,24 @@
 """Runs one after the other here, or several at once in processes that work through them.
 
-A process is started anew (spawned) and does many runs, so that libraries, model and data are loaded once. It ends when
-the process that started it does, however that ended: nobody is left to write into a run's folder.
+A process does many runs, so that libraries, model and data are loaded once. It ends when the process that started it
+does, however that ended: nobody is left to write into a run's folder.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import FedloraError
+from fedlora.processes import ONE_THREAD, Child, Pipe
 from fedlora.progress import NoProgress
 from fedlora.rundir import Keep, RunDir
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
-"""Small matrices gain little from a second thread and much from a second process; OpenMP reads this when it starts."""
 
 OnRound = Callable[[str, int], None]
 """Told a run's name and the number of the round that ended."""
@@ -114,9 +106,12 @@ class _Rounds(NoProgress):
 
 @dataclass
 class _Worker:
-    process: BaseProcess
-    pipe: Connection
+    child: Child
     doing: str = ""
+
+    @property
+    def connection(self) -> Connection:
+        return self.child.pipe.connection
 
 
 def _share_out(configs: Sequence[RunConfig], keep: Keep, processes: int, on_round: OnRound, ended: OnRun) -> None:
@@ -125,16 +120,15 @@ def _share_out(configs: Sequence[RunConfig], keep: Keep, processes: int, on_roun
     try:
         while todo or workers:
             while todo and len(workers) < processes:
-                workers.append(_start())
+                workers.append(_Worker(Child(_work, ONE_THREAD)))
                 _give(workers[-1], todo.popleft(), keep)
-            ready = wait([worker.pipe for worker in workers])
-            for worker in [worker for worker in workers if worker.pipe in ready]:
+            ready = wait([worker.connection for worker in workers])
+            for worker in [worker for worker in workers if worker.connection in ready]:
                 try:
-                    kind, value = worker.pipe.recv()
-                except (EOFError, OSError):  # it is gone, and its run with it; the others go on
-                    worker.process.join()
+                    kind, value = worker.child.pipe.hear()
+                except EOFError:  # it is gone, and its run with it; the others go on
                     workers.remove(worker)
-                    why = f"its process ended with status {worker.process.exitcode}, as it does when memory runs out"
+                    why = f"its process ended with status {worker.child.wait()}, as it does when memory runs out"
                     ended(worker.doing, why)
                     continue
                 if kind == "round":
@@ -144,54 +138,21 @@ def _share_out(configs: Sequence[RunConfig], keep: Keep, processes: int, on_roun
                 if todo:
                     _give(worker, todo.popleft(), keep)
                 else:
-                    worker.pipe.send(None)
-                    worker.process.join()
+                    worker.child.pipe.tell(None)
+                    worker.child.wait()
                     workers.remove(worker)
     finally:
         for worker in workers:
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join()
-
-
-def _start() -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there,), daemon=True)
-    with _environment(ONE_THREAD):
-        process.start()
-    there.close()  # so that the pipe ends when the process does
-    return _Worker(process, here)
+            worker.child.end()
 
 
 def _give(worker: _Worker, config: RunConfig, keep: Keep) -> None:
     worker.doing = config.name
-    worker.pipe.send((config.to_toml(), keep))
+    worker.child.pipe.tell((config.to_toml(), keep))
 
 
-def _work(pipe: Connection) -> None:
-    """What a process does: runs, until there are no more or nobody is left to ask."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    while (job := pipe.recv()) is not None:
+def _work(pipe: Pipe) -> None:
+    """What a process does: runs, until there are no more."""
+    while (job := pipe.hear()) is not None:
         toml, keep = job
-        pipe.send(("ended", attempt(parse_config(toml), keep, lambda number: pipe.send(("round", number)))))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables for processes that are started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        pipe.tell(("ended", attempt(parse_config(toml), keep, lambda number: pipe.tell(("round", number)))))

@@ -1,0 +1,116 @@
+"""Processes that work for this one: started anew, told what to do through a pipe, and gone when it is gone.
+
+They are spawned, since a fork would copy OpenMP's threads without their bodies. The program's main module is not run
+again in them, so that a script needs no `if __name__ == "__main__"`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from types import ModuleType
+from typing import Any, final
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
+"""Small matrices gain little from a second thread and much from a second process; OpenMP reads this when it starts."""
+
+
+@final
+class Pipe:
+    """One end of a pipe between two processes, on which whole objects travel."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def tell(self, value: Any) -> None:
+        """Send an object; waits while the pipe is full.
+
+        Raises:
+            OSError: nobody is at the other end.
+        """
+        # Not `Connection.send`: with torch's reductions it would share tensors instead of sending them.
+        self.connection.send_bytes(pickle.dumps(value, protocol=5))
+
+    def hear(self) -> Any:
+        """Wait for the next object.
+
+        Raises:
+            EOFError: nobody is at the other end, or the other end died in the middle of a word.
+        """
+        try:
+            return pickle.loads(self.connection.recv_bytes())
+        except OSError as error:
+            raise EOFError(str(error)) from None
+
+
+@final
+class Child:
+    """A process that does `work(pipe)`.
+
+    Args:
+        work: a function of a module; what it is given is the child's end of the pipe.
+        environment: variables that the process has besides this one's.
+    """
+
+    def __init__(self, work: Callable[[Pipe], None], environment: Mapping[str, str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        self._process = context.Process(target=_begin, args=(work, there))
+        with _environment(environment), _without_main():
+            self._process.start()
+        there.close()  # so that the pipe ends when the process does
+        self.pipe = Pipe(here)
+
+    def wait(self) -> int | None:
+        """Wait until it has ended: its exit status, or the signal that killed it as a negative number."""
+        self._process.join()
+        return self._process.exitcode
+
+    def end(self) -> None:
+        """End it, whatever it is doing."""
+        self._process.terminate()
+        self._process.join()
+        self.pipe.connection.close()
+
+
+def _begin(work: Callable[[Pipe], None], connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    work(Pipe(connection))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for processes that are started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Inside, a spawned process finds no main module to run again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
