@@ -31,6 +31,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "kernels": config.runtime.kernels,
         "cohort": config.runtime.cohort,
+        "processes": config.runtime.processes,
         "attention": config.runtime.attention,
         "prefix_cache": config.runtime.prefix_cache,
         "seed": config.seed,

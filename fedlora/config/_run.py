@@ -22,9 +22,13 @@ class RuntimeConfig(Section):
     device: str = "auto"
     """One of: auto (CUDA, Apple's MPS, CPU, in this order), cpu, cuda, cuda:1, mps."""
     cohort: Literal["auto"] | PositiveInt = "auto"
-    """How many clients train at once in one process; "auto" goes by memory, batches and the model's width."""
+    """How many clients train at once in a process; "auto" goes by memory, batches and the model's width."""
+    processes: Literal["auto"] | PositiveInt = "auto"
+    """How many processes share the clients of a simulated round, each with a base of its own; 1: the server's own and
+    no other. "auto" starts one for each core or GPU where the run is long enough for it."""
     threads: PositiveInt | None = None
-    """Torch threads; None: the cores. Results are bit-for-bit the same only for the same number."""
+    """Torch threads of a process; None: the cores, of which processes get equal shares. Results are bit-for-bit the
+    same only for the same number."""
     kernels: Literal["auto", "off", "onednn"] = "auto"
     """Kernels for the frozen base on a CPU; "auto" measures at the start and records its choice."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"

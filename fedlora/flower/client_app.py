@@ -34,7 +34,7 @@ from fedlora.errors import (
     RuleError,
     TrainingError,
 )
-from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
+from fedlora.flower.codec import FROZEN, ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.handshake import require_same_config
 from fedlora.flower.settings import client_id_of, config_of, rank_of
@@ -104,7 +104,7 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def train_round(message: Message, context: Context) -> Message:
     """One round of local training: plan in, the asked parts of the trained adapter out."""
-    (reply,) = train_rounds([message], [context])
+    (reply,) = train_rounds([message.content], [context])
     if isinstance(reply, Exception):
         raise reply
     return Message(reply, reply_to=message)
@@ -121,11 +121,11 @@ class _Asked:
     context: Context
 
 
-def train_rounds(messages: Sequence[Message], contexts: Sequence[Context]) -> list[RecordDict | Exception]:
+def train_rounds(contents: Sequence[RecordDict], contexts: Sequence[Context]) -> list[RecordDict | Exception]:
     """`train_round` of many nodes in one process, whose clients train together where they can.
 
     Args:
-        messages: each the question to one node.
+        contents: of the messages, each to one node.
         contexts: of these nodes.
 
     Returns:
@@ -133,9 +133,9 @@ def train_rounds(messages: Sequence[Message], contexts: Sequence[Context]) -> li
     """
     replies: dict[int, RecordDict | Exception] = {}
     waiting: dict[int, _Asked] = {}
-    for number, (message, context) in enumerate(zip(messages, contexts, strict=True)):
+    for number, (content, context) in enumerate(zip(contents, contexts, strict=True)):
         try:
-            plan = decode_plan(message.content)
+            plan = decode_plan(content)
             if any(asked.plan.head["base_digest"] != plan.head["base_digest"] for asked in waiting.values()):
                 replies |= _train_all(waiting)  # before the base is brought to another version
                 waiting.clear()
@@ -147,7 +147,7 @@ def train_rounds(messages: Sequence[Message], contexts: Sequence[Context]) -> li
         except Exception as error:
             replies[number] = _told(error, context)
     replies |= _train_all(waiting)
-    return [replies[number] for number in range(len(messages))]
+    return [replies[number] for number in range(len(contents))]
 
 
 def _asked(plan: ReceivedPlan, context: Context) -> _Asked | RecordDict:
@@ -238,7 +238,7 @@ def _error_note(error: Exception, config: RunConfig | None) -> RecordDict:
 
 def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
     """The plan's frozen tensors, from this message or an earlier one; None if they are not here."""
-    key, frozen = plan.head["frozen"], plan.tensors("frozen/")
+    key, frozen = plan.head["frozen"], plan.tensors(FROZEN)
     if key and frozen:
         if digest(frozen) != key:
             raise ReplyError("the frozen parts of the plan are not those that it names (another hash): report this bug")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from flwr.app import Context, RecordDict
@@ -13,13 +14,14 @@ from fedlora.config import RunConfig
 from fedlora.errors import RoundError
 from fedlora.flower import client_app, server_app
 from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.process_grid import ProcessGrid, children_for
 from fedlora.flower.replay import ReplayGrid, answered_in, require_same
 from fedlora.flower.servable import clients_wanted
 from fedlora.flower.server_app import RunOutcome, Session
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
-from fedlora.training.sizing import cohort_size
-from fedlora.training.workbench import open_workbench
+from fedlora.training.sizing import cohort_size, expected_tokens, process_count
+from fedlora.training.workbench import Workbench, open_workbench
 
 
 def run_local(
@@ -49,7 +51,6 @@ def run_local(
         rundir = RunDir.open(rundir.path, config)  # refuses a config that is not the run's
         config = _as_before(config, rundir)
     bench = open_workbench(config)
-    number = len(bench.data.clients)
     run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
     if config.example_privacy is not None:
         # A session is one call: a round that an earlier one began and did not complete was seen by nobody.
@@ -58,16 +59,12 @@ def run_local(
             "run-id": rundir.run_id,
             "session": uuid.uuid4().hex,
         }
-    nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
-    if replay is not None:  # one client at a time, as on machines of their own: to the byte
-        grid: LocalGrid = ReplayGrid(client_app.app, nodes, run_config, answered=answered_in(replay))
-    else:
-        grid = LocalGrid(client_app.app, nodes, run_config)
-        cohort = cohort_size(bench, clients_wanted(config, number))
-        grid.window, grid.together = cohort.clients, client_app.train_rounds
-        rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason)
     context = Context(1, 1, UserConfig(), RecordDict(), UserConfig(run_config))
-    with server_app.session(Session(rundir, progress, resume)) as session, task_identity(run_id=1):
+    with (
+        _grid(bench, run_config, rundir, replay) as grid,
+        server_app.session(Session(rundir, progress, resume)) as session,
+        task_identity(run_id=1),
+    ):
         server_app.app(grid, context)
     if session.outcome is None:
         raise RoundError("the server app ended without a result: run again with --debug")
@@ -76,12 +73,49 @@ def run_local(
     return session.outcome
 
 
+@contextmanager
+def _grid(
+    bench: Workbench,
+    run_config: Mapping[str, bool | float | int | str],
+    rundir: RunDir,
+    replay: Sequence[Mapping[str, Any]] | None,
+) -> Iterator[LocalGrid]:
+    """The grid of a run, and with it the processes that it wants."""
+    config, number = bench.config, len(bench.data.clients)
+    nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
+    if replay is not None:  # one client at a time, as on machines of their own: to the byte
+        yield ReplayGrid(client_app.app, nodes, run_config, answered=answered_in(replay))
+        return
+    asked = clients_wanted(config, number)
+    choice = process_count(bench, asked)
+    cohort = cohort_size(bench, asked, choice.processes)
+    facts = {"processes": choice.processes, "processes_why": choice.reason}
+    rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
+    if choice.processes == 1:
+        grid = LocalGrid(client_app.app, nodes, run_config)
+        grid.window, grid.together = cohort.clients, client_app.train_rounds
+        yield grid
+        return
+    theirs = {**bench.settled, "processes": 1, "threads": choice.threads}
+    toml = config.model_copy(update={"runtime": config.runtime.model_copy(update=theirs)}).to_toml()
+    with children_for([choice.environment(place) for place in range(choice.processes)]) as children:
+        yield ProcessGrid(
+            client_app.app,
+            nodes,
+            run_config,
+            children=children,
+            cohort=cohort.clients,
+            work=expected_tokens(bench),
+            their_run_config={**run_config, "toml": toml},
+        )
+
+
 def _as_before(config: RunConfig, rundir: RunDir) -> RunConfig:
     """What "auto" chose at the start is kept: another choice would round differently."""
     chosen = rundir.read_json("environment.json") or {}
     kept = {
         key: chosen[key]
-        for key in ("kernels", "attention", "prefix_cache", "cohort")
+        for key in ("kernels", "attention", "prefix_cache", "cohort", "processes")
         if getattr(config.runtime, key) == "auto" and chosen.get(key) is not None
     }
     return config.model_copy(update={"runtime": config.runtime.model_copy(update=kept)})

@@ -39,7 +39,7 @@ class LocalGrid(Grid):
 
     window: int = 1
     """How many messages are worth having under way at once: the caller keeps memory flat by not pushing more."""
-    together: Callable[[Sequence[Message], Sequence[Context]], Sequence[RecordDict | Exception]] | None = None
+    together: Callable[[Sequence[RecordDict], Sequence[Context]], Sequence[RecordDict | Exception]] | None = None
     """Answers up to `window` waiting train messages at once, each with its reply's content or with what its app has
     raised; None: the ClientApp answers one after the other."""
 
@@ -128,14 +128,14 @@ class LocalGrid(Grid):
     def _answer_together(self, messages: Sequence[Message]) -> list[Message]:
         assert self.together is not None
         contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
-        replies = []
-        for message, found in zip(messages, self.together(messages, contexts), strict=True):
-            with task_identity(self._run.run_id, message.metadata.dst_node_id):
-                if isinstance(found, Exception):
-                    replies.append(_raised(found, message))
-                else:
-                    replies.append(_copy(Message(found, reply_to=message)))
-        return replies
+        found = self.together([message.content for message in messages], contexts)
+        return [_copy(self._reply(*pair)) for pair in zip(messages, found, strict=True)]
+
+    def _reply(self, message: Message, found: RecordDict | Exception) -> Message:
+        with task_identity(self._run.run_id, message.metadata.dst_node_id):
+            if isinstance(found, Exception):
+                return _raised(found, message)
+            return Message(found, reply_to=message)
 
     def _answer(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id

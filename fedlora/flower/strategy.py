@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,7 @@ from fedlora.aggregators import (
     ClientSpec,
     ClientUpdate,
     GlobalState,
+    Merge,
     broadcast_change,
     merge_chain,
 )
@@ -88,6 +89,7 @@ class Federation:
         self.meeting = Meeting(self.mail, config, len(bench.data.clients), bench.base.fingerprint, progress)
         self.base_digest = ""
         self._digests = {0: ""}
+        self._led = 0
         self.fleet = Fleet.of(config)
         self.spending = spending or (None if config.example_privacy is None else Spending(config, None))
         self.account = ServerLedger(config, rule, rundir) if isinstance(rule, Central) else None
@@ -144,6 +146,7 @@ class Federation:
 
     def _round(self, state: GlobalState, number: int) -> GlobalState:
         self._gather(state, number)
+        self._lead(state)
         started = time.perf_counter()
         books = self._sample(number)
         self.progress.round_started(number, books.asked)
@@ -396,10 +399,21 @@ class Federation:
         """Write the global model to the server's own base."""
         base = self.bench.base
         here = base.base_version if digest_of(base) == self._digests.get(base.base_version) else 0
+        follow(base, *self._way(state, here))
+        base.write(state.adapter)
+
+    def _way(self, state: GlobalState, here: int) -> tuple[Sequence[Merge], int, str, str]:
+        """The merges that take a base from version `here` to the state's, and the rest of what `follow` asks."""
         chain = merge_chain(state.merges, here)
         since = self._digests[here] if not chain or chain[0].since == here else ""
-        follow(base, chain, state.base_version, self.base_digest, since)
-        base.write(state.adapter)
+        return chain, state.base_version, self.base_digest, since
+
+    def _lead(self, state: GlobalState) -> None:
+        """Bring the bases of a grid's processes to the state's, where it has any."""
+        follow_all = getattr(self.grid, "follow", None)
+        if follow_all is not None and self._led != state.base_version:
+            follow_all(*self._way(state, self._led))
+            self._led = state.base_version
 
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
         self._show(state)

@@ -1,4 +1,4 @@
-"""How much to train at once: tokens in a joint step, and clients in a cohort.
+"""How much to train at once: processes, and clients in the cohort of each.
 
 Both are functions of the config, the data and the machine's size, never of a timing or of the memory that is free at
 the moment: other company for a client means other roundings, and a run that is started again must come to the same
@@ -13,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedlora.devices import train_config
 from fedlora.model import Base
 from fedlora.training.cohort import why_alone
+from fedlora.training.job import examples_of
 from fedlora.training.pool import step_budget
+from fedlora.training.runtime import usable_cores
 from fedlora.training.workbench import Workbench
 
 VARIETY = 4
@@ -26,6 +29,10 @@ MOST = 64
 COPIES = 8
 """Adapters' worth of memory for a client: values, optimiser's states, gradients, anchor, plan and reply."""
 MEMORY_SHARE = 1 / 8
+WORTH_PROCESSES = 5e12
+"""Multiplications and additions of a run's training that make up for starting more processes: 100 s of one core, where
+libraries, model and data take a process about 5 s."""
+PROCESS_BYTES = 1 << 29  # of libraries and activations, besides the base
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,71 @@ class CohortChoice:
     reason: str
 
 
-def cohort_size(bench: Workbench, most: int) -> CohortChoice:
-    """How many clients of a run train at once in this process.
+@dataclass(frozen=True)
+class ProcessChoice:
+    """How many processes train clients.
+
+    Attributes:
+        processes: P; 1 means the server's own, and no other.
+        threads: of each.
+        reason: One line, why.
+    """
+
+    processes: int
+    threads: int
+    reason: str
+
+    def environment(self, place: int) -> dict[str, str]:
+        """Variables for process `place` from 0: its threads, which OpenMP reads when it starts, and its GPU."""
+        variables = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        if torch.cuda.is_available() and (number := torch.cuda.device_count()) > 1:
+            names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            variables["CUDA_VISIBLE_DEVICES"] = names[place % number] if len(names) == number else str(place % number)
+        return variables | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def process_count(bench: Workbench, asked: int) -> ProcessChoice:
+    """How many processes share the clients of a round.
+
+    On a CPU a core each, of one thread: cores work better on clients of their own than on the halves of one client's
+    products. On GPUs one each.
 
     Args:
         bench: of the run; its config may say.
-        most: as many as a round asks.
+        asked: clients in a round.
+    """
+    config, device = bench.config, bench.base.device
+    cores = int(os.environ.get("OMP_NUM_THREADS", "0") or 0) or usable_cores()
+    wanted = config.runtime.processes
+
+    def chosen(processes: int, reason: str) -> ProcessChoice:
+        return ProcessChoice(processes, config.runtime.threads or max(1, cores // processes), reason)
+
+    if wanted != "auto":
+        return chosen(wanted, "asked for")
+    if type(bench.task).__module__ == "__main__":
+        return chosen(1, "another process would not know the task, which the main program defines")
+    if device.type == "cpu":
+        places, what = cores // (config.runtime.threads or 1), "cores"
+    else:
+        named = device.type != "cuda" or ":" in config.runtime.device
+        places, what = 1 if named else torch.cuda.device_count(), "GPUs"
+    if places < 2:
+        return chosen(1, f"there is no second one of the {what}")
+    if (work := _work(bench, asked)) < WORTH_PROCESSES:
+        return chosen(1, f"the training's {work:.0e} operations are done sooner than others would be ready")
+    room = int(_memory("cpu") / 2 / (PROCESS_BYTES + _base_bytes(bench.base)))
+    processes = max(1, min(places, asked, room))
+    return chosen(processes, f"{places} {what}, {asked} clients a round, memory for {room}")
+
+
+def cohort_size(bench: Workbench, asked: int, processes: int = 1) -> CohortChoice:
+    """How many clients of a run train at once in each process.
+
+    Args:
+        bench: of the run; its config may say.
+        asked: clients in a round.
+        processes: that share them: all get about as many, in cohorts of about one size.
     """
     config, base = bench.config, bench.base
     if (alone := why_alone(base)) is not None:
@@ -62,15 +128,38 @@ def cohort_size(bench: Workbench, most: int) -> CohortChoice:
     if in_a_step < 2:
         return CohortChoice(1, f"one client's {rows:g} x {typical:g} tokens fill a step of {budget.tokens}")
     wanted = in_a_step * (VARIETY if len(np.unique(lengths)) > 1 else 1)
-    room = int(MEMORY_SHARE * _memory(base) / (COPIES * base.initial_adapter(config.seed).nbytes()))
-    chosen = max(1, min(wanted, room, most, MOST))
+    share = MEMORY_SHARE if base.device.type == "cuda" else MEMORY_SHARE / processes
+    room = int(share * _memory(base.device.type) / (COPIES * base.initial_adapter(config.seed).nbytes()))
+    most = max(1, min(wanted, room, asked, MOST))
+    turns = -(-asked // (most * processes))
+    chosen = most if processes == 1 else -(-asked // (turns * processes))
     return CohortChoice(chosen, f"{in_a_step} clients of {rows:g} x {typical:g} tokens in a step of {budget.tokens}")
 
 
-def _memory(base: Base) -> int:
-    """Bytes that the machine, or the container, has in all."""
-    if base.device.type == "cuda":
-        return int(torch.cuda.get_device_properties(base.device).total_memory)
+def expected_tokens(bench: Workbench) -> list[float]:
+    """Tokens that each client trains on in a round: what its work goes by."""
+    config, lengths = bench.config, bench.data.train.lengths
+    return [
+        examples_of(len(indices), train_config(config, k)) * float(lengths[indices].mean()) if len(indices) else 0.0
+        for k, indices in enumerate(bench.data.clients)
+    ]
+
+
+def _work(bench: Workbench, asked: int) -> float:
+    """Multiplications and additions of a run's training: four for each weight that a token meets, there and back."""
+    tables = sum(m.weight.numel() for m in bench.base.model.modules() if isinstance(m, nn.Embedding))
+    weights = sum(parameter.numel() for parameter in bench.base.model.parameters()) - tables
+    return 4.0 * weights * float(np.mean(expected_tokens(bench))) * asked * bench.config.rounds
+
+
+def _base_bytes(base: Base) -> int:
+    return sum(parameter.nbytes for parameter in base.model.parameters())
+
+
+def _memory(device: str) -> int:
+    """Bytes that the GPU, the machine, or the container has in all."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
     total = 8 << 30
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -49,14 +49,21 @@ class Workbench:
     prefix: PrefixReport
 
     @property
+    def settled(self) -> dict[str, str]:
+        """What each "auto" of `[runtime]` chose, as a config says it."""
+        return {
+            "kernels": self.kernels.mode,
+            "attention": self.attention.mode,
+            "prefix_cache": self.prefix.mode,
+        }
+
+    @property
     def choices(self) -> dict[str, str]:
         """What each "auto" of `[runtime]` chose, and why: facts for the run directory."""
         return {
-            "kernels": self.kernels.mode,
+            **self.settled,
             "kernels_why": self.kernels.reason,
-            "attention": self.attention.mode,
             "attention_why": self.attention.reason,
-            "prefix_cache": self.prefix.mode,
             "prefix_cache_why": self.prefix.reason,
         }
 
