@@ -7,9 +7,9 @@
 Random weights, texts of one length, LoRA of rank 8 on query and value with a trained head, AdamW, batch 4, federated
 averaging of 32 clients a round. Each arm has two cores: two processes of one thread, or one process of two threads.
 
-- fedlora: whole rounds of its ServerApp and ClientApp on its in-process grid, checks, merge and checkpoint included;
-  in one process of two threads, as `fedlora run` does it, and as two processes that have half of the nodes each (the
-  mean of their two sums is then all that is left to do). With torch's kernels, and with the chosen ones.
+- fedlora: whole rounds of a run, checks, merge and checkpoint included, in one process of two threads
+  (`runtime.processes = 1`), and by a server that has two processes of one thread train. With torch's kernels and
+  attention, and with the chosen ones.
 - Flower's simulation on Ray, two actors, PEFT and a plain torch loop: the base kept in an imported module, or built
   for each message, as most examples have it. The server polls without Flower's pauses and only takes a mean.
 - pfl-research 0.6, two processes: its FederatedAveraging on its SimulatedBackend, with pfl's own sum over processes.
@@ -57,10 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, help="of a turn; by the shape if not given")
     parser.add_argument("--pfl", type=Path, help="folder of pfl's own virtual environment; made if it is not there")
-    args = parser.parse_args()
-    if args.clients % 2:
-        parser.error("two processes share the clients: --clients must be even")
-    return args
+    return parser.parse_args()
 
 
 def federation(shape: str, clients: int, folder: Path) -> RunConfig:
@@ -95,7 +92,6 @@ def federation(shape: str, clients: int, folder: Path) -> RunConfig:
             "server.evaluate_every=1000000",
             "server.aggregation_error=false",  # the peers know nothing of the kind
             "server.weighting='uniform'",
-            "server.node_timeout_s=0.01",  # each of two processes has half of the nodes
             "runtime.device='cpu'",
         ],
         name="peers",
@@ -144,24 +140,19 @@ def arms_of(args: argparse.Namespace, folder: Path, ray: str) -> list[Arm]:
             arms += [Arm("pfl-research 0.6", d, pfl_processes(folder, args.clients, d, python), {}) for d in args.dtype]
     for dtype in args.dtype:
         for number, name in enumerate(OURS, 1):
-            group = fedlora_processes(folder, args.clients, dtype, number)
-            ways = ("chosen", "torch's")
-            arms += [Arm(f"{name}, {kernels} kernels", dtype, group, {"kernels": kernels}) for kernels in ways]
+            for kernels in ("chosen", "torch's"):
+                group = fedlora_processes(folder, number, kernels, dtype)
+                arms.append(Arm(f"{name}, {kernels} kernels", dtype, group, {}))
     return arms
 
 
 def merged(arm: Arm, number: int, folder: Path) -> dict[str, torch.Tensor]:
-    """Play round 1 and read the merged adapter; of two halves, their mean."""
+    """Play round 1 and read the merged adapter."""
     from safetensors.torch import load_file
 
-    if "fedlora" not in arm.name:
-        file = folder / f"merged-{number}.safetensors"
-        arm.group.play({**arm.turn, "rounds": 1, "save": str(file)})
-        return load_file(file)
-    # Two processes with one turn write beside each other: each adds the number of its first client.
-    arm.group.play({**arm.turn, "rounds": 1, "save": str(folder / f"merged-{number}")})
-    found = [load_file(place / "adapter_model.safetensors") for place in sorted(folder.glob(f"merged-{number}-*"))]
-    return {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
+    place = folder / f"merged-{number}"
+    arm.group.play({**arm.turn, "rounds": 1, "save": str(place)})
+    return load_file(place / "adapter_model.safetensors" if place.is_dir() else place)
 
 
 def compare(arms: Sequence[Arm], folder: Path) -> None:
@@ -173,9 +164,6 @@ def compare(arms: Sequence[Arm], folder: Path) -> None:
     print("\nround 1, the merged adapter of all clients: its distance over the change in the round; and the start")
     met = set()
     for number, arm in enumerate(arms):
-        if "torch's" in arm.name:  # the same processes; round 1 is over
-            arm.group.play({**arm.turn, "rounds": 1})
-            continue
         result = merged(arm, number, folder)
         name, first = reference.setdefault(arm.dtype, (arm.label, result))
         gap = distance(result, first) / distance(first, start)

@@ -276,6 +276,12 @@ class DeltaSum:
                 B = torch.cat([p.B.double() for _, p in terms], dim=1)
                 self._terms[name] = [(1.0, compress(LoraPair(A, B, 1.0), limit))]
 
+    def extend(self, other: DeltaSum) -> None:
+        """Add all terms of another sum."""
+        for name, terms in other._terms.items():
+            for coefficient, pair in terms:
+                self.add({name: pair}, coefficient)
+
     def terms(self, name: str) -> list[tuple[float, LoraPair]]:
         """Coefficients and pairs of one module's sum."""
         return list(self._terms.get(name, ()))

@@ -10,6 +10,7 @@ FedloraError
 ├── ReplyError         one client's reply was refused (the round goes on above the quorum)
 ├── TrainingError      local training failed: a loss that is not finite, an empty client
 ├── RoundError         a round could not be completed: quorum missed, no node there
+│   └── CrewError      a process that trains clients of a simulation is gone
 ├── PrivacyError       a private run would not be private, or its budget is spent
 ├── WorkerError        a node's worker is not there, or could be somebody else's
 ├── DeployError        a federation's folders are in the way, incomplete or not usable
@@ -59,6 +60,10 @@ class TrainingError(FedloraError):
 
 class RoundError(FedloraError):
     """A round could not be completed: the quorum was missed, or no node is there."""
+
+
+class CrewError(RoundError):
+    """A process that trains clients of a simulated round is gone, or cannot go on."""
 
 
 class PrivacyError(FedloraError):

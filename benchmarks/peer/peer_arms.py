@@ -131,14 +131,11 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def fedlora_processes(folder: Path, clients: int, dtype: str, processes: int) -> Processes:
-    """One process of two threads for all nodes, or two of one thread for half of them each."""
-    share, threads = clients // processes, 3 - processes
-    commands = []
-    for place in range(processes):
-        span = [str(place * share), str((place + 1) * share), str(threads), dtype]
-        commands.append(([sys.executable, str(HERE / "peer_ours.py"), str(folder), *span], _threads(threads)))
-    return Processes(commands, folder / f"fedlora-{dtype}-{processes}.log")
+def fedlora_processes(folder: Path, processes: int, kernels: str, dtype: str) -> Processes:
+    """The server; it trains in one process of two threads, its own, or starts two of one thread."""
+    command = [sys.executable, str(HERE / "peer_ours.py"), str(folder), str(processes), kernels, dtype]
+    log = folder / f"fedlora-{processes}-{dtype}.log"
+    return Processes([(command, {"OMP_NUM_THREADS": "2"})], log)
 
 
 def flower_processes(folder: Path, clients: int, place: str) -> Processes:
@@ -181,10 +178,6 @@ def pfl_python(folder: Path) -> Path:
     if subprocess.run([str(python), "-c", "import pfl"], capture_output=True, check=False).returncode:
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", PFL], check=True)
     return python
-
-
-def _threads(number: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(number)}
 
 
 def _free_port() -> int:

@@ -35,7 +35,9 @@ class Claim(enum.Flag):
     EXACT = enum.auto()
     """The broadcast makes exactly the change D* (aggregation error at rounding level)."""
     LINEAR = enum.auto()
-    """Only weighted sums of what clients send are needed: secure aggregation and central privacy can stand on it."""
+    """Only weighted sums of what clients send are needed: some updates of one layout may as well come as one, their
+    weighted mean with the sum of their weights. Secure aggregation, central privacy, and one sum for each process of a
+    simulation stand on it."""
     MIXED_RANKS = enum.auto()
     """Clients may have different ranks."""
     CHANGES_BASE = enum.auto()
@@ -277,6 +279,16 @@ class WeightedMean:
         self.total += weight
         self.count += 1
 
+    def exact(self) -> dict[str, Tensor]:
+        """The mean in float64, for one who goes on adding.
+
+        Raises:
+            RuleError: if nothing was added.
+        """
+        if not self.count:
+            raise RuleError("there is nothing to average: no client's update was given")
+        return {name: total / self.total for name, total in self._sums.items()}
+
     def result(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The mean, rounded once.
 
@@ -287,8 +299,7 @@ class WeightedMean:
         Raises:
             RuleError: if nothing was added, or the updates do not fit `like`.
         """
-        if not self.count:
-            raise RuleError("there is nothing to average: no client's update was given")
+        exact = self.exact()
         if like is not None:
             if like.keys() != self._sums.keys():
                 odd = min(like.keys() ^ self._sums.keys())
@@ -301,4 +312,4 @@ class WeightedMean:
                         f"in them, not {tuple(value.shape)}"
                     )
         dtypes = self._dtypes if like is None else {name: value.dtype for name, value in like.items()}
-        return {name: (total / self.total).to(dtypes[name]) for name, total in self._sums.items()}
+        return {name: mean.to(dtypes[name]) for name, mean in exact.items()}

@@ -46,6 +46,22 @@ class Round:
     ideal: DeltaSum = field(default_factory=DeltaSum)
     weight: float = 0.0
 
+    def add(self, share: Round) -> None:
+        """Take over what became of some of the asked, from the books of whoever asked them."""
+        for theirs, ours in zip(share._lists(), self._lists(), strict=True):
+            ours.extend(theirs)
+            ours.sort()
+        self.refused = dict(sorted({**self.refused, **share.refused}.items()))
+        self.simulated_s = dict(sorted({**self.simulated_s, **share.simulated_s}.items()))
+        self.clients = dict(sorted({**self.clients, **share.clients}.items()))
+        self.bytes_up += share.bytes_up
+        self.bytes_down += share.bytes_down
+        self.ideal.extend(share.ideal)
+        self.weight += share.weight
+
+    def _lists(self) -> tuple[list[int], ...]:
+        return self.answered, self.missing, self.dropped, self.late, self.spent
+
     def mean(self, metric: str) -> float | None:
         """The mean of a client metric, weighted by examples."""
         rows = [(row["num_examples"], row[metric]) for row in self.clients.values() if metric in row]

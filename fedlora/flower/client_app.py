@@ -34,7 +34,7 @@ from fedlora.errors import (
     RuleError,
     TrainingError,
 )
-from fedlora.flower.codec import FROZEN, ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
+from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.handshake import require_same_config
 from fedlora.flower.settings import client_id_of, config_of, rank_of
@@ -238,7 +238,7 @@ def _error_note(error: Exception, config: RunConfig | None) -> RecordDict:
 
 def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
     """The plan's frozen tensors, from this message or an earlier one; None if they are not here."""
-    key, frozen = plan.head["frozen"], plan.tensors(FROZEN)
+    key, frozen = plan.head["frozen"], plan.tensors("frozen/")
     if key and frozen:
         if digest(frozen) != key:
             raise ReplyError("the frozen parts of the plan are not those that it names (another hash): report this bug")

@@ -26,8 +26,6 @@ from fedlora.rng import derive
 from fedlora.state_io import flatten_merge, unflatten_merge
 
 PROTOCOL = 1
-FROZEN = "frozen/"
-"""Begins the names of the arrays of frozen tensors in a plan."""
 MAX_HEAD = 65_536
 """Characters that the head of a reply may have."""
 
@@ -117,7 +115,7 @@ class PlanEncoder:
             arrays[f"adapter/{name}"] = self.array(tensor)
         if with_frozen:
             for name, tensor in frozen_tensors(plan).items():
-                arrays[f"{FROZEN}{name}"] = self.array(tensor)
+                arrays[f"frozen/{name}"] = self.array(tensor)
         merges = []
         for index, merge in enumerate(plan.merges):
             tensors, meta = flatten_merge(merge, f"merge/{index}/")
@@ -165,7 +163,7 @@ class ReceivedPlan:
     arrays: Mapping[str, Array]
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under one prefix ("adapter/" or `FROZEN`), by the names of `AdapterState.tensors`."""
+        """The tensors under one prefix ("adapter/" or "frozen/"), by the names of `AdapterState.tensors`."""
         return {key[len(prefix) :]: tensor for key, tensor in self._under(prefix).items()}
 
     def _under(self, prefix: str) -> dict[str, Tensor]:

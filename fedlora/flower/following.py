@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
-from fedlora.aggregators import GlobalState, Merge
+from fedlora.aggregators import GlobalState, Merge, merge_chain
 from fedlora.flower.codec import digest
 from fedlora.model import Base
 from fedlora.state_io import flatten_merge
@@ -43,6 +43,22 @@ def follow(base: Base, merges: Sequence[Merge], version: int, target: str, since
         base.rebase(0, ())
     base.rebase(version, merges)
     _digests[base] = (version, target)
+
+
+def show(base: Base, state: GlobalState, target: str, digests: Mapping[int, str]) -> None:
+    """Bring the base to a state's version by the shortest way, and write the state's adapter to it.
+
+    Args:
+        base: changed in place.
+        state: with all changes so far.
+        target: digest of its base.
+        digests: by version, as this run has made them.
+    """
+    here = base.base_version if digest_of(base) == digests.get(base.base_version) else 0
+    chain = merge_chain(state.merges, here)
+    since = digests[here] if not chain or chain[0].since == here else ""
+    follow(base, chain, state.base_version, target, since)
+    base.write(state.adapter)
 
 
 def next_digest(before: str, old: GlobalState, new: GlobalState) -> str:

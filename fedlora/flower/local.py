@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from flwr.app import Context, RecordDict
@@ -13,14 +13,17 @@ from flwr.app.user_config import UserConfig
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError
 from fedlora.flower import client_app, server_app
+from fedlora.flower.crew import Crew, children_for
 from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.process_grid import ProcessGrid, children_for
 from fedlora.flower.replay import ReplayGrid, answered_in, require_same
 from fedlora.flower.servable import clients_wanted
 from fedlora.flower.server_app import RunOutcome, Session
+from fedlora.flower.share import Begin
+from fedlora.flower.sums import sums_suffice
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
-from fedlora.training.sizing import cohort_size, expected_tokens, process_count
+from fedlora.training.central import load_rule
+from fedlora.training.sizing import CohortChoice, ProcessChoice, cohort_size, expected_tokens, process_count
 from fedlora.training.workbench import Workbench, open_workbench
 
 
@@ -59,12 +62,25 @@ def run_local(
             "run-id": rundir.run_id,
             "session": uuid.uuid4().hex,
         }
+    number = len(bench.data.clients)
+    nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
     context = Context(1, 1, UserConfig(), RecordDict(), UserConfig(run_config))
-    with (
-        _grid(bench, run_config, rundir, replay) as grid,
-        server_app.session(Session(rundir, progress, resume)) as session,
-        task_identity(run_id=1),
-    ):
+    with ExitStack() as stack:
+        crew: Crew | None = None
+        if replay is not None:  # one client at a time, as on machines of their own: to the byte
+            grid: LocalGrid = ReplayGrid(client_app.app, nodes, run_config, answered=answered_in(replay))
+        else:
+            grid = LocalGrid(client_app.app, nodes, run_config)
+            asked = clients_wanted(config, number)
+            choice = process_count(bench, asked)
+            cohort = cohort_size(bench, asked, choice.processes)
+            facts = {"processes": choice.processes, "processes_why": choice.reason}
+            rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
+            grid.window, grid.together = cohort.clients, client_app.train_rounds
+            if choice.processes > 1:
+                crew = stack.enter_context(_crew(bench, run_config, choice, cohort))
+        session = stack.enter_context(server_app.session(Session(rundir, progress, resume, crew)))
+        stack.enter_context(task_identity(run_id=1))
         server_app.app(grid, context)
     if session.outcome is None:
         raise RoundError("the server app ended without a result: run again with --debug")
@@ -74,40 +90,18 @@ def run_local(
 
 
 @contextmanager
-def _grid(
+def _crew(
     bench: Workbench,
     run_config: Mapping[str, bool | float | int | str],
-    rundir: RunDir,
-    replay: Sequence[Mapping[str, Any]] | None,
-) -> Iterator[LocalGrid]:
-    """The grid of a run, and with it the processes that it wants."""
-    config, number = bench.config, len(bench.data.clients)
-    nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
-    if replay is not None:  # one client at a time, as on machines of their own: to the byte
-        yield ReplayGrid(client_app.app, nodes, run_config, answered=answered_in(replay))
-        return
-    asked = clients_wanted(config, number)
-    choice = process_count(bench, asked)
-    cohort = cohort_size(bench, asked, choice.processes)
-    facts = {"processes": choice.processes, "processes_why": choice.reason}
-    rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
-    if choice.processes == 1:
-        grid = LocalGrid(client_app.app, nodes, run_config)
-        grid.window, grid.together = cohort.clients, client_app.train_rounds
-        yield grid
-        return
+    choice: ProcessChoice,
+    cohort: CohortChoice,
+) -> Iterator[Crew]:
+    """The processes of a run; each has its share of the machine, and what "auto" chose here."""
     theirs = {**bench.settled, "processes": 1, "threads": choice.threads}
-    toml = config.model_copy(update={"runtime": config.runtime.model_copy(update=theirs)}).to_toml()
+    config = bench.config.model_copy(update={"runtime": bench.config.runtime.model_copy(update=theirs)})
+    begin = Begin({**run_config, "toml": config.to_toml()}, len(bench.data.clients), cohort.clients)
     with children_for([choice.environment(place) for place in range(choice.processes)]) as children:
-        yield ProcessGrid(
-            client_app.app,
-            nodes,
-            run_config,
-            children=children,
-            cohort=cohort.clients,
-            work=expected_tokens(bench),
-            their_run_config={**run_config, "toml": toml},
-        )
+        yield Crew(children, begin, expected_tokens(bench), sums=sums_suffice(load_rule(config)))
 
 
 def _as_before(config: RunConfig, rundir: RunDir) -> RunConfig:

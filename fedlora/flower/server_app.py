@@ -20,6 +20,7 @@ from fedlora.config import RunConfig
 from fedlora.data.describe import describe_partition
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import FedloraError
+from fedlora.flower.crew import Crew
 from fedlora.flower.server_ledger import ServerLedger
 from fedlora.flower.settings import config_of
 from fedlora.flower.spending import Spending
@@ -62,6 +63,7 @@ class Session:
     rundir: RunDir | None = None
     progress: Progress | None = None
     resume: bool = False
+    crew: Crew | None = None
     outcome: RunOutcome | None = None
 
 
@@ -93,6 +95,7 @@ def main(grid: Grid, context: Context) -> None:
         resume=here.resume,
         ledgers=Path(folder) if folder else None,
         run_id=str(context.run_config.get("run-id", "")),
+        crew=here.crew,
     )
     if _session.get() is None:  # otherwise the caller says where it is, after what it has to add
         logger.info("report: %s", rundir.report)
@@ -111,6 +114,7 @@ def run_rounds(
     resume: bool,
     ledgers: Path | None = None,
     run_id: str = "",
+    crew: Crew | None = None,
 ) -> RunOutcome:
     """All that is left of a run, and its artefacts.
 
@@ -122,6 +126,7 @@ def run_rounds(
         resume: go on from the last checkpoint.
         ledgers: of a private simulation: the folder with the clients' ledgers.
         run_id: under which name they know the run, where that outlives a kill.
+        crew: the processes that ask clients; None: this one does.
 
     Raises:
         FedloraError: of any kind; the run directory is then as it was after the last finished round.
@@ -138,7 +143,7 @@ def run_rounds(
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(bench.data))
         with tracked(progress, config, rundir) as told:
-            state = Federation(grid, config, rule, bench, rundir, told, spending).run(state)
+            state = Federation(grid, config, rule, bench, rundir, told, spending, crew).run(state)
             outcome = finish(state, config, bench, rundir, account)
     if account is not None:
         progress.message(rundir.read_json("result.json")["privacy"]["statement"])

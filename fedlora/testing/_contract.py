@@ -18,6 +18,7 @@ from fedlora.aggregators import (
     Aggregator,
     Claim,
     ClientUpdate,
+    WeightedMean,
     accumulate,
     broadcast_change,
     follow,
@@ -307,6 +308,13 @@ class AggregatorContract(ToyFederation):
                 moved[k] = dataclasses.replace(updates[k], adapter=updates[k].adapter.with_tensors(tensors))
             got = visible(state, self.aggregator.merge(state, moved))
             require_same(got, expected, 1e-11, "other updates with the same weighted sum")
+            one, other = updates[0], updates[2]
+            both = WeightedMean()
+            for update in (one, other):
+                both.add(update.adapter.tensors(sent), update.num_examples)
+            summed = dataclasses.replace(one, adapter=one.adapter.with_tensors(both.exact()), num_examples=both.total)
+            got = visible(state, self.aggregator.merge(state, [summed, updates[1], *updates[3:]]))
+            require_same(got, expected, 1e-11, "two updates as their weighted mean")
 
     def test_linear_holds_one_update_at_a_time(self) -> None:
         self._law("test_linear_holds_one_update_at_a_time", Claim.LINEAR)

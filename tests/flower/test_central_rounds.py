@@ -16,6 +16,7 @@ from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, RoundError
 from fedlora.flower import refuse_early, run_local
+from fedlora.flower.asking import Asker
 from fedlora.flower.local_grid import LocalGrid
 from fedlora.flower.server_app import RunOutcome
 from fedlora.flower.strategy import Federation
@@ -222,13 +223,13 @@ def test_a_rule_without_noise_cannot_slip_in(central: MakeConfig, tmp_path: Path
 def test_a_round_with_too_few_replies_changes_nothing_and_costs_nothing(
     central: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Federation._await
+    real = Asker._await
 
-    def await_(self: Federation, state: Any, ask: Any, *rest: Any) -> Any:
+    def await_(self: Asker, state: Any, ask: Any, *rest: Any) -> Any:
         update = real(self, state, ask, *rest)
         return None if (ask.round, ask.client_id > 0) == (2, True) else update
 
-    monkeypatch.setattr(Federation, "_await", await_)
+    monkeypatch.setattr(Asker, "_await", await_)
     outcome = run(central("privacy.minimum_cohort=3", "server.quorum=0.1"))
     first, second, third = outcome.records[1:]
     assert [r["rule"]["dropped"] for r in (first, second, third)] == [0.0, 1.0, 0.0]

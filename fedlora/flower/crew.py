@@ -1,0 +1,162 @@
+"""A simulated round in several processes: each has a base of its own, and asks its share of the clients.
+
+Clients go out in waves, in the order of their numbers: a group for each process, shared out by the work that they are
+expected to be. So the company in which a client trains, and with it every bit, is a function of the config alone and
+never of time; and where the same clients are asked again, each process has what it keeps of their examples.
+
+For a rule that needs sums alone, each process keeps one, and sends it once a round. For any other, updates are handed
+on in the order of the clients' numbers, a few waves ahead of the rule at most.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, final
+
+from fedlora.aggregators import ClientUpdate, GlobalState
+from fedlora.errors import CrewError
+from fedlora.flower.books import Round
+from fedlora.flower.meeting import Node
+from fedlora.flower.share import Asked, AskThese, Begin, Failed, GiveSums, Stand, serve
+from fedlora.flower.sums import Sums
+from fedlora.processes import Child
+from fedlora.progress import Progress
+
+AHEAD = 2
+"""Waves that are under way at once: one that trains, and one that waits for it to be done."""
+
+
+@dataclass
+class _Member:
+    child: Child
+    answers: SimpleQueue[Asked | Sums | Failed | None] = field(default_factory=SimpleQueue)
+    work: float = 0.0  # that it was given in this round
+
+
+@final
+class Crew:
+    """Processes that ask clients; see the module.
+
+    Args:
+        children: that do `fedlora.flower.share.serve`.
+        begin: what they are told first.
+        work: for each client, how much it is expected to be, in any unit.
+        sums: whether the rule needs sums alone.
+    """
+
+    def __init__(self, children: Sequence[Child], begin: Begin, work: Sequence[float], *, sums: bool) -> None:
+        self._members = [_Member(child) for child in children]
+        self._cohort, self._work, self._sums = begin.cohort, work, sums
+        for member in self._members:
+            self._tell(member, begin)
+            # Answers are taken out of the pipe as they come, so that the process can go on.
+            threading.Thread(target=_listen, args=(member,), daemon=True).start()
+
+    def updates(
+        self, state: GlobalState, base_digest: str, books: Round, nodes: Mapping[int, Node], progress: Progress
+    ) -> Iterator[ClientUpdate]:
+        """Ask the clients in `books.asked`; yield what they sent, or of rules that need no more, sums of it.
+
+        Args:
+            state: on which they train.
+            base_digest: names the base of the state.
+            books: what becomes of each is written there.
+            nodes: by client; what each holds is written there.
+            progress: is told of each reply.
+
+        Raises:
+            CrewError: a process is gone, or cannot go on.
+        """
+        for member in self._members:
+            member.work = 0.0
+            self._tell(member, Stand(books.number, state, base_digest))
+        size = self._cohort * len(self._members)
+        todo = deque(books.asked[start : start + size] for start in range(0, len(books.asked), size))
+        under_way: deque[list[_Member]] = deque()
+        while todo or under_way:
+            while todo and len(under_way) < AHEAD:
+                under_way.append(self._send(todo.popleft(), nodes))
+            answered = [self._answer(member, Asked) for member in under_way.popleft()]
+            for share in answered:
+                _take_over(share, books, nodes, progress)
+            yield from sorted((update for share in answered for update in share.updates), key=lambda u: u.client_id)
+        if self._sums:
+            for member in self._members:
+                self._tell(member, GiveSums())
+            for member in self._members:
+                sums = self._answer(member, Sums)
+                books.ideal.extend(sums.ideal)
+                yield from sums.updates
+
+    def _send(self, wave: Sequence[int], nodes: Mapping[int, Node]) -> list[_Member]:
+        """Share some clients out, the largest first, to whoever has least to do; who got any."""
+        groups: list[list[int]] = [[] for _ in self._members]
+        for client_id in sorted(wave, key=lambda k: -self._work[k]):
+            free = [place for place, group in enumerate(groups) if len(group) < self._cohort]
+            chosen = min(free, key=lambda place: self._members[place].work)
+            groups[chosen].append(client_id)
+            self._members[chosen].work += self._work[client_id]
+        busy = []
+        for member, group in zip(self._members, groups, strict=True):
+            if group:
+                self._tell(member, AskThese([nodes[client_id] for client_id in sorted(group)]))
+                busy.append(member)
+        return busy
+
+    def _tell(self, member: _Member, job: Any) -> None:
+        try:
+            member.child.pipe.tell(job)
+        except OSError:
+            raise self._gone(member) from None
+
+    def _answer(self, member: _Member, kind: type[Any]) -> Any:
+        answer = member.answers.get()
+        if isinstance(answer, Failed):
+            raise CrewError(f"a process that trains clients cannot go on: {answer.why}")
+        if answer is None:
+            raise self._gone(member)
+        assert isinstance(answer, kind)
+        return answer
+
+    def _gone(self, member: _Member) -> CrewError:
+        return CrewError(
+            f"a process that trains clients ended with status {member.child.wait()}, as it does when memory runs out: "
+            "lower runtime.processes or runtime.cohort, then resume the run"
+        )
+
+
+def _listen(member: _Member) -> None:
+    try:
+        while True:
+            member.answers.put(member.child.pipe.hear())
+    except EOFError:
+        member.answers.put(None)
+
+
+def _take_over(share: Asked, books: Round, nodes: Mapping[int, Node], progress: Progress) -> None:
+    """Write into the server's books and nodes what stands in those of a process."""
+    books.add(share.books)
+    for node in share.nodes:
+        vars(nodes[node.client_id]).update(vars(node))
+    for client_id in share.books.asked:
+        if client_id in share.books.clients:
+            progress.reply(books.number, client_id, True, "")
+        elif client_id in share.books.refused:
+            progress.reply(books.number, client_id, False, share.books.refused[client_id])
+
+
+@contextmanager
+def children_for(environments: Sequence[Mapping[str, str]]) -> Iterator[list[Child]]:
+    """Processes for a crew, one for each environment; they end with the context."""
+    children: list[Child] = []
+    try:
+        children.extend(Child(serve, environment) for environment in environments)
+        yield children
+    finally:
+        for child in children:
+            child.end()

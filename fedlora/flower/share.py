@@ -1,0 +1,176 @@
+"""What a process of a crew does: asks its share of a round's clients, which are nodes on a grid of its own.
+
+For a rule that needs sums alone it keeps one running sum of what its clients sent, and gives that away when the round
+is over; for any other it hands over each update.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from flwr.app.user_config import UserConfig
+
+from fedlora.adapter import DeltaSum
+from fedlora.aggregators import ClientUpdate, GlobalState
+from fedlora.errors import FedloraError
+from fedlora.flower import client_app
+from fedlora.flower.asking import Asker
+from fedlora.flower.books import Round
+from fedlora.flower.following import show
+from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.meeting import Node
+from fedlora.flower.settings import config_of
+from fedlora.flower.sums import RunningSums, Sums, sums_suffice
+from fedlora.processes import Pipe
+from fedlora.progress import NoProgress
+from fedlora.training.central import load_rule
+from fedlora.training.workbench import open_workbench
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The first thing that a process is told.
+
+    Args:
+        run_config: as the ClientApp sees it, with this process's share of the machine.
+        clients: how many there are.
+        cohort: how many train at once.
+    """
+
+    run_config: Mapping[str, bool | float | int | str]
+    clients: int
+    cohort: int
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where a round starts.
+
+    Args:
+        number: of the round.
+        state: of the server.
+        base_digest: names the base of the state.
+    """
+
+    number: int
+    state: GlobalState
+    base_digest: str
+
+
+@dataclass(frozen=True)
+class AskThese:
+    """Ask some clients, together.
+
+    Args:
+        nodes: of these clients, with what they hold.
+    """
+
+    nodes: Sequence[Node]
+
+
+@dataclass(frozen=True)
+class GiveSums:
+    """The round is over."""
+
+
+@dataclass
+class Asked:
+    """What became of an `AskThese`.
+
+    Args:
+        books: of these clients alone.
+        nodes: with what they hold now.
+        updates: what they sent; none where the process keeps the sum.
+    """
+
+    books: Round
+    nodes: Sequence[Node]
+    updates: Sequence[ClientUpdate]
+
+
+@dataclass
+class Failed:
+    """The process cannot go on."""
+
+    why: str
+
+
+def serve(pipe: Pipe) -> None:
+    """Do what comes through the pipe, in its order, until nobody is at its other end."""
+    jobs: SimpleQueue[Any] = SimpleQueue()
+    # Jobs are taken out of the pipe as they come: a server that waits for room in it would not read the answers.
+    threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
+    try:
+        share = Share(jobs.get())
+        while (job := jobs.get()) is not None:
+            answer = share.do(job)
+            if answer is not None:
+                pipe.tell(answer)
+    except FedloraError as error:
+        pipe.tell(Failed(str(error)))
+    except Exception as error:
+        pipe.tell(Failed(f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _listen(pipe: Pipe, jobs: SimpleQueue[Any]) -> None:
+    try:
+        while True:
+            jobs.put(pipe.hear())
+    except EOFError:
+        jobs.put(None)
+
+
+class Share:
+    """The process's part of a run."""
+
+    def __init__(self, begin: Begin) -> None:
+        nodes = [{"partition-id": k, "num-partitions": begin.clients} for k in range(begin.clients)]
+        grid = LocalGrid(client_app.app, nodes, begin.run_config)
+        grid.window, grid.together = begin.cohort, client_app.train_rounds
+        config = config_of(Context(1, 1, UserConfig(), RecordDict(), UserConfig(begin.run_config)))
+        self._rule, self._bench = load_rule(config), open_workbench(config)
+        self._asker = Asker(grid, config, self._rule, self._bench, NoProgress(), client_app.frozen_store.put)
+        self._digests = {0: ""}
+        self._sums = RunningSums()
+
+    def do(self, job: Stand | AskThese | GiveSums) -> Asked | Sums | None:
+        """One job."""
+        if isinstance(job, AskThese):
+            with task_identity(run_id=1):
+                return self._ask(job)
+        if isinstance(job, GiveSums):
+            sums, self._sums = self._sums, RunningSums()
+            return sums.close()
+        self._start = job
+        self._digests[job.state.base_version] = job.base_digest
+        show(self._bench.base, job.state, job.base_digest, self._digests)
+        return None
+
+    def _ask(self, job: AskThese) -> Asked:
+        state = self._start.state
+        who = _Here({node.client_id: node for node in job.nodes})
+        books = Round(self._start.number, list(who.nodes))
+        updates = self._asker.updates(state, self._start.base_digest, books, who)
+        if not sums_suffice(self._rule):
+            return Asked(books, job.nodes, list(updates))
+        for update in updates:
+            sends = self._asker.plan(state, who.nodes[update.client_id]).sends
+            self._sums.add(update, update.adapter.tensors(sends), books.ideal)
+            books.ideal = DeltaSum()
+        return Asked(books, job.nodes, ())
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Simulated nodes are always there."""
+
+    nodes: Mapping[int, Node]
+
+    def is_there(self, client_id: int) -> bool:
+        return client_id in self.nodes
