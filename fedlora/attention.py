@@ -107,19 +107,23 @@ def attend(
     Args:
         module: the model's attention layer; its `is_causal` counts where the argument is None.
         query: Q.
-        key: K.
-        value: V.
+        key: K; for the first token's query alone also [b, s * h, 1, d], see `fedlora.model.unread`.
+        value: V, likewise.
         attention_mask: broadcast to [b, h, t, s]: bool, True where a query may look, or added to the scores.
         dropout: probability, 0 outside of training.
         scaling: of the scores; None: 1 / sqrt(d).
         is_causal: whether a query sees no later key; counts where there is no mask, as in sdpa.
         kwargs: whatever else the model passes on.
     """
+    if key.shape[1] > query.shape[1]:
+        key, value = (_tokens_apart(states, query.shape[1]) for states in (key, value))
+        attention_mask = attention_mask if attention_mask is None else attention_mask[:, :, :1]
     causal = attention_mask is None and query.shape[2] > 1
     causal = causal and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     limit = short_limit(query.device, query.dtype)
     # torch's kernel for CPUs knows no dropout: with it the scores are in memory either way, at any length.
-    short = key.shape[2] <= limit or (limit > 0 and dropout > 0)
+    # And one query's scores are as small as its key.
+    short = key.shape[2] <= limit or (limit > 0 and (dropout > 0 or query.shape[2] == 1))
     foreign = any(kwargs.get(name) is not None for name in NOT_OURS) or torch.compiler.is_compiling()
     if foreign or not short or (causal and query.shape[2] != key.shape[2]):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -161,6 +165,11 @@ def two_products(
     if dropout:
         weights = functional.dropout(weights, dropout)
     return torch.matmul(weights.view(b, g, h // g * t, s), value).view(b, h, t, value.shape[-1])
+
+
+def _tokens_apart(states: Float[Tensor, "b sh 1 d"], heads: int) -> Float[Tensor, "b h s d"]:
+    """Keys or values that were shaped as if they had one token."""
+    return states.view(states.shape[0], -1, heads, states.shape[-1]).transpose(1, 2)
 
 
 def _masks(*args: Any, **kwargs: Any) -> Tensor | None:

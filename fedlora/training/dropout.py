@@ -112,7 +112,8 @@ class Streams(TorchFunctionMode):
         """The factors of one dropout.
 
         Args:
-            shape: [n, ...]; tokens are the second of three dimensions, and the last two of four where both are `t`.
+            shape: [n, ...]; tokens are the second of three dimensions, the last two of four where both are `t`, and the
+                last of four where there is one query.
             p: probability of a zero.
             like: of which dtype and device.
 
@@ -131,7 +132,7 @@ class Streams(TorchFunctionMode):
                 own.fill_(1.0)
                 if len(shape) == 3 and shape[1] == self.tokens:
                     own = own[:, : part.tokens]
-                elif len(shape) == 4 and shape[2] == shape[3] == self.tokens:
+                elif len(shape) == 4 and shape[3] == self.tokens and shape[2] in (1, self.tokens):
                     own = own[:, :, : part.tokens, : part.tokens]
             part.stream.fill(own, p)
         return noise

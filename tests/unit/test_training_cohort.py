@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.attention import choose_attention
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
 from fedlora.model import Base, load_base, seeded
 from fedlora.model.dropout import set_dropout
@@ -60,7 +61,10 @@ def load(path: Path, task: Task, examples: Examples, dtype: str = "float64", dro
         runtime=RuntimeConfig(device="cpu"),
     )
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return load_base(config, task.auto_class, task.head, {**task.model_kwargs(examples), **rates}, task.peft_task_type)
+    kwargs = {**task.model_kwargs(examples), **rates}
+    base = load_base(config, task.auto_class, task.head, kwargs, task.peft_task_type)
+    choose_attention(base.model)  # as in a run
+    return base
 
 
 def adapter(base: Base, rank: int | None, seed: int) -> AdapterState:
@@ -250,7 +254,9 @@ def random_base(name: str, folder: Path, causal: bool, **adapter: Any) -> Base:
         adapter=AdapterConfig(**adapter),
         runtime=RuntimeConfig(device="cpu"),
     )
-    return load_base(run, auto, () if causal else ("classifier", "pre_classifier", "score"), {})
+    base = load_base(run, auto, () if causal else ("classifier", "pre_classifier", "score"), {})
+    choose_attention(base.model)
+    return base
 
 
 def random_examples(causal: bool, vit: bool) -> Examples:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.attention import choose_attention
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
 from fedlora.errors import PrivacyError
 from fedlora.model import Base, load_base, seeded
@@ -49,7 +50,9 @@ def base(tiny_bert: Path, task: Task, examples: Examples) -> Base:
         adapter=AdapterConfig(rank=4),
         runtime=RuntimeConfig(device="cpu"),
     )
-    return load_base(config, task.auto_class, task.head, task.model_kwargs(examples), task.peft_task_type)
+    found = load_base(config, task.auto_class, task.head, task.model_kwargs(examples), task.peft_task_type)
+    choose_attention(found.model)  # as in a run
+    return found
 
 
 def adapter(base: Base, rank: int, seed: int) -> AdapterState:
