@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
@@ -100,10 +101,10 @@ class AdapterState:
     def __reduce__(self) -> tuple[type[AdapterState], tuple[dict[str, LoraPair], dict[str, Tensor]]]:
         return AdapterState, (dict(self.pairs), dict(self.dense))
 
-    @property
-    def layout(self) -> dict[str, PairShape]:
+    @cached_property
+    def layout(self) -> Layout:
         """Shapes and scales of the pairs."""
-        return {name: pair.shape for name, pair in self.pairs.items()}
+        return MappingProxyType({name: pair.shape for name, pair in self.pairs.items()})
 
     def tensors(self, parts: Iterable[Part] = ALL_PARTS) -> dict[str, Tensor]:
         """The named tensors of some parts: `"<module>:A"`, `"<module>:B"`, and the dense ones by their own name."""

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedlora import __version__
+from fedlora.adapter import AdapterState
 from fedlora.config import RunConfig, TrainConfig
 from fedlora.devices import train_config
 from fedlora.errors import (
@@ -34,7 +36,7 @@ from fedlora.errors import (
     RuleError,
     TrainingError,
 )
-from fedlora.flower.codec import ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
+from fedlora.flower.codec import Decoded, ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.handshake import require_same_config
 from fedlora.flower.settings import client_id_of, config_of, rank_of
@@ -120,6 +122,11 @@ class _Asked:
     client_id: int
     context: Context
 
+    @cached_property
+    def start(self) -> AdapterState:
+        """Where training starts, as the server knows it."""
+        return self.plan.adapter(self.frozen)
+
 
 def train_rounds(contents: Sequence[RecordDict], contexts: Sequence[Context]) -> list[RecordDict | Exception]:
     """`train_round` of many nodes in one process, whose clients train together where they can.
@@ -133,9 +140,10 @@ def train_rounds(contents: Sequence[RecordDict], contexts: Sequence[Context]) ->
     """
     replies: dict[int, RecordDict | Exception] = {}
     waiting: dict[int, _Asked] = {}
+    decoded = Decoded()
     for number, (content, context) in enumerate(zip(contents, contexts, strict=True)):
         try:
-            plan = decode_plan(content)
+            plan = decode_plan(content, decoded)
             if any(asked.plan.head["base_digest"] != plan.head["base_digest"] for asked in waiting.values()):
                 replies |= _train_all(waiting)  # before the base is brought to another version
                 waiting.clear()
@@ -190,7 +198,7 @@ def _each(run: Callable[[], list[Outcome]], number: int) -> list[Outcome]:
 def _update(asked: _Asked, result: TrainResult, figures: Mapping[str, float]) -> RecordDict:
     plan, head = asked.plan, asked.plan.head
     return encode_update(
-        encode_upload(plan, plan.adapter(asked.frozen), result.adapter, asked.bench.config.seed),
+        encode_upload(plan, asked.start, result.adapter, asked.bench.config.seed),
         figures,
         round_number=int(head["round"]),
         base_digest=head["base_digest"],
@@ -372,7 +380,7 @@ def _job(asked: _Asked, indices: np.ndarray) -> TrainJob:
     plan, head, bench = asked.plan, asked.plan.head, asked.bench
     follow(bench.base, plan.merges(), head["base_version"], head["base_digest"], head["since_digest"])
     return TrainJob(
-        adapter=plan.adapter(asked.frozen),
+        adapter=asked.start,
         trains=frozenset(head["trains"]),
         indices=indices,
         seed=derive(bench.config.seed, "train", head["round"], asked.client_id),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast, final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
@@ -24,6 +24,8 @@ from fedlora.errors import ReplyError
 from fedlora.flower.wire import WIRES, Header, encode_change, from_array, header_of, to_array
 from fedlora.rng import derive
 from fedlora.state_io import flatten_merge, unflatten_merge
+
+T = TypeVar("T")
 
 PROTOCOL = 1
 MAX_HEAD = 65_536
@@ -42,9 +44,15 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def payload_bytes(content: RecordDict) -> int:
     """Bytes of a message's body: the arrays' data and the text of the records."""
-    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
-    texts = sum(len(str(value)) for record in content.config_records.values() for value in record.values())
-    return arrays + texts + sum(8 * len(record) for record in content.metric_records.values())
+    total = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            total += sum(len(array.data) for array in record.values())
+        elif isinstance(record, ConfigRecord):
+            total += sum(len(str(value)) for value in record.values())
+        else:
+            total += 8 * len(record)
+    return total
 
 
 # ------------------------------------------------------------------------------------------------------ plans
@@ -79,12 +87,35 @@ class Ask:
         return {name: header_of(self.wire, t.dtype, tuple(t.shape)) for name, t in self.starts().items()}
 
 
+@final
+class _Kept(Generic[T]):
+    """A function of named tensors that keeps its last result: most clients of a round are sent the very same tensors.
+
+    Args:
+        make: the function; what it gives is shared by all who ask.
+    """
+
+    def __init__(self, make: Callable[[dict[str, Tensor]], T]) -> None:
+        self._make = make
+        self._last: tuple[dict[str, Tensor], T] | None = None
+
+    def __call__(self, tensors: dict[str, Tensor]) -> T:
+        if self._last is not None:
+            of, made = self._last
+            if of.keys() == tensors.keys() and all(of[name] is tensor for name, tensor in tensors.items()):
+                return made
+        made = self._make(tensors)
+        self._last = tensors, made
+        return made
+
+
 class PlanEncoder:
     """Turns asks into message contents; arrays that many clients share are encoded once per round."""
 
     def __init__(self) -> None:
         self._arrays = WeakTensorKeyDictionary()  # weak: with mixed ranks each plan has tensors of its own
-        self._frozen: tuple[dict[str, Tensor], str] = ({}, "")
+        self._record = _Kept(lambda tensors: ArrayRecord({name: self.array(t) for name, t in tensors.items()}))
+        self._digest = _Kept(lambda tensors: digest(tensors) if tensors else "")
 
     def array(self, tensor: Tensor) -> Array:
         """`to_array`, remembered while the tensor lives: for an `ArrayRecord`, which copies all but the bytes."""
@@ -95,31 +126,23 @@ class PlanEncoder:
 
     def frozen_digest(self, plan: ClientPlan) -> str:
         """Digest of the parts that the plan does not train ("" where there are none)."""
-        tensors = frozen_tensors(plan)
-        last, known = self._frozen
-        if last.keys() != tensors.keys() or any(last[name] is not tensor for name, tensor in tensors.items()):
-            known = digest(tensors) if tensors else ""
-            self._frozen = tensors, known
-        return known
+        return self._digest(frozen_tensors(plan))
 
     def encode(self, ask: Ask, *, with_frozen: bool = True) -> RecordDict:
-        """The content of a train message.
+        """The content of a train message; messages with the same tensors share one record of arrays.
 
         Args:
             ask: what to send.
             with_frozen: False for a client that holds the frozen parts already.
         """
         plan = ask.plan
-        arrays: dict[str, Array] = {}
-        for name, tensor in trained_tensors(plan).items():
-            arrays[f"adapter/{name}"] = self.array(tensor)
+        tensors = {f"adapter/{name}": tensor for name, tensor in trained_tensors(plan).items()}
         if with_frozen:
-            for name, tensor in frozen_tensors(plan).items():
-                arrays[f"frozen/{name}"] = self.array(tensor)
+            tensors |= {f"frozen/{name}": tensor for name, tensor in frozen_tensors(plan).items()}
         merges = []
         for index, merge in enumerate(plan.merges):
-            tensors, meta = flatten_merge(merge, f"merge/{index}/")
-            arrays.update({name: self.array(tensor) for name, tensor in tensors.items()})
+            changes, meta = flatten_merge(merge, f"merge/{index}/")
+            tensors |= changes
             merges.append(meta)
         head = {
             "protocol": PROTOCOL,
@@ -139,7 +162,7 @@ class PlanEncoder:
             "frozen": self.frozen_digest(plan),
             "merges": merges,
         }
-        return RecordDict({"plan": ConfigRecord({"json": json.dumps(head)}), "arrays": ArrayRecord(arrays)})
+        return RecordDict({"plan": ConfigRecord({"json": json.dumps(head)}), "arrays": self._record(tensors)})
 
 
 def trained_tensors(plan: ClientPlan) -> dict[str, Tensor]:
@@ -155,19 +178,40 @@ def frozen_tensors(plan: ClientPlan) -> dict[str, Tensor]:
     return plan.adapter.tensors(cast("set[Part]", {"A", "B", "dense"} - plan.trains))
 
 
+class Decoded:
+    """The tensors of raw arrays, each decoded once: on a grid without a wire many clients are sent the same bytes."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, str, tuple[int, ...]], tuple[bytes, Tensor]] = {}
+
+    def tensor(self, array: Array) -> Tensor:
+        """`from_array`; who asks for the same bytes object is given the same tensor, and must not change it."""
+        key = id(array.data), array.dtype, array.shape
+        if key not in self._held:
+            self._held[key] = array.data, from_array(array)  # with the bytes, so that no others are given their id
+        return self._held[key][1]
+
+
 @dataclass(frozen=True)
 class ReceivedPlan:
-    """A plan on the client's side, before what it leaves out was filled in."""
+    """A plan on the client's side, before what it leaves out was filled in.
+
+    Args:
+        head: what was said of the arrays.
+        arrays: by name.
+        decoded: the tensors of the arrays; may be shared with other plans.
+    """
 
     head: Mapping[str, Any]
     arrays: Mapping[str, Array]
+    decoded: Decoded = field(default_factory=Decoded)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under one prefix ("adapter/" or "frozen/"), by the names of `AdapterState.tensors`."""
         return {key[len(prefix) :]: tensor for key, tensor in self._under(prefix).items()}
 
     def _under(self, prefix: str) -> dict[str, Tensor]:
-        return {key: from_array(array) for key, array in self.arrays.items() if key.startswith(prefix)}
+        return {key: self.decoded.tensor(array) for key, array in self.arrays.items() if key.startswith(prefix)}
 
     def merges(self) -> tuple[Merge, ...]:
         """The changes of the base that were sent."""
@@ -190,13 +234,17 @@ class ReceivedPlan:
         return _adapter(layout, tensors)
 
 
-def decode_plan(content: RecordDict) -> ReceivedPlan:
+def decode_plan(content: RecordDict, decoded: Decoded | None = None) -> ReceivedPlan:
     """Read a train message.
+
+    Args:
+        content: of the message.
+        decoded: what was decoded of other messages, to be shared.
 
     Raises:
         ReplyError: if the server speaks another protocol, or asks for a wire format that this node does not know.
     """
-    head = json.loads(str(content.config_records["plan"]["json"]))
+    head = json.loads(str(cast("ConfigRecord", content["plan"])["json"]))
     if head["protocol"] != PROTOCOL:
         raise ReplyError(
             f"the server speaks protocol {head['protocol']} (fedlora {head['fedlora']}) and this node {PROTOCOL} "
@@ -207,7 +255,7 @@ def decode_plan(content: RecordDict) -> ReceivedPlan:
             f"the server (fedlora {head['fedlora']}) asks for wire format {str(head['wire'])[:40]!r}, and this node "
             f"(fedlora {__version__}) knows {', '.join(WIRES)}: install the same fedlora on both"
         )
-    return ReceivedPlan(head, content.array_records["arrays"])
+    return ReceivedPlan(head, cast("ArrayRecord", content["arrays"]), decoded or Decoded())
 
 
 # ------------------------------------------------------------------------------------------------------ replies
@@ -222,11 +270,12 @@ def encode_upload(plan: ReceivedPlan, start: AdapterState, trained: AdapterState
         trained: the adapter after it.
         seed: the run's.
     """
-    head, before = plan.head, start.tensors(plan.head["sends"])
-    key = seed, "wire", head["round"], head["client_id"]
+    head, tensors = plan.head, trained.tensors(plan.head["sends"])
+    if head["wire"] == "float32":
+        return {name: to_array(tensor) for name, tensor in tensors.items()}
+    before, key = start.tensors(head["sends"]), (seed, "wire", head["round"], head["client_id"])
     return {
-        name: encode_change(tensor, before[name], head["wire"], derive(*key, name))
-        for name, tensor in trained.tensors(head["sends"]).items()
+        name: encode_change(tensor, before[name], head["wire"], derive(*key, name)) for name, tensor in tensors.items()
     }
 
 
@@ -259,9 +308,9 @@ def decode_head(content: RecordDict) -> dict[str, Any]:
         ReplyError: if it is missing, no JSON object, or of another protocol.
     """
     try:
-        record = content.config_records["reply"]
+        record = content["reply"]
         text = record["json"]
-        if len(record) > 1 or not isinstance(text, str) or len(text) > MAX_HEAD:
+        if not isinstance(record, ConfigRecord) or len(record) > 1 or not isinstance(text, str) or len(text) > MAX_HEAD:
             raise ValueError
         head = json.loads(text)
     except (KeyError, ValueError, RecursionError):  # ValueError: no JSON, and whole numbers of 5000 digits

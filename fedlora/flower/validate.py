@@ -13,10 +13,10 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlora import __version__
@@ -24,6 +24,8 @@ from fedlora.errors import ReplyError
 from fedlora.flower.codec import Ask, decode_head
 from fedlora.flower.wire import decode_change
 
+RECORDS = {"reply": ConfigRecord, "update": ArrayRecord, "metrics": MetricRecord}
+"""What the reply of a client that has trained holds."""
 METRICS = frozenset(("loss", "steps", "seconds", "compute_seconds", "examples_seen"))
 
 MAX_RANK = 4096
@@ -102,10 +104,9 @@ def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
     """
     manifest = ask.headers()
     head = decode_head(content)
-    kinds = (set(content.config_records), set(content.array_records), set(content.metric_records))
-    if kinds != ({"reply"}, {"update"}, {"metrics"}):
+    if {name: type(record) for name, record in content.items()} != RECORDS:
         raise ReplyError("the reply does not hold exactly the records reply, update and metrics")
-    arrays = content.array_records["update"]
+    arrays = cast("ArrayRecord", content["update"])
     if odd := set(arrays) ^ set(manifest):
         name = min(odd)
         raise ReplyError(f"tensor {name[:80]!r} {'was not asked for' if name in arrays else 'is missing'}")
@@ -123,19 +124,26 @@ def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
         if len(array.data) != header.nbytes:
             raise ReplyError(f"tensor {name!r} has {len(array.data)} bytes, not {header.nbytes}")
     tensors = {name: decode_change(arrays[name], start) for name, start in ask.starts().items()}
-    square = 0.0
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ReplyError(f"tensor {name!r} holds values that are not finite: lower the client's learning rate")
-        square += float(tensor.double().square().sum())
-    if limits.max_norm is not None and not math.sqrt(square) <= limits.max_norm:
-        raise ReplyError(f"the update's norm {math.sqrt(square):.4g} is above server.max_norm = {limits.max_norm:g}")
-    weight, metrics = _metrics(content.metric_records["metrics"], limits)
+    norm = _norm(tensors)
+    if limits.max_norm is not None and not norm <= limits.max_norm:
+        raise ReplyError(f"the update's norm {norm:.4g} is above server.max_norm = {limits.max_norm:g}")
+    weight, metrics = _metrics(cast("MetricRecord", content["metrics"]), limits)
     if head.get("round") != ask.round:
         raise ReplyError(f"the reply is for round {str(head.get('round'))[:20]}, not {ask.round}")
     if head.get("base_digest") != ask.base_digest:
         raise ReplyError("the update was trained on another version of the base")
     return Valid(tensors, weight, metrics)
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    """The L2 norm over all tensors together; `ReplyError` for values that are not finite."""
+    entries = [tensor.reshape(-1) for tensor in tensors.values()]
+    norm = float(torch.linalg.vector_norm(torch.cat(entries), dtype=torch.float64)) if entries else 0.0
+    if not math.isfinite(norm):  # in float64 the squares of large values are infinite, too
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ReplyError(f"tensor {name!r} holds values that are not finite: lower the client's learning rate")
+    return norm
 
 
 def _metrics(record: MetricRecord, limits: Limits) -> tuple[int, dict[str, float]]:

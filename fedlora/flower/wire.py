@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from flwr.app import Array
@@ -56,6 +57,7 @@ class Header:
     nbytes: int
 
 
+@lru_cache(maxsize=4096)
 def header_of(wire: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Header:
     """The only header that a tensor of this dtype and shape can have in a wire format."""
     size = math.prod(shape)
@@ -126,8 +128,7 @@ def _wide(start: Tensor) -> torch.dtype:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
 
 
 def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:

@@ -86,13 +86,14 @@ class Tokens(Sequence[np.ndarray]):
 
     def pad(self, indices: Sequence[int] | np.ndarray) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
         """Ids and attention mask of a batch, padded on the right to its longest example."""
-        rows = [self[int(index)] for index in indices]
-        ids = np.full((len(rows), max((len(row) for row in rows), default=0)), self.pad_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = row
-            mask[place, : len(row)] = 1
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+        chosen = np.asarray(indices, dtype=np.int64)
+        starts = self.starts[:-1][chosen]
+        lengths = self.starts[1:][chosen] - starts
+        places = np.arange(lengths.max(initial=0))
+        mask = places < lengths[:, None]
+        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        ids[mask] = self.flat[(starts[:, None] + places)[mask]]
+        return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
 @lru_cache(maxsize=4)

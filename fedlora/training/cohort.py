@@ -76,7 +76,8 @@ def train_cohort(
     Returns:
         An outcome for each job, in their order.
     """
-    prepare(base, task, examples, rows_of(jobs, configs))
+    if base.prefix is not None:
+        prepare(base, task, examples, rows_of(jobs, configs))
     outcomes: dict[int, Outcome] = {}
     todo = alike(jobs, configs)
     while todo:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -51,8 +52,17 @@ class Stream:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self._bits = np.random.SFC64(seed) if device.type == "cpu" else None
-        self._generator = None if self._bits is not None else torch.Generator(device).manual_seed(seed)
+        self._seed, self._device = seed, device
+
+    # Made when they are first wanted: in most fine-tuning nothing is dropped out.
+
+    @cached_property
+    def _bits(self) -> np.random.SFC64 | None:
+        return np.random.SFC64(self._seed) if self._device.type == "cpu" else None
+
+    @cached_property
+    def _generator(self) -> torch.Generator | None:
+        return None if self._device.type == "cpu" else torch.Generator(self._device).manual_seed(self._seed)
 
     @property
     def state(self) -> Any:

@@ -49,6 +49,11 @@ class Column:
         """The stacked tensor, a view [k, *shape]."""
         return rows[:, self.start : self.stop].unflatten(1, self.shape)
 
+    def within(self, row: Float[Tensor, "p"], shape: Sequence[int]) -> Tensor:
+        """The part of one row that a tensor of this shape fills, a view: all, or a corner for a smaller rank."""
+        whole = row[self.start : self.stop].view(self.shape)
+        return whole if shape == self.shape else whole[tuple(slice(size) for size in shape)]
+
 
 @final
 class Columns:
@@ -70,26 +75,36 @@ class Columns:
             start = column.stop
         self.width = start
 
-    def write(self, row: Float[Tensor, "p"], adapter: AdapterState) -> None:
-        """Put an adapter into a row; its padding is zero."""
-        tensors = adapter.tensors()
-        row.zero_()
+    def rows(self, adapters: Sequence[AdapterState], like: Tensor) -> Float[Tensor, "k p"]:
+        """Adapters as the rows of a new matrix; their padding is zero.
+
+        Args:
+            adapters: those that the layout was made for.
+            like: dtype and device.
+        """
+        each = [adapter.tensors() for adapter in adapters]
+        rows = like.new_zeros(len(each), self.width)
         for column in self.columns:
-            value = tensors[column.name]
-            own = tuple(slice(size) for size in value.shape)
-            column.of(row[None])[0][own].copy_(value)
+            values = [tensors[column.name] for tensors in each]
+            if all(value.shape == column.shape for value in values):
+                column.of(rows).copy_(torch.stack(values))
+                continue
+            for row, value in zip(rows, values, strict=True):
+                column.within(row, value.shape).copy_(value)
+        return rows
 
     def read(self, row: Float[Tensor, "p"], adapter: AdapterState) -> AdapterState:
-        """An adapter of `adapter`'s shape from a row, on the CPU and in the row's dtype; what is not there is kept."""
-        kept = adapter.tensors()
-        found: dict[str, Tensor] = {
-            name: value.detach().to("cpu", row.dtype, copy=True) for name, value in kept.items()
+        """An adapter of `adapter`'s shape from a row, on the CPU and in the row's dtype; what is not there is kept.
+
+        Its tensors share no memory with the row nor with `adapter`; with each other they may.
+        """
+        columns, own = {column.name: column for column in self.columns}, row.detach().to("cpu", copy=True)
+        found = {
+            name: columns[name].within(own, value.shape).contiguous()
+            if name in columns
+            else value.detach().to("cpu", row.dtype, copy=True)
+            for name, value in adapter.tensors().items()
         }
-        for column in self.columns:
-            own = tuple(slice(size) for size in kept[column.name].shape)
-            found[column.name] = (
-                column.of(row[None])[0][own].detach().to("cpu").clone(memory_format=torch.contiguous_format)
-            )
         pairs = {name: LoraPair(found[f"{name}:A"], found[f"{name}:B"], p.scale) for name, p in adapter.pairs.items()}
         return AdapterState(pairs, {name: found[name] for name in adapter.dense})
 

@@ -148,8 +148,7 @@ class PrivateTogether(Loop):
         gradient = self._sums.pop(id(client))[None]
         own = client.job.adapter.tensors()
         for column in self._columns.columns:  # padding of a smaller rank gets none, so that it stays zero
-            shape = own[column.name].shape
-            part = column.of(gradient)[0][tuple(slice(size) for size in shape)]
+            part = column.within(gradient[0], own[column.name].shape)
             part += noise(how.noise_multiplier * how.max_grad_norm, part, self._noise[id(client)])
         gradient /= how.schedule.expected_batch_size
         values = take(self._values, rows)

@@ -103,11 +103,9 @@ class Stacked:
         adapters = [job.adapter for job in jobs]
         trained = {column.name for column in columns.columns}
         self._kept = Columns(adapters, [name for name in base.tensor_names() if name not in trained])
-        self._frozen = torch.empty(len(jobs), self._kept.width, dtype=base.adapter_dtype, device=base.device)
-        for row, adapter in zip(self._frozen, adapters, strict=True):
-            self._kept.write(row, adapter)
-        scales = [[adapter.pairs[name].scale for name in base.targets] for adapter in adapters]
-        self._scales = torch.tensor(scales, dtype=base.adapter_dtype, device=base.device)
+        like = torch.empty(0, dtype=base.adapter_dtype, device=base.device)
+        self._frozen = self._kept.rows(adapters, like)
+        self._scales = like.new_tensor([[adapter.pairs[name].scale for name in base.targets] for adapter in adapters])
 
     def bind(self, values: Float[Tensor, "k p"], rows: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
         """See `fedlora.training.together.Binding`."""

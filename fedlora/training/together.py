@@ -28,7 +28,7 @@ from fedlora.training.dropout import Part, RowsError, Stream, Streams, Watch, dr
 from fedlora.training.flat import Columns, FlatOptimizer, put, take
 from fedlora.training.job import TrainJob, TrainResult, batches, learning_rate, number_of_steps, to_device
 from fedlora.training.pool import Budget, Waiting, choose, step_budget
-from fedlora.training.stacked import Alone, Stacked, cannot_stack
+from fedlora.training.stacked import Alone, Stacked, cannot_stack, groups_of
 
 CHECK_EVERY = 32  # steps between looks at the losses on a device where looking waits for all work to end
 
@@ -162,10 +162,9 @@ class Loop(ABC):
         for row, client in enumerate(clients):
             client.row = row
         like = torch.empty(0, dtype=base.adapter_dtype, device=base.device)
-        self._columns = Columns([job.adapter for job in jobs], base.tensor_names(jobs[0].trains))
-        self._values = like.new_empty(len(jobs), self._columns.width)
-        for client in clients:
-            self._columns.write(self._values[client.row], client.job.adapter)
+        adapters = [job.adapter for job in jobs]
+        self._columns = Columns(adapters, base.tensor_names(jobs[0].trains))
+        self._values = self._columns.rows(adapters, like)
         self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
         self._anchor = self._values.clone() if any(self._mu) else None
         self._optimizer = FlatOptimizer(len(jobs), self._columns.width, [client.config for client in clients], like)
@@ -218,10 +217,10 @@ class Loop(ABC):
         started = self._now()
         self._move(members, batch, sizes)
         computed = self._now() - started
-        for client in members:
-            client.compute += computed * self._rows(client) / sum(sizes)
-        weights = [self._rows(client) / sum(sizes) for client in members]
-        for client in members:
+        total = sum(sizes)
+        weights = [size / total for size in sizes]
+        for client, weight in zip(members, weights, strict=True):
+            client.compute += computed * weight
             if client.outcome is None:
                 self._next_batch(client)
         taken = time.perf_counter() - begin
@@ -293,9 +292,9 @@ class Together(Loop):
         rows = [client.row for client in members]
         values = take(self._values, rows)
         leaves = self._binding.bind(values, rows, sizes)
-        parts = self._losses(batch).split([len(client.chosen) for client in members])
-        losses = torch.stack([part.mean() for part in parts])
-        found = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+        each, counts = self._losses(batch), [len(client.chosen) for client in members]
+        shares = each.new_tensor([1 / count for count in counts for _ in range(count)])  # of an example in its mean
+        found = torch.autograd.grad(each, leaves, shares, materialize_grads=True)
         gradients = torch.cat([gradient.reshape(len(members), -1) for gradient in found], dim=1)
         self._add_proximal(rows, values, gradients)
         if any(client.config.clip_norm is not None for client in members):
@@ -308,7 +307,8 @@ class Together(Loop):
         for client in members:
             client.done += 1
             client.seen += len(client.chosen)
-        self._unseen.append((members, losses.detach()))
+        means = [each.detach()[g.rows].reshape(g.size, -1).mean(1) for g in groups_of(counts)]
+        self._unseen.append((members, torch.cat(means)))
         ended = any(client.done == client.steps for client in members)
         if ended or sum(len(clients) for clients, _ in self._unseen) >= self._look_every:
             self._look()

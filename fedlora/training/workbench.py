@@ -80,6 +80,10 @@ def open_workbench(config: RunConfig) -> Workbench:
     """
     from fedlora.data import load_data
 
+    with _lock:
+        for bench in _open.values():
+            if bench.config is config:  # as clients of one process ask, each in its turn
+                return bench
     # How many clients train at once is asked of each run's own config.
     key = config.model_copy(update={"runtime": config.runtime.model_copy(update={"cohort": 1})}).digest(*SECTIONS)
     with _lock:
@@ -94,7 +98,8 @@ def open_workbench(config: RunConfig) -> Workbench:
             how = (attention.mode, torch.get_num_threads())
             prefix = choose_prefix(base, task, [data.train, data.test], config.runtime.prefix_cache, how)
             _open[key] = Workbench(config, task, data, base, device, kernels, attention, prefix)
-        return replace(_open[key], config=config)
+        _open[key] = replace(_open[key], config=config)
+        return _open[key]
 
 
 def close_workbench() -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import ClientPlan, Merge
 from fedlora.errors import ReplyError
 from fedlora.flower.codec import (
     Ask,
+    Decoded,
     PlanEncoder,
     decode_plan,
     digest,
     from_array,
+    frozen_tensors,
     payload_bytes,
     to_array,
 )
+from fedlora.flower.wire import STYPE
 
 
 def adapter(seed: int = 0, rank: int = 3) -> AdapterState:
@@ -82,12 +87,59 @@ def test_fresh_pairs_are_drawn_by_the_client_and_do_not_travel() -> None:
     assert same(received.adapter({}), plan.adapter)
 
 
-def test_arrays_shared_by_clients_are_encoded_once_but_handed_out_apart() -> None:
-    plan = ClientPlan(adapter())
-    encoder = PlanEncoder()
-    one, two = (encoder.encode(Ask(plan, 1, k)).array_records["arrays"]["adapter/a:A"] for k in (0, 1))
-    assert one is not two
-    assert one.data is two.data
+def test_clients_share_a_record_of_arrays_if_they_are_sent_the_very_same_tensors() -> None:
+    encoder, plan = PlanEncoder(), ClientPlan(adapter(), trains=frozenset({"B", "dense"}))
+
+    def sent(plan: ClientPlan, *, with_frozen: bool = True) -> ArrayRecord:
+        content = encoder.encode(Ask(plan, 1, 0), with_frozen=with_frozen)
+        found = decode_plan(content).tensors("adapter/") | decode_plan(content).tensors("frozen/")
+        own = plan.adapter.tensors(ALL_PARTS if with_frozen else plan.trains)
+        assert found.keys() == own.keys()
+        assert all(torch.equal(found[name], value) for name, value in own.items())
+        return content.array_records["arrays"]
+
+    head = plan.adapter.with_tensors({"head.weight": torch.ones(2, 4)})
+    frozen = plan.adapter.with_tensors({"a:A": torch.ones(3, 5)})
+    first = sent(plan)
+    assert sent(replace(plan, proximal_mu=1.0)) is first
+    for other in (
+        sent(plan, with_frozen=False),
+        sent(replace(plan, adapter=head)),
+        sent(replace(plan, adapter=frozen)),
+        sent(replace(plan, adapter=plan.adapter.clone())),  # equal, but nobody looks at the values
+    ):
+        assert other is not first
+        assert other["adapter/a:B"] is not first["adapter/a:B"]
+
+
+def test_a_digest_of_frozen_parts_is_never_another_plans() -> None:
+    encoder, plan = PlanEncoder(), ClientPlan(adapter(), trains=frozenset({"B"}))
+    for change in ({}, {"a:B": torch.ones(4, 3)}, {"a:A": torch.ones(3, 5)}, {"head.weight": torch.ones(2, 4)}, {}):
+        asked = replace(plan, adapter=plan.adapter.with_tensors(change))
+        assert encoder.frozen_digest(asked) == digest(frozen_tensors(asked))
+
+
+def test_plans_with_the_same_bytes_share_their_tensors_and_others_do_not() -> None:
+    decoded, data = Decoded(), bytes(range(24))
+    first = decoded.tensor(Array("float32", (2, 3), STYPE, data))
+    assert decoded.tensor(Array("float32", (2, 3), STYPE, data)) is first
+    for other in (
+        Array("float32", (3, 2), STYPE, data),
+        Array("float64", (3,), STYPE, data),
+        Array("float32", (2, 3), STYPE, bytes(24)),
+        Array("float32", (2, 3), STYPE, bytes(bytearray(data))),  # equal bytes of another message
+    ):
+        found = decoded.tensor(other)
+        assert found is not first
+        assert torch.equal(found, from_array(other))
+
+
+def test_bytes_that_are_gone_give_their_tensor_to_nobody() -> None:
+    decoded = Decoded()
+    for value in range(50):  # a new object often has the address of one that was just let go of
+        array = Array("float32", (256,), STYPE, np.full(256, value, np.float32).tobytes())
+        assert decoded.tensor(array)[0] == value
+        del array
 
 
 def test_another_protocol_is_refused_with_both_versions() -> None:

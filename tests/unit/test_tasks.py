@@ -62,6 +62,16 @@ def test_a_batch_is_padded_to_its_longest_text(tiny_bert: Path) -> None:
     assert all(values.dtype == torch.int64 for values in batch.values())
 
 
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [3], [1], [], [2, 2, 0], [-1, 0]])
+def test_a_batch_holds_each_text_and_marks_it(chosen: list[int]) -> None:
+    rows = [[5, 6, 7], [], [8], [9, 10]]
+    ids, mask = Tokens.join(rows, pad_id=4).pad(np.array(chosen, dtype=np.int64))
+    width = max((len(rows[k]) for k in chosen), default=0)
+    assert ids.tolist() == [rows[k] + [4] * (width - len(rows[k])) for k in chosen]
+    assert mask.tolist() == [[1] * len(rows[k]) + [0] * (width - len(rows[k])) for k in chosen]
+    assert ids.dtype == mask.dtype == torch.int64
+
+
 def test_a_texts_loss_does_not_depend_on_its_batch(tiny_bert: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 

@@ -365,6 +365,8 @@ def test_server_and_clients_share_one_workbench(tiny_bert: Path, tiny_csv: Path)
     assert client.config.train.lr == 0.5
     assert models.cache_info().loads == loads
     assert server.kernels.mode == "off"
+    assert open_workbench(client.config) is client
+    assert open_workbench(server.config).config is server.config
     other = open_workbench(parse_config(text, ["adapter.rank=2"]))
     assert other.base is not server.base
     assert models.cache_info().loads == loads + 1
@@ -376,6 +378,8 @@ def test_server_and_clients_share_one_workbench(tiny_bert: Path, tiny_csv: Path)
         FAST,
     )
     assert result.num_examples == len(other.data.clients[0])
+    close_workbench()
+    assert open_workbench(other.config).base is not other.base  # what was let go of is not kept by its config
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (8, 4), (3, 16), (1, 1)])
