@@ -1,0 +1,133 @@
+"""How many processes share a round, and how many clients each trains at once: by config, data and machine alone."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fedlora.config import RunConfig, parse_config
+from fedlora.training import sizing
+from fedlora.training.sizing import WORTH_PROCESSES, ProcessChoice, cohort_size, expected_tokens, process_count
+
+
+class _Base:
+    """A model of 10 x 100 weights beside a table of tokens, with an adapter of 1 kB."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.model = nn.Sequential(nn.Embedding(1000, 10), nn.Linear(10, 100, bias=False))
+
+    def initial_adapter(self, _seed: int) -> Any:
+        return SimpleNamespace(nbytes=lambda: 1000)
+
+    def layout(self) -> dict[str, Any]:
+        return {"m": SimpleNamespace(d_in=384)}
+
+
+def bench(config: RunConfig, sizes: tuple[int, ...] = (40, 80), tokens: int = 50) -> Any:
+    starts = np.cumsum((0, *sizes))
+    clients = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
+    train = SimpleNamespace(lengths=np.full(sum(sizes), tokens))
+    return SimpleNamespace(
+        config=config, base=_Base(), task=object(), data=SimpleNamespace(clients=clients, train=train)
+    )
+
+
+def settled(*overrides: str, rounds: int = 10) -> RunConfig:
+    return parse_config("", [f"rounds={rounds}", "train.batch_size=8", *overrides])
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four cores, 8 GiB."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sizing, "usable_cores", lambda: 4)
+    monkeypatch.setattr(sizing, "_memory", lambda _device: 8 << 30)
+    monkeypatch.setattr(sizing, "why_alone", lambda _base: None)
+
+
+LONG = 10**7  # rounds: 4 x 1000 weights x 60 examples x 50 tokens x 2 clients = 2.4e7 operations each
+
+
+def test_a_long_run_gets_a_process_for_each_core_and_a_short_one_none() -> None:
+    long = process_count(bench(settled(rounds=LONG)), asked=50)
+    assert (long.processes, long.threads, long.reason) == (4, 1, "4 cores, 50 clients a round, memory for 7")
+    rounds = int(WORTH_PROCESSES / 2.4e7)
+    assert process_count(bench(settled(rounds=rounds - 10)), asked=2).processes == 1
+    assert process_count(bench(settled(rounds=rounds + 10)), asked=2).processes == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "asked", "processes", "threads"),
+    [
+        ((), 3, 3, 1),  # no more than clients
+        (("runtime.threads=2",), 50, 2, 2),
+        (("runtime.threads=4",), 50, 1, 4),
+        (("runtime.processes=2",), 50, 2, 2),
+        (("runtime.processes=3", "runtime.threads=5"), 1, 3, 5),  # who says so gets it
+        (("runtime.processes=8",), 50, 8, 1),
+    ],
+)
+def test_processes_share_the_cores(overrides: tuple[str, ...], asked: int, processes: int, threads: int) -> None:
+    choice = process_count(bench(settled(*overrides, rounds=LONG)), asked)
+    assert (choice.processes, choice.threads) == (processes, threads)
+
+
+def test_the_environment_says_how_many_cores_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert process_count(bench(settled(rounds=LONG)), 50).processes == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert process_count(bench(settled(rounds=LONG)), 50).reason == "there is no second one of the cores"
+
+
+def test_memory_sets_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "_memory", lambda _device: 2 << 30)
+    assert process_count(bench(settled(rounds=LONG)), 50).processes == 1
+    monkeypatch.setattr(sizing, "_memory", lambda _device: 3 << 30)
+    assert process_count(bench(settled(rounds=LONG)), 50).processes == 2
+
+
+def test_a_task_of_the_main_program_stays_with_it() -> None:
+    mine = bench(settled(rounds=LONG))
+    mine.task = type("Mine", (), {"__module__": "__main__"})()
+    choice = process_count(mine, 50)
+    assert choice.processes == 1
+    assert "main program" in choice.reason
+
+
+def test_each_process_is_told_its_threads_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = ProcessChoice(3, 2, "")
+    assert choice.environment(0) == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [choice.environment(k)["CUDA_VISIBLE_DEVICES"] for k in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert [choice.environment(k)["CUDA_VISIBLE_DEVICES"] for k in range(3)] == ["5", "3", "5"]
+
+
+def test_work_is_tokens_of_a_round() -> None:
+    one = bench(settled("train.epochs=2"), sizes=(40, 0, 80), tokens=50)
+    assert expected_tokens(one) == [2 * 40 * 50, 0.0, 2 * 80 * 50]
+    steps = bench(settled("train.steps=3"), sizes=(40, 80), tokens=50)
+    assert expected_tokens(steps) == [3 * 8 * 50] * 2
+
+
+@given(asked=st.integers(1, 300), processes=st.integers(2, 9), rows=st.sampled_from([1, 4, 16]))
+def test_all_processes_get_about_as_many(asked: int, processes: int, rows: int) -> None:
+    config = settled(f"train.batch_size={rows}")
+    alone = cohort_size(bench(config), asked).clients
+    shared = cohort_size(bench(config), asked, processes).clients
+    assert 1 <= shared <= alone
+    waves = -(-asked // (shared * processes))
+    assert waves == -(-asked // (alone * processes))  # smaller groups, and no more of them
+    assert shared * processes * waves < asked + processes * waves  # and nobody waits for more than one client
