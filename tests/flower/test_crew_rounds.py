@@ -29,7 +29,12 @@ TWO = "runtime.processes=2"
 CASES = {
     "fedavg": ("strategy.name=fedavg", "train.clip_norm=1.0"),
     "no error": ("strategy.name=fedavg", "server.aggregation_error=false", "wire.up=int8"),
-    "ffa, mixed ranks, some": ("strategy.name=ffa", "clients.ranks=[4,2,1,3]", "server.clients_per_round=2"),
+    "ffa, mixed ranks, some": (
+        "strategy.name=ffa",
+        "clients.ranks=[4,4,4,2]",
+        "server.clients_per_round=3",
+        "partition={name='dirichlet',clients=4,alpha=1.0}",
+    ),
     "flora, some": ("strategy.name=flora", "clients.ranks=[4,2]", "server.clients_per_round=2"),
     "fair": ("strategy.name=fair", "server.weighting=uniform"),
     "devices": (
@@ -60,7 +65,7 @@ def facts(record: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_come_to_what_one_does(tiny_config: MakeConfig, case: str) -> None:
-    common = ("model.dtype=float64", "rounds=4", *CASES[case])
+    common = ("model.dtype=float64", "rounds=7", *CASES[case])
     one, two = run(tiny_config(*common, "runtime.processes=1")), run(tiny_config(*common, TWO, name="two"))
     assert two.rundir.read_json("environment.json")["processes"] == 2
     assert gap(one.adapter, two.adapter) < 1e-9
