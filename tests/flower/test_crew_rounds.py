@@ -31,7 +31,7 @@ CASES = {
     "no error": ("strategy.name=fedavg", "server.aggregation_error=false", "wire.up=int8"),
     "ffa, mixed ranks, some": (
         "strategy.name=ffa",
-        "clients.ranks=[4,4,4,2]",
+        "clients.ranks=[4,4,2,2]",
         "server.clients_per_round=3",
         "partition={name='dirichlet',clients=4,alpha=1.0}",
     ),
