@@ -5,7 +5,7 @@ A client finds its ledger in this order:
 - node config `ledger`: a file of its own, as a real node has. Its attempts are released before the reply leaves, and
   count for ever, whatever the server asks for again. The run config cannot replace it.
 - run config `ledger-dir`: a folder with a file for each client, as simulations have. With `run-id` and `session`,
-  which `run_local` adds, client and server are one process, nothing leaves it in the middle of a round, and a round
+  which `run_local` adds, clients and server end together, nothing leaves them in the middle of a round, and a round
   that a killed run has to repeat counts once.
 """
 

@@ -29,12 +29,8 @@ TWO = "runtime.processes=2"
 CASES = {
     "fedavg": ("strategy.name=fedavg", "train.clip_norm=1.0"),
     "no error": ("strategy.name=fedavg", "server.aggregation_error=false", "wire.up=int8"),
-    "ffa, mixed ranks, some": (
-        "strategy.name=ffa",
-        "clients.ranks=[4,4,2,2]",
-        "server.clients_per_round=3",
-        "partition={name='dirichlet',clients=4,alpha=1.0}",
-    ),
+    "ffa, mixed ranks, some": ("strategy.name=ffa", "clients.ranks=[4,4,2,2]", "server.clients_per_round=3"),
+    "ffa, unequal": ("strategy.name=ffa", "partition={name='dirichlet',clients=4,alpha=1.0}"),
     "flora, some": ("strategy.name=flora", "clients.ranks=[4,2]", "server.clients_per_round=2"),
     "fair": ("strategy.name=fair", "server.weighting=uniform"),
     "devices": (
