@@ -3,11 +3,10 @@
     fedlora assets chitchat && python benchmarks/many_clients.py
 
 The chitchat corpus has a client for each person who ever answered. A tiny random Llama (memory is what is measured,
-not its learning) trains one round with 100, with 400 and with all of them, each in a process of its own, in the
-default engine; with `server.aggregation_error` too, which keeps a round's factors until they are as large as two
-dense matrices. Printed are each process's peak of resident memory while it ran, and how much of it the round added,
-as ratios to the smallest federation. Linux only. On two busy cores, in MB: 725, 731, 747 without the error and 720,
-732, 729 with it.
+not its learning) trains one round with 100, with 400 and with all of them, each in a process of its own; with
+`server.aggregation_error` too, which keeps a round's factors until they are as large as two dense matrices; and in two
+processes besides the server's. Printed are the peaks of resident memory while it ran, of all processes together, and
+how much of it the round added, as ratios to the smallest federation. Linux only.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ def make_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def measure(model: Path, asked: int, aggregation_error: bool) -> dict[str, Any]:
+def measure(model: Path, asked: int, aggregation_error: bool, processes: int) -> dict[str, Any]:
     """One round with so many clients; in a process of its own, whose peak it reads."""
+    import psutil
+
     from fedlora.config import parse_config
     from fedlora.flower import run_local
     from fedlora.progress import NoProgress
@@ -69,38 +71,45 @@ def measure(model: Path, asked: int, aggregation_error: bool) -> dict[str, Any]:
             *([f"server.clients_per_round={asked}"] if asked else []),
             f"server.aggregation_error={str(aggregation_error).lower()}",
             "runtime.threads=1",
+            f"runtime.processes={processes}",
             "runtime.kernels=off",
         ],
     )
     clients = len(open_workbench(config).data.clients)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: reading the corpus takes more than a round
-    before = status("VmRSS")
+    before, peaks = status("VmRSS"), [0.0]
+
+    class Peaks(NoProgress):
+        def round_ended(self, record: Mapping[str, Any]) -> None:  # noqa: ARG002
+            peaks.append(sum(status("VmHWM", child.pid) for child in psutil.Process().children()))
+
     with tempfile.TemporaryDirectory() as folder:
-        run_local(config, RunDir.create(config, folder), NoProgress())
-    return {"asked": asked or clients, "clients": clients, "opened_mb": before, "peak_mb": status("VmHWM")}
+        run_local(config, RunDir.create(config, folder), Peaks())
+    peak = status("VmHWM") + max(peaks)
+    return {"asked": asked or clients, "clients": clients, "opened_mb": before, "peak_mb": peak}
 
 
-def status(key: str) -> float:
-    """A size of this process in MB, as Linux tells it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def status(key: str, process: int | str = "self") -> float:
+    """A size of a process in MB, as Linux tells it."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def main() -> None:
     """Measure each federation in a process of its own, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "ASKED", "ERROR"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, metavar=("MODEL", "ASKED", "ERROR", "PROCESSES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(Path(args.one[0]), int(args.one[1]), args.one[2] == "True")))
+        print(json.dumps(measure(Path(args.one[0]), int(args.one[1]), args.one[2] == "True", int(args.one[3]))))
         return
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
-        for error in (False, True):
-            print(f"server.aggregation_error = {str(error).lower()}")
+        for error, processes in ((False, 1), (True, 1), (False, 2)):
+            print(f"server.aggregation_error = {str(error).lower()}, runtime.processes = {processes}")
             first: dict[str, Any] = {}
             for asked in COUNTS:
-                command = [sys.executable, __file__, "--one", folder, str(asked), str(error)]
+                command = [sys.executable, __file__, "--one", folder, str(asked), str(error), str(processes)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 row = json.loads(done.stdout.splitlines()[-1])
                 first = first or row

@@ -39,6 +39,7 @@ def main() -> None:
             "adapter.targets=['query','value']",
             "data.limit=4000",
             f"server.evaluate_every={args.rounds}",
+            "runtime.processes=1",
         ],
         name="overhead",
     )

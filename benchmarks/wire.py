@@ -95,7 +95,13 @@ def accuracy(config: str, overrides: list[str], rounds: int, seeds: int, arms: l
     for seed in range(seeds):
         for arm in arms:
             wire = next(wire for wire in WIRES if wire in arm)
-            keys = [f"rounds={rounds}", f"seed={seed}", f"wire.up={wire}", f"server.evaluate_every={rounds}"]
+            keys = [
+                "runtime.processes=1",
+                f"rounds={rounds}",
+                f"seed={seed}",
+                f"wire.up={wire}",
+                f"server.evaluate_every={rounds}",
+            ]
             rows[arm].append(measure(load_config(config, [*overrides, *keys]), arm))
             print(f"seed {seed}, {arm}: {rows[arm][-1]}", flush=True)
     print(f"\n{config}, {rounds} rounds, {seeds} seeds {' '.join(overrides)}")

@@ -32,7 +32,7 @@ MEMORY_SHARE = 1 / 8
 WORTH_PROCESSES = 5e12
 """Multiplications and additions of a run's training that make up for starting more processes: 100 s of one core, where
 libraries, model and data take a process about 5 s."""
-PROCESS_BYTES = 1 << 29  # of libraries and activations, besides the base
+PROCESS_BYTES = 3 << 28  # of libraries and activations, besides the base: what `benchmarks/many_clients.py` found
 
 
 @dataclass(frozen=True)

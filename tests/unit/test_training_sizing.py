@@ -60,7 +60,7 @@ LONG = 10**7  # rounds: 4 x 1000 weights x 60 examples x 50 tokens x 2 clients =
 
 def test_a_long_run_gets_a_process_for_each_core_and_a_short_one_none() -> None:
     long = process_count(bench(settled(rounds=LONG)), asked=50)
-    assert (long.processes, long.threads, long.reason) == (4, 1, "4 cores, 50 clients a round, memory for 7")
+    assert (long.processes, long.threads, long.reason) == (4, 1, "4 cores, 50 clients a round, memory for 5")
     rounds = int(WORTH_PROCESSES / 2.4e7)
     assert process_count(bench(settled(rounds=rounds - 10)), asked=2).processes == 1
     assert process_count(bench(settled(rounds=rounds + 10)), asked=2).processes == 2
@@ -92,7 +92,7 @@ def test_the_environment_says_how_many_cores_are_ours(monkeypatch: pytest.Monkey
 def test_memory_sets_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "_memory", lambda _device: 2 << 30)
     assert process_count(bench(settled(rounds=LONG)), 50).processes == 1
-    monkeypatch.setattr(sizing, "_memory", lambda _device: 3 << 30)
+    monkeypatch.setattr(sizing, "_memory", lambda _device: 4 << 30)
     assert process_count(bench(settled(rounds=LONG)), 50).processes == 2
 
 
