@@ -81,6 +81,10 @@ def test_length_decides(short: dict, calls: list) -> None:
     x = torch.randn(1, 2, 7, 4, dtype=torch.float64)
     attention.attend(nn.Identity(), x, x, x, None, dropout=0.1)
     assert len(calls) == 1  # with dropout torch has no fused kernel either
+    attention.attend(nn.Identity(), x[:, :, :1], x, x, None)
+    assert len(calls) == 2  # and one query has few scores
+    attention.attend(nn.Identity(), x[:, :, :2], x, x, None, is_causal=False)
+    assert len(calls) == 2
     short.clear()
     for a, b in zip(outcome(model, "auto", inputs), outcome(model, "sdpa", inputs), strict=True):
         assert torch.equal(a, b)  # the very same function and masks

@@ -141,6 +141,21 @@ def test_in_bfloat16_too_by_both_ways_to_attend(kind: str, limit: int, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
+@pytest.mark.parametrize("limit", [0, 256])
+def test_a_mask_with_a_row_for_each_query(kind: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.attention.SHORT", {("cpu", torch.float64): limit})
+    model, inputs = classifier(kind), inputs_of(kind)
+    choose_attention(model)
+    rows, tokens = inputs["input_ids"].shape
+    mask = torch.rand(rows, 1, tokens, tokens, generator=torch.Generator().manual_seed(2)) < 0.6
+    inputs["attention_mask"] = mask | torch.eye(tokens, dtype=torch.bool)
+    whole = everything(model, inputs)
+    skip_unread(model)
+    check_same(everything(model, inputs), whole)
+    assert QUERY[kind] not in seeing_all(model, inputs)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
 def test_a_sequence_of_one_token(kind: str) -> None:
     model, inputs = classifier(kind), inputs_of(kind, tokens=1)
     choose_attention(model)
