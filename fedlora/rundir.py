@@ -394,14 +394,16 @@ def _merge_name(since: int, version: int) -> str:
 
 def _plain(value: Any) -> Any:
     """JSON has no NaN, no infinity and no numbers of numpy or torch."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, int | str):
+        return value
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes):
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
         return [_plain(inner) for inner in (value if isinstance(value, Sequence) else sorted(value))]
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     return str(value) if isinstance(value, Path) else value
 
 

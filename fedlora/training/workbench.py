@@ -15,7 +15,7 @@ from fedlora.model import Base, clear_cache, load_base
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
 from fedlora.training.prefix import PrefixReport, choose_prefix
-from fedlora.training.runtime import setup
+from fedlora.training.runtime import pass_over_libraries, setup
 
 if TYPE_CHECKING:
     from fedlora.data import FederatedData
@@ -92,6 +92,7 @@ def open_workbench(config: RunConfig) -> Workbench:
             device = setup(config.runtime)
             task = load_task(config.task)
             data = load_data(config)
+            pass_over_libraries()
             base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
             kernels = accelerate(base.model, config.runtime.kernels)
             attention = choose_attention(base.model, config.runtime.attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import platform
 from collections.abc import Iterator
@@ -380,6 +381,14 @@ def test_server_and_clients_share_one_workbench(tiny_bert: Path, tiny_csv: Path)
     assert result.num_examples == len(other.data.clients[0])
     close_workbench()
     assert open_workbench(other.config).base is not other.base  # what was let go of is not kept by its config
+
+
+def test_the_collector_passes_over_libraries_and_over_no_model(tiny_bert: Path, tiny_csv: Path) -> None:
+    from fedlora.config import parse_config
+
+    bench = open_workbench(parse_config(f"model.name={str(tiny_bert)!r}\ndata.source={str(tiny_csv)!r}"))
+    assert gc.get_freeze_count() > 100_000
+    assert any(found is bench.base.model for found in gc.get_objects())  # which lists what is not passed over
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (8, 4), (3, 16), (1, 1)])
