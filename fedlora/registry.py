@@ -70,11 +70,17 @@ def build(cls: type[T], fields: Mapping[str, Any], what: str) -> T:
 
 def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error as one readable clause."""
-    problem = error.errors(include_url=False, include_context=False)[0]
-    # The place in a union of types ("constrained-float") is pydantic's own word, and no key.
-    where = ".".join(str(part) for part in problem["loc"] if "-" not in str(part) and "[" not in str(part))
-    message = problem["msg"].removeprefix("Value error, ")
+    problems = error.errors(include_url=False, include_context=False)
+    problem, where = problems[0], _place(problems[0]["loc"])
     if problem["type"] == "missing":
         return f"{where} is missing: set it"
+    # Where several types are allowed, each has its own problem with the value.
+    each = [other["msg"].removeprefix("Value error, ") for other in problems if _place(other["loc"]) == where]
+    message = " or ".join([each[0], *(msg.removeprefix("Input should be ") for msg in dict.fromkeys(each[1:]))])
     given = problem.get("input")
     return (f"{where}: " if where else "") + message + ("" if isinstance(given, dict) else f", not {given!r}")
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """The key; the place in a union of types ("constrained-float") is pydantic's own word, and no key."""
+    return ".".join(str(part) for part in loc if "-" not in str(part) and "[" not in str(part))

@@ -170,3 +170,8 @@ def test_a_shipped_config_is_found_by_its_name_from_anywhere(tmp_path: Path, mon
         load_config("quickstrat")
     (tmp_path / "quickstart").write_text('name = "mine"')  # what is there comes first
     assert load_config("quickstart").name == "mine"
+
+
+def test_all_that_a_key_may_be_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"runtime\.processes: Input should be 'auto' or greater than 0, not 0$"):
+        parse_config("[runtime]\nprocesses = 0")

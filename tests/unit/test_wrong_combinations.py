@@ -15,7 +15,11 @@ from fedlora.tasks import Table
     ("name", "fields", "words"),
     [
         ("domain", {}, "partitioner 'domain': clients is missing: set it"),
-        ("iid", {"clients": 4, "label_noise": 1.5}, "label_noise: Input should be less than or equal to 1, not 1.5"),
+        (
+            "iid",
+            {"clients": 4, "label_noise": 1.5},
+            "label_noise: Input should be less than or equal to 1 or a valid tuple, not 1.5",
+        ),
         ("dirichlet", {"clients": 4, "alpah": 0.1}, "did you mean 'alpha'?"),
     ],
 )
