@@ -12,9 +12,10 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -129,7 +130,7 @@ class LocalGrid(Grid):
         assert self.together is not None
         contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
         found = self.together([message.content for message in messages], contexts)
-        return [_copy(self._reply(*pair)) for pair in zip(messages, found, strict=True)]
+        return [self._reply(*pair) for pair in zip(messages, found, strict=True)]  # made for these replies alone
 
     def _reply(self, message: Message, found: RecordDict | Exception) -> Message:
         with task_identity(self._run.run_id, message.metadata.dst_node_id):
@@ -174,10 +175,7 @@ def _copy(message: Message) -> Message:
         return make(error=message.error, metadata=message.metadata)
     content = RecordDict()
     for key, record in message.content.items():
+        own = content[key] = record.copy()
         if isinstance(record, ArrayRecord):
-            content[key] = ArrayRecord(dict(record))  # copies each array, all but its bytes
-        elif isinstance(record, ConfigRecord):
-            content[key] = ConfigRecord(dict(record))
-        else:
-            content[key] = MetricRecord(dict(record))
+            own.update({name: copy(array) for name, array in record.items()})  # each array, all but its bytes
     return make(content=content, metadata=message.metadata)
