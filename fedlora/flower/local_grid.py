@@ -175,7 +175,8 @@ def _copy(message: Message) -> Message:
         return make(error=message.error, metadata=message.metadata)
     content = RecordDict()
     for key, record in message.content.items():
-        own = content[key] = record.copy()
-        if isinstance(record, ArrayRecord):
-            own.update({name: copy(array) for name, array in record.items()})  # each array, all but its bytes
+        own = record.copy()
+        if isinstance(own, ArrayRecord):
+            own.update({name: copy(array) for name, array in own.items()})  # each array, all but its bytes
+        content[key] = own
     return make(content=content, metadata=message.metadata)
