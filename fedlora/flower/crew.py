@@ -35,6 +35,7 @@ AHEAD = 2
 class _Member:
     child: Child
     answers: SimpleQueue[Asked | Sums | Failed | None] = field(default_factory=SimpleQueue)
+    owed: int = 0  # answers that it has still to give
     work: float = 0.0  # that it was given in this round
 
 
@@ -73,6 +74,8 @@ class Crew:
             CrewError: a process is gone, or cannot go on.
         """
         for member in self._members:
+            while member.owed:  # of a round that the rule broke off
+                self._answer(member)
             member.work = 0.0
             self._tell(member, Stand(books.number, state, base_digest))
         size = self._cohort * len(self._members)
@@ -81,15 +84,15 @@ class Crew:
         while todo or under_way:
             while todo and len(under_way) < AHEAD:
                 under_way.append(self._send(todo.popleft(), nodes))
-            answered = [self._answer(member, Asked) for member in under_way.popleft()]
+            answered: list[Asked] = [self._answer(member) for member in under_way.popleft()]
             for share in answered:
                 _take_over(share, books, nodes, progress)
             yield from sorted((update for share in answered for update in share.updates), key=lambda u: u.client_id)
         if self._sums:
             for member in self._members:
-                self._tell(member, GiveSums())
+                self._ask(member, GiveSums())
             for member in self._members:
-                sums = self._answer(member, Sums)
+                sums: Sums = self._answer(member)
                 books.ideal.extend(sums.ideal)
                 yield from sums.updates
 
@@ -104,7 +107,7 @@ class Crew:
         busy = []
         for member, group in zip(self._members, groups, strict=True):
             if group:
-                self._tell(member, AskThese([nodes[client_id] for client_id in sorted(group)]))
+                self._ask(member, AskThese([nodes[client_id] for client_id in sorted(group)]))
                 busy.append(member)
         return busy
 
@@ -114,13 +117,18 @@ class Crew:
         except OSError:
             raise self._gone(member) from None
 
-    def _answer(self, member: _Member, kind: type[Any]) -> Any:
+    def _ask(self, member: _Member, job: AskThese | GiveSums) -> None:
+        self._tell(member, job)
+        member.owed += 1
+
+    def _answer(self, member: _Member) -> Any:
+        """The next answer of a process, in the order in which it was asked."""
         answer = member.answers.get()
         if isinstance(answer, Failed):
             raise CrewError(f"a process that trains clients cannot go on: {answer.why}")
         if answer is None:
             raise self._gone(member)
-        assert isinstance(answer, kind)
+        member.owed -= 1
         return answer
 
     def _gone(self, member: _Member) -> CrewError:

@@ -145,9 +145,8 @@ class Share:
             with task_identity(run_id=1):
                 return self._ask(job)
         if isinstance(job, GiveSums):
-            sums, self._sums = self._sums, RunningSums()
-            return sums.close()
-        self._start = job
+            return self._sums.close()
+        self._start, self._sums = job, RunningSums()
         self._digests[job.state.base_version] = job.base_digest
         show(self._bench.base, job.state, job.base_digest, self._digests)
         return None

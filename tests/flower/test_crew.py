@@ -62,6 +62,7 @@ class Thread:
                 self._there.tell(answer)
             elif isinstance(job, GiveSums):
                 self._there.tell(self._running.close())
+            elif isinstance(job, Stand):
                 self._running = RunningSums()
         self._there.connection.close()
 
@@ -176,6 +177,19 @@ def test_one_sum_of_each_process_weighs_what_its_clients_weigh(make: Make) -> No
         assert mean.tolist() == pytest.approx(
             2 * [sum(w * k for w, k in zip(weights, asked, strict=True)) / sum(weights)], rel=1e-12
         )
+
+
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_round_that_was_broken_off_leaves_nothing_to_the_next(make: Make, sums: bool, taken: int) -> None:
+    crew = make([Thread(sums=sums), Thread(sums=sums)], cohort=1, sums=sums)
+    broken = crew.updates(STATE, "", Round(1, list(range(12))), nodes(), NoProgress())
+    for _ in range(taken):
+        next(broken)
+    broken.close()
+    updates = ask(crew, [14, 15, 16])
+    assert [update.client_id for update in updates] == ([14, 15] if sums else [14, 15, 16])
+    assert sum(update.num_examples for update in updates) == sum(1.0 + k % 3 for k in (14, 15, 16))
 
 
 def test_a_process_without_a_client_gives_no_sum(make: Make) -> None:
