@@ -32,6 +32,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "kernels": config.runtime.kernels,
         "cohort": config.runtime.cohort,
         "processes": config.runtime.processes,
+        "crew": config.runtime.crew,
         "attention": config.runtime.attention,
         "prefix_cache": config.runtime.prefix_cache,
         "seed": config.seed,

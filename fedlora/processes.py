@@ -1,5 +1,7 @@
 """Processes that work for this one: started anew, told what to do through a pipe, and gone when it is gone.
 
+`Channel` and `Helper` are what others know of them: what helps may be somewhere else than in a process of this machine.
+
 They are spawned, since a fork would copy OpenMP's threads without their bodies. The program's main module is not run
 again in them, so that a script needs no `if __name__ == "__main__"`.
 """
@@ -17,7 +19,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -43,6 +45,45 @@ class _Pickler(pickle.Pickler):
         self.dispatch_table = {Tensor: _flat}
 
 
+def pack(value: Any) -> bytes:
+    """An object as bytes, for `pickle.loads`; tensors arrive on the CPU, with memory of their own."""
+    buffer = BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+class Channel(Protocol):
+    """One end of a way between two that talk, on which whole objects travel; tensors arrive on the CPU."""
+
+    def tell(self, value: Any) -> None:
+        """Send an object.
+
+        Raises:
+            OSError: nobody is at the other end.
+        """
+
+    def hear(self) -> Any:
+        """Wait for the next object.
+
+        Raises:
+            EOFError: nobody is at the other end.
+        """
+
+
+class Helper(Protocol):
+    """Somebody elsewhere who does what is told through a channel."""
+
+    @property
+    def pipe(self) -> Channel:
+        """This end of the channel."""
+
+    def wait(self) -> str:
+        """Wait until it has ended: how, as in "ended with status 0"."""
+
+    def end(self) -> None:
+        """End it, whatever it is doing."""
+
+
 @final
 class Pipe:
     """One end of a pipe between two processes, on which whole objects travel; tensors arrive on the CPU."""
@@ -57,9 +98,7 @@ class Pipe:
             OSError: nobody is at the other end.
         """
         # Not `Connection.send`: with torch's reductions it would share tensors instead of sending them.
-        buffer = BytesIO()
-        _Pickler(buffer).dump(value)
-        self.connection.send_bytes(buffer.getbuffer())
+        self.connection.send_bytes(pack(value))
 
     def hear(self) -> Any:
         """Wait for the next object.
@@ -86,15 +125,15 @@ class Child:
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         self._process = context.Process(target=_begin, args=(work, there))
-        with _environment(environment), _without_main():
+        with variables(environment), _without_main():
             self._process.start()
         there.close()  # so that the pipe ends when the process does
         self.pipe = Pipe(here)
 
-    def wait(self) -> int | None:
-        """Wait until it has ended: its exit status, or the signal that killed it as a negative number."""
+    def wait(self) -> str:
+        """Wait until it has ended: with what exit status, the signal that killed it as a negative number."""
         self._process.join()
-        return self._process.exitcode
+        return f"ended with status {self._process.exitcode}"
 
     def end(self) -> None:
         """End it, whatever it is doing."""
@@ -116,8 +155,8 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables for processes that are started inside."""
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Inside, the environment has these variables, for processes that are started there."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -3,7 +3,7 @@
 ```
 runs/<name>/
   config.toml           the resolved config, every key
-  environment.json      versions, processor, threads, processes, kernels, attention, cohort, seed, commit
+  environment.json      versions, processor, threads, processes, crew, kernels, attention, cohort, seed, commit
   run-id                of a private run: the name by which privacy ledgers know it, for ever
   privacy/              of a private run: a ledger for each client
   partition.json        sizes and label counts of the clients (not of a private run, where they are secret)

@@ -26,6 +26,9 @@ class RuntimeConfig(Section):
     processes: Literal["auto"] | PositiveInt = "auto"
     """How many processes share the clients of a simulated round, each with a base of its own; 1: the server's own and
     no other. "auto" starts one for each core or GPU where the run is long enough for it."""
+    crew: Literal["processes", "ray"] = "processes"
+    """Where they are if there is more than one: processes of this machine, or actors on the machines of a Ray cluster
+    (fedlora[ray]): the one that RAY_ADDRESS names or that runs here, else one of this machine for this run."""
     threads: PositiveInt | None = None
     """Torch threads of a process; None: the cores, of which processes get equal shares. Results are bit-for-bit the
     same only for the same number."""

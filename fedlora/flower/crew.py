@@ -24,7 +24,7 @@ from fedlora.flower.books import Round
 from fedlora.flower.meeting import Node
 from fedlora.flower.share import Asked, AskThese, Begin, Failed, GiveSums, Stand, serve
 from fedlora.flower.sums import Sums
-from fedlora.processes import Child
+from fedlora.processes import Child, Helper
 from fedlora.progress import Progress
 
 AHEAD = 2
@@ -33,7 +33,7 @@ AHEAD = 2
 
 @dataclass
 class _Member:
-    child: Child
+    helper: Helper
     answers: SimpleQueue[Asked | Sums | Failed | None] = field(default_factory=SimpleQueue)
     owed: int = 0  # answers that it has still to give
     work: float = 0.0  # that it was given in this round
@@ -44,14 +44,14 @@ class Crew:
     """Processes that ask clients; see the module.
 
     Args:
-        children: that do `fedlora.flower.share.serve`.
+        helpers: that do `fedlora.flower.share.serve`.
         begin: what they are told first.
         work: for each client, how much it is expected to be, in any unit.
         sums: whether the rule needs sums alone.
     """
 
-    def __init__(self, children: Sequence[Child], begin: Begin, work: Sequence[float], *, sums: bool) -> None:
-        self._members = [_Member(child) for child in children]
+    def __init__(self, helpers: Sequence[Helper], begin: Begin, work: Sequence[float], *, sums: bool) -> None:
+        self._members = [_Member(helper) for helper in helpers]
         self._cohort, self._work, self._sums = begin.cohort, work, sums
         for member in self._members:
             self._tell(member, begin)
@@ -113,7 +113,7 @@ class Crew:
 
     def _tell(self, member: _Member, job: Any) -> None:
         try:
-            member.child.pipe.tell(job)
+            member.helper.pipe.tell(job)
         except OSError:
             raise self._gone(member) from None
 
@@ -133,7 +133,7 @@ class Crew:
 
     def _gone(self, member: _Member) -> CrewError:
         return CrewError(
-            f"a process that trains clients ended with status {member.child.wait()}, as it does when memory runs out: "
+            f"a process that trains clients {member.helper.wait()}, as it does when memory runs out: "
             "lower runtime.processes or runtime.cohort, then resume the run"
         )
 
@@ -141,7 +141,7 @@ class Crew:
 def _listen(member: _Member) -> None:
     try:
         while True:
-            member.answers.put(member.child.pipe.hear())
+            member.answers.put(member.helper.pipe.hear())
     except EOFError:
         member.answers.put(None)
 

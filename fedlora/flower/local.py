@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, RecordDict
@@ -15,6 +16,7 @@ from fedlora.errors import RoundError
 from fedlora.flower import client_app, server_app
 from fedlora.flower.crew import Crew, children_for
 from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.ray_crew import Cluster, open_cluster, require_ray
 from fedlora.flower.replay import ReplayGrid, answered_in, require_same
 from fedlora.flower.servable import clients_wanted
 from fedlora.flower.server_app import RunOutcome, Session
@@ -53,6 +55,7 @@ def run_local(
     if resume:
         rundir = RunDir.open(rundir.path, config)  # refuses a config that is not the run's
         config = _as_before(config, rundir)
+    require_ray(config)
     bench = open_workbench(config)
     run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
     if config.example_privacy is not None:
@@ -72,13 +75,17 @@ def run_local(
         else:
             grid = LocalGrid(client_app.app, nodes, run_config)
             asked = clients_wanted(config, number)
-            choice = process_count(bench, asked)
+            cluster = None
+            if config.runtime.crew == "ray" and config.runtime.processes != 1:
+                cluster = stack.enter_context(open_cluster())
+            choice = process_count(bench, asked, cluster.machines if cluster else ())
             cohort = cohort_size(bench, asked, choice.processes)
             facts = {"processes": choice.processes, "processes_why": choice.reason}
             rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
             grid.window, grid.together = cohort.clients, client_app.train_rounds
             if choice.processes > 1:
-                crew = stack.enter_context(_crew(bench, run_config, choice, cohort))
+                seen = (rundir.path / "run-id").resolve() if config.example_privacy is not None else None
+                crew = stack.enter_context(_crew(bench, run_config, choice, cohort, cluster, seen))
         session = stack.enter_context(server_app.session(Session(rundir, progress, resume, crew)))
         stack.enter_context(task_identity(run_id=1))
         server_app.app(grid, context)
@@ -95,13 +102,22 @@ def _crew(
     run_config: Mapping[str, bool | float | int | str],
     choice: ProcessChoice,
     cohort: CohortChoice,
+    cluster: Cluster | None,
+    seen: Path | None,
 ) -> Iterator[Crew]:
-    """The processes of a run; each has its share of the machine, and what "auto" chose here."""
+    """The processes of a run; each has its share of the machine or of a cluster, and what "auto" chose here."""
     theirs = {**bench.settled, "processes": 1, "threads": choice.threads}
+    environments = [choice.environment(place) for place in range(choice.processes)]
+    if cluster is not None:
+        device = bench.base.device.type  # a machine of the cluster might choose another, and an actor has one GPU
+        theirs["device"] = device
+        helpers: Any = cluster.helpers(environments, choice.threads, gpu=device == "cuda", file=seen)
+    else:
+        helpers = children_for(environments)
     config = bench.config.model_copy(update={"runtime": bench.config.runtime.model_copy(update=theirs)})
     begin = Begin({**run_config, "toml": config.to_toml()}, len(bench.data.clients), cohort.clients)
-    with children_for([choice.environment(place) for place in range(choice.processes)]) as children:
-        yield Crew(children, begin, expected_tokens(bench), sums=sums_suffice(load_rule(config)))
+    with helpers as those:
+        yield Crew(those, begin, expected_tokens(bench), sums=sums_suffice(load_rule(config)))
 
 
 def _as_before(config: RunConfig, rundir: RunDir) -> RunConfig:

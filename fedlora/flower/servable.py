@@ -11,6 +11,7 @@ from fedlora.aggregators import ClientPlan, ClientSpec
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ConfigError, RoundError
+from fedlora.flower.ray_crew import require_ray
 from fedlora.model.starting import first_state, plan_for
 from fedlora.training.central import load_rule, require_cohort, require_one_start
 from fedlora.training.job import TrainJob
@@ -22,7 +23,7 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
     """Raise for a config whose rule cannot serve its clients, before a run directory is made or an old one removed.
 
     Raises:
-        ConfigError: the rule or one of its fields is unknown or wrong, or the data are the nodes' own.
+        ConfigError: the rule or one of its fields is unknown or wrong, the data are the nodes' own, or Ray is missing.
         RuleError: the rule refuses a client's rank.
         RoundError: more clients are asked for than there are.
         PrivacyError: a private run would not be private with this model or task, or within this epsilon.
@@ -32,6 +33,7 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
             "the nodes bring their own data, of which nothing is here: start the run with flwr run, or simulate it "
             "with data.source and a partition"
         )
+    require_ray(config)
     rule = load_rule(config)
     state = first_state(rule, bench.base, config.seed)
     clients = range(len(bench.data.clients))

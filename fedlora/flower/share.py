@@ -26,7 +26,7 @@ from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.meeting import Node
 from fedlora.flower.settings import config_of
 from fedlora.flower.sums import RunningSums, Sums, sums_suffice
-from fedlora.processes import Pipe
+from fedlora.processes import Channel
 from fedlora.progress import NoProgress
 from fedlora.training.central import load_rule
 from fedlora.training.workbench import open_workbench
@@ -100,7 +100,7 @@ class Failed:
     why: str
 
 
-def serve(pipe: Pipe) -> None:
+def serve(pipe: Channel) -> None:
     """Do what comes through the pipe, in its order, until nobody is at its other end."""
     jobs: SimpleQueue[Any] = SimpleQueue()
     # Jobs are taken out of the pipe as they come: a server that waits for room in it would not read the answers.
@@ -118,7 +118,7 @@ def serve(pipe: Pipe) -> None:
         raise
 
 
-def _listen(pipe: Pipe, jobs: SimpleQueue[Any]) -> None:
+def _listen(pipe: Channel, jobs: SimpleQueue[Any]) -> None:
     try:
         while True:
             jobs.put(pipe.hear())

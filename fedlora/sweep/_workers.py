@@ -128,7 +128,7 @@ def _share_out(configs: Sequence[RunConfig], keep: Keep, processes: int, on_roun
                     kind, value = worker.child.pipe.hear()
                 except EOFError:  # it is gone, and its run with it; the others go on
                     workers.remove(worker)
-                    why = f"its process ended with status {worker.child.wait()}, as it does when memory runs out"
+                    why = f"its process {worker.child.wait()}, as it does when memory runs out"
                     ended(worker.doing, why)
                     continue
                 if kind == "round":

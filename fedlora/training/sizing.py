@@ -8,6 +8,7 @@ bytes.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fedlora.devices import train_config
 from fedlora.model import Base
 from fedlora.training.cohort import why_alone
 from fedlora.training.job import examples_of
+from fedlora.training.machines import Machine, most_threads, room
 from fedlora.training.pool import step_budget
 from fedlora.training.runtime import usable_cores
 from fedlora.training.workbench import Workbench
@@ -71,7 +73,7 @@ class ProcessChoice:
         return variables | {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def process_count(bench: Workbench, asked: int) -> ProcessChoice:
+def process_count(bench: Workbench, asked: int, cluster: Sequence[Machine] = ()) -> ProcessChoice:
     """How many processes share the clients of a round.
 
     On a CPU a core each, of one thread: cores work better on clients of their own than on the halves of one client's
@@ -80,30 +82,36 @@ def process_count(bench: Workbench, asked: int) -> ProcessChoice:
     Args:
         bench: of the run; its config may say.
         asked: clients in a round.
+        cluster: machines that they may be on, each taken to have the memory that this one has; none: on this one.
     """
     config, device = bench.config, bench.base.device
+    on_gpus = device.type == "cuda"
     cores = int(os.environ.get("OMP_NUM_THREADS", "0") or 0) or usable_cores()
     wanted = config.runtime.processes
 
     def chosen(processes: int, reason: str) -> ProcessChoice:
-        return ProcessChoice(processes, config.runtime.threads or max(1, cores // processes), reason)
+        share = most_threads(cluster, processes, gpus=on_gpus) if cluster else max(1, cores // processes)
+        return ProcessChoice(processes, config.runtime.threads or share, reason)
 
     if wanted != "auto":
         return chosen(wanted, "asked for")
     if type(bench.task).__module__ == "__main__":
         return chosen(1, "another process would not know the task, which the main program defines")
-    if device.type == "cpu":
+    if cluster and device.type in ("cpu", "cuda"):
+        places = room(cluster, config.runtime.threads or 1, gpus=on_gpus)
+        what = "GPUs of the cluster" if on_gpus else "cores of the cluster"
+    elif device.type == "cpu":
         places, what = cores // (config.runtime.threads or 1), "cores"
     else:
-        named = device.type != "cuda" or ":" in config.runtime.device
+        named = not on_gpus or ":" in config.runtime.device
         places, what = 1 if named else torch.cuda.device_count(), "GPUs"
     if places < 2:
         return chosen(1, f"there is no second one of the {what}")
     if (work := _work(bench, asked)) < WORTH_PROCESSES:
         return chosen(1, f"the training's {work:.0e} operations are done sooner than others would be ready")
-    room = int(_memory("cpu") / 2 / (PROCESS_BYTES + _base_bytes(bench.base)))
-    processes = max(1, min(places, asked, room))
-    return chosen(processes, f"{places} {what}, {asked} clients a round, memory for {room}")
+    held = max(1, len(cluster)) * int(_memory("cpu") / 2 / (PROCESS_BYTES + _base_bytes(bench.base)))
+    processes = max(1, min(places, asked, held))
+    return chosen(processes, f"{places} {what}, {asked} clients a round, memory for {held}")
 
 
 def cohort_size(bench: Workbench, asked: int, processes: int = 1) -> CohortChoice:

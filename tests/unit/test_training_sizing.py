@@ -15,6 +15,7 @@ from torch import nn
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.training import sizing
+from fedlora.training.machines import Machine
 from fedlora.training.sizing import WORTH_PROCESSES, ProcessChoice, cohort_size, expected_tokens, process_count
 
 
@@ -94,6 +95,35 @@ def test_memory_sets_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_count(bench(settled(rounds=LONG)), 50).processes == 1
     monkeypatch.setattr(sizing, "_memory", lambda _device: 4 << 30)
     assert process_count(bench(settled(rounds=LONG)), 50).processes == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machines", "asked", "processes", "threads"),
+    [
+        ((), [Machine(4), Machine(3)], 50, 7, 1),
+        ((), [Machine(8), Machine(4)], 5, 5, 2),  # cores of two machines do not add up to a process
+        ((), [Machine(8), Machine(8)], 3, 3, 4),
+        ((), [Machine(64)], 50, 5, 12),  # each machine has the memory of this one
+        ((), [Machine(64), Machine(64)], 50, 10, 12),
+        (("runtime.threads=3",), [Machine(8), Machine(4)], 50, 3, 3),
+        (("runtime.processes=2",), [Machine(8), Machine(4)], 50, 2, 4),
+        ((), [Machine(1)], 50, 1, 1),
+    ],
+)
+def test_on_a_cluster_its_machines_count(
+    overrides: tuple[str, ...], machines: list[Machine], asked: int, processes: int, threads: int
+) -> None:
+    choice = process_count(bench(settled(*overrides, rounds=LONG)), asked, machines)
+    assert (choice.processes, choice.threads) == (processes, threads)
+    assert process_count(bench(settled("runtime.processes=auto", rounds=1)), asked, machines).processes == 1
+
+
+def test_on_a_cluster_of_gpus_each_has_one() -> None:
+    mine = bench(settled(rounds=LONG))
+    mine.base.device = torch.device("cuda")
+    choice = process_count(mine, 50, [Machine(16, 2), Machine(16, 4)])
+    assert (choice.processes, choice.threads) == (6, 4)
+    assert choice.reason == "6 GPUs of the cluster, 50 clients a round, memory for 10"
 
 
 def test_a_task_of_the_main_program_stays_with_it() -> None:

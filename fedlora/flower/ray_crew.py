@@ -1,0 +1,302 @@
+"""The processes of a crew as actors of a Ray cluster, on as many machines and GPUs as it has.
+
+An actor does what a process does, `fedlora.flower.share.serve`, and is talked to by two calls that carry bytes. Of Ray
+nothing else is used: no object outlives a call, and an actor that dies is not started again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, final
+
+import torch
+
+from fedlora import __version__
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError, CrewError, PrivacyError
+from fedlora.processes import Channel, pack, variables
+from fedlora.training.machines import Machine, room
+
+PATIENCE_S = 180.0
+"""Until all actors are there: libraries are read from a disk, and others may hold the CPUs for a while."""
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning of what Ray will do one day
+    "RAY_worker_niceness": "0",  # Ray's own choice is 15: behind everybody else on the machine
+}
+"""For a Ray that is started here; what the environment says itself stays."""
+
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
+"""glibc keeps what an actor's threads have freed, as `fedlora.training.runtime.keep_memory` asks, in the first heap
+alone; 30,000 page faults a round of a small encoder become 200."""
+
+
+def require_ray(config: RunConfig) -> None:
+    """Raise if a config asks for Ray where there is none.
+
+    Raises:
+        ConfigError: naming what to install.
+    """
+    if config.runtime.crew == "ray" and find_spec("ray") is None:
+        raise ConfigError(
+            "runtime.crew = 'ray' needs Ray, which is not here: pip install 'fedlora[ray]', or set it to 'processes'"
+        )
+
+
+@final
+class Actor:
+    """What lives in the cluster: `serve` in a thread, and two ends of its channel.
+
+    Args:
+        folders: in which the driver looks for modules; rules and tasks may be a user's own.
+        here: the driver's working folder, from which a config's paths may start.
+    """
+
+    def __init__(self, folders: Sequence[str], here: str) -> None:
+        sys.path.extend(folder for folder in folders if folder not in sys.path)
+        if Path(here).is_dir():
+            os.chdir(here)
+        self._jobs: SimpleQueue[bytes] = SimpleQueue()
+        self._answers: SimpleQueue[bytes | None] = SimpleQueue()
+
+    def begin(self, file: Path | None) -> tuple[str, str, bytes | None]:
+        """Begin to serve: the versions of fedlora and torch, and what a file holds here, if any."""
+        threading.Thread(target=self._serve, daemon=True).start()
+        return __version__, torch.__version__, _content(file)
+
+    def tell(self, data: bytes) -> None:
+        """A job for `serve`."""
+        self._jobs.put(data)
+
+    def hear(self) -> bytes | None:
+        """Wait for an answer; None: there is none to come."""
+        return self._answers.get()
+
+    def _serve(self) -> None:
+        from fedlora.flower.share import serve
+
+        try:
+            serve(_Inside(self._jobs, self._answers))
+        finally:
+            self._answers.put(None)
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """The actor's end of the channel. It never ends: the actor does."""
+
+    jobs: SimpleQueue[bytes]
+    answers: SimpleQueue[bytes | None]
+
+    def tell(self, value: Any) -> None:
+        self.answers.put(pack(value))
+
+    def hear(self) -> Any:
+        return pickle.loads(self.jobs.get())
+
+
+class _Outside:
+    """The driver's end."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._hearing = threading.Lock()
+        self._over = False
+        self.why = "for a reason that Ray does not tell"
+
+    def tell(self, value: Any) -> None:
+        # Waits until it has arrived: Ray promises no order of calls that are under way at once.
+        try:
+            self._call(self._actor.tell, pack(value))
+        except EOFError as error:
+            raise BrokenPipeError(str(error)) from None
+
+    def hear(self) -> Any:
+        with self._hearing:
+            if self._over:  # and perhaps Ray too, which would start itself again
+                raise EOFError("it was ended")
+            data = self._call(self._actor.hear)
+        if data is None:
+            raise EOFError("it has nothing more to say")
+        return pickle.loads(data)
+
+    def end(self) -> None:
+        """End the actor, and wait until nobody listens to it."""
+        import ray
+
+        self._over = True
+        ray.kill(self._actor)
+        with self._hearing:
+            pass
+
+    def _call(self, method: Any, *values: Any) -> Any:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            return ray.get(method.remote(*values))
+        except RayError as error:
+            self.why = _reason(error)
+            raise EOFError(self.why) from None
+
+
+@final
+class RayHelper:
+    """One actor as the driver sees it: a `fedlora.processes.Helper`."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self._outside = _Outside(actor)
+
+    @property
+    def pipe(self) -> Channel:
+        """The driver's end of the channel."""
+        return self._outside
+
+    def wait(self) -> str:
+        """How it ended; an actor of which nothing is known any more has."""
+        return f"ended on Ray {self._outside.why}"
+
+    def end(self) -> None:
+        """End it, whatever it is doing."""
+        self._outside.end()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster.
+
+    Args:
+        machines: of it, with what all have, whoever uses it now.
+    """
+
+    machines: Sequence[Machine]
+
+    @contextmanager
+    def helpers(
+        self, environments: Sequence[Mapping[str, str]], threads: int, *, gpu: bool, file: Path | None
+    ) -> Iterator[list[RayHelper]]:
+        """Actors for a crew, one for each environment; they end with the context.
+
+        Args:
+            environments: variables that each has besides its machine's.
+            threads: of each: so many CPUs of the cluster.
+            gpu: whether each has a GPU of its own, too.
+            file: by which a machine shows that it sees the run's folder; None: it need not.
+
+        Raises:
+            ConfigError: the cluster is too small.
+            CrewError: an actor did not start, or has other versions.
+            PrivacyError: a machine does not see the run's folder.
+        """
+        import ray
+
+        if (most := room(self.machines, threads, gpus=gpu)) < len(environments):
+            each = f"{threads} CPUs" + " and a GPU" * gpu
+            raise ConfigError(
+                f"Ray has room for {most} actors of {each}, and the run wants {len(environments)}: lower "
+                "runtime.processes or runtime.threads, or add machines to the cluster"
+            )
+        remote = ray.remote(Actor)
+        helpers: list[RayHelper] = []
+        try:
+            for environment in environments:
+                theirs = {**environment, **ONE_HEAP}
+                theirs.pop("CUDA_VISIBLE_DEVICES", None)  # Ray says which
+                options: dict[str, Any] = {
+                    "num_cpus": threads,
+                    "num_gpus": int(gpu),
+                    "max_concurrency": 2,  # one call of tell beside one of hear
+                    "scheduling_strategy": "SPREAD",
+                    "runtime_env": {"env_vars": theirs},
+                }
+                helpers.append(RayHelper(remote.options(**options).remote(sys.path, str(Path.cwd()))))
+            _meet(helpers, file)
+            yield helpers
+        finally:
+            for helper in helpers:
+                helper.end()
+
+
+def _meet(helpers: Sequence[RayHelper], file: Path | None) -> None:
+    """Wait until all are there, and see that they are what the driver is."""
+    import ray
+    from ray.exceptions import RayError
+
+    greetings = [helper.actor.begin.remote(file) for helper in helpers]
+    late = ray.wait(greetings, num_returns=len(greetings), timeout=PATIENCE_S)[1]
+    if late:
+        raise CrewError(
+            f"{len(late)} of {len(greetings)} actors found no room on Ray in {PATIENCE_S:g} s: others use it; lower "
+            "runtime.processes, or resume the run later"
+        )
+    for greeting in greetings:
+        try:
+            version, torch_version, content = ray.get(greeting)
+        except RayError as error:
+            raise CrewError(
+                f"an actor did not start on Ray ({_reason(error)}): every machine of the cluster needs the same fedlora"
+            ) from None
+        if (version, torch_version) != (__version__, torch.__version__):
+            raise CrewError(
+                f"an actor has fedlora {version} and torch {torch_version}, not {__version__} and {torch.__version__}: "
+                "install the same on every machine of the cluster"
+            )
+        if content != _content(file):
+            raise PrivacyError(
+                "the clients' ledgers are in the run's folder, which a machine of the cluster does not see: put "
+                "output into a folder that all machines share, or set runtime.crew = 'processes'"
+            )
+
+
+@contextmanager
+def open_cluster() -> Iterator[Cluster]:
+    """The Ray that this process uses; else that of RAY_ADDRESS or of this machine; else one that is started.
+
+    One that is started here is ended with the context; from another this process goes away.
+
+    Raises:
+        CrewError: there is none at the address.
+    """
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        quiet = {name: value for name, value in QUIET.items() if name not in os.environ}
+        try:
+            with variables(quiet):  # an address of None is just what is said above
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CrewError(f"Ray cannot be used ({_reason(error)}): see RAY_ADDRESS, or run `ray status`") from None
+    try:
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield Cluster([Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in resources])
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _content(file: Path | None) -> bytes | None:
+    try:
+        return file.read_bytes() if file else None
+    except OSError:
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    """Why, in one line, of what Ray says in many."""
+    text = " ".join(str(error).split())
+    found = re.search(r"because (.*?)(?:\. |\.?$)", text)
+    return f"because {found[1]}" if found else text[:200]
