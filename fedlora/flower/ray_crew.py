@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import re
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -276,16 +277,24 @@ def open_cluster() -> Iterator[Cluster]:
     if mine:
         quiet = {name: value for name, value in QUIET.items() if name not in os.environ}
         try:
+            _knock(os.environ.get("RAY_ADDRESS", ""))
             with variables(quiet):  # an address of None is just what is said above
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise CrewError(f"Ray cannot be used ({_reason(error)}): see RAY_ADDRESS, or run `ray status`") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CrewError(f"Ray cannot be used ({_reason(error)}): look at RAY_ADDRESS, or unset it") from None
     try:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         yield Cluster([Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in resources])
     finally:
         if mine:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody is at an address of the form host:port; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _content(file: Path | None) -> bytes | None:

@@ -83,6 +83,12 @@ def test_a_cluster_that_is_too_small_is_refused() -> None:
         pass
 
 
+def test_nobody_waits_for_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(CrewError, match=r"refused.*look at RAY_ADDRESS"), ray_crew.open_cluster():
+        pass
+
+
 def test_a_process_is_on_one_machine() -> None:
     two, gpus = [Machine(3), Machine(3)], [Machine(16, 2), Machine(4, 8)]
     assert [room(two, threads, gpus=False) for threads in (1, 2, 3, 4)] == [6, 2, 2, 0]
