@@ -39,10 +39,6 @@ QUIET = {
 }
 """For a Ray that is started here; what the environment says itself stays."""
 
-ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
-"""glibc keeps what an actor's threads have freed, as `fedlora.training.runtime.keep_memory` asks, in the first heap
-alone; 30,000 page faults a round of a small encoder become 200."""
-
 
 def require_ray(config: RunConfig) -> None:
     """Raise if a config asks for Ray where there is none.
@@ -214,14 +210,13 @@ class Cluster:
         helpers: list[RayHelper] = []
         try:
             for environment in environments:
-                theirs = {**environment, **ONE_HEAP}
-                theirs.pop("CUDA_VISIBLE_DEVICES", None)  # Ray says which
+                theirs = {name: value for name, value in environment.items() if name != "CUDA_VISIBLE_DEVICES"}
                 options: dict[str, Any] = {
                     "num_cpus": threads,
                     "num_gpus": int(gpu),
                     "max_concurrency": 2,  # one call of tell beside one of hear
                     "scheduling_strategy": "SPREAD",
-                    "runtime_env": {"env_vars": theirs},
+                    "runtime_env": {"env_vars": theirs},  # which GPU, Ray says itself
                 }
                 helpers.append(RayHelper(remote.options(**options).remote(sys.path, str(Path.cwd()))))
             _meet(helpers, file)
