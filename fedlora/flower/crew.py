@@ -54,9 +54,9 @@ class Crew:
         self._members = [_Member(helper) for helper in helpers]
         self._cohort, self._work, self._sums = begin.cohort, work, sums
         for member in self._members:
-            self._tell(member, begin)
             # Answers are taken out of the pipe as they come, so that the process can go on.
             threading.Thread(target=_listen, args=(member,), daemon=True).start()
+            self._tell(member, begin)
 
     def updates(
         self, state: GlobalState, base_digest: str, books: Round, nodes: Mapping[int, Node], progress: Progress
@@ -115,7 +115,9 @@ class Crew:
         try:
             member.helper.pipe.tell(job)
         except OSError:
-            raise self._gone(member) from None
+            while not isinstance(answer := member.answers.get(), Failed | None):
+                pass  # what it said while it could
+            raise self._ended(member, answer) from None
 
     def _ask(self, member: _Member, job: AskThese | GiveSums) -> None:
         self._tell(member, job)
@@ -124,14 +126,14 @@ class Crew:
     def _answer(self, member: _Member) -> Any:
         """The next answer of a process, in the order in which it was asked."""
         answer = member.answers.get()
-        if isinstance(answer, Failed):
-            raise CrewError(f"a process that trains clients cannot go on: {answer.why}")
-        if answer is None:
-            raise self._gone(member)
+        if answer is None or isinstance(answer, Failed):
+            raise self._ended(member, answer)
         member.owed -= 1
         return answer
 
-    def _gone(self, member: _Member) -> CrewError:
+    def _ended(self, member: _Member, last: Failed | None) -> CrewError:
+        if last is not None:
+            return CrewError(f"a process that trains clients cannot go on: {last.why}")
         return CrewError(
             f"a process that trains clients {member.helper.wait()}, as it does when memory runs out: "
             "lower runtime.processes or runtime.cohort, then resume the run"
@@ -144,6 +146,8 @@ def _listen(member: _Member) -> None:
             member.answers.put(member.helper.pipe.hear())
     except EOFError:
         member.answers.put(None)
+    except Exception as error:  # such as no memory for it: nobody waits for an answer that nobody hears
+        member.answers.put(Failed(f"its answer cannot be read: {type(error).__name__}: {error}"))
 
 
 def _take_over(share: Asked, books: Round, nodes: Mapping[int, Node], progress: Progress) -> None:

@@ -106,8 +106,8 @@ def serve(pipe: Channel) -> None:
     # Jobs are taken out of the pipe as they come: a server that waits for room in it would not read the answers.
     threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
     try:
-        share = Share(jobs.get())
-        while (job := jobs.get()) is not None:
+        share = Share(_next(jobs))
+        while (job := _next(jobs)) is not None:
             answer = share.do(job)
             if answer is not None:
                 pipe.tell(answer)
@@ -124,6 +124,15 @@ def _listen(pipe: Channel, jobs: SimpleQueue[Any]) -> None:
             jobs.put(pipe.hear())
     except EOFError:
         jobs.put(None)
+    except Exception as error:  # such as no memory for a job: the server waits for its answer
+        jobs.put(error)
+
+
+def _next(jobs: SimpleQueue[Any]) -> Any:
+    job = jobs.get()
+    if isinstance(job, Exception):
+        raise job
+    return job
 
 
 class Share:

@@ -18,7 +18,7 @@ from fedlora.errors import CrewError
 from fedlora.flower.books import Round
 from fedlora.flower.crew import AHEAD, Crew
 from fedlora.flower.meeting import Node
-from fedlora.flower.share import Asked, AskThese, Begin, Failed, GiveSums, Stand
+from fedlora.flower.share import Asked, AskThese, Begin, Failed, GiveSums, Stand, serve
 from fedlora.flower.sums import RunningSums
 from fedlora.processes import Pipe
 from fedlora.progress import NoProgress
@@ -45,6 +45,12 @@ class Thread:
     def end(self) -> None:
         with contextlib.suppress(OSError):
             self.pipe.tell(None)
+        self._thread.join()
+
+    def fail(self, why: str) -> None:
+        """Say that it cannot go on, and be gone."""
+        self._there.tell(Failed(why))
+        self.pipe.tell(None)
         self._thread.join()
 
     @property
@@ -220,6 +226,38 @@ def test_a_process_that_dies_ends_the_run_with_a_cure(make: Make) -> None:
 def test_a_process_that_cannot_go_on_says_why(make: Make) -> None:
     with pytest.raises(CrewError, match="no room"):
         ask(make([Thread(answer=lambda _: Failed("no room"))]), [0])
+
+
+def test_a_process_that_could_not_begin_says_why(make: Make) -> None:
+    """It says so before it is asked anything, and is gone when it is."""
+    child = Thread()
+    crew = make([child])
+    child.fail("no such rule")
+    with pytest.raises(CrewError, match="no such rule"):
+        ask(crew, [0])
+
+
+class _Unreadable:
+    def __reduce__(self) -> Any:
+        return _no_memory, ()
+
+
+def _no_memory() -> None:
+    raise MemoryError("no room for it")
+
+
+def test_nobody_waits_for_an_answer_that_cannot_be_read(make: Make) -> None:
+    with pytest.raises(CrewError, match="no room for it"):
+        ask(make([Thread(answer=lambda _: _Unreadable())]), [0])
+
+
+def test_a_process_that_cannot_read_its_job_says_so() -> None:
+    here, there = (Pipe(end) for end in multiprocessing.Pipe())
+    thread = threading.Thread(target=pytest.raises, args=(MemoryError, serve, there), daemon=True)
+    thread.start()
+    here.tell(_Unreadable())
+    assert here.hear() == Failed("MemoryError: no room for it")
+    thread.join()
 
 
 def test_any_tensor_survives_the_pipe() -> None:
