@@ -117,9 +117,12 @@ class LocalGrid(Grid):
         """This message, and those that are to be answered with it: train messages of other nodes that wait."""
         if self.together is None or not self._trains(self._waiting[key]):
             return [key]
-        nodes: dict[int, str] = {self._waiting[key].metadata.dst_node_id: key}
+        metadata = self._waiting[key].metadata
+        nodes: dict[int, str] = {metadata.dst_node_id: key}
         for other, message in self._waiting.items():
-            if len(nodes) < self.window and self._trains(message):
+            # Nobody pulls what is left of a round that was broken off.
+            same_round = message.metadata.group_id == metadata.group_id
+            if len(nodes) < self.window and same_round and self._trains(message):
                 nodes.setdefault(message.metadata.dst_node_id, other)
         return list(nodes.values())
 
