@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -138,7 +139,8 @@ def _share_out(configs: Sequence[RunConfig], keep: Keep, processes: int, on_roun
                 if todo:
                     _give(worker, todo.popleft(), keep)
                 else:
-                    worker.child.pipe.tell(None)
+                    with suppress(OSError):
+                        worker.child.pipe.tell(None)
                     worker.child.wait()
                     workers.remove(worker)
     finally:
@@ -148,7 +150,8 @@ def _share_out(configs: Sequence[RunConfig], keep: Keep, processes: int, on_roun
 
 def _give(worker: _Worker, config: RunConfig, keep: Keep) -> None:
     worker.doing = config.name
-    worker.child.pipe.tell((config.to_toml(), keep))
+    with suppress(OSError):  # it is gone, which is noticed when it is listened to
+        worker.child.pipe.tell((config.to_toml(), keep))
 
 
 def _work(pipe: Pipe) -> None:
