@@ -25,7 +25,7 @@ from fedlora.flower.sums import sums_suffice
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
 from fedlora.training.central import load_rule
-from fedlora.training.sizing import CohortChoice, ProcessChoice, cohort_size, expected_tokens, process_count
+from fedlora.training.sizing import CohortChoice, ProcessChoice, cohort_size, expected_tokens, modules_of, process_count
 from fedlora.training.workbench import Workbench, open_workbench
 
 
@@ -115,7 +115,8 @@ def _crew(
     else:
         helpers = children_for(environments)
     config = bench.config.model_copy(update={"runtime": bench.config.runtime.model_copy(update=theirs)})
-    begin = Begin({**run_config, "toml": config.to_toml()}, len(bench.data.clients), cohort.clients)
+    toml = config.to_toml()
+    begin = Begin({**run_config, "toml": toml}, len(bench.data.clients), cohort.clients, modules_of(bench))
     with helpers as those:
         yield Crew(those, begin, expected_tokens(bench), sums=sums_suffice(load_rule(config)))
 

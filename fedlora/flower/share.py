@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from queue import SimpleQueue
 from typing import Any
 
@@ -40,11 +41,13 @@ class Begin:
         run_config: as the ClientApp sees it, with this process's share of the machine.
         clients: how many there are.
         cohort: how many train at once.
+        modules: in which what the config names is defined.
     """
 
     run_config: Mapping[str, bool | float | int | str]
     clients: int
     cohort: int
+    modules: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ class Share:
     """The process's part of a run."""
 
     def __init__(self, begin: Begin) -> None:
+        for module in begin.modules:
+            import_module(module)
         nodes = [{"partition-id": k, "num-partitions": begin.clients} for k in range(begin.clients)]
         grid = LocalGrid(client_app.app, nodes, begin.run_config)
         grid.window, grid.together = begin.cohort, client_app.train_rounds

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlora.aggregators import rule_class
 from fedlora.devices import train_config
 from fedlora.model import Base
+from fedlora.partition import partitioners
 from fedlora.training.cohort import why_alone
 from fedlora.training.job import examples_of
 from fedlora.training.machines import Machine, most_threads, room
@@ -95,8 +97,8 @@ def process_count(bench: Workbench, asked: int, cluster: Sequence[Machine] = ())
 
     if wanted != "auto":
         return chosen(wanted, "asked for")
-    if type(bench.task).__module__ == "__main__":
-        return chosen(1, "another process would not know the task, which the main program defines")
+    if "__main__" in modules_of(bench):
+        return chosen(1, "another process would not know the task, rule or partition that the main program defines")
     if cluster and device.type in ("cpu", "cuda"):
         places = room(cluster, config.runtime.threads or 1, gpus=on_gpus)
         what = "GPUs of the cluster" if on_gpus else "cores of the cluster"
@@ -142,6 +144,15 @@ def cohort_size(bench: Workbench, asked: int, processes: int = 1) -> CohortChoic
     turns = -(-asked // (most * processes))
     chosen = most if processes == 1 else -(-asked // (turns * processes))
     return CohortChoice(chosen, f"{in_a_step} clients of {rows:g} x {typical:g} tokens in a step of {budget.tokens}")
+
+
+def modules_of(bench: Workbench) -> list[str]:
+    """Where the task, the rule and the partition are defined: another process imports these to know their names."""
+    config = bench.config
+    classes: list[type] = [type(bench.task), rule_class(config.strategy.name)]
+    if config.partition.name in partitioners:  # not where nodes bring their own data
+        classes.append(partitioners.get(config.partition.name))
+    return sorted({cls.__module__ for cls in classes})
 
 
 def expected_tokens(bench: Workbench) -> list[float]:

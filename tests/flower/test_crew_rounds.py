@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import CrewError
 from fedlora.flower import run_local
 from fedlora.flower.server_app import RunOutcome
+from fedlora.partition import partitioners
 from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
 from fedlora.state_io import same_state
@@ -122,6 +124,30 @@ def test_a_killed_process_costs_its_round_and_nothing_else(tiny_config: MakeConf
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1]
     assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
     assert same_state(run_local(config, rundir, NoProgress(), resume=True).state, whole.state)
+
+
+MODULE = """
+from dataclasses import dataclass
+from fedlora.partition import partitioners
+from fedlora.partition.iid import Iid
+
+@partitioners.register("mine")
+@dataclass(frozen=True)
+class Mine(Iid):
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_processes_know_what_an_imported_module_registered(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_partition.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(partitioners, "_entries", dict(partitioners._entries))
+    importlib.import_module("my_partition")
+    outcome = run(tiny_config(TWO, "rounds=1", "partition.name=mine"))
+    assert outcome.records[-1]["answered"] == outcome.records[-1]["asked"]
 
 
 SCRIPT = """

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedlora.aggregators._registry import registry as aggregators
 from fedlora.config import RunConfig, parse_config
+from fedlora.partition import partitioners
 from fedlora.training import sizing
 from fedlora.training.machines import Machine
 from fedlora.training.sizing import WORTH_PROCESSES, ProcessChoice, cohort_size, expected_tokens, process_count
@@ -132,6 +134,13 @@ def test_a_task_of_the_main_program_stays_with_it() -> None:
     choice = process_count(mine, 50)
     assert choice.processes == 1
     assert "main program" in choice.reason
+
+
+@pytest.mark.parametrize("of", [partitioners, aggregators])
+def test_so_does_a_rule_or_a_partition(monkeypatch: pytest.MonkeyPatch, of: Any) -> None:
+    monkeypatch.setitem(of._entries, "mine", type("Mine", (), {"__module__": "__main__"}))
+    key = "partition" if of is partitioners else "strategy"
+    assert "main program" in process_count(bench(settled(f"{key}.name=mine", rounds=LONG)), 50).reason
 
 
 def test_each_process_is_told_its_threads_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
