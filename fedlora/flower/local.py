@@ -107,7 +107,8 @@ def _crew(
 ) -> Iterator[Crew]:
     """The processes of a run; each has its share of the machine or of a cluster, and what "auto" chose here."""
     theirs = {**bench.settled, "processes": 1, "threads": choice.threads}
-    environments = [choice.environment(place) for place in range(choice.processes)]
+    spread = ":" not in bench.config.runtime.device
+    environments = [choice.environment(place, spread=spread) for place in range(choice.processes)]
     if cluster is not None:
         device = bench.base.device.type  # a machine of the cluster might choose another, and an actor has one GPU
         theirs["device"] = device

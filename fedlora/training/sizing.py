@@ -66,10 +66,15 @@ class ProcessChoice:
     threads: int
     reason: str
 
-    def environment(self, place: int) -> dict[str, str]:
-        """Variables for process `place` from 0: its threads, which OpenMP reads when it starts, and its GPU."""
+    def environment(self, place: int, *, spread: bool = True) -> dict[str, str]:
+        """Variables for process `place` from 0: its threads, which OpenMP reads when it starts, and its GPU.
+
+        Args:
+            place: number of the process.
+            spread: whether the GPUs are shared out; not where the config names one, which all have then.
+        """
         variables = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        if torch.cuda.is_available() and (number := torch.cuda.device_count()) > 1:
+        if spread and torch.cuda.is_available() and (number := torch.cuda.device_count()) > 1:
             names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             variables["CUDA_VISIBLE_DEVICES"] = names[place % number] if len(names) == number else str(place % number)
         return variables | {"OMP_WAIT_POLICY": "PASSIVE"}

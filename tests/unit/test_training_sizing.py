@@ -152,6 +152,7 @@ def test_each_process_is_told_its_threads_and_its_gpu(monkeypatch: pytest.Monkey
     assert [choice.environment(k)["CUDA_VISIBLE_DEVICES"] for k in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
     assert [choice.environment(k)["CUDA_VISIBLE_DEVICES"] for k in range(3)] == ["5", "3", "5"]
+    assert "CUDA_VISIBLE_DEVICES" not in choice.environment(1, spread=False)
 
 
 def test_work_is_tokens_of_a_round() -> None:
