@@ -217,6 +217,20 @@ def test_sums_are_kept_apart_by_layout() -> None:
     assert (second.client_id, second.num_examples, second.adapter.pairs["m"].B.tolist()) == (2, 1.0, [[2.0]] * 2)
 
 
+def test_sums_are_kept_apart_by_what_was_not_sent() -> None:
+    """One A for both would be another change of weights than either client has made."""
+
+    def update(client_id: int, a: float) -> ClientUpdate:
+        pair = LoraPair(torch.full((1, 3), a), torch.full((2, 1), float(client_id)), 1.0)
+        return ClientUpdate(client_id, AdapterState({"m": pair}), 1.0)
+
+    sums = RunningSums()
+    for one in (update(1, 1.0), update(2, 5.0), update(3, 1.0)):
+        sums.add(one, one.adapter.tensors({"B"}), Round(1, []).ideal)
+    found = [(u.client_id, u.num_examples, float(u.adapter.pairs["m"].A[0, 0])) for u in sums.close().updates]
+    assert found == [(1, 2.0, 1.0), (2, 1.0, 5.0)]
+
+
 def test_a_process_that_dies_ends_the_run_with_a_cure(make: Make) -> None:
     crew = make([Thread(), Thread(answer=lambda _: None)], cohort=1)
     with pytest.raises(CrewError, match=r"status -9, as it does when memory runs out: lower runtime\.processes"):
