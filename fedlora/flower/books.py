@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,21 +47,27 @@ class Round:
     ideal: DeltaSum = field(default_factory=DeltaSum)
     weight: float = 0.0
 
-    def add(self, share: Round) -> None:
-        """Take over what became of some of the asked, from the books of whoever asked them."""
-        for theirs, ours in zip(share._lists(), self._lists(), strict=True):
-            ours.extend(theirs)
-            ours.sort()
-        self.refused = dict(sorted({**self.refused, **share.refused}.items()))
-        self.simulated_s = dict(sorted({**self.simulated_s, **share.simulated_s}.items()))
-        self.clients = dict(sorted({**self.clients, **share.clients}.items()))
-        self.bytes_up += share.bytes_up
-        self.bytes_down += share.bytes_down
-        self.ideal.extend(share.ideal)
-        self.weight += share.weight
+    def add(self, shares: Sequence[Round]) -> None:
+        """Take over what became of some of the asked, from the books of those who asked them.
+
+        Args:
+            shares: of clients that come after all those that stand here; only theirs have to be put in order.
+        """
+        for ours, *theirs in zip(self._lists(), *(share._lists() for share in shares), strict=True):
+            ours.extend(sorted(client_id for some in theirs for client_id in some))
+        for table, *others in zip(self._tables(), *(share._tables() for share in shares), strict=True):
+            table.update(sorted(row for other in others for row in other.items()))
+        for share in shares:
+            self.bytes_up += share.bytes_up
+            self.bytes_down += share.bytes_down
+            self.ideal.extend(share.ideal)
+            self.weight += share.weight
 
     def _lists(self) -> tuple[list[int], ...]:
         return self.answered, self.missing, self.dropped, self.late, self.spent
+
+    def _tables(self) -> tuple[dict[int, Any], ...]:
+        return self.refused, self.simulated_s, self.clients
 
     def mean(self, metric: str) -> float | None:
         """The mean of a client metric, weighted by examples."""

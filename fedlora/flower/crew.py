@@ -85,8 +85,9 @@ class Crew:
             while todo and len(under_way) < AHEAD:
                 under_way.append(self._send(todo.popleft(), nodes))
             answered: list[Asked] = [self._answer(member) for member in under_way.popleft()]
+            books.add([share.books for share in answered])
             for share in answered:
-                _take_over(share, books, nodes, progress)
+                _take_over(share, books.number, nodes, progress)
             yield from sorted((update for share in answered for update in share.updates), key=lambda u: u.client_id)
         if self._sums:
             for member in self._members:
@@ -150,16 +151,15 @@ def _listen(member: _Member) -> None:
         member.answers.put(Failed(f"its answer cannot be read: {type(error).__name__}: {error}"))
 
 
-def _take_over(share: Asked, books: Round, nodes: Mapping[int, Node], progress: Progress) -> None:
-    """Write into the server's books and nodes what stands in those of a process."""
-    books.add(share.books)
+def _take_over(share: Asked, number: int, nodes: Mapping[int, Node], progress: Progress) -> None:
+    """Write into the server's nodes what stands in those of a process, and tell of the replies."""
     for node in share.nodes:
         vars(nodes[node.client_id]).update(vars(node))
     for client_id in share.books.asked:
         if client_id in share.books.clients:
-            progress.reply(books.number, client_id, True, "")
+            progress.reply(number, client_id, True, "")
         elif client_id in share.books.refused:
-            progress.reply(books.number, client_id, False, share.books.refused[client_id])
+            progress.reply(number, client_id, False, share.books.refused[client_id])
 
 
 @contextmanager
