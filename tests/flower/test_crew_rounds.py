@@ -146,7 +146,7 @@ def test_processes_know_what_an_imported_module_registered(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(partitioners, "_entries", dict(partitioners._entries))
     importlib.import_module("my_partition")
-    outcome = run(tiny_config(TWO, "rounds=1", "partition.name=mine"))
+    outcome = run(tiny_config(TWO, "rounds=1", "partition={name='mine',clients=4}"))
     assert outcome.records[-1]["answered"] == outcome.records[-1]["asked"]
 
 
