@@ -8,6 +8,7 @@ again in them, so that a script needs no `if __name__ == "__main__"`.
 
 from __future__ import annotations
 
+import copyreg
 import multiprocessing
 import os
 import pickle
@@ -42,7 +43,7 @@ def _whole(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 class _Pickler(pickle.Pickler):
     def __init__(self, file: BytesIO) -> None:
         super().__init__(file, protocol=5)
-        self.dispatch_table = {Tensor: _flat}
+        self.dispatch_table = copyreg.dispatch_table | {Tensor: _flat}
 
 
 def pack(value: Any) -> bytes:

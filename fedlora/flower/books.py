@@ -58,13 +58,18 @@ class Round:
         for table, *others in zip(self._tables(), *(share._tables() for share in shares), strict=True):
             table.update(sorted(row for other in others for row in other.items()))
         for share in shares:
-            self.bytes_up += share.bytes_up
-            self.bytes_down += share.bytes_down
+            self.add_cost(share)
             self.ideal.extend(share.ideal)
             self.weight += share.weight
 
+    def add_cost(self, share: Round) -> None:
+        """Take over what some of the asked cost, whatever they answered."""
+        self.bytes_up += share.bytes_up
+        self.bytes_down += share.bytes_down
+        self.spent.extend(sorted(share.spent))
+
     def _lists(self) -> tuple[list[int], ...]:
-        return self.answered, self.missing, self.dropped, self.late, self.spent
+        return self.answered, self.missing, self.dropped, self.late
 
     def _tables(self) -> tuple[dict[int, Any], ...]:
         return self.refused, self.simulated_s, self.clients

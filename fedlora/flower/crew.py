@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -60,7 +60,7 @@ class Crew:
 
     def updates(
         self, state: GlobalState, base_digest: str, books: Round, nodes: Mapping[int, Node], progress: Progress
-    ) -> Iterator[ClientUpdate]:
+    ) -> Generator[ClientUpdate, None, None]:
         """Ask the clients in `books.asked`; yield what they sent, or of rules that need no more, sums of it.
 
         Args:
@@ -81,14 +81,19 @@ class Crew:
         size = self._cohort * len(self._members)
         todo = deque(books.asked[start : start + size] for start in range(0, len(books.asked), size))
         under_way: deque[list[_Member]] = deque()
-        while todo or under_way:
-            while todo and len(under_way) < AHEAD:
-                under_way.append(self._send(todo.popleft(), nodes))
-            answered: list[Asked] = [self._answer(member) for member in under_way.popleft()]
-            books.add([share.books for share in answered])
-            for share in answered:
-                _take_over(share, books.number, nodes, progress)
-            yield from sorted((update for share in answered for update in share.updates), key=lambda u: u.client_id)
+        try:
+            while todo or under_way:
+                while todo and len(under_way) < AHEAD:
+                    under_way.append(self._send(todo.popleft(), nodes))
+                answered: list[Asked] = [self._answer(member) for member in under_way.popleft()]
+                books.add([share.books for share in answered])
+                for share in answered:
+                    _take_over(share, books.number, nodes, progress)
+                yield from sorted((u for share in answered for u in share.updates), key=lambda u: u.client_id)
+        except GeneratorExit:  # the rule breaks the round off: nobody else answers, and what was spent is spent
+            for member in (member for wave in under_way for member in wave):
+                books.add_cost(self._answer(member).books)
+            raise
         if self._sums:
             for member in self._members:
                 self._ask(member, GiveSums())
@@ -136,8 +141,8 @@ class Crew:
         if last is not None:
             return CrewError(f"a process that trains clients cannot go on: {last.why}")
         return CrewError(
-            f"a process that trains clients {member.helper.wait()}, as it does when memory runs out: "
-            "lower runtime.processes or runtime.cohort, then resume the run"
+            f"a process that trains clients {member.helper.wait()}: resume the run; where memory ran out (-9), with a "
+            "lower runtime.processes or runtime.cohort"
         )
 
 

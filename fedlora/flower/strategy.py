@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -163,21 +163,22 @@ class Federation:
 
     def _merge(self, state: GlobalState, books: Round) -> GlobalState:
         """The rule's next state; the old one, for the next round, if too few replies came."""
-        quorum = self.config.server.quorum
+        quorum, updates = self.config.server.quorum, self._updates(state, books)
         try:
-            after = self.rule.merge(state, self._updates(state, books))
+            after = self.rule.merge(state, updates)
         except FedloraError as error:
             if books.has_quorum(quorum) or isinstance(error, CrewError):
                 raise
             after = state  # most likely the cause
         finally:
+            updates.close()  # what is under way ends with this round
             self.spent.update(books.spent)
         books.lost = not books.has_quorum(quorum)
         if books.lost:
             return replace(state, round=books.number, metrics={})
         return after if after.round == books.number else replace(after, round=books.number)
 
-    def _updates(self, state: GlobalState, books: Round) -> Iterator[ClientUpdate]:
+    def _updates(self, state: GlobalState, books: Round) -> Generator[ClientUpdate, None, None]:
         """What the round's clients sent, or of a rule that needs sums alone, sums of it."""
         if self.crew is None:
             yield from self.asker.updates(state, self.base_digest, books, self.meeting)

@@ -29,10 +29,12 @@ class PrefixReport:
     Attributes:
         mode: "on" or "off". Pass it to repeat the choice.
         reason: One line, why.
+        nbytes: What it may grow to.
     """
 
     mode: Literal["on", "off"]
     reason: str
+    nbytes: int = 0
 
 
 def choose_prefix(
@@ -85,7 +87,8 @@ def _open(base: Base, task: Task, sets: Sequence[Examples], how: Hashable, *, fo
                 f"{_size(needed)} are needed for {tokens} tokens, and a quarter of the free memory is {_size(room)}"
             )
         prefix.clear(tokens)
-    return PrefixReport("on", f"{prefix.depth} layers below the adapters, {tokens} tokens, at most {_size(needed)}")
+    reason = f"{prefix.depth} layers below the adapters, {tokens} tokens, at most {_size(needed)}"
+    return PrefixReport("on", reason, needed)
 
 
 def _opened(base: Base, inputs: dict[str, Tensor], old: Prefix | None, how: Hashable) -> Prefix:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fedlora.config import RuntimeConfig
+from fedlora.errors import ConfigError
 from fedlora.model import resolve_device
 
 LARGEST = 32 << 20  # bytes; of a block that glibc can be told to take from its own heap
@@ -34,7 +35,7 @@ def setup(config: RuntimeConfig) -> torch.device:
         ConfigError: the device is unknown or not there.
     """
     device = resolve_device(config.device)
-    threads = config.threads or int(os.environ.get("OMP_NUM_THREADS", "0") or 0) or usable_cores()
+    threads = config.threads or own_cores()
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     kept = keep_memory()
@@ -93,6 +94,18 @@ def pass_over_libraries() -> None:
 def describe() -> dict[str, Any]:
     """What the last `setup` chose, for the run directory; empty before the first."""
     return dict(_chosen)
+
+
+def own_cores() -> int:
+    """Cores that this run may count on: as many threads as the environment's OMP_NUM_THREADS allows, or all usable.
+
+    Raises:
+        ConfigError: OMP_NUM_THREADS is no number, nor a list of them (of which the first counts here).
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if said and not said.isdecimal():
+        raise ConfigError(f"OMP_NUM_THREADS is {said!r} in the environment: set it to a number of threads, or unset it")
+    return int(said or 0) or usable_cores()
 
 
 def usable_cores() -> int:

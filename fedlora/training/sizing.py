@@ -24,7 +24,7 @@ from fedlora.training.cohort import why_alone
 from fedlora.training.job import examples_of
 from fedlora.training.machines import Machine, most_threads, room
 from fedlora.training.pool import step_budget
-from fedlora.training.runtime import usable_cores
+from fedlora.training.runtime import own_cores
 from fedlora.training.workbench import Workbench
 
 VARIETY = 4
@@ -93,7 +93,7 @@ def process_count(bench: Workbench, asked: int, cluster: Sequence[Machine] = ())
     """
     config, device = bench.config, bench.base.device
     on_gpus = device.type == "cuda"
-    cores = int(os.environ.get("OMP_NUM_THREADS", "0") or 0) or usable_cores()
+    cores = own_cores()
     wanted = config.runtime.processes
 
     def chosen(processes: int, reason: str) -> ProcessChoice:
@@ -116,7 +116,10 @@ def process_count(bench: Workbench, asked: int, cluster: Sequence[Machine] = ())
         return chosen(1, f"there is no second one of the {what}")
     if (work := _work(bench, asked)) < WORTH_PROCESSES:
         return chosen(1, f"the training's {work:.0e} operations are done sooner than others would be ready")
-    held = max(1, len(cluster)) * int(_memory("cpu") / 2 / (PROCESS_BYTES + _base_bytes(bench.base)))
+    # A process keeps the prefixes of the clients that it meets: its share where all are asked, in time all otherwise.
+    kept, all_asked = bench.prefix.nbytes, asked == len(bench.data.clients)
+    each = PROCESS_BYTES + _base_bytes(bench.base) + (0 if all_asked else kept)
+    held = max(1, len(cluster)) * int((_memory("cpu") / 2 - (kept if all_asked else 0)) / each)
     processes = max(1, min(places, asked, held))
     return chosen(processes, f"{places} {what}, {asked} clients a round, memory for {held}")
 

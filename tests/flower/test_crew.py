@@ -188,11 +188,15 @@ def test_one_sum_of_each_process_weighs_what_its_clients_weigh(make: Make) -> No
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("taken", [0, 1, 2])
 def test_a_round_that_was_broken_off_leaves_nothing_to_the_next(make: Make, sums: bool, taken: int) -> None:
-    crew = make([Thread(sums=sums), Thread(sums=sums)], cohort=1, sums=sums)
-    broken = crew.updates(STATE, "", Round(1, list(range(12))), nodes(), NoProgress())
+    children, books = [Thread(sums=sums), Thread(sums=sums)], Round(1, list(range(12)))
+    crew = make(children, cohort=1, sums=sums)
+    broken = crew.updates(STATE, "", books, nodes(), NoProgress())
     for _ in range(taken):
         next(broken)
     broken.close()
+    assert books.bytes_up == 8 * sum(len(child.groups) for child in children)  # what was under way was sent, too
+    if not sums:
+        assert books.answered == [0, 1][: 2 * taken]
     updates = ask(crew, [14, 15, 16])
     assert [update.client_id for update in updates] == ([14, 15] if sums else [14, 15, 16])
     assert sum(update.num_examples for update in updates) == sum(1.0 + k % 3 for k in (14, 15, 16))
@@ -233,7 +237,7 @@ def test_sums_are_kept_apart_by_what_was_not_sent() -> None:
 
 def test_a_process_that_dies_ends_the_run_with_a_cure(make: Make) -> None:
     crew = make([Thread(), Thread(answer=lambda _: None)], cohort=1)
-    with pytest.raises(CrewError, match=r"status -9, as it does when memory runs out: lower runtime\.processes"):
+    with pytest.raises(CrewError, match=r"status -9: resume the run; where memory ran out"):
         ask(crew, range(6))
 
 

@@ -15,8 +15,9 @@ from torch import nn
 
 from fedlora.aggregators._registry import registry as aggregators
 from fedlora.config import RunConfig, parse_config
+from fedlora.errors import ConfigError
 from fedlora.partition import partitioners
-from fedlora.training import sizing
+from fedlora.training import runtime, sizing
 from fedlora.training.machines import Machine
 from fedlora.training.sizing import WORTH_PROCESSES, ProcessChoice, cohort_size, expected_tokens, process_count
 
@@ -41,7 +42,11 @@ def bench(config: RunConfig, sizes: tuple[int, ...] = (40, 80), tokens: int = 50
     clients = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
     train = SimpleNamespace(lengths=np.full(sum(sizes), tokens))
     return SimpleNamespace(
-        config=config, base=_Base(), task=object(), data=SimpleNamespace(clients=clients, train=train)
+        config=config,
+        prefix=SimpleNamespace(nbytes=0),
+        base=_Base(),
+        task=object(),
+        data=SimpleNamespace(clients=clients, train=train),
     )
 
 
@@ -53,7 +58,7 @@ def settled(*overrides: str, rounds: int = 10) -> RunConfig:
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cores, 8 GiB."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(sizing, "usable_cores", lambda: 4)
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 4)
     monkeypatch.setattr(sizing, "_memory", lambda _device: 8 << 30)
     monkeypatch.setattr(sizing, "why_alone", lambda _base: None)
 
@@ -88,6 +93,11 @@ def test_processes_share_the_cores(overrides: tuple[str, ...], asked: int, proce
 def test_the_environment_says_how_many_cores_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert process_count(bench(settled(rounds=LONG)), 50).processes == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
+    assert process_count(bench(settled(rounds=LONG)), 50).processes == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    with pytest.raises(ConfigError, match="OMP_NUM_THREADS is 'many' in the environment: set it"):
+        process_count(bench(settled(rounds=LONG)), 50)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert process_count(bench(settled(rounds=LONG)), 50).reason == "there is no second one of the cores"
 
@@ -126,6 +136,15 @@ def test_on_a_cluster_of_gpus_each_has_one() -> None:
     choice = process_count(mine, 50, [Machine(16, 2), Machine(16, 4)])
     assert (choice.processes, choice.threads) == (6, 4)
     assert choice.reason == "6 GPUs of the cluster, 50 clients a round, memory for 10"
+
+
+def test_kept_prefixes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = bench(settled(rounds=LONG), sizes=(40,) * 10)
+    mine.prefix.nbytes = 2 << 30
+    assert process_count(mine, 10).processes == 2  # of 4 GiB one cache that all share out
+    assert process_count(mine, 9).processes == 1  # or one for each
+    mine.prefix.nbytes = 0
+    assert process_count(mine, 9).processes == 4
 
 
 def test_a_task_of_the_main_program_stays_with_it() -> None:
