@@ -84,10 +84,9 @@ def open_workbench(config: RunConfig) -> Workbench:
         for bench in _open.values():
             if bench.config is config:  # as clients of one process ask, each in its turn
                 return bench
-    # How many clients train at once, and in how many processes, is asked of each run's own config.
-    alike = config.runtime.model_copy(update={"cohort": 1, "processes": 1})
-    key = config.model_copy(update={"runtime": alike}).digest(*SECTIONS)
-    with _lock:
+        # How many clients train at once, in how many processes and where, is asked of each run's own config.
+        alike = config.runtime.model_copy(update={"cohort": 1, "processes": 1, "crew": "processes"})
+        key = config.model_copy(update={"runtime": alike}).digest(*SECTIONS)
         if key not in _open:
             _open.clear()
             device = setup(config.runtime)
