@@ -100,3 +100,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def closest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that `name` was most likely meant to be; None if it is like none of them."""
     return next(iter(get_close_matches(name, sorted(valid), n=1, cutoff=0.6)), None)
+
+
+def in_words(error: Exception) -> str:
+    """What is told of an error elsewhere: fedlora's own speak for themselves, others are named."""
+    return str(error) if isinstance(error, FedloraError) else f"{type(error).__name__}: {error}"

@@ -19,14 +19,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
-"""Small matrices gain little from a second thread and much from a second process; OpenMP reads this when it starts."""
+
+def with_threads(number: int) -> dict[str, str]:
+    """Variables for a process of so many threads; OpenMP reads them when it starts."""
+    return {"OMP_NUM_THREADS": str(number), "MKL_NUM_THREADS": str(number), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+ONE_THREAD = with_threads(1)
+"""Small matrices gain little from a second thread and much from a second process."""
 
 
 def _flat(tensor: Tensor) -> tuple[Any, ...]:
@@ -69,6 +76,27 @@ class Channel(Protocol):
         Raises:
             EOFError: nobody is at the other end.
         """
+
+
+def listen(channel: Channel) -> SimpleQueue[Any]:
+    """Take objects out of a channel as they come: whoever sends need not wait until they are wanted.
+
+    Returns:
+        The objects; last of all None, or what was raised where one cannot be read (no memory for it, say).
+    """
+    heard: SimpleQueue[Any] = SimpleQueue()
+
+    def hear() -> None:
+        try:
+            while True:
+                heard.put(channel.hear())
+        except EOFError:
+            heard.put(None)
+        except Exception as error:
+            heard.put(error)
+
+    threading.Thread(target=hear, daemon=True).start()
+    return heard
 
 
 class Helper(Protocol):

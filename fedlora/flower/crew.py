@@ -10,21 +10,20 @@ on in the order of the clients' numbers, a few waves ahead of the rule at most.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, final
 
 from fedlora.aggregators import ClientUpdate, GlobalState
-from fedlora.errors import CrewError
+from fedlora.errors import CrewError, in_words
 from fedlora.flower.books import Round
 from fedlora.flower.meeting import Node
 from fedlora.flower.share import Asked, AskThese, Begin, Failed, GiveSums, Stand, serve
 from fedlora.flower.sums import Sums
-from fedlora.processes import Child, Helper
+from fedlora.processes import Child, Helper, listen
 from fedlora.progress import Progress
 
 AHEAD = 2
@@ -34,7 +33,7 @@ AHEAD = 2
 @dataclass
 class _Member:
     helper: Helper
-    answers: SimpleQueue[Asked | Sums | Failed | None] = field(default_factory=SimpleQueue)
+    answers: SimpleQueue[Asked | Sums | Failed | Exception | None]
     owed: int = 0  # answers that it has still to give
     work: float = 0.0  # that it was given in this round
 
@@ -51,11 +50,9 @@ class Crew:
     """
 
     def __init__(self, helpers: Sequence[Helper], begin: Begin, work: Sequence[float], *, sums: bool) -> None:
-        self._members = [_Member(helper) for helper in helpers]
+        self._members = [_Member(helper, listen(helper.pipe)) for helper in helpers]
         self._cohort, self._work, self._sums = begin.cohort, work, sums
         for member in self._members:
-            # Answers are taken out of the pipe as they come, so that the process can go on.
-            threading.Thread(target=_listen, args=(member,), daemon=True).start()
             self._tell(member, begin)
 
     def updates(
@@ -121,7 +118,7 @@ class Crew:
         try:
             member.helper.pipe.tell(job)
         except OSError:
-            while not isinstance(answer := member.answers.get(), Failed | None):
+            while not isinstance(answer := member.answers.get(), Failed | Exception | None):
                 pass  # what it said while it could
             raise self._ended(member, answer) from None
 
@@ -132,28 +129,19 @@ class Crew:
     def _answer(self, member: _Member) -> Any:
         """The next answer of a process, in the order in which it was asked."""
         answer = member.answers.get()
-        if answer is None or isinstance(answer, Failed):
+        if answer is None or isinstance(answer, Failed | Exception):
             raise self._ended(member, answer)
         member.owed -= 1
         return answer
 
-    def _ended(self, member: _Member, last: Failed | None) -> CrewError:
+    def _ended(self, member: _Member, last: Failed | Exception | None) -> CrewError:
         if last is not None:
-            return CrewError(f"a process that trains clients cannot go on: {last.why}")
+            why = last.why if isinstance(last, Failed) else f"its answer cannot be read: {in_words(last)}"
+            return CrewError(f"a process that trains clients cannot go on: {why}")
         return CrewError(
             f"a process that trains clients {member.helper.wait()}: resume the run; where memory ran out (-9), with a "
             "lower runtime.processes or runtime.cohort"
         )
-
-
-def _listen(member: _Member) -> None:
-    try:
-        while True:
-            member.answers.put(member.helper.pipe.hear())
-    except EOFError:
-        member.answers.put(None)
-    except Exception as error:  # such as no memory for it: nobody waits for an answer that nobody hears
-        member.answers.put(Failed(f"its answer cannot be read: {type(error).__name__}: {error}"))
 
 
 def _take_over(share: Asked, number: int, nodes: Mapping[int, Node], progress: Progress) -> None:

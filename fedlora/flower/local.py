@@ -20,7 +20,7 @@ from fedlora.flower.ray_crew import Cluster, open_cluster, require_ray
 from fedlora.flower.replay import ReplayGrid, answered_in, require_same
 from fedlora.flower.servable import clients_wanted
 from fedlora.flower.server_app import RunOutcome, Session
-from fedlora.flower.share import Begin
+from fedlora.flower.share import Begin, cohort_grid, simulated_nodes
 from fedlora.flower.sums import sums_suffice
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
@@ -66,14 +66,14 @@ def run_local(
             "session": uuid.uuid4().hex,
         }
     number = len(bench.data.clients)
-    nodes = [{"partition-id": k, "num-partitions": number} for k in range(number)]
     context = Context(1, 1, UserConfig(), RecordDict(), UserConfig(run_config))
     with ExitStack() as stack:
         crew: Crew | None = None
         if replay is not None:  # one client at a time, as on machines of their own: to the byte
-            grid: LocalGrid = ReplayGrid(client_app.app, nodes, run_config, answered=answered_in(replay))
+            grid: LocalGrid = ReplayGrid(
+                client_app.app, simulated_nodes(number), run_config, answered=answered_in(replay)
+            )
         else:
-            grid = LocalGrid(client_app.app, nodes, run_config)
             asked = clients_wanted(config, number)
             cluster = None
             if config.runtime.crew == "ray" and config.runtime.processes != 1:
@@ -82,7 +82,7 @@ def run_local(
             cohort = cohort_size(bench, asked, choice.processes)
             facts = {"processes": choice.processes, "processes_why": choice.reason}
             rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
-            grid.window, grid.together = cohort.clients, client_app.train_rounds
+            grid = cohort_grid(run_config, number, cohort.clients)
             if choice.processes > 1:
                 seen = (rundir.path / "run-id").resolve() if config.example_privacy is not None else None
                 crew = stack.enter_context(_crew(bench, run_config, choice, cohort, cluster, seen))

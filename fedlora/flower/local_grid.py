@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.errors import FedloraError
+from fedlora.errors import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +168,7 @@ def task_identity(run_id: int, node_id: int = SUPERLINK_NODE_ID) -> Iterator[Non
 def _raised(error: Exception, message: Message) -> Message:
     """A client's failure must not end the server: it becomes a reply that names it, as on any other grid."""
     logger.debug("client on node %s failed", message.metadata.dst_node_id, exc_info=error)
-    text = str(error) if isinstance(error, FedloraError) else f"{type(error).__name__}: {error}"
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, in_words(error)), reply_to=message)
 
 
 def _copy(message: Message) -> Message:

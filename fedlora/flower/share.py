@@ -6,7 +6,6 @@ is over; for any other it hands over each update.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,7 +17,7 @@ from flwr.app.user_config import UserConfig
 
 from fedlora.adapter import DeltaSum
 from fedlora.aggregators import ClientUpdate, GlobalState
-from fedlora.errors import FedloraError
+from fedlora.errors import FedloraError, in_words
 from fedlora.flower import client_app
 from fedlora.flower.asking import Asker
 from fedlora.flower.books import Round
@@ -27,7 +26,7 @@ from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.meeting import Node
 from fedlora.flower.settings import config_of
 from fedlora.flower.sums import RunningSums, Sums, sums_suffice
-from fedlora.processes import Channel
+from fedlora.processes import Channel, listen
 from fedlora.progress import NoProgress
 from fedlora.training.central import load_rule
 from fedlora.training.workbench import open_workbench
@@ -105,30 +104,17 @@ class Failed:
 
 def serve(pipe: Channel) -> None:
     """Do what comes through the pipe, in its order, until nobody is at its other end."""
-    jobs: SimpleQueue[Any] = SimpleQueue()
-    # Jobs are taken out of the pipe as they come: a server that waits for room in it would not read the answers.
-    threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
+    jobs = listen(pipe)  # a server that waits for room in the pipe would not read the answers
     try:
         share = Share(_next(jobs))
         while (job := _next(jobs)) is not None:
             answer = share.do(job)
             if answer is not None:
                 pipe.tell(answer)
-    except FedloraError as error:
-        pipe.tell(Failed(str(error)))
     except Exception as error:
-        pipe.tell(Failed(f"{type(error).__name__}: {error}"))
-        raise
-
-
-def _listen(pipe: Channel, jobs: SimpleQueue[Any]) -> None:
-    try:
-        while True:
-            jobs.put(pipe.hear())
-    except EOFError:
-        jobs.put(None)
-    except Exception as error:  # such as no memory for a job: the server waits for its answer
-        jobs.put(error)
+        pipe.tell(Failed(in_words(error)))
+        if not isinstance(error, FedloraError):
+            raise
 
 
 def _next(jobs: SimpleQueue[Any]) -> Any:
@@ -138,15 +124,25 @@ def _next(jobs: SimpleQueue[Any]) -> Any:
     return job
 
 
+def simulated_nodes(clients: int) -> list[dict[str, int]]:
+    """Node configs of a simulation, one for each client."""
+    return [{"partition-id": k, "num-partitions": clients} for k in range(clients)]
+
+
+def cohort_grid(run_config: Mapping[str, bool | float | int | str], clients: int, cohort: int) -> LocalGrid:
+    """A grid of all clients, of which so many train at once."""
+    grid = LocalGrid(client_app.app, simulated_nodes(clients), run_config)
+    grid.window, grid.together = cohort, client_app.train_rounds
+    return grid
+
+
 class Share:
     """The process's part of a run."""
 
     def __init__(self, begin: Begin) -> None:
         for module in begin.modules:
             import_module(module)
-        nodes = [{"partition-id": k, "num-partitions": begin.clients} for k in range(begin.clients)]
-        grid = LocalGrid(client_app.app, nodes, begin.run_config)
-        grid.window, grid.together = begin.cohort, client_app.train_rounds
+        grid = cohort_grid(begin.run_config, begin.clients, begin.cohort)
         config = config_of(Context(1, 1, UserConfig(), RecordDict(), UserConfig(begin.run_config)))
         self._rule, self._bench = load_rule(config), open_workbench(config)
         self._asker = Asker(grid, config, self._rule, self._bench, NoProgress(), client_app.frozen_store.put)
