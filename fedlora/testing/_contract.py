@@ -66,14 +66,14 @@ class AggregatorContract(ToyFederation):
     """
 
     exempt: ClassVar[Mapping[str, str]] = {}
-    """Law (name of the test method) -> why this rule is free of it."""
+    """Law that this rule breaks on purpose -> the method of the subclass that holds in its place, a law of its own."""
 
     # ------------------------------------------------------------------------------------------ laws for all rules
 
     def test_plan_is_data_that_fits_the_client(self) -> None:
         self._law("test_plan_is_data_that_fits_the_client")
-        for state in self._states():
-            for spec in self._specs():
+        for state in self.states():
+            for spec in self.specs():
                 plan, again = self.aggregator.plan(state, spec), self.aggregator.plan(state, spec)
                 require(plan.adapter.layout == spec.layout, "the plan's adapter has not the client's layout")
                 require(plan.sends <= plan.trains, "the plan asks a client to send a part that it does not train")
@@ -85,8 +85,8 @@ class AggregatorContract(ToyFederation):
 
     def test_one_client_alone_gives_back_that_client(self) -> None:
         self._law("test_one_client_alone_gives_back_that_client")
-        for state in self._states():
-            updates = self._updates(state, self._specs()[:1])
+        for state in self.states():
+            updates = self.updates(state, self.specs()[:1])
             after = self.aggregator.merge(state, updates)
             error = relative_error(broadcast_change(state, after), ideal(updates), updates[0].num_examples)
             require(error < 1e-12, f"one client alone came back changed: relative error {error:.2e}")
@@ -94,8 +94,8 @@ class AggregatorContract(ToyFederation):
 
     def test_dense_parts_are_averaged_as_themselves(self) -> None:
         self._law("test_dense_parts_are_averaged_as_themselves")
-        for state in self._states():
-            updates = self._updates(state, self._specs())
+        for state in self.states():
+            updates = self.updates(state, self.specs())
             after = self.aggregator.merge(state, updates)
             total = sum(update.num_examples for update in updates)
             for name in state.adapter.dense:
@@ -104,8 +104,8 @@ class AggregatorContract(ToyFederation):
 
     def test_order_of_replies_does_not_matter(self) -> None:
         self._law("test_order_of_replies_does_not_matter")
-        for state in self._states():
-            updates = self._updates(state, self._specs())
+        for state in self.states():
+            updates = self.updates(state, self.specs())
             expected = visible(state, self.aggregator.merge(state, updates))
             for order in ((3, 2, 1, 0), (1, 3, 0, 2)):
                 got = visible(state, self.aggregator.merge(state, [updates[k] for k in order]))
@@ -113,8 +113,8 @@ class AggregatorContract(ToyFederation):
 
     def test_scaling_all_weights_changes_nothing(self) -> None:
         self._law("test_scaling_all_weights_changes_nothing")
-        for state in self._states():
-            updates = self._updates(state, self._specs())
+        for state in self.states():
+            updates = self.updates(state, self.specs())
             expected = visible(state, self.aggregator.merge(state, updates))
             for factor in (10.0, 1e-3):
                 scaled = [dataclasses.replace(u, num_examples=u.num_examples * factor) for u in updates]
@@ -123,8 +123,8 @@ class AggregatorContract(ToyFederation):
 
     def test_one_client_counts_as_its_duplicates(self) -> None:
         self._law("test_one_client_counts_as_its_duplicates")
-        for state in self._states():
-            *others, last = self._updates(state, self._specs())
+        for state in self.states():
+            *others, last = self.updates(state, self.specs())
             half = dataclasses.replace(last, num_examples=last.num_examples / 2)
             twin = dataclasses.replace(half, client_id=last.client_id + 100)
             expected = visible(state, self.aggregator.merge(state, [*others, last]))
@@ -133,18 +133,18 @@ class AggregatorContract(ToyFederation):
 
     def test_streaming_equals_all_at_once(self) -> None:
         self._law("test_streaming_equals_all_at_once")
-        for state in self._states():
-            updates = self._updates(state, self._specs())
+        for state in self.states():
+            updates = self.updates(state, self.specs())
             expected = visible(state, self.aggregator.merge(state, updates))
             got = visible(state, self.aggregator.merge(state, iter(updates)))
             require_same(got, expected, 0.0, "replies from an iterator that can be read once")
 
     def test_inputs_are_not_changed(self) -> None:
         self._law("test_inputs_are_not_changed")
-        for state in self._states():
+        for state in self.states():
             kept_state = saved(state)
-            plans = [self.aggregator.plan(state, spec) for spec in self._specs()]
-            updates = self._updates(state, self._specs())
+            plans = [self.aggregator.plan(state, spec) for spec in self.specs()]
+            updates = self.updates(state, self.specs())
             kept = [dataclasses.replace(u, adapter=u.adapter.clone(), metrics=dict(u.metrics)) for u in updates]
             given = list(updates)
             self.aggregator.merge(state, given)
@@ -155,7 +155,7 @@ class AggregatorContract(ToyFederation):
                 what = f"client {after.client_id}'s update after merge"
                 require_same(after.adapter.tensors(), before.adapter.tensors(), 0.0, what)
                 require(after.metrics == before.metrics, "merge changed an update's metrics")
-            for plan, spec in zip(plans, self._specs(), strict=True):
+            for plan, spec in zip(plans, self.specs(), strict=True):
                 again = self.aggregator.plan(state, spec)
                 require_same(plan.adapter.tensors(), again.adapter.tensors(), 0.0, "a plan that was made before merge")
 
@@ -164,10 +164,10 @@ class AggregatorContract(ToyFederation):
         one_go, stopped = copy.deepcopy(self.aggregator), self.aggregator
         straight = resumed = one_go.init(initial(torch.float64), seed=7)
         for _ in range(4):
-            straight = self._next(straight, rule=one_go)
+            straight = self.next(straight, rule=one_go)
             # A new process knows the config and the saved state, and nothing else.
             stopped = copy.deepcopy(self.aggregator)
-            resumed = saved(self._next(resumed, rule=stopped))
+            resumed = saved(self.next(resumed, rule=stopped))
         require(straight.round == resumed.round == 4, "merge must count the rounds in GlobalState.round")
         require_same(all_tensors(resumed), all_tensors(straight), 0.0, "a run resumed after each round")
 
@@ -175,9 +175,9 @@ class AggregatorContract(ToyFederation):
         self._law("test_half_precision_is_accumulated_wide")
         for dtype in (torch.bfloat16, torch.float16):
             # 300 equal terms: a bfloat16 running sum stops growing at 256 times its term.
-            state = self._next(self.aggregator.init(initial(dtype), seed=7))
-            specs = [dataclasses.replace(self._specs()[0], client_id=k) for k in range(300)]
-            updates = self._updates(state, specs, weights=[1.0] * 300, step=0.02)
+            state = self.next(self.aggregator.init(initial(dtype), seed=7))
+            specs = [dataclasses.replace(self.specs()[0], client_id=k) for k in range(300)]
+            updates = self.updates(state, specs, weights=[1.0] * 300, step=0.02)
             got = visible(state, self.aggregator.merge(state, updates))
             wide = cast_state(state, torch.float64)
             cast = [dataclasses.replace(u, adapter=cast_adapter(u.adapter, torch.float64)) for u in updates]
@@ -186,22 +186,22 @@ class AggregatorContract(ToyFederation):
 
     def test_no_update_is_refused(self) -> None:
         self._law("test_no_update_is_refused")
-        for state in self._states():
+        for state in self.states():
             refuses("no update at all", lambda state=state: self.aggregator.merge(state, iter(())))
 
     def test_bad_weights_are_refused(self) -> None:
         self._law("test_bad_weights_are_refused")
-        state = self._states()[-1]
+        state = self.states()[-1]
         for weight in (0.0, -1.0, float("nan"), float("inf")):
             for place in (0, 3):
-                updates = self._updates(state, self._specs())
+                updates = self.updates(state, self.specs())
                 updates[place] = dataclasses.replace(updates[place], num_examples=weight)
                 refuses(f"the weight {weight}", lambda u=updates: self.aggregator.merge(state, u))
 
     def test_updates_that_do_not_fit_are_refused(self) -> None:
         self._law("test_updates_that_do_not_fit_are_refused")
-        state = self._states()[-1]
-        good = self._updates(state, self._specs())
+        state = self.states()[-1]
+        good = self.updates(state, self.specs())
         pairs, dense = dict(good[1].adapter.pairs), dict(good[1].adapter.dense)
         module, other = MODULES
         head = min(dense)
@@ -221,20 +221,20 @@ class AggregatorContract(ToyFederation):
 
     def test_mixed_ranks_are_taken_or_refused(self) -> None:
         self._law("test_mixed_ranks_are_taken_or_refused")
-        state = self._states()[-1]
-        specs = self._specs(MIXED)
+        state = self.states()[-1]
+        specs = self.specs(MIXED)
         if Claim.MIXED_RANKS in self.aggregator.claims:
             for _ in range(2):
                 for spec in specs:
                     require(self.aggregator.plan(state, spec).adapter.layout == spec.layout, "a plan of another rank")
-                state = self._next(state, specs)
+                state = self.next(state, specs)
             return
         for ranks in ((4, 2), (4, 8)):
-            spec = self._specs(ranks)[1]
+            spec = self.specs(ranks)[1]
             refuses("a client of another rank (in plan)", lambda spec=spec: self.aggregator.plan(state, spec))
             odd = ClientUpdate(spec.client_id, AdapterState(fresh_pairs(spec.layout, 0), state.adapter.dense), 1.0)
             refuses("an update of another rank", lambda odd=odd: self.aggregator.merge(state, [odd]))
-        first = self._specs()[0]
+        first = self.specs()[0]
         other = {name: dataclasses.replace(shape, scale=shape.scale * 2) for name, shape in first.layout.items()}
         spec = dataclasses.replace(first, layout=other)
         refuses("a client of another scale", lambda: self.aggregator.plan(state, spec))
@@ -244,18 +244,18 @@ class AggregatorContract(ToyFederation):
 
     def test_base_is_changed_by_those_that_say_so(self) -> None:
         self._law("test_base_is_changed_by_those_that_say_so")
-        state = self._states()[-1]
+        state = self.states()[-1]
         if Claim.CHANGES_BASE not in self.aggregator.claims:
             require(not state.merges, "the rule changed the base and does not claim CHANGES_BASE")
             return
-        spec = self._specs()[0]
+        spec = self.specs()[0]
         there: dict[str, Tensor] = {}
         sometimes: dict[str, Tensor] = {}
         asleep, seen = state.base_version, 0
         for merge in state.merges:
             there = accumulate(there, merge)
         for turn in range(6):
-            state = self._next(state)
+            state = self.next(state)
             # The last merge is the round's own, and what a client gets that is sampled in every round.
             there = accumulate(there, state.merges[-1])
             late = follow({}, 0, self.aggregator.plan(state, spec))
@@ -265,27 +265,52 @@ class AggregatorContract(ToyFederation):
                 sometimes, seen = follow(sometimes, seen, plan), plan.base_version
                 require_same(sometimes, there, 0.0, "a client that missed rounds, against one that was there")
         require(state.base_version == asleep + 6, "the base's version does not count the rounds")
-        updates = self._updates(state, self._specs())
+        updates = self.updates(state, self.specs())
         stale = [dataclasses.replace(update, base_version=state.base_version - 1) for update in updates]
         refuses("an update trained on a stale base", lambda: self.aggregator.merge(state, stale))
+
+    def test_identical_updates_come_back_unchanged(self) -> None:
+        self._law("test_identical_updates_come_back_unchanged")
+        for state in self.states():
+            for spec in (self.specs(ranks)[0] for ranks in self.rank_lists()):
+                first = self.updates(state, [spec])[0]
+                for weights in (WEIGHTS[:2], WEIGHTS):
+                    same = [
+                        dataclasses.replace(first, client_id=k, adapter=first.adapter.clone(), num_examples=weight)
+                        for k, weight in enumerate(weights)
+                    ]
+                    after = self.aggregator.merge(state, same)
+                    error = relative_error(broadcast_change(state, after), ideal(same), sum(weights))
+                    what = f"{len(same)} identical updates"
+                    require(error < 1e-12, f"{what} came back changed: relative error {error:.2e}")
+                    require_same(after.adapter.dense, first.adapter.dense, 1e-12, f"the dense parts of {what}")
+
+    def test_every_exemption_is_paid_with_a_law(self) -> None:
+        for law, instead in self.exempt.items():
+            require(hasattr(AggregatorContract, law), f"exempt names {law!r}, which is no law of the contract")
+            own = callable(getattr(self, instead, None)) and not hasattr(AggregatorContract, instead)
+            require(
+                own and instead.startswith("test_"),
+                f"{law!r} is exempt, and {instead!r} is no test_ method of this class: state there what holds instead",
+            )
 
     # ------------------------------------------------------------------------------------------ laws of the claims
 
     def test_exact(self) -> None:
         self._law("test_exact", Claim.EXACT)
         for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
-            for state in self._states(dtype):
-                for ranks in self._rank_lists():
-                    updates = self._updates(state, self._specs(ranks))
+            for state in self.states(dtype):
+                for ranks in self.rank_lists():
+                    updates = self.updates(state, self.specs(ranks))
                     after = self.aggregator.merge(state, updates)
                     error = relative_error(broadcast_change(state, after), ideal(updates), sum(WEIGHTS))
                     require(error < bound, f"claims EXACT, and its aggregation error is {error:.2e} in {dtype}")
 
     def test_exact_trades_scale_for_factor(self) -> None:
         self._law("test_exact_trades_scale_for_factor", Claim.EXACT)
-        for state in self._states():
-            for ranks in self._rank_lists():
-                updates = self._updates(state, self._specs(ranks))
+        for state in self.states():
+            for ranks in self.rank_lists():
+                updates = self.updates(state, self.specs(ranks))
                 expected = visible(state, self.aggregator.merge(state, updates))
                 twice = dataclasses.replace(state, adapter=alpha_doubled(state.adapter))
                 moved = [dataclasses.replace(u, adapter=alpha_doubled(u.adapter)) for u in updates]
@@ -294,10 +319,10 @@ class AggregatorContract(ToyFederation):
 
     def test_linear_sees_sums_only(self) -> None:
         self._law("test_linear_sees_sums_only", Claim.LINEAR)
-        for state in self._states():
-            updates = self._updates(state, self._specs())
+        for state in self.states():
+            updates = self.updates(state, self.specs())
             expected = visible(state, self.aggregator.merge(state, updates))
-            sent = self.aggregator.plan(state, self._specs()[0]).sends
+            sent = self.aggregator.plan(state, self.specs()[0]).sends
             # Two clients' tensors move so that the weighted sum does not.
             moved = list(updates)
             for k, sign in ((0, 1.0), (2, -1.0)):
@@ -318,15 +343,15 @@ class AggregatorContract(ToyFederation):
 
     def test_linear_holds_one_update_at_a_time(self) -> None:
         self._law("test_linear_holds_one_update_at_a_time", Claim.LINEAR)
-        state = self._states()[-1]
+        state = self.states()[-1]
         seen: list[list[weakref.ref[Any]]] = []
 
         def replies() -> Iterator[ClientUpdate]:
-            for spec, weight in zip(self._specs(), WEIGHTS, strict=True):
+            for spec, weight in zip(self.specs(), WEIGHTS, strict=True):
                 alive = sum(any(ref() is not None for ref in refs) for refs in seen)
                 # The loop that reads this generator may still hold the update before.
                 require(alive <= 1, f"claims LINEAR, and holds {alive} earlier updates")
-                update = self._updates(state, [spec], weights=[weight])[0]
+                update = self.updates(state, [spec], weights=[weight])[0]
                 seen.append([weakref.ref(t) for n, t in update.adapter.tensors().items() if not n.endswith(":A")])
                 seen[-1].append(weakref.ref(update))
                 yield update
@@ -336,9 +361,9 @@ class AggregatorContract(ToyFederation):
 
     def test_robust_bounds_one_liar(self) -> None:
         self._law("test_robust_bounds_one_liar", Claim.ROBUST)
-        for state in self._states():
-            specs = [dataclasses.replace(self._specs()[0], client_id=k) for k in range(9)]
-            updates = self._updates(state, specs, weights=[1.0] * 9)
+        for state in self.states():
+            specs = [dataclasses.replace(self.specs()[0], client_id=k) for k in range(9)]
+            updates = self.updates(state, specs, weights=[1.0] * 9)
             honest = visible(state, self.aggregator.merge(state, updates))
             size = max(float(value.norm()) for value in honest.values())
             lie = {name: value * 1e8 for name, value in updates[4].adapter.tensors().items()}
@@ -349,8 +374,8 @@ class AggregatorContract(ToyFederation):
 
     def test_any_tensors_are_treated_alike(self) -> None:
         self._law("test_any_tensors_are_treated_alike", Claim.ANY_TENSORS)
-        state = self._states()[-1]
-        updates = self._updates(state, self._specs())
+        state = self.states()[-1]
+        updates = self.updates(state, self.specs())
         expected = self.aggregator.merge(state, updates).adapter.tensors()
         loose = dataclasses.replace(
             self.aggregator.init(AdapterState(dense=state.adapter.tensors()), seed=7), round=state.round
@@ -361,6 +386,6 @@ class AggregatorContract(ToyFederation):
 
     def _law(self, name: str, claim: Claim = Claim.NONE) -> None:
         if name in self.exempt:
-            raise unittest.SkipTest(self.exempt[name])
+            raise unittest.SkipTest(f"{self.exempt[name]} holds in its place")
         if claim not in self.aggregator.claims:
             raise unittest.SkipTest(f"{type(self.aggregator).__name__} does not claim {claim.name}")

@@ -29,24 +29,24 @@ class ToyFederation:
 
     aggregator: ClassVar[Aggregator]
 
-    def _rank_lists(self) -> list[Sequence[int] | None]:
+    def rank_lists(self) -> list[Sequence[int] | None]:
         return [None, MIXED] if Claim.MIXED_RANKS in self.aggregator.claims else [None]
 
-    def _specs(self, ranks: Sequence[int] | None = None) -> list[ClientSpec]:
+    def specs(self, ranks: Sequence[int] | None = None) -> list[ClientSpec]:
         return [ClientSpec(k, layout_of(rank, mixed=ranks is not None)) for k, rank in enumerate(ranks or (RANK,) * 4)]
 
-    def _states(self, dtype: torch.dtype = torch.float64) -> list[GlobalState]:
+    def states(self, dtype: torch.dtype = torch.float64) -> list[GlobalState]:
         """The state before the first round, and a state with a past."""
         first = self.aggregator.init(initial(dtype), seed=7)
-        return [first, self._next(self._next(first))]
+        return [first, self.next(self.next(first))]
 
-    def _next(
+    def next(
         self, state: GlobalState, specs: Sequence[ClientSpec] | None = None, rule: Aggregator | None = None
     ) -> GlobalState:
         rule = rule or self.aggregator
-        return rule.merge(state, self._updates(state, specs or self._specs(), rule=rule))
+        return rule.merge(state, self.updates(state, specs or self.specs(), rule=rule))
 
-    def _updates(
+    def updates(
         self,
         state: GlobalState,
         specs: Sequence[ClientSpec],

@@ -17,12 +17,13 @@ TWINS, WEIGHTS = "test_one_client_counts_as_its_duplicates", "test_scaling_all_w
 SUMS, ONE_AT_A_TIME = "test_linear_sees_sums_only", "test_linear_holds_one_update_at_a_time"
 STREAM, RESUME = "test_streaming_equals_all_at_once", "test_resume_equals_uninterrupted"
 HALF, INPUTS = "test_half_precision_is_accumulated_wide", "test_inputs_are_not_changed"
+SAME = "test_identical_updates_come_back_unchanged"
 BASE, MIXED = "test_base_is_changed_by_those_that_say_so", "test_mixed_ranks_are_taken_or_refused"
 
 CAUGHT: list[tuple[Aggregator, set[str]]] = [
-    (wrong.WrongStack(mistake="p on both sides"), {EXACT, TWINS}),
-    (wrong.WrongStack(mistake="no scale"), {EXACT, "test_exact_trades_scale_for_factor", ALONE}),
-    (wrong.KeepsOldAdapter(), {EXACT, ALONE, DENSE, ORDER}),
+    (wrong.WrongStack(mistake="p on both sides"), {EXACT, TWINS, SAME}),
+    (wrong.WrongStack(mistake="no scale"), {EXACT, "test_exact_trades_scale_for_factor", ALONE, SAME}),
+    (wrong.KeepsOldAdapter(), {EXACT, ALONE, DENSE, ORDER, SAME}),
     (wrong.NoVersions(), {BASE}),
     (wrong.UnseededFresh(), {"test_plan_is_data_that_fits_the_client", RESUME, INPUTS}),
     (wrong.InPlace(), {INPUTS, STREAM, ORDER, DENSE, TWINS, WEIGHTS, SUMS, ONE_AT_A_TIME, HALF}),
@@ -33,13 +34,14 @@ CAUGHT: list[tuple[Aggregator, set[str]]] = [
     (wrong.ClaimsExact(), {EXACT}),
     (wrong.ClaimsLinear(), {SUMS, ONE_AT_A_TIME}),
     (wrong.ClaimsRobust(), {"test_robust_bounds_one_liar"}),
-    (wrong.HeadFrozenWithA(), {DENSE, ALONE}),
-    (wrong.PadsWithoutScale(), {EXACT}),
+    (wrong.HeadFrozenWithA(), {DENSE, ALONE, SAME}),
+    (wrong.PadsWithoutScale(), {EXACT, SAME}),
     (wrong.TakesAnyRank(), {MIXED}),
-    (wrong.HiddenMemory(), {RESUME, STREAM, ORDER, DENSE, TWINS, WEIGHTS, ALONE}),
+    (wrong.HiddenMemory(), {RESUME, STREAM, ORDER, DENSE, TWINS, WEIGHTS, ALONE, SAME}),
     (wrong.NarrowSum(), {HALF}),
     (wrong.FirstWins(), {ORDER}),
     (wrong.SilentBaseChange(), {BASE}),
+    (wrong.WrongForSeveral(), {SAME}),
 ]
 
 
@@ -56,10 +58,24 @@ def test_the_laws_in_this_table_are_laws() -> None:
     assert set().union(*(laws for _, laws in CAUGHT)) <= set(dir(AggregatorContract))
 
 
-def test_an_exempted_law_is_skipped() -> None:
-    class Excused(AggregatorContract):
-        aggregator = wrong.FirstWins()
-        exempt: ClassVar[dict[str, str]] = {ORDER: "a rule that is meant to look at the first reply"}
+class Excused(AggregatorContract):
+    aggregator = wrong.FirstWins()
+    exempt: ClassVar[dict[str, str]] = {ORDER: "test_the_first_reply_decides"}
 
-    with pytest.raises(unittest.SkipTest, match="first reply"):
+    def test_the_first_reply_decides(self) -> None:
+        """What holds in the place of the law."""
+
+
+def test_an_exempted_law_is_skipped() -> None:
+    with pytest.raises(unittest.SkipTest, match="test_the_first_reply_decides"):
         Excused().test_order_of_replies_does_not_matter()
+    Excused().test_every_exemption_is_paid_with_a_law()
+
+
+@pytest.mark.parametrize(
+    "exempt", [{ORDER: "it is meant to look at the first reply"}, {ORDER: STREAM}, {"test_no_such_law": "test_own"}]
+)
+def test_an_exemption_without_a_law_of_its_own_is_no_exemption(exempt: dict[str, str]) -> None:
+    unpaid = type("Unpaid", (Excused,), {"exempt": exempt, "test_own": lambda self: None})
+    with pytest.raises(AssertionError):
+        unpaid().test_every_exemption_is_paid_with_a_law()
