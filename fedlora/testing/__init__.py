@@ -5,9 +5,9 @@
     class TestMine(AggregatorContract):
         aggregator = MyRule()
 
-is the whole CI of a rule. A law that follows from a claim is skipped for rules that do not make the claim. A law that
+is the whole CI of a rule. A law that follows from a claim is skipped for rules that do not make the claim. One that
 a rule breaks on purpose is named in `exempt`, with the test method of the subclass that states what holds in its place;
-`self.states()`, `self.specs()` and `self.updates(state, specs)` are the contract's imaginary federation. Outside pytest,
+`self.states()`, `self.specs()` and `self.updates(state, specs)` are the contract's imaginary clients. Outside pytest,
 `broken_laws(MyRule())` names the laws that a rule breaks.
 """
 
