@@ -16,18 +16,58 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedlora.assets._download import download, sha256_of
 from fedlora.assets._package import Asset, Package
 from fedlora.assets.catalogue import ASSETS
+from fedlora.config import ModelConfig
 from fedlora.errors import AssetError, nearest
 
-__all__ = ["ASSETS", "Asset", "Package", "cache_dir", "fetch", "resolve_corpus", "resolve_model"]
+__all__ = ["ASSETS", "Asset", "Checkpoint", "Package", "cache_dir", "fetch", "resolve_corpus", "resolve_model"]
 
 Report = Callable[[str], None]
 
 _MARKER = ".complete.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model's files are: what every `from_pretrained` of one run has to be given, tokenizer and all.
+
+    Args:
+        source: a local folder, or a hub name.
+        revision: of a hub name; None: its main branch.
+        trust_remote_code: whether Python code that comes with it may run here.
+    """
+
+    source: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Checkpoint:
+        """The checkpoint that a config's `[model]` names.
+
+        Raises:
+            AssetError: the model is a named asset that was not fetched.
+        """
+        return cls(resolve_model(model.name), model.revision, model.trust_remote_code)
+
+    @classmethod
+    def at(cls, place: str | Path | Checkpoint) -> Checkpoint:
+        """A checkpoint, or that of a folder or hub name."""
+        return place if isinstance(place, Checkpoint) else cls(str(place))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`, beside `source`."""
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+    def __str__(self) -> str:
+        return self.source if self.revision is None else f"{self.source}@{self.revision}"
 
 
 def cache_dir() -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora.assets import ASSETS, resolve_model
+from fedlora.assets import ASSETS, Checkpoint
 from fedlora.config import DataConfig, OpenTable, RunConfig
 from fedlora.data._sources import limited, read_file, read_source, select, source_files
 from fedlora.data._split import split_test
@@ -68,7 +68,7 @@ class FederatedData:
 class _Key:
     """All that the tokenised examples depend on; hashable."""
 
-    model: str
+    model: Checkpoint
     task: str
     data: str
     keep: tuple[str, ...]
@@ -103,7 +103,7 @@ def load_data(config: RunConfig) -> FederatedData:
         raise DataError(f"partition {config.partition.name!r} needs to know the column of the domains; set data.domain")
     keep = (*(roles[role] for role in ("domain", "group") if role in roles), *partitioner.columns)
     key = _Key(
-        model=resolve_model(config.model.name),
+        model=Checkpoint.of(config.model),
         task=config.task.model_dump_json(),
         # The share of the test is applied after the tokens are there.
         data=config.data.model_copy(update={"test_fraction": 0.5}).model_dump_json(),
@@ -134,7 +134,7 @@ def load_local(config: RunConfig, path: str | Path) -> Examples:
     keep = (domain,) if domain is not None and domain in table.columns else ()
     columns = _task_columns(task, config.data)
     table = limited(select(table, (*columns.values(), *keep), repr(str(path))), config.data.limit, config.seed)
-    return task.prepare(Table(table.columns, names), resolve_model(config.model.name), columns, keep=keep)
+    return task.prepare(Table(table.columns, names), Checkpoint.of(config.model), columns, keep=keep)
 
 
 def column_roles(data: DataConfig) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import Merge
+from fedlora.assets import Checkpoint
 from fedlora.errors import ModelError
 from fedlora.model.base import Base, alpha_of
 from fedlora.model.tuners import ADAPTER, merged_weights, saved_tensors
@@ -127,7 +128,7 @@ def save_merged(base: Base, state: AdapterState, merges: Sequence[Merge], folder
         plain = _merged(base, state)
         with _replaced(folder) as fresh:
             plain.save_pretrained(fresh)
-            _copy_tokenizer(base.source, fresh)
+            _copy_tokenizer(Checkpoint.of(base.config), fresh)
     finally:
         base.rebase(0, ())
 
@@ -183,7 +184,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source: str, folder: Path) -> None:
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    source = checkpoint.source
     if Path(source).is_dir():
         for pattern in TOKENIZER_FILES:
             for path in Path(source).glob(pattern):
@@ -192,7 +194,7 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
         return
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, **checkpoint.options).save_pretrained(folder)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError
 from fedlora.registry import Registry
 
@@ -119,13 +120,13 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(
-        self, table: Table, model_path: str | Path, columns: Mapping[str, str], *, keep: Sequence[str]
+        self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]
     ) -> Examples:
         """Tokenise or otherwise ready a table.
 
         Args:
             table: raw examples.
-            model_path: where the model's tokeniser or image processor is.
+            model_path: where the model's tokeniser or image processor is: a folder, a hub name, or a checkpoint.
             columns: role -> column name, for each of `roles`: `{"text": ..., "label": ...}`.
             keep: raw columns to carry along in `Examples.columns`.
         """
@@ -186,7 +187,7 @@ class Task(ABC):
         model: torch.nn.Module,  # noqa: ARG002
         examples: Examples,  # noqa: ARG002
         indices: Sequence[int] | np.ndarray,  # noqa: ARG002
-        model_path: str | Path,  # noqa: ARG002
+        model_path: str | Path | Checkpoint,  # noqa: ARG002
         *,
         new_tokens: int = 32,  # noqa: ARG002
     ) -> tuple[Sample, ...]:

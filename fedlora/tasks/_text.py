@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fedlora.assets import Checkpoint
 from fedlora.errors import DataError, ModelError
 
 
@@ -96,17 +97,22 @@ class Tokens(Sequence[np.ndarray]):
         return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
-@lru_cache(maxsize=4)
-def load_tokenizer(path: str) -> Any:
-    """The tokeniser of a model folder or hub name, once a process.
+def load_tokenizer(model: str | Path | Checkpoint) -> Any:
+    """The tokeniser of a model folder, hub name or checkpoint, once a process.
 
     Raises:
         ModelError: there is none, or it cannot be loaded.
     """
+    return _load_tokenizer(Checkpoint.at(model))
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
+    path = str(checkpoint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
@@ -119,11 +125,11 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def encode(path: str | Path, texts: Sequence[Any], column: str, max_length: int) -> Tokens:
+def encode(model: str | Path | Checkpoint, texts: Sequence[Any], column: str, max_length: int) -> Tokens:
     """Token ids of texts with the model's special tokens, cut to `max_length` tokens.
 
     Args:
-        path: of the model folder.
+        model: its folder, hub name or checkpoint.
         texts: one string an example.
         column: where the texts come from, for messages.
         max_length: in tokens, special tokens included.
@@ -135,7 +141,7 @@ def encode(path: str | Path, texts: Sequence[Any], column: str, max_length: int)
         if not isinstance(text, str) or not text.strip():
             shown = "missing" if text is None else "empty" if isinstance(text, str) else f"{text!r}, not a string"
             raise DataError(f"row {row}, column {column!r}: the text is {shown}; remove the row or fill it in")
-    tokenizer = load_tokenizer(str(path))
+    tokenizer = load_tokenizer(model)
     # Without padding and masks the tokeniser's own lists are all that is built; in slices, to bound their memory.
     rows: list[list[int]] = []
     for start in range(0, len(texts), 4096):

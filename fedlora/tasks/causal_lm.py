@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.assets import Checkpoint
 from fedlora.errors import DataError, ModelError
 from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
 from fedlora.tasks._chat import encode_conversations, encode_texts, read_messages
@@ -75,7 +76,7 @@ class CausalLM(Task):
         return not self.packing
 
     def prepare(
-        self, table: Table, model_path: str | Path, columns: Mapping[str, str], *, keep: Sequence[str]
+        self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]
     ) -> Examples:
         """Tokenise a table with the model's chat template, or with a plain one if it has none.
 
@@ -83,7 +84,7 @@ class CausalLM(Task):
             DataError: a value is missing or of the wrong kind; the message names the row (from 0) and the column.
             ModelError: the model's chat template cannot tell where an answer begins.
         """
-        tokenizer = load_tokenizer(str(model_path))
+        tokenizer = load_tokenizer(model_path)
         if self.form == "text":
             encoded = encode_texts(tokenizer, table.columns[columns["text"]], columns["text"], self.max_length)
         else:
@@ -169,7 +170,7 @@ class CausalLM(Task):
         model: nn.Module,
         examples: Examples,
         indices: Sequence[int] | np.ndarray,
-        model_path: str | Path,
+        model_path: str | Path | Checkpoint,
         *,
         new_tokens: int = 32,
     ) -> tuple[Sample, ...]:
@@ -184,7 +185,7 @@ class CausalLM(Task):
             model_path: where the tokeniser is.
             new_tokens: at most so many are generated.
         """
-        tokenizer = load_tokenizer(str(model_path))
+        tokenizer = load_tokenizer(model_path)
         ids, labels = _tokens(examples, "input_ids"), _tokens(examples, "labels")
         device = next(model.parameters()).device
         out = []

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.tasks._base import Batch, Examples, Table, tasks
 from fedlora.tasks._classification import Classification, class_ids, class_names
@@ -89,7 +90,7 @@ class ImageClassification(Classification):
         return ("classifier",)
 
     def prepare(
-        self, table: Table, model_path: str | Path, columns: Mapping[str, str], *, keep: Sequence[str]
+        self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]
     ) -> Examples:
         """Resize a table's pictures for the model.
 
@@ -99,7 +100,7 @@ class ImageClassification(Classification):
         """
         names = class_names(table.columns[columns["label"]], columns["label"], self.labels or table.label_names)
         labels = class_ids(table.columns[columns["label"]], columns["label"], names)
-        processor, channels, patch = _processor(str(model_path))
+        processor, channels, patch = _processor(Checkpoint.at(model_path))
         pixels = _process(processor, table.columns[columns["image"]], columns["image"], channels)
         _, _, height, width = pixels.values.shape
         cost = (height // patch) * (width // patch) + 1 if patch else max(1, height * width // PATCH_AREA)
@@ -143,17 +144,17 @@ def _pixels(examples: Examples) -> Pixels:
 
 
 @lru_cache(maxsize=4)
-def _processor(path: str) -> tuple[Any, int, int]:
+def _processor(checkpoint: Checkpoint) -> tuple[Any, int, int]:
     """The image processor of a model folder or hub name, the model's channels, and its patch size (0 without)."""
     from transformers import AutoConfig, AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        config = AutoConfig.from_pretrained(path)
+        processor = AutoImageProcessor.from_pretrained(checkpoint.source, backend="pil", **checkpoint.options)
+        config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"{path!r} has no image processor (preprocessor_config.json): set model.name to a model of images, or "
-            "change task.name"
+            f"{str(checkpoint)!r} has no image processor (preprocessor_config.json): set model.name to a model of "
+            "images, or change task.name"
         ) from error
     patch = getattr(config, "patch_size", 0)
     return processor, int(getattr(config, "num_channels", 3)), patch if isinstance(patch, int) else 0

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from fedlora.assets import Checkpoint
 from fedlora.tasks._base import Batch, Examples, Table, tasks
 from fedlora.tasks._classification import Classification, class_ids, class_names
 from fedlora.tasks._text import Tokens, encode
@@ -44,7 +45,7 @@ class TextClassification(Classification):
         return ("classifier", "pre_classifier", "score")
 
     def prepare(
-        self, table: Table, model_path: str | Path, columns: Mapping[str, str], *, keep: Sequence[str]
+        self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]
     ) -> Examples:
         """Tokenise a table with columns "text" and "label" (strings, whole numbers or booleans).
 

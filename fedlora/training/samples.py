@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedlora.assets import Checkpoint
 from fedlora.rng import derive
 from fedlora.rundir import RunDir
 from fedlora.training.workbench import Workbench
@@ -26,7 +27,7 @@ def write_samples(rundir: RunDir, bench: Workbench, when: Literal["before", "aft
     generator = np.random.default_rng(derive(bench.config.seed, "samples"))
     chosen = np.sort(generator.permutation(len(test))[:NUMBER])
     base.train_mode(False)
-    said = bench.task.samples(base.model, test, chosen, base.source)
+    said = bench.task.samples(base.model, test, chosen, Checkpoint.of(base.config))
     if not said:
         return
     known: list[dict[str, Any]] = rundir.read_json(FILE) or []
