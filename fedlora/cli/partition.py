@@ -69,6 +69,8 @@ def _summary(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"{len(sizes)} clients, {sum(sizes)} training examples ({spread}), {facts['test_size']} to test"
     if facts["dropped"]:
         yield f"{facts['dropped']} examples are on no client: {facts['note']}"
+    if facts["test_note"]:
+        yield facts["test_note"]
     for what in ("label", "domain"):
         if f"{what}_js_divergence" in facts:
             yield f"mean Jensen-Shannon divergence of the {what}s: {facts[f'{what}_js_divergence']:.3f} bits"

@@ -16,7 +16,7 @@ import numpy as np
 from fedlora.assets import ASSETS, Checkpoint
 from fedlora.config import DataConfig, OpenTable, RunConfig
 from fedlora.data._sources import limited, read_file, read_source, select, source_files
-from fedlora.data._split import split_test
+from fedlora.data._split import describe_split, split_test
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.partition import Partition, PartitionInput, load_partitioner
 from fedlora.rng import derive
@@ -38,6 +38,7 @@ class FederatedData:
         domains: names of the domains in sorted order; empty if no column holds them.
         domain_column: that column's name in `train.columns` and `test.columns`, or None.
         note: why examples were dropped; empty if none were.
+        test_note: what is unusual about the test set's size; empty if nothing is.
         label_noise: for each client, the share of its labels that were made wrong.
         feature_noise: for each client, the strength of the noise on its inputs.
     """
@@ -50,6 +51,7 @@ class FederatedData:
     domains: tuple[str, ...]
     domain_column: str | None = None
     note: str = ""
+    test_note: str = ""
     label_noise: tuple[float, ...] = ()
     feature_noise: tuple[float, ...] = ()
 
@@ -192,11 +194,13 @@ def _federate(key: _Key, partition_table: str, test_fraction: float, seed: int) 
     roles = column_roles(data)
     domain = roles.get("domain")
     values = None if domain is None else examples.columns[domain].astype(str)
+    test_note = ""
     if begin is not None:
         mask = np.arange(len(examples)) >= begin
     else:
         groups = examples.columns[roles["group"]] if "group" in roles else None
-        mask = split_test(len(examples), test_fraction, seed, groups=groups, domains=values)
+        mask = split_test(len(examples), test_fraction, seed, groups=groups, domains=values, labels=examples.labels)
+        test_note = describe_split(mask, test_fraction, groups)
     train, test = examples.take(np.flatnonzero(~mask)), examples.take(np.flatnonzero(mask))
     info = PartitionInput(size=len(train), labels=train.labels, columns=train.columns, domain=domain)
     partition = load_partitioner(table.name, table.fields).split(info, derive(seed, "partition"))
@@ -209,6 +213,7 @@ def _federate(key: _Key, partition_table: str, test_fraction: float, seed: int) 
         domains=() if values is None else tuple(str(name) for name in np.unique(values)),
         domain_column=domain,
         note=partition.note,
+        test_note=test_note,
         label_noise=partition.label_noise,
         feature_noise=partition.feature_noise,
     )

@@ -1,24 +1,35 @@
 """Which examples are kept for the test.
 
-Shapes: n = examples.
+Shapes: n = examples, g = groups of a domain, c = classes.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Int
 
 from fedlora.errors import DataError
+from fedlora.partition._base import largest_remainder
 from fedlora.rng import derive
+
+MOST_EXCHANGES = 100_000
+"""Pairs of groups above which none are exchanged: among so many, single ones come near enough."""
 
 
 def split_test(
-    size: int, fraction: float, seed: int, *, groups: np.ndarray | None = None, domains: np.ndarray | None = None
+    size: int,
+    fraction: float,
+    seed: int,
+    *,
+    groups: np.ndarray | None = None,
+    domains: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A mask of the test examples, bool [n].
+    """A mask of the test examples, bool [n]: `fraction` of each domain, with the domain's own shares of the classes.
 
-    Groups go to the test as wholes, in an order of the seed's, domain by domain, until a domain's share is as near to
-    `fraction` as whole groups allow; no domain loses all of its groups. A group that stands in several domains counts
-    to the domain of its first example.
+    Where examples are grouped, groups go to the test as wholes: they are looked at in an order of the seed's, and one
+    is taken if it brings the counts of the classes nearer to those wanted. No domain loses all of its groups. A group
+    that stands in several domains counts to the domain of its first example.
 
     Args:
         size: number of examples.
@@ -26,25 +37,25 @@ def split_test(
         seed: of the run.
         groups: group of each example [n]; None if each stands for itself.
         domains: domain of each example [n]; None if there is but one.
+        labels: class of each example [n], int64; None where there are none.
 
     Raises:
         DataError: no example would be in the test.
     """
+    classes = np.zeros(size, dtype=np.int64) if labels is None else labels
     if groups is None:
         first, units = np.arange(size), np.arange(size)
     else:
         _, first, units = np.unique(groups, return_index=True, return_inverse=True)
-    weights = np.bincount(units, minlength=len(first))
+    counts = np.zeros((len(first), int(classes.max(initial=0)) + 1), dtype=np.int64)
+    np.add.at(counts, (units, classes), 1)
     homes = np.zeros(len(first), dtype=np.int64) if domains is None else domains[first]
     chosen = np.zeros(len(first), dtype=bool)
     for home in np.unique(homes):
-        members = np.flatnonzero(homes == home)
         generator = np.random.default_rng(derive(seed, "test", str(home)))
-        members = generator.permutation(members)
-        totals = np.concatenate([[0], np.cumsum(weights[members])])
-        # Not the last total: it would take all.
-        number = int(np.argmin(np.abs(totals[:-1] - fraction * totals[-1])))
-        chosen[members[:number]] = True
+        members = generator.permutation(np.flatnonzero(homes == home))
+        take = _examples if groups is None else _groups
+        chosen[members[take(counts[members], fraction)]] = True
     mask = np.asarray(chosen[units])
     if not mask.any():
         raise DataError(
@@ -52,3 +63,64 @@ def split_test(
             "data.test_fraction, or give data.test"
         )
     return mask
+
+
+def describe_split(mask: np.ndarray, fraction: float, groups: np.ndarray | None) -> str:
+    """What is unusual about a test set that was cut off in whole groups; empty if nothing is.
+
+    Args:
+        mask: of the test examples, bool [n].
+        fraction: that was asked for.
+        groups: group of each example [n], or None.
+    """
+    if groups is None:
+        return ""
+    share, number = mask.mean(), len(np.unique(groups[mask]))
+    if 0.5 * fraction <= share <= 1.5 * fraction and number > 1:
+        return ""
+    whose = "all of one group" if number == 1 else f"of {number} groups"
+    return (
+        f"the test set is {mask.sum():,} of {len(mask):,} examples ({100 * share:.1f}%), {whose}: with whole groups "
+        f"(data.group) there is no better way to {100 * fraction:g}%; give data.test, or another data.test_fraction"
+    )
+
+
+def _examples(counts: Int[np.ndarray, "g c"], fraction: float) -> np.ndarray:
+    """Places of the single examples to take: of each class its share, of all at most all but one."""
+    sizes = counts.sum(axis=0)
+    total = min(round(fraction * len(counts)), len(counts) - 1)
+    numbers = largest_remainder(sizes.astype(float), total)
+    return np.concatenate([np.flatnonzero(counts[:, k])[:number] for k, number in enumerate(numbers)])
+
+
+def _groups(counts: Int[np.ndarray, "g c"], fraction: float) -> np.ndarray:
+    """Places of the groups to take, at most all but one: no group more, less or exchanged would come nearer."""
+    taken = np.zeros(len(counts), dtype=bool)
+    lacking = fraction * counts.sum(axis=0)
+    for place, group in enumerate(counts):
+        # |lacking - group|^2 < |lacking|^2: the group brings the test nearer to what is wanted.
+        if group @ group < 2 * (group @ lacking):
+            lacking, taken[place] = lacking - group, True
+    while (move := _better(counts, taken, lacking)) is not None:
+        for place in move:
+            lacking = lacking + (counts[place] if taken[place] else -counts[place])
+            taken[place] = not taken[place]
+    if taken.all():
+        taken[int(np.argmin(counts.sum(axis=1)))] = False
+    return np.flatnonzero(taken)
+
+
+def _better(counts: Int[np.ndarray, "g c"], taken: np.ndarray, lacking: np.ndarray) -> tuple[int, ...] | None:
+    """The group to take or give back, or the two to exchange, that bring the test nearest; None if none does."""
+    now = float(lacking @ lacking)
+    signs = np.where(taken, 1.0, -1.0)[:, None]
+    single = ((lacking + signs * counts) ** 2).sum(axis=1)
+    best = float(single.min())
+    move: tuple[int, ...] = (int(single.argmin()),)
+    inside, outside = np.flatnonzero(taken), np.flatnonzero(~taken)
+    if 0 < len(inside) * len(outside) <= MOST_EXCHANGES:
+        pairs = ((lacking + counts[inside][:, None] - counts[outside][None]) ** 2).sum(axis=2)
+        if float(pairs.min()) < best:
+            one, other = np.unravel_index(int(pairs.argmin()), pairs.shape)
+            best, move = float(pairs.min()), (int(inside[one]), int(outside[other]))
+    return move if best < now - 1e-9 else None

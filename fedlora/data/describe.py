@@ -16,14 +16,15 @@ def describe_partition(data: FederatedData) -> dict[str, Any]:
     Returns:
         Numbers and names only: "sizes" [clients], "label_names" and "label_counts" [clients, labels] with
         "label_entropy" (bits, [clients]) and "label_js_divergence" (bits, mean weighted by size); the same for
-        "domains"; "test_size", "dropped" (how many) and "note" (why). What the data has not (classes, domains) is left
-        out.
+        "domains"; "test_size", "dropped" (how many), "note" (why) and "test_note" (what is unusual about the test set).
+        What the data has not (classes, domains) is left out.
     """
     out: dict[str, Any] = {
         "sizes": [len(rows) for rows in data.clients],
         "test_size": len(data.test),
         "dropped": len(data.dropped),
         "note": data.note,
+        "test_note": data.test_note,
     }
     if data.train.labels is not None:
         counts = count_values(data.clients, data.train.labels, len(data.label_names))

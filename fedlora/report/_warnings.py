@@ -100,6 +100,9 @@ def _clients(facts: Facts) -> Iterator[str]:
     silent = [k for k in range(facts.clients) if k not in answered]
     if facts.rounds and silent:
         yield f"What these clients hold was never learned from, since no reply of theirs was used: {_list(silent)}."
+    if facts.partition.get("test_note"):
+        note = str(facts.partition["test_note"])
+        yield f"{note[0].upper()}{note[1:]}."
     if facts.partition.get("dropped"):
         note = f": {facts.partition['note']}" if facts.partition.get("note") else ""
         yield f"{facts.partition['dropped']} examples are on no client{note}."

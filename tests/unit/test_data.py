@@ -14,6 +14,7 @@ import pytest
 from fedlora.assets import ASSETS
 from fedlora.config import DataConfig, RunConfig, parse_config
 from fedlora.data import FederatedData, column_roles, load_data, load_local, read_file, split_test
+from fedlora.data._split import describe_split
 from fedlora.errors import AssetError, ConfigError, DataError
 from fedlora.tasks import Examples
 from fedlora.tasks._text import load_tokenizer
@@ -347,6 +348,49 @@ def test_a_domain_with_one_group_stays_in_training() -> None:
     assert mask.sum() == 2
     with pytest.raises(DataError, match=r"raise data\.test_fraction"):
         split_test(5, 0.5, 0, groups=groups[:5])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_domain_keeps_its_shares_of_the_classes(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    labels = np.where(generator.random(1000) < 0.04, 1, 0)
+    domains = generator.choice(["a", "b"], size=1000)
+    mask = split_test(1000, 0.2, seed, domains=domains, labels=labels)
+    for domain in "ab":
+        for label in (0, 1):
+            here = (domains == domain) & (labels == label)
+            assert abs(mask[here].sum() - 0.2 * here.sum()) < 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_group_more_or_less_would_bring_the_test_nearer_to_its_share(seed: int) -> None:
+    sizes = [20, 450, 30, 100, 80, 200, 120]
+    groups = np.repeat(np.arange(7), sizes)
+    mask = split_test(1000, 0.2, seed, groups=groups)
+    got = mask.sum()
+    inside = {int(group) for group in groups[mask]}
+    for group, size in enumerate(sizes):
+        assert abs(got - size - 200 if group in inside else got + size - 200) >= abs(got - 200) - 1e-9
+    assert got >= 110, "not a fifth of what was asked for, all of one clinic"
+
+
+def test_groups_are_chosen_for_the_shares_of_the_classes() -> None:
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(60), 20)
+    rates = np.where(np.arange(60) < 12, 0.9, 0.05)  # a fifth of the clinics has most of the ill
+    labels = (generator.random(1200) < rates[groups]).astype(np.int64)
+    for seed in range(10):
+        mask = split_test(1200, 0.25, seed, groups=groups, labels=labels)
+        assert abs(labels[mask].mean() - labels.mean()) < 0.04
+
+
+def test_a_test_set_of_one_group_is_said() -> None:
+    groups = np.repeat([0, 1, 2], [20, 490, 490])
+    mask = split_test(1000, 0.2, 0, groups=groups)
+    assert mask.sum() == 20
+    assert "20 of 1,000 examples (2.0%), all of one group" in describe_split(mask, 0.2, groups)
+    even = np.repeat(np.arange(50), 20)
+    assert describe_split(split_test(1000, 0.2, 0, groups=even), 0.2, even) == ""
 
 
 @pytest.mark.slow
