@@ -106,17 +106,32 @@ NOT_METRICS = {
 }
 
 
+SHARES = {"accuracy", "balanced_accuracy", "majority_share", "f1", "macro_f1", "exact_match"}
+"""Figures that are shown as percentages."""
+
+
 def main_metric(record: Mapping[str, Any]) -> str:
     """The name of the figure that an evaluated round reports: accuracy where there is one."""
     names = [name for name, value in record.items() if name not in NOT_METRICS and isinstance(value, int | float)]
     return "accuracy" if "accuracy" in names or not names else names[0]
 
 
+def beside_accuracy(metric: str, record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What an accuracy is read against, as rows of a table: a name, and a record that has the figure as `metric`."""
+    rows = {"the same, balanced over classes": "balanced_accuracy", "always the largest class": "majority_share"}
+    domains: Mapping[str, Mapping[str, Any]] = record.get("domains") or {}
+    return [
+        (words, {metric: record[key], "domains": {name: {metric: of.get(key)} for name, of in domains.items()}})
+        for words, key in rows.items()
+        if metric == "accuracy" and key in record
+    ]
+
+
 def format_metric(name: str, value: float | None) -> str:
     """Shares as percentages, everything else with four digits; "-" for what was not measured."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f}%" if name in ("accuracy", "f1", "macro_f1", "exact_match") else f"{value:.4g}"
+    return f"{100 * value:.1f}%" if name in SHARES else f"{value:.4g}"
 
 
 def format_bytes(count: float) -> str:

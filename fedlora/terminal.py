@@ -16,7 +16,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.progress import Columns, format_bytes, format_metric, format_seconds, headline, main_metric
+from fedlora.progress import (
+    Columns,
+    beside_accuracy,
+    format_bytes,
+    format_metric,
+    format_seconds,
+    headline,
+    main_metric,
+)
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
@@ -162,6 +170,7 @@ def outcome_table(
     rows = [("base model", evaluated[0])] if evaluated[0]["round"] == 0 else []
     last = evaluated[-1]
     rows.append((f"federated, round {last['round']}", last))
+    rows += beside_accuracy(metric, last)
     alone = (baselines or {}).get("local_only")
     if alone:
         few = "" if len(alone["clients"]) == alone["of"] else f" of {len(alone['clients'])} tried"

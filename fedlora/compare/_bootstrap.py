@@ -77,6 +77,9 @@ def difference(mine: Group, other: Group, *, draws: int = DRAWS) -> Difference:
     rows = generator.integers(0, len(seeds), (draws, len(seeds)))
     means = table[rows, columns].mean(axis=1)
     mean = float(found.mean())
+    if float(means.std()) < 1e-12:  # of values that do not differ no bootstrap tells how far others would be
+        what = "test example" if by_example and len(seeds) == 1 else "seed"
+        return _nothing(seeds, f"every {what} gives the same difference, which tells nothing of others: run more", mean)
     low, high = _interval(mean, means, len(seeds))
     sign = 1 if mine.runs[0].higher_is_better else -1
     verdict = "better" if min(sign * low, sign * high) > 0 else "worse" if max(sign * low, sign * high) < 0 else ""

@@ -136,12 +136,19 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def margin(facts: Facts, value: float) -> float | None:
-    """Half of the 95% interval of a share of the test examples (normal approximation), None for other figures."""
+def interval(facts: Facts, value: float) -> tuple[float, float] | None:
+    """The 95% interval of a share of the test examples; None for other figures.
+
+    Wilson's score interval ("Probable Inference, the Law of Succession, and Statistical Inference", Journal of the
+    American Statistical Association 22, 1927), which is not empty where all examples are right.
+    """
     size = facts.partition.get("test_size")
     if facts.metric != "accuracy" or not size:
         return None
-    return 1.96 * math.sqrt(max(value * (1 - value), 0.0) / size)
+    z2 = 1.96**2
+    middle = (value + z2 / (2 * size)) / (1 + z2 / size)
+    half = math.sqrt(z2) / (1 + z2 / size) * math.sqrt(max(value * (1 - value), 0.0) / size + z2 / (4 * size**2))
+    return middle - half, middle + half
 
 
 def _metric(records: Sequence[Record]) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fedlora.progress import format_bytes, format_metric, format_seconds
+from fedlora.progress import beside_accuracy, format_bytes, format_metric, format_seconds
 from fedlora.report._charts import COLOURS, Series, column_chart, line_chart
 from fedlora.report._facts import Facts, Record, number, quantile
 from fedlora.report._markup import Child, Html, details, el, join, table
@@ -167,6 +167,7 @@ def _outcome(facts: Facts) -> Html | None:
     if evaluated[0]["round"] == 0:
         rows.append(("base model", evaluated[0], False))
     rows.append((f"federated, round {evaluated[-1]['round']}", evaluated[-1], True))
+    rows += [(words, of, False) for words, of in beside_accuracy(metric, evaluated[-1])]
     alone = facts.baselines.get("local_only") or {}
     rows += [
         (f"one client alone, {which}", alone[which], False) for which in ("best", "mean", "worst") if which in alone

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from fedlora.progress import format_metric
-from fedlora.report._facts import Facts, better, margin, number, statuses
+from fedlora.report._facts import Facts, better, interval, number, statuses
 
 LARGE_ERROR = 0.25
 """Aggregation error above which a rule's broadcast is called far from the clients' mean."""
@@ -67,7 +67,8 @@ def _learning(facts: Facts) -> Iterator[str]:
     best = evaluated[0]
     for record in evaluated:
         best = record if better(metric, record[metric], best[metric]) else best
-    room = margin(facts, end) or 0.02 * abs(end)
+    known = interval(facts, end)
+    room = 0.02 * abs(end) if known is None else (known[1] - known[0]) / 2
     if best["round"] > 0 and abs(best[metric] - end) > room:
         yield (
             f"Round {best['round']} was better ({format_metric(metric, best[metric])}) than the last one "
@@ -78,11 +79,17 @@ def _learning(facts: Facts) -> Iterator[str]:
         worse = [n for n, old, new in pairs if old is not None and new is not None and better(metric, old, new)]
         if worse:
             yield f"Worse than before the training: {_list(worse)}."
-    half = margin(facts, end)
-    if half is not None and half > SMALL_TEST:
+    if known is not None and known[1] - known[0] > 2 * SMALL_TEST:
         yield (
-            f"The test set has only {facts.partition['test_size']} examples: the last accuracy is known to about "
-            f"±{100 * half:.0f} percentage points, and smaller differences mean nothing."
+            f"The test set has only {facts.partition['test_size']} examples: the last accuracy lies between "
+            f"{100 * known[0]:.0f} and {100 * known[1]:.0f}% (95% interval), and smaller differences mean nothing."
+        )
+    largest = number(last.get("majority_share"))
+    if largest is not None and metric == "accuracy" and end <= largest + room:
+        balanced = format_metric("balanced_accuracy", number(last.get("balanced_accuracy")))
+        yield (
+            f"Always answering with the largest class would reach {format_metric(metric, largest)}: the accuracy of "
+            f"{format_metric(metric, end)} says little (balanced over the classes: {balanced})."
         )
 
 

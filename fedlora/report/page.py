@@ -15,7 +15,7 @@ from fedlora.config import RunConfig, flatten
 from fedlora.files import write_atomically
 from fedlora.progress import format_bytes, format_metric, format_seconds
 from fedlora.report import _people, _sections
-from fedlora.report._facts import Facts, margin, number
+from fedlora.report._facts import Facts, interval, number
 from fedlora.report._markup import Html, details, el, table
 from fedlora.report._style import style_sheet
 from fedlora.report._warnings import warnings
@@ -31,6 +31,9 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Facts], Html | None]]] = {
     "participation": ("Who took part", _people.participation),
     "partition": ("Who holds what", _people.partition),
 }
+
+LARGE_CLASS = 0.6
+"""Share of the test set above which its largest class is named beside the accuracy."""
 
 
 def write_report(run: RunDir) -> Path:
@@ -91,7 +94,15 @@ def _summary(facts: Facts) -> str:
     line += f"with the rule {config.strategy.name}."
     if len(evaluated) > 1:
         first, last = (format_metric(metric, evaluated[k][metric]) for k in (0, -1))
-        line += f" On the test set, {metric.replace('_', ' ')} went from {first} to {last}."
+        line += f" On the test set, {metric.replace('_', ' ')} went from {first} to {last}"
+        largest = number(evaluated[-1].get("majority_share"))
+        if largest is not None and largest > LARGE_CLASS:
+            was, now = (
+                format_metric("balanced_accuracy", number(evaluated[k].get("balanced_accuracy"))) for k in (0, -1)
+            )
+            line += f"; {format_metric('majority_share', largest)} of it are one class, and balanced over the classes "
+            line += f"it went from {was} to {now}"
+        line += "."
     return line
 
 
@@ -107,10 +118,14 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
     metric, evaluated = facts.metric, facts.evaluated
     if evaluated:
         last = float(evaluated[-1][metric])
-        half = margin(facts, last)
+        known = interval(facts, last)
         small = f"after round {evaluated[-1]['round']}"
-        if half is not None:
-            small += f", ±{100 * half:.1f} points (95%, {facts.partition['test_size']} test examples)"
+        if known is not None:
+            low, high = (100 * end for end in known)
+            small += f", {low:.1f} to {high:.1f}% (95%, {facts.partition['test_size']} test examples)"
+        if (largest := number(evaluated[-1].get("majority_share"))) is not None:
+            balanced = format_metric("balanced_accuracy", number(evaluated[-1].get("balanced_accuracy")))
+            small += f"; balanced {balanced}, largest class {format_metric('majority_share', largest)}"
         yield metric.replace("_", " "), format_metric(metric, last), small
     done = facts.records[-1]["round"] if facts.records else 0
     state = "finished" if facts.finished else "not finished"

@@ -42,17 +42,27 @@ class Classification(Task):
         return functional.cross_entropy(self._wide_logits(model, batch), batch["labels"], reduction="none")
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
-        """For each example: "loss" in nats, and "correct" as 0 or 1."""
+        """For each example: "loss" in nats, "correct" as 0 or 1, and "label", the number of its class."""
         logits = self._wide_logits(model, batch)
         return {
             "loss": functional.cross_entropy(logits, batch["labels"], reduction="none"),
             "correct": (logits.argmax(dim=-1) == batch["labels"]).to(logits.dtype),
+            "label": batch["labels"].to(logits.dtype),
         }
 
     def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Accuracy as a fraction, and the mean loss in nats."""
+        """The mean loss in nats, and as fractions the accuracy and what it is read against.
+
+        "balanced_accuracy" is the mean over the classes of the share of their examples that are right, and
+        "majority_share" the share of the largest class: the accuracy of always answering with it.
+        """
+        label = np.asarray(measures["label"]).astype(np.int64)
+        sizes = np.bincount(label)
+        right = np.bincount(label, weights=measures["correct"])
         return {
             "accuracy": float(np.mean(measures["correct"], dtype=np.float64)),
+            "balanced_accuracy": float(np.mean(right[sizes > 0] / sizes[sizes > 0])),
+            "majority_share": float(sizes.max() / sizes.sum()),
             "loss": float(np.mean(measures["loss"], dtype=np.float64)),
         }
 

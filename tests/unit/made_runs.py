@@ -54,7 +54,8 @@ def make_run(
     run = RunDir(folder, config)
     if correct is not None:
         values = np.asarray(correct, dtype=np.float64)
-        write_outcomes(folder, len(curve) - 1, test, {"correct": values, "loss": 1 - values})
+        label = np.arange(len(values)) % 2
+        write_outcomes(folder, len(curve) - 1, test, {"correct": values, "loss": 1 - values, "label": label})
     if finished:
         run.write_json("result.json", {"rounds": len(curve) - 1})
     return folder

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import HOSTILE, make_run, records
+from scipy.stats import binomtest
 
 from fedlora.config import parse_config
 from fedlora.report._charts import Series, line_chart, nice_ticks
-from fedlora.report._facts import Facts, statuses
+from fedlora.report._facts import Facts, interval, statuses
 from fedlora.report._markup import VOID, el
 from fedlora.report._style import DARK, KINDS, LIGHT
 from fedlora.report._warnings import warnings
@@ -241,6 +242,13 @@ def test_a_run_without_trouble_has_no_warnings() -> None:
 LAST = {"accuracy": 0.9, "domains": {"films": {"accuracy": 0.8}}}
 
 
+@pytest.mark.parametrize(("right", "size"), [(50, 50), (0, 50), (96, 100), (1, 3), (700, 1000)])
+def test_the_interval_of_an_accuracy_is_wilsons(right: int, size: int) -> None:
+    low, high = interval(facts(partition={"test_size": size}), right / size) or (0.0, 0.0)
+    expected = binomtest(right, size).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=2e-4)
+
+
 @pytest.mark.parametrize(
     ("sentence", "last", "more"),
     [
@@ -252,9 +260,19 @@ LAST = {"accuracy": 0.9, "domains": {"films": {"accuracy": 0.8}}}
         ("Round 3 was better (80.0%) than the last one (70.0%)", {"accuracy": 0.7}, {}),
         ("Worse than before the training: films", {"domains": {"films": {"accuracy": 0.4}}}, {}),
         (
-            "only 60 examples: the last accuracy is known to about ±8 percentage points",
-            {},
+            "only 60 examples: the last accuracy lies between 80 and 95% (95% interval)",
+            {"accuracy": 0.9},
             {"partition": {"test_size": 60}},
+        ),
+        (
+            "Always answering with the largest class would reach 96.0%",
+            {"accuracy": 0.96, "majority_share": 0.96, "balanced_accuracy": 0.5},
+            {"partition": {"test_size": 1000}},
+        ),
+        (
+            "The test set is 20 of 1,000 examples",
+            {},
+            {"partition": {"test_note": "the test set is 20 of 1,000 examples"}},
         ),
         ("4 of 20 replies were refused; most often because: its norm", {}, {}),
         ("2 replies were not there at the deadline", {"missing": [0, 1]}, {}),

@@ -206,3 +206,14 @@ def test_noise_changes_about_the_asked_share_of_words_of_the_asked_rows_only() -
     assert (tokens.corrupt(np.arange(100), 0.3, seed=1).flat == noisy.flat).all()
     assert (tokens.corrupt(np.arange(100), 0.0, seed=1).flat == before).all()
     assert set(noisy.flat) <= set(before)
+
+
+def test_the_largest_class_and_the_balance_stand_beside_the_accuracy() -> None:
+    task = load_task(OpenTable(name="text-classification"))
+    label = np.array([0.0] * 96 + [1.0] * 4)
+    lazy = task.summarise({"correct": 1.0 - label, "loss": label, "label": label})
+    assert (lazy["accuracy"], lazy["balanced_accuracy"], lazy["majority_share"]) == pytest.approx((0.96, 0.5, 0.96))
+    even = np.arange(9.0) % 3
+    right = np.array([1, 1, 0, 1, 0, 0, 1, 0, 0.0])
+    found = task.summarise({"correct": right, "loss": right, "label": even})
+    assert found["balanced_accuracy"] == pytest.approx(found["accuracy"])  # of classes of one size
