@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class FedloraError(Exception):
@@ -95,6 +96,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if (close := closest(name, names)) is not None:
         return f"did you mean {close!r}?"
     return "valid names: " + ", ".join(names) if names else "there are none"
+
+
+def nearest_file(path: Path, others: Iterable[str]) -> str:
+    """As `nearest`, for a file or folder that is not there: what lies beside it is not listed, it may be anything."""
+    close = closest(str(path), others)
+    return f"did you mean {close!r}?" if close is not None else f"nothing with a name like that is in {path.parent}"
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name is meant as a path, and cannot be one of the hub's ("name" or "owner/name")."""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/")
 
 
 def closest(name: str, valid: Iterable[str]) -> str | None:

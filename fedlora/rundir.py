@@ -38,7 +38,7 @@ from typing import Any, Literal
 from fedlora.aggregators import GlobalState, Merge
 from fedlora.config import RunConfig, different_keys, flat_keys, load_config
 from fedlora.environment import describe_environment
-from fedlora.errors import ConfigError, RunDirError, nearest
+from fedlora.errors import ConfigError, RunDirError, nearest_file
 from fedlora.files import locked, sync_folder, write_atomically
 from fedlora.progress import NoProgress, PlainProgress, Progress
 from fedlora.state_io import (
@@ -113,7 +113,7 @@ class RunDir:
         path = Path(path)
         if not (path / "config.toml").is_file():
             others = [str(found.parent) for found in path.parent.glob("*/config.toml")]
-            raise RunDirError(f"there is no run in {str(path)!r}; {nearest(str(path), others)}")
+            raise RunDirError(f"there is no run in {str(path)!r}; {nearest_file(path, others)}")
         written = load_config(path / "config.toml")
         if config is not None:
             changed = [key for key in different_keys(written, config) if key.split(".")[0] not in MAY_DIFFER]

@@ -13,7 +13,7 @@ from fedlora.config._base import OPEN_TABLES, Section
 from fedlora.config._federation import ProfileConfig
 from fedlora.config._privacy import UNITS, unit_of
 from fedlora.config._run import RunConfig
-from fedlora.errors import ConfigError, nearest
+from fedlora.errors import ConfigError, nearest, nearest_file
 from fedlora.registry import first_problem
 
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
@@ -37,9 +37,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except FileNotFoundError:
         others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         others += [other.stem for folder in SHIPPED for other in folder.glob("*.toml") if not path.suffix]
-        raise ConfigError(f"there is no config file {str(path)!r}; {nearest(str(path), others)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from None
+        raise ConfigError(f"there is no config file {str(path)!r}; {nearest_file(path, others)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: it is not UTF-8 text; convert it") from None
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror or error}") from None
     return parse_config(text, overrides, source=str(path), name=path.stem)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedlora.assets import ASSETS, Checkpoint
 from fedlora.config import DataConfig, OpenTable, RunConfig
-from fedlora.data._sources import limited, read_file, read_source, select, source_files
+from fedlora.data._sources import limited, read_file, read_source, require_one_kind, select, source_files
 from fedlora.data._split import describe_split, split_test
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.partition import Partition, PartitionInput, load_partitioner
@@ -136,6 +136,8 @@ def load_local(config: RunConfig, path: str | Path) -> Examples:
     keep = (domain,) if domain is not None and domain in table.columns else ()
     columns = _task_columns(task, config.data)
     table = limited(select(table, (*columns.values(), *keep), repr(str(path))), config.data.limit, config.seed)
+    for name in keep:
+        require_one_kind(table.columns[name], name)
     return task.prepare(Table(table.columns, names), Checkpoint.of(config.model), columns, keep=keep)
 
 
@@ -172,11 +174,15 @@ def _prepared(key: _Key) -> tuple[Examples, int | None]:
         select(source, (*columns.values(), *key.keep), f"data.source {data.source!r}"), data.limit, key.limit_seed
     )
     begin = None
+    domain = column_roles(data).get("domain")
+    for name in key.keep:
+        require_one_kind(table.columns[name], name)
     if test is not None:
         begin = len(table)
-        domain = column_roles(data).get("domain")
         needed = (*columns.values(), *(name for name in key.keep if name == domain))
         test = limited(select(test, needed, f"data.test {data.test!r}"), data.limit, key.limit_seed)
+        if domain is not None:
+            require_one_kind([*table.columns[domain], *test.columns[domain]], domain)
         # Groups and clients are a matter of the training source, whose columns a test file need not have.
         blank = [""] * len(test)
         both = {name: [*values, *test.columns.get(name, blank)] for name, values in table.columns.items()}

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 
 from fedlora.assets import ASSETS, resolve_corpus
 from fedlora.config import DataConfig
-from fedlora.errors import ConfigError, DataError, closest, nearest
+from fedlora.errors import ConfigError, DataError, closest, looks_like_path, nearest, nearest_file
 from fedlora.rng import derive
+from fedlora.sanitize import clean_text
 from fedlora.tasks import Table
+from fedlora.tasks._text import require_encodable
 
 
 def source_files(data: DataConfig) -> tuple[Path | None, Path | None]:
@@ -66,8 +69,10 @@ def read_file(path: Path) -> Table:
         columns = READERS[file.suffix.lower()](file)
     except UnicodeDecodeError:
         raise DataError(f"{str(file)!r} is not UTF-8 text; convert it") from None
-    except (OSError, ValueError, csv.Error) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+    except OSError as error:
+        raise DataError(f"{str(file)!r} cannot be read: {error.strerror or clean_text(error, 200)}") from None
+    except (ValueError, RecursionError, csv.Error, _arrow_error()) as error:
+        first = clean_text(next(iter(str(error).splitlines()), type(error).__name__), 200)
         raise DataError(f"{str(file)!r} cannot be read as {file.suffix.lower()}: {first}") from None
     table = Table(columns)
     if len(table) == 0:
@@ -87,11 +92,41 @@ def select(table: Table, names: Sequence[str], where: str) -> Table:
             raise DataError(f"{where} has no column {name!r}; {_cure(name, table.columns)}")
         columns[name] = list(table.columns[name])
         for row, value in enumerate(columns[name]):
-            if value is None or value != value or (isinstance(value, str) and not value.strip()):
+            if value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
                 raise DataError(
                     f"{where}: row {row} (from 0) has nothing in column {name!r}; remove the row or fill it in"
                 )
     return Table(columns, table.label_names)
+
+
+def require_one_kind(values: Sequence[Any], name: str) -> None:
+    """Refuse a column of domains, groups or clients whose values are not of one kind: 1 and "1" would be joined.
+
+    Raises:
+        DataError: values are of several kinds, or of one that names nobody (a list, a table).
+    """
+    kinds: dict[type, int] = {}
+    for row, value in enumerate(values):
+        kinds.setdefault(type(value), row)
+    for kind, row in kinds.items():
+        if not issubclass(kind, str | int | float | date | np.generic):
+            raise DataError(
+                f"row {row}, column {name!r}: {clean_text(repr(values[row]), 80)} is no name of a domain, group or "
+                "client; give text or numbers"
+            )
+    if len(kinds) > 1:
+        (one, first), (other, second) = list(kinds.items())[:2]
+        raise DataError(
+            f"column {name!r} holds {one.__name__} in row {first} and {other.__name__} in row {second}, and {'1'!r} is "
+            "not 1: write all of its values in one way"
+        )
+    for row, value in enumerate(values):
+        if isinstance(value, str):
+            require_encodable(value, row, name)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
 def limited(table: Table, limit: int | None, seed: int) -> Table:
@@ -105,14 +140,17 @@ def limited(table: Table, limit: int | None, seed: int) -> Table:
 def _local_file(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.suffix.lower() in READERS:
+        if path.is_dir():
+            raise DataError(f"{name!r} is a folder, not a data file; name a file in it, or rename the folder")
         if not path.is_file():
             beside = path.parent.glob("*") if path.parent.is_dir() else ()
             others = [str(other) for other in beside if other.suffix.lower() in READERS]
-            cure = nearest(str(path), others) if others else "check data.source and data.test"
-            raise DataError(f"there is no data file {name!r}; {cure}")
+            raise DataError(f"there is no data file {name!r}; {nearest_file(path, others)}")
         return path
     if path.is_file():
         raise DataError(f"{name!r} is of a kind that cannot be read; convert it to one of {', '.join(sorted(READERS))}")
+    if looks_like_path(name) and not path.is_dir():
+        raise DataError(f"there is no file or folder {name!r}; check data.source and data.test")
     return None
 
 
@@ -132,7 +170,10 @@ def _hub(data: DataConfig, split: str) -> Table:
     names = tuple(label.names) if isinstance(label, datasets.ClassLabel) else ()
     if len(loaded) == 0:
         raise DataError(f"split {split!r} of {data.source!r} holds no examples")
-    return Table({name: loaded[name] for name in loaded.column_names}, names)
+    columns = {name: loaded[name] for name in loaded.column_names}
+    if names:  # by name, since a name may be a number too; -1 stands for no label
+        columns[data.label] = [None if k is None or k < 0 else names[k] for k in columns[data.label]]
+    return Table(columns, names)
 
 
 def _delimited(delimiter: str) -> Callable[[Path], dict[str, list[Any]]]:
@@ -141,28 +182,61 @@ def _delimited(delimiter: str) -> Callable[[Path], dict[str, list[Any]]]:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, delimiter=delimiter, strict=True)
-            header = next(lines, [])
-            if len(set(header)) != len(header):
-                raise ValueError("two columns have the same name")
-            rows = []
-            for line in lines:
-                if not line:
-                    continue
-                if len(line) != len(header):
-                    raise ValueError(f"line {lines.line_num} has {len(line)} fields, the first line {len(header)}")
-                rows.append(line)
+            rows: list[list[str]] = []
+            header: list[str] = []
+            try:
+                header = next(lines, [])
+                _check_header(header, delimiter)
+                for line in lines:
+                    if not line:
+                        continue
+                    if len(line) != len(header):
+                        raise ValueError(f"line {lines.line_num} has {len(line)} fields, the first line {len(header)}")
+                    rows.append(line)
+            except csv.Error as error:  # says what, and not where
+                raise ValueError(f"line {lines.line_num}: {error}") from None
         return {name: [row[place] for row in rows] for place, name in enumerate(header)}
 
     return read
 
 
+def _check_header(header: Sequence[str], delimiter: str) -> None:
+    if len(set(header)) != len(header):
+        twice = next(name for place, name in enumerate(header) if name in header[:place])
+        raise ValueError(f"two columns have the same name, {twice!r}")
+    others = {",": "a comma", ";": "';'", "\t": "a tab", "|": "'|'"}
+    if len(header) == 1 and (found := next((mark for mark in others if mark in header[0]), None)):
+        raise ValueError(
+            f"its columns are parted by {others[found]}, and those of this kind of file by {others[delimiter]}: "
+            "convert it (.csv has commas, .tsv has tabs)"
+        )
+
+
 def _json_lines(path: Path) -> dict[str, list[Any]]:
+    rows: list[Any] = []
     with path.open(encoding="utf-8-sig") as file:
-        return _transposed([json.loads(line) for line in file if line.strip()])
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(_parsed(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if number == 1 and isinstance(rows[0], list):
+                raise ValueError("it is a list, not one object a line: rename it to .json")
+    return _transposed(rows)
 
 
 def _json(path: Path) -> dict[str, list[Any]]:
-    tree = json.loads(path.read_text(encoding="utf-8-sig"))
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        tree = _parsed(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise ValueError(f"another value begins in line {error.lineno}: one object a line is .jsonl") from None
+        raise
     if isinstance(tree, list):
         return _transposed(tree)
     if isinstance(tree, dict) and all(isinstance(values, list) for values in tree.values()):
@@ -170,6 +244,19 @@ def _json(path: Path) -> dict[str, list[Any]]:
             raise ValueError("the columns differ in length")
         return tree
     raise ValueError("it is neither a list of objects nor an object of columns")
+
+
+def _parsed(text: str) -> Any:
+    """A JSON value; a key that stands twice in an object, of which only the last would count, is refused."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
 
 
 def _transposed(rows: Sequence[Any]) -> dict[str, list[Any]]:
@@ -183,8 +270,17 @@ def _transposed(rows: Sequence[Any]) -> dict[str, list[Any]]:
 def _parquet(path: Path) -> dict[str, list[Any]]:
     import pyarrow.parquet
 
+    names = pyarrow.parquet.read_schema(path).names
+    if len(set(names)) != len(names):
+        raise ValueError("two columns have the same name")
     columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
     return columns
+
+
+def _arrow_error() -> type[Exception]:
+    """What pyarrow raises; a class of nobody's where it was not imported and so raised nothing."""
+    module = sys.modules.get("pyarrow")
+    return csv.Error if module is None else module.ArrowException
 
 
 READERS: Mapping[str, Callable[[Path], dict[str, list[Any]]]] = {

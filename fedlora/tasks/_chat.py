@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedlora.errors import DataError, ModelError
+from fedlora.sanitize import clean_text
+from fedlora.tasks._text import require_encodable, require_text
 
 Messages = list[dict[str, str]]
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -45,7 +47,7 @@ def read_messages(values: Sequence[Sequence[Any]], columns: Sequence[str], syste
     for row, cells in enumerate(zip(*values, strict=True)):
         if len(cells) == 2:
             messages = [
-                {"role": role, "content": _text(cell, row, column)}
+                {"role": role, "content": require_text(cell, row, column)}
                 for role, cell, column in zip(("user", "assistant"), cells, columns, strict=True)
             ]
         else:
@@ -56,13 +58,6 @@ def read_messages(values: Sequence[Sequence[Any]], columns: Sequence[str], syste
     return conversations
 
 
-def _text(value: Any, row: int, column: str) -> str:
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    shown = "missing" if value is None else "empty" if isinstance(value, str) else f"{value!r}, not a string"
-    raise DataError(f"row {row}, column {column!r}: the text is {shown}; remove the row or fill it in")
-
-
 def _messages(value: Any, row: int, column: str) -> Messages:
     where = f"row {row}, column {column!r}"
     if not isinstance(value, (list, tuple, np.ndarray)) or len(value) == 0:
@@ -71,15 +66,28 @@ def _messages(value: Any, row: int, column: str) -> Messages:
     for place, message in enumerate(value):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f'{where}: message {place} needs the strings "role" and "content"')
+        # Tables of one schema (Parquet) hold every key in every message, and None where there is nothing.
+        others = [key for key, inner in message.items() if key not in ("role", "content") and not _is_nothing(inner)]
+        if others:
+            raise DataError(
+                f'{where}: message {place} has {clean_text(str(others[0]))!r}, and only "role" and "content" are '
+                "learnt from: remove the key, or write what it holds into the content"
+            )
+        for key in ("role", "content"):
+            require_encodable(message[key], row, column)
         messages.append({"role": message["role"], "content": message["content"]})
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise DataError(f"{where}: the last message must be the assistant's, and not empty; cut or remove the row")
     return messages
 
 
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | tuple | dict | np.ndarray) and len(value) == 0)
+
+
 def encode_texts(tokenizer: Any, texts: Sequence[Any], column: str, max_length: int) -> Iterator[Encoded]:
     """Plain texts, each closed by the end token, cut to `max_length` tokens; every token counts."""
-    checked = [_text(text, row, column) for row, text in enumerate(texts)]
+    checked = [require_text(text, row, column) for row, text in enumerate(texts)]
     for start in range(0, len(checked), SLICE):
         for found in _ids(tokenizer, checked[start : start + SLICE], special=True):
             end = tokenizer.eos_token_id
@@ -97,10 +105,14 @@ def encode_conversations(
     """Conversations by the tokeniser's chat template, or `PLAIN_TEMPLATE` if it has none.
 
     Raises:
+        DataError: the template refuses a conversation; the message names the row.
         ModelError: the template renders a conversation's beginning differently once it goes on.
     """
     for start in range(0, len(conversations), SLICE):
-        rendered = [pieces(tokenizer, messages, train_on) for messages in conversations[start : start + SLICE]]
+        rendered = [
+            _pieces_of_row(tokenizer, messages, train_on, row)
+            for row, messages in enumerate(conversations[start : start + SLICE], start)
+        ]
         tokens = iter(_ids(tokenizer, [text for parts in rendered for text, _ in parts], special=False))
         for parts in rendered:
             encoded = [(next(tokens), counts) for _, counts in parts]
@@ -108,6 +120,31 @@ def encode_conversations(
             counts = np.repeat([flag for _, flag in encoded], [len(part) for part, _ in encoded])
             answer = sum(len(part) for part, _ in encoded[:-1])
             yield _cut(ids, counts | (train_on == "all"), answer, max_length)
+
+
+def _pieces_of_row(
+    tokenizer: Any, messages: Messages, train_on: Literal["answer", "answers", "all"], row: int
+) -> list[tuple[str, bool]]:
+    """`pieces`; what a template raises (by `raise_exception`, or since it meets what it does not expect) names the row.
+
+    The templates are programs of their authors, so any exception is possible.
+    """
+    if train_on == "answers" and messages[0]["role"] == "assistant":
+        raise DataError(
+            f"row {row}: the conversation begins with the assistant, whose first message answers nobody: set "
+            "task.train_on = 'answer', or remove that message"
+        )
+    try:
+        return pieces(tokenizer, messages, train_on)
+    except ModelError:
+        raise
+    except Exception as error:
+        roles = clean_text(", ".join(message["role"] for message in messages[:6]), 80)
+        raise DataError(
+            f"row {row}: the model's chat template refuses this conversation (roles: {roles}): "
+            f"{clean_text(error, 150) or type(error).__name__}; change the row, task.system, or the chat template in "
+            "the model's folder"
+        ) from error
 
 
 def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:

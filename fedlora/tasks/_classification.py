@@ -5,8 +5,12 @@ Shapes: b = examples in a batch, c = classes.
 
 from __future__ import annotations
 
+import math
+import re
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedlora.errors import ConfigError, DataError, nearest
+from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.tasks._text import require_encodable
 
 
 class Classification(Task):
@@ -78,7 +84,7 @@ def class_names(values: Sequence[Any], column: str, known: Sequence[str] = ()) -
     Labels that all look like whole numbers are sorted as numbers: "2" comes before "10".
 
     Raises:
-        DataError: a label is missing, or there are fewer than two classes.
+        DataError: a label is missing, two labels are one in two spellings, or there are fewer than two classes.
         ConfigError: a known name occurs twice.
     """
     if known:
@@ -86,8 +92,8 @@ def class_names(values: Sequence[Any], column: str, known: Sequence[str] = ()) -
             raise ConfigError(f"task.labels names a class twice: {', '.join(known)}; give each once")
         names = tuple(known)
     else:
-        found = {_label(value, row, column) for row, value in enumerate(values)}
-        numeric = all(name.lstrip("-").isdecimal() for name in found)
+        found = _spellings(values, column)
+        numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in found)
         names = tuple(sorted(found, key=int if numeric else str))
     if len(names) < 2:
         raise DataError(f"column {column!r} holds {len(names)} label(s) and a classifier needs two; check data.label")
@@ -97,30 +103,82 @@ def class_names(values: Sequence[Any], column: str, known: Sequence[str] = ()) -
 def class_ids(values: Sequence[Any], column: str, names: Sequence[str]) -> np.ndarray:
     """The class of each example, int64 [n]: its label's place in `names`.
 
-    A label that is no name but a whole number below the number of names is taken as that place.
+    Where no name is a number, labels may also be the places themselves, from 0; not both ways in one column.
 
     Raises:
         DataError: a label is missing or is no class.
     """
     places = {name: place for place, name in enumerate(names)}
-    numbers = {str(place): place for place in range(len(names))} | places
+    found = _spellings(values, column, names)
+    if not any(map(_number, names)) and not places.keys() & found:
+        places = {str(place): place for place in range(len(names))}
     ids = np.empty(len(values), dtype=np.int64)
     for row, value in enumerate(values):
-        label = _label(value, row, column)
-        if label not in numbers:
-            raise DataError(f"row {row}, column {column!r}: {label!r} is no class; {nearest(label, names)}")
-        ids[row] = numbers[label]
+        label, _ = _label(value, row, column)
+        if label not in places:
+            raise DataError(
+                f"row {row}, column {column!r}: {_shown(label)} is no class; {_nearest_class(label, names)}"
+            )
+        ids[row] = places[label]
     return ids
 
 
-def _label(value: Any, row: int, column: str) -> str:
+def _spellings(values: Sequence[Any], column: str, known: Sequence[str] = ()) -> set[str]:
+    """The labels of a column as text.
+
+    Raises:
+        DataError: two of them are the same to a reader and not to a program: "1" and "1.0", 1 and "1", "yes" and
+            "yes ", or the same letters in two Unicode forms. Neither is joined with the other nor made a class of its
+            own without a word; names that were given in the config are taken at their word.
+    """
+    first: dict[tuple[str, str], int] = {}  # as text, kind of value -> row
+    for row, value in enumerate(values):
+        first.setdefault(_label(value, row, column), row)
+    seen: dict[str, tuple[str, str]] = {}
+    for (label, kind), row in first.items():
+        if kind == "text" and label in known:
+            continue
+        alike = seen.setdefault(_plain(label), (label, kind))
+        if alike != (label, kind):
+            one, other = (f"{_shown(text)} ({what})" for text, what in (alike, (label, kind)))
+            raise DataError(
+                f"column {column!r} has the labels {one} in row {first[alike]} and {other} in row {row}: write a class "
+                "in one way, or name the classes in task.labels"
+            )
+    return {label for label, _ in first}
+
+
+def _label(value: Any, row: int, column: str) -> tuple[str, str]:
+    """A label as text, exactly as it is written, and what kind of value it was."""
     if isinstance(value, (bool, np.bool_)):
-        return str(int(value))
+        return str(int(value)), "true or false"
     if isinstance(value, (int, np.integer)):
-        return str(int(value))
+        return str(int(value)), "a whole number"
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))
+        return str(int(value)), "a number with a point"
     if isinstance(value, str) and value.strip():
-        return value.strip()
-    shown = "missing" if value is None or value != value or isinstance(value, str) else f"{value!r}, not a class"
+        return require_encodable(value, row, column), "text"
+    missing = value is None or value is np.nan or (isinstance(value, float) and math.isnan(value))
+    shown = "missing" if missing or isinstance(value, str) else f"{_shown(value)}, not a class"
     raise DataError(f"row {row}, column {column!r}: the label is {shown}; remove the row or fill it in")
+
+
+def _number(text: str) -> Decimal | None:
+    """What a label says if it is a number, in whatever spelling: 1, 01, 1.0, 1e0."""
+    plain = text.strip()
+    return Decimal(plain) if re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,4})?", plain) else None
+
+
+def _plain(label: str) -> str:
+    """What a reader takes a label for."""
+    number = _number(label)
+    return str(number.normalize() + 0) if number is not None else unicodedata.normalize("NFKC", label).strip()
+
+
+def _nearest_class(label: str, names: Sequence[str]) -> str:
+    alike = [name for name in names if _plain(name) == _plain(label)]
+    return f"did you mean {_shown(alike[0])}, which is written in another way?" if alike else nearest(label, names)
+
+
+def _shown(value: Any) -> str:
+    return clean_text(ascii(value) if isinstance(value, str) and value != clean_text(value) else repr(value), 80)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import DataError, ModelError
+from fedlora.sanitize import clean_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +126,36 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
+def require_text(value: Any, row: int, column: str) -> str:
+    """A cell that holds text, as it is: blanks at its beginning and end are data (the indentation of code).
+
+    Raises:
+        DataError: it is no string, holds nothing but blanks, or cannot be encoded; the message names row and column.
+    """
+    if isinstance(value, str) and value.strip():
+        return require_encodable(value, row, column)
+    empty = isinstance(value, str)
+    shown = "missing" if value is None else "empty" if empty else f"{clean_text(repr(value), 80)}, not a string"
+    raise DataError(f"row {row}, column {column!r}: the text is {shown}; remove the row or fill it in")
+
+
+def require_encodable(text: str, row: int, column: str) -> str:
+    r"""The text, unless half a character stands in it: a lone surrogate, as in the JSON string "\ud83d".
+
+    Raises:
+        DataError: so it is; no tokenizer and no file takes such a text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise DataError(
+            f"row {row}, column {column!r}: character {error.start} is half a character (the lone surrogate {half}), "
+            "as of an emoji that was cut in two: remove or replace it"
+        ) from None
+    return text
+
+
 def encode(model: str | Path | Checkpoint, texts: Sequence[Any], column: str, max_length: int) -> Tokens:
     """Token ids of texts with the model's special tokens, cut to `max_length` tokens.
 
@@ -135,12 +166,10 @@ def encode(model: str | Path | Checkpoint, texts: Sequence[Any], column: str, ma
         max_length: in tokens, special tokens included.
 
     Raises:
-        DataError: a text is missing or empty.
+        DataError: a text is missing, empty or no Unicode.
     """
     for row, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            shown = "missing" if text is None else "empty" if isinstance(text, str) else f"{text!r}, not a string"
-            raise DataError(f"row {row}, column {column!r}: the text is {shown}; remove the row or fill it in")
+        require_text(text, row, column)
     tokenizer = load_tokenizer(model)
     # Without padding and masks the tokeniser's own lists are all that is built; in slices, to bound their memory.
     rows: list[list[int]] = []

@@ -16,10 +16,12 @@ from typing import Any, ClassVar, overload
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError, ModelError
+from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, tasks
 from fedlora.tasks._classification import Classification, class_ids, class_names
 
@@ -163,23 +165,30 @@ def _processor(checkpoint: Checkpoint) -> tuple[Any, int, int]:
 def _process(processor: Any, pictures: Sequence[Any], column: str, channels: int) -> Pixels:
     def run(start: int, end: int, **options: bool) -> np.ndarray:
         given = [read_picture(pictures[row], row, column, channels) for row in range(start, end)]
-        found = processor(given, input_data_format="channels_last", return_tensors="np", **options)["pixel_values"]
-        return np.asarray(found)
+        try:
+            found = processor(given, input_data_format="channels_last", return_tensors="np", **options)["pixel_values"]
+            return np.asarray(found)
+        except (ValueError, TypeError, IndexError, ZeroDivisionError, OverflowError) as error:
+            if end - start > 1:  # find the one that is refused
+                return np.concatenate([run(row, row + 1, **options) for row in range(start, end)])
+            raise DataError(
+                f"row {start}, column {column!r}: the model's image processor refuses the picture: "
+                f"{_first_line(error)}; remove or convert it"
+            ) from None
 
+    # Resized only, pictures stay at eight bits; the rest is a scale and a shift, if this processor does no more.
+    plain = {"do_rescale": False, "do_normalize": False}
+    scale, shift = _normalisation(processor, channels)
+    first = Pixels(run(0, 1, **plain), scale, shift)
+    if first.values.dtype != np.uint8 or not np.allclose(first[0], run(0, 1)[0], atol=1e-5):
+        plain, scale, shift = {}, np.ones(channels, np.float32), np.zeros(channels, np.float32)
     try:
-        # Resized only, pictures stay at eight bits; the rest is a scale and a shift, if this processor does no more.
-        plain = {"do_rescale": False, "do_normalize": False}
-        scale, shift = _normalisation(processor, channels)
-        first = Pixels(run(0, 1, **plain), scale, shift)
-        if first.values.dtype != np.uint8 or not np.allclose(first[0], run(0, 1)[0], atol=1e-5):
-            plain, scale, shift = {}, np.ones(channels, np.float32), np.zeros(channels, np.float32)
         parts = [run(at, min(at + SLICE, len(pictures)), **plain) for at in range(0, len(pictures), SLICE)]
         return Pixels(np.concatenate(parts), scale, shift)
-    except (ValueError, TypeError, IndexError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+    except ValueError:
         raise DataError(
-            f"column {column!r}: the model's image processor refuses the pictures: {line[:150]}; give pictures of one "
-            "size, or a processor that resizes"
+            f"column {column!r}: the model's image processor leaves the pictures in different sizes: give pictures of "
+            "one size, or a processor that resizes"
         ) from None
 
 
@@ -196,7 +205,8 @@ def read_picture(value: Any, row: int, column: str, channels: int) -> np.ndarray
     """One picture at eight bits, uint8 [h, w, c].
 
     Args:
-        value: a path, a PIL image, an array, nested lists, or a mapping with "bytes" as the hub stores pictures.
+        value: a path, a PIL image, an array, nested lists, or a mapping with "bytes" or "path" as the hub stores
+            pictures.
         row: for messages.
         column: for messages.
         channels: 1 for grey, 3 for colour, whatever the picture has.
@@ -204,26 +214,66 @@ def read_picture(value: Any, row: int, column: str, channels: int) -> np.ndarray
     Raises:
         DataError: it is no picture.
     """
-    from PIL import Image, UnidentifiedImageError
-
     where = f"row {row}, column {column!r}"
-    if isinstance(value, Mapping):
-        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
-    if isinstance(value, (str, Path, io.BytesIO)):
-        try:
-            with Image.open(value) as opened:
-                opened.load()
-                picture: Any = opened.copy()
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{where}: no picture can be read: {error}; check the path") from None
-    elif isinstance(value, Image.Image):
-        picture = value
+    if isinstance(value, Mapping) and not (value.get("bytes") or value.get("path")):
+        raise DataError(f"{where}: it has neither bytes nor a path; remove the row")
+    if isinstance(value, str | Path | Mapping | Image.Image):
+        picture = _opened(value, where)
     else:
         picture = Image.fromarray(_eight_bits(value, where))
     if channels not in (1, 3):
         raise ModelError(f"the model wants pictures of {channels} channels, and only 1 and 3 are known here")
+    if picture.mode in DEEP_MODES:
+        picture = Image.fromarray(_from_deep(np.asarray(picture), where))
     found = np.asarray(picture.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
     return found.reshape(*found.shape[:2], channels)
+
+
+DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+"""Pillow's modes of more than eight bits a pixel, all grey. Its own conversion clips them at 255, so that a picture
+of 16 bits (X-rays, depth) turns white."""
+
+
+def _opened(value: str | Path | Mapping[str, Any] | Image.Image, where: str) -> Image.Image:
+    """A stored picture as `datasets` gives it: turned as its EXIF orientation says, the first frame of an animation.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    name = value.get("path") if isinstance(value, Mapping) else value if isinstance(value, str | Path) else None
+    try:
+        if isinstance(value, Image.Image):
+            value.load()
+            return ImageOps.exif_transpose(value)
+        content: Any = value
+        if isinstance(value, Mapping):
+            content = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
+        with Image.open(content) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers of damaged files raise whatever they stumble over
+        named = "" if name is None else f" {clean_text(repr(str(name)), 200)}"
+        raise DataError(
+            f"{where}: the picture{named} cannot be read: {_first_line(error)}; check the path and the file"
+        ) from None
+
+
+def _from_deep(array: np.ndarray, where: str) -> np.ndarray:
+    """Grey values of 16 bits, or real numbers from 0 to 1, as uint8 [h, w]."""
+    if array.dtype.kind == "f":
+        return _eight_bits(array, where)
+    if array.min() < 0 or array.max() > 65535:
+        raise DataError(
+            f"{where}: its values go from {array.min()} to {array.max()}, and those of a grey picture must from 0 to "
+            "65535: convert it to 8 or 16 bits"
+        )
+    return np.rint(array / 257).astype(np.uint8)
+
+
+def _first_line(error: Exception) -> str:
+    return clean_text(next(iter(str(error).splitlines()), "") or type(error).__name__, 150)
 
 
 def _eight_bits(value: Any, where: str) -> np.ndarray:
