@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedlora.config import RunConfig
+
+activity = logging.getLogger("fedlora.activity")
+"""What is being done right now, in a few words, for whoever watches: `activity.info("loading %s", name)`.
+
+It is off unless a `Terminal`, or an application, listens; a message may come many times a second.
+"""
+activity.propagate = False
+
+
+class Watcher(logging.Handler):
+    """While it is entered, each message of `activity` goes to a function.
+
+    Args:
+        tell: is given the text.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def __enter__(self) -> Watcher:
+        self._level = activity.level
+        activity.setLevel(logging.INFO)
+        activity.addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        activity.removeHandler(self)
+        activity.setLevel(self._level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand the text on."""
+        self._tell(record.getMessage())
 
 
 class Progress(Protocol):

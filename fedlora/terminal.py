@@ -5,6 +5,7 @@ Where standard output is no terminal, the same lines come without the moving par
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from fedlora.progress import (
     Columns,
+    Watcher,
     beside_accuracy,
     format_bytes,
     format_metric,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from fedlora.config import RunConfig
 
 WAITING, DONE, LEFT_OUT = "·", "●", "✗"
+SILENCE_S = 10.0
+"""Where nothing moves on the screen, a line says after so many seconds what is being done."""
 MOST_MARKS = 100
 """Above this many clients they are counted instead of drawn."""
 
@@ -42,11 +46,16 @@ class Terminal:
     Args:
         console: where to write.
         quiet: show nothing but the table at the end.
+        silence_s: where there is no moving part, the longest time without a line.
     """
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    def __init__(self, console: Console, *, quiet: bool = False, silence_s: float = SILENCE_S) -> None:
         self._console = console
         self._quiet = quiet
+        self._silence_s = silence_s
+        self._watcher = Watcher(self.doing)
+        self._ended = threading.Event()
+        self._said = time.monotonic()
         self._columns: Columns | None = None
         self._rounds = 0
         self._round = 0
@@ -57,7 +66,12 @@ class Terminal:
         self._live: Live | None = None
 
     def __enter__(self) -> Terminal:
-        if self._console.is_terminal and not self._quiet:
+        if self._quiet:
+            return self
+        self._watcher.__enter__()
+        if not self._console.is_terminal:
+            threading.Thread(target=self._break_silence, daemon=True).start()
+        else:
             self._live = Live(
                 get_renderable=self._now, console=self._console, refresh_per_second=4, transient=True, auto_refresh=True
             )
@@ -67,14 +81,22 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        if not self._quiet:
+            self._watcher.__exit__()
         if self._live is not None:
             self._live.stop()
             self._live = None
 
+    def _break_silence(self) -> None:
+        while not self._ended.wait(self._silence_s / 20):
+            if time.monotonic() - self._said >= 0.95 * self._silence_s:
+                self._print(Text(self._status(), style="dim"))
+
     # ------------------------------------------------------------------------------------------ Progress
 
     def doing(self, text: str) -> None:
-        """Say what is being done until the next call, where there is a moving part."""
+        """Say what is being done until the next call."""
         self._doing = text
 
     def started(self, config: RunConfig, clients: int, rounds: int) -> None:
@@ -115,11 +137,22 @@ class Terminal:
 
     def _print(self, what: RenderableType) -> None:
         if not self._quiet:
+            self._said = time.monotonic()
             self._console.print(what, highlight=False, soft_wrap=not self._console.is_terminal)
+
+    def _status(self) -> str:
+        """What is going on, in one line."""
+        if not self._rounds or self._round == 0:
+            spent = format_seconds(time.monotonic() - self._begin)
+            return f"{self._doing or 'loading'} ({spent} so far)"
+        answered = sum(mark == DONE for mark in self._marks.values())
+        words = f"round {self._round} of {self._rounds}: {answered} of {len(self._marks)} clients answered"
+        spent = format_seconds(time.monotonic() - self._round_begin)
+        return f"{words}; {self._doing} ({spent} so far)" if self._doing else f"{words} ({spent} so far)"
 
     def _now(self) -> RenderableType:
         if not self._rounds or self._round == 0:
-            return Text(f"{self._doing or 'loading'} ...", style="dim")
+            return Text(self._status(), style="dim")
         width = self._console.width
         done = sum(mark != WAITING for mark in self._marks.values()) / max(1, len(self._marks))
         through = (self._round - 1 + 0.95 * done) / self._rounds

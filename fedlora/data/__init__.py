@@ -19,6 +19,7 @@ from fedlora.data._sources import limited, read_file, read_source, require_one_k
 from fedlora.data._split import describe_split, split_test
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.partition import Partition, PartitionInput, load_partitioner
+from fedlora.progress import activity
 from fedlora.rng import derive
 from fedlora.tasks import Examples, Table, Task, load_task
 
@@ -187,6 +188,7 @@ def _prepared(key: _Key) -> tuple[Examples, int | None]:
         blank = [""] * len(test)
         both = {name: [*values, *test.columns.get(name, blank)] for name, values in table.columns.items()}
         table = Table(both, table.label_names)
+    activity.info("tokenising %d examples", len(table))
     # In one go, so that both have the same classes.
     return task.prepare(table, key.model, columns, keep=key.keep), begin
 

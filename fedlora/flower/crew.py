@@ -21,10 +21,10 @@ from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.errors import CrewError, in_words
 from fedlora.flower.books import Round
 from fedlora.flower.meeting import Node
-from fedlora.flower.share import Asked, AskThese, Begin, Failed, GiveSums, Stand, serve
+from fedlora.flower.share import Asked, AskThese, Begin, Doing, Failed, GiveSums, Stand, serve
 from fedlora.flower.sums import Sums
 from fedlora.processes import Child, Helper, listen
-from fedlora.progress import Progress
+from fedlora.progress import Progress, activity
 
 AHEAD = 2
 """Waves that are under way at once: one that trains, and one that waits for it to be done."""
@@ -128,7 +128,8 @@ class Crew:
 
     def _answer(self, member: _Member) -> Any:
         """The next answer of a process, in the order in which it was asked."""
-        answer = member.answers.get()
+        while isinstance(answer := member.answers.get(), Doing):
+            activity.info("%s", answer.text)
         if answer is None or isinstance(answer, Failed | Exception):
             raise self._ended(member, answer)
         member.owed -= 1

@@ -6,6 +6,7 @@ is over; for any other it hands over each update.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,7 +28,7 @@ from fedlora.flower.meeting import Node
 from fedlora.flower.settings import config_of
 from fedlora.flower.sums import RunningSums, Sums, sums_suffice
 from fedlora.processes import Channel, listen
-from fedlora.progress import NoProgress
+from fedlora.progress import NoProgress, Watcher
 from fedlora.training.central import load_rule
 from fedlora.training.workbench import open_workbench
 
@@ -96,6 +97,13 @@ class Asked:
 
 
 @dataclass
+class Doing:
+    """What the process is doing, for whoever watches the run."""
+
+    text: str
+
+
+@dataclass
 class Failed:
     """The process cannot go on."""
 
@@ -105,12 +113,21 @@ class Failed:
 def serve(pipe: Channel) -> None:
     """Do what comes through the pipe, in its order, until nobody is at its other end."""
     jobs = listen(pipe)  # a server that waits for room in the pipe would not read the answers
+    last = 0.0
+
+    def tell(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > 1:
+            last = time.monotonic()
+            pipe.tell(Doing(text))
+
     try:
         share = Share(_next(jobs))
-        while (job := _next(jobs)) is not None:
-            answer = share.do(job)
-            if answer is not None:
-                pipe.tell(answer)
+        with Watcher(tell):
+            while (job := _next(jobs)) is not None:
+                answer = share.do(job)
+                if answer is not None:
+                    pipe.tell(answer)
     except Exception as error:
         pipe.tell(Failed(in_words(error)))
         if not isinstance(error, FedloraError):

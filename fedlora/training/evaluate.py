@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedlora.errors import DataError, nearest
+from fedlora.progress import activity
 from fedlora.tasks._base import Examples, Task
 from fedlora.training.job import to_device
 
@@ -81,8 +82,11 @@ def evaluate(
     budget = batch_tokens or (CPU_TOKENS if base.device.type == "cpu" else DEVICE_TOKENS)
     measures: dict[str, np.ndarray] = {}
     base.train_mode(False)
+    done = 0
     with torch.inference_mode():
         for places in length_batches(np.asarray(examples.lengths)[chosen], budget):
+            activity.info("evaluating: %d of %d test examples", done, len(chosen))
+            done += len(places)
             batch = to_device(task.collate(examples, chosen[places]), base.device)
             for name, values in task.measure(base.model, batch).items():
                 found = values.detach().to("cpu", torch.float64).numpy()

@@ -14,6 +14,7 @@ from fedlora.errors import ModelError
 from fedlora.model import Base
 from fedlora.model.device import free_bytes
 from fedlora.model.prefix import Prefix, UnfitError, lower_kinds, open_prefix
+from fedlora.progress import activity
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.evaluate import length_batches
 from fedlora.training.job import to_device
@@ -119,7 +120,10 @@ def prepare(base: Base, task: Task, examples: Examples, rows: np.ndarray) -> Non
     if base.prefix is None or not len(rows):
         return
     chosen = np.unique(rows)
+    done = 0
     for places in length_batches(np.asarray(examples.lengths)[chosen], AT_ONCE):
+        activity.info("computing the frozen layers once: %d of %d examples", done, len(chosen))
+        done += len(places)
         try:
             batch = task.collate(examples, chosen[places])
         except Exception:  # whoever owns the broken example will meet it in its own batch, and the others will not

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedlora.config import TrainConfig
 from fedlora.errors import TrainingError
 from fedlora.model import Base, seeded
+from fedlora.progress import activity
 from fedlora.rng import derive
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.dropout import Part, RowsError, Stream, Streams, Watch, drops_out
@@ -181,6 +182,12 @@ class Loop(ABC):
                 self._next_batch(client)
             while active := [client for client in clients if client.outcome is None]:
                 waiting = [self._waiting(client) for client in active]
+                activity.info(
+                    "training: %d of %d steps of %d clients",
+                    sum(client.done for client in clients),
+                    sum(client.steps for client in clients),
+                    len(clients),
+                )
                 self._joint([active[place] for place in choose(waiting, self._budget)])
 
     # ------------------------------------------------------------------------------------------ one step

@@ -12,6 +12,7 @@ from fedlora.attention import AttentionReport, choose_attention
 from fedlora.config import RunConfig
 from fedlora.kernels import KernelReport, accelerate
 from fedlora.model import Base, clear_cache, load_base
+from fedlora.progress import activity
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
 from fedlora.training.prefix import PrefixReport, choose_prefix
@@ -91,9 +92,12 @@ def open_workbench(config: RunConfig) -> Workbench:
             _open.clear()
             device = setup(config.runtime)
             task = load_task(config.task)
+            activity.info("reading %s", config.data.source)
             data = load_data(config)
+            activity.info("loading %s", config.model.name)
             pass_over_libraries()
             base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
+            activity.info("choosing how to compute")
             kernels = accelerate(base.model, config.runtime.kernels)
             attention = choose_attention(base.model, config.runtime.attention)
             how = (attention.mode, torch.get_num_threads())

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from fedlora.config import RunConfig
-from fedlora.progress import Columns, PlainProgress, format_bytes, format_metric, format_seconds, main_metric
+from fedlora.progress import Columns, PlainProgress, activity, format_bytes, format_metric, format_seconds, main_metric
 from fedlora.terminal import SHOWN_SAMPLES, Terminal, outcome_table, samples_table, totals
 
 
@@ -172,3 +173,30 @@ def test_samples_are_cut_short_inside_the_width(width: int) -> None:
     assert len([line for line in lines if line.startswith("prompt")]) == SHOWN_SAMPLES
     assert "end" in file.getvalue()  # of the prompt, which is what is answered
     assert "[bold]start" in file.getvalue()  # of an answer, and as it stands
+
+
+def test_a_pipe_hears_what_is_done_before_long() -> None:
+    console, file = make_console(200)
+    with Terminal(console, silence_s=0.1) as terminal:
+        activity.info("tokenising %d examples", 1200)
+        time.sleep(0.5)
+        terminal.started(RunConfig(), 3, 2)
+        terminal.round_started(1, [0, 1, 2])
+        terminal.reply(1, 0, True, "")
+        activity.info("training: step 3 of 40")
+        time.sleep(0.5)
+    said = file.getvalue().splitlines()
+    assert sum("tokenising 1200 examples (" in line for line in said) >= 3
+    assert sum("round 1 of 2: 1 of 3 clients answered; training: step 3 of 40 (" in line for line in said) >= 3
+    activity.info("nobody listens")
+    time.sleep(0.2)
+    assert file.getvalue().splitlines() == said
+
+
+def test_what_is_done_moves_on_a_screen_and_leaves_no_line() -> None:
+    console, file = make_console(100, terminal=True)
+    with Terminal(console, silence_s=0.1):
+        activity.info("loading a model")
+        time.sleep(0.6)
+    assert "loading a model" in file.getvalue()
+    assert file.getvalue().count("\n") <= 1
