@@ -25,10 +25,12 @@ from fedlora.flower.books import Round
 from fedlora.flower.codec import Ask, PlanEncoder, frozen_tensors, payload_bytes
 from fedlora.flower.meeting import Node
 from fedlora.flower.post import Post, Sent
+from fedlora.flower.pulling import Allowed
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update
 from fedlora.model.starting import plan_for
 from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
+from fedlora.sanitize import clean_text
 from fedlora.training.job import examples_of
 from fedlora.training.private import private_settings
 from fedlora.training.workbench import Workbench
@@ -167,7 +169,8 @@ class Asker:
         return False
 
     def _send(self, ask: Ask, node: Node, content: RecordDict) -> Sent:
-        return self.mail.send(content, node.node_id, MessageType.TRAIN, str(ask.round))
+        allowed = Allowed({name: header.nbytes for name, header in ask.headers().items()})
+        return self.mail.send(content, node.node_id, MessageType.TRAIN, str(ask.round), allowed)
 
     # ------------------------------------------------------------------------------------------------ replies
 
@@ -212,7 +215,7 @@ class Asker:
         head = check_head(reply, ("update", "need", "spent"))
         if head["kind"] == "spent":
             books.spent.append(client_id)
-            raise ReplyError(str(head.get("error", "its privacy budget is spent"))[:400])
+            raise ReplyError(clean_text(head.get("error", "its privacy budget is spent")))
         return head
 
     def _accept(self, ask: Ask, valid: Valid, node: Node, encoder: PlanEncoder, books: Round) -> ClientUpdate:

@@ -23,13 +23,16 @@ from fedlora.aggregators import ClientPlan, Merge
 from fedlora.errors import ReplyError
 from fedlora.flower.wire import WIRES, Header, encode_change, from_array, header_of, to_array
 from fedlora.rng import derive
+from fedlora.sanitize import clean_text
 from fedlora.state_io import flatten_merge, unflatten_merge
 
 T = TypeVar("T")
 
 PROTOCOL = 1
-MAX_HEAD = 65_536
+MAX_HEAD = 16_384
 """Characters that the head of a reply may have."""
+MAX_ERROR = 1_000
+"""Characters of an error that a client tells; escaped they fit into a head."""
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -298,6 +301,8 @@ def encode_update(
 
 def encode_note(kind: str, **fields: Any) -> RecordDict:
     """A reply without tensors: kind "need" (frozen parts or base changes are missing), "error", "spent" or "hello"."""
+    if "error" in fields:
+        fields["error"] = clean_text(fields["error"], MAX_ERROR)
     return RecordDict({"reply": ConfigRecord({"json": json.dumps({"protocol": PROTOCOL, "kind": kind, **fields})})})
 
 

@@ -8,12 +8,13 @@ SuperNode works off its messages one at a time, in their order.)
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.errors import ReplyError
+from fedlora.flower.pulling import Allowed, pull_reply
 
 POLL_S = (0.02, 0.5)
 """Shortest and longest pause between two looks for a reply."""
@@ -27,11 +28,13 @@ class Sent:
         message_id: Flower's; None if the grid did not take it.
         node_id: whom it is for.
         at: when it was sent, on the monotonic clock.
+        allowed: what its reply may hold.
     """
 
     message_id: str | None
     node_id: int
     at: float
+    allowed: Allowed = field(default_factory=Allowed)
 
 
 class Post:
@@ -52,7 +55,9 @@ class Post:
         """The nodes that the grid holds to be there."""
         return list(self._grid.get_node_ids())
 
-    def send(self, content: RecordDict, node_id: int, kind: str, group: str = "") -> Sent:
+    def send(
+        self, content: RecordDict, node_id: int, kind: str, group: str = "", allowed: Allowed | None = None
+    ) -> Sent:
         """Hand a message to the grid.
 
         Args:
@@ -60,37 +65,40 @@ class Post:
             node_id: whom it is for.
             kind: its type, such as "train" or "query.hello".
             group: the round, for the nodes' logs.
+            allowed: what the reply may hold; None: no arrays.
         """
         message = Message(content, node_id, kind, group_id=group, ttl=self._ttl_s)
-        return Sent(next(iter(self._grid.push_messages([message])), None), node_id, time.monotonic())
+        message_id = next(iter(self._grid.push_messages([message])), None)
+        return Sent(message_id, node_id, time.monotonic(), allowed or Allowed())
 
     def ask_hello(self, node_id: int) -> Sent:
         """Ask a node who it is."""
         return self.send(self._hello, node_id, f"{MessageType.QUERY}.hello")
 
-    def look(self, sent: Sent) -> Message | None:
+    def look(self, sent: Sent, patience_s: float | None = None) -> Message | None:
         """The reply, or None if it is not there yet.
 
+        Args:
+            sent: the message.
+            patience_s: how long to wait for parts of a reply that is there in part; None: as long as for a node.
+
         Raises:
-            ReplyError: the grid did not take the message.
+            ReplyError: the grid did not take the message, or the reply cannot be read.
         """
         if sent.message_id is None:
             raise ReplyError("the grid did not take its message: it is too large, or the node is gone")
-        for reply in self._grid.pull_messages([sent.message_id]):
-            if reply.metadata.reply_to_message_id == sent.message_id:
-                return reply
-        return None
+        return pull_reply(self._grid, sent.message_id, sent.allowed, patience_s or self._patience_s)
 
     def receive(self, sent: Sent, deadline: float) -> Message | None:
         """Wait for a reply; None if it is not there at the deadline (on the monotonic clock).
 
         Raises:
-            ReplyError: the grid did not take the message, or the node lost it.
+            ReplyError: the grid did not take the message, the node lost it, or its reply cannot be read.
         """
         pause, question = POLL_S[0], None
         while True:
             answered = question is not None and self.look(question) is not None
-            reply = self.look(sent)
+            reply = self.look(sent, max(deadline - time.monotonic(), self._patience_s))
             if reply is not None:
                 self._longest_s = max(self._longest_s, time.monotonic() - sent.at)
                 return reply

@@ -23,6 +23,7 @@ from fedlora import __version__
 from fedlora.errors import ReplyError
 from fedlora.flower.codec import Ask, decode_head
 from fedlora.flower.wire import decode_change
+from fedlora.sanitize import clean_text
 
 RECORDS = {"reply": ConfigRecord, "update": ArrayRecord, "metrics": MetricRecord}
 """What the reply of a client that has trained holds."""
@@ -63,9 +64,9 @@ def check_head(reply: Message, kinds: Sequence[str] = ("update", "need")) -> dic
     head = decode_head(reply.content)
     kind = head.get("kind")
     if kind == "error":
-        raise ReplyError(_one_line(str(head.get("error", "no reason given"))))
+        raise ReplyError(clean_text(head.get("error", "")) or "no reason given")
     if kind not in kinds:
-        raise ReplyError(f"the reply is of unknown kind {str(kind)[:40]!r}")
+        raise ReplyError(f"the reply is of unknown kind {clean_text(kind, 40)!r}")
     return head
 
 
@@ -84,15 +85,16 @@ def check_hello(reply: Message | None, fingerprint: str, clients: int) -> tuple[
         raise ReplyError("it did not answer")
     head = check_head(reply, ("hello",))
     if head.get("fedlora") != __version__:
-        raise ReplyError(f"it runs fedlora {str(head.get('fedlora'))[:40]}, the server {__version__}: install the same")
+        theirs = clean_text(head.get("fedlora"), 40)
+        raise ReplyError(f"it runs fedlora {theirs}, the server {__version__}: install the same")
     if head.get("fingerprint") != fingerprint:
         raise ReplyError("its base model is not the server's (another hash): fetch the same model and revision")
     client_id = head.get("client_id")
     if type(client_id) is not int or not 0 <= client_id < clients:
-        raise ReplyError(f"it says to be client {str(client_id)[:40]}, and there are {clients}, numbered from 0")
+        raise ReplyError(f"it says to be client {clean_text(client_id, 40)}, and there are {clients}, numbered from 0")
     rank = head.get("rank")
     if rank is not None and (type(rank) is not int or not 1 <= rank <= MAX_RANK):
-        raise ReplyError(f"it asks for rank {str(rank)[:40]}: a rank is a whole number from 1 to {MAX_RANK}")
+        raise ReplyError(f"it asks for rank {clean_text(rank, 40)}: a rank is a whole number from 1 to {MAX_RANK}")
     return client_id, rank
 
 
@@ -109,18 +111,18 @@ def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
     arrays = cast("ArrayRecord", content["update"])
     if odd := set(arrays) ^ set(manifest):
         name = min(odd)
-        raise ReplyError(f"tensor {name[:80]!r} {'was not asked for' if name in arrays else 'is missing'}")
+        raise ReplyError(f"tensor {clean_text(name, 80)!r} {'was not asked for' if name in arrays else 'is missing'}")
     size = sum(len(array.data) for array in arrays.values())
     if size > (cap := sum(header.nbytes for header in manifest.values())):
         raise ReplyError(f"the reply has {size} bytes of tensors, {cap} were asked for")
     for name, header in manifest.items():
         array = arrays[name]
         if array.stype != header.stype:
-            raise ReplyError(f"tensor {name!r} is serialised as {array.stype[:40]!r}, not {header.stype!r}")
+            raise ReplyError(f"tensor {name!r} is serialised as {clean_text(array.stype, 40)!r}, not {header.stype!r}")
         if array.dtype != header.dtype:
-            raise ReplyError(f"tensor {name!r} is of type {array.dtype[:40]!r}, not {header.dtype!r}")
-        if tuple(array.shape) != header.shape:
-            raise ReplyError(f"tensor {name!r} has shape {tuple(array.shape)[:8]}, not {header.shape}")
+            raise ReplyError(f"tensor {name!r} is of type {clean_text(array.dtype, 40)!r}, not {header.dtype!r}")
+        if tuple(array.shape) != header.shape or not all(type(side) is int for side in array.shape):
+            raise ReplyError(f"tensor {name!r} has shape {clean_text(tuple(array.shape)[:8], 80)}, not {header.shape}")
         if len(array.data) != header.nbytes:
             raise ReplyError(f"tensor {name!r} has {len(array.data)} bytes, not {header.nbytes}")
     tensors = {name: decode_change(arrays[name], start) for name, start in ask.starts().items()}
@@ -129,7 +131,7 @@ def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
         raise ReplyError(f"the update's norm {norm:.4g} is above server.max_norm = {limits.max_norm:g}")
     weight, metrics = _metrics(cast("MetricRecord", content["metrics"]), limits)
     if head.get("round") != ask.round:
-        raise ReplyError(f"the reply is for round {str(head.get('round'))[:20]}, not {ask.round}")
+        raise ReplyError(f"the reply is for round {clean_text(head.get('round'), 20)}, not {ask.round}")
     if head.get("base_digest") != ask.base_digest:
         raise ReplyError("the update was trained on another version of the base")
     return Valid(tensors, weight, metrics)
@@ -149,11 +151,11 @@ def _norm(tensors: Mapping[str, Tensor]) -> float:
 def _metrics(record: MetricRecord, limits: Limits) -> tuple[int, dict[str, float]]:
     weight = record.get("num_examples")
     if not isinstance(weight, int) or isinstance(weight, bool):
-        raise ReplyError(f"num_examples must be a whole number, not {str(weight)[:40]!r}")
+        raise ReplyError(f"num_examples must be a whole number, not {clean_text(weight, 40)!r}")
     if not 1 <= weight <= limits.max_examples:
         raise ReplyError(f"num_examples {weight} is not within 1 and server.max_examples = {limits.max_examples}")
     if odd := set(record) - limits.metrics - {"num_examples"}:
-        raise ReplyError(f"metric {min(odd)[:40]!r} was not asked for")
+        raise ReplyError(f"metric {clean_text(min(odd), 40)!r} was not asked for")
     metrics: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list) or not abs(value) <= sys.float_info.max:
@@ -164,9 +166,6 @@ def _metrics(record: MetricRecord, limits: Limits) -> tuple[int, dict[str, float
 
 def error_text(reply: Message) -> str:
     """One line of a Flower error: its last line carries the exception."""
-    return f"{_one_line(reply.error.reason or '')} (Flower error code {reply.error.code})"
-
-
-def _one_line(text: str) -> str:
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return (lines[-1] if lines else "no reason given")[:400]
+    lines = [clean_text(line) for line in reply.error.reason[-20_000:].splitlines()] if reply.error.reason else []
+    said = [line for line in lines if line]
+    return f"{said[-1] if said else 'no reason given'} (Flower error code {reply.error.code})"

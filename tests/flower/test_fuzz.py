@@ -108,7 +108,7 @@ def honest(content: RecordDict, wire: str) -> bool:
         head = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    if record or len(text) > 2**16 or not isinstance(head, dict):
+    if record or len(text) > 2**14 or not isinstance(head, dict):
         return False
     arrays, metrics = content.array_records["update"], dict(content.metric_records["metrics"])
     if {key: head.get(key) for key in HEAD} != HEAD or set(arrays) != set(SHAPES):
