@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedlora.config import RunConfig
+from fedlora.sanitize import clean_text
 
 activity = logging.getLogger("fedlora.activity")
 """What is being done right now, in a few words, for whoever watches: `activity.info("loading %s", name)`.
@@ -63,6 +64,10 @@ class Progress(Protocol):
         """Anything else worth a line."""
 
 
+LONGEST_LINE = 2000
+"""Characters of one message; what is longer was not written to be read in a line."""
+
+
 class NoProgress:
     """Tells nobody."""
 
@@ -110,7 +115,7 @@ class PlainProgress:
     def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
         """A line for a reply that was not used."""
         if not ok:
-            self._write(f"round {number}: client {client_id} left out: {note}")
+            self._write(f"round {number}: client {client_id} left out: {clean_text(note)}")
 
     def round_ended(self, record: Mapping[str, Any]) -> None:
         """The round's line, under a header before the first."""
@@ -121,13 +126,13 @@ class PlainProgress:
 
     def message(self, text: str) -> None:
         """The text."""
-        self._write(text)
+        self._write(clean_text(text, LONGEST_LINE))
 
 
 def headline(config: RunConfig, clients: int, rounds: int) -> str:
     """What runs, in one line."""
     split = f"{clients} client{'s' * (clients != 1)} ({config.partition.name})"
-    return f"{config.name}: {config.strategy.name}, {config.model.name}, {split}, {rounds} rounds"
+    return clean_text(f"{config.name}: {config.strategy.name}, {config.model.name}, {split}, {rounds} rounds")
 
 
 # ---------------------------------------------------------------------------------------------- figures as text
@@ -230,4 +235,4 @@ class Columns:
     def _join(self, cells: Sequence[str]) -> str:
         more = [len(f"(+{self.hidden} more)")] if self.hidden else []
         widths = [5, max(6, len(self.metric)), *(max(6, len(name)) for name in self.domains), *more, 10, 8, 8]
-        return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join(clean_text(cell).rjust(width) for cell, width in zip(cells, widths, strict=True))

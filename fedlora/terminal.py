@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.progress import (
+    LONGEST_LINE,
     Columns,
     Watcher,
     beside_accuracy,
@@ -27,6 +28,7 @@ from fedlora.progress import (
     headline,
     main_metric,
 )
+from fedlora.sanitize import clean_text
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
@@ -97,7 +99,7 @@ class Terminal:
 
     def doing(self, text: str) -> None:
         """Say what is being done until the next call."""
-        self._doing = text
+        self._doing = clean_text(text)
 
     def started(self, config: RunConfig, clients: int, rounds: int) -> None:
         """One line on what runs."""
@@ -117,7 +119,7 @@ class Terminal:
         """Mark the client; a line if its reply was not used."""
         self._marks[client_id] = DONE if ok else LEFT_OUT
         if not ok:
-            self._print(Text(f"round {number}: client {client_id} left out: {note}", style="yellow"))
+            self._print(Text(f"round {number}: client {client_id} left out: {clean_text(note)}", style="yellow"))
         if WAITING not in self._marks.values():
             self._doing = "merging and evaluating"
 
@@ -131,7 +133,7 @@ class Terminal:
 
     def message(self, text: str) -> None:
         """The text."""
-        self._print(Text(text, style="dim"))
+        self._print(Text(clean_text(text, LONGEST_LINE), style="dim"))
 
     # ------------------------------------------------------------------------------------------ the moving part
 
@@ -211,14 +213,16 @@ def outcome_table(
         rows.append((f"one client alone, worst{few}", alone["worst"]))
     if (baselines or {}).get("centralised"):
         rows.append(("all data in one place", (baselines or {})["centralised"]))
-    domains = list(last.get("domains", {}))
+    domains = {name: clean_text(name) for name in last.get("domains", {})}
     first = max(len(name) for name, _ in rows)
-    while domains and first + 4 + 2 * len(domains) + sum(max(6, len(name)) for name in ("all", *domains)) > width:
-        domains.pop()
+    while (
+        domains and first + 4 + 2 * len(domains) + sum(max(6, len(name)) for name in ("all", *domains.values())) > width
+    ):
+        domains.popitem()
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column(metric.replace("_", " "), no_wrap=True)
-    for name in ("all", *domains):
-        table.add_column(name, justify="right", min_width=6, no_wrap=True)
+    for name in ("all", *domains.values()):
+        table.add_column(Text(name), justify="right", min_width=6, no_wrap=True)
     for name, row in rows:
         cells = [row.get(metric), *(row.get("domains", {}).get(domain, {}).get(metric) for domain in domains)]
         style = "bold" if row is last else ""
@@ -238,7 +242,7 @@ def samples_table(samples: Sequence[Mapping[str, str]]) -> Table:
     for sample in samples[:SHOWN_SAMPLES]:
         for name in ("prompt", "reference", "before", "after"):
             # The end of a prompt is what is answered; the beginning of an answer is what is said.
-            text = " ".join(sample[name].split())
+            text = clean_text(sample[name], 100_000)
             if len(text) > SHOWN_CHARACTERS:
                 text = f"… {text[-SHOWN_CHARACTERS:]}" if name == "prompt" else f"{text[:SHOWN_CHARACTERS]} …"
             table.add_row(name, Text(text))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.errors import FedloraError
+from fedlora.sanitize import clean_text
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
@@ -49,7 +50,7 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     except FedloraError as error:
         if debug:
             raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {clean_text(error, 4000)}", err=True)
         raise typer.Exit(1) from None
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

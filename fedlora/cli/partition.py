@@ -10,6 +10,7 @@ import typer
 
 from fedlora.cli._common import Config, Debug, Overrides, app, calm_loggers, draw_labels, errors_in_one_line
 from fedlora.errors import ConfigError
+from fedlora.sanitize import clean_text
 
 MOST_LABELS = 8
 """With more there is no column for each."""
@@ -28,6 +29,7 @@ def partition(
     with errors_in_one_line(debug):
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         from fedlora.config import load_config
         from fedlora.data import load_data
@@ -48,15 +50,20 @@ def partition(
         if domains is not None:
             table.add_column("domain")
         for title in ("examples", *shown, *(("label entropy",) if counts is not None else ())):
-            table.add_column(title, justify="right")
+            table.add_column(Text(clean_text(title)), justify="right")
         for k, size in enumerate(facts["sizes"]):
-            cells = [str(k), *([domains[k]] if domains is not None else []), str(size)]
+            cells: list[str | Text] = [
+                str(k),
+                *([Text(clean_text(domains[k]))] if domains is not None else []),
+                str(size),
+            ]
             if counts is not None:
                 cells += [str(count) for count in counts[k]] if shown else []
                 cells.append(f"{facts['label_entropy'][k]:.2f} bits")
             table.add_row(*cells)
         console.print(table, highlight=False)
-        console.print("\n" + "\n".join(_summary(facts)), highlight=False, soft_wrap=True)
+        lines = [clean_text(line) for line in _summary(facts)]
+        console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
         if picture is not None:
             if not draw_labels(data, picture):
                 raise ConfigError("this task has no labels to draw: leave --picture out")

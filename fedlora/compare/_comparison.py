@@ -14,6 +14,7 @@ from fedlora.compare._reading import Run, read_runs
 from fedlora.compare._tables import Table, require_format
 from fedlora.errors import ConfigError, nearest
 from fedlora.progress import format_bytes, format_metric, format_seconds
+from fedlora.sanitize import clean_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class Comparison:
             return self.raw().csv()
         tables = [table.render(form) for table in (self.figures(), self.verdicts(), self.settings()) if table.rows]
         mark = {"text": "note: ", "markdown": "Note: ", "latex": "% Note: "}[form]
-        return "\n".join([*tables, *(f"{mark}{note}\n" for note in self.notes)])
+        return "\n".join([*tables, *(f"{mark}{clean_text(note)}\n" for note in self.notes)])
 
     # ------------------------------------------------------------------------------------------ the tables
 

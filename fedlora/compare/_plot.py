@@ -12,6 +12,7 @@ from fedlora.compare._groups import Group
 from fedlora.errors import ConfigError
 from fedlora.progress import format_metric
 from fedlora.report.pictures import COLOURS, FAINT, INK, label_ends, new_figure, save_figure
+from fedlora.sanitize import clean_text
 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 MOST_GROUPS = len(COLOURS) * len(DASHES)
@@ -54,7 +55,14 @@ def plot_curves(groups: Sequence[Group], path: str | Path, title: str = "") -> P
         axes.plot(rounds, mean, color=colour, lw=2.0, ls=dash, marker="o", ms=3.5, zorder=2)
         last = max(last, rounds[-1])
         if not math.isnan(mean[-1]):
-            ends.append((float(mean[-1]), f"{format_metric(metric, mean[-1] / unit)} {group.label}", colour, False))
+            ends.append(
+                (
+                    float(mean[-1]),
+                    f"{format_metric(metric, mean[-1] / unit)} {clean_text(group.label, 80)}",
+                    colour,
+                    False,
+                )
+            )
     label_ends(axes, last, ends)
     most = max(len(group.runs) for group in groups)
     axes.set_xlabel("round" + (f" (bands: one standard deviation over up to {most} seeds)" if banded else ""))

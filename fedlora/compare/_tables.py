@@ -9,11 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora.errors import ConfigError, nearest
+from fedlora.sanitize import clean_text
 
 GAP = "  "
+LONGEST_CELL = 4000
 LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
 
+
+FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""With which a cell begins that a spreadsheet computes, in full width too (OWASP, CSV Injection)."""
 
 FORMATS = ("text", "markdown", "csv", "latex")
 
@@ -32,11 +37,18 @@ class Table:
         title: said above it.
         header: names of the columns.
         rows: as long as the header, each.
+
+    What stands in them may be foreign (names in data, configs of other people's runs), and is cleaned.
     """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", clean_text(self.title, LONGEST_CELL))
+        object.__setattr__(self, "header", [clean_text(cell, LONGEST_CELL) for cell in self.header])
+        object.__setattr__(self, "rows", [[clean_text(cell, LONGEST_CELL) for cell in row] for row in self.rows])
 
     def render(self, form: str) -> str:
         """The table as one of `FORMATS`; text fits the terminal."""
@@ -80,7 +92,18 @@ class Table:
         return comment + "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def csv(self) -> str:
-        """Comma-separated values, quoted where they must be."""
+        """Comma-separated values, quoted where they must be; no text is one that a spreadsheet would compute."""
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([self.header, *self.rows])
+        csv.writer(out, lineterminator="\n").writerows([map(_inert, row) for row in (self.header, *self.rows)])
         return out.getvalue()
+
+
+def _inert(cell: str) -> str:
+    """A cell that a spreadsheet shows as it is: behind an apostrophe where it would be taken for a formula."""
+    if not cell.startswith(FORMULAS) or cell == "-":
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

@@ -198,8 +198,8 @@ class Asker:
         return self._accept(ask, valid, node, encoder, books)
 
     def _refuse(self, client_id: int, why: str, books: Round) -> None:
-        books.refused[client_id] = why
-        self._progress.reply(books.number, client_id, False, why)
+        books.refused[client_id] = clean_text(why)
+        self._progress.reply(books.number, client_id, False, books.refused[client_id])
 
     def _receive(self, sent: Sent, deadline: float, books: Round) -> Message | None:
         """The reply, with its bytes in the books, whether it can be used or not."""

@@ -44,6 +44,7 @@ from fedlora.flower.spending import Account, account_of
 from fedlora.privacy.dpsgd import scrub
 from fedlora.privacy.ledger import Attempt
 from fedlora.rng import derive
+from fedlora.sanitize import clean_text
 from fedlora.training.cohort import train_cohort
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.private import PrivateSettings, check_model, private_settings
@@ -236,7 +237,7 @@ def _error_note(error: Exception, config: RunConfig | None) -> RecordDict:
         Exception: the error itself, if it is none of fedlora's and the run is not private.
     """
     if config is not None and config.example_privacy is not None and not isinstance(error, TELLS_NOTHING):
-        logger.warning("%s: %s", type(error).__name__, error)
+        logger.warning("%s: %s", type(error).__name__, clean_text(error))
         logger.debug("a private client failed", exc_info=error)
         return encode_note("error", error="it failed; the reason may tell of its data and stays in its log: see there")
     if not isinstance(error, FedloraError):

@@ -16,6 +16,7 @@ from fedlora.flower.books import quorum_of
 from fedlora.flower.post import Post, Sent
 from fedlora.flower.validate import check_hello
 from fedlora.progress import Progress
+from fedlora.sanitize import clean_text
 
 
 @dataclass
@@ -142,6 +143,7 @@ class Meeting:
 
     def refuse(self, node_id: int, why: str) -> None:
         """Leave a node out, until it is asked again before the next round."""
+        why = clean_text(why)
         self.nodes = {k: node for k, node in self.nodes.items() if node.node_id != node_id}
         if self._refused.get(node_id) != why:
             self._progress.message(f"refused node {node_id}: {why}")

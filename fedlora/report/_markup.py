@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Iterable
 
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+from fedlora.sanitize import clean_lines
+
+MOST_TEXT = 1_000_000
+"""Characters of one text; what is longer nobody reads in a report."""
 VOID = frozenset({"meta", "br", "hr", "img", "link"})
 
 
@@ -20,8 +22,8 @@ Child = Html | str | float | None
 
 
 def text(value: object) -> Html:
-    """`value` as text; characters that no HTML file can hold become the replacement character."""
-    return Html(html.escape(_UNPRINTABLE.sub("\ufffd", str(value)), quote=True))
+    """`value` as text, without characters that are not seen or that change how others are read."""
+    return Html(html.escape(clean_lines(value, MOST_TEXT), quote=True))
 
 
 def el(name: str, /, *children: Child, **attributes: object) -> Html:

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from fedlora.errors import FedloraError
 from fedlora.progress import format_metric, main_metric
 from fedlora.report._charts import spread
+from fedlora.sanitize import clean_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,8 @@ DARK = ("#5B5B5B", "#7A4FA3", "#8A6000", "#00566E", "#9C2A5B")
 """For small coloured letters on white, none like the first colours above, which bars may have at the same time."""
 INK, FAINT = "#222222", "#D9D9D9"
 DPI = 150
+LONGEST_NAME = 60
+"""Characters of a class or domain in a picture."""
 MOST_LINES, MOST_BARS = 8, 7
 """More domains than lines can be told apart are left out; more labels than colours become a heat map."""
 
@@ -57,7 +60,9 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path, title:
         values = [unit * value for _, value in found]
         colour = COLOURS[number % len(COLOURS)]
         axes.plot([r for r, _ in found], values, color=colour, lw=1.4, marker="o", ms=3, zorder=2)
-        ends.append((values[-1], f"{name} {format_metric(metric, found[-1][1])}", colour, False))
+        ends.append(
+            (values[-1], f"{clean_text(name, LONGEST_NAME)} {format_metric(metric, found[-1][1])}", colour, False)
+        )
     whole = [unit * record[metric] for record in evaluated]
     axes.plot(rounds, whole, color=INK, lw=3.2, marker="o", ms=5, zorder=3, solid_capstyle="round")
     ends.append((whole[-1], f"all {format_metric(metric, evaluated[-1][metric])}", INK, True))
@@ -112,6 +117,8 @@ def plot_labels(
     if domains is not None and len(domains) != len(counts):
         raise FedloraError(f"{len(domains)} domains do not fit {len(counts)} clients")
     clients = len(counts)
+    label_names = [clean_text(name, LONGEST_NAME) for name in label_names]
+    domains = None if domains is None else [clean_text(name, LONGEST_NAME) for name in domains]
     figure, axes = new_figure(7.6, min(9.0, 1.5 + max(0.26 * clients, 1.0)))
     (_bars if len(label_names) <= MOST_BARS else _heat)(figure, axes, counts, label_names)
     step = max(1, int(np.ceil(clients / 32)))
@@ -221,10 +228,13 @@ def label_ends(axes: Axes, last: float, ends: list[tuple[float, str, str, bool]]
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a PNG without a trace of the machine."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a class may be called "$5 to $10"
     # matplotlib writes its version into the file otherwise, and nothing else that changes.
     figure.savefig(path, format="png", metadata={"Software": None})
     return path

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from fedlora.progress import format_seconds
+from fedlora.progress import LONGEST_LINE, format_seconds
+from fedlora.sanitize import clean_text
 
 
 class Screen:
@@ -80,4 +81,4 @@ class Screen:
             self._status.update(f"{self.line()} (round {self._rounds_done} of {self._rounds} in all)")
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(clean_text(text, LONGEST_LINE), highlight=False, soft_wrap=True, markup=False)

@@ -16,6 +16,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
+from fedlora.sanitize import clean_text
 from fedlora.tracking._base import Tracker, figures_of
 
 __all__ = ["TRACKERS", "Tracker", "figures_of", "require_tracker", "tracked"]
@@ -80,7 +81,7 @@ class _Both:
             yield
         except Exception as error:
             self.tracker = None
-            words = " ".join(str(error).split())[:300]
+            words = clean_text(error, 300)
             self._progress.message(f"tracking stopped: {type(error).__name__}: {words}; the run goes on without it")
 
     def started(self, config: RunConfig, clients: int, rounds: int) -> None:

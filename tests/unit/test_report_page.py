@@ -25,6 +25,7 @@ from fedlora.report._style import DARK, KINDS, LIGHT
 from fedlora.report._warnings import warnings
 from fedlora.report.page import render_report, write_report
 from fedlora.rundir import RunDir
+from fedlora.sanitize import clean_lines
 
 PRIVACY = """
 server.weighting = "uniform"
@@ -157,7 +158,7 @@ def test_data_never_becomes_markup(tmp_path: Path) -> None:
     assert {tag for tag, _ in hostile.tags} == {tag for tag, _ in usual.tags}
     names = [{name for _, attributes in made.tags for name in attributes} for made in (hostile, usual)]
     assert names[0] == names[1]
-    assert HOSTILE.replace("\x00", "\ufffd") in hostile.text
+    assert HOSTILE.replace("\x00", "\ufffd").replace("\u202e", "") in hostile.text
 
 
 @settings(max_examples=50)
@@ -175,9 +176,8 @@ def test_an_element_gives_back_the_text_that_went_in(text: str) -> None:
     reader = Reader()
     reader.feed(el("p", text, title=text).encode().decode())
     reader.close()
-    held = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
-    assert reader.seen == held
-    assert reader.value == held
+    assert reader.seen == clean_lines(text)
+    assert reader.value == clean_lines(text)
 
 
 # ---------------------------------------------------------------------------------------------- for everybody
