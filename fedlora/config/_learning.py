@@ -23,6 +23,9 @@ class ModelConfig(Section):
     `runtime.prefix_cache` needs. None: as the checkpoint says."""
     trust_remote_code: bool = False
     """Whether Python code that comes with a hub model may run here."""
+    ignore_mismatched_sizes: bool = False
+    """Whether weights outside the head that the checkpoint holds in another shape, or not at all, may be drawn at
+    random instead of being refused. A new head, and the pooler below it, need no permission."""
 
 
 class AdapterConfig(Section):

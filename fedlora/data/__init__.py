@@ -60,10 +60,12 @@ class FederatedData:
     def test_digest(self) -> str:
         """A hash by which two runs know that they were tested on the same examples in the same order.
 
-        Of the labels, so that models with different tokenisers can be compared; of the numbers of tokens where there
-        are no classes.
+        Of the labels, by their names' order, so that models with different tokenisers and heads can be compared; of the
+        numbers of tokens where there are no classes.
         """
-        known = self.test.lengths if self.test.labels is None else self.test.labels
+        known = self.test.lengths
+        if self.test.labels is not None:
+            known = np.argsort(np.argsort(self.test.label_names))[self.test.labels]
         return hashlib.sha256(np.asarray(known, dtype=np.int64).tobytes()).hexdigest()[:16]
 
 

@@ -139,7 +139,9 @@ def run_rounds(
         if resume and account is not None:
             account.prepare(rundir)
         state = rundir.resume() if resume else None
-        rundir.note_environment(**describe(), **bench.choices)
+        rundir.note_environment(**describe(), **bench.choices, new_weights=bench.base.notes)
+        for note in bench.base.notes:
+            progress.message(note)
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(bench.data))
         with tracked(progress, config, rundir) as told:

@@ -11,12 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedlora.assets import resolve_model
 from fedlora.config import RunConfig
 from fedlora.errors import ModelError
 from fedlora.model.device import seeded
 from fedlora.model.loading import _from_pretrained
-from fedlora.model.targets import is_transposed
+from fedlora.model.targets import in_any, is_transposed
 from fedlora.model.tuners import merged_weights
 from fedlora.rng import derive
 
@@ -40,7 +39,7 @@ def load_adapted(
 
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     with seeded(derive(0, "base"), torch.device("cpu")):
-        model, _ = _from_pretrained(config, resolve_model(config.model.name), auto_class, dict(model_kwargs), dtype)
+        model, absent = _from_pretrained(config, auto_class, model_kwargs, dtype)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -50,8 +49,20 @@ def load_adapted(
         raise ModelError(f"the adapter does not fit {config.model.name!r}: {first}") from error
     if lacking := [str(entry.message) for entry in said if "missing adapter keys" in str(entry.message)]:
         raise ModelError(f"the adapter does not fit {config.model.name!r}: {lacking[0].splitlines()[0][:200]}")
+    held = tuple(name for name, module in adapted.get_base_model().named_modules() if _is_saved(module))
+    if left := sorted(tensor for tensor in absent if not in_any(tensor, held)):
+        raise ModelError(
+            f"neither {config.model.name!r} nor the adapter holds {left[0]}, and its values would be random: use the "
+            "model that the adapter was trained on, or export the adapter again"
+        )
     adapted.to(device)
     return adapted.get_base_model()
+
+
+def _is_saved(module: nn.Module) -> bool:
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return isinstance(module, ModulesToSaveWrapper)
 
 
 def changed_weights(model: nn.Module) -> Iterator[tuple[str, Float[Tensor, "o i"], Float[Tensor, "o i"]]]:

@@ -26,7 +26,7 @@ from fedlora.model.initial import STARTS, residual
 from fedlora.model.methods import Method
 from fedlora.model.prefix import Prefix
 from fedlora.model.targets import check_patterns, ends_with, is_transposed, linear_shape, matching, suffixes
-from fedlora.model.tuners import ADAPTER, frozen_digest, magnitudes, trained_tensors
+from fedlora.model.tuners import ADAPTER, frozen_digest, magnitudes, tensors_digest, trained_tensors
 from fedlora.model.weights import BaseWeights
 from fedlora.rng import derive
 
@@ -41,7 +41,9 @@ class Base:
         plain: the base's own linear layers by name.
         targets: names of the modules with a pair, in order.
         heads: names of the modules that are trained in full.
-        drawn: names of the dense parameters that the checkpoint does not hold, so that the seed draws them.
+        drawn: names of the heads' parameters that are not the checkpoint's, so that the seed draws them.
+        frozen: names of the modules outside the heads with weights that the checkpoint does not hold.
+        notes: what is to be said once of weights that are not the checkpoint's.
         plain_names: of the tensors of the model before anything was injected.
         seed: by which PEFT drew the adapter of a method that is no LoRA; None for a LoRA variant.
         source: folder or hub name that the model was loaded from.
@@ -62,6 +64,8 @@ class Base:
         source: folder or hub name that the model was loaded from.
         targets: modules with a pair, in order.
         heads: modules trained in full, in order.
+        random: modules outside the heads whose frozen weights the checkpoint does not hold; exports carry them.
+        notes: one line each on weights that are not the checkpoint's, to be said once a run.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class Base:
         targets: Sequence[str],
         heads: Sequence[str],
         drawn: Iterable[str],
+        frozen: Sequence[str],
+        notes: Sequence[str],
         plain_names: Iterable[str],
         seed: int | None,
         config: ModelConfig,
@@ -89,6 +95,7 @@ class Base:
         self.device, self.dtype = device, dtype
         self.adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.targets, self.heads = tuple(targets), tuple(heads)
+        self.random, self.notes = tuple(frozen), tuple(notes)
         self.weights = BaseWeights(plain)
         self.prefix: Prefix | None = None
         self._drawn, self._fingerprint = frozenset(drawn), fingerprint
@@ -113,7 +120,9 @@ class Base:
             for name, wrapper in self._wrappers.items()
             for inner, parameter in wrapper.modules_to_save[ADAPTER].named_parameters()
         }
-        self._frozen = "" if method.pairs else frozen_digest(model, self.targets)
+        digests = [] if method.pairs else [frozen_digest(model, self.targets)]
+        digests += [tensors_digest(self.random_tensors())] if self.random else []
+        self._frozen = " ".join(digests)
         model.requires_grad_(False)
         model.eval()
 
@@ -302,6 +311,14 @@ class Base:
                 out[plain] = value
         return out
 
+    def random_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the `random` modules, by name."""
+        return {
+            f"{name}.{inner}": value
+            for name in self.random
+            for inner, value in self.model.get_submodule(name).state_dict().items()
+        }
+
     @property
     def base_version(self) -> int:
         """Version of the frozen weights; 0 for the pristine ones."""
@@ -316,8 +333,9 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the pristine weights' identity, and of what a method froze beside them: equal on two machines that
-        loaded the same base."""
+        """Hash of the pristine weights' identity, and of what was drawn and frozen beside them.
+
+        Equal on two machines that loaded the same base."""
         weights = self._fingerprint()
         return hashlib.sha256(f"{weights} {self._frozen}".encode()).hexdigest() if self._frozen else weights
 

@@ -21,6 +21,7 @@ from fedlora.aggregators import Merge
 from fedlora.assets import Checkpoint
 from fedlora.errors import ModelError
 from fedlora.model.base import Base, alpha_of
+from fedlora.model.targets import in_any
 from fedlora.model.tuners import ADAPTER, merged_weights, saved_tensors
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
@@ -86,7 +87,7 @@ def _lora_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor]
         use_rslora=rslora,
         use_dora=base.method.magnitudes,
         target_modules=base.target_names,
-        modules_to_save=list(base.heads) or None,
+        modules_to_save=[*base.heads, *base.random] or None,
         rank_pattern={f"^{name}": r for name, r in ranks.items() if r != rank},
         alpha_pattern={f"^{name}": a for name, a in alphas.items() if a != alpha},
         fan_in_fan_out=base.transposed,
@@ -94,7 +95,7 @@ def _lora_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor]
     )
     tensors = {f"{PREFIX}{name}.lora_A.weight": pair.A for name, pair in pairs.items()}
     tensors |= {f"{PREFIX}{name}.lora_B.weight": pair.B for name, pair in pairs.items()}
-    return config, tensors | {f"{PREFIX}{name}": value for name, value in state.dense.items()}
+    return config, tensors | _dense({**state.dense, **base.random_tensors()})
 
 
 def _tuner_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor]]:
@@ -104,7 +105,12 @@ def _tuner_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor
     config.task_type = _task_type(base)
     config.base_model_name_or_path, config.revision = base.config.name, base.config.revision
     config.target_modules, config.inference_mode = base.target_names, True
-    return config, saved_tensors(base.peft_model)
+    config.modules_to_save = [*base.heads, *base.random] or None
+    return config, saved_tensors(base.peft_model) | _dense(base.random_tensors())
+
+
+def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{PREFIX}{name}": value for name, value in tensors.items()}
 
 
 def save_merged(base: Base, state: AdapterState, merges: Sequence[Merge], folder: Path) -> None:
@@ -156,8 +162,7 @@ def _merged(base: Base, state: AdapterState) -> Any:
 def _task_type(base: Base) -> str | None:
     """PEFT's class for a task wants the values of every module that it takes for a head; else name none."""
     taken = [name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in PEFT_HEADS]
-    inside = tuple(f"{name}." for name in base.heads)
-    return base.task_type if all(n in base.heads or n.startswith(inside) for n in taken) else None
+    return base.task_type if all(in_any(name, (*base.heads, *base.random)) for name in taken) else None
 
 
 def _at_least_one(pair: LoraPair) -> LoraPair:

@@ -8,31 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fedlora.assets import resolve_model
+from fedlora.assets import Checkpoint
 from fedlora.config import AdapterConfig, RunConfig
 from fedlora.errors import ModelError
 from fedlora.model.base import Base
+from fedlora.model.classes import are_numbers, in_trained_order, trained_classes
 from fedlora.model.device import resolve_device, seeded
 from fedlora.model.dropout import set_dropout
 from fedlora.model.methods import Method, find_method, peft_type, tuner_fields
-from fedlora.model.targets import is_transposed, resolve_heads, resolve_targets
+from fedlora.model.new_weights import MISSING, frozen_modules, require_apart, require_whole
+from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape, resolve_heads, resolve_targets
 from fedlora.model.tuners import ADAPTER
 from fedlora.model.unread import skip_unread
 from fedlora.model.weights import plain_linears
 from fedlora.rng import derive
-
-log = logging.getLogger("fedlora")
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 HASH_CHUNK = 1 << 22  # bytes
@@ -116,19 +115,26 @@ def _load(
 ) -> Base:
     method = find_method(config.adapter)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
-    source = resolve_model(config.model.name)
+    checkpoint = Checkpoint.of(config.model)
     # Parameters that the checkpoint lacks are drawn while loading: the same ones in every process.
     with seeded(derive(0, "base"), torch.device("cpu")):
-        model, absent = _from_pretrained(config, source, auto_class, model_kwargs, dtype)
+        model, absent = _from_pretrained(config, auto_class, model_kwargs, dtype)
         model.requires_grad_(False)
         if config.model.dropout is not None:
             set_dropout(model, config.model.dropout)
         if not getattr(model, "is_quantized", False):
             model.to(device)
         heads = resolve_heads(model, config.adapter, head)
-        targets = resolve_targets(model, config.adapter, heads)
+        if not config.model.ignore_mismatched_sizes:
+            require_whole(model, absent, heads, bool(head), config.model.name)
+        frozen = frozen_modules(model, absent, heads)
+        targets = resolve_targets(model, config.adapter, heads, without=frozen)
+        require_apart(frozen, (*heads, *targets))
+        names = list((model_kwargs.get("id2label") or {}).values())
+        trained = trained_classes(checkpoint)
+        new = absent.keys() | _other_classes(model, heads, names, trained)
+        drawn = [name for name, _ in model.named_parameters() if name in new and in_any(name, heads)]
         plain = plain_linears(model)
-        _warn_untrained(absent, heads, config.model.name)
         plain_names = frozenset(model.state_dict())
         with seeded(derive(config.seed, "tuner"), torch.device("cpu")):
             peft_model = _inject(model, method, config.adapter, targets, heads)
@@ -139,28 +145,31 @@ def _load(
     return Base(
         peft_model,
         method=method,
-        plain={name: module for name, module in plain.items() if not _in_any(name, heads)},
+        plain={name: module for name, module in plain.items() if not in_any(name, heads)},
         targets=targets,
         heads=heads,
-        drawn=[name for name in absent if _in_any(name, heads)],
+        drawn=drawn,
+        frozen=frozen,
+        notes=_notes(drawn, frozen, trained, names),
         plain_names=plain_names,
         seed=None if method.pairs else config.seed,
         config=config.model,
         adapter_config=config.adapter,
         task_type=task_type,
-        source=source,
+        source=checkpoint.source,
         device=device,
         dtype=dtype,
-        fingerprint=lambda: _hash_weights(source, commit),
+        fingerprint=lambda: _hash_weights(checkpoint.source, commit),
     )
 
 
 def _from_pretrained(
-    config: RunConfig, source: str, auto_class: str, model_kwargs: dict[str, Any], dtype: torch.dtype
-) -> tuple[nn.Module, frozenset[str]]:
-    """The model, and the names of the parameters that its checkpoint does not hold (or holds in another shape)."""
+    config: RunConfig, auto_class: str, model_kwargs: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, str]]:
+    """The model, and the tensors that are not the checkpoint's, with what is the matter with each."""
     import transformers
 
+    checkpoint = Checkpoint.of(config.model)
     auto = getattr(transformers, auto_class)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its report on absent weights is replaced by ours
@@ -168,12 +177,11 @@ def _from_pretrained(
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = auto.from_pretrained(
-            source,
-            revision=config.model.revision,
+            checkpoint.source,
             dtype=dtype,
-            trust_remote_code=config.model.trust_remote_code,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # `new_weights` says which may be, and knows the head
             output_loading_info=True,
+            **{**checkpoint.options, "revision": config.model.revision},
             **model_kwargs,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -183,20 +191,50 @@ def _from_pretrained(
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    mismatched = {entry[0] for entry in info.get("mismatched_keys", ())}
-    return model, frozenset(info.get("missing_keys", ())) | mismatched
+    absent = dict.fromkeys(info.get("missing_keys", ()), MISSING)
+    for name, found, wanted in info.get("mismatched_keys", ()):
+        absent[name] = f"is {list(found)} there and {list(wanted)} here"
+    return model, absent
 
 
-def _warn_untrained(absent: frozenset[str], heads: Sequence[str], name: str) -> None:
-    frozen = sorted(parameter for parameter in absent if not _in_any(parameter, heads))
+def _notes(drawn: Sequence[str], frozen: Sequence[str], trained: Sequence[str], names: Sequence[str]) -> list[str]:
+    """What a run says once about weights that are not the checkpoint's."""
+    notes = []
+    if drawn:
+        why = ""
+        if trained and names and in_trained_order(names, trained) is None:
+            why = f"; the checkpoint's is for {_few(trained)}, and would be kept if task.labels named these"
+        notes.append(f"the head is new and trained from a random start: {', '.join(_modules(drawn))}{why}")
+    elif trained and names:
+        notes.append(f"the checkpoint's head is kept, in its own order of classes: {_few(names)}")
+    elif names and not are_numbers(names):
+        notes.append(f"the checkpoint's head is kept, whose classes have no names: they are taken to be {_few(names)}")
     if frozen:
-        modules = sorted({parameter.rpartition(".")[0] for parameter in frozen})
-        log.warning(
-            "the checkpoint of %s does not hold %s: random, frozen values are used, the same for everybody; "
-            "to train them name them in adapter.modules_to_save",
-            name,
-            ", ".join(modules),
+        notes.append(
+            f"the checkpoint does not hold {_few(frozen)}: drawn at random, the same for everybody, frozen, and "
+            "exported with the adapter; to train it, name it in adapter.modules_to_save"
         )
+    return notes
+
+
+def _other_classes(model: nn.Module, heads: Sequence[str], names: Sequence[str], trained: Sequence[str]) -> set[str]:
+    """The tensors of the head's last layer if the checkpoint trained it for other classes, as many as ours."""
+    if not trained or not names or are_numbers(names) or in_trained_order(names, trained) is not None:
+        return set()
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if in_any(name, heads) and is_linear(module) and linear_shape(module)[0] == len(names)
+    ]
+    return {f"{layer}.{inner}" for layer in layers[-1:] for inner, _ in model.get_submodule(layer).named_parameters()}
+
+
+def _modules(tensors: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(tensor.rpartition(".")[0] for tensor in tensors))
+
+
+def _few(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _inject(
@@ -262,7 +300,3 @@ def _hash_weights(source: str, commit: str) -> str:
             while chunk := file.read(HASH_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _in_any(name: str, modules: Sequence[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)

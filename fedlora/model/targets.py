@@ -14,18 +14,22 @@ from fedlora.errors import ConfigError, ModelError, nearest
 ALL_LINEAR = "all-linear"
 
 
-def resolve_targets(model: nn.Module, adapter: AdapterConfig, heads: Sequence[str]) -> tuple[str, ...]:
+def resolve_targets(
+    model: nn.Module, adapter: AdapterConfig, heads: Sequence[str], without: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Full names of the modules that get a pair, in the model's order.
 
     Args:
         model: the plain base model.
         adapter: whose `targets` are module names or their endings, or "all-linear"; empty for PEFT's default.
         heads: modules that are trained in full; nothing in them gets a pair.
+        without: other modules in which nothing gets one: their weights are random, and no base to adapt.
 
     Raises:
         ModelError: a target names no module, or one that cannot carry a pair.
     """
-    outside = {n: m for n, m in model.named_modules() if n and not any(_inside(n, head) for head in heads)}
+    closed = (*heads, *without)
+    outside = {n: m for n, m in model.named_modules() if n and not in_any(n, closed)}
     linear = [name for name, module in outside.items() if is_linear(module)]
     targets = adapter.targets or _default_targets(model, linear)
     if targets == (ALL_LINEAR,):
@@ -36,6 +40,11 @@ def resolve_targets(model: nn.Module, adapter: AdapterConfig, heads: Sequence[st
     else:
         for target in targets:
             if not any(ends_with(name, target) for name in outside):
+                if new := [n for n, _ in model.named_modules() if ends_with(n, target) and in_any(n, without)]:
+                    raise ModelError(
+                        f"adapter.targets names {target!r}, and the checkpoint holds no weights of {new[0]!r} to "
+                        f"adapt: train it in full, with {target!r} in adapter.modules_to_save"
+                    )
                 raise ModelError(
                     f"adapter.targets names {target!r}, and the model has no such module outside its head; "
                     f"{nearest(target, suffixes(linear))}"
@@ -77,7 +86,7 @@ def resolve_heads(model: nn.Module, adapter: AdapterConfig, candidates: Sequence
                 f"{nearest(name, suffixes(modules))}"
             )
     every = sorted({match for matches in found.values() for match in matches}, key=list(modules).index)
-    heads = tuple(n for n in every if not any(_inside(n, other) for other in every if other != n))
+    heads = tuple(n for n in every if not in_any(n, [other for other in every if other != n]))
     for name in heads:
         if any(getattr(module, "running_mean", None) is not None for module in modules[name].modules()):
             raise ModelError(
@@ -144,6 +153,11 @@ def check_patterns(adapter: AdapterConfig, names: Sequence[str]) -> None:
                 raise ConfigError(f"adapter.{what}: {key!r} must be above 0, not {value!r}")
 
 
+def in_any(name: str, modules: Sequence[str]) -> bool:
+    """Whether a tensor or module is one of some modules, or within one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def suffixes(names: Sequence[str] | Mapping[str, Any]) -> set[str]:
     """The last dotted parts of module names."""
     return {name.rpartition(".")[2] for name in names if name} - {""}
@@ -201,13 +215,9 @@ def _refuse_tied(model: nn.Module, names: Sequence[str], key: str) -> None:
         owners.setdefault(id(parameter), []).append(owner)
     for name in names:
         for parameter in model.get_submodule(name).parameters():
-            others = [owner for owner in owners[id(parameter)] if not _inside(owner, name)]
+            others = [owner for owner in owners[id(parameter)] if not in_any(owner, [name])]
             if others:
                 raise ModelError(
                     f"{name!r} shares its weight with {others[0]!r}, and training it would untie them: take it out of "
                     f"{key}, or use a model whose config has tie_word_embeddings = false"
                 )
-
-
-def _inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(f"{module}.")

@@ -45,12 +45,21 @@ def frozen_digest(model: nn.Module, targets: Sequence[str]) -> str:
 
     Each machine draws these for itself; two that differ must not meet in one federation.
     """
+    held = {
+        f"{target}.{name}": value
+        for target in targets
+        for name, value in sorted(_frozen(model.get_submodule(target)), key=lambda entry: entry[0])
+    }
+    return tensors_digest(held)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of some tensors' names, dtypes, shapes and bytes, in their order."""
     digest = hashlib.sha256()
-    for target in targets:
-        for name, value in sorted(_frozen(model.get_submodule(target)), key=lambda entry: entry[0]):
-            plain = value.detach().cpu().contiguous()
-            digest.update(f"{target}.{name} {plain.dtype} {tuple(plain.shape)}".encode())
-            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    for name, value in tensors.items():
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ import unicodedata
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError, nearest
+from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.tasks._text import require_encodable
@@ -76,6 +79,33 @@ class Classification(Task):
         logits = self.logits(model, batch)
         # Half-precision logits lose the loss's last digits; double precision stays as it is.
         return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def classes_of(
+    values: Sequence[Any], column: str, known: Sequence[str], model: str | Path | Checkpoint
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of the classes in the order of the model's logits, and the class of each example, int64 [n].
+
+    Where the model's head was trained for the same classes (their case does not matter) their order is the head's:
+    a name keeps its logit. Otherwise it is that of `class_names`.
+
+    Args:
+        values: labels.
+        column: where they come from, for messages.
+        known: names of the classes, by which labels that are whole numbers are counted.
+        model: a folder, hub name or checkpoint.
+
+    Raises:
+        DataError: a label is missing or is no class, or there are fewer than two classes.
+        ConfigError: a known name occurs twice.
+    """
+    names = class_names(values, column, known)
+    ids = class_ids(values, column, names)
+    ordered = in_trained_order(names, trained_classes(model))
+    if ordered is None or ordered == names:
+        return names, ids
+    places = np.asarray([ordered.index(name) for name in names], dtype=np.int64)
+    return ordered, places[ids]
 
 
 def class_names(values: Sequence[Any], column: str, known: Sequence[str] = ()) -> tuple[str, ...]:

@@ -20,6 +20,9 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import DataError, ModelError
 from fedlora.sanitize import clean_text
 
+WHOLE_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "spiece.model")
+"""Files that hold a whole tokenizer, whatever its class."""
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Sequence[np.ndarray]):
@@ -119,6 +122,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise ModelError(
             f"no tokeniser can be loaded from {path!r}: {first}; give a folder with tokenizer.json"
         ) from None
+    _refuse_invented(tokenizer, checkpoint)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"the tokeniser of {path!r} has neither a padding token nor an end token; give it one")
@@ -156,6 +160,33 @@ def require_encodable(text: str, row: int, column: str) -> str:
     return text
 
 
+def _refuse_invented(tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """transformers makes a tokenizer up where a checkpoint has none: of its class, with nothing but special tokens.
+
+    Raises:
+        ModelError: the vocabulary is not the checkpoint's.
+    """
+    from transformers.utils.hub import cached_file
+
+    def there(name: str) -> bool:
+        quiet = dict.fromkeys(
+            ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+        )
+        return cached_file(checkpoint.source, name, revision=checkpoint.options["revision"], **quiet) is not None
+
+    own = {key: name for key, name in (getattr(tokenizer, "vocab_files_names", None) or {}).items() if name}
+    lacks = ""
+    if own and not any(map(there, dict.fromkeys((*own.values(), *WHOLE_TOKENIZERS)))):
+        lacks = " or ".join(map(repr, sorted(set(own.values()))))
+    elif len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        lacks = "a vocabulary beside its special tokens"
+    if lacks:
+        raise ModelError(
+            f"{str(checkpoint)!r} has no tokenizer of its own ({lacks} is not there): copy the files of the tokenizer "
+            "of the model that it was made from into it (tokenizer.save_pretrained)"
+        )
+
+
 def encode(model: str | Path | Checkpoint, texts: Sequence[Any], column: str, max_length: int) -> Tokens:
     """Token ids of texts with the model's special tokens, cut to `max_length` tokens.
 
@@ -166,7 +197,7 @@ def encode(model: str | Path | Checkpoint, texts: Sequence[Any], column: str, ma
         max_length: in tokens, special tokens included.
 
     Raises:
-        DataError: a text is missing, empty or no Unicode.
+        DataError: a text is missing, empty or no Unicode, or the tokenizer knows none of their words.
     """
     for row, text in enumerate(texts):
         require_text(text, row, column)
@@ -183,4 +214,12 @@ def encode(model: str | Path | Checkpoint, texts: Sequence[Any], column: str, ma
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
-    return Tokens.join(rows, int(tokenizer.pad_token_id))
+    tokens = Tokens.join(rows, int(tokenizer.pad_token_id))
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    words = tokens.flat[~np.isin(tokens.flat, sorted(special))]
+    if len(words) and np.all(words == tokenizer.unk_token_id):
+        raise DataError(
+            f"column {column!r}: the tokenizer of {str(Checkpoint.at(model))!r} knows not one word of it: check "
+            "data.text, or use a model of the texts' language"
+        )
+    return tokens

@@ -23,7 +23,7 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, tasks
-from fedlora.tasks._classification import Classification, class_ids, class_names
+from fedlora.tasks._classification import Classification, classes_of
 
 SLICE = 256  # pictures that are resized at once
 PATCH_AREA = 256  # pixels that cost about a token where a model has no patches
@@ -78,7 +78,8 @@ class ImageClassification(Classification):
 
     Args:
         labels: names of the classes in the order of their numbers. Empty: the source's own names where it has them,
-            else the labels found, sorted. A node that reads its own file needs them, since it may lack a class.
+            else the labels found, sorted. A node that reads its own file needs them, since it may lack a class. A
+            checkpoint whose head was trained for these very classes keeps its own order of them.
     """
 
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
@@ -100,8 +101,8 @@ class ImageClassification(Classification):
             DataError: a picture or a label is missing or not usable; the message names the row (from 0) and the column.
             ModelError: the model folder has no image processor.
         """
-        names = class_names(table.columns[columns["label"]], columns["label"], self.labels or table.label_names)
-        labels = class_ids(table.columns[columns["label"]], columns["label"], names)
+        known = self.labels or table.label_names
+        names, labels = classes_of(table.columns[columns["label"]], columns["label"], known, model_path)
         processor, channels, patch = _processor(Checkpoint.at(model_path))
         pixels = _process(processor, table.columns[columns["image"]], columns["image"], channels)
         _, _, height, width = pixels.values.shape

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedlora.assets import Checkpoint
 from fedlora.tasks._base import Batch, Examples, Table, tasks
-from fedlora.tasks._classification import Classification, class_ids, class_names
+from fedlora.tasks._classification import Classification, classes_of
 from fedlora.tasks._text import Tokens, encode
 
 
@@ -30,7 +30,8 @@ class TextClassification(Classification):
     Args:
         max_length: longer texts are cut to so many tokens, special tokens included.
         labels: names of the classes in the order of their numbers. Empty: the source's own names where it has them,
-            else the labels found, sorted. A node that reads its own file needs them, since it may lack a class.
+            else the labels found, sorted. A node that reads its own file needs them, since it may lack a class. A
+            checkpoint whose head was trained for these very classes keeps its own order of them.
     """
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -52,8 +53,8 @@ class TextClassification(Classification):
         Raises:
             DataError: a text or label is missing; the message names the row (from 0) and the column.
         """
-        names = class_names(table.columns[columns["label"]], columns["label"], self.labels or table.label_names)
-        labels = class_ids(table.columns[columns["label"]], columns["label"], names)
+        known = self.labels or table.label_names
+        names, labels = classes_of(table.columns[columns["label"]], columns["label"], known, model_path)
         tokens = encode(model_path, table.columns[columns["text"]], columns["text"], self.max_length)
         return Examples(
             inputs={"input_ids": tokens},

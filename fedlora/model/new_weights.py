@@ -1,0 +1,76 @@
+"""Weights of a model that its checkpoint does not hold: which of them are no fault, and where they go.
+
+transformers draws them at random when it loads the model, another draw each time. Those of the head are trained and
+are part of the adapter. Others that a new task brings along (the pooler between an encoder and its classifier) stay
+frozen; an export carries them, so that the adapter is the same model wherever it is loaded. What should be in the
+checkpoint and is not is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import nn
+
+from fedlora.errors import ModelError
+from fedlora.model.targets import in_any
+
+MISSING = "is missing"
+"""What is the matter with a tensor that is not in the checkpoint at all."""
+POOLER = "pooler"
+"""What transformers calls the part of an encoder that is there only if asked for (`add_pooling_layer`)."""
+
+
+def require_whole(model: nn.Module, absent: Mapping[str, str], heads: Sequence[str], new_task: bool, name: str) -> None:
+    """Refuse a checkpoint that lacks weights which a new head does not account for.
+
+    Args:
+        model: as loaded.
+        absent: name of a tensor -> what is the matter with it: "is missing", "is [2, 3] and should be [4, 3]".
+        heads: modules that are trained in full.
+        new_task: whether the task may put a head of its own on the base.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: a tensor is missing or of another shape that belongs to the base itself.
+    """
+    wrong = sorted(
+        tensor
+        for tensor, matter in absent.items()
+        if not in_any(tensor, heads) and not (new_task and _comes_with_a_task(model, tensor, matter))
+    )
+    if not wrong:
+        return
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    saved = ", ".join(getattr(getattr(model, "config", None), "architectures", None) or ()) or "nobody knows what"
+    raise ModelError(
+        f"the checkpoint of {name!r} does not fit {type(model).__name__}: {wrong[0]} {absent[wrong[0]]}{more}; it was "
+        f"saved as {saved}, and is damaged, incomplete or of another architecture: use a whole one, or set "
+        "model.ignore_mismatched_sizes = true to go on with random weights there"
+    )
+
+
+def frozen_modules(model: nn.Module, absent: Collection[str], heads: Sequence[str]) -> tuple[str, ...]:
+    """The modules outside the heads with weights that the checkpoint does not hold, in the model's order."""
+    owners = {tensor.rpartition(".")[0] for tensor in absent if not in_any(tensor, heads)}
+    outer = {owner for owner in owners if not any(in_any(owner, [other]) for other in owners - {owner})}
+    return tuple(name for name, _ in model.named_modules() if name in outer)
+
+
+def require_apart(modules: Sequence[str], inside: Sequence[str]) -> None:
+    """Raise `ModelError` if a frozen random module contains one that is trained: no export could carry it."""
+    for module in modules:
+        held = [name for name in inside if not module or in_any(name, [module])]
+        if held:
+            raise ModelError(
+                f"the checkpoint lacks weights of {module or 'the model itself'!r}, which contains {held[0]!r}: "
+                "use a whole checkpoint, or leave that module out of adapter.targets and adapter.modules_to_save"
+            )
+
+
+def _comes_with_a_task(model: nn.Module, tensor: str, matter: str) -> bool:
+    """Whether a tensor is of what a task's class adds to the pre-trained base: all outside of it, and its pooler."""
+    trunk = str(getattr(model, "base_model_prefix", ""))
+    if not trunk or not hasattr(model, trunk):
+        return False
+    return not in_any(tensor, [trunk]) or (matter == MISSING and POOLER in tensor.split("."))
