@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_dir() -> Path:
+    """The folder for downloaded and derived files: $FEDLORA_CACHE, or ~/.cache/fedlora."""
+    named = os.environ.get("FEDLORA_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "fedlora"
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that a reader finds the old file or the new one, whole, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ that a checkpoint is never ahead of the metrics; a resume cuts the metrics back 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -38,9 +39,10 @@ from typing import Any, Literal
 from fedlora.aggregators import GlobalState, Merge
 from fedlora.config import RunConfig, different_keys, flat_keys, load_config
 from fedlora.environment import describe_environment
-from fedlora.errors import ConfigError, RunDirError, nearest_file
+from fedlora.errors import ConfigError, FedloraError, RunDirError, nearest_file
 from fedlora.files import locked, sync_folder, write_atomically
 from fedlora.progress import NoProgress, PlainProgress, Progress
+from fedlora.sanitize import clean_text
 from fedlora.state_io import (
     flatten_merge,
     flatten_state,
@@ -85,18 +87,34 @@ class RunDir:
         """
         path = _path_of(config, root)
         run = cls(path, config)
-        run._make_way(overwrite)
-        path.mkdir(parents=True)
-        write_atomically(path / "config.toml", config.to_toml().encode())
-        run.write_json("environment.json", describe_environment(config))
-        if config.privacy is not None:
-            write_atomically(path / "run-id", uuid.uuid4().hex.encode())
+        try:
+            run._make_way(overwrite)
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        try:
+            write_atomically(path / "config.toml", config.to_toml().encode())
+            run.write_json("environment.json", describe_environment(config))
+            if config.privacy is not None:
+                write_atomically(path / "run-id", uuid.uuid4().hex.encode())
+        except OSError as error:  # half a folder would be in the way of the next start
+            shutil.rmtree(path, ignore_errors=True)
+            raise _unwritable(path, error) from None
         return run
 
     @classmethod
     def check_free(cls, config: RunConfig, root: str | Path | None = None) -> None:
-        """Raise what `create` would raise because of an earlier run; changes nothing."""
-        cls(_path_of(config, root), config)._refuse_if_taken()
+        """Raise what `create` would raise of an earlier run, or of a place that cannot be written; changes nothing."""
+        path = _path_of(config, root)
+        try:
+            cls(path, config)._refuse_if_taken()
+            above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        if not above.is_dir():
+            raise _unwritable(path, NotADirectoryError(errno.ENOTDIR, f"{str(above)!r} is a file"))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise _unwritable(path, PermissionError(errno.EACCES, f"no permission to write {str(above)!r}"))
 
     @classmethod
     def open(cls, path: str | Path, config: RunConfig | None = None) -> RunDir:
@@ -348,10 +366,22 @@ class RunDir:
 
     # ------------------------------------------------------------------------------------------ an earlier run
 
-    def discard_if_empty(self) -> None:
-        """Remove the folder again if the run did not get as far as its first figures."""
-        if not self._metrics.exists() and not self._checkpoints.exists():
-            shutil.rmtree(self.path)
+    def discard_if_untrained(self) -> bool:
+        """Remove the folder of a new run that failed before its first round, so that the next start finds it free.
+
+        A folder is kept that holds a round, whatever became of it, or a privacy ledger.
+
+        Returns:
+            Whether it was removed.
+        """
+        try:
+            trained = any(record["round"] > 0 for record in self.read_metrics()) or self.rounds_done > 0
+        except (FedloraError, OSError, KeyError, TypeError, ValueError):
+            return False  # something stands there that cannot be read: not ours to judge
+        if trained or (self.privacy_dir.is_dir() and any(self.privacy_dir.iterdir())):
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        return True
 
     def _make_way(self, overwrite: bool) -> None:
         if not overwrite:
@@ -386,6 +416,13 @@ def _path_of(config: RunConfig, root: str | Path | None) -> Path:
     if config.name in ("", ".", "..") or any(mark in config.name for mark in ("/", "\\", "\0")):
         raise ConfigError(f"name {config.name!r} must be a plain folder name: letters, digits, '-', '_' and '.'")
     return Path(config.output if root is None else root) / config.name
+
+
+def _unwritable(path: Path, error: OSError) -> RunDirError:
+    return RunDirError(
+        f"the run's folder {clean_text(repr(str(path)), 300)} cannot be made: {error.strerror or error}; name another "
+        "place with --set output=... or --set name=..."
+    )
 
 
 def _merge_name(since: int, version: int) -> str:

@@ -25,6 +25,7 @@ from fedlora.assets._package import Asset, Package
 from fedlora.assets.catalogue import ASSETS
 from fedlora.config import ModelConfig
 from fedlora.errors import AssetError, nearest
+from fedlora.files import cache_dir
 
 __all__ = ["ASSETS", "Asset", "Checkpoint", "Package", "cache_dir", "fetch", "resolve_corpus", "resolve_model"]
 
@@ -68,12 +69,6 @@ class Checkpoint:
 
     def __str__(self) -> str:
         return self.source if self.revision is None else f"{self.source}@{self.revision}"
-
-
-def cache_dir() -> Path:
-    """The folder for downloaded and derived files: $FEDLORA_CACHE, or ~/.cache/fedlora."""
-    named = os.environ.get("FEDLORA_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "fedlora"
 
 
 def fetch(name: str, *, report: Report = lambda _line: None) -> Path:

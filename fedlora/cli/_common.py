@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 
 from fedlora.errors import FedloraError
@@ -42,19 +43,51 @@ Overrides = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+
 @contextmanager
 def errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Turn a `FedloraError` into one line on standard error and exit status 1."""
+    """Whatever is raised inside becomes one line on standard error and an exit status: 1, or 130 after Ctrl-C.
+
+    A `FedloraError` says its own line. Any other exception is described by `fedlora.unexpected`, which keeps the
+    traceback of one that nobody foresaw in a file.
+    """
     try:
         yield
+        sys.stdout.flush()  # a reader that is gone is noticed here, not by the interpreter at its end
+    except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
+        raise
+    except (BrokenPipeError, SystemExit) as error:
+        # The reader of a pipe, such as `head`, has seen enough; rich makes an exit with status 1 of it.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _ignore_closed_output()
+        raise typer.Exit(0) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     except FedloraError as error:
         if debug:
             raise
         typer.echo(f"error: {clean_text(error, 4000)}", err=True)
         raise typer.Exit(1) from None
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except Exception as error:
+        if debug:
+            raise
+        from fedlora.unexpected import describe_exception
+
+        typer.echo(f"error: {describe_exception(error)}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _ignore_closed_output() -> None:
+    """So that the interpreter's last flush of standard output does not complain either."""
+    try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
+    except (OSError, ValueError):  # no file behind it, as in a test
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 it lives as long as the process
 
 
 def open_workbench(config: RunConfig) -> Workbench:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.cli._common import (
+    INTERRUPTED,
     Debug,
     MaybeConfig,
     Overrides,
@@ -17,7 +18,7 @@ from fedlora.cli._common import (
     errors_in_one_line,
     open_workbench,
 )
-from fedlora.errors import ConfigError, FedloraError
+from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from fedlora.progress import Progress
     from fedlora.rundir import RunDir
     from fedlora.terminal import Terminal
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 @app.command()
@@ -136,8 +134,9 @@ def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrit
             draw_labels(bench.data, run_dir.path / "labels.png")
         again = None if replay is None else RunDir.open(replay).read_metrics()
         run_local(config, run_dir, progress, resume=resume, replay=again)
-    except FedloraError:
-        run_dir.discard_if_empty()
+    except Exception:
+        if not resume:
+            run_dir.discard_if_untrained()
         raise
     plot_accuracy(run_dir.read_metrics(), run_dir.path / "accuracy.png")
     return run_dir

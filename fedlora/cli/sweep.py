@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Config, Debug, app, calm_loggers, errors_in_one_line
-from fedlora.cli.run import INTERRUPTED
+from fedlora.cli._common import INTERRUPTED, Config, Debug, app, calm_loggers, errors_in_one_line
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.errors import in_words
+from fedlora.errors import FedloraError, in_words
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,10 @@ class LocalGrid(Grid):
     together: Callable[[Sequence[RecordDict], Sequence[Context]], Sequence[RecordDict | Exception]] | None = None
     """Answers up to `window` waiting train messages at once, each with its reply's content or with what its app has
     raised; None: the ClientApp answers one after the other."""
+    unexpected: Exception | None = None
+    """The first exception of a client that is no `FedloraError`: a fault of the program, of which the run should end.
+    On a real grid such a client is left out; here all clients are one program, and the rounds without it would be
+    another experiment."""
 
     def __init__(
         self,
@@ -138,7 +142,7 @@ class LocalGrid(Grid):
     def _reply(self, message: Message, found: RecordDict | Exception) -> Message:
         with task_identity(self._run.run_id, message.metadata.dst_node_id):
             if isinstance(found, Exception):
-                return _raised(found, message)
+                return self._raised(found, message)
             return Message(found, reply_to=message)
 
     def _answer(self, message: Message) -> Message:
@@ -150,7 +154,21 @@ class LocalGrid(Grid):
             try:
                 return _copy(self._client_app(message, context))
             except Exception as error:
-                return _raised(error, message)
+                return self._raised(error, message)
+
+    def _raised(self, error: Exception, message: Message) -> Message:
+        """A client's failure as a reply that names it, as on any other grid."""
+        logger.debug("client on node %s failed", message.metadata.dst_node_id, exc_info=error)
+        if self.unexpected is None and not isinstance(error, FedloraError):
+            self.unexpected = error
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, in_words(error)), reply_to=message)
+
+
+def raise_unexpected(grid: Grid) -> None:
+    """Raise what a simulated client has raised and nobody foresaw."""
+    error = getattr(grid, "unexpected", None)
+    if error is not None:
+        raise error
 
 
 @contextlib.contextmanager
@@ -163,12 +181,6 @@ def task_identity(run_id: int, node_id: int = SUPERLINK_NODE_ID) -> Iterator[Non
     finally:
         for name, value in before.items():
             setattr(TaskIdentity, f"_{name}", value)
-
-
-def _raised(error: Exception, message: Message) -> Message:
-    """A client's failure must not end the server: it becomes a reply that names it, as on any other grid."""
-    logger.debug("client on node %s failed", message.metadata.dst_node_id, exc_info=error)
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, in_words(error)), reply_to=message)
 
 
 def _copy(message: Message) -> Message:

@@ -34,6 +34,7 @@ from fedlora.tracking import tracked
 from fedlora.training.central import load_rule
 from fedlora.training.runtime import describe
 from fedlora.training.workbench import Workbench, open_workbench
+from fedlora.unexpected import describe_exception
 
 app = ServerApp()
 logger = logging.getLogger("flwr")
@@ -83,20 +84,35 @@ def session(value: Session) -> Iterator[Session]:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds; resume where the run config says `resume = true`."""
+    try:
+        _main(grid, context)
+    except Exception as error:
+        if _session.get() is None:  # Flower logs a traceback: before it, the line that matters
+            line = str(error) if isinstance(error, FedloraError) else describe_exception(error)
+            logger.error("error: %s", " ".join(line.split()))
+        raise
+
+
+def _main(grid: Grid, context: Context) -> None:
     config = config_of(context)
     here = _session.get() or Session(resume=bool(context.run_config.get("resume", False)))
     rundir = here.rundir or _open(config, here.resume)
     folder = str(context.run_config.get("ledger-dir", ""))
-    here.outcome = run_rounds(
-        grid,
-        config,
-        rundir,
-        here.progress or PlainProgress(logger.info),
-        resume=here.resume,
-        ledgers=Path(folder) if folder else None,
-        run_id=str(context.run_config.get("run-id", "")),
-        crew=here.crew,
-    )
+    try:
+        here.outcome = run_rounds(
+            grid,
+            config,
+            rundir,
+            here.progress or PlainProgress(logger.info),
+            resume=here.resume,
+            ledgers=Path(folder) if folder else None,
+            run_id=str(context.run_config.get("run-id", "")),
+            crew=here.crew,
+        )
+    except Exception:
+        if here.rundir is None and not here.resume:
+            rundir.discard_if_untrained()
+        raise
     if _session.get() is None:  # otherwise the caller says where it is, after what it has to add
         logger.info("report: %s", rundir.report)
 

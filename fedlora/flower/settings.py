@@ -59,7 +59,10 @@ def config_of(context: Context) -> RunConfig:
 
 def _run_config_of(context: Context) -> RunConfig:
     text = str(context.run_config.get("toml", ""))
-    overrides = shlex.split(str(context.run_config.get("set", "")))
+    try:
+        overrides = shlex.split(str(context.run_config.get("set", "")))
+    except ValueError as error:
+        raise ConfigError(f"the run config's set = {context.run_config['set']!r} cannot be read: {error}") from None
     if text:
         return _parsed(text, tuple(overrides))
     name = str(context.run_config.get("config", ""))

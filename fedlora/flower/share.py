@@ -18,12 +18,12 @@ from flwr.app.user_config import UserConfig
 
 from fedlora.adapter import DeltaSum
 from fedlora.aggregators import ClientUpdate, GlobalState
-from fedlora.errors import FedloraError, in_words
+from fedlora.errors import FedloraError
 from fedlora.flower import client_app
 from fedlora.flower.asking import Asker
 from fedlora.flower.books import Round
 from fedlora.flower.following import show
-from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.local_grid import LocalGrid, raise_unexpected, task_identity
 from fedlora.flower.meeting import Node
 from fedlora.flower.settings import config_of
 from fedlora.flower.sums import RunningSums, Sums, sums_suffice
@@ -31,6 +31,7 @@ from fedlora.processes import Channel, listen
 from fedlora.progress import NoProgress, Watcher
 from fedlora.training.central import load_rule
 from fedlora.training.workbench import open_workbench
+from fedlora.unexpected import describe_exception
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,7 @@ def serve(pipe: Channel) -> None:
                 if answer is not None:
                     pipe.tell(answer)
     except Exception as error:
-        pipe.tell(Failed(in_words(error)))
-        if not isinstance(error, FedloraError):
-            raise
+        pipe.tell(Failed(str(error) if isinstance(error, FedloraError) else describe_exception(error)))
 
 
 def _next(jobs: SimpleQueue[Any]) -> Any:
@@ -162,6 +161,7 @@ class Share:
         grid = cohort_grid(begin.run_config, begin.clients, begin.cohort)
         config = config_of(Context(1, 1, UserConfig(), RecordDict(), UserConfig(begin.run_config)))
         self._rule, self._bench = load_rule(config), open_workbench(config)
+        self._grid = grid
         self._asker = Asker(grid, config, self._rule, self._bench, NoProgress(), client_app.frozen_store.put)
         self._digests = {0: ""}
         self._sums = RunningSums()
@@ -184,11 +184,14 @@ class Share:
         books = Round(self._start.number, list(who.nodes))
         updates = self._asker.updates(state, self._start.base_digest, books, who)
         if not sums_suffice(self._rule):
-            return Asked(books, job.nodes, list(updates))
+            given = list(updates)
+            raise_unexpected(self._grid)
+            return Asked(books, job.nodes, given)
         for update in updates:
             sends = self._asker.plan(state, who.nodes[update.client_id]).sends
             self._sums.add(update, update.adapter.tensors(sends), books.ideal)
             books.ideal = DeltaSum()
+        raise_unexpected(self._grid)
         return Asked(books, job.nodes, ())
 
 

@@ -26,6 +26,7 @@ from fedlora.flower.asking import Asker
 from fedlora.flower.books import Round, quorum_of
 from fedlora.flower.crew import Crew
 from fedlora.flower.following import chain_digest, next_digest, show
+from fedlora.flower.local_grid import raise_unexpected
 from fedlora.flower.meeting import Meeting, Node
 from fedlora.flower.servable import clients_wanted, require_servable
 from fedlora.flower.server_ledger import ServerLedger
@@ -100,6 +101,7 @@ class Federation:
             The state after the last round.
         """
         self.meeting.begin()
+        raise_unexpected(self.grid)
         fresh = state is None
         if state is None:
             state = first_state(self.rule, self.bench.base, self.config.seed)
@@ -173,6 +175,7 @@ class Federation:
         finally:
             updates.close()  # what is under way ends with this round
             self.spent.update(books.spent)
+            raise_unexpected(self.grid)
         books.lost = not books.has_quorum(quorum)
         if books.lost:
             return replace(state, round=books.number, metrics={})

@@ -6,7 +6,6 @@ does, however that ended: nobody is left to write into a run's folder.
 
 from __future__ import annotations
 
-import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from fedlora.errors import FedloraError
 from fedlora.processes import ONE_THREAD, Child, Pipe
 from fedlora.progress import NoProgress
 from fedlora.rundir import Keep, RunDir
+from fedlora.unexpected import describe_exception
 
 OnRound = Callable[[str, int], None]
 """Told a run's name and the number of the round that ended."""
@@ -58,16 +58,13 @@ def run_all(
 
 
 def attempt(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> str | None:
-    """One run to its end; why it failed, or None. A bug's traceback goes to errors/ beside the runs."""
+    """One run to its end; why it failed, or None."""
     try:
         complete(config, keep, on_round)
     except FedloraError as error:
         return " ".join(str(error).split())
     except Exception as error:
-        file = Path(config.output) / "errors" / f"{config.name}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(traceback.format_exc())
-        return f"{type(error).__name__}: {error} (see {file})"
+        return describe_exception(error)
     return None
 
 
@@ -85,8 +82,8 @@ def complete(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> 
     run = RunDir.open(path, config) if there else RunDir.create(config)
     try:
         run_local(config, run, _Rounds(on_round), resume=there)
-    except FedloraError:
-        run.discard_if_empty()
+    except Exception:
+        run.discard_if_untrained()
         raise
     run.slim(keep)
 
