@@ -237,8 +237,14 @@ def test_an_error_that_is_a_bug_is_not_hidden(cli: Cli, tiny_toml: Path, monkeyp
     def broken(*_args: object, **_kwargs: object) -> None:
         raise ZeroDivisionError
 
+    monkeypatch.setenv("FEDLORA_CACHE", str(tiny_toml.parent))
     monkeypatch.setattr(fedlora.flower, "run_local", broken, raising=False)
-    assert isinstance(cli("run", tiny_toml).exception, ZeroDivisionError)
+    result = cli("run", tiny_toml)
+    (log,) = (tiny_toml.parent / "errors").glob("*.log")
+    assert "unexpected ZeroDivisionError" in result.stderr
+    assert str(log) in result.stderr
+    assert "Traceback" in log.read_text()
+    assert isinstance(cli("run", tiny_toml, "--debug").exception, ZeroDivisionError)
 
 
 def test_baselines_have_their_rows(cli: Cli, tiny_toml: Path, finished: Path) -> None:
