@@ -5,7 +5,7 @@ runs/<name>/
   config.toml           the resolved config, every key
   environment.json      versions, processor, threads, processes, crew, kernels, attention, cohort, seed, commit
   run-id                of a private run: the name by which privacy ledgers know it, for ever
-  privacy/              of a private run: a ledger for each client
+  privacy/              of a private run: what was asked of whom; a simulation's clients' ledgers, or the server's own
   partition.json        sizes and label counts of the clients (not of a private run, where they are secret)
   metrics.jsonl         one line a round; round 0 is the evaluation before training
   checkpoints/          the last two states, <round>.safetensors

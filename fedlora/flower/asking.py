@@ -26,6 +26,7 @@ from fedlora.flower.codec import Ask, PlanEncoder, frozen_tensors, payload_bytes
 from fedlora.flower.meeting import Node
 from fedlora.flower.post import Post, Sent
 from fedlora.flower.pulling import Allowed
+from fedlora.flower.spending import check_stated
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update
 from fedlora.model.starting import plan_for
 from fedlora.privacy.dpsgd import RELEASABLE
@@ -60,6 +61,7 @@ class Asker:
         progress: is told of each reply.
         remind: is given frozen parts, with the digest that names them, that a message leaves out since its node holds
             them: for nodes that are answered for by another process than before.
+        run: id of a private run's directory, by which the clients' ledgers know the run.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class Asker:
         bench: Workbench,
         progress: Progress,
         remind: Callable[[str, Mapping[str, Tensor]], None] | None = None,
+        run: str = "",
     ) -> None:
         self._grid, self._config, self._rule, self._bench = grid, config, rule, bench
-        self._progress, self._remind = progress, remind
+        self._progress, self._remind, self._run = progress, remind, run
         hello = handshake.question(config)
         self.mail = Post(grid, hello, patience_s=config.server.node_timeout_s, ttl_s=config.server.deadline_s + 60.0)
         self._fleet = Fleet.of(config)
@@ -131,7 +134,7 @@ class Asker:
         since = node.base_digest if plan.merges and plan.merges[0].since == node.base_version else ""
         if not plan.merges:
             since = base_digest
-        return Ask(plan, number, node.client_id, base_digest, since, self._config.wire.up)
+        return Ask(plan, number, node.client_id, base_digest, since, self._config.wire.up, self._run)
 
     def _content(self, ask: Ask, node: Node, encoder: PlanEncoder, books: Round) -> RecordDict:
         digest = encoder.frozen_digest(ask.plan)
@@ -192,6 +195,8 @@ class Asker:
                 self._progress.reply(books.number, client_id, False, "no reply before the deadline")
                 return None
             valid = check_update(reply.content, ask, self._limits)
+            if self._config.example_privacy is not None:
+                check_stated(valid.metrics, private_settings(self._config, client_id))
         except ReplyError as error:
             self._refuse(client_id, str(error), books)
             return None

@@ -39,8 +39,8 @@ from fedlora.errors import (
 from fedlora.flower.codec import Decoded, ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.handshake import require_same_config
+from fedlora.flower.node_account import Account, account_of, plan_config
 from fedlora.flower.settings import client_id_of, config_of, rank_of
-from fedlora.flower.spending import Account, account_of
 from fedlora.privacy.dpsgd import scrub
 from fedlora.privacy.ledger import Attempt
 from fedlora.rng import derive
@@ -311,35 +311,66 @@ def _train_all_privately(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict 
     """
     replies: dict[int, RecordDict | Exception] = {}
     with ExitStack() as ledgers:
-        attempts: dict[int, tuple[Attempt, PrivateSettings, bool]] = {}
+        attempts: dict[int, _Attempted] = {}
         for number, asked in waiting.items():
             try:
                 settings = private_settings(asked.bench.config, asked.client_id)
-                account = account_of(asked.context, asked.client_id)
-                spent = _spent(account, settings, int(asked.plan.head["round"]))
-                if spent is not None:
-                    replies[number] = spent
+                account = account_of(asked.context, asked.client_id, asked.plan.head.get("run"))
+                known = "" if account.kept is None else asked.plan.digest(plan_config(asked.bench.config))
+                before = None if account.kept is None else account.kept.find(known, account.ledger)
+                before = before or _spent(account, settings, int(asked.plan.head["round"]))
+                if before is not None:
+                    replies[number] = before
                     continue
                 _check_model(asked)
                 attempt = account.ledger.spend(
                     settings.entry, run=account.run, round=int(asked.plan.head["round"]), budget=settings.budget
                 )
-                attempts[number] = (ledgers.enter_context(attempt), settings, account.releases)
+                ledgers.enter_context(attempt)
+                attempts[number] = _Attempted(account, settings, attempt, known)
             except Exception as error:
                 replies[number] = _told(error, asked.context)
-        asking, how = [waiting[number] for number in attempts], [settings for _, settings, _ in attempts.values()]
+        asking, how = [waiting[number] for number in attempts], [one.settings for one in attempts.values()]
         outcomes = _each(lambda: run_plans_privately(asking, how), len(asking))
-        for (number, (attempt, settings, releases)), outcome in zip(attempts.items(), outcomes, strict=True):
+        for (number, one), outcome in zip(attempts.items(), outcomes, strict=True):
             asked = waiting[number]
             try:
-                if releases or isinstance(outcome, Exception):
-                    attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
                 if isinstance(outcome, Exception):
+                    one.attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
                     raise outcome
-                replies[number] = _update(asked, outcome, _private_figures(outcome, settings))
+                reply = _update(asked, outcome, _private_figures(outcome, one))
+                one.release(reply)
+                replies[number] = reply
             except Exception as error:
                 replies[number] = _told(error, asked.context)
     return replies
+
+
+@dataclass(frozen=True)
+class _Attempted:
+    """A private client's attempt at a round.
+
+    Args:
+        account: of the client.
+        settings: of its training.
+        attempt: open in its ledger.
+        plan: digest of the plan, where the answer is kept.
+    """
+
+    account: Account
+    settings: PrivateSettings
+    attempt: Attempt
+    plan: str
+
+    def release(self, reply: RecordDict) -> None:
+        """Keep the reply and write down that it leaves, where the ledger is not the server's too."""
+        if self.account.kept is None:
+            return
+        try:
+            self.account.kept.keep(self.plan, self.attempt.name, reply)
+        except OSError as error:
+            logger.warning("the answer cannot be kept (%s): if it is asked for again, it counts again", error)
+        self.attempt.release()
 
 
 def _spent(account: Account, settings: PrivateSettings, number: int) -> RecordDict | None:
@@ -355,13 +386,14 @@ def _spent(account: Account, settings: PrivateSettings, number: int) -> RecordDi
     )
 
 
-def _private_figures(result: TrainResult, settings: PrivateSettings) -> dict[str, float]:
-    entry = settings.entry
+def _private_figures(result: TrainResult, one: _Attempted) -> dict[str, float]:
+    entry = one.settings.entry
     figures = {
         "steps": float(result.steps),
         "sample_rate": entry.sample_rate,
         "noise_multiplier": entry.noise_multiplier,
-        "max_grad_norm": settings.max_grad_norm,
+        "max_grad_norm": one.settings.max_grad_norm,
+        "attempts": float(one.account.ledger.attempts(one.account.run)),
     }
     return {"num_examples": 1, **scrub(figures)}
 

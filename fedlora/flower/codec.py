@@ -72,6 +72,7 @@ class Ask:
         base_digest: identity of the base weights on which to train ("" for the pristine base).
         since_digest: identity of the base to which `plan.merges` apply.
         wire: in which format the reply's tensors are to come, one of `WIRES`.
+        run: id of a private run's directory, the same after a resume; "" where no ledger needs it.
     """
 
     plan: ClientPlan
@@ -80,6 +81,7 @@ class Ask:
     base_digest: str = ""
     since_digest: str = ""
     wire: str = "float32"
+    run: str = ""
 
     def starts(self) -> dict[str, Tensor]:
         """The tensors that the reply is to hold, as they are before training."""
@@ -150,6 +152,7 @@ class PlanEncoder:
         head = {
             "protocol": PROTOCOL,
             "fedlora": __version__,
+            "run": ask.run,
             "round": ask.round,
             "client_id": ask.client_id,
             "layout": _layout_json(plan.adapter.layout),
@@ -222,6 +225,16 @@ class ReceivedPlan:
             unflatten_merge(self._under(f"merge/{index}/"), meta, f"merge/{index}/")
             for index, meta in enumerate(self.head["merges"])
         )
+
+    def digest(self, config: str) -> str:
+        """Names what is asked for, however much of it this message leaves out.
+
+        Args:
+            config: digest of the config by which the node trains.
+        """
+        head = {key: value for key, value in self.head.items() if key not in ("merges", "since_digest")}
+        text = json.dumps([head, digest(self.tensors("adapter/")), config], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def adapter(self, frozen: Mapping[str, Tensor]) -> AdapterState:
         """Where training starts.

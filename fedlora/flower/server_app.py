@@ -106,7 +106,6 @@ def _main(grid: Grid, context: Context) -> None:
             here.progress or PlainProgress(logger.info),
             resume=here.resume,
             ledgers=Path(folder) if folder else None,
-            run_id=str(context.run_config.get("run-id", "")),
             crew=here.crew,
         )
     except Exception:
@@ -129,7 +128,6 @@ def run_rounds(
     *,
     resume: bool,
     ledgers: Path | None = None,
-    run_id: str = "",
     crew: Crew | None = None,
 ) -> RunOutcome:
     """All that is left of a run, and its artefacts.
@@ -141,7 +139,6 @@ def run_rounds(
         progress: is told what happens.
         resume: go on from the last checkpoint.
         ledgers: of a private simulation: the folder with the clients' ledgers.
-        run_id: under which name they know the run, where that outlives a kill.
         crew: the processes that ask clients; None: this one does.
 
     Raises:
@@ -149,7 +146,7 @@ def run_rounds(
     """
     rule = load_rule(config)
     bench = open_workbench(config)
-    spending = None if config.example_privacy is None else Spending(config, ledgers, run_id)
+    spending = None if config.example_privacy is None else Spending(config, rundir, ledgers)
     account = spending or (ServerLedger(config, rule, rundir) if isinstance(rule, Central) else None)
     with rundir.writing():
         if resume and account is not None:

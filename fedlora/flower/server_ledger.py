@@ -14,7 +14,7 @@ from typing import Any
 
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError
-from fedlora.privacy.accounting import statement
+from fedlora.privacy.accounting import epsilon, statement
 from fedlora.privacy.central import Central
 from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.rundir import RunDir
@@ -87,9 +87,13 @@ class ServerLedger:
         return {"epsilon": self._ledger.epsilon(self._privacy.delta, self._privacy.accountant)}
 
     def summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The run's claim, for result.json, with one line that says all of it."""
+        """The run's claim, for result.json, with one line that says all of it; never less than its rounds cost."""
         privacy = self._privacy
-        value = self._ledger.epsilon(privacy.delta, privacy.accountant)
+        rounds = sum(bool(record["round"]) and not _changed_nothing(record) for record in records)
+        value = max(
+            self._ledger.epsilon(privacy.delta, privacy.accountant),
+            epsilon([self._rule.entry()] * rounds, privacy.delta, privacy.accountant),
+        )
         public = "who answered" + (" and with how many examples" if self._weighting == "examples" else "")
         line = (
             f"{statement(value, privacy.delta, 'client', privacy.accountant)}, as if each took part in every round; it "

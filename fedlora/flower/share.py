@@ -162,7 +162,8 @@ class Share:
         config = config_of(Context(1, 1, UserConfig(), RecordDict(), UserConfig(begin.run_config)))
         self._rule, self._bench = load_rule(config), open_workbench(config)
         self._grid = grid
-        self._asker = Asker(grid, config, self._rule, self._bench, NoProgress(), client_app.frozen_store.put)
+        run = str(begin.run_config.get("run-id", ""))
+        self._asker = Asker(grid, config, self._rule, self._bench, NoProgress(), client_app.frozen_store.put, run)
         self._digests = {0: ""}
         self._sums = RunningSums()
 

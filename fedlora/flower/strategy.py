@@ -7,7 +7,6 @@ its deadline, if the quorum is there.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,7 +29,7 @@ from fedlora.flower.local_grid import raise_unexpected
 from fedlora.flower.meeting import Meeting, Node
 from fedlora.flower.servable import clients_wanted, require_servable
 from fedlora.flower.server_ledger import ServerLedger
-from fedlora.flower.spending import Spending, asked_in
+from fedlora.flower.spending import Spending
 from fedlora.model.starting import first_state
 from fedlora.outcomes import write_outcomes
 from fedlora.privacy.central import Central
@@ -54,7 +53,7 @@ class Federation:
         bench: the server's model, task and test data.
         rundir: where metrics and checkpoints go.
         progress: is told what happens.
-        spending: of a private run: what the clients' ledgers say.
+        spending: of a private run: what is known of the clients' ledgers.
         crew: the processes that ask clients, each its share; None: this one does.
     """
 
@@ -71,18 +70,18 @@ class Federation:
     ) -> None:
         self.grid, self.config, self.rule, self.bench = grid, config, rule, bench
         self.rundir, self.progress = rundir, progress
-        self.asker, self.crew = Asker(grid, config, rule, bench, progress), crew
+        run = "" if config.example_privacy is None else rundir.run_id
+        self.asker, self.crew = Asker(grid, config, rule, bench, progress, run=run), crew
         self.meeting = Meeting(self.asker.mail, config, len(bench.data.clients), bench.base.fingerprint, progress)
         self.base_digest = ""
         self._digests = {0: ""}
         self.fleet = Fleet.of(config)
-        self.spending = spending or (None if config.example_privacy is None else Spending(config, None))
+        self.spending = spending or (None if config.example_privacy is None else Spending(config, rundir))
         self.account = ServerLedger(config, rule, rundir) if isinstance(rule, Central) else None
         if (config.client_privacy is None) != (self.account is None):
             raise PrivacyError("privacy.unit = 'client' needs the rule that load_rule makes of the config, no other")
         self.spent: set[int] = set()
         self._failed = 0
-        self._asked: Counter[int] = Counter()
 
     @property
     def nodes(self) -> dict[int, Node]:
@@ -105,13 +104,13 @@ class Federation:
         fresh = state is None
         if state is None:
             state = first_state(self.rule, self.bench.base, self.config.seed)
-        self.base_digest = chain_digest("", state.merges)
+        known = self.spending.base_of(state) if self.spending else None
+        self.base_digest = chain_digest("", state.merges) if known is None else known
         self._digests |= {state.base_version: self.base_digest}
         plans = (self._plan(state, client_id) for client_id in self.nodes)
         require_servable(self.config, self.bench, plans, self.nodes)
         if self.config.example_privacy is not None:
             before = self.rundir.read_metrics()
-            self._asked = asked_in(before)
             self.spent = set(before[-1].get("spent", ())) if before else set()
         self.progress.started(self.config, len(self.nodes), self.config.rounds)
         if fresh:
@@ -132,6 +131,8 @@ class Federation:
         started = time.perf_counter()
         books = self._sample(number)
         self.progress.round_started(number, books.asked)
+        if self.spending is not None:
+            self.spending.ask(number, books.asked, state, self.base_digest)
         after = self._merge(state, books)
         _require_finite(after, number)
         record = self._record(state, after, books)
@@ -233,8 +234,8 @@ class Federation:
             # Under [privacy] the updates are noised already: what is computed from them gives nothing away.
             record["aggregation_error"] = self._aggregation_error(before, after, books)
         if self.spending is not None:
-            self._asked.update(books.asked)
-            record |= {"spent": sorted(self.spent), "epsilon": self.spending.largest(self._asked)}
+            self.spending.settle(record)
+            record |= {"spent": sorted(self.spent), "epsilon": self.spending.largest()}
         if self.account is not None:
             record |= self.account.settle(record)
         return record

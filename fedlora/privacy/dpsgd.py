@@ -28,7 +28,7 @@ from fedlora.privacy.preflight import require_trained
 Losses = Callable[[np.ndarray], Tensor]
 """Indices of examples [b] -> the loss of each on its own [b], with a graph."""
 
-RELEASABLE = frozenset({"steps", "sample_rate", "noise_multiplier", "max_grad_norm", "epsilon", "delta"})
+RELEASABLE = frozenset({"steps", "sample_rate", "noise_multiplier", "max_grad_norm", "attempts"})
 """Figures that are functions of the plan and the ledger alone. Not here, because they depend on the data: loss,
 accuracy, fraction clipped, number of examples (planned or seen), seconds, bytes of memory."""
 

@@ -19,14 +19,17 @@ What is true of a round that is asked for twice, as after a crash:
   same session both count, and so does an attempt at a round that is never asked for again: a crash can only
   over-count.
 
-A deployed client calls `release` before it sends. A simulation, where clients and server are one process, never
-calls it: an update leaves that process only through what is written at the end of a round, so a killed round is void
-when the resumed run repeats it, and a completed round is never repeated. Either way a killed and resumed run
-reports the epsilon of an uninterrupted one. (Should figures of a round be on the disk without its checkpoint, somebody
-may have read them: the resume says so with `seen`, before it repeats the round, and both attempts count.)
+A deployed client calls `release` before it sends, and keeps what it sent: asked for the same again, after a crash of
+the server, it sends the very same bytes, under the attempt that stands in the ledger (`reissue`). A simulation, where
+clients and server are one process, never calls it: an update leaves that process only through what is written at the
+end of a round, so a killed round is void when the resumed run repeats it, and a completed round is never repeated.
+Either way a killed and resumed run reports the epsilon of an uninterrupted one. (Should figures of a round be on the
+disk without its checkpoint, somebody may have read them: the resume says so with `seen`, before it repeats the round,
+and both attempts count.)
 
-`run` must name one run directory for ever (a random id kept in it), not a config: two runs of the same config that
-shared an id would make each other's rounds void.
+`run` names one run directory for ever (a random id kept in it), not a config: two runs of the same config that
+shared an id would make each other's unreleased rounds void. Nobody has to be trusted with it: whatever a server says,
+only an attempt of which nothing left is ever made void.
 """
 
 from __future__ import annotations
@@ -126,6 +129,38 @@ class Ledger:
         content = self._read()
         key = None if run is None or round is None else (run, round, self.session)
         return budget.holds([*content.counted(key), *self._torn_cost(content, entry), entry])
+
+    def attempts(self, run: str) -> int:
+        """How many attempts at rounds of a run count."""
+        return sum(a.run == run and a.status != "void" for a in self._read().attempts.values())
+
+    def reissue(self, attempt: str) -> bool:
+        """Write down that what an earlier attempt made is sent (again), if it counts.
+
+        Args:
+            attempt: `Attempt.name` of the one that made it.
+
+        Returns:
+            Whether it may be sent: not so if the ledger does not know the attempt or has made it void.
+
+        Raises:
+            PrivacyError: another process or thread is using the ledger.
+        """
+        appender = Appender(self.path)
+        try:
+            content = self._fold(appender.read())
+            found = content.attempts.get(attempt)
+            if found is None or found.status == "void":
+                return False
+            if found.status == "started":
+                lines: list[Mapping[str, Any]] = [
+                    {"event": "torn", **_amount(cost)} for cost in self._torn_cost(content, None)
+                ]
+                lines.append({"event": "released", "attempt": attempt})
+                appender.append(lines, b"" if content.ends else b"\n")
+            return True
+        finally:
+            appender.close()
 
     def rounds(self, run: str) -> frozenset[int]:
         """Rounds of a run that have an entry: a run that resumes after round k without them has lost its ledger."""
@@ -261,11 +296,15 @@ class Ledger:
 
 
 class Attempt:
-    """One round's spending while it happens; made by `Ledger.spend`, and holds the ledger's lock until `close`."""
+    """One round's spending while it happens; made by `Ledger.spend`, and holds the ledger's lock until `close`.
+
+    Attributes:
+        name: a random one, by which the ledger knows it.
+    """
 
     def __init__(self, appender: Appender, name: str) -> None:
         self._appender = appender
-        self._name = name
+        self.name = name
         self._done = False
 
     def release(self) -> None:
@@ -275,7 +314,7 @@ class Attempt:
             PrivacyError: if the attempt is closed, void or released.
         """
         self._require_open("released")
-        self._appender.append([{"event": "released", "attempt": self._name}])
+        self._appender.append([{"event": "released", "attempt": self.name}])
         self._done = True
 
     def void(self, why: str) -> None:
@@ -287,7 +326,7 @@ class Attempt:
             PrivacyError: if the attempt is closed, void or released.
         """
         self._require_open("made void")
-        self._appender.append([{"event": "void", "attempt": self._name, "why": why}])
+        self._appender.append([{"event": "void", "attempt": self.name, "why": why}])
         self._done = True
 
     def close(self) -> None:

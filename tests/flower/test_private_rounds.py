@@ -16,11 +16,12 @@ from flwr.app.user_config import UserConfig
 from interrupted import cut
 
 from fedlora.config import RunConfig
-from fedlora.errors import DataError, PrivacyError, RoundError, RunDirError
+from fedlora.errors import DataError, PrivacyError, ReplyError, RoundError, RunDirError
 from fedlora.flower import client_app, run_local
 from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.node_account import account_of, ledger_path
 from fedlora.flower.server_app import RunOutcome
-from fedlora.flower.spending import Spending, account_of, ledger_path
+from fedlora.flower.spending import Spending
 from fedlora.privacy.accounting import Entry
 from fedlora.privacy.ledger import Ledger
 from fedlora.progress import NoProgress
@@ -130,7 +131,7 @@ def test_the_largest_client_counts_and_clients_that_were_not_asked_spend_nothing
     largest = max(Ledger(ledger_path(folder, k)).epsilon(DELTA, "rdp") for k in range(4))
     assert claim(outcome)["epsilon"] == largest
     # A server without the ledgers adds up what it asked, and says so.
-    summary = Spending(config, None).summary(outcome.records)
+    summary = Spending(config, outcome.rundir).summary(outcome.records)
     assert summary["epsilon"] == largest
     assert summary["source"] == "plan"
     assert "each client's own ledger has the last word" in summary["statement"]
@@ -174,7 +175,7 @@ def test_nothing_leaves_a_client_but_noised_tensors_and_public_figures(
     assert len(updates) == 4 * ROUNDS
     heads = [set(note) for _, note in updates]
     assert all(head == {"protocol", "kind", "round", "base_digest"} for head in heads)
-    for reply, _ in updates:
+    for reply, note in updates:
         assert set(reply.content) == {"reply", "update", "metrics"}
         assert dict(reply.content.metric_records["metrics"]) == {
             "num_examples": 1,
@@ -182,8 +183,9 @@ def test_nothing_leaves_a_client_but_noised_tensors_and_public_figures(
             "sample_rate": Q,
             "noise_multiplier": SIGMA,
             "max_grad_norm": 0.5,
+            "attempts": float(note["round"]),
         }
-    public = {"num_examples", "steps", "sample_rate", "noise_multiplier", "max_grad_norm"}
+    public = {"num_examples", "steps", "sample_rate", "noise_multiplier", "max_grad_norm", "attempts"}
     for record in outcome.records[1:]:
         assert record["train_loss"] is None
         assert all(row.keys() == public and row["num_examples"] == 1 for row in record["clients"].values())
@@ -379,15 +381,19 @@ def test_a_resume_without_the_ledgers_is_refused(private: MakeConfig) -> None:
         resume(rundir)
 
 
-def test_ledgers_that_know_the_run_by_another_name_each_time_must_at_least_be_there(private: MakeConfig) -> None:
-    rundir = run(private("rounds=1")).rundir
-    before = [path.read_bytes() for path in sorted(rundir.privacy_dir.iterdir())]
-    spending = Spending(rundir.config, rundir.privacy_dir)
-    spending.prepare(rundir)
-    assert [path.read_bytes() for path in sorted(rundir.privacy_dir.iterdir())] == before
-    ledger_path(rundir.privacy_dir, 1).unlink()
-    with pytest.raises(PrivacyError, match="lacks round 1"):
-        spending.prepare(rundir)
+def test_a_resume_without_the_record_of_what_was_asked_is_refused(private: MakeConfig) -> None:
+    rundir = RunDir.create(private())
+    cut(rundir, 3)
+    record = rundir.privacy_dir / "asked.jsonl"
+    lines = record.read_bytes()
+    record.unlink()
+    with pytest.raises(PrivacyError, match=r"asked\.jsonl' lacks round 1, which was completed: restore it"):
+        resume(rundir)
+    record.write_bytes(lines.replace(b'"steps"', b'"stops"', 1))
+    with pytest.raises(PrivacyError, match="damaged at line 1"):
+        resume(rundir)
+    record.write_bytes(lines + b'{"round": 3, "sta')  # cut short: nobody was asked
+    assert resume(rundir).state.round == ROUNDS
 
 
 def test_more_rounds_are_refused_where_the_noise_was_calibrated_for_fewer(private: MakeConfig) -> None:
@@ -410,7 +416,7 @@ def context(node: dict[str, Any], run_config: dict[str, Any]) -> Context:
 
 def test_a_node_without_a_ledger_trains_nothing(private: MakeConfig) -> None:
     with pytest.raises(PrivacyError, match=r"--node-config 'ledger="):
-        account_of(context({}, {}), 0)
+        account_of(context({}, {}), 0, "0" * 32)
     grid = LocalGrid(client_app.app, [{"partition-id": 0}], {"toml": private().to_toml()})
     with task_identity(run_id=1):
         question = Message(RecordDict({"hello": ConfigRecord({})}), 2, "query.hello")
@@ -419,19 +425,23 @@ def test_a_node_without_a_ledger_trains_nothing(private: MakeConfig) -> None:
 
 
 def test_a_nodes_own_ledger_cannot_be_replaced_and_releases_what_it_sends(tmp_path: Path) -> None:
-    evil = {"ledger-dir": str(tmp_path / "fresh"), "run-id": "r", "session": "s"}
-    own = account_of(context({"ledger": str(tmp_path / "mine.jsonl")}, evil), 0)
-    assert (own.ledger.path, own.run, own.releases) == (tmp_path / "mine.jsonl", "flower-77", True)
-    shared = account_of(context({}, {"ledger-dir": str(tmp_path)}), 3)
-    assert (shared.ledger.path, shared.run, shared.releases) == (tmp_path / "client-3.jsonl", "flower-77", True)
-    local = account_of(context({}, evil), 3)
-    assert (local.ledger.session, local.run, local.releases) == ("s", "r", False)
+    evil = {"ledger-dir": str(tmp_path), "run-id": "r", "session": "s"}
+    run = "0" * 32
+    own = account_of(context({"ledger": str(tmp_path / "mine.jsonl")}, evil), 0, run)
+    assert (own.ledger.path, own.run, own.kept is None) == (tmp_path / "mine.jsonl", run, False)
+    shared = account_of(context({}, {"ledger-dir": str(tmp_path)}), 3, run)
+    assert (shared.ledger.path, shared.run, shared.kept is None) == (tmp_path / "client-3.jsonl", run, False)
+    local = account_of(context({}, evil), 3, run)
+    assert (local.ledger.session, local.run, local.kept) == ("s", run, None)
+    for nameless in ("", None, 7, "0" * 31, "../" * 10 + "aa"):
+        with pytest.raises(ReplyError, match="does not name its run"):
+            account_of(context({}, evil), 3, nameless)
 
 
 def test_a_real_node_writes_that_its_update_leaves(private: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     real = client_app.account_of
     monkeypatch.setattr(
-        client_app, "account_of", lambda c, k: real(context({"ledger": str(folder / f"{k}.jsonl")}, {}), k)
+        client_app, "account_of", lambda c, k, run: real(context({"ledger": str(folder / f"{k}.jsonl")}, {}), k, run)
     )
     config = private()
     rundir = RunDir.create(config)
