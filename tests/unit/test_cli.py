@@ -148,6 +148,10 @@ def test_a_run_shows_and_leaves_everything(cli: Cli, tiny_toml: Path) -> None:
     records = run.read_metrics()
     assert [record["round"] for record in records] == [0, 1, 2]
     lines = result.stdout.splitlines()
+    assert lines.pop(0) == "the head is new and trained from a random start: classifier"
+    assert run.read_json("environment.json")["new_weights"] == [
+        "the head is new and trained from a random start: classifier"
+    ]
     assert lines[0].startswith("tiny: fedavg")
     assert lines[1].split() == ["round", "accuracy", "films", "phones", "train", "loss", "traffic", "time"]
     for record, line in zip(records, lines[2:5], strict=True):
