@@ -156,7 +156,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
     def job(asked: Any, indices: Any) -> Any:
         if asked.client_id in bad:
-            raise (ValueError("disk on fire") if asked.client_id % 2 else TrainingError("the loss is not finite"))
+            raise TrainingError("disk on fire" if asked.client_id % 2 else "the loss is not finite")
         return real(asked, indices)
 
     monkeypatch.setattr(client_app, "_job", job)
@@ -170,6 +170,20 @@ def test_clients_that_raise_are_named_and_the_round_goes_on(tiny_config: MakeCon
         assert record["answered"] == [0, 3]
         assert "disk on fire" in record["refused"]["1"]
         assert "the loss is not finite" in record["refused"]["2"]
+
+
+def test_a_fault_of_the_program_in_a_client_ends_the_simulation(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All clients are one program: rounds without those that meet the fault would be another experiment."""
+    real = client_app._job
+
+    def job(asked: Any, indices: Any) -> Any:
+        return 1 / 0 if asked.client_id == 1 else real(asked, indices)
+
+    monkeypatch.setattr(client_app, "_job", job)
+    with pytest.raises(ZeroDivisionError):
+        run(tiny_config())
 
 
 def test_below_the_quorum_the_run_stops_and_the_directory_stays(tiny_config: MakeConfig, failing: set[int]) -> None:
