@@ -4,6 +4,8 @@
 runs/<name>/
   config.toml           the resolved config, every key
   environment.json      versions, processor, threads, processes, crew, kernels, attention, cohort, seed, commit
+  config_changes.json   which keys a resume changed, and from which round on; of a run that was resumed so
+  provenance.json       hashes of the base, tokenizer, class names and data (`fedlora.provenance`)
   run-id                of a private run: the name by which privacy ledgers know it, for ever
   privacy/              of a private run: what was asked of whom; a simulation's clients' ledgers, or the server's own
   partition.json        sizes and label counts of the clients (not of a private run, where they are secret)
@@ -37,11 +39,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedlora.aggregators import GlobalState, Merge
-from fedlora.config import RunConfig, different_keys, flat_keys, load_config
+from fedlora.changes import Change, changes_of, differs_in_more_than_machine, record, refused
+from fedlora.config import RunConfig, flat_keys, load_config
 from fedlora.environment import describe_environment
 from fedlora.errors import ConfigError, FedloraError, RunDirError, nearest_file
 from fedlora.files import locked, sync_folder, write_atomically
 from fedlora.progress import NoProgress, PlainProgress, Progress
+from fedlora.provenance import Provenance, in_words
 from fedlora.sanitize import clean_text
 from fedlora.state_io import (
     flatten_merge,
@@ -60,8 +64,24 @@ KEPT_CHECKPOINTS = 2
 Keep = Literal["all", "adapter", "metrics"]
 """How much of a finished run stays on disk."""
 
-MAY_DIFFER = ("output", "rounds", "runtime", "tracking")
-"""Config keys that a resume may change: where the run is, how far it goes, on what machine, and who else is told."""
+CHANGES = "config_changes.json"
+PROVENANCE = "provenance.json"
+PUT_BACK = "put back what it was made with, or name where that is now (--set model.name=... or data.source=...)"
+RESUME_CURE = f"{PUT_BACK}, or start a new run with --set name=..."
+
+
+def require_provenance(made: Provenance, found: Provenance, what: str, cure: str = RESUME_CURE) -> None:
+    """Raise `RunDirError` unless what a run was made with is what is found now.
+
+    Args:
+        made: as the run says.
+        found: now.
+        what: the run, for the message.
+        cure: what to do about it.
+    """
+    if changed := made.changed(found):
+        verb = "is" if len(changed) == 1 and changed[0] != "class_names" else "are"
+        raise RunDirError(f"{in_words(changed)} {verb} not what {what} was made with: {cure}")
 
 
 class RunDir:
@@ -93,7 +113,7 @@ class RunDir:
         except OSError as error:
             raise _unwritable(path, error) from None
         try:
-            write_atomically(path / "config.toml", config.to_toml().encode())
+            write_atomically(path / "config.toml", config.with_absolute_paths().to_toml().encode())
             run.write_json("environment.json", describe_environment(config))
             if config.privacy is not None:
                 write_atomically(path / "run-id", uuid.uuid4().hex.encode())
@@ -117,12 +137,14 @@ class RunDir:
             raise _unwritable(path, PermissionError(errno.EACCES, f"no permission to write {str(above)!r}"))
 
     @classmethod
-    def open(cls, path: str | Path, config: RunConfig | None = None) -> RunDir:
+    def open(cls, path: str | Path, config: RunConfig | None = None, *, same: bool = False) -> RunDir:
         """A run that is there. Changes nothing in it.
 
         Args:
             path: of its folder.
-            config: what the caller means to go on with; must be the run's own (but for `MAY_DIFFER`).
+            config: what the caller means to go on with; must be the run's own, but for what a resume may change
+                (`fedlora.changes`).
+            same: whether it may change nothing but where and how far the run goes, as for the runs of a sweep.
 
         Raises:
             RunDirError: there is no run, its config is another (the message says which keys differ), or it has done
@@ -134,11 +156,12 @@ class RunDir:
             raise RunDirError(f"there is no run in {str(path)!r}; {nearest_file(path, others)}")
         written = load_config(path / "config.toml")
         if config is not None:
-            changed = [key for key in different_keys(written, config) if key.split(".")[0] not in MAY_DIFFER]
+            config = config.with_absolute_paths()
+            changed = (differs_in_more_than_machine if same else refused)(written, config)
             if changed:
                 raise RunDirError(
                     f"{str(path)!r} was started with another config: {_both(written, config, changed)}; "
-                    "resume with the config that it has, or start a new run with --set name=..."
+                    f"{_why_not(changed)}start a new run with --set name=..."
                 )
         if config is not None and config.rounds != written.rounds and written.privacy and written.privacy.epsilon:
             raise RunDirError(
@@ -226,9 +249,39 @@ class RunDir:
         except ValueError as error:
             raise RunDirError(f"{str(self.path / name)!r} is damaged ({error}); remove it or the run") from None
 
+    @property
+    def changes(self) -> list[Change]:
+        """What resumes changed in the config, in the order of the rounds."""
+        return changes_of(self.read_json(CHANGES))
+
     def note_environment(self, **facts: object) -> None:
         """Add facts that are only known later, such as the kernels that were chosen."""
         self.write_json("environment.json", {**(self.read_json("environment.json") or {}), **facts})
+
+    # ------------------------------------------------------------------------------------------ what it stands on
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the run was made with, as far as it says."""
+        return Provenance.read(self.read_json(PROVENANCE))
+
+    def pin(self, found: Provenance) -> None:
+        """Write what the run stands on, once; afterwards compare it.
+
+        Raises:
+            RunDirError: see `require`.
+        """
+        self.require(found)
+        self.write_json(PROVENANCE, {**found.known, **self.provenance.known})
+
+    def require(self, found: Provenance, cure: str = RESUME_CURE) -> None:
+        """Raise `RunDirError`, naming what changed, unless the run was made with what a command has found.
+
+        Args:
+            found: now; parts that it does not know are not compared.
+            cure: what to do about it.
+        """
+        require_provenance(self.provenance, found, repr(str(self.path)), cure)
 
     # ------------------------------------------------------------------------------------------ metrics
 
@@ -310,9 +363,13 @@ class RunDir:
                 f"the checkpoints of {str(self.path)!r} were removed: it cannot go on, start a new run with "
                 "--set name=..."
             )
-        self.truncate_metrics(-1 if state is None else state.round)
+        done = -1 if state is None else state.round
+        self.truncate_metrics(done)
+        changes = record(self.changes, load_config(self.path / "config.toml"), self.config, max(done, 0))
+        if state is not None and (changes or self.changes):
+            self.write_json(CHANGES, [change.json for change in changes])
         (self.path / "result.json").unlink(missing_ok=True)
-        write_atomically(self.path / "config.toml", self.config.to_toml().encode())
+        write_atomically(self.path / "config.toml", self.config.with_absolute_paths().to_toml().encode())
         resumed = (self.read_json("environment.json") or {}).get("resumed", [])
         here = {"round": 0 if state is None else state.round, **describe_environment(self.config)}
         self.note_environment(resumed=[*resumed, here])
@@ -442,6 +499,12 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     return str(value) if isinstance(value, Path) else value
+
+
+def _why_not(changed: Sequence[str]) -> str:
+    if "partition.clients" in changed:
+        return "another number of clients divides all examples anew (only nodes with data of their own can join): "
+    return "resume with the config that it has, or "
 
 
 def _both(left: RunConfig, right: RunConfig, keys: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from fedlora.assets.catalogue import ASSETS
 from fedlora.config import ModelConfig
 from fedlora.errors import AssetError, nearest
 from fedlora.files import cache_dir
+from fedlora.hashing import Stamp, stamp
 
 __all__ = ["ASSETS", "Asset", "Checkpoint", "Package", "cache_dir", "fetch", "resolve_corpus", "resolve_model"]
 
@@ -66,6 +67,11 @@ class Checkpoint:
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`, beside `source`."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+    def stamps(self) -> tuple[Stamp, ...]:
+        """By which a local folder that was changed is known; () for a hub name, whose files are never written over."""
+        folder = Path(self.source)
+        return tuple(stamp(path) for path in sorted(folder.iterdir()) if path.is_file()) if folder.is_dir() else ()
 
     def __str__(self) -> str:
         return self.source if self.revision is None else f"{self.source}@{self.revision}"

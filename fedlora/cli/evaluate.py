@@ -87,11 +87,10 @@ def _by_client(source: Source, data: Path | None, most: int | None, show: Show) 
     import numpy as np
 
     from fedlora.compare import Table
-    from fedlora.data import load_data
     from fedlora.fairness import fairness
     from fedlora.rng import derive
     from fedlora.training import evaluate as measure
-    from fedlora.training.adapted import load_for
+    from fedlora.training.adapted import data_for, load_for
     from fedlora.training.baselines import main_domains
 
     config = source.config
@@ -99,7 +98,7 @@ def _by_client(source: Source, data: Path | None, most: int | None, show: Show) 
         raise ConfigError("--clients is for a run, whose clients are known: name the run's folder, without --data")
     if config.privacy is not None:
         raise PrivacyError("what a private run's model does on each client's own examples is what it keeps secret")
-    federated = load_data(config)
+    federated = data_for(source, "train_data")
     shares = list(federated.clients)
     if most is not None:
         draws = [np.random.default_rng(derive(config.seed, "evaluate", k)) for k in range(len(shares))]

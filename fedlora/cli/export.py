@@ -27,6 +27,7 @@ def export(
 ) -> None:
     """Write a run's adapter, or the whole model with it, for use without fedlora."""
     with errors_in_one_line(debug):
+        from fedlora.provenance import MODEL
         from fedlora.rundir import RunDir
 
         calm_loggers(debug)
@@ -40,7 +41,9 @@ def export(
 
             shutil.copytree(run_dir.adapter_dir, out, dirs_exist_ok=True)
         elif state is not None:
-            _write_model(open_workbench(run_dir.config), state, out, merge)
+            bench = open_workbench(run_dir.config)
+            run_dir.require(bench.pins.only(MODEL), "put back what it was made with")
+            _write_model(bench, state, out, merge)
             number = state.round
         elif run_dir.finished:
             raise RunDirError(f"the checkpoints of {str(run_path)!r} were removed: only its adapter can be exported")
@@ -53,9 +56,11 @@ def export(
 def _write_model(bench: Workbench, state: GlobalState, out: Path, merge: bool) -> None:
     from fedlora.aggregators import equivalent_adapter
     from fedlora.model import save_adapter, save_merged
+    from fedlora.provenance import MODEL
 
     if merge:
         save_merged(bench.base, state.adapter, state.merges, out)
         return
     adapter, error = equivalent_adapter(state, bench.config.adapter.export_rank or sys.maxsize)
-    save_adapter(bench.base, adapter, out, {"rounds": str(state.round), "relative_error": repr(error)})
+    facts = {"rounds": str(state.round), "relative_error": repr(error), "provenance": bench.pins.only(MODEL).known}
+    save_adapter(bench.base, adapter, out, facts)

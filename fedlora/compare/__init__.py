@@ -3,6 +3,7 @@
 from fedlora.compare._bootstrap import Difference, difference
 from fedlora.compare._cases import compare_cases
 from fedlora.compare._comparison import Comparison, compare, mean_and_deviation
+from fedlora.compare._ground import silently_changed
 from fedlora.compare._groups import Group, differences, group_runs
 from fedlora.compare._plot import plot_curves
 from fedlora.compare._reading import Run, read_run, read_runs
@@ -25,4 +26,5 @@ __all__ = [
     "read_run",
     "read_runs",
     "require_format",
+    "silently_changed",
 ]

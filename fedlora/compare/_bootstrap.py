@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from fedlora.compare._ground import in_pairs
 from fedlora.compare._groups import Group
 from fedlora.compare._reading import Run
+from fedlora.provenance import in_words
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -61,6 +63,8 @@ def difference(mine: Group, other: Group, *, draws: int = DRAWS) -> Difference:
     if not seeds:
         return _nothing((), "they have no seed in common")
     pairs = [(mine.seeds[seed], other.seeds[seed]) for seed in seeds]
+    if changed := in_pairs(pairs):
+        return _nothing(seeds, f"{in_words(changed)} changed between them")
     found = np.array([one.final - two.final for one, two in pairs])
     if not np.isfinite(found).all():
         return _nothing(seeds, "a run ended with a figure that is not finite")

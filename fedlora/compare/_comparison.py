@@ -9,11 +9,13 @@ from itertools import combinations
 from pathlib import Path
 
 from fedlora.compare._bootstrap import Difference, difference
+from fedlora.compare._ground import in_pairs
 from fedlora.compare._groups import Group, differences, group_runs
 from fedlora.compare._reading import Run, read_runs
 from fedlora.compare._tables import Table, require_format
 from fedlora.errors import ConfigError, nearest
 from fedlora.progress import format_bytes, format_metric, format_seconds
+from fedlora.provenance import in_words
 from fedlora.sanitize import clean_text
 
 
@@ -179,7 +181,8 @@ def compare(paths: Iterable[str | Path], *, reach: float | None = None, against:
         raise ConfigError(f"--reach {reach:g} is no {runs[0].metric}: give one as it is in metrics.jsonl, such as 0.8")
     reference = known[against] if against is not None else groups[0]
     found = {group.label: difference(group, reference) for group in groups if group is not reference}
-    notes = [f"left out: {line}" for line in left_out] + list(_other_tests(groups))
+    changed = [f"{str(run.path)!r} changed {change}" for run in runs for change in run.changes]
+    notes = [f"left out: {line}" for line in left_out] + [*changed, *_other_tests(groups), *_other_ground(groups)]
     return Comparison(groups, reference, found, differences(groups), notes, reach)
 
 
@@ -199,6 +202,21 @@ def _other_tests(groups: Sequence[Group]) -> Iterable[str]:
         both = [(one.seeds[seed], other.seeds[seed]) for seed in sorted(one.seeds.keys() & other.seeds.keys())]
         if any(mine.test and yours.test and mine.test != yours.test for mine, yours in both):
             yield f"{one.label} and {other.label} were not tested on the same examples: mind that in the figures"
+
+
+def _other_ground(groups: Sequence[Group]) -> Iterable[str]:
+    """What one name stood for at different times, and what makes figures of different kinds."""
+    for one, other in combinations(groups, 2):
+        both = [(one.seeds[seed], other.seeds[seed]) for seed in sorted(one.seeds.keys() & other.seeds.keys())]
+        if changed := in_pairs(both):
+            yield (
+                f"{in_words(changed)} changed between {one.label} and {other.label}, though their configs name the "
+                "same: there is no verdict"
+            )
+        elif one.runs[0].metric == "perplexity" and any(
+            "tokenizer" in mine.provenance.changed(yours.provenance) for mine, yours in both
+        ):
+            yield f"{one.label} and {other.label} have different tokenizers, and a perplexity counts their tokens"
 
 
 def _is_share(metric: str) -> bool:

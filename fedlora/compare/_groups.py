@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedlora.compare._ground import makes_a_setting, told_apart
 from fedlora.compare._reading import Run
 from fedlora.config import OPEN_TABLES
 from fedlora.errors import ConfigError
 
-NO_SETTING = ("seed", "name", "output", "runtime", "tracking")
-"""Keys and tables that make no setting: which draw, what it is called, on what machine, and who else is told."""
 ABSENT = "-"
 
 
@@ -38,8 +37,9 @@ class Group:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs that differ in nothing but seed, name and machine are one group; groups stand in the order of their first.
 
-    Where a seed occurs twice in one setting (the same run with another version of the program, say), each of its runs
-    is a group of its own, called by its folder.
+    Runs that were made with another base, tokenizer or other data under the same name are kept apart. Where a seed
+    occurs twice in one setting (the same run with another version of the program, say), each of its runs is a group of
+    its own, called by its folder.
 
     Raises:
         ConfigError: the runs have different tasks or figures.
@@ -51,9 +51,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             f"{str(here)!r} measures {one[1]} of {one[0]} and {str(there)!r} {other[1]} of {other[0]}: "
             "compare runs of one task"
         )
+    runs = told_apart(runs)
     sets: dict[str, list[Run]] = {}
     for run in runs:
-        setting = {key: value for key, value in run.keys.items() if _makes_a_setting(key)}
+        setting = {key: value for key, value in run.keys.items() if makes_a_setting(key)}
         sets.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
     labels = _labels([found[0].keys for found in sets.values()])
     out: list[Group] = []
@@ -75,12 +76,8 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     return {key: [_say(group.runs[0].keys.get(key, ABSENT)) for group in groups] for key in keys}
 
 
-def _makes_a_setting(key: str) -> bool:
-    return key.partition(".")[0] not in NO_SETTING
-
-
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = dict.fromkeys(key for setting in settings for key in setting if _makes_a_setting(key))
+    names = dict.fromkeys(key for setting in settings for key in setting if makes_a_setting(key))
     return [key for key in names if len({json.dumps(setting.get(key, ABSENT)) for setting in settings}) > 1]
 
 

@@ -10,11 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from fedlora.changes import Change
 from fedlora.config import flat_keys
 from fedlora.errors import FedloraError, RunDirError
 from fedlora.outcomes import read_outcomes
+from fedlora.provenance import Provenance
 from fedlora.rundir import RunDir
 from fedlora.tasks import Task, load_task
+
+NOTHING_KNOWN = Provenance()
+CHANGED = "changed on the way"
+"""Among the keys of a run: what resumes changed in its config."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +35,8 @@ class Run:
         test: names its test examples; "" where the run kept no outcomes.
         outcomes: what was measured of each test example after the last round, [n, ...] by name.
         epsilon: that it spent, or None.
+        provenance: what it was made with, as far as it says.
+        changes: of its config on the way.
     """
 
     path: Path
@@ -38,6 +46,8 @@ class Run:
     test: str = ""
     outcomes: Mapping[str, np.ndarray] | None = None
     epsilon: float | None = None
+    provenance: Provenance = NOTHING_KNOWN
+    changes: Sequence[Change] = ()
 
     @property
     def seed(self) -> int:
@@ -122,7 +132,11 @@ def read_run(path: str | Path) -> Run:
         raise RunDirError(f"{str(path)!r} has no {task.metric} in any round: run it again")
     test, outcomes = read_outcomes(folder.path) or ("", None)
     claim = (folder.read_json("result.json") or {}).get("privacy") or {}
-    return Run(Path(path), flat_keys(folder.config), task, records, test, outcomes, claim.get("epsilon"))
+    made, changes = folder.provenance, folder.changes
+    keys = flat_keys(folder.config)
+    if changes:  # a run that went on with other values is a setting of its own
+        keys[CHANGED] = ", ".join(map(str, changes))
+    return Run(Path(path), keys, task, records, made.test_data or test, outcomes, claim.get("epsilon"), made, changes)
 
 
 def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:

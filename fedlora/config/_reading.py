@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedlora.config._base import OPEN_TABLES, Section
 from fedlora.config._federation import ProfileConfig
+from fedlora.config._paths import PATHS, absolute
 from fedlora.config._privacy import UNITS, unit_of
 from fedlora.config._run import RunConfig
 from fedlora.errors import ConfigError, nearest, nearest_file
@@ -25,8 +26,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: of the file, or the name of one that ships with fedlora ("quickstart"); its stem is the run's name unless
-            the file gives one.
-        overrides: such as "rounds=20" or "strategy.name=ffa"; values are TOML, a bare word is a string.
+            the file gives one. Its relative paths are relative to its own folder.
+        overrides: such as "rounds=20" or "strategy.name=ffa"; values are TOML, a bare word is a string. Their relative
+            paths are relative to the current folder.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown (with the nearest valid one), a value is wrong.
@@ -42,7 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"config file {str(path)!r} cannot be read: it is not UTF-8 text; convert it") from None
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror or error}") from None
-    return parse_config(text, overrides, source=str(path), name=path.stem)
+    return parse_config(text, overrides, source=str(path), name=path.stem, folder=path.parent)
 
 
 def find_config(path: str | Path) -> Path:
@@ -54,17 +56,35 @@ def find_config(path: str | Path) -> Path:
 
 
 def parse_config(
-    text: str, overrides: Sequence[str] = (), *, source: str = "config", name: str | None = None
+    text: str,
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "config",
+    name: str | None = None,
+    folder: Path | None = None,
 ) -> RunConfig:
-    """As `load_config`, from TOML text."""
+    """As `load_config`, from TOML text.
+
+    Args:
+        text: of the file.
+        overrides: see `load_config`.
+        source: of the text, for messages.
+        name: of the run, unless the text gives one.
+        folder: that the text's relative paths are relative to, those of `overrides` being relative to the current one;
+            None: all paths stay as they are.
+    """
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not valid TOML: {error}") from None
     if name is not None:
         tree.setdefault("name", name)
+    if folder is not None:
+        absolute(tree, folder)
     for override in overrides:
         _override(tree, override)
+    if folder is not None:
+        absolute(tree, Path(), tuple(key for key in PATHS if key in {o.partition("=")[0].strip() for o in overrides}))
     _refuse_unknown(tree, RunConfig, "")
     for table in OPEN_TABLES:
         if isinstance(given := tree.get(table), dict) and "name" not in given:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from fedlora.config._base import OpenTable, PositiveInt, Section
 from fedlora.config._federation import ClientsConfig, ServerConfig, WireConfig
 from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
+from fedlora.config._paths import with_absolute_paths
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig, PrivacyConfig
 from fedlora.errors import PrivacyError
 
@@ -136,6 +137,10 @@ class RunConfig(Section):
     def to_toml(self) -> str:
         """The resolved config, every key written out (keys whose value is None are left out: TOML has no null)."""
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+    def with_absolute_paths(self) -> RunConfig:
+        """With paths that are the same from any folder: relative ones are taken to be the current folder's."""
+        return RunConfig.model_validate(with_absolute_paths(self.model_dump()))
 
     def digest(self, *sections: str) -> str:
         """A hash of some sections (all without names): a cache's key."""

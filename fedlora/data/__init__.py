@@ -6,24 +6,33 @@ process: tokenised examples and whole partitions are remembered by what they dep
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from fedlora.assets import ASSETS, Checkpoint
 from fedlora.config import DataConfig, OpenTable, RunConfig
-from fedlora.data._sources import limited, read_file, read_source, require_one_kind, select, source_files
+from fedlora.data._sources import (
+    limited,
+    limited_rows,
+    read_file,
+    read_source,
+    require_one_kind,
+    select,
+    source_files,
+)
 from fedlora.data._split import describe_split, split_test
 from fedlora.errors import ConfigError, DataError, nearest
+from fedlora.hashing import Stamp, digest_of_rows, row_digests, stamp
 from fedlora.partition import Partition, PartitionInput, load_partitioner
 from fedlora.progress import activity
 from fedlora.rng import derive
 from fedlora.tasks import Examples, Table, Task, load_task
 
-__all__ = ["FederatedData", "column_roles", "load_data", "load_local", "read_file", "split_test"]
+__all__ = ["FederatedData", "column_roles", "load_data", "load_local", "load_local_pinned", "read_file", "split_test"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +51,10 @@ class FederatedData:
         test_note: what is unusual about the test set's size; empty if nothing is.
         label_noise: for each client, the share of its labels that were made wrong.
         feature_noise: for each client, the strength of the noise on its inputs.
+        train_digest: a hash of the rows of the source in their order, before any seed chose among them, by what the
+            task and the partition read of each; "" where this machine has no such source.
+        test_digest: a hash of the test examples in their order, by what the task reads of each: two runs with the same
+            one were tested on the same examples, whatever their models make of them.
     """
 
     train: Examples
@@ -55,18 +68,8 @@ class FederatedData:
     test_note: str = ""
     label_noise: tuple[float, ...] = ()
     feature_noise: tuple[float, ...] = ()
-
-    @cached_property
-    def test_digest(self) -> str:
-        """A hash by which two runs know that they were tested on the same examples in the same order.
-
-        Of the labels, by their names' order, so that models with different tokenisers and heads can be compared; of the
-        numbers of tokens where there are no classes.
-        """
-        known = self.test.lengths
-        if self.test.labels is not None:
-            known = np.argsort(np.argsort(self.test.label_names))[self.test.labels]
-        return hashlib.sha256(np.asarray(known, dtype=np.int64).tobytes()).hexdigest()[:16]
+    train_digest: str = ""
+    test_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class _Key:
     task: str
     data: str
     keep: tuple[str, ...]
-    stamps: tuple[tuple[str, int, int], ...]
+    stamps: tuple[Stamp, ...]
     limit_seed: int
 
 
@@ -106,14 +109,15 @@ def load_data(config: RunConfig) -> FederatedData:
     roles = column_roles(config.data)
     if partitioner.needs_domain and "domain" not in roles:
         raise DataError(f"partition {config.partition.name!r} needs to know the column of the domains; set data.domain")
+    checkpoint = Checkpoint.of(config.model)
     keep = (*(roles[role] for role in ("domain", "group") if role in roles), *partitioner.columns)
     key = _Key(
-        model=Checkpoint.of(config.model),
+        model=checkpoint,
         task=config.task.model_dump_json(),
         # The share of the test is applied after the tokens are there.
         data=config.data.model_copy(update={"test_fraction": 0.5}).model_dump_json(),
         keep=tuple(dict.fromkeys(keep)),
-        stamps=tuple((str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files),
+        stamps=(*map(stamp, files), *checkpoint.stamps()),
         limit_seed=0 if config.data.limit is None else config.seed,
     )
     return _federate(key, config.partition.model_dump_json(), config.data.test_fraction, config.seed)
@@ -129,6 +133,11 @@ def load_local(config: RunConfig, path: str | Path) -> Examples:
     Raises:
         DataError: as `load_data`, or the classes are not known.
     """
+    return load_local_pinned(config, path)[0]
+
+
+def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, str]:
+    """As `load_local`, with the examples' hash (see `FederatedData.test_digest`)."""
     task = load_task(config.task)
     table = read_file(Path(path))
     corpus = ASSETS.get(config.data.source)
@@ -141,7 +150,8 @@ def load_local(config: RunConfig, path: str | Path) -> Examples:
     table = limited(select(table, (*columns.values(), *keep), repr(str(path))), config.data.limit, config.seed)
     for name in keep:
         require_one_kind(table.columns[name], name)
-    return task.prepare(Table(table.columns, names), Checkpoint.of(config.model), columns, keep=keep)
+    examples = task.prepare(Table(table.columns, names), Checkpoint.of(config.model), columns, keep=keep)
+    return examples, digest_of_rows(_row_digests(table, columns))
 
 
 def column_roles(data: DataConfig) -> dict[str, str]:
@@ -166,16 +176,37 @@ def _task_columns(task: Task, data: DataConfig) -> dict[str, str]:
     return {role: roles.get(role, role) for role in task.roles}
 
 
+def _row_digests(table: Table, columns: Mapping[str, str]) -> np.ndarray:
+    return row_digests({role: table.columns[column] for role, column in columns.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """The examples of the training source and then of the test source.
+
+    Args:
+        examples: of both.
+        begin: where those of the test source begin, if there is one.
+        rows: a hash of each example's row.
+        source: a hash of all rows of the training source.
+    """
+
+    examples: Examples
+    begin: int | None
+    rows: np.ndarray
+    source: str
+
+
 @lru_cache(maxsize=4)
-def _prepared(key: _Key) -> tuple[Examples, int | None]:
-    """The examples of the training source and then of the test source, and where those begin if there is one."""
+def _prepared(key: _Key) -> _Prepared:
     data = DataConfig.model_validate_json(key.data)
     task = load_task(OpenTable.model_validate_json(key.task))
     columns = _task_columns(task, data)
     source, test = read_source(data)
-    table = limited(
-        select(source, (*columns.values(), *key.keep), f"data.source {data.source!r}"), data.limit, key.limit_seed
-    )
+    whole = select(source, (*columns.values(), *key.keep), f"data.source {data.source!r}")
+    digests = _row_digests(whole, columns)
+    source_digest = digest_of_rows(digests, [whole.columns[name] for name in key.keep])
+    table, rows = limited(whole, data.limit, key.limit_seed), digests[limited_rows(whole, data.limit, key.limit_seed)]
     begin = None
     domain = column_roles(data).get("domain")
     for name in key.keep:
@@ -186,13 +217,14 @@ def _prepared(key: _Key) -> tuple[Examples, int | None]:
         test = limited(select(test, needed, f"data.test {data.test!r}"), data.limit, key.limit_seed)
         if domain is not None:
             require_one_kind([*table.columns[domain], *test.columns[domain]], domain)
+        rows = np.concatenate([rows, _row_digests(test, columns)])
         # Groups and clients are a matter of the training source, whose columns a test file need not have.
         blank = [""] * len(test)
         both = {name: [*values, *test.columns.get(name, blank)] for name, values in table.columns.items()}
         table = Table(both, table.label_names)
     activity.info("tokenising %d examples", len(table))
     # In one go, so that both have the same classes.
-    return task.prepare(table, key.model, columns, keep=key.keep), begin
+    return _Prepared(task.prepare(table, key.model, columns, keep=key.keep), begin, rows, source_digest)
 
 
 @lru_cache(maxsize=8)
@@ -200,7 +232,8 @@ def _federate(key: _Key, partition_table: str, test_fraction: float, seed: int) 
     data = DataConfig.model_validate_json(key.data)
     task = load_task(OpenTable.model_validate_json(key.task))
     table = OpenTable.model_validate_json(partition_table)
-    examples, begin = _prepared(key)
+    prepared = _prepared(key)
+    examples, begin = prepared.examples, prepared.begin
     roles = column_roles(data)
     domain = roles.get("domain")
     values = None if domain is None else examples.columns[domain].astype(str)
@@ -226,6 +259,8 @@ def _federate(key: _Key, partition_table: str, test_fraction: float, seed: int) 
         test_note=test_note,
         label_noise=partition.label_noise,
         feature_noise=partition.feature_noise,
+        train_digest=prepared.source,
+        test_digest=digest_of_rows(prepared.rows[mask]),
     )
 
 

@@ -129,11 +129,18 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
+def limited_rows(table: Table, limit: int | None, seed: int) -> np.ndarray:
+    """The rows, ascending, of at most `limit` examples, drawn with the seed."""
+    if limit is None or limit >= len(table):
+        return np.arange(len(table))
+    return np.sort(np.random.default_rng(derive(seed, "limit")).permutation(len(table))[:limit])
+
+
 def limited(table: Table, limit: int | None, seed: int) -> Table:
     """At most `limit` rows, drawn with the seed and kept in their order."""
     if limit is None or limit >= len(table):
         return table
-    rows = np.sort(np.random.default_rng(derive(seed, "limit")).permutation(len(table))[:limit])
+    rows = limited_rows(table, limit, seed)
     return Table({name: [values[row] for row in rows] for name, values in table.columns.items()}, table.label_names)
 
 

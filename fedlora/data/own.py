@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedlora.assets import Checkpoint
 from fedlora.config import NODES, RunConfig
-from fedlora.data import FederatedData, load_local
+from fedlora.data import FederatedData, load_local_pinned
 from fedlora.errors import ConfigError, DataError
+from fedlora.hashing import Stamp, stamp
 from fedlora.tasks import Examples, load_task
 
 
@@ -82,8 +84,8 @@ def load_own(config: RunConfig) -> FederatedData:
     file = Path(path).expanduser()
     if not file.is_file():
         raise DataError(f"there is no data file {path!r} on this machine: {_cure(config)}")
-    stamp = file.stat()
-    examples = _read(config.model_dump_json(), str(file), stamp.st_mtime_ns, stamp.st_size)
+    stamps = (stamp(file), *Checkpoint.of(config.model).stamps())
+    examples, digest = _read(config.model_dump_json(), str(file), stamps)
     here = np.arange(len(examples)) if config.data.own else np.empty(0, np.int64)
     domain = config.data.domain if config.data.domain in examples.columns else None
     names = () if domain is None else tuple(str(name) for name in np.unique(examples.columns[domain].astype(str)))
@@ -97,12 +99,14 @@ def load_own(config: RunConfig) -> FederatedData:
         domain_column=domain,
         label_noise=(0.0,) * number,
         feature_noise=(0.0,) * number,
+        # What a node holds is its own affair: not even a hash of it is known elsewhere.
+        test_digest="" if config.data.own else digest,
     )
 
 
 @lru_cache(maxsize=2)
-def _read(config: str, file: str, *_stamp: int) -> Examples:
-    return load_local(RunConfig.model_validate_json(config), file)
+def _read(config: str, file: str, _stamps: tuple[Stamp, ...]) -> tuple[Examples, str]:
+    return load_local_pinned(RunConfig.model_validate_json(config), file)
 
 
 def _cure(config: RunConfig) -> str:

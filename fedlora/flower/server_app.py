@@ -28,6 +28,7 @@ from fedlora.flower.strategy import Federation
 from fedlora.model import save_adapter
 from fedlora.privacy.central import Central
 from fedlora.progress import PlainProgress, Progress
+from fedlora.provenance import MODEL
 from fedlora.report import write_report
 from fedlora.rundir import RunDir
 from fedlora.tracking import tracked
@@ -151,6 +152,7 @@ def run_rounds(
     with rundir.writing():
         if resume and account is not None:
             account.prepare(rundir)
+        rundir.pin(bench.pins)
         state = rundir.resume() if resume else None
         rundir.note_environment(**describe(), **bench.choices, new_weights=bench.base.notes)
         for note in bench.base.notes:
@@ -178,11 +180,11 @@ def finish(
 ) -> RunOutcome:
     """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
-    facts = {
+    facts: dict[str, Any] = {
         "strategy": config.strategy.name,
         "rounds": str(state.round),
         "base": config.model.name,
-        "base_fingerprint": bench.base.fingerprint,
+        "provenance": bench.pins.only(MODEL).known,
         "relative_error": repr(error),
     }
     save_adapter(bench.base, adapter, rundir.adapter_dir, facts)

@@ -336,8 +336,13 @@ class Base:
         """Hash of the pristine weights' identity, and of what was drawn and frozen beside them.
 
         Equal on two machines that loaded the same base."""
-        weights = self._fingerprint()
+        weights = self.weights_digest
         return hashlib.sha256(f"{weights} {self._frozen}".encode()).hexdigest() if self._frozen else weights
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Hash of the pristine weights' identity alone, the same for every seed."""
+        return self._fingerprint()
 
     # ------------------------------------------------------------------------------------------ inside
 

@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 )
 
 
-def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mapping[str, str]) -> None:
+def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mapping[str, Any]) -> None:
     """Write an adapter that plain `PeftModel.from_pretrained(plain_base, folder)` loads.
 
     Ranks and alphas that differ by module become `rank_pattern` and `alpha_pattern`. The folder appears complete or not

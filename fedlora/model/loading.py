@@ -6,13 +6,11 @@ cache in `__main__` or in a closure along, empty, with every message.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +23,7 @@ from fedlora.model.base import Base
 from fedlora.model.classes import are_numbers, in_trained_order, trained_classes
 from fedlora.model.device import resolve_device, seeded
 from fedlora.model.dropout import set_dropout
+from fedlora.model.fingerprint import fingerprint
 from fedlora.model.methods import Method, find_method, peft_type, tuner_fields
 from fedlora.model.new_weights import MISSING, frozen_modules, require_apart, require_whole
 from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape, resolve_heads, resolve_targets
@@ -32,9 +31,6 @@ from fedlora.model.tuners import ADAPTER
 from fedlora.model.unread import skip_unread
 from fedlora.model.weights import plain_linears
 from fedlora.rng import derive
-
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-HASH_CHUNK = 1 << 22  # bytes
 
 
 class CacheInfo(NamedTuple):
@@ -90,6 +86,7 @@ def load_base(
             config.digest("model", "adapter"),
             None if find_method(config.adapter).pairs else config.seed,  # by which PEFT draws what is no pair
             [auto_class, list(head), dict(model_kwargs or {}), peft_task_type, str(device)],
+            Checkpoint.of(config.model).stamps(),  # a folder that was changed since is another base
         ],
         sort_keys=True,
         default=str,
@@ -116,6 +113,7 @@ def _load(
     method = find_method(config.adapter)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     checkpoint = Checkpoint.of(config.model)
+    stamps = checkpoint.stamps()
     # Parameters that the checkpoint lacks are drawn while loading: the same ones in every process.
     with seeded(derive(0, "base"), torch.device("cpu")):
         model, absent = _from_pretrained(config, auto_class, model_kwargs, dtype)
@@ -141,7 +139,7 @@ def _load(
     skip_unread(model)
     for name in targets:  # PEFT wrapped these; what follows merges is the layer inside
         plain[name] = model.get_submodule(name).get_base_layer()  # type: ignore[operator]
-    commit = getattr(model.config, "_commit_hash", None) or config.model.revision or "main"
+    commit = getattr(model.config, "_commit_hash", None)
     return Base(
         peft_model,
         method=method,
@@ -159,7 +157,7 @@ def _load(
         source=checkpoint.source,
         device=device,
         dtype=dtype,
-        fingerprint=lambda: _hash_weights(checkpoint.source, commit),
+        fingerprint=lambda: fingerprint(checkpoint, commit, stamps),
     )
 
 
@@ -284,19 +282,3 @@ def _inject(
             "in adapter.targets and adapter.modules_to_save"
         )
     return peft_model
-
-
-def _hash_weights(source: str, commit: str) -> str:
-    """SHA-256 of the weight files of a local folder; of name and commit for a hub model."""
-    digest = hashlib.sha256()
-    folder = Path(source)
-    if not folder.is_dir():
-        digest.update(f"{source}@{commit}".encode())
-        return digest.hexdigest()
-    files = next((found for pattern in WEIGHT_FILES if (found := sorted(folder.glob(pattern)))), [])
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(HASH_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()

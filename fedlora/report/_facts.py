@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedlora.changes import Change
 from fedlora.config import RunConfig
 from fedlora.progress import main_metric
 from fedlora.rundir import RunDir
@@ -28,6 +29,7 @@ class Facts:
         partition, baselines, environment, result: what the files of these names hold.
         samples: entries with "prompt", "reference", "before" and "after".
         finished: whether all its rounds are done.
+        changes: of its config, by resumes.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Facts:
     result: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     finished: bool = False
+    changes: Sequence[Change] = ()
 
     @classmethod
     def read(cls, run: RunDir) -> Facts:
@@ -61,6 +64,7 @@ class Facts:
             },
             samples=samples.get("samples", ()) if isinstance(samples, Mapping) else samples,
             finished=run.finished,
+            changes=run.changes,
         )
 
     @cached_property

@@ -141,6 +141,8 @@ def _privacy(facts: Facts) -> Iterator[str]:
 
 
 def _traces(facts: Facts) -> Iterator[str]:
+    if facts.changes:
+        yield f"Its config was changed on the way: {_list(facts.changes)}."
     if str(facts.environment.get("commit") or "").endswith("+changes"):
         yield "The code had changes that no commit holds: the exact code of this run is not on record."
     now = {name: facts.environment.get(name) for name in ("fedlora", "python", "packages", "processor", "device")}

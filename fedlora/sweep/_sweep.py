@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from fedlora.compare import read_run
+from fedlora.compare import read_run, silently_changed
 from fedlora.config import RunConfig, load_config
 from fedlora.errors import ConfigError, RunDirError, nearest
 from fedlora.files import locked, write_atomically
+from fedlora.provenance import in_words
 from fedlora.rundir import Keep, RunDir
 from fedlora.sweep._grid import Settings, plain
 from fedlora.sweep._workers import run_all
@@ -244,12 +245,12 @@ def _path(config: RunConfig) -> Path:
 
 def _is_finished(config: RunConfig) -> bool:
     path = _path(config)
-    return (path / "config.toml").is_file() and RunDir.open(path, config).finished
+    return (path / "config.toml").is_file() and RunDir.open(path, config, same=True).finished
 
 
 def _rounds_done(config: RunConfig) -> int:
     path = _path(config)
-    return RunDir.open(path, config).rounds_done if (path / "config.toml").is_file() else 0
+    return RunDir.open(path, config, same=True).rounds_done if (path / "config.toml").is_file() else 0
 
 
 def _select(
@@ -316,10 +317,16 @@ def _pick(candidates: Mapping[str, RunConfig], selects: bool) -> Pick:
     if not selects:
         return "", {}
     tried = dict.fromkeys(candidates, math.nan)
-    better = 1.0
+    better, first = 1.0, None
     for candidate, config in candidates.items():
         if _is_finished(config):
             run = read_run(_path(config))
+            first = first or run
+            if changed := silently_changed(first, run):
+                raise RunDirError(
+                    f"{in_words(changed)} changed between {str(first.path)!r} and {str(run.path)!r}, so that neither "
+                    "is the better: remove the older of them, or name another folder with -o"
+                )
             better = 1.0 if run.higher_is_better else -1.0
             tried[candidate] = run.final
     known = [candidate for candidate, value in tried.items() if not math.isnan(value)]

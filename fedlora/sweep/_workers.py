@@ -75,11 +75,11 @@ def complete(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> 
 
     path = Path(config.output) / config.name
     there = (path / "config.toml").is_file()
-    if there and (run := RunDir.open(path, config)).finished:
+    if there and (run := RunDir.open(path, config, same=True)).finished:
         run.slim(keep)
         return
     refuse_early(config, open_workbench(config))
-    run = RunDir.open(path, config) if there else RunDir.create(config)
+    run = RunDir.open(path, config, same=True) if there else RunDir.create(config)
     try:
         run_local(config, run, _Rounds(on_round), resume=there)
     except Exception:

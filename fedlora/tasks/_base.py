@@ -131,6 +131,14 @@ class Task(ABC):
             keep: raw columns to carry along in `Examples.columns`.
         """
 
+    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:  # noqa: ARG002
+        """Hashes of what the task reads of a checkpoint beside its weights, by the names of `Provenance`'s fields.
+
+        Args:
+            model: a folder, a hub name, or a checkpoint.
+        """
+        return {}
+
     @abstractmethod
     def model_kwargs(self, examples: Examples) -> dict[str, Any]:
         """Keyword arguments for the model's `from_pretrained`, such as `num_labels`."""

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import DataError, ModelError
+from fedlora.hashing import Stamp
+from fedlora.provenance import tokenizer_digest
 from fedlora.sanitize import clean_text
 
 WHOLE_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "spiece.model")
@@ -107,11 +109,23 @@ def load_tokenizer(model: str | Path | Checkpoint) -> Any:
     Raises:
         ModelError: there is none, or it cannot be loaded.
     """
-    return _load_tokenizer(Checkpoint.at(model))
+    checkpoint = Checkpoint.at(model)
+    return _load_tokenizer(checkpoint, checkpoint.stamps())
+
+
+def digest_tokenizer(model: str | Path | Checkpoint) -> str:
+    """The tokeniser's hash, by `fedlora.provenance.tokenizer_digest`, once a process."""
+    checkpoint = Checkpoint.at(model)
+    return _digest_tokenizer(checkpoint, checkpoint.stamps())
 
 
 @lru_cache(maxsize=4)
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+def _digest_tokenizer(checkpoint: Checkpoint, stamps: tuple[Stamp, ...]) -> str:
+    return tokenizer_digest(_load_tokenizer(checkpoint, stamps))
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> Any:
     from transformers import AutoTokenizer
 
     path = str(checkpoint)

@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import DataError, ModelError
+from fedlora.hashing import digest_of
 from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
-from fedlora.tasks._chat import encode_conversations, encode_texts, read_messages
-from fedlora.tasks._text import Tokens, load_tokenizer
+from fedlora.tasks._chat import PLAIN_TEMPLATE, encode_conversations, encode_texts, read_messages
+from fedlora.tasks._text import Tokens, digest_tokenizer, load_tokenizer
 
 IGNORED = -100  # the label of a token that does not count
 CHUNK = 512  # tokens whose logits are widened at once: a vocabulary of 50,000 makes 100 MB of them
@@ -74,6 +75,13 @@ class CausalLM(Task):
     def rows_are_examples(self) -> bool:
         """See `Task.rows_are_examples`: not so when packing."""
         return not self.packing
+
+    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
+        """The hashes of the tokeniser and, for conversations, of their template."""
+        found = {"tokenizer": digest_tokenizer(model)}
+        if self.form != "text":
+            found["chat_template"] = digest_of(load_tokenizer(model).chat_template or PLAIN_TEMPLATE)
+        return found
 
     def prepare(
         self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError, ModelError
+from fedlora.hashing import Stamp
+from fedlora.provenance import config_digest
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, tasks
 from fedlora.tasks._classification import Classification, classes_of
@@ -92,6 +94,10 @@ class ImageClassification(Classification):
         """Names that transformers gives to the classification head."""
         return ("classifier",)
 
+    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
+        """The image processor's hash."""
+        return {"processor": config_digest(_processor(*_place(model))[0].to_dict())}
+
     def prepare(
         self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]
     ) -> Examples:
@@ -103,7 +109,7 @@ class ImageClassification(Classification):
         """
         known = self.labels or table.label_names
         names, labels = classes_of(table.columns[columns["label"]], columns["label"], known, model_path)
-        processor, channels, patch = _processor(Checkpoint.at(model_path))
+        processor, channels, patch = _processor(*_place(model_path))
         pixels = _process(processor, table.columns[columns["image"]], columns["image"], channels)
         _, _, height, width = pixels.values.shape
         cost = (height // patch) * (width // patch) + 1 if patch else max(1, height * width // PATCH_AREA)
@@ -146,8 +152,13 @@ def _pixels(examples: Examples) -> Pixels:
     return pixels
 
 
+def _place(model: str | Path | Checkpoint) -> tuple[Checkpoint, tuple[Stamp, ...]]:
+    checkpoint = Checkpoint.at(model)
+    return checkpoint, checkpoint.stamps()
+
+
 @lru_cache(maxsize=4)
-def _processor(checkpoint: Checkpoint) -> tuple[Any, int, int]:
+def _processor(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> tuple[Any, int, int]:
     """The image processor of a model folder or hub name, the model's channels, and its patch size (0 without)."""
     from transformers import AutoConfig, AutoImageProcessor
 

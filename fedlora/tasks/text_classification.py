@@ -19,7 +19,7 @@ from torch import Tensor
 from fedlora.assets import Checkpoint
 from fedlora.tasks._base import Batch, Examples, Table, tasks
 from fedlora.tasks._classification import Classification, classes_of
-from fedlora.tasks._text import Tokens, encode
+from fedlora.tasks._text import Tokens, digest_tokenizer, encode
 
 
 @tasks.register("text-classification")
@@ -44,6 +44,10 @@ class TextClassification(Classification):
     def head(self) -> tuple[str, ...]:
         """Names that transformers gives to the classification head (BERT's, DistilBERT's, Llama's)."""
         return ("classifier", "pre_classifier", "score")
+
+    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
+        """The tokeniser's hash."""
+        return {"tokenizer": digest_tokenizer(model)}
 
     def prepare(
         self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]

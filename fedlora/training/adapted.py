@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedlora.assets import ASSETS
+from fedlora.assets import ASSETS, Checkpoint
 from fedlora.config import RunConfig, load_config, parse_config
-from fedlora.data import load_data, load_local
+from fedlora.data import FederatedData, load_data, load_local
 from fedlora.errors import ConfigError, ModelError, RunDirError
 from fedlora.model import load_adapted
-from fedlora.rundir import RunDir
+from fedlora.model.fingerprint import fingerprint
+from fedlora.provenance import Provenance, class_names_digest
+from fedlora.rundir import PUT_BACK, RunDir, require_provenance
 from fedlora.tasks import Examples, Task, load_task
 from fedlora.training.runtime import setup
 
 TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm"}
 """PEFT's names of tasks."""
+
+
+NOTHING_KNOWN = Provenance()
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,15 @@ class Source:
         folder: with adapter_config.json.
         config: of its run, or one made from adapter_config.json.
         run: that trained it, or None.
+        made: what it was trained with, as far as that is known.
+        own_data: whether the config's data are the run's own, and not what somebody asked for instead.
     """
 
     folder: Path
     config: RunConfig
     run: RunDir | None = None
+    made: Provenance = NOTHING_KNOWN
+    own_data: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,10 +79,21 @@ def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = 
         if not (run.adapter_dir / "adapter_config.json").is_file():
             how = "its adapter was removed" if run.finished else f"go on with fedlora run --resume {path}"
             raise RunDirError(f"{str(path)!r} has no adapter: {how}")
-        return Source(run.adapter_dir, load_config(path / "config.toml", overrides), run)
+        asked = {override.partition("=")[0].strip().partition(".")[0] for override in overrides}
+        own = not asked & {"data", "seed", "partition"}
+        return Source(run.adapter_dir, load_config(path / "config.toml", overrides), run, run.provenance, own)
     if not (path / "adapter_config.json").is_file():
         raise RunDirError(f"{str(path)!r} is neither a run nor an adapter: name a folder with adapter_config.json")
-    return Source(path, _config_of(path, overrides, data))
+    return Source(path, _config_of(path, overrides, data), made=_made_with(path))
+
+
+def _made_with(folder: Path) -> Provenance:
+    """What an adapter that a run left says of its base and tokenizer; nothing, of another program's."""
+    try:
+        facts = json.loads((folder / "fedlora.json").read_bytes())
+    except (OSError, ValueError):
+        return Provenance()
+    return Provenance.read(facts.get("provenance") if isinstance(facts, dict) else None)
 
 
 def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> RunConfig:
@@ -103,12 +123,39 @@ def examples_for(source: Source, data: Path | None) -> Examples:
         ConfigError: there is no file, and no run that would have test examples.
         DataError: the file is not usable, or the classes are not known.
     """
-    config = source.config
     if data is None:
         if source.run is None:
             raise ConfigError("an adapter alone has no test examples: name a file with --data")
-        return load_data(config).test
+        return data_for(source).test
     return load_local(_with_labels(source), data)
+
+
+def data_for(source: Source, *parts: str) -> FederatedData:
+    """The data of a run, if they are those that it was made with.
+
+    Args:
+        source: of a run.
+        parts: that will be looked at besides the class names and the test examples: "train_data".
+
+    Raises:
+        RunDirError: they changed.
+    """
+    data = load_data(source.config)
+    found = Provenance(
+        class_names=class_names_digest(data.label_names),
+        train_data=data.train_digest or None,
+        test_data=data.test_digest or None,
+    )
+    _require(source, found.only(("class_names", *(("test_data", *parts) if source.own_data else ()))))
+    return data
+
+
+def _require(source: Source, found: Provenance) -> None:
+    if source.run is not None:
+        source.run.require(found, PUT_BACK)
+    else:
+        cure = f"name the right one with --set model.name=..., or remove {str(source.folder / 'fedlora.json')!r}"
+        require_provenance(source.made, found, f"the adapter in {str(source.folder)!r}", cure)
 
 
 def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
@@ -123,12 +170,21 @@ def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
         ModelError: the base cannot be loaded, or the adapter does not fit it.
     """
     task = load_task(source.config.task)
-    kwargs = _head(source, task) if examples is None else task.model_kwargs(examples)
+    checkpoint = Checkpoint.of(source.config.model)
     device = setup(source.config.runtime)
+    kwargs = _head(source, task) if examples is None else task.model_kwargs(examples)
+    read = {} if examples is None else task.reads(checkpoint)
+    names = class_names_digest(examples.label_names) if examples is not None else None
+    found = Provenance(class_names=names, **read)
+    if Path(checkpoint.source).is_dir():  # before anything else is said about a base that is another
+        found = replace(found, base=fingerprint(checkpoint))
+    _require(source, found)
     try:
         model = load_adapted(source.config, source.folder, task.auto_class, kwargs, device)
     except ModelError as error:
         raise ModelError(f"{str(source.folder)!r}: {error}") from None
+    if found.base is None:
+        _require(source, Provenance(base=fingerprint(checkpoint, getattr(model.config, "_commit_hash", None))))
     return Adapted(model, device), task
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from fedlora.assets import Checkpoint
 from fedlora.attention import AttentionReport, choose_attention
 from fedlora.config import RunConfig
 from fedlora.kernels import KernelReport, accelerate
 from fedlora.model import Base, clear_cache, load_base
 from fedlora.progress import activity
+from fedlora.provenance import WORDS, Provenance, class_names_digest
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
 from fedlora.training.prefix import PrefixReport, choose_prefix
@@ -48,6 +51,29 @@ class Workbench:
     kernels: KernelReport
     attention: AttentionReport
     prefix: PrefixReport
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What this process trains and tests on, by hashes."""
+        return Provenance(
+            base=self.base.weights_digest,
+            class_names=class_names_digest(self.data.label_names),
+            train_data=self.data.train_digest or None,
+            test_data=self.data.test_digest or None,
+            **self.task.reads(Checkpoint.of(self.config.model)),
+        )
+
+    @property
+    def pins(self) -> Provenance:
+        """As much of `provenance` as may be written and said: of a private run no hash of training data.
+
+        Nor of test examples that were cut from the training source, since which those are depends on all of it.
+        """
+        config = self.config
+        if config.privacy is None:
+            return self.provenance
+        hidden = {"train_data"} | ({"test_data"} if config.data.test is None else set())
+        return self.provenance.only(WORDS.keys() - hidden)
 
     @property
     def settled(self) -> dict[str, str]:

@@ -64,5 +64,5 @@ def test_remote_code_is_allowed_for_all_of_a_model_or_for_nothing(
     for trust in (True, False):
         checkpoint = Checkpoint.of(ModelConfig(name=str(tiny_bert), revision="v3", trust_remote_code=trust))
         load_tokenizer(checkpoint)
-        _processor(checkpoint)
+        _processor(checkpoint, ())
     assert [(one["trust_remote_code"], one["revision"]) for one in given] == [(True, "v3")] * 3 + [(False, "v3")] * 3

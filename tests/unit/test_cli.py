@@ -212,9 +212,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_as_if_it_had_not_been(
     assert broken.exit_code == 130
     assert broken.stderr == f"stopped; go on with: fedlora run --resume {folder}\n"
     assert "holds an unfinished run: go on with --resume" in cli("run", tiny_toml).stderr
-    changed = cli("run", tiny_toml, "--resume", folder, "--set", "train.lr=0.5")
+    changed = cli("run", tiny_toml, "--resume", folder, "--set", "adapter.rank=4")
     assert changed.exit_code == 1
-    assert "train.lr was 0.01 and is now 0.5" in changed.stderr
+    assert "adapter.rank was 2 and is now 4" in changed.stderr
 
     resumed = cli("run", "--resume", folder)
     assert resumed.exit_code == 0, resumed.output

@@ -307,7 +307,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
     test, outcomes = read_outcomes(run.path) or ("", {})
     last = run.read_metrics()[-1]
     assert outcomes["correct"].mean() == pytest.approx(last["accuracy"])
-    assert len(test) == 16
+    assert len(test) == 32
     with pytest.raises(RunDirError, match=r"the checkpoints of .* were removed: it cannot go on"):
         run.resume()
     assert run.finished  # nothing was lost by trying
