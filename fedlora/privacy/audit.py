@@ -1,16 +1,15 @@
 """Attacks on our own private step: a lower bound of epsilon that a claim must stay above.
 
-An audit can refute a claim, never prove it. Three kinds: the one-run audit with canaries (Steinke et al. 2023,
-arXiv 2305.08846), a two-world audit aimed at one client, and a test that no noise is used twice.
+An audit can refute a claim, never prove it. Two kinds: the one-run audit with canaries (Steinke et al. 2023,
+arXiv 2305.08846), and a two-world audit aimed at one client. `fedlora.privacy.checks` looks at the mechanism itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
@@ -228,32 +227,3 @@ def audit_two_worlds(
     best = max(candidates, key=lambda t: bound(*errors(float(t), slice(half))))
     wrong = errors(float(best), slice(half, None))
     return AuditResult(claimed, bound(*wrong), 2 * half - sum(wrong), 2 * half)
-
-
-def noise_draws(make_step: MakeStep, steps: int, *, size: int = 512) -> list[Tensor]:
-    """What `steps` empty samples add to a model's parameters: the noise alone, [size] each."""
-    model = Canaries(size)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    draws = []
-    with make_step(model, optimizer) as private:
-        for _ in range(steps):
-            before = model.line.weight.detach().clone()
-            private.step(np.empty(0, dtype=np.int64), lambda part: model(torch.from_numpy(part)))
-            draws.append((model.line.weight.detach() - before).flatten())
-    return draws
-
-
-def reused_noise(draws: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Pairs of draws (over steps, rounds and clients) that are the same noise, up to a factor or a sign.
-
-    Independent draws of d numbers have a correlation of about 1 / sqrt(d); above 1/2 they are no accident.
-
-    Raises:
-        PrivacyError: a draw without noise, or one of fewer than 256 numbers, which would prove nothing.
-    """
-    flat = [draw.detach().double().flatten() for draw in draws]
-    if any(len(draw) < 256 or not bool(draw.norm() > 0) for draw in flat):
-        raise PrivacyError("a draw of noise to compare needs at least 256 numbers that are not all zero")
-    unit = torch.stack([draw / draw.norm() for draw in flat])
-    likeness = (unit @ unit.T).abs()
-    return [(i, j) for i, j in combinations(range(len(flat)), 2) if float(likeness[i, j]) > 0.5]

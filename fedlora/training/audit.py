@@ -1,4 +1,7 @@
-"""The audit of a config: attacks on its own private steps, and on broken ones that must be caught.
+"""The audit of a config: checks of its private mechanism, attacks on it, and on broken steps that must be caught.
+
+The checks look at one property after another (`fedlora.training.mechanism`, `fedlora.privacy.central_checks`); the
+attacks bound the epsilon of all of them together.
 
 unit = "example": canaries (`fedlora.privacy.audit`) ride on the examples of the config's own data, through the config's
 own model, batches and training loop, at the two claims where a quarter of the noise is never missed; then the
@@ -19,14 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.adapter import ALL_PARTS, AdapterState, Part
-from fedlora.aggregators import ClientSpec
+from fedlora.adapter import AdapterState, Part
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.config import TrainConfig
 from fedlora.devices import train_config
 from fedlora.errors import PrivacyError
 from fedlora.model import Base
-from fedlora.model.starting import first_state, plan_for
+from fedlora.model.starting import first_state
 from fedlora.privacy.accounting import epsilon
 from fedlora.privacy.audit import (
     Attack,
@@ -35,20 +37,21 @@ from fedlora.privacy.audit import (
     audit_in_one_run,
     audit_two_worlds,
     canary_steps,
-    reused_noise,
 )
 from fedlora.privacy.audit_clients import client_worlds
 from fedlora.privacy.calibrate import Schedule, noise_multiplier_for
 from fedlora.privacy.central import Central
+from fedlora.privacy.central_checks import check_clients
+from fedlora.privacy.checks import Check
 from fedlora.privacy.dpsgd import PrivateStep, secret_rng
 from fedlora.privacy.mutants import MUTANTS, broken
-from fedlora.rng import derive
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.central import load_rule
 from fedlora.training.cohort import why_alone
 from fedlora.training.job import TrainJob
+from fedlora.training.mechanism import check_examples, first_job
 from fedlora.training.private import PrivateSettings, check_model, private_settings, train_by_opacus
-from fedlora.training.private_cohort import PrivateTogether, train_private
+from fedlora.training.private_cohort import PrivateTogether
 from fedlora.training.workbench import Workbench
 
 DELTA = 1e-5
@@ -67,17 +70,15 @@ class Finding:
 
     Args:
         what: was attacked.
-        result: what came of it; None for the search for noise that is used twice.
+        result: what came of it.
         broken: whether it is a mutant, which must be caught.
-        note: what the search for noise found.
         bad: whether this line makes the audit fail.
     """
 
     what: str
-    result: AuditResult | None
+    result: AuditResult
     broken: bool
     bad: bool
-    note: str = ""
 
     @classmethod
     def of(cls, what: str, result: AuditResult, *, broken: bool = False) -> Finding:
@@ -87,14 +88,34 @@ class Finding:
     @property
     def verdict(self) -> str:
         """In one word or two."""
-        if self.note:
-            return self.note
         if self.broken:
             return "missed" if self.bad else "caught"
         return "REFUTED" if self.bad else "holds"
 
 
-def audit(bench: Workbench, asked: int, *, canaries: int = 4000, with_model: bool = True) -> Iterator[Finding]:
+def check(bench: Workbench, asked: int, *, generators: int = 1000) -> Iterator[Check]:
+    """Check a config's private mechanism, one property at a time.
+
+    Args:
+        bench: opened for a config with [privacy].
+        asked: clients of a round.
+        generators: how many fresh ones are watched for repetitions; a thousand find seeds of 16 bits.
+
+    Raises:
+        PrivacyError: the config has no [privacy], or its model cannot be trained privately.
+    """
+    config = bench.config
+    if config.example_privacy is not None:
+        own, worst, _ = _worst(bench)
+        yield from check_examples(bench, own[worst], generators)
+    elif config.client_privacy is not None:
+        adapter = first_state(load_rule(config), bench.base, config.seed).adapter
+        yield from check_clients(_averaging(bench), adapter, largest_first(bench, asked), generators)
+    else:
+        raise _nothing()
+
+
+def attack(bench: Workbench, asked: int, *, canaries: int = 4000) -> Iterator[Finding]:
     """Attack a config's private steps, one finding at a time.
 
     Args:
@@ -102,35 +123,43 @@ def audit(bench: Workbench, asked: int, *, canaries: int = 4000, with_model: boo
         asked: clients of a round.
         canaries: of the one-run audits (unit = "example"), half of which are examples; fewer are quicker, and find
             less. Trials of the two-world audits are half as many in each world.
-        with_model: whether the model takes part (unit = "example"); without it, canaries alone: quick, but blind for
-            what model and batches do.
 
     Raises:
         PrivacyError: the config has no [privacy], or its model cannot be trained privately.
     """
     if bench.config.example_privacy is not None:
-        yield from _of_examples(bench, canaries, with_model)
+        yield from _of_examples(bench, canaries)
     elif bench.config.client_privacy is not None:
         yield from _of_clients(bench, asked, canaries // 2)
     else:
-        raise PrivacyError("there is nothing to audit: give the config a table [privacy], or audit one that has it")
+        raise _nothing()
+
+
+def _nothing() -> PrivacyError:
+    return PrivacyError("there is nothing to audit: give the config a table [privacy], or audit one that has it")
 
 
 # ------------------------------------------------------------------------------------------------ examples
 
 
-def _of_examples(bench: Workbench, canaries: int, with_model: bool) -> Iterator[Finding]:
-    config = bench.config
-    clients = range(len(bench.data.clients))
-    own = {k: private_settings(config, k) for k in clients}
-    privacy = config.example_privacy
+def _worst(bench: Workbench) -> tuple[Mapping[int, PrivateSettings], int, float]:
+    """Each client's settings, and the client whose claim is the largest, with it."""
+    config, privacy = bench.config, bench.config.example_privacy
     assert privacy is not None
+    own = {k: private_settings(config, k) for k in range(len(bench.data.clients))}
 
     def claim(k: int) -> float:
         s = own[k]
         return epsilon([s.schedule.entry(s.noise_multiplier)] * config.rounds, privacy.delta, privacy.accountant)
 
-    worst = max(clients, key=claim)
+    worst = max(own, key=claim)
+    return own, worst, claim(worst)
+
+
+def _of_examples(bench: Workbench, canaries: int) -> Iterator[Finding]:
+    config, privacy = bench.config, bench.config.example_privacy
+    assert privacy is not None
+    own, worst, claim = _worst(bench)
     whole = partial(audit_in_one_run, canaries=canaries)
     for claimed, q, steps in COLUMNS:
         sigma = noise_multiplier_for(claimed, DELTA, q, steps)
@@ -141,9 +170,8 @@ def _of_examples(bench: Workbench, canaries: int, with_model: bool) -> Iterator[
         one = partial(whole, claimed=claimed, delta=DELTA)
         alone = partial(canary_steps, sample_rate=q, steps=steps, canaries=canaries)
         make = step_of(settings)
-        if with_model:
-            attack, count = through_model(bench, settings, canaries)
-            yield Finding.of(f"your model, {column}", one(attack, canaries=count))
+        canary, count = through_model(bench, settings, canaries)
+        yield Finding.of(f"your model, {column}", one(canary, canaries=count))
         yield Finding.of(f"step alone, {column}", one(alone(make)))
         for name, mutant in MUTANTS.items():
             yield Finding.of(f"  {name}", one(alone(broken(make, mutant))), broken=True)
@@ -156,11 +184,7 @@ def _of_examples(bench: Workbench, canaries: int, with_model: bool) -> Iterator[
         canaries=canaries,
     )
     what = f"your claim, {config.rounds} rounds"
-    yield Finding.of(what, whole(all_rounds, claimed=claim(worst), delta=privacy.delta))
-    draws = fresh_noise(bench, own[worst])
-    twice = reused_noise(draws)
-    note = f"noise {twice[0]} is the same" if twice else f"not in {len(draws)} draws"
-    yield Finding("noise used twice", None, broken=False, bad=bool(twice), note=note)
+    yield Finding.of(what, whole(all_rounds, claimed=claim, delta=privacy.delta))
 
 
 def step_of(settings: PrivateSettings) -> Any:
@@ -185,7 +209,7 @@ def through_model(bench: Workbench, settings: PrivateSettings, canaries: int) ->
     Returns:
         The attack, and of how many canaries: at most as many as the adapter has entries.
     """
-    job = _job(bench)
+    job = first_job(bench)
     check_model(bench.base, bench.task, bench.data.test, job)
     if settings.physical_batch_size is None:  # an audit's samples are larger than a client's
         settings = replace(settings, physical_batch_size=PHYSICAL)
@@ -240,38 +264,6 @@ def _on_parameters(
         return model.canaries.scores()
 
     return attack
-
-
-def fresh_noise(bench: Workbench, settings: PrivateSettings) -> list[Tensor]:
-    """What empty samples add to the adapter: the noise of two clients' two rounds, of single steps, all parts."""
-    job = replace(_job(bench), indices=np.empty(0, np.int64))
-    config = train_config(bench.config, 0).model_copy(update={"optimizer": "sgd", "lr": 1e-2, "warmup_steps": 0})
-    one = replace(settings, schedule=replace(settings.schedule, steps=1))
-    draws = []
-    for client_id in range(2):
-        for number in range(1, 3):
-            here = replace(job, seed=derive(bench.config.seed, "train", number, client_id))
-            for _ in range(2):
-                after = train_private(bench.base, bench.task, bench.data.train, here, config, one).adapter
-                draws.append(_moved(here.adapter, after, here.trains))
-    return draws
-
-
-def _moved(before: AdapterState, after: AdapterState, parts: frozenset[Part]) -> Tensor:
-    start, end = before.tensors(parts), after.tensors(parts)
-    return torch.cat([(end[name] - start[name]).flatten() for name in sorted(start)])
-
-
-def _job(bench: Workbench) -> TrainJob:
-    """What a client of the run trains in the first round."""
-    config = bench.config
-    rule = load_rule(config)
-    state = first_state(rule, bench.base, config.seed)
-    plan = plan_for(rule, state, ClientSpec(0, bench.base.layout(config.clients.rank_of(0))))
-    bench.base.rebase(0, ())
-    bench.base.rebase(plan.base_version, plan.merges)
-    trains: frozenset[Part] = frozenset(plan.trains) & ALL_PARTS
-    return TrainJob(plan.adapter, trains, np.empty(0, np.int64), derive(config.seed, "audit"))
 
 
 class _WithCanaries(torch.nn.Module):
@@ -329,9 +321,7 @@ class _CanaryTask:
 def _of_clients(bench: Workbench, asked: int, trials: int) -> Iterator[Finding]:
     config, privacy = bench.config, bench.config.client_privacy
     assert privacy is not None
-    central = load_rule(config)
-    assert isinstance(central, Central)
-    rule = replace(central, rule=FedAvg())  # what the config's own rule does with the noisy mean is post-processing
+    rule = _averaging(bench)
     one = epsilon([rule.entry()], privacy.delta, privacy.accountant)
     every = epsilon([rule.entry()] * config.rounds, privacy.delta, privacy.accountant)
     weights = largest_first(bench, asked)
@@ -354,6 +344,13 @@ def _of_clients(bench: Workbench, asked: int, trials: int) -> Iterator[Finding]:
         yield Finding.of(
             "  clip norm with little noise", two(client_worlds(rule, weights, count_noise=0.05)), broken=True
         )
+
+
+def _averaging(bench: Workbench) -> Central:
+    """The config's own clipping and noise around an average: what its rule does with the mean is post-processing."""
+    central = load_rule(bench.config)
+    assert isinstance(central, Central)
+    return replace(central, rule=FedAvg())
 
 
 def _quarter(rule: Central, weights: list[float]) -> Any:

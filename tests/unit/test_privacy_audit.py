@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy.accounting import Entry, epsilon
@@ -16,8 +15,6 @@ from fedlora.privacy.audit import (
     audit_two_worlds,
     canary_steps,
     epsilon_lower_bound,
-    noise_draws,
-    reused_noise,
 )
 from fedlora.privacy.dpsgd import PrivateStep
 from fedlora.privacy.mutants import MUTANTS, MakePrivateStep, broken
@@ -105,27 +102,3 @@ def test_two_worlds_of_a_known_mechanism() -> None:
     assert not near.refuted
     few = [audit_two_worlds(lambda there: rng.normal(), claimed=0.0, delta=DELTA, trials=40) for _ in range(40)]
     assert sum(result.refuted for result in few) <= 2  # at a confidence of 0.95, chance alone refutes no oftener
-
-
-# ---------------------------------------------------------------------------------------------- no noise twice
-
-
-def test_no_noise_is_used_twice_over_steps_rounds_and_clients() -> None:
-    draws = [draw for _client in range(2) for _round in range(3) for draw in noise_draws(true_step("epsilon 4"), 4)]
-    assert len(draws) == 24
-    assert reused_noise(draws) == []
-
-
-def test_noise_from_a_seed_of_the_run_is_caught() -> None:
-    settings = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
-
-    def seeded(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> PrivateStep:
-        return PrivateStep(model, optimizer, generator=torch.Generator().manual_seed(0), **settings)
-
-    draws = noise_draws(seeded, 2) + noise_draws(seeded, 2)
-    assert reused_noise(draws) == [(0, 2), (1, 3)]
-    assert reused_noise([draws[0], -3.0 * draws[0]]) == [(0, 1)]
-    with pytest.raises(PrivacyError, match="not all zero"):
-        reused_noise([torch.zeros(512), torch.ones(512)])
-    with pytest.raises(PrivacyError, match="256"):
-        reused_noise([torch.ones(10)])

@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.errors import PrivacyError
-from fedlora.privacy.audit import AuditResult, audit_in_one_run, reused_noise
+from fedlora.privacy.audit import AuditResult, audit_in_one_run
 from fedlora.privacy.calibrate import Schedule
+from fedlora.privacy.checks import Check
 from fedlora.privacy.dpsgd import PrivateStep
 from fedlora.privacy.mutants import MUTANTS
 from fedlora.training import audit as module
 from fedlora.training import open_workbench, private, private_cohort
-from fedlora.training.audit import Finding, audit, fresh_noise, through_model
-from fedlora.training.private import PrivateSettings, private_settings
+from fedlora.training.audit import Finding, attack, check, through_model
+from fedlora.training.private import PrivateSettings
 from fedlora.training.workbench import Workbench
 
 M = 2000
@@ -113,17 +113,6 @@ def test_training_without_any_noise_is_caught_or_does_not_even_run(
         assert attacked(bench).refuted
 
 
-def test_noise_over_steps_rounds_and_clients_is_never_the_same(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = private_settings(bench.config, 0)
-    draws = fresh_noise(bench, settings)
-    assert len(draws) == 8
-    assert reused_noise(draws) == []
-    monkeypatch.setattr(private_cohort, "secret_generator", lambda device: torch.Generator().manual_seed(0))
-    assert len(reused_noise(fresh_noise(bench, settings))) == 8 * 7 / 2
-
-
 def test_findings_are_bad_when_a_claim_falls_or_a_mutant_stands() -> None:
     fallen, standing = AuditResult(1.0, 2.0, 9, 10), AuditResult(1.0, 0.5, 6, 10)
     verdicts = [
@@ -138,7 +127,7 @@ def test_findings_are_bad_when_a_claim_falls_or_a_mutant_stands() -> None:
 def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
     equal = ["server.weighting='uniform'", "rounds=2"]
     bench = open_workbench(parse_config("", [*overrides, *CLIENT, *equal]))
-    found = list(audit(bench, 4, canaries=2000))
+    found = list(attack(bench, 4, canaries=2000))
     assert [finding.what.strip() for finding in found] == [
         "the heaviest of 4 clients, 1 round",
         "the same, all but 2 drop out",
@@ -148,11 +137,11 @@ def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
     assert not any(finding.bad for finding in found)
     unequal = ["partition={name='quantity', clients=8, alpha=0.1}", "server.weighting='examples'"]
     bench = open_workbench(parse_config("", [*overrides[:4], *overrides[5:], *CLIENT, *unequal]))
-    found = list(audit(bench, 8, canaries=2000))
+    found = list(attack(bench, 8, canaries=2000))
     assert "noise for equal weights" in [finding.what.strip() for finding in found]
     assert not any(finding.bad for finding in found)
     bench = open_workbench(parse_config("", [*overrides, *CLIENT, *equal, "privacy.adaptive_clipping=true"]))
-    found = list(audit(bench, 4, canaries=2000))
+    found = list(attack(bench, 4, canaries=2000))
     assert found[-1].what.strip() == "clip norm with little noise"
     assert not any(finding.bad for finding in found)
 
@@ -160,23 +149,26 @@ def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
 def test_a_config_without_a_claim_has_nothing_to_audit(overrides: list[str]) -> None:
     bench = open_workbench(parse_config("", overrides[:-2]))
     with pytest.raises(PrivacyError, match="nothing to audit"):
-        next(audit(bench, 4))
+        next(check(bench, 4))
+    with pytest.raises(PrivacyError, match="nothing to audit"):
+        next(attack(bench, 4))
 
 
 # ------------------------------------------------------------------------------------------------ fedlora audit
 
 
-def findings(*rows: Finding) -> Callable[..., Iterator[Finding]]:
+def lines(*rows: Finding | Check) -> Callable[..., Iterator[Finding | Check]]:
     return lambda *args, **kwargs: iter(rows)
 
 
 @pytest.mark.parametrize(
-    ("bound", "broken", "status", "says"),
+    ("bound", "broken", "bad", "status", "says"),
     [
-        (0.5, False, 0, "holds"),
-        (1.5, True, 0, "caught"),
-        (1.5, False, 1, "a claim is refuted"),
-        (0.5, True, 1, "raise --canaries"),
+        (0.5, False, False, 0, "holds"),
+        (1.5, True, False, 0, "caught"),
+        (1.5, False, False, 1, "a claim is refuted"),
+        (0.5, True, False, 1, "raise --canaries"),
+        (0.5, False, True, 1, "a claim is refuted"),
     ],
 )
 def test_the_exit_status(
@@ -185,17 +177,20 @@ def test_the_exit_status(
     monkeypatch: pytest.MonkeyPatch,
     bound: float,
     broken: bool,
+    bad: bool,
     status: int,
     says: str,
 ) -> None:
     row = Finding.of("the step", AuditResult(1.0, bound, 300, 400), broken=broken)
-    monkeypatch.setattr(module, "audit", findings(row))
+    monkeypatch.setattr(module, "attack", lines(row))
+    monkeypatch.setattr(module, "check", lines(Check("the norm", "1.4 C", "at most 1 C", bad)))
     path = tmp_path / "private.toml"
     path.write_text(parse_config("", [*overrides, *EXAMPLE]).to_toml())
     done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
     assert done.exit_code == status
     assert says in done.output
     assert "300/400" in done.output
+    assert "1.4 C" in done.output
 
 
 @pytest.mark.slow
@@ -205,9 +200,8 @@ def test_the_whole_command(overrides: list[str], tmp_path: Path, monkeypatch: py
     done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
     assert done.exit_code == 0, done.output
     assert done.output.count("caught") == 8
-    assert done.output.count("holds") == 5
-    assert "not in 8 draws" in done.output
+    assert done.output.count("holds") >= 5 + 12
     breaks(monkeypatch, "noise / n")  # the tiny model has few entries for canaries: a quarter is found in one column
     done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
     assert done.exit_code == 1
-    assert done.output.count("REFUTED") == 2
+    assert done.output.count("REFUTED") >= 2 + 1

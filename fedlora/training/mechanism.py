@@ -1,0 +1,432 @@
+"""Direct checks of a run's private training: what its trainer does, seen from outside, against what its account says.
+
+The run's own trainer (`train_private_cohort`, as federations call it) trains the run's own model on tasks that see its
+samples and choose its gradients (`fedlora.training.probes`). The optimiser is plain gradient descent with a rate that
+makes the claimed noise, or the clip norm, 1; what an optimiser does to noised gradients is post-processing.
+
+C = max_grad_norm, sigma = noise multiplier, E = expected batch size, q = sample rate, p = trained entries.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.adapter import ALL_PARTS, AdapterState, Part
+from fedlora.aggregators import ClientSpec
+from fedlora.config import TrainConfig
+from fedlora.devices import train_config
+from fedlora.errors import PrivacyError
+from fedlora.model.starting import first_state, plan_for
+from fedlora.privacy import dpsgd
+from fedlora.privacy.accounting import Entry
+from fedlora.privacy.checks import (
+    Check,
+    excluded_bits,
+    expanded_from_a_word,
+    independence,
+    largest,
+    masks,
+    noise_grain,
+    noise_scale,
+    noise_shape,
+    samples,
+)
+from fedlora.privacy.dpsgd import secret_generator, secret_rng
+from fedlora.privacy.ledger import Ledger
+from fedlora.rng import derive
+from fedlora.tasks._base import Examples
+from fedlora.training import private_cohort
+from fedlora.training.central import load_rule
+from fedlora.training.cohort import why_alone
+from fedlora.training.job import TrainJob
+from fedlora.training.private import PrivateSettings, check_model
+from fedlora.training.private_cohort import PrivateTogether, train_private_cohort
+from fedlora.training.probes import Probe, Scaled, Silent
+from fedlora.training.workbench import Workbench
+
+NUMBERS = 100_000_000
+"""Noise that an audit draws in one of its runs, at most: larger adapters are watched for fewer clients and steps."""
+EXAMPLES = 8
+"""Of the sums whose sensitivity is measured."""
+QUIET = 1e-6
+"""The noise multiplier where sums are measured: a tensor that does not move in a noisy step is refused."""
+
+
+def first_job(bench: Workbench) -> TrainJob:
+    """What a client of the run trains in the first round, without its examples."""
+    config = bench.config
+    rule = load_rule(config)
+    state = first_state(rule, bench.base, config.seed)
+    plan = plan_for(rule, state, ClientSpec(0, bench.base.layout(config.clients.rank_of(0))))
+    bench.base.rebase(0, ())
+    bench.base.rebase(plan.base_version, plan.merges)
+    trains: frozenset[Part] = frozenset(plan.trains) & ALL_PARTS
+    return TrainJob(plan.adapter, trains, np.empty(0, np.int64), derive(config.seed, "audit"))
+
+
+def check_examples(bench: Workbench, settings: PrivateSettings, generators: int) -> Iterator[Check]:
+    """Check the private steps of unit = "example".
+
+    Args:
+        bench: opened for the config.
+        settings: of one of its clients.
+        generators: how many freshly seeded ones are watched for repetitions; fewer where the adapter is large.
+
+    Raises:
+        PrivacyError: the model cannot be trained privately.
+    """
+    trainer = Trainer(bench, replace(settings, budget=None))
+    yield Check("private steps", trainer.kind)
+    for part in (
+        lambda: _sensitivity(trainer),
+        lambda: _dropout(trainer),
+        lambda: _noise(trainer, generators),
+        lambda: _samples(trainer),
+        lambda: _account(trainer),
+    ):
+        try:
+            yield from part()
+        except PrivacyError as error:
+            yield Check("training", f"failed: {error.__cause__ or error}", "runs to its end", True)
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client of an observation.
+
+    Args:
+        indices: its examples.
+        seed: number of its seed; two clients with the same one have the same seed.
+        adapter: where it starts; None: at zeros.
+        physical: most examples at once.
+    """
+
+    indices: np.ndarray
+    seed: int = 0
+    adapter: AdapterState | None = None
+    physical: int | None = None
+
+
+class Trainer:
+    """The run's own private trainer, as an audit drives it.
+
+    Args:
+        bench: opened for the config.
+        settings: of the client under audit.
+    """
+
+    def __init__(self, bench: Workbench, settings: PrivateSettings) -> None:
+        self.bench, self.base, self.settings = bench, bench.base, settings
+        self.job = first_job(bench)
+        check_model(self.base, bench.task, bench.data.test, self.job)
+        self.names = tuple(self.base.tensor_names(self.job.trains))
+        own = self.job.adapter.tensors()
+        self.sizes = [own[name].numel() for name in self.names]
+        self.width = sum(self.sizes)
+        self.zeros = self.start(lambda value: torch.zeros_like(value))
+        self.why_alone = why_alone(self.base)
+        noise = settings.noise_multiplier * settings.max_grad_norm
+        self.noise_rate = settings.schedule.expected_batch_size / noise
+        self.clip_rate = settings.schedule.expected_batch_size / settings.max_grad_norm
+
+    @property
+    def kind(self) -> str:
+        """Which of the two implementations trains."""
+        return "by Opacus's hooks" if self.why_alone else "by an adapter for each example"
+
+    @cached_property
+    def copies(self) -> list[np.ndarray]:
+        """The losses of one example in all rows of a batch: [steps, rows] of two clients in a cohort, and once more."""
+        rows, steps = 16, 8
+        plan = replace(self.settings.schedule, sample_rate=1.0, steps=steps)
+        settings = replace(self.settings, schedule=plan)
+        own = self.bench.data.train.take([0] * (2 * rows))
+        found = []
+        for clients in (2, 1):
+            probe = Scaled(self.bench.task, [1.0] * 2 * rows, [0] * rows + [1] * rows, dropout=True)
+            crowd = [Client(np.arange(k * rows, (k + 1) * rows), k, self.job.adapter) for k in range(clients)]
+            self.run(probe, own, crowd, settings, lr=0.0)
+            found += [np.stack(probe.seen[k]) for k in range(clients)]
+        return found
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether the losses of one example differ: between rows, steps, clients or runs."""
+        every = np.stack(self.copies)
+        return bool(np.ptp(every) > _tolerance(self) * np.abs(every).mean())
+
+    def start(self, values: Callable[[Tensor], Tensor]) -> AdapterState:
+        """An adapter whose trained tensors are `values` of the first round's."""
+        own = self.job.adapter.tensors()
+        return self.job.adapter.with_tensors({name: values(own[name]) for name in self.names})
+
+    def run(
+        self,
+        probe: Probe,
+        examples: Examples,
+        clients: Sequence[Client],
+        settings: PrivateSettings,
+        *,
+        look: bool = False,
+        **config: Any,
+    ) -> Tensor:
+        """Train some clients side by side, and see how far each has come [k, p].
+
+        Args:
+            probe: the task.
+            examples: that the clients' indices number.
+            clients: at least one.
+            settings: of all.
+            look: whether a `Silent` probe is to see the values of each step.
+            config: of training, beside plain gradient descent.
+
+        Raises:
+            PrivacyError: training failed.
+        """
+        jobs = [
+            replace(
+                self.job,
+                adapter=client.adapter or self.zeros,
+                indices=client.indices,
+                seed=derive(self.bench.config.seed, "train", 1, client.seed),
+            )
+            for client in clients
+        ]
+        every = [replace(settings, physical_batch_size=client.physical) for client in clients]
+        plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "proximal_mu": 0.0}
+        train: TrainConfig = train_config(self.bench.config, 0).model_copy(update={**plain, **config})
+        configs = [train] * len(jobs)
+        if look and isinstance(probe, Silent) and self.why_alone is None:
+            work = list(zip(jobs, configs, strict=True))
+            loop = PrivateTogether(self.base, probe.task, examples, work, every)
+            probe.look = lambda: torch.cat([leaf.flatten(1) for leaf in loop.leaves], dim=1)
+            outcomes = loop.run()
+        else:
+            if look and isinstance(probe, Silent):
+                own = self.base.parameters
+                probe.look = lambda: torch.cat([own[name].flatten() for name in self.names])[None]
+            outcomes = train_private_cohort(self.base, probe.task, examples, jobs, configs, every)
+        moved = []
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+            moved.append(self.flat(outcome.adapter) - self.flat(job.adapter))
+        return torch.stack(moved)
+
+    def flat(self, adapter: AdapterState) -> Tensor:
+        """The trained entries [p]."""
+        tensors = adapter.tensors()
+        return torch.cat([tensors[name].flatten() for name in self.names])
+
+    def by_name(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows [k, p] by tensor."""
+        return dict(zip(self.names, rows.split(self.sizes, dim=1), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ sums
+
+
+def _tolerance(trainer: Trainer) -> float:
+    """Of one example's clipped gradient, relative: its company changes the last digits."""
+    dtypes = {p.dtype for p in trainer.base.model.parameters() if p.dtype.is_floating_point}
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return max(1e-3 if coarsest < 1e-3 else 0.1, 5 * QUIET * trainer.width**0.5)
+
+
+def _sensitivity(trainer: Trainer) -> Iterator[Check]:
+    """The sum before its noise: of one example, of several, and of one more."""
+    data, C = trainer.bench.data.train, trainer.settings.max_grad_norm
+    if len(data) < 2:
+        return
+    rng, generator = secret_rng(), secret_generator()
+    m = min(EXAMPLES, len(data) - 1)
+    chosen = rng.choice(len(data), m + 1, replace=False)
+    start = trainer.start(lambda value: value + 0.05 * torch.randn(value.shape, generator=generator).to(value))
+    quiet = replace(
+        trainer.settings,
+        noise_multiplier=QUIET,
+        schedule=replace(trainer.settings.schedule, sample_rate=1.0, steps=1),
+    )
+
+    def sums(
+        groups: Sequence[Sequence[tuple[int, float]]],
+        settings: PrivateSettings = quiet,
+        *,
+        physical: int | None = None,
+        dropout: bool = False,
+    ) -> Tensor:
+        """Of groups of examples, each with the factor of its loss: [groups, p] in units of C."""
+        flat = [(member, k) for k, group in enumerate(groups) for member in group]
+        probe = Scaled(trainer.bench.task, [f for (_, f), _ in flat], [k for _, k in flat], dropout=dropout)
+        ends = np.cumsum([len(group) for group in groups])
+        clients = [
+            Client(np.arange(end - len(group), end), adapter=start, physical=physical)
+            for group, end in zip(groups, ends, strict=True)
+        ]
+        rows = data.take([int(chosen[place]) for (place, _), _ in flat])
+        return -trainer.run(probe, rows, clients, settings, lr=trainer.clip_rate).double()
+
+    far = replace(quiet, max_grad_norm=1e6 * C, noise_multiplier=QUIET / 1e6)
+    lengths = sums([[(place, 1.0)] for place in range(m + 1)], far).norm(dim=1)
+    if not bool((lengths > 100 * QUIET * trainer.width**0.5).all()):
+        yield Check("gradients", "an example has none", "above 0", True)
+        return
+    above, below = (100 / lengths).tolist(), (0.5 / lengths).tolist()
+    big = [(place, factor) for place, factor in enumerate(above)]
+    small = [(place, factor) for place, factor in enumerate(below)]
+    within = _tolerance(trainer)
+    singles = sums([[one] for one in [*big, *small]])
+    yield largest("one example's part", singles.norm(dim=1).tolist(), 1 + within, "C", reached=0.99 - within)
+    if trainer.drops_out:
+        some = sums([[one] for one in big], dropout=True)
+        yield largest("the same, with dropout", some.norm(dim=1).tolist(), 1 + within, "C")
+
+    group = [big[place] if place % 2 else small[place] for place in range(m)]
+    parts = sum(singles[place if place % 2 else m + 1 + place] for place in range(m))
+    more = {"another": big[m], "a copy": big[m - 1 - m % 2], "a small one": small[m], "not finite": (m, math.inf)}
+    whole = sums([group, *([*group, one] for one in more.values())])
+    cut = sums([group], physical=3)[0]
+    gaps = [float((found - parts).norm()) for found in (whole[0], cut)]
+    yield largest("a sum less its examples' parts", gaps, m * within, "C")
+    moved = (whole[1:] - whole[0]).norm(dim=1).tolist()
+    yield largest("one example more moves it by", moved, 1 + within * m**0.5, "C", reached=0.99 - within * m**0.5)
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+def _dropout(trainer: Trainer) -> Iterator[Check]:
+    """Whether masks are independent of the other examples: see `fedlora.privacy.checks.masks`."""
+    if not trainer.drops_out:
+        yield Check("dropout", "none")
+        return
+    yield masks("dropout masks", trainer.copies)
+
+
+# ------------------------------------------------------------------------------------------------ noise
+
+
+def _noise(trainer: Trainer, generators: int) -> Iterator[Check]:
+    settings, width = trainer.settings, trainer.width
+    plan = settings.schedule
+    steps = max(1, min(plan.steps, 8, NUMBERS // (2 * width)))
+    clients = max(2, min(64, NUMBERS // (steps * width)))
+    every = replace(settings, schedule=replace(plan, sample_rate=1.0, steps=steps))
+    runs: list[list[Tensor]] = []  # [run][step] -> [clients, p], in units of sigma
+    for many in (clients, min(8, clients)):  # the second time with the same seeds
+        probe = Silent(trainer.bench.task, 1)
+        crowd = [Client(np.array([k]), seed=k, physical=settings.physical_batch_size) for k in range(many)]
+        moved = trainer.run(probe, trainer.bench.data.train, crowd, every, look=True, lr=trainer.noise_rate)
+        taken = [len(values) for values in probe.values.values()]
+        if taken != [steps] * many:
+            yield Check("steps", f"{min(taken, default=0)} with examples", f"{steps}", True)
+            return
+        places = [torch.stack([probe.values[k][step] for k in range(many)]) for step in range(steps)]
+        places.append(trainer.flat(trainer.zeros) + moved)
+        runs.append([after - before for before, after in pairwise(places)])
+    draws = runs[0]
+    yield noise_scale(
+        "noise: each tensor and step",
+        {f"{name}, step {t}": part for t, row in enumerate(draws, 1) for name, part in trainer.by_name(row).items()},
+    )
+    yield noise_shape("noise: its law", torch.cat([row.flatten() for row in draws])[:1_000_000])
+    yield noise_grain("noise: its grain", draws[0][0])
+
+    total = max(1, min(plan.steps, NUMBERS // (2 * width)))
+    empty = replace(settings, schedule=replace(plan, steps=total))
+    nobody = [Client(np.empty(0, np.int64), seed=k) for k in range(2)]
+    moved = trainer.run(
+        Silent(trainer.bench.task, 1), trainer.bench.data.train, nobody, empty, lr=trainer.noise_rate, momentum=0.9
+    )
+    reach = np.cumsum(0.9 ** np.arange(total))  # how far the noise of the last step, the one before ... has gone
+    unit = moved / float(np.sqrt((reach**2).sum()))
+    yield noise_scale(f"noise: {total} empty samples", trainer.by_name(unit))
+
+    fresh, picked = _fresh(trainer, generators)
+    length = fresh.shape[1]
+    vectors = [fresh, *(row[:, :length] for run in runs for row in run)]
+    tensors = [trainer.by_name(row[:2]) for row in draws[:2]]
+    long = [name for name, size in zip(trainer.names, trainer.sizes, strict=True) if size >= 64]
+    least = min((size for size in trainer.sizes if size >= 64), default=0)
+    groups = [torch.cat(vectors)]
+    if len(long) > 1:
+        groups.append(torch.cat([part[name][:, :least] for part in tensors for name in long]))
+    bits = excluded_bits(len(fresh))
+    yield independence(f"noise: fresh ({bits}-bit seeds seen)", groups)
+    module = dpsgd if trainer.why_alone else private_cohort
+    short = expanded_from_a_word(module.secret_generator(trainer.base.device))
+    yield Check("noise: its generator", "from 32 bits" if short else "from more than 32 bits", "more", short)
+    if trainer.settings.schedule.sample_rate < 1:
+        alike = len(picked) - len(np.unique(picked, axis=0))
+        yield Check(f"samples: {len(picked)} generators", f"{alike} twice", "0 twice", alike > 0)
+
+
+def _fresh(trainer: Trainer, generators: int) -> tuple[Tensor, np.ndarray]:
+    """One step of many clients: the noise [g, d] that each draws first, and which of 48 examples each samples."""
+    settings, n = trainer.settings, 48
+    many = max(20, min(generators, 20 * NUMBERS // (n // 2 * trainer.width)))
+    coin = replace(settings, schedule=replace(settings.schedule, sample_rate=0.5, steps=1))
+    at_once = max(1, min(many, NUMBERS // (n * trainer.width)))
+    noise, picked = [], []
+    for begin in range(0, many, at_once):
+        probe = Silent(trainer.bench.task, n)
+        crowd = [Client(np.arange(k * n, (k + 1) * n), begin + k) for k in range(min(at_once, many - begin))]
+        moved = trainer.run(probe, trainer.bench.data.train, crowd, coin, lr=trainer.noise_rate)
+        noise.append(moved[:, :256].clone())
+        picked += [np.isin(np.arange(n), probe.samples.get(k, [[]])[0]) for k in range(len(crowd))]
+    return torch.cat(noise), np.stack(picked)
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def _samples(trainer: Trainer) -> Iterator[Check]:
+    plan = trainer.settings.schedule
+    q = plan.sample_rate
+    steps = 100
+    n = max(10, round(10 / q))
+    plan = replace(plan, steps=steps)
+    crowd = [Client(np.arange(k * n, (k + 1) * n), seed=k) for k in range(3)]
+    runs = []
+    for clients in (crowd, crowd[:1]):  # the second run is the first client's, once more
+        probe = Silent(trainer.bench.task, n)
+        trainer.run(probe, trainer.bench.data.train, clients, replace(trainer.settings, schedule=plan), lr=0.0)
+        for k in range(len(clients)):
+            drawn = probe.samples.get(k, [])
+            if q < 1 and len(drawn) > steps:
+                yield Check("samples", f"{len(drawn)} in {steps} steps", f"at most {steps}", True)
+                return
+            runs.append(
+                np.stack([np.isin(np.arange(n), one) for one in drawn] + [np.zeros(n, bool)] * (steps - len(drawn)))
+            )
+    yield from samples("samples", runs, q)
+
+
+# ------------------------------------------------------------------------------------------------ the account
+
+
+def _account(trainer: Trainer) -> Iterator[Check]:
+    """What a ledger keeps of one round, against what the checks above held the trainer to."""
+    settings = trainer.settings
+    plan = settings.schedule
+    checked = Entry(plan.sample_rate, settings.noise_multiplier, plan.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "ledger.jsonl")
+        with ledger.spend(settings.entry, run="audit", round=1):
+            (kept,) = ledger.entries()
+    yield Check("the ledger's entry", _shown(kept), _shown(checked), kept != checked)
+
+
+def _shown(entry: Entry) -> str:
+    return f"q {entry.sample_rate:.4g}, sigma {entry.noise_multiplier:.4g}, {entry.steps} steps"

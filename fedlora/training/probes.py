@@ -1,0 +1,156 @@
+"""Tasks that an audit puts in place of a run's own, to see from outside what a private trainer does with it.
+
+A trainer speaks to its task alone: it asks for the batch of some examples and for their losses. So a task sees which
+examples are in each sample, and decides how large each gradient is; what the trainer made of it is in the adapter that
+comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fedlora.tasks._base import Batch, Examples, Task
+
+NUMBER = "example_number"
+"""The entry of a batch that says which examples are in it."""
+
+
+class Probe:
+    """A task's stand-in: it has everything that the task has, and knows which example each row of a batch is.
+
+    Args:
+        task: the run's own.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    @property
+    def task(self) -> Task:
+        """Itself, as the trainer's type wants it."""
+        return cast(Task, self)
+
+    def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
+        """The task's own batch, with the numbers of its examples."""
+        return {**self._task.collate(examples, indices), NUMBER: torch.from_numpy(np.asarray(indices))}
+
+    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:
+        """The task's own way to join batches."""
+        joined = self._task.join(examples, [_without_numbers(batch) for batch in batches])
+        return {**joined, NUMBER: torch.cat([batch[NUMBER] for batch in batches])}
+
+    def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The task's own losses [b]."""
+        return self._task.losses(model, _without_numbers(batch))
+
+
+def _without_numbers(batch: Mapping[str, Tensor]) -> Batch:
+    return {name: value for name, value in batch.items() if name != NUMBER}
+
+
+@final
+class Silent(Probe):
+    """Examples without a gradient: what moves is noise. It needs no pass through the model, so there may be many.
+
+    Args:
+        task: the run's own.
+        n: examples of each client: client k has those from k n to (k + 1) n.
+
+    Attributes:
+        samples: client -> each sample that was not empty, as numbers below n.
+        values: client -> the trained values at each of these steps, if `look` is set.
+        look: gives the values [b, p] that the rows of the batch under way are trained at, or None.
+    """
+
+    def __init__(self, task: Task, n: int) -> None:
+        super().__init__(task)
+        self._n = n
+        self.samples: dict[int, list[np.ndarray]] = {}
+        self.values: dict[int, list[Tensor]] = {}
+        self.look: Callable[[], Tensor] | None = None
+
+    def collate(self, examples: Examples, indices: np.ndarray) -> Batch:  # noqa: ARG002
+        """The numbers alone; the sample is noted."""
+        numbers = np.asarray(indices)
+        for client in np.unique(numbers // self._n):
+            self.samples.setdefault(int(client), []).append(numbers[numbers // self._n == client] % self._n)
+        return {NUMBER: torch.from_numpy(numbers)}
+
+    def tokens(self, batch: Batch) -> int | None:  # noqa: ARG002
+        """One: the model is not asked."""
+        return 1
+
+    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:  # noqa: ARG002
+        """All numbers after each other."""
+        return {NUMBER: torch.cat([batch[NUMBER] for batch in batches])}
+
+    def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """Zeros [b] that depend on nothing trained."""
+        numbers = batch[NUMBER]
+        if self.look is not None:
+            seen = self.look().detach().cpu()
+            for row, client in enumerate((numbers // self._n).tolist()):
+                self.values.setdefault(client, []).append(seen[row].clone())
+        nothing = torch.zeros(len(numbers), device=numbers.device, requires_grad=True)
+        return nothing * 1.0
+
+
+@final
+class Scaled(Probe):
+    """The run's own examples, model and losses, each loss times a factor.
+
+    Args:
+        task: the run's own.
+        factors: of each example [n].
+        owners: the client that each example belongs to [n].
+        dropout: whether the model drops out as it does in training.
+
+    Attributes:
+        seen: client -> the losses of each batch before the factor, in the order of its examples.
+    """
+
+    def __init__(self, task: Task, factors: Sequence[float], owners: Sequence[int], *, dropout: bool) -> None:
+        super().__init__(task)
+        self._factors = torch.tensor(factors, dtype=torch.float64)
+        self._owners, self._dropout = np.asarray(owners), dropout
+        self.seen: dict[int, list[np.ndarray]] = {}
+
+    def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The task's own losses [b] times their factors."""
+        if self._dropout:
+            each = super().losses(model, batch)
+        else:
+            with _WithoutDropout():
+                each = super().losses(model, batch)
+        numbers = batch[NUMBER].cpu()
+        values, owners = each.detach().double().cpu().numpy(), self._owners[numbers.numpy()]
+        for client in np.unique(owners):
+            self.seen.setdefault(int(client), []).append(values[owners == client])
+        return each * self._factors[numbers].to(each)
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Inside, nothing is dropped out, whatever the model's mode."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is functional.dropout:
+            return args[0] if args else kwargs["input"]
+        if func is functional.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
