@@ -49,7 +49,8 @@ from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.central import load_rule
 from fedlora.training.cohort import why_alone
 from fedlora.training.job import TrainJob
-from fedlora.training.mechanism import check_examples, first_job
+from fedlora.training.mechanism import check_examples
+from fedlora.training.observed import first_job
 from fedlora.training.private import PrivateSettings, check_model, private_settings, train_by_opacus
 from fedlora.training.private_cohort import PrivateTogether
 from fedlora.training.workbench import Workbench

@@ -11,23 +11,16 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.adapter import ALL_PARTS, AdapterState, Part
-from fedlora.aggregators import ClientSpec
-from fedlora.config import TrainConfig
-from fedlora.devices import train_config
 from fedlora.errors import PrivacyError
-from fedlora.model.starting import first_state, plan_for
 from fedlora.privacy import dpsgd
 from fedlora.privacy.accounting import Entry
 from fedlora.privacy.checks import (
@@ -44,35 +37,16 @@ from fedlora.privacy.checks import (
 )
 from fedlora.privacy.dpsgd import secret_generator, secret_rng
 from fedlora.privacy.ledger import Ledger
-from fedlora.rng import derive
-from fedlora.tasks._base import Examples
 from fedlora.training import private_cohort
-from fedlora.training.central import load_rule
-from fedlora.training.cohort import why_alone
-from fedlora.training.job import TrainJob
-from fedlora.training.private import PrivateSettings, check_model
-from fedlora.training.private_cohort import PrivateTogether, train_private_cohort
-from fedlora.training.probes import Probe, Scaled, Silent
+from fedlora.training.observed import QUIET, Client, Trainer
+from fedlora.training.private import PrivateSettings
+from fedlora.training.probes import Scaled, Silent
 from fedlora.training.workbench import Workbench
 
 NUMBERS = 100_000_000
 """Noise that an audit draws in one of its runs, at most: larger adapters are watched for fewer clients and steps."""
 EXAMPLES = 8
 """Of the sums whose sensitivity is measured."""
-QUIET = 1e-6
-"""The noise multiplier where sums are measured: a tensor that does not move in a noisy step is refused."""
-
-
-def first_job(bench: Workbench) -> TrainJob:
-    """What a client of the run trains in the first round, without its examples."""
-    config = bench.config
-    rule = load_rule(config)
-    state = first_state(rule, bench.base, config.seed)
-    plan = plan_for(rule, state, ClientSpec(0, bench.base.layout(config.clients.rank_of(0))))
-    bench.base.rebase(0, ())
-    bench.base.rebase(plan.base_version, plan.merges)
-    trains: frozenset[Part] = frozenset(plan.trains) & ALL_PARTS
-    return TrainJob(plan.adapter, trains, np.empty(0, np.int64), derive(config.seed, "audit"))
 
 
 def check_examples(bench: Workbench, settings: PrivateSettings, generators: int) -> Iterator[Check]:
@@ -101,147 +75,7 @@ def check_examples(bench: Workbench, settings: PrivateSettings, generators: int)
             yield Check("training", f"failed: {error.__cause__ or error}", "runs to its end", True)
 
 
-@dataclass(frozen=True)
-class Client:
-    """A client of an observation.
-
-    Args:
-        indices: its examples.
-        seed: number of its seed; two clients with the same one have the same seed.
-        adapter: where it starts; None: at zeros.
-        physical: most examples at once.
-    """
-
-    indices: np.ndarray
-    seed: int = 0
-    adapter: AdapterState | None = None
-    physical: int | None = None
-
-
-class Trainer:
-    """The run's own private trainer, as an audit drives it.
-
-    Args:
-        bench: opened for the config.
-        settings: of the client under audit.
-    """
-
-    def __init__(self, bench: Workbench, settings: PrivateSettings) -> None:
-        self.bench, self.base, self.settings = bench, bench.base, settings
-        self.job = first_job(bench)
-        check_model(self.base, bench.task, bench.data.test, self.job)
-        self.names = tuple(self.base.tensor_names(self.job.trains))
-        own = self.job.adapter.tensors()
-        self.sizes = [own[name].numel() for name in self.names]
-        self.width = sum(self.sizes)
-        self.zeros = self.start(lambda value: torch.zeros_like(value))
-        self.why_alone = why_alone(self.base)
-        noise = settings.noise_multiplier * settings.max_grad_norm
-        self.noise_rate = settings.schedule.expected_batch_size / noise
-        self.clip_rate = settings.schedule.expected_batch_size / settings.max_grad_norm
-
-    @property
-    def kind(self) -> str:
-        """Which of the two implementations trains."""
-        return "by Opacus's hooks" if self.why_alone else "by an adapter for each example"
-
-    @cached_property
-    def copies(self) -> list[np.ndarray]:
-        """The losses of one example in all rows of a batch: [steps, rows] of two clients in a cohort, and once more."""
-        rows, steps = 16, 8
-        plan = replace(self.settings.schedule, sample_rate=1.0, steps=steps)
-        settings = replace(self.settings, schedule=plan)
-        own = self.bench.data.train.take([0] * (2 * rows))
-        found = []
-        for clients in (2, 1):
-            probe = Scaled(self.bench.task, [1.0] * 2 * rows, [0] * rows + [1] * rows, dropout=True)
-            crowd = [Client(np.arange(k * rows, (k + 1) * rows), k, self.job.adapter) for k in range(clients)]
-            self.run(probe, own, crowd, settings, lr=0.0)
-            found += [np.stack(probe.seen[k]) for k in range(clients)]
-        return found
-
-    @property
-    def drops_out(self) -> bool:
-        """Whether the losses of one example differ: between rows, steps, clients or runs."""
-        every = np.stack(self.copies)
-        return bool(np.ptp(every) > _tolerance(self) * np.abs(every).mean())
-
-    def start(self, values: Callable[[Tensor], Tensor]) -> AdapterState:
-        """An adapter whose trained tensors are `values` of the first round's."""
-        own = self.job.adapter.tensors()
-        return self.job.adapter.with_tensors({name: values(own[name]) for name in self.names})
-
-    def run(
-        self,
-        probe: Probe,
-        examples: Examples,
-        clients: Sequence[Client],
-        settings: PrivateSettings,
-        *,
-        look: bool = False,
-        **config: Any,
-    ) -> Tensor:
-        """Train some clients side by side, and see how far each has come [k, p].
-
-        Args:
-            probe: the task.
-            examples: that the clients' indices number.
-            clients: at least one.
-            settings: of all.
-            look: whether a `Silent` probe is to see the values of each step.
-            config: of training, beside plain gradient descent.
-
-        Raises:
-            PrivacyError: training failed.
-        """
-        jobs = [
-            replace(
-                self.job,
-                adapter=client.adapter or self.zeros,
-                indices=client.indices,
-                seed=derive(self.bench.config.seed, "train", 1, client.seed),
-            )
-            for client in clients
-        ]
-        every = [replace(settings, physical_batch_size=client.physical) for client in clients]
-        plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "proximal_mu": 0.0}
-        train: TrainConfig = train_config(self.bench.config, 0).model_copy(update={**plain, **config})
-        configs = [train] * len(jobs)
-        if look and isinstance(probe, Silent) and self.why_alone is None:
-            work = list(zip(jobs, configs, strict=True))
-            loop = PrivateTogether(self.base, probe.task, examples, work, every)
-            probe.look = lambda: torch.cat([leaf.flatten(1) for leaf in loop.leaves], dim=1)
-            outcomes = loop.run()
-        else:
-            if look and isinstance(probe, Silent):
-                own = self.base.parameters
-                probe.look = lambda: torch.cat([own[name].flatten() for name in self.names])[None]
-            outcomes = train_private_cohort(self.base, probe.task, examples, jobs, configs, every)
-        moved = []
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                raise outcome
-            moved.append(self.flat(outcome.adapter) - self.flat(job.adapter))
-        return torch.stack(moved)
-
-    def flat(self, adapter: AdapterState) -> Tensor:
-        """The trained entries [p]."""
-        tensors = adapter.tensors()
-        return torch.cat([tensors[name].flatten() for name in self.names])
-
-    def by_name(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows [k, p] by tensor."""
-        return dict(zip(self.names, rows.split(self.sizes, dim=1), strict=True))
-
-
 # ------------------------------------------------------------------------------------------------ sums
-
-
-def _tolerance(trainer: Trainer) -> float:
-    """Of one example's clipped gradient, relative: its company changes the last digits."""
-    dtypes = {p.dtype for p in trainer.base.model.parameters() if p.dtype.is_floating_point}
-    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return max(1e-3 if coarsest < 1e-3 else 0.1, 5 * QUIET * trainer.width**0.5)
 
 
 def _sensitivity(trainer: Trainer) -> Iterator[Check]:
@@ -285,7 +119,7 @@ def _sensitivity(trainer: Trainer) -> Iterator[Check]:
     above, below = (100 / lengths).tolist(), (0.5 / lengths).tolist()
     big = [(place, factor) for place, factor in enumerate(above)]
     small = [(place, factor) for place, factor in enumerate(below)]
-    within = _tolerance(trainer)
+    within = trainer.tolerance
     singles = sums([[one] for one in [*big, *small]])
     yield largest("one example's part", singles.norm(dim=1).tolist(), 1 + within, "C", reached=0.99 - within)
     if trainer.drops_out:
