@@ -76,7 +76,7 @@ class Asker:
     ) -> None:
         self._grid, self._config, self._rule, self._bench = grid, config, rule, bench
         self._progress, self._remind, self._run = progress, remind, run
-        hello = handshake.question(config)
+        hello = handshake.question(config, bench.pins)
         self.mail = Post(grid, hello, patience_s=config.server.node_timeout_s, ttl_s=config.server.deadline_s + 60.0)
         self._fleet = Fleet.of(config)
         private = config.example_privacy is not None

@@ -38,7 +38,7 @@ from fedlora.errors import (
 )
 from fedlora.flower.codec import Decoded, ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
 from fedlora.flower.following import can_follow, follow
-from fedlora.flower.handshake import require_same_config
+from fedlora.flower.handshake import require_same_config, require_same_ground
 from fedlora.flower.node_account import Account, account_of, plan_config
 from fedlora.flower.settings import client_id_of, config_of, rank_of
 from fedlora.privacy.dpsgd import scrub
@@ -92,6 +92,7 @@ def hello(message: Message, context: Context) -> Message:
         require_same_config(message.content, config)
         client_id = client_id_of(context)
         bench = open_workbench(config)
+        require_same_ground(message.content, config, bench.pins)
         facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": bench.base.fingerprint}
         indices = _indices(bench, client_id)
         if config.example_privacy is None:

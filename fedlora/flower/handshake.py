@@ -1,7 +1,8 @@
-"""What server and node make sure of before a run: one fedlora, one base model, one config.
+"""What server and node make sure of before a run: one fedlora, one base model and tokenizer, one config, one data set.
 
-The server asks with its version and a hash of each table that decides what is trained; a node whose tables are others
-says which. Its answer names its own version and base model's hash, which the server checks (`check_hello`).
+The server asks with its version, a hash of each table that decides what is trained, and hashes of what it stands on
+(`fedlora.provenance`); a node whose tables, tokenizer or other parts are others says which. Its answer names its own
+version and base model's hash, which the server checks (`check_hello`).
 Tables that a node may have of its own (its data, its device) or does not use are not compared.
 """
 
@@ -12,15 +13,51 @@ import json
 from flwr.app import ConfigRecord, RecordDict
 
 from fedlora import __version__
-from fedlora.config import RunConfig
+from fedlora.config import NODES, RunConfig
 from fedlora.errors import ReplyError
+from fedlora.provenance import DATA, WORDS, Provenance, in_words
 
 TABLES = ("seed", "model", "adapter", "task", "partition", "clients", "train", "strategy", "wire", "privacy")
 
 
-def question(config: RunConfig) -> RecordDict:
-    """The content of the server's "hello"."""
-    return RecordDict({"hello": ConfigRecord({"fedlora": __version__, "config": json.dumps(_hashes(config))})})
+def question(config: RunConfig, pins: Provenance) -> RecordDict:
+    """The content of the server's "hello".
+
+    Args:
+        config: of the run.
+        pins: what the server stands on, as far as that may be said.
+    """
+    facts = {"config": _hashes(config), "provenance": shared(config, pins).known}
+    texts = {key: json.dumps(value) for key, value in facts.items()}
+    return RecordDict({"hello": ConfigRecord({"fedlora": __version__, **texts})})
+
+
+def shared(config: RunConfig, pins: Provenance) -> Provenance:
+    """The parts that server and nodes have in common: data only where all read the same source.
+
+    The base model is not among them: its fingerprint has a check of its own, on the server.
+    """
+    parts = set(WORDS) - {"base"}
+    return pins.only(parts - set(DATA) if config.data.source == NODES else parts)
+
+
+def require_same_ground(content: RecordDict, config: RunConfig, pins: Provenance) -> None:
+    """Raise on a node whose tokenizer, class names or data are not the server's.
+
+    Args:
+        content: of the server's "hello".
+        config: as the node reads it.
+        pins: what the node stands on, as far as that may be said.
+
+    Raises:
+        ReplyError: naming the parts that differ.
+    """
+    asked = json.loads(str(content.config_records["hello"].get("provenance", "{}")))
+    if changed := Provenance.read(asked).changed(shared(config, pins)):
+        verb = "is" if len(changed) == 1 and changed[0] != "class_names" else "are"
+        raise ReplyError(
+            f"{in_words(changed)} on this node {verb} not the server's (another hash): give both the same files"
+        )
 
 
 def require_same_config(content: RecordDict, config: RunConfig) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError
 from fedlora.flower import client_app, run_local
-from fedlora.flower.handshake import TABLES, question, require_same_config
+from fedlora.flower.handshake import TABLES, question, require_same_config, require_same_ground
 from fedlora.progress import NoProgress
+from fedlora.provenance import DATA, WORDS, Provenance
 from fedlora.rundir import RunDir
+from fedlora.training import open_workbench
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -29,7 +35,7 @@ MakeConfig = Callable[..., RunConfig]
 def test_another_config_is_refused_by_the_names_of_its_tables(
     tiny_config: MakeConfig, override: tuple[str, ...], names: str
 ) -> None:
-    asked = question(tiny_config())
+    asked = question(tiny_config(), Provenance())
     with pytest.raises(ReplyError, match=names):
         require_same_config(asked, tiny_config(*override))
 
@@ -38,7 +44,7 @@ def test_another_config_is_refused_by_the_names_of_its_tables(
     "override", ["output=elsewhere", "model.name=/another/folder", "runtime.threads=2", "rounds=9", "server.quorum=0.1"]
 )
 def test_what_is_a_nodes_own_or_the_servers_alone_is_not_compared(tiny_config: MakeConfig, override: str) -> None:
-    require_same_config(question(tiny_config()), tiny_config(override, name="other"))
+    require_same_config(question(tiny_config(), Provenance()), tiny_config(override, name="other"))
 
 
 def test_every_table_that_decides_what_is_trained_is_compared() -> None:
@@ -53,4 +59,64 @@ def test_a_node_with_another_config_does_not_take_part(
     config, other = tiny_config(), tiny_config("train.steps=9")
     monkeypatch.setattr(client_app, "config_of", lambda context: other)
     with pytest.raises(RoundError, match=r"no node can take part.*\[train\] differ: give server and nodes the same"):
+        run_local(config, RunDir.create(config), NoProgress())
+
+
+# ---------------------------------------------------------------------------------------------- what it stands on
+
+EVERYTHING = Provenance(**{part: part for part in WORDS})
+
+
+def own_data(tiny_config: MakeConfig) -> RunConfig:
+    return tiny_config("data.source=nodes", "data.test=test.csv", "partition.name=nodes", "partition.clients=4")
+
+
+@pytest.mark.parametrize("part", sorted(set(WORDS) - {"base"}))
+def test_a_node_says_what_of_its_own_is_not_the_servers(tiny_config: MakeConfig, part: str) -> None:
+    other = replace(EVERYTHING, **{part: "another"})
+    config = tiny_config()
+    require_same_ground(question(config, EVERYTHING), config, EVERYTHING)
+    require_same_ground(question(config, other), config, replace(EVERYTHING, **{part: None}))  # it has no such thing
+    with pytest.raises(ReplyError, match=f"^{WORDS[part]} on this node (is|are) not the server's"):
+        require_same_ground(question(config, EVERYTHING), config, other)
+
+
+@pytest.mark.parametrize("part", DATA)
+def test_data_of_the_nodes_own_are_neither_said_nor_compared(tiny_config: MakeConfig, part: str) -> None:
+    config, other = own_data(tiny_config), replace(EVERYTHING, **{part: "another"})
+    asked = question(config, EVERYTHING)
+    assert not set(DATA) & set(json.loads(str(asked.config_records["hello"]["provenance"])))
+    require_same_ground(asked, config, other)
+
+
+def test_no_hash_of_training_data_is_in_a_private_runs_hello(tiny_config: MakeConfig) -> None:
+    private = (
+        "server.weighting=uniform",
+        "privacy.noise_multiplier=1.0",
+        "privacy.delta=1e-5",
+        "privacy.max_grad_norm=1.0",
+        "privacy.public_examples=40",
+    )
+    bench = open_workbench(tiny_config(*private))
+    found, told = bench.provenance, json.dumps(question(bench.config, bench.pins).config_records["hello"]["provenance"])
+    assert found.train_data
+    assert found.test_data  # cut from the training source: which those are depends on all of it
+    assert found.tokenizer
+    assert found.train_data not in told
+    assert found.test_data not in told
+    assert found.tokenizer in told
+
+
+def test_a_node_with_another_tokenizer_does_not_take_part(
+    tiny_config: MakeConfig, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "bert")
+    config, other = tiny_config(), tiny_config(f"model.name={tmp_path / 'bert'}")
+    monkeypatch.setattr(client_app, "config_of", lambda context: other)
+    with pytest.raises(RoundError, match=r"no node can take part.*the tokenizer on this node is not the server's"):
         run_local(config, RunDir.create(config), NoProgress())
