@@ -19,12 +19,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where a device's tensors go; a guess of 4 GiB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30
 
 
 def with_threads(number: int) -> dict[str, str]:

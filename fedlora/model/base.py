@@ -365,11 +365,13 @@ class Base:
             value.detach().to(self.device, self.adapter_dtype).clone(memory_format=torch.contiguous_format)
         )
 
-    def _widen(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return tuple(map(self._wide, args)), {key: self._wide(value) for key, value in kwargs.items()}
+    def _widen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        dtype = next((p.dtype for p in module.parameters()), self.adapter_dtype)
 
-    def _wide(self, value: Any) -> Any:
-        return value.to(self.adapter_dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        def wide(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return tuple(map(wide, args)), {key: wide(value) for key, value in kwargs.items()}
 
     @cached_property
     def _with_statistics(self) -> tuple[nn.Module, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -41,19 +40,6 @@ def resolve_device(name: str) -> torch.device:
     if index and int(index) > 0:
         raise ConfigError(f"runtime.device {name!r}: there is one {kind} device; use {kind!r}")
     return torch.device(kind)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free where a device's tensors go; a guess of 4 GiB where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 << 30
 
 
 @contextmanager

@@ -20,7 +20,8 @@ Shapes: b = examples in a batch, t = tokens of the longest, n = tokens of one, d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, final
 
 import numpy as np
@@ -106,13 +107,19 @@ class Prefix:
         self._flat, self._used = None, 1
         self.capacity, self.hits, self.fills = capacity, 0, 0
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While it lasts, the model computes all of its layers, and nothing is kept."""
+        before, self._computing = self._computing, True
+        try:
+            yield
+        finally:
+            self._computing = before
+
     def reach(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "b t d"]:
         """What enters the lowest adapted layer, computed."""
-        self._computing = True
-        try:
+        with self.aside():
             return _reach(self._model, self._first, inputs)
-        finally:
-            self._computing = False
 
     # ------------------------------------------------------------------------------------------ around each call
 

@@ -38,6 +38,29 @@ def scrub(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name in RELEASABLE}
 
 
+EXCESS: Mapping[torch.dtype, float] = {
+    torch.float64: 0.0,
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.1,
+}
+"""By how much one example may move the sum of clipped gradients beyond C, in units of C, by the dtype that the model
+computes in: the company that an example keeps changes how its gradient is rounded, and the others' with it."""
+
+
+def clipping_norm(max_grad_norm: float, dtype: torch.dtype) -> float:
+    """To what norm gradients are clipped so that one example moves their sum by no more than C, rounding included.
+
+    Noise is sigma C whatever the dtype, so that sigma means in the ledger what it says: the noise's standard deviation
+    in units of the true sensitivity.
+
+    Args:
+        max_grad_norm: C.
+        dtype: that the model computes in.
+    """
+    return max_grad_norm / (1 + EXCESS.get(dtype, max(EXCESS.values())))
+
+
 def secret_rng() -> np.random.Generator:
     """A generator for Poisson samples, seeded with 256 bits from the operating system."""
     return np.random.default_rng(int.from_bytes(os.urandom(32), "big"))

@@ -1,12 +1,16 @@
 """Before the first private step: is each example's gradient its own, and is it the one that gets clipped?
 
 Some models make private training fail loudly in the middle, others silently train without privacy; both are found
-here on two examples, with a message that names the cure.
+here on a few examples, by running them, with a message that names the cure. Each example is computed truly alone, at
+its own length, and beside others: in the mode of training, with its own dropout masks, and in float64 where memory
+allows it, so that rounding hides nothing.
+
+Shapes: b = examples looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,12 +18,21 @@ from torch import Tensor
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy.hooks import attach, backward, detach, per_sample_gradients
+from fedlora.processes import free_bytes
 
-BatchLosses = Callable[[torch.nn.Module, dict[str, Tensor]], Tensor]
-"""Model and batch -> the loss of each example [b]; `Task.losses` is one."""
+BatchLosses = Callable[[torch.nn.Module, dict[str, Tensor], Sequence[int]], Tensor]
+"""Model, batch and the number of the example in each of its rows -> the loss of each [b]. An example's dropout masks
+must follow from its number alone, whoever is beside it."""
+
+CROWD = 24
+"""Rows in which an example must come to the same loss as alone: experts and caches have room for a few examples."""
+SHARE = 0.4
+"""Of the free memory, which the model's wider copy may take."""
 
 
-def preflight(model: torch.nn.Module, losses: BatchLosses, batch: Mapping[str, Tensor]) -> None:
+def preflight(
+    model: torch.nn.Module, losses: BatchLosses, together: Mapping[str, Tensor], alone: Sequence[Mapping[str, Tensor]]
+) -> None:
     """Refuse a model on which private training would fail or would not be private.
 
     The model, its gradients and the global random state are left as they were.
@@ -27,20 +40,21 @@ def preflight(model: torch.nn.Module, losses: BatchLosses, batch: Mapping[str, T
     Args:
         model: as it will be trained: in training mode, with `requires_grad` set.
         losses: the loss of each example.
-        batch: two examples (more are not looked at) [2, ...] for each tensor; any two will do, invented ones too.
+        together: some examples in one batch, [b, ...] for each tensor, b >= 2; any will do, invented ones too, but
+            their lengths should differ.
+        alone: each of them in a batch of its own, at its own length, in the same order.
 
     Raises:
         PrivacyError: names the module and the cure.
     """
     require_structure(model)
-    two = {name: value[:2] for name, value in batch.items()}
-    if any(len(value) != 2 for value in two.values()):
+    if len(alone) < 2:
         raise PrivacyError("the check before private training needs two examples: give it a batch of two")
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
-    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})), _shaken(model):
-        _as_trained(model, losses, two)
-        with _dropout_off(model):
-            _against_brute_force(model, losses, two)
+    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})), shaken(model):
+        _as_trained(model, losses, dict(together), len(alone))
+        with widened(model) as tolerance:
+            _against_brute_force(model, losses, dict(together), [dict(one) for one in alone], tolerance)
 
 
 def require_structure(model: torch.nn.Module) -> None:
@@ -72,6 +86,11 @@ def require_structure(model: torch.nn.Module) -> None:
                 f"{name or type(module).__name__!r} checkpoints in the form that runs hooks twice: call "
                 'gradient_checkpointing_enable({"use_reentrant": True}) and enable_input_require_grads()'
             )
+        if getattr(module, "gradient_checkpointing", False) and _drops(module):
+            raise PrivacyError(
+                f"{name or type(module).__name__!r} checkpoints and drops out, so that its second forward pass would "
+                "draw other masks than the first: set model.dropout = 0, or do not checkpoint"
+            )
         if not module.training and any(p.requires_grad for p in module.parameters(recurse=False)):
             raise PrivacyError(
                 f"{name!r} is trained and in evaluation mode, where per-sample gradients are not recorded: call "
@@ -100,6 +119,10 @@ def require_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
         raise PrivacyError(f"the trained tensors are on several devices ({', '.join(devices)}): {cure}")
 
 
+def _drops(module: torch.nn.Module) -> bool:
+    return any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+
+
 def _mixes(module: torch.nn.Module) -> bool:
     # Instance norms without running statistics look at one example at a time.
     instance = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
@@ -111,9 +134,9 @@ def _reentrant(module: torch.nn.Module) -> bool:
     return bool(keywords.get("use_reentrant", False))
 
 
-def _as_trained(model: torch.nn.Module, losses: BatchLosses, two: dict[str, Tensor]) -> None:
-    """One backward in the very mode of training: hooks must work, one gradient an example, and add up to the whole."""
-    samples = _hooked(model, losses, two)
+def _as_trained(model: torch.nn.Module, losses: BatchLosses, together: dict[str, Tensor], b: int) -> None:
+    """One backward in the very form of training: hooks must work, one gradient an example, and add up to the whole."""
+    samples = _hooked(model, losses, together, b)
     whole = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in _trained(model).items()}
     size = _norm(list(whole.values()))
     for name, gradient in whole.items():
@@ -125,37 +148,60 @@ def _as_trained(model: torch.nn.Module, losses: BatchLosses, two: dict[str, Tens
     _clear(model)
 
 
-def _against_brute_force(model: torch.nn.Module, losses: BatchLosses, two: dict[str, Tensor]) -> None:
-    """The gradients of two examples in one batch against those of each alone; dropout is off."""
-    samples = _hooked(model, losses, two)
-    _clear(model)
+def _against_brute_force(
+    model: torch.nn.Module,
+    losses: BatchLosses,
+    together: dict[str, Tensor],
+    alone: list[dict[str, Tensor]],
+    tolerance: float,
+) -> None:
+    """The gradients of examples in one batch against those of each truly alone, and their losses in a crowd."""
+    together, alone = as_wide(model, together), [as_wide(model, one) for one in alone]
+    samples = _hooked(model, losses, together, len(alone))
     params = _trained(model)
-    for i in range(2):
-        alone = {name: value[i : i + 1] for name, value in two.items()}
-        gradients = torch.autograd.grad(
-            losses(model, alone).sum(), list(params.values()), allow_unused=True, materialize_grads=True
-        )
+    single = []
+    for i, one in enumerate(alone):
+        _clear(model)
+        loss = losses(model, one, [i]).sum()
+        single.append(loss.detach())
+        backward(loss)  # autograd.grad would pass by re-entrant checkpoints
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params.values()]
         size = _norm(gradients)
         for name, truth in zip(params, gradients, strict=True):
-            if _gap(samples[name][i], truth, size) > _tolerance(model):
-                raise PrivacyError(
-                    f"the gradient of {name!r} for one example depends on the other examples in its batch: use the "
-                    "mean over each example's own tokens as its loss, and no layer that mixes examples"
-                )
+            if (gap := _gap(samples[name][i], truth, size)) > tolerance:
+                raise PrivacyError(_depends(f"the gradient of {name!r} for one example", gap))
+    _clear(model)
+    times = max(1, CROWD // len(alone))
+    crowd = {name: torch.cat([value] * times) for name, value in together.items()}
+    with torch.no_grad():
+        found = losses(model, crowd, list(range(len(alone))) * times).double()
+    truth = torch.stack(single).double().repeat(times)
+    gaps = (found - truth).abs() / truth.abs().clamp_min(1e-3)
+    if not bool((gaps <= tolerance).all()):
+        raise PrivacyError(_depends("the loss of one example", float(gaps.max())))
 
 
-def _hooked(model: torch.nn.Module, losses: BatchLosses, two: dict[str, Tensor]) -> dict[str, Tensor]:
+def _depends(what: str, gap: float) -> str:
+    return (
+        f"{what} depends on the other examples in its batch (by {gap:.2g} of its size), on their length perhaps: use "
+        "the mean over each example's own tokens as its loss, and a model whose layers neither mix examples nor see "
+        "padding"
+    )
+
+
+def _hooked(model: torch.nn.Module, losses: BatchLosses, together: dict[str, Tensor], b: int) -> dict[str, Tensor]:
+    """Each example's gradients, by hooks."""
     _clear(model)
     hooks = attach(model)
     try:
-        values = losses(model, two)
-        if values.shape != (2,):
+        values = losses(model, together, range(b))
+        if values.shape != (b,):
             raise PrivacyError(
-                f"the loss of two examples has shape {list(values.shape)}: give per-sample losses, [2], never a mean "
+                f"the loss of {b} examples has shape {list(values.shape)}: give per-sample losses, [{b}], never a mean "
                 "over the batch or its tokens"
             )
         backward(values)
-        return {name: g.clone() for name, g in per_sample_gradients(_trained(model), 2).items()}
+        return {name: g.clone() for name, g in per_sample_gradients(_trained(model), b).items()}
     except PrivacyError:
         raise
     except Exception as error:
@@ -192,7 +238,7 @@ def _tolerance(model: torch.nn.Module) -> float:
 
 
 @contextmanager
-def _shaken(model: torch.nn.Module) -> Iterator[None]:
+def shaken(model: torch.nn.Module) -> Iterator[None]:
     """Move the trained values a little: fresh adapters have B = 0, where A's gradient is 0 and would prove nothing."""
     params = _trained(model)
     before = {name: p.detach().clone() for name, p in params.items()}
@@ -211,13 +257,45 @@ def _shaken(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _dropout_off(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for the modules that hold trained tensors themselves: the hooks ask for those alone."""
-    modes = {module: module.training for module in model.modules()}
+def widened(model: torch.nn.Module) -> Iterator[float]:
+    """The model in float64, in float32 where memory does not allow that, or else as it is; afterwards as before.
+
+    Gives the relative difference up to which two ways to compute the same count as equal: layers that compute in
+    float32 whatever their input (RMSNorm, rotary embeddings) round at 1e-7, and mixed-up examples differ by percents.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype.is_floating_point]
+    wide = torch.float64
+    for wide in (torch.float64, torch.float32):
+        if sum(t.numel() * wide.itemsize for t in tensors if t.dtype != wide) <= SHARE * free_bytes(tensors[0].device):
+            break
+    else:
+        wide = torch.float16  # no dtype below is narrower
+    kept = [(t, t.data) for t in tensors if t.dtype.itemsize < wide.itemsize]
     try:
-        for module in modes:
-            module.training = any(p.requires_grad for p in module.parameters(recurse=False))
+        for tensor, data in kept:
+            tensor.data = data.to(wide)
+        yield 1e-5 if wide == torch.float64 else _tolerance(model)
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
+def as_wide(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch for a model inside `widened`: pictures in float64 if all of the model is."""
+    wide = all(p.dtype == torch.float64 for p in model.parameters() if p.dtype.is_floating_point)
+    return {name: value.double() if wide and value.is_floating_point() else value for name, value in batch.items()}
+
+
+@contextmanager
+def restored(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """A mode for a while; afterwards each module's mode and each parameter's `requires_grad` are as before."""
+    modes = {module: module.training for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.train(training)
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for parameter, wanted in trained.items():
+            parameter.requires_grad_(wanted)

@@ -277,7 +277,7 @@ class _CanaryBase:
     """As much of a `Base` as `train_private` uses, with the canaries' weights beside the adapter's."""
 
     def __init__(self, base: Base, model: _WithCanaries) -> None:
-        self._base, self.model, self.device = base, model, base.device
+        self._base, self.model, self.device, self.dtype = base, model, base.device, base.dtype
 
     def write(self, state: AdapterState, trains: frozenset[Part]) -> list[torch.nn.Parameter]:
         return [*self._base.write(state, trains), *self.model.canaries.parameters()]

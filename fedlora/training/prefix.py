@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedlora.errors import ModelError
 from fedlora.model import Base
-from fedlora.model.device import free_bytes
 from fedlora.model.prefix import Prefix, UnfitError, lower_kinds, open_prefix
+from fedlora.processes import free_bytes
 from fedlora.progress import activity
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.evaluate import length_batches

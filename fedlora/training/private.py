@@ -7,6 +7,7 @@ noise follow from the config and from a number of examples that the client has d
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from fedlora.errors import PrivacyError, TrainingError
 from fedlora.model import Base, seeded
 from fedlora.privacy.accounting import Budget, Entry
 from fedlora.privacy.calibrate import Schedule, noise_multiplier_for, schedule
-from fedlora.privacy.dpsgd import PrivateStep, poisson_batches
+from fedlora.privacy.dpsgd import PrivateStep, clipping_norm, poisson_batches
 from fedlora.privacy.preflight import preflight
-from fedlora.rng import derive
-from fedlora.tasks._base import Examples, Task
+from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.training.dropout import Masks, RowsError, Stream, Streams, Watch, example_parts, secret_masks
+from fedlora.training.independence import company_of, computed
 from fedlora.training.job import TrainJob, TrainResult, learning_rate, to_device
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ def check_model(base: Base, task: Task, examples: Examples, job: TrainJob) -> No
     Args:
         base: its adapter is overwritten.
         task: gives batches and losses.
-        examples: two of them are looked at: public ones, such as the test set.
+        examples: some of them are looked at: public ones, such as the test set.
         job: its adapter and trained parts.
 
     Raises:
@@ -121,12 +123,69 @@ def check_model(base: Base, task: Task, examples: Examples, job: TrainJob) -> No
     base.train_mode(True)
     if len(examples) < 2:
         raise PrivacyError("the check before private training needs two test examples: raise data.test_fraction")
-    preflight(base.model, task.losses, to_device(task.collate(examples, np.arange(2)), base.device))
+    together, alone = company_of(task, examples)
+    own: Masks = lambda rows: [Stream(int(row), base.device) for row in rows]  # noqa: E731
+
+    def losses(model: torch.nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
+        return masked_losses(task, model, batch, own(np.asarray(rows)), base.device)
+
+    with computed(base):
+        preflight(base.model, losses, together, alone)
     done.add(job.trains)
 
 
+def masked_losses(
+    task: Task, model: torch.nn.Module, batch: Batch, streams: Sequence[Stream], device: torch.device
+) -> Tensor:
+    """The loss of each example of a batch on the CPU, each with masks from its own stream.
+
+    Raises:
+        PrivacyError: the model draws random numbers that no example owns, or masks whose rows are not examples.
+    """
+    masks = Streams()
+    masks.tokens = task.tokens(batch)
+    masks.parts = example_parts(batch, masks.tokens, streams)
+    try:
+        with masks:
+            return unshared_losses(task, model, to_device(batch, device), device)
+    except RowsError as error:
+        raise PrivacyError(
+            f"dropout cannot be drawn for each example in {type(model).__name__} ({error}): set model.dropout = 0 and "
+            "adapter.dropout = 0"
+        ) from error
+
+
+def unshared_losses(task: Task, model: torch.nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """The loss of each example; inside `Streams`.
+
+    Raises:
+        PrivacyError: the model draws random numbers that no example owns.
+    """
+    with Watch(device) as watch:
+        losses = task.losses(model, batch)
+    if watch.drawn:
+        raise PrivacyError(
+            f"{type(model).__name__} draws random numbers that belong to no single example (it leaves out whole "
+            "layers, or jitters or hashes at random), so that one example may change what others meet: set "
+            "model.dropout = 0, or choose another model"
+        )
+    return losses
+
+
+def secret_seed() -> int:
+    """A seed of 63 bits from the operating system, for what should draw nothing."""
+    return int.from_bytes(os.urandom(8), "big") >> 1
+
+
 def train_by_opacus(
-    base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig, settings: PrivateSettings
+    base: Base,
+    task: Task,
+    examples: Examples,
+    job: TrainJob,
+    config: TrainConfig,
+    settings: PrivateSettings,
+    *,
+    masks: Masks | None = None,
 ) -> TrainResult:
     """What `train_private` of `fedlora.training.private_cohort` does, by Opacus: for layers without a stacked form.
 
@@ -137,6 +196,7 @@ def train_by_opacus(
         job: what to train; without examples it takes steps of noise alone, as far as anybody can tell.
         config: learning rate, optimiser, proximal term; `clip_norm` is not looked at.
         settings: rates and noise.
+        masks: each example's stream of dropout masks; None: seeded by the operating system. A test may bring its own.
 
     Returns:
         The adapter, with `num_examples` 1, and no figure that depends on the data but the seconds.
@@ -153,19 +213,21 @@ def train_by_opacus(
     mu = job.proximal_mu or config.proximal_mu
     anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
     optimizer = make_optimizer(parameters, config)
-    plan = settings.schedule
+    plan, streams = settings.schedule, masks or secret_masks(base.device)
+    clip = clipping_norm(settings.max_grad_norm, base.dtype)
 
     def losses(positions: np.ndarray) -> Tensor:
-        return task.losses(base.model, to_device(task.collate(examples, job.indices[positions]), base.device))
+        rows = job.indices[positions]
+        return masked_losses(task, base.model, task.collate(examples, rows), streams(rows), base.device)
 
     try:
         with (
-            seeded(derive(job.seed, "dropout"), base.device),
+            seeded(secret_seed(), base.device),
             PrivateStep(
                 base.model,
                 optimizer,
-                max_grad_norm=settings.max_grad_norm,
-                noise_multiplier=settings.noise_multiplier,
+                max_grad_norm=clip,
+                noise_multiplier=settings.noise_multiplier * settings.max_grad_norm / clip,
                 expected_batch_size=plan.expected_batch_size,
                 physical_batch_size=settings.physical_batch_size,
                 after_noise=(lambda: add_proximal(parameters, anchor, mu)) if mu else None,

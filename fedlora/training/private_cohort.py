@@ -5,9 +5,9 @@ clients apart then give each example's gradient, all in one backward pass. Clipp
 expected batch size are each client's own. The numbers are those of Opacus and `fedlora.privacy.dpsgd.PrivateStep`,
 which stays in charge where a base's layers have no stacked form.
 
-Batches are Poisson samples of unequal sizes, empty ones included; they and the noise are drawn from the operating
-system's randomness. The company that a client keeps shows in its result by rounding alone, before the noise; a real
-client is alone.
+Batches are Poisson samples of unequal sizes, empty ones included; they, the noise and each example's dropout masks are
+drawn from the operating system's randomness. The company that an example keeps shows in its gradient by rounding
+alone, for which `fedlora.privacy.dpsgd.clipping_norm` leaves room.
 
 Shapes: b = examples of the joint batch, k = clients in it, p = trained entries of an adapter.
 """
@@ -27,14 +27,14 @@ from torch import Tensor
 from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
 from fedlora.model import Base
-from fedlora.privacy.dpsgd import noise, poisson_batches, secret_generator
+from fedlora.privacy.dpsgd import clipping_norm, noise, poisson_batches, secret_generator
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.cohort import alike, note_alone, why_alone
-from fedlora.training.dropout import RowsError
+from fedlora.training.dropout import Masks, Part, RowsError, Streams, example_parts, secret_masks
 from fedlora.training.flat import put, take
 from fedlora.training.job import TrainJob, TrainResult, learning_rate
 from fedlora.training.pool import Budget
-from fedlora.training.private import PrivateSettings, train_by_opacus
+from fedlora.training.private import PrivateSettings, secret_seed, train_by_opacus, unshared_losses
 from fedlora.training.together import Client, Loop, Outcome
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class PrivateTogether(Loop):
         budget: of one joint step; None: by the model's size.
         generators: of each client's noise; None: seeded by the operating system. A test may bring its own.
         samples: of each client; None: Poisson samples from the operating system's randomness. A test may bring its own.
+        masks: each example's stream of dropout masks; None: seeded by the operating system. A test may bring its own.
 
     Attributes:
         leaves: each example's own trained tensors in the step under way, [b, *shape] each; an audit attacks them.
@@ -69,9 +70,11 @@ class PrivateTogether(Loop):
         budget: Budget | None = None,
         generators: Sequence[torch.Generator] | None = None,
         samples: Sequence[Iterator[np.ndarray]] | None = None,
+        masks: Masks | None = None,
     ) -> None:
         super().__init__(base, task, examples, work, budget, synchronize=False)
         self.leaves: list[Tensor] = []
+        self._masks = masks or secret_masks(base.device)
         self._how: dict[int, PrivateSettings] = {}
         self._noise: dict[int, torch.Generator] = {}
         self._samples: dict[int, Iterator[np.ndarray]] = {}
@@ -109,6 +112,16 @@ class PrivateTogether(Loop):
     def _fail(self, client: Client, error: Exception) -> None:
         client.outcome = veiled(error)
 
+    def _random(self, clients: list[Client]) -> tuple[Streams, int]:  # noqa: ARG002
+        return Streams(), secret_seed()
+
+    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:  # noqa: ARG002
+        chosen = np.concatenate([client.chosen for client in members])
+        return example_parts(joined, self._task.tokens(joined), self._masks(chosen))
+
+    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
+        return unshared_losses(self._task, self._base.model, batch, self._base.device)
+
     def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
         """Add each member's clipped gradients to its sum, and step with those whose sample is complete."""
         owners = torch.repeat_interleave(torch.arange(len(members)), torch.tensor(sizes)).to(self._values.device)
@@ -133,13 +146,14 @@ class PrivateTogether(Loop):
         self, gradients: Float[Tensor, "b p"], owners: Tensor, members: list[Client]
     ) -> Float[Tensor, "k p"]:
         """The sum of each member's gradients, each clipped to the member's C; one that is not finite counts as 0."""
-        norms = torch.linalg.vector_norm(gradients, dim=1)
+        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
         if not bool(norms.isfinite().all()):
             # One example's infinite or undefined gradient would make the whole sum so, whatever the noise.
             gradients[~gradients.isfinite().all(dim=1)] = 0.0
-            norms = torch.linalg.vector_norm(gradients, dim=1)
-        most = gradients.new_tensor([self._how[id(client)].max_grad_norm for client in members])[owners]
-        gradients.mul_((most / (norms + 1e-6)).clamp_(max=1.0)[:, None])
+            norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+        limits = [clipping_norm(self._how[id(c)].max_grad_norm, self._base.dtype) for c in members]
+        most = norms.new_tensor(limits)[owners]
+        gradients.mul_((most / (norms + 1e-6)).clamp_(max=1.0)[:, None].to(gradients.dtype))
         return gradients.new_zeros(len(members), gradients.shape[1]).index_add_(0, owners, gradients)
 
     @torch.no_grad()
@@ -205,8 +219,8 @@ def train_private_cohort(
 ) -> list[Outcome]:
     """Train many clients' adapters with DP-SGD, side by side where the base allows it; `check_model` comes first.
 
-    Batches and noise are drawn from the operating system's randomness, never from the run's seed (dropout, which
-    hides nothing, is): no two runs are the same.
+    Batches, noise and dropout are drawn from the operating system's randomness, never from the run's seed: no two runs
+    are the same.
 
     Args:
         base: at the version to train on; its adapter is overwritten.

@@ -39,12 +39,12 @@ Outcome: TypeAlias = TrainResult | Exception
 
 @dataclass
 class Client:
-    """One client on its way; `row` is its row in the matrices."""
+    """One client on its way; `row` is its row in the matrices, and `stream` its masks' where it has one for itself."""
 
     row: int
     job: TrainJob
     config: TrainConfig
-    stream: Stream
+    stream: Stream | None = None
     steps: int = 0
     batches: Iterator[np.ndarray] = field(default_factory=lambda: iter(()))
     chosen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -101,10 +101,7 @@ class Loop(ABC):
         self._base, self._task, self._examples = base, task, examples
         self._budget = budget or step_budget(base)
         self._synchronize = synchronize
-        self._clients = [
-            Client(row, job, config, Stream(derive(job.seed, "dropout"), base.device))
-            for row, (job, config) in enumerate(work)
-        ]
+        self._clients = [Client(row, job, config) for row, (job, config) in enumerate(work)]
 
     def run(self) -> list[Outcome]:
         """Train all clients to their ends.
@@ -144,6 +141,24 @@ class Loop(ABC):
     def _ended(self, client: Client) -> Outcome:
         """What came of a client that has done its steps."""
 
+    @abstractmethod
+    def _random(self, clients: list[Client]) -> tuple[Streams | None, int]:
+        """What draws masks, if anything has to, and the seed of torch's default generators meanwhile."""
+
+    @abstractmethod
+    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:
+        """Whose masks are whose.
+
+        Args:
+            members: in the order of their rows.
+            own: the batch of each, on the CPU.
+            joined: all of them, on the CPU.
+        """
+
+    @abstractmethod
+    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
+        """The loss of each example."""
+
     def _fail(self, client: Client, error: Exception) -> None:
         """A client leaves because of what its training raised."""
         client.outcome = error
@@ -169,10 +184,10 @@ class Loop(ABC):
         self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
         self._anchor = self._values.clone() if any(self._mu) else None
         self._optimizer = FlatOptimizer(len(jobs), self._columns.width, [client.config for client in clients], like)
-        self._streams = Streams() if drops_out(base.model) else None
+        self._streams, seed = self._random(clients)
         base.train_mode(True)
         with ExitStack() as stack:
-            stack.enter_context(seeded(derive(jobs[0].seed, "dropout"), base.device))
+            stack.enter_context(seeded(seed, base.device))
             if self._streams is not None:
                 stack.enter_context(self._streams)
             alone = cannot_stack(base) is not None
@@ -194,7 +209,7 @@ class Loop(ABC):
 
     def _joint(self, members: list[Client]) -> None:
         """One step of some clients; if that fails, of each of them alone, to see whose fault it is."""
-        states = [client.stream.state for client in members] if self._streams is not None and len(members) > 1 else []
+        before = [(c.stream, c.stream.state) for c in members if c.stream and self._streams and len(members) > 1]
         try:
             self._step(members)
         except Exception as error:
@@ -203,8 +218,8 @@ class Loop(ABC):
             if len(members) == 1:
                 self._fail(members[0], error)
                 return
-            for client, state in zip(members, states, strict=False):
-                client.stream.state = state
+            for stream, state in before:
+                stream.state = state
             for client in members:
                 self._joint([client])
 
@@ -213,14 +228,11 @@ class Loop(ABC):
         members = sorted(members, key=lambda client: (-self._rows(client), client.row))
         sizes = [self._rows(client) for client in members]
         own = [client.batch for client in members if client.batch is not None]
-        batch = to_device(self._task.join(self._examples, own), self._base.device)
+        joined = self._task.join(self._examples, own)
         if self._streams is not None:
-            self._streams.tokens = self._task.tokens(batch)
-            ends = np.cumsum(sizes).tolist()
-            self._streams.parts = [
-                Part((end - size, end), self._task.tokens(one), client.stream)
-                for end, size, one, client in zip(ends, sizes, own, members, strict=True)
-            ]
+            self._streams.tokens = self._task.tokens(joined)
+            self._streams.parts = self._mask_parts(members, own, joined)
+        batch = to_device(joined, self._base.device)
         started = self._now()
         self._move(members, batch, sizes)
         computed = self._now() - started
@@ -235,16 +247,6 @@ class Loop(ABC):
             client.seconds += taken * weight
             if isinstance(client.outcome, TrainResult):
                 client.outcome = TrainResult(**{**vars(client.outcome), "compute_seconds": client.compute})
-
-    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
-        """The loss of each example."""
-        if len(self._clients) == 1:
-            return self._task.losses(self._base.model, batch)
-        with Watch(self._base.device) as watch:
-            each = self._task.losses(self._base.model, batch)
-        if watch.drawn:
-            raise RowsError("it draws random numbers in a way that cannot be told apart by clients")
-        return each
 
     @torch.no_grad()
     def _add_proximal(self, rows: Sequence[int], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]) -> None:
@@ -294,6 +296,28 @@ class Together(Loop):
             )
         client.steps = number_of_steps(size, client.config)
         client.batches = batches(client.job.indices, client.config.batch_size, client.steps, client.job.seed)
+
+    def _random(self, clients: list[Client]) -> tuple[Streams | None, int]:
+        for client in clients:
+            client.stream = Stream(derive(client.job.seed, "dropout"), self._base.device)
+        return Streams() if drops_out(self._base.model) else None, derive(clients[0].job.seed, "dropout")
+
+    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:  # noqa: ARG002
+        parts, end = [], 0
+        for client, one in zip(members, own, strict=True):
+            assert client.stream is not None
+            parts.append(Part((end, end := end + self._rows(client)), self._task.tokens(one), client.stream))
+        return parts
+
+    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
+        """The loss of each example."""
+        if len(self._clients) == 1:
+            return self._task.losses(self._base.model, batch)
+        with Watch(self._base.device) as watch:
+            each = self._task.losses(self._base.model, batch)
+        if watch.drawn:
+            raise RowsError("it draws random numbers in a way that cannot be told apart by clients")
+        return each
 
     def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
         rows = [client.row for client in members]

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from fedlora.errors import PrivacyError
-from fedlora.privacy.preflight import preflight
+from fedlora.privacy import preflight as module
+from fedlora.training.dropout import Stream, Streams, example_parts
 
 Batch = dict[str, torch.Tensor]
+Losses = Callable[[torch.nn.Module, Batch], torch.Tensor]
+
+
+def preflight(model: torch.nn.Module, of: Losses, together: Batch) -> None:
+    """The check, with each example cut to its own length and with masks of its own."""
+
+    def masked(model: torch.nn.Module, batch: Batch, rows: Sequence[int]) -> torch.Tensor:
+        with Streams() as streams:
+            streams.tokens = batch["input_ids"].shape[1] if "input_ids" in batch else None
+            own = [Stream(row, torch.device("cpu")) for row in rows]
+            streams.parts = example_parts(batch, streams.tokens, own)
+            return of(model, batch)
+
+    lengths = (
+        together["attention_mask"].sum(1).tolist() if "attention_mask" in together else [None] * len(together["labels"])
+    )
+    alone = [
+        {name: v[row : row + 1, :length] if v.dim() == 2 else v[row : row + 1] for name, v in together.items()}
+        for row, length in enumerate(lengths)
+    ]
+    module.preflight(model, masked, together, alone)
 
 
 def bert(dropout: float = 0.1, targets: tuple[str, ...] = ("query", "value"), **lora: object) -> torch.nn.Module:
@@ -58,7 +80,7 @@ def test_a_sound_model_passes_and_is_left_as_it_was(dropout: float) -> None:
 
 
 def test_frozen_a_and_reentrant_checkpointing_pass() -> None:
-    model = bert()
+    model = bert(0.0)
     for name, p in model.named_parameters():
         if "lora_A" in name:
             p.requires_grad_(False)
@@ -67,9 +89,18 @@ def test_frozen_a_and_reentrant_checkpointing_pass() -> None:
     preflight(model, losses, batch())
 
 
+def test_checkpointing_with_dropout_draws_other_masks_the_second_time() -> None:
+    model = bert(0.1)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    refused(model, r"model\.dropout = 0")
+
+
 def test_half_precision_bases_pass() -> None:
     model = bert().to(torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     preflight(model, losses, batch())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "exactly, after a wider copy"
 
 
 def refused(
@@ -166,7 +197,7 @@ def test_a_mean_over_the_batch_and_its_tokens() -> None:
         return losses(model, batch) * batch["attention_mask"].sum(1) / batch["attention_mask"].sum()
 
     refused(bert(), r"shape \[\]: give per-sample losses", mean)
-    refused(bert(), "depends on the other examples in its batch: use the mean over each example's own tokens", tokens)
+    refused(bert(), "depends on the other examples in its batch .* use the mean over each example's own tokens", tokens)
 
 
 def test_a_weight_used_past_its_module() -> None:
