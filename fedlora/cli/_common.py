@@ -16,9 +16,14 @@ from fedlora.errors import FedloraError
 from fedlora.sanitize import clean_text
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedlora.config import RunConfig
     from fedlora.data import FederatedData
     from fedlora.training import Workbench
+
+WIDE = 240
+"""Columns of a line where no terminal shows it."""
 
 app = typer.Typer(
     name="fedlora",
@@ -90,6 +95,14 @@ def _ignore_closed_output() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 it lives as long as the process
 
 
+def open_console() -> Console:
+    """Standard output: as wide as the terminal or as COLUMNS says; in a file or pipe wide enough for any table."""
+    from rich.console import Console
+
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=WIDE if wide else None)
+
+
 def open_workbench(config: RunConfig) -> Workbench:
     """The workbench of a config, after its names were checked."""
     from fedlora.aggregators import load_aggregator
@@ -108,7 +121,7 @@ def draw_labels(data: FederatedData, path: Path) -> bool:
     if data.train.labels is None:
         return False
     counts = count_values(data.clients, data.train.labels, len(data.label_names))
-    plot_labels(counts, data.label_names, path, domains=main_domains(data))
+    plot_labels(counts, data.label_names, path, domains=data.client_names or main_domains(data))
     return True
 
 

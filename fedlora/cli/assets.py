@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, app, errors_in_one_line
+from fedlora.cli._common import Debug, app, errors_in_one_line, open_console
 from fedlora.errors import AssetError, FedloraError, nearest
 
 
@@ -20,7 +20,6 @@ def assets(
 ) -> None:
     """Fetch the named models and corpora (those of the quickstart if none is named), and list them."""
     with errors_in_one_line(debug):
-        from rich.console import Console
         from rich.table import Table
 
         from fedlora.assets import ASSETS, fetch, resolve_corpus, resolve_model
@@ -42,4 +41,4 @@ def assets(
             except FedloraError:
                 here = "no"
             table.add_row(name, asset.kind, format_bytes(asset.download_bytes), here, asset.about)
-        Console().print(table, highlight=False)
+        open_console().print(table, highlight=False)

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Config, Debug, Overrides, app, calm_loggers, errors_in_one_line, open_workbench
+from fedlora.cli._common import (
+    Config,
+    Debug,
+    Overrides,
+    app,
+    calm_loggers,
+    errors_in_one_line,
+    open_console,
+    open_workbench,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,12 +41,10 @@ def audit(
     bound epsilon by canaries. Exit status 1 if either refutes the claim, or if the attacks miss a broken step.
     """
     with errors_in_one_line(debug):
-        from rich.console import Console
-
         from fedlora.config import load_config
 
         calm_loggers(debug)
-        console = Console()
+        console = open_console()
         config = load_config(config_path, overrides or [])
         with console.status(f"loading {config.model.name} and {config.data.source}"):
             bench = open_workbench(config)

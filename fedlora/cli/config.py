@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.cli._common import Debug, Overrides, app, errors_in_one_line
+from fedlora.cli._common import Debug, Overrides, app, errors_in_one_line, open_console
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ def config(
     with errors_in_one_line(debug):
         import json
 
-        from rich.console import Console
-
         from fedlora.config import find_config
         from fedlora.explain import find_keys, json_schema, keys
 
@@ -53,7 +51,7 @@ def config(
         if overrides and not files:
             raise ConfigError("--set changes a config file's keys: name the file")
         values = _Values(find_config(files[0]), overrides or []) if files else None
-        console = Console()
+        console = open_console()
         chosen = [key for name in names for key in find_keys(name)] if names else keys()
         if values is not None:
             chosen = [key for key in chosen if values.applies(key)]

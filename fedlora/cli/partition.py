@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fedlora.cli._common import Config, Debug, Overrides, app, calm_loggers, draw_labels, errors_in_one_line
+from fedlora.cli._common import (
+    Config,
+    Debug,
+    Overrides,
+    app,
+    calm_loggers,
+    draw_labels,
+    errors_in_one_line,
+    open_console,
+)
 from fedlora.errors import ConfigError
 from fedlora.sanitize import clean_text
 
@@ -27,7 +36,6 @@ def partition(
 ) -> None:
     """Show how a config divides the data over the clients, without training."""
     with errors_in_one_line(debug):
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -37,16 +45,20 @@ def partition(
         from fedlora.training.baselines import main_domains
 
         calm_loggers(debug)
-        console = Console()
+        console = open_console()
         config = load_config(config_path, overrides or [])
         with console.status(f"loading {config.data.source}"):
             data = load_data(config)
         facts = describe_partition(data)
         domains, counts = main_domains(data), facts.get("label_counts")
+        if domains == list(data.client_names):
+            domains = None  # one column is enough
         names = facts.get("label_names", ())
         shown = names if len(names) <= MOST_LABELS else ()
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
         table.add_column("client", justify="right")
+        if data.client_names:
+            table.add_column("name")
         if domains is not None:
             table.add_column("domain")
         for title in ("examples", *shown, *(("label entropy",) if counts is not None else ())):
@@ -54,6 +66,7 @@ def partition(
         for k, size in enumerate(facts["sizes"]):
             cells: list[str | Text] = [
                 str(k),
+                *(Text(clean_text(name)) for name in data.client_names[k : k + 1]),
                 *([Text(clean_text(domains[k]))] if domains is not None else []),
                 str(size),
             ]

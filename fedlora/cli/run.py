@@ -16,6 +16,7 @@ from fedlora.cli._common import (
     calm_loggers,
     draw_labels,
     errors_in_one_line,
+    open_console,
     open_workbench,
 )
 from fedlora.errors import ConfigError
@@ -60,12 +61,10 @@ def run(
 ) -> None:
     """Train a federation in this process and write everything to runs/NAME."""
     with errors_in_one_line(debug):
-        from rich.console import Console
-
         from fedlora.terminal import Terminal
 
         calm_loggers(debug)
-        console = Console()
+        console = open_console()
         config, run_dir = _which_run(config_path, overrides or [], resume, overwrite)
         if baselines and config.privacy is not None:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedlora.cli._common import Debug, MaybeConfig, Overrides, app, calm_loggers, errors_in_one_line
+from fedlora.cli._common import Debug, MaybeConfig, Overrides, app, calm_loggers, errors_in_one_line, open_console
 from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ def strategies(config_path: MaybeConfig = None, overrides: Overrides = None, deb
     with errors_in_one_line(debug):
         import dataclasses
 
-        from rich.console import Console
         from rich.padding import Padding
         from rich.text import Text
 
@@ -27,7 +26,7 @@ def strategies(config_path: MaybeConfig = None, overrides: Overrides = None, deb
         from fedlora.config import RunConfig, load_config
 
         calm_loggers(debug)
-        console = Console()
+        console = open_console()
         config = load_config(config_path, overrides or []) if config_path else RunConfig()
         sizes = _traffic(config, console)
         for name, cls in rules().items():

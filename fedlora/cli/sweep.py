@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import INTERRUPTED, Config, Debug, app, calm_loggers, errors_in_one_line
+from fedlora.cli._common import INTERRUPTED, Config, Debug, app, calm_loggers, errors_in_one_line, open_console
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ def sweep(
 ) -> None:
     """Run a config under every combination of settings and seeds, and compare them. Run it again to go on."""
     with errors_in_one_line(debug):
-        from rich.console import Console
-
         from fedlora.cli.compare import show
         from fedlora.compare import compare
         from fedlora.sweep import run_sweep
@@ -55,7 +53,7 @@ def sweep(
 
         calm_loggers(debug)
         what = _what(config_path, sets or [], seeds, select or [], select_seed, processes, out, keep)
-        console = Console()
+        console = open_console()
         try:
             with Screen(console) as screen:
                 outcome = run_sweep(what, screen)

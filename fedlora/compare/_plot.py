@@ -11,7 +11,7 @@ import numpy as np
 from fedlora.compare._groups import Group
 from fedlora.errors import ConfigError
 from fedlora.progress import format_metric
-from fedlora.report.pictures import COLOURS, FAINT, INK, label_ends, new_figure, save_figure
+from fedlora.report.pictures import COLOURS, FAINT, INK, label_ends, new_figure, room_for_values, save_figure
 from fedlora.sanitize import clean_text
 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
@@ -63,6 +63,7 @@ def plot_curves(groups: Sequence[Group], path: str | Path, title: str = "") -> P
                     False,
                 )
             )
+    room_for_values(axes, unit == 100.0)
     label_ends(axes, last, ends)
     most = max(len(group.runs) for group in groups)
     axes.set_xlabel("round" + (f" (bands: one standard deviation over up to {most} seeds)" if banded else ""))

@@ -87,6 +87,8 @@ class DataConfig(Section):
     """Column with each example's domain (site, user), for figures per domain and for domain partitions."""
     group: str | None = None
     """Column whose groups are never split between training and test (document, patient)."""
+    group_names: dict[str, str] = Field(default={})
+    """Value -> name for people, of the columns of domains, groups and natural clients: {"7" = "St. Mary's"}."""
     limit: PositiveInt | None = None
     """Use at most this many examples, drawn with the seed."""
     own: str | None = None

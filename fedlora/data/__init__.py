@@ -6,7 +6,7 @@ process: tokenised examples and whole partitions are remembered by what they dep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from fedlora.data._sources import (
     source_files,
 )
 from fedlora.data._split import describe_split, split_test
-from fedlora.errors import ConfigError, DataError, nearest
+from fedlora.errors import ConfigError, DataError, closest, nearest
 from fedlora.hashing import Stamp, digest_of_rows, row_digests, stamp
 from fedlora.partition import Partition, PartitionInput, load_partitioner
 from fedlora.progress import activity
@@ -43,6 +43,7 @@ class FederatedData:
         train: training examples of all clients, noisy where the partition says so.
         test: examples for evaluating the global model, always clean.
         clients: sorted indices into `train` of each client's examples.
+        client_names: of the clients, where the data name them; empty otherwise.
         dropped: sorted indices into `train` of the examples that no client holds.
         label_names: names of the classes.
         domains: names of the domains in sorted order; empty if no column holds them.
@@ -66,6 +67,7 @@ class FederatedData:
     domain_column: str | None = None
     note: str = ""
     test_note: str = ""
+    client_names: tuple[str, ...] = ()
     label_noise: tuple[float, ...] = ()
     feature_noise: tuple[float, ...] = ()
     train_digest: str = ""
@@ -150,8 +152,31 @@ def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, st
     table = limited(select(table, (*columns.values(), *keep), repr(str(path))), config.data.limit, config.seed)
     for name in keep:
         require_one_kind(table.columns[name], name)
-    examples = task.prepare(Table(table.columns, names), Checkpoint.of(config.model), columns, keep=keep)
-    return examples, digest_of_rows(_row_digests(table, columns))
+    digests = _row_digests(table, columns)
+    table = _with_names(Table(table.columns, names), keep, config.data.group_names, all_occur=False)
+    return task.prepare(table, Checkpoint.of(config.model), columns, keep=keep), digest_of_rows(digests)
+
+
+def _with_names(table: Table, columns: Sequence[str], names: Mapping[str, str], *, all_occur: bool = True) -> Table:
+    """The table with `data.group_names` in the place of the values of some columns.
+
+    Raises:
+        ConfigError: a value is in none of these columns, or a name would stand for two values.
+    """
+    if not names:
+        return table
+    found = {column: [str(value) for value in table.columns[column]] for column in columns}
+    values: set[str] = set().union(*found.values())
+    if all_occur and (unknown := sorted(names.keys() - values)):
+        raise ConfigError(
+            f"data.group_names names the value {unknown[0]!r}, which no column of domains, groups or clients holds; "
+            f"{nearest(unknown[0], [closest(unknown[0], values) or min(values)])}"
+        )
+    after = [names.get(value, value) for value in values]
+    if twice := sorted(name for name in set(after) if after.count(name) > 1):
+        raise ConfigError(f"data.group_names gives the name {twice[0]!r} to two values: give each its own")
+    renamed = {column: [names.get(value, value) for value in cells] for column, cells in found.items()}
+    return Table({**table.columns, **renamed}, table.label_names)
 
 
 def column_roles(data: DataConfig) -> dict[str, str]:
@@ -222,6 +247,7 @@ def _prepared(key: _Key) -> _Prepared:
         blank = [""] * len(test)
         both = {name: [*values, *test.columns.get(name, blank)] for name, values in table.columns.items()}
         table = Table(both, table.label_names)
+    table = _with_names(table, key.keep, data.group_names)
     activity.info("tokenising %d examples", len(table))
     # In one go, so that both have the same classes.
     return _Prepared(task.prepare(table, key.model, columns, keep=key.keep), begin, rows, source_digest)
@@ -257,6 +283,7 @@ def _federate(key: _Key, partition_table: str, test_fraction: float, seed: int) 
         domain_column=domain,
         note=partition.note,
         test_note=test_note,
+        client_names=partition.names,
         label_noise=partition.label_noise,
         feature_noise=partition.feature_noise,
         train_digest=prepared.source,

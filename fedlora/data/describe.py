@@ -14,12 +14,13 @@ def describe_partition(data: FederatedData) -> dict[str, Any]:
     """Sizes, counts and divergences of the clients.
 
     Returns:
-        Numbers and names only: "sizes" [clients], "label_names" and "label_counts" [clients, labels] with
-        "label_entropy" (bits, [clients]) and "label_js_divergence" (bits, mean weighted by size); the same for
-        "domains"; "test_size", "dropped" (how many), "note" (why) and "test_note" (what is unusual about the test set).
-        What the data has not (classes, domains) is left out.
+        Numbers and names only: "client_names" where the data name the clients, "sizes" [clients], "label_names" and
+        "label_counts" [clients, labels] with "label_entropy" (bits, [clients]) and "label_js_divergence" (bits, mean
+        weighted by size); the same for "domains"; "test_size", "dropped" (how many), "note" (why) and "test_note" (what
+        is unusual about the test set). What the data has not (classes, domains) is left out.
     """
     out: dict[str, Any] = {
+        **({"client_names": list(data.client_names)} if data.client_names else {}),
         "sizes": [len(rows) for rows in data.clients],
         "test_size": len(data.test),
         "dropped": len(data.dropped),

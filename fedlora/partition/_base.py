@@ -47,6 +47,7 @@ class Partition:
 
     Args:
         clients: sorted indices of each client's examples; no index occurs twice, no client is empty.
+        names: of the clients, where they have some; empty otherwise.
         dropped: sorted indices of the examples that no client holds.
         note: why examples were dropped; empty if none were.
         label_noise: for each client, the share of its labels that are to be made wrong.
@@ -54,6 +55,7 @@ class Partition:
     """
 
     clients: tuple[np.ndarray, ...]
+    names: tuple[str, ...]
     dropped: np.ndarray
     note: str
     label_noise: tuple[float, ...]
@@ -88,8 +90,8 @@ class Partitioner(ABC):
         return False
 
     @abstractmethod
-    def assign(self, info: PartitionInput, seed: int) -> Sequence[np.ndarray]:
-        """The indices of each client's examples, in any order."""
+    def assign(self, info: PartitionInput, seed: int) -> Sequence[np.ndarray] | Mapping[str, np.ndarray]:
+        """The indices of each client's examples, in any order; a mapping names the clients."""
 
     @final
     def split(self, info: PartitionInput, seed: int) -> Partition:
@@ -98,7 +100,9 @@ class Partitioner(ABC):
         Raises:
             DataError: a client would be empty, or the data lack the labels or the column that the rule needs.
         """
-        clients = tuple(np.sort(np.asarray(rows, dtype=np.int64)) for rows in self.assign(info, seed))
+        found = self.assign(info, seed)
+        names, shares = (tuple(found), found.values()) if isinstance(found, Mapping) else ((), found)
+        clients = tuple(np.sort(np.asarray(rows, dtype=np.int64)) for rows in shares)
         for number, rows in enumerate(clients):
             if len(rows) == 0:
                 raise DataError(f"client {number} of {len(clients)} would have no examples; {self.cure}")
@@ -111,6 +115,7 @@ class Partitioner(ABC):
         note = f"{len(dropped)} of {info.size} examples are on no client: {self.why_dropped}" if len(dropped) else ""
         return Partition(
             clients=clients,
+            names=names,
             dropped=dropped,
             note=note,
             label_noise=_per_client(self.label_noise, len(clients), "label_noise"),

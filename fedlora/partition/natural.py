@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -19,25 +19,34 @@ class Natural(Partitioner):
 
     Args:
         column: whose values are the clients.
-        min_size: values with fewer examples are dropped.
+        min_size: values with fewer examples are no clients of their own.
+        rest: what becomes of those: "drop" leaves their examples out, "pool" makes one client of all of them, the last.
     """
 
     cure: ClassVar[str] = "check the column"
-    why_dropped: ClassVar[str] = "their value of partition.column has fewer than partition.min_size examples"
+    why_dropped: ClassVar[str] = (
+        "their value of partition.column has fewer than partition.min_size examples (partition.rest = 'pool' makes "
+        "one client of them)"
+    )
 
     column: str
     min_size: Count = 1
+    rest: Literal["drop", "pool"] = "drop"
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The column of the clients."""
         return (self.column,)
 
-    def assign(self, info: PartitionInput, seed: int) -> Sequence[np.ndarray]:  # noqa: ARG002 nothing is drawn
+    def assign(self, info: PartitionInput, seed: int) -> Mapping[str, np.ndarray]:  # noqa: ARG002 nothing is drawn
         """See `Partitioner.assign`."""
-        groups = [rows for rows in groups_of(column_of(info, self.column)).values() if len(rows) >= self.min_size]
-        if not groups:
+        groups = groups_of(column_of(info, self.column))
+        clients = {name: rows for name, rows in groups.items() if len(rows) >= self.min_size}
+        if not clients:
             raise DataError(
                 f"no value of column {self.column!r} has {self.min_size} examples; lower partition.min_size"
             )
-        return groups
+        small = [rows for name, rows in groups.items() if name not in clients]
+        if small and self.rest == "pool":
+            clients[f"the other {len(small)}"] = np.concatenate(small)
+        return clients

@@ -32,7 +32,7 @@ def entropy(counts: np.ndarray) -> np.ndarray:
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     logs = np.log2(shares, where=shares > 0, out=np.zeros_like(shares))
-    return np.asarray(-np.sum(shares * logs, axis=1))
+    return np.asarray(np.abs(np.sum(shares * logs, axis=1)))  # no -0.0
 
 
 def js_divergence(counts: np.ndarray) -> np.ndarray:

@@ -44,6 +44,7 @@ def line_chart(
     *,
     exact: Callable[[float], str] | None = None,
     from_zero: bool = False,
+    least_span: float = 0.0,
 ) -> Html:
     """Lines with their names and last values at their ends.
 
@@ -54,12 +55,17 @@ def line_chart(
         show: a value on the axis as text.
         exact: a value at the end of a line as text; None: as on the axis.
         from_zero: whether the axis must begin at zero.
+        least_span: of the axis, as a part of the largest value.
     """
     points = [[p for p in line.points if math.isfinite(p[1])] for line in series]
     edges = [edge for line in series for band in line.bands for _, *edge in band]
     values = [y for found in points for _, y in found] + [y for edge in edges for y in edge]
     x_low, x_high = min(x for p in points for x, _ in p), max(x for p in points for x, _ in p)
-    ticks = nice_ticks(0.0 if from_zero else min(values), max(values), 5)
+    least, most = 0.0 if from_zero else min(values), max(values)
+    if (lacking := least_span * max(abs(least), abs(most)) - (most - least)) > 0:
+        below = min(lacking / 2, max(least, 0.0))
+        least, most = least - below, most + lacking - below
+    ticks = nice_ticks(least, most, 5)
     low, high = min(ticks[0], *values), max(ticks[-1], *values)
     end = exact or show
     ends = [
@@ -67,8 +73,7 @@ def line_chart(
         for line, p in zip(series, points, strict=True)
         if p
     ]
-    most = int(0.4 * width / LETTER)
-    names = [shorten(name, most) for name, *_ in ends]
+    names = [shorten(name, int(0.4 * width / LETTER)) for name, *_ in ends]
     left = 10 + LETTER * max(len(show(tick)) for tick in ticks)
     right = 26 + LETTER * max(len(name) for name in names)
     height, top, bottom = max(0.42 * width, 190.0, LINE_HEIGHT * len(ends) + 50), 10.0, 38.0

@@ -67,7 +67,7 @@ def participation(facts: Facts) -> Html | None:
         return None
     found = [statuses(record) for record in rounds]
     height, width = math.ceil(clients / MOST_ROWS), math.ceil(len(rounds) / MOST_ROUNDS)
-    rows = []
+    rows, named = [], client_titles(facts, clients)
     for first in range(0, clients, height):
         kinds = []
         for start in range(0, len(rounds), width):
@@ -77,7 +77,7 @@ def participation(facts: Facts) -> Html | None:
                 for k in range(first, min(first + height, clients))
             }
             kinds.append(next(kind for kind in _WORST_FIRST if kind in there))
-        rows.append((str(first) if height == 1 else f"{first}-{min(first + height, clients) - 1}", kinds))
+        rows.append((named[first] if height == 1 else f"{first}-{min(first + height, clients) - 1}", kinds))
     titles = [str(rounds[start]["round"]) for start in range(0, len(rounds), width)]
     counts = Counter(found[n].get(k, "idle") for n in range(len(rounds)) for k in range(clients))
     marks = {kind: mark for kind, (_, mark, _) in KINDS.items()}
@@ -89,7 +89,7 @@ def participation(facts: Facts) -> Html | None:
     shown = [(KINDS[kind][0], KINDS[kind][1], f"{KINDS[kind][2]}: {counts[kind]}") for kind in KINDS if counts[kind]]
     by_client = [Counter(at.get(k, "idle") for at in found) for k in range(clients)]
     kinds_seen = [kind for kind in KINDS if counts[kind]]
-    body = [(str(k), *(str(row[kind]) for kind in kinds_seen)) for k, row in enumerate(by_client)]
+    body = [(named[k], *(str(row[kind]) for kind in kinds_seen)) for k, row in enumerate(by_client)]
     numbers = table(("client", *(KINDS[kind][2].split(",")[0] for kind in kinds_seen)), body, "Rounds of each client")
     reasons = Counter(str(why) for record in rounds for why in (record.get("refused") or {}).values())
     refusals = table(
@@ -119,8 +119,7 @@ def partition(facts: Facts) -> Html | None:
             names = [str(name) for name in facts.partition[f"{kind}_names" if kind == "label" else "domains"]]
             break
     every = math.ceil(len(sizes) / MOST_BARS)
-    owners = _main_domains(facts)
-    titles = [f"{owners[k]} {k}" if owners else str(k) for k in range(len(sizes))]
+    titles = client_titles(facts, len(sizes))
     rows = [(titles[k], counts[k]) for k in range(0, len(sizes), every)]
     smallest, largest = min(sizes), max(sizes)
     label = f"Chart of the {what} on {len(sizes)} clients; they have {smallest} to {largest} training examples."
@@ -174,6 +173,12 @@ def traffic_of_a_client(facts: Facts) -> str:
         return ""
     each = sum(r["bytes_up"] for r in rounds) / sum(len(r["answered"]) for r in rounds)
     return f"{format_bytes(each)} sent by a client in a round"
+
+
+def client_titles(facts: Facts, clients: int) -> list[str]:
+    """What each client is called: by its name or its domain, and its number."""
+    owners = facts.partition.get("client_names") or _main_domains(facts)
+    return [f"{owners[k]} {k}" if owners and k < len(owners) else str(k) for k in range(clients)]
 
 
 def _main_domains(facts: Facts) -> Sequence[str] | None:

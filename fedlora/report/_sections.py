@@ -14,6 +14,8 @@ from fedlora.report._markup import Child, Html, details, el, join, table
 WIDE, NARROW = 860.0, 350.0
 """Widths in CSS pixels for which a chart is drawn: on a desk and on a phone."""
 MOST_LINES = 8
+LEAST_SPAN = 0.3
+"""Of an axis of values that are no shares, as a part of the largest: 3% look like 3%."""
 MOST_COLUMNS = 60
 
 
@@ -36,6 +38,8 @@ def learning(facts: Facts) -> Html | None:
     lines = [line for line in lines if line.points]
     words, last = metric.replace("_", " "), evaluated[-1]
 
+    span = 0.0 if _is_share(metric) else LEAST_SPAN
+
     def exact(value: float) -> str:
         return format_metric(metric, value)
 
@@ -50,7 +54,7 @@ def learning(facts: Facts) -> Html | None:
         caption += f" Of {len(facts.domains)} domains the first {MOST_LINES} are drawn; the table has all."
     return join(
         [
-            figure(lambda w: line_chart(w, lines, label, _axis(metric), exact=exact), caption),
+            figure(lambda w: line_chart(w, lines, label, _axis(metric), exact=exact, least_span=span), caption),
             _outcome(facts),
             _by_round(facts),
         ]
@@ -214,8 +218,12 @@ def _by_round(facts: Facts) -> Html:
     return details("All rounds in numbers", table(head, rows, "Every round"))
 
 
+def _is_share(metric: str) -> bool:
+    return format_metric(metric, 0.5).endswith("%")
+
+
 def _axis(metric: str) -> Callable[[float], str]:
-    if format_metric(metric, 0.5).endswith("%"):
+    if _is_share(metric):
         return lambda value: f"{100 * value:.1f}".removesuffix(".0") + "%"
     return _four
 

@@ -29,6 +29,10 @@ INK, FAINT = "#222222", "#D9D9D9"
 DPI = 150
 LONGEST_NAME = 60
 """Characters of a class or domain in a picture."""
+LEAST_SPAN = 0.3
+"""Of an axis of values that are no shares, as a part of the largest value."""
+MOST_ROWS = 100
+"""Above so many clients a picture of labels has no row for each."""
 MOST_LINES, MOST_BARS = 8, 7
 """More domains than lines can be told apart are left out; more labels than colours become a heat map."""
 
@@ -66,7 +70,7 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path, title:
     whole = [unit * record[metric] for record in evaluated]
     axes.plot(rounds, whole, color=INK, lw=3.2, marker="o", ms=5, zorder=3, solid_capstyle="round")
     ends.append((whole[-1], f"all {format_metric(metric, evaluated[-1][metric])}", INK, True))
-    _room_above_and_below(axes)
+    room_for_values(axes, percent)
     label_ends(axes, rounds[-1], ends)
     if rounds[0] == 0:
         below = len(whole) < 2 or whole[1] > whole[0]
@@ -119,6 +123,8 @@ def plot_labels(
     clients = len(counts)
     label_names = [clean_text(name, LONGEST_NAME) for name in label_names]
     domains = None if domains is None else [clean_text(name, LONGEST_NAME) for name in domains]
+    if clients > MOST_ROWS:
+        return _many_clients(counts, label_names, path, title)
     figure, axes = new_figure(7.6, min(9.0, 1.5 + max(0.26 * clients, 1.0)))
     (_bars if len(label_names) <= MOST_BARS else _heat)(figure, axes, counts, label_names)
     step = max(1, int(np.ceil(clients / 32)))
@@ -130,6 +136,61 @@ def plot_labels(
     axes.set_ylabel("client")
     if domains is not None:
         _paint_domains(axes, domains, rows)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    return save_figure(figure, path)
+
+
+def _many_clients(counts: np.ndarray, label_names: Sequence[str], path: str | Path, title: str) -> Path:
+    """Too many clients for a row each: their sizes from the largest on, and below how large a part each label has."""
+    figure, sizes = new_figure(7.6, 6.4)
+    gridspec = figure.add_gridspec(2, 1, height_ratios=(1, 2))
+    sizes.set_subplotspec(gridspec[0])
+    shares = figure.add_subplot(gridspec[1])
+    totals = counts.sum(axis=1)
+    descending = np.sort(totals)[::-1]
+    numbers = np.arange(len(counts))
+    sizes.fill_between(numbers, descending, step="mid", color=COLOURS[0], lw=0)
+    sizes.set_xlim(-0.5, len(counts) - 0.5)
+    if descending[0] > 20 * max(1, descending[-1]):
+        sizes.set_yscale("log")
+    median = f"{np.median(totals):,.0f}"
+    words = f"{descending[0]:,} examples on the largest, {median} in the middle, {descending[-1]:,} on the smallest"
+    sizes.set_title(words, loc="right", fontsize=9, color="#444444")
+    sizes.set_ylabel("training examples")
+    sizes.set_xlabel(f"{len(counts)} clients, from the largest to the smallest")
+    # Labels by how common they are; clients by the part of the commonest, so that their difference shows as a slope.
+    order = np.argsort(-counts.sum(axis=0), kind="stable")
+    parts = (counts / np.maximum(totals, 1)[:, None])[:, order]
+    parts = parts[np.lexsort(tuple(parts.T[::-1]))[::-1]]
+    named = min(len(order), MOST_BARS - 1 if len(order) > MOST_BARS else MOST_BARS)
+    heights = [100 * parts[:, k] for k in range(named)]
+    names = [label_names[k] for k in order[:named]]
+    if named < len(order):
+        heights.append(100 * parts[:, named:].sum(axis=1))
+        names.append(f"the other {len(order) - named}")
+    below = np.zeros(len(counts))
+    for k, (height, name) in enumerate(zip(heights, names, strict=True)):
+        shares.fill_between(numbers, below, below + height, step="mid", color=COLOURS[k], lw=0, label=name)
+        below = below + height
+    shares.set_xlim(-0.5, len(counts) - 0.5)
+    shares.set_ylim(0, 100)
+    shares.set_ylabel("part of the client's examples, in %")
+    shares.set_xlabel(f"{len(counts)} clients, by the part that {names[0]!r} has")
+    for axis in ("xaxis", "yaxis"):
+        getattr(shares, axis).label.set_color("#444444")
+    shares.tick_params(colors="#444444", labelsize=9.5)
+    shares.spines[["top", "right", "left"]].set_visible(False)
+    columns = min(len(names), 4)
+    figure.legend(
+        *shares.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9.5,
+        handlelength=1.0,
+        handleheight=1.0,
+    )
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return save_figure(figure, path)
@@ -200,8 +261,13 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _room_above_and_below(axes: Axes) -> None:
+def room_for_values(axes: Axes, percent: bool) -> None:
+    """Some room around the lines; where values are no shares, at least 30% of the largest, so that 3% look like 3%."""
     low, high = axes.get_ylim()
+    lacking = LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
+    if not percent and lacking > 0:
+        below = min(lacking / 2, max(low, 0.0))
+        low, high = low - below, high + lacking - below
     axes.set_ylim(low - 0.06 * (high - low), high + 0.04 * (high - low))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -39,7 +40,7 @@ class Evaluation:
 
     Args:
         overall: over all examples.
-        domains: domain -> the same figures over its examples; empty without a domain column.
+        domains: domain -> the same figures over its examples, the largest first; empty without a domain column.
         measures: what the task measured of each example, [n, ...] by name, in the examples' order.
     """
 
@@ -94,7 +95,8 @@ def evaluate(
     domains: dict[str, dict[str, float]] = {}
     if domain_column is not None:
         column = np.asarray(examples.columns[domain_column])[chosen]
-        for domain in sorted(set(column.tolist()), key=str):
+        sizes = Counter(column.tolist())
+        for domain in sorted(sizes, key=lambda name: (-sizes[name], str(name))):
             inside = column == domain
             domains[str(domain)] = task.summarise({name: every[inside] for name, every in measures.items()})
     return Evaluation(task.summarise(measures), domains, measures)

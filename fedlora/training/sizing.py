@@ -25,7 +25,7 @@ from fedlora.training.cohort import why_alone
 from fedlora.training.job import examples_of
 from fedlora.training.machines import Machine, most_threads, room
 from fedlora.training.pool import step_budget
-from fedlora.training.runtime import own_cores
+from fedlora.training.runtime import own_cores, usable_cores
 from fedlora.training.workbench import Workbench
 
 VARIETY = 4
@@ -113,6 +113,8 @@ def process_count(bench: Workbench, asked: int, cluster: Sequence[Machine] = ())
     else:
         named = not on_gpus or ":" in config.runtime.device
         places, what = 1 if named else torch.cuda.device_count(), "GPUs"
+    if places < 2 and device.type == "cpu" and not config.runtime.threads and usable_cores() > 1:
+        return chosen(1, f"OMP_NUM_THREADS={cores} in the environment: unset it, or set runtime.processes, for more")
     if places < 2:
         return chosen(1, f"there is no second one of the {what}")
     if (work := _work(bench, asked)) < WORTH_PROCESSES:

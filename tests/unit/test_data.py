@@ -394,6 +394,17 @@ def test_a_test_set_of_one_group_is_said() -> None:
     assert describe_split(split_test(1000, 0.2, 0, groups=even), 0.2, even) == ""
 
 
+def test_groups_have_the_names_that_people_know(tiny_bert: Path, tiny_csv: Path) -> None:
+    natural = "{name='natural', column='domain'}"
+    names = "data.group_names={phones='Telephones'}"
+    data = load_data(configure(tiny_bert, tiny_csv, names, partition=natural))
+    assert data.client_names == data.domains == ("Telephones", "films")
+    assert [set(data.train.columns["domain"][rows]) for rows in data.clients] == [{"Telephones"}, {"films"}]
+    for wrong, words in [("{fones='x'}", "did you mean 'phones'"), ("{phones='films'}", "to two values")]:
+        with pytest.raises(ConfigError, match=words):
+            load_data(configure(tiny_bert, tiny_csv, f"data.group_names={wrong}", partition=natural))
+
+
 @pytest.mark.slow
 def test_the_vader_corpus_has_its_columns_by_default(tiny_bert: Path, vader: Path) -> None:
     config = parse_config(f"model.name='{tiny_bert}'\npartition={{name='domain', clients=8}}")

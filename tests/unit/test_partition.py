@@ -37,6 +37,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "quantity dirichlet": {"name": "quantity", "clients": 7, "alpha": 0.5, "min_size": 5},
     "natural": {"name": "natural", "column": "user"},
     "natural large": {"name": "natural", "column": "user", "min_size": 33},
+    "natural pooled": {"name": "natural", "column": "user", "min_size": 33, "rest": "pool"},
     "domain": {"name": "domain", "clients": 7},
     "domain proportional": {"name": "domain", "clients": 7, "allocation": "proportional"},
     "domain within": {"name": "domain", "clients": 7, "within": {"name": "dirichlet", "alpha": 0.3}},
@@ -209,6 +210,19 @@ def test_natural_clients_are_the_values_of_the_column() -> None:
     users, sizes = np.unique(INFO.columns["user"], return_counts=True)
     assert len(large.clients) == (sizes >= 33).sum()
     assert set(INFO.columns["user"][large.dropped]) == set(users[sizes < 33])
+
+
+def test_small_natural_groups_are_pooled_on_request_and_clients_have_names() -> None:
+    large = split("natural", column="user", min_size=33)
+    pooled = split("natural", column="user", min_size=33, rest="pool")
+    assert not len(pooled.dropped)
+    *same, rest = pooled.clients
+    assert all((one == other).all() for one, other in zip(same, large.clients, strict=True))
+    assert (rest == large.dropped).all()
+    users, sizes = np.unique(INFO.columns["user"], return_counts=True)
+    assert pooled.names == (*(str(user) for user in users[sizes >= 33]), f"the other {(sizes < 33).sum()}")
+    assert split("natural", column="user", rest="pool").names == tuple(str(user) for user in users)
+    assert split("iid", clients=3).names == ()
 
 
 def test_domain_clients_see_one_domain_each() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedlora.errors import FedloraError
 from fedlora.report import plot_accuracy, plot_labels
 from fedlora.report._charts import spread
+from fedlora.report.pictures import new_figure, room_for_values
 
 
 def make_records(rounds: int, domains: Sequence[str] = ("films", "phones")) -> list[dict[str, Any]]:
@@ -114,3 +115,26 @@ def test_labels_keep_their_order_and_distance(values: list[float], gap: float) -
 def test_labels_with_room_stay_where_they_are(values: list[float]) -> None:
     apart = [100.0 * k + value / 1e3 for k, value in enumerate(values)]
     assert spread(apart, 1.0) == pytest.approx(apart)
+
+
+@pytest.mark.parametrize("labels", [2, 20])
+def test_many_clients_have_a_picture_that_shows_them(tmp_path: Path, labels: int) -> None:
+    draw = np.random.default_rng(0)
+    counts = np.stack([draw.multinomial(10 + 5 * k, draw.dirichlet([0.2] * labels)) for k in range(150)])
+    names = [f"label {k}" for k in range(labels)]
+    whole = plot_labels(counts, names, tmp_path / "a.png").read_bytes()
+    assert size_of(tmp_path / "a.png") == (1140, 960)
+    # Whose number is whose says nothing where none has a row.
+    assert plot_labels(counts[draw.permutation(150)], names, tmp_path / "b.png").read_bytes() == whole
+    assert plot_labels(counts[:, ::-1], names, tmp_path / "c.png").read_bytes() != whole
+
+
+@pytest.mark.parametrize(("metric", "most"), [("perplexity", 0.15), ("accuracy", 1.0)])
+def test_three_percent_of_a_perplexity_do_not_look_like_a_collapse(metric: str, most: float) -> None:
+    _, axes = new_figure(7.6, 4.2)
+    axes.plot([0, 1], [31.0, 30.07])
+    room_for_values(axes, metric == "accuracy")
+    low, high = axes.get_ylim()
+    assert low < 30.07 < 31.0 < high
+    assert 0.93 / (high - low) <= most
+    assert low >= 0

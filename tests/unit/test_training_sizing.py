@@ -99,6 +99,9 @@ def test_the_environment_says_how_many_cores_are_ours(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="OMP_NUM_THREADS is 'many' in the environment: set it"):
         process_count(bench(settled(rounds=LONG)), 50)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sizing, "usable_cores", lambda: 4)
+    assert "OMP_NUM_THREADS=1 in the environment: unset it" in process_count(bench(settled(rounds=LONG)), 50).reason
+    monkeypatch.setattr(sizing, "usable_cores", lambda: 1)
     assert process_count(bench(settled(rounds=LONG)), 50).reason == "there is no second one of the cores"
 
 
