@@ -173,6 +173,18 @@ def format_metric(name: str, value: float | None) -> str:
     return f"{100 * value:.1f}%" if name in SHARES else f"{value:.4g}"
 
 
+def trouble(metric: str, value: float | None) -> float:
+    """By what the worst come first when sorted; what was not measured comes last."""
+    if value is None:
+        return float("inf")
+    return -value if lower_is_better(metric) else value
+
+
+def lower_is_better(metric: str) -> bool:
+    """Losses, perplexities and errors."""
+    return "loss" in metric or "perplexity" in metric or metric.endswith("error")
+
+
 def format_bytes(count: float) -> str:
     """With a decimal unit: 1.2 MB is 1 200 000 bytes."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -27,6 +27,7 @@ from fedlora.progress import (
     format_seconds,
     headline,
     main_metric,
+    trouble,
 )
 from fedlora.sanitize import clean_text
 
@@ -198,7 +199,8 @@ def outcome_table(
     Args:
         records: lines of metrics.jsonl.
         baselines: what baselines.json holds.
-        width: columns that the table may take; domains that have no room are left out.
+        width: columns that the table may take; of the domains those that are worst after the last
+            round, as many as have room.
     """
     metric = main_metric(records[0])
     evaluated = [record for record in records if record.get(metric) is not None]
@@ -215,10 +217,11 @@ def outcome_table(
         rows.append(("all data in one place", (baselines or {})["centralised"]))
     domains = {name: clean_text(name) for name in last.get("domains", {})}
     first = max(len(name) for name, _ in rows)
+    worst = sorted(domains, key=lambda name: trouble(metric, last["domains"][name].get(metric)))
     while (
         domains and first + 4 + 2 * len(domains) + sum(max(6, len(name)) for name in ("all", *domains.values())) > width
     ):
-        domains.popitem()
+        del domains[worst.pop()]  # where not all have room, those that are in trouble have it
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column(metric.replace("_", " "), no_wrap=True)
     for name in ("all", *domains.values()):

@@ -183,6 +183,7 @@ def compare(paths: Iterable[str | Path], *, reach: float | None = None, against:
     found = {group.label: difference(group, reference) for group in groups if group is not reference}
     changed = [f"{str(run.path)!r} changed {change}" for run in runs for change in run.changes]
     notes = [f"left out: {line}" for line in left_out] + [*changed, *_other_tests(groups), *_other_ground(groups)]
+    notes += _one_rate(groups)
     return Comparison(groups, reference, found, differences(groups), notes, reach)
 
 
@@ -217,6 +218,17 @@ def _other_ground(groups: Sequence[Group]) -> Iterable[str]:
             "tokenizer" in mine.provenance.changed(yours.provenance) for mine, yours in both
         ):
             yield f"{one.label} and {other.label} have different tokenizers, and a perplexity counts their tokens"
+
+
+def _one_rate(groups: Sequence[Group]) -> Iterable[str]:
+    """Which rule is best at one learning rate says little of which is best."""
+    rules = {group.runs[0].keys["strategy.name"] for group in groups}
+    rates = {group.runs[0].keys["train.lr"] for group in groups}
+    if len(rules) > 1 and len(rates) == 1:
+        yield (
+            f"all {len(rules)} rules trained at one learning rate ({rates.pop():g}), and each has a best one of its own: "
+            "fedlora sweep over train.lr finds it"
+        )
 
 
 def _is_share(metric: str) -> bool:

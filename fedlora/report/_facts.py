@@ -11,7 +11,7 @@ from typing import Any
 
 from fedlora.changes import Change
 from fedlora.config import RunConfig
-from fedlora.progress import main_metric
+from fedlora.progress import lower_is_better, main_metric
 from fedlora.rundir import RunDir
 
 Record = Mapping[str, Any]
@@ -107,11 +107,6 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def lower_is_better(metric: str) -> bool:
-    """Losses and perplexities."""
-    return "loss" in metric or "perplexity" in metric or metric.endswith("error")
 
 
 def better(metric: str, one: float, other: float) -> bool:

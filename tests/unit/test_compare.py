@@ -357,3 +357,10 @@ def test_cases_are_compared_each_within_itself(family: Family) -> None:
     for case, paths in cases.items():
         alone = list(csv.DictReader(io.StringIO(compare(paths).render("csv"))))
         assert [{key: row[key] for key in alone[0]} for row in rows if row["case"] == case] == alone
+
+
+def test_rules_at_one_learning_rate_are_named(tmp_path: Path) -> None:
+    one, two = (make_run(tmp_path / name, [0.5, 0.6], f"strategy.name={name}") for name in ("fedavg", "ffa"))
+    assert any("one learning rate" in note for note in compare([one, two]).notes)
+    three = make_run(tmp_path / "other", [0.5, 0.6], "strategy.name=ffa", "train.lr=0.02")
+    assert not any("one learning rate" in note for note in compare([one, three]).notes)

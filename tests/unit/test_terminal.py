@@ -200,3 +200,12 @@ def test_what_is_done_moves_on_a_screen_and_leaves_no_line() -> None:
         time.sleep(0.6)
     assert "loading a model" in file.getvalue()
     assert file.getvalue().count("\n") <= 1
+
+
+def test_where_not_all_domains_have_room_those_in_trouble_have_it() -> None:
+    last = make_record(1, domains=30)
+    last["domains"]["domain17"]["accuracy"] = 0.01
+    last["domains"]["domain3"]["accuracy"] = 0.02
+    shown = [str(column.header) for column in outcome_table([make_record(0, domains=30), last], width=60).columns]
+    assert {"domain3", "domain17"} <= set(shown)
+    assert len(shown) < 30
