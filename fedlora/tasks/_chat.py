@@ -1,7 +1,9 @@
 """Conversations as token ids, with a mark on each token that counts.
 
-Every piece of a rendered conversation is tokenised on its own, as it is when the model is used: the prompt ends where
-the answer begins, and no token lies across.
+A rendered conversation is tokenised as one string, as transformers does it: a SentencePiece tokeniser, for one, puts a
+blank before whatever it is given first, so that parts of a conversation tokenised on their own are other tokens. Which
+tokens count follows from the tokeniser's offsets in that string. A token that holds characters of an answer counts,
+also where it holds some of the prompt too (as in transformers' `return_assistant_tokens_mask`).
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[Any], column: str, max_length: 
     """Plain texts, each closed by the end token, cut to `max_length` tokens; every token counts."""
     checked = [require_text(text, row, column) for row, text in enumerate(texts)]
     for start in range(0, len(checked), SLICE):
-        for found in _ids(tokenizer, checked[start : start + SLICE], special=True):
+        for found in _ids(tokenizer, checked[start : start + SLICE], special=True)["input_ids"]:
             end = tokenizer.eos_token_id
             closed = found if end is None or found[-1:] == [end] else [*found, end]
             ids = np.asarray(closed[:max_length], dtype=np.int32)
@@ -113,13 +115,15 @@ def encode_conversations(
             _pieces_of_row(tokenizer, messages, train_on, row)
             for row, messages in enumerate(conversations[start : start + SLICE], start)
         ]
-        tokens = iter(_ids(tokenizer, [text for parts in rendered for text, _ in parts], special=False))
-        for parts in rendered:
-            encoded = [(next(tokens), counts) for _, counts in parts]
-            ids = np.asarray([i for part, _ in encoded for i in part], dtype=np.int32)
-            counts = np.repeat([flag for _, flag in encoded], [len(part) for part, _ in encoded])
-            answer = sum(len(part) for part, _ in encoded[:-1])
-            yield _cut(ids, counts | (train_on == "all"), answer, max_length)
+        encoded = _whole(tokenizer, [[text for text, _ in parts] for parts in rendered])
+        for parts, (ids, starts, ends) in zip(rendered, encoded, strict=True):
+            edges = np.cumsum([0, *(len(text) for text, _ in parts)])
+            counts = np.full(len(ids), train_on == "all")
+            for (_, taught), begin, end in zip(parts, edges[:-1], edges[1:], strict=True):
+                if taught:
+                    counts |= (starts < end) & (ends > begin)
+            answer = int(np.argmax(ends > edges[-2])) if len(ids) else 0
+            yield _cut(ids, counts, answer, max_length)
 
 
 def _pieces_of_row(
@@ -147,11 +151,52 @@ def _pieces_of_row(
         ) from error
 
 
-def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
-    found: list[list[int]] = tokenizer(
-        texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
-    return found
+def _ids(tokenizer: Any, texts: list[str], *, special: bool, offsets: bool = False) -> Any:
+    """transformers' encoding of some texts, without masks."""
+    return tokenizer(
+        texts,
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=offsets,
+        verbose=False,
+    )
+
+
+Whole = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Token ids [t] as int32, and where each token begins and ends in its text, in characters [t]."""
+
+
+def _whole(tokenizer: Any, rendered: Sequence[Sequence[str]]) -> Iterator[Whole]:
+    """Texts that are given in parts, each tokenised in one piece.
+
+    Raises:
+        ModelError: the tokeniser gives no offsets, and a token lies across the border of two parts.
+    """
+    texts = ["".join(parts) for parts in rendered]
+    if not tokenizer.is_fast:
+        yield from (_by_beginnings(tokenizer, parts) for parts in rendered)
+        return
+    found = _ids(tokenizer, texts, special=False, offsets=True)
+    for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        # A token of no width (a blank that the tokeniser adds) is where it begins.
+        yield np.asarray(ids, dtype=np.int32), places[:, 0], np.maximum(places[:, 1], places[:, 0] + 1)
+
+
+def _by_beginnings(tokenizer: Any, parts: Sequence[str]) -> Whole:
+    """As `_whole` for one text, from the tokens of all its beginnings that end with a part."""
+    beginnings = [""] + ["".join(parts[: number + 1]) for number in range(len(parts))]
+    tokens = _ids(tokenizer, beginnings[1:], special=False)["input_ids"]
+    ids = tokens[-1]
+    if any(ids[: len(beginning)] != beginning for beginning in tokens):
+        raise ModelError(
+            "the model's tokeniser does not tell which characters a token stands for, and one of its tokens lies "
+            "across the border between a prompt and its answer: give a folder with tokenizer.json"
+        )
+    counts = np.diff([0, *map(len, tokens)])
+    edges = np.asarray([len(beginning) for beginning in beginnings])
+    return np.asarray(ids, dtype=np.int32), np.repeat(edges[:-1], counts), np.repeat(edges[1:], counts)
 
 
 def pieces(tokenizer: Any, messages: Messages, train_on: Literal["answer", "answers", "all"]) -> list[tuple[str, bool]]:

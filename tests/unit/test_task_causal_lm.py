@@ -12,7 +12,7 @@ import torch
 from fedlora.config import OpenTable
 from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.tasks import Examples, Table, load_task
-from fedlora.tasks._chat import PLAIN_TEMPLATE, _cut, pieces
+from fedlora.tasks._chat import PLAIN_TEMPLATE, _cut, encode_conversations, pieces
 from fedlora.tasks._text import load_tokenizer
 from fedlora.tasks.causal_lm import IGNORED, CausalLM
 
@@ -167,6 +167,96 @@ def test_cutting_keeps_the_end_of_the_prompt_and_the_start_of_the_answer(prompt:
     assert {prompt - 1, prompt} <= set(short.tolist())
     assert (flags == (short >= prompt)).all()
     assert (~flags).sum() >= min(prompt, limit // 2)
+
+
+# ------------------------------------------------------------------------------------------------ one string
+
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+TALK = [
+    {"role": "user", "content": "who"},
+    {"role": "assistant", "content": "the rosé 🌹"},
+    {"role": "user", "content": "where"},
+    {"role": "assistant", "content": "in paris"},
+]
+
+
+def sentencepiece_like(kind: str) -> Any:
+    """A tokeniser that puts a blank before whatever it is given first, as Llama-2's does."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if kind == "metaspace":
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        inner.decoder = decoders.Metaspace(prepend_scheme="first")
+    else:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        initial_alphabet=list("[INST]/▁"),
+        show_progress=False,
+    )
+    # "]the" and "]in" become tokens that lie across the border of prompt and answer.
+    inner.train_from_iterator(["[INST] who [/INST]the rose", "[INST] where [/INST]in paris"] * 9, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=INST
+    )
+
+
+@pytest.mark.parametrize("train_on", ["answer", "answers", "all"])
+@pytest.mark.parametrize("kind", ["metaspace", "prepend"])
+def test_a_conversation_is_tokenised_as_one_string(kind: str, train_on: Any, tmp_path: Path) -> None:
+    """The ids are those of transformers, and an answer's tokens are those that hold some of its characters."""
+    tokenizer = sentencepiece_like(kind)
+    tokenizer.save_pretrained(tmp_path)
+    rendered = tokenizer.apply_chat_template(TALK, tokenize=False)
+    wanted = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    examples = prepared(CausalLM(form="messages", train_on=train_on), tmp_path, {"messages": [TALK]})
+    ids, labels = examples.inputs["input_ids"][0].tolist(), examples.inputs["labels"][0]
+    assert ids == wanted["input_ids"]
+    assert ids == tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=False)
+    taught = {"answer": TALK[3:], "answers": [TALK[1], TALK[3]], "all": TALK}[train_on]
+    spans = [(rendered.index(m["content"]), len(m["content"]) + len("</s>")) for m in taught]
+    for place, (begin, end) in enumerate(wanted["offset_mapping"]):
+        inside = any(begin < first + size and end > first for first, size in spans)
+        if begin < end and place:
+            assert (labels[place] != IGNORED) == (inside or train_on == "all"), place
+
+
+class Letters:
+    """A tokeniser in Python, without offsets: one token a character, or two where they are in `pairs`."""
+
+    is_fast, chat_template, all_special_tokens, eos_token_id = False, INST, ("</s>",), None
+
+    def __init__(self, *pairs: str) -> None:
+        self.pairs = pairs
+
+    def apply_chat_template(self, messages: Any, **_: Any) -> str:
+        return "".join(f"[{m['content']}]" if m["role"] == "user" else m["content"] + "</s>" for m in messages)
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        out = []
+        for text in texts:
+            ids, place = [], 0
+            while place < len(text):
+                size = 2 if text[place : place + 2] in self.pairs else 1
+                ids.append(sum(map(ord, text[place : place + size])))
+                place += size
+            out.append(ids)
+        return {"input_ids": out}
+
+
+def test_a_tokeniser_without_offsets_is_asked_for_the_beginnings() -> None:
+    tokenizer = Letters("pa")
+    ((ids, counts),) = encode_conversations(tokenizer, [TALK], "answers", 100)
+    assert ids.tolist() == tokenizer([tokenizer.apply_chat_template(TALK)])["input_ids"][0]
+    assert "".join(map(chr, ids[counts])) == "the rosé 🌹</s>in \xd1ris</s>"  # "pa" is one token
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        list(encode_conversations(Letters("]i"), [TALK], "answers", 100))
 
 
 # ------------------------------------------------------------------------------------------------ the loss
