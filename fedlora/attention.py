@@ -86,6 +86,12 @@ def choose_attention(model: nn.Module, mode: Mode = "auto") -> AttentionReport:
     return AttentionReport("auto", f"sdpa is the fastest at every length ({what})")
 
 
+def set_attention(model: nn.Module, name: str | None) -> None:
+    """Give a model an attention that transformers knows by name, such as the one that it was loaded with."""
+    if name is not None and _settable(model) and model.config._attn_implementation != name:  # type: ignore[union-attr]
+        model.set_attn_implementation(name)  # type: ignore[operator]
+
+
 def short_limit(device: torch.device, dtype: torch.dtype) -> int:
     """The most keys for which two products are taken rather than the fused kernel."""
     return SHORT.get((device.type, dtype), 0)

@@ -58,6 +58,8 @@ class Base:
         adapter_dtype: of all that is trained: float64 for a float64 base, float32 for any other.
         weights: the versions of the frozen weights.
         prefix: keeps what the layers below the adapters compute, if anybody has opened one.
+        attention: transformers' name of the attention that the model was loaded with.
+        coupled: why an example's result depends on the examples beside it, if whoever opened the base has found so.
         config: the model's table of the run's config.
         adapter_config: the adapter's table.
         task_type: PEFT's name of the task, for exports.
@@ -98,6 +100,8 @@ class Base:
         self.random, self.notes = tuple(frozen), tuple(notes)
         self.weights = BaseWeights(plain)
         self.prefix: Prefix | None = None
+        self.attention: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        self.coupled: str | None = None
         self._drawn, self._fingerprint = frozenset(drawn), fingerprint
         self._plain_names, self._seed = frozenset(plain_names), seed
         self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets} if method.pairs else {}

@@ -139,6 +139,17 @@ class Task(ABC):
         """
         return {}
 
+    def check(self, model: torch.nn.Module, sets: Sequence[Examples]) -> None:  # noqa: B027
+        """Try out once, before anything is trained, whether a model can do this task.
+
+        Args:
+            model: with its adapter, as it will be called; its mode is left as it is.
+            sets: examples that it will see; some may be empty.
+
+        Raises:
+            ModelError: it cannot, with the reason and the cure.
+        """
+
     @abstractmethod
     def model_kwargs(self, examples: Examples) -> dict[str, Any]:
         """Keyword arguments for the model's `from_pretrained`, such as `num_labels`."""

@@ -6,26 +6,25 @@ v = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-from weakref import WeakSet
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.assets import Checkpoint
-from fedlora.errors import DataError, ModelError
+from fedlora.errors import DataError
 from fedlora.hashing import digest_of
 from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
 from fedlora.tasks._chat import PLAIN_TEMPLATE, encode_conversations, encode_texts, read_messages
 from fedlora.tasks._text import Tokens, digest_tokenizer, load_tokenizer
+from fedlora.tasks._trials import evaluating, refuse_foresight, refuse_leaks
 
 IGNORED = -100  # the label of a token that does not count
 CHUNK = 512  # tokens whose logits are widened at once: a vocabulary of 50,000 makes 100 MB of them
@@ -41,8 +40,9 @@ class CausalLM(Task):
 
     Packing puts several short examples into one row of at most `max_length` tokens, to save padding. It changes the
     shape of the computation and nothing else: an example is still one row of the data, has its own loss, sees only its
-    own tokens, and its positions begin at 0. But a row of the batch is no example any more (see `rows_are_examples`),
-    so that nothing that takes gradients row by row, differential privacy above all, may be used with it.
+    own tokens, and its positions begin at 0. A model for which that does not hold is refused at the start. But a row of
+    the batch is no example any more (see `rows_are_examples`), so that nothing that takes gradients row by row,
+    differential privacy above all, may be used with it.
 
     Args:
         form: what an example is. "prompt-answer": columns in the roles "prompt" and "answer"; "messages": a column of
@@ -124,6 +124,15 @@ class CausalLM(Task):
         """Nothing: the model is taken as it is."""
         return {}
 
+    def check(self, model: nn.Module, sets: Sequence[Examples]) -> None:
+        """Refuse a model that sees what it is to predict, or one that packing changes; see `fedlora.tasks._trials`."""
+        longest = max((ids for found in sets for ids in _longest(found)), key=len, default=None)
+        if longest is None:
+            return
+        refuse_foresight(model, longest, _logits)
+        if self.packing:
+            refuse_leaks(model, longest[: self.max_length], _logits)
+
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """A padded batch, or a packed one.
 
@@ -154,14 +163,10 @@ class CausalLM(Task):
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b"]:
         """Mean cross entropy of each example's counted tokens, in nats."""
-        if "segments" in batch:
-            _refuse_leaks(model)
         return _by_example(model, batch)[0]
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
         """For each example: "loss" as in `losses`, and how many "tokens" count."""
-        if "segments" in batch:
-            _refuse_leaks(model)
         loss, tokens = _by_example(model, batch)
         return {"loss": loss, "tokens": tokens}
 
@@ -197,7 +202,7 @@ class CausalLM(Task):
         ids, labels = _tokens(examples, "input_ids"), _tokens(examples, "labels")
         device = next(model.parameters()).device
         out = []
-        with _evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             for index in indices:
                 row, cut = ids[int(index)], _prompt_length(labels[int(index)])
                 prompt = torch.from_numpy(row[:cut].astype(np.int64)).to(device)[None]
@@ -221,6 +226,10 @@ def _tokens(examples: Examples, name: str) -> Tokens:
     tokens = examples.inputs[name]
     assert isinstance(tokens, Tokens)
     return tokens
+
+
+def _longest(examples: Examples) -> list[np.ndarray]:
+    return [_tokens(examples, "input_ids")[int(np.argmax(examples.lengths))]] if len(examples) else []
 
 
 def _prompt_length(labels: np.ndarray) -> int:
@@ -284,10 +293,9 @@ def _wide(logits: Tensor) -> Tensor:
 def _logits(model: nn.Module, batch: Batch, chosen: Bool[Tensor, "w t"]) -> Float[Tensor, "k v"]:
     """Logits at the chosen tokens alone: with a large vocabulary the output layer is a third of a small model."""
     if "segments" in batch:
-        inputs = {
-            "position_ids": batch["position_ids"],
-            "attention_mask": _block_mask(batch["segments"], _float_dtype(model)),
-        }
+        # transformers knows packed rows by positions that begin anew, and gives each layer its own mask for them, with
+        # its sliding window or chunk; but not where it is given a mask or keeps a cache.
+        inputs: dict[str, Any] = {"position_ids": batch["position_ids"], "use_cache": False}
     else:
         inputs = {"attention_mask": batch["attention_mask"]}
 
@@ -305,71 +313,3 @@ def _logits(model: nn.Module, batch: Batch, chosen: Bool[Tensor, "w t"]) -> Floa
         if handle is not None:
             handle.remove()
     return logits[chosen] if logits.shape[:2] == chosen.shape else logits[0]
-
-
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    inner = getattr(model, "get_input_embeddings", lambda: None)()
-    return next((inner or model).parameters()).dtype
-
-
-def _block_mask(segments: Int[Tensor, "w t"], dtype: torch.dtype) -> Float[Tensor, "w 1 t t"]:
-    """0 where a token may look (itself and earlier tokens of its own example), the least number elsewhere.
-
-    Padding is an example of its own, so that no token has nowhere to look.
-    """
-    length = segments.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    seen = (segments[:, :, None] == segments[:, None, :]) & earlier
-    mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
-    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-
-
-_sound: WeakSet[nn.Module] = WeakSet()
-
-
-def _refuse_leaks(model: nn.Module) -> None:
-    """Try out whether packed examples see each other in this model: state-space layers, for one, ignore masks.
-
-    Raises:
-        ModelError: they do, or their positions do not begin anew.
-    """
-    if model in _sound:
-        return
-    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    first, other, second = (np.arange(i, i + 6) % vocabulary for i in (1, 17, 31))
-    rows = {name: [(part, part) for part in parts] for name, parts in _trials(first, other, second).items()}
-    refusal = f"task.packing: {type(model).__name__} cannot keep packed examples apart; set task.packing = false"
-    found = {}
-    with _evaluating(model), torch.no_grad():
-        for name, parts in rows.items():
-            batch = _packed(parts, 0, 12)
-            batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
-            mine = batch["segments"] == len(parts) - 1
-            try:
-                found[name] = _wide(_logits(model, batch, mine))
-            except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as error:
-                raise ModelError(refusal) from error
-    scale = float(found["alone"].abs().max())
-    rounding = 1e-3 if _float_dtype(model) in (torch.float32, torch.float64) else 5e-2
-    # The same shapes through the same kernels: what is masked must not change a bit, but rounding is forgiven.
-    leaks = float((found["behind"] - found["behind other"]).abs().max()) > 1e-5 * scale
-    shifted = float((found["behind"] - found["alone"]).abs().max()) > rounding * scale
-    if leaks or shifted:
-        raise ModelError(refusal)
-    _sound.add(model)
-
-
-def _trials(first: np.ndarray, other: np.ndarray, second: np.ndarray) -> dict[str, list[np.ndarray]]:
-    return {"behind": [first, second], "behind other": [other, second], "alone": [second]}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and every layer as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -91,7 +91,7 @@ def train_cohort(
         except RowsError as error:
             if len(part) == 1:
                 raise
-            note_alone(base, error)
+            note_alone(base, str(error))
             todo.insert(0, part)
     return [outcomes[number] for number in range(len(jobs))]
 
@@ -104,14 +104,14 @@ def alike(jobs: Sequence[TrainJob], configs: Sequence[TrainConfig]) -> list[list
     return list(found.values())
 
 
-def note_alone(base: Base, error: RowsError) -> None:
+def note_alone(base: Base, reason: str) -> None:
     """From now on clients go one by one through this base."""
-    _alone[base] = str(error)
+    _alone[base] = reason
 
 
 def why_alone(base: Base) -> str | None:
     """Why clients go one by one through a base, or None where they go together as far as is known."""
-    return _alone.get(base) or cannot_stack(base)
+    return _alone.get(base) or base.coupled or cannot_stack(base)
 
 
 def forget(base: Base) -> None:

@@ -70,7 +70,8 @@ def evaluate(
         indices: positions of those that count; None for all.
         domain_column: column of `examples.columns` by which to group as well.
         batch_tokens: most tokens in a batch, padding included (a longer example is a batch of its own); None: 2048 on
-            a CPU, where larger batches leave its caches and take longer, 16384 elsewhere.
+            a CPU, where larger batches leave its caches and take longer, 16384 elsewhere. A base that is `coupled`
+            gets one example at a time.
 
     Raises:
         DataError: there are no examples, or no such column.
@@ -82,6 +83,8 @@ def evaluate(
         raise DataError(f"the examples have no column {domain_column!r}; {nearest(domain_column, examples.columns)}")
     budget = batch_tokens or (CPU_TOKENS if base.device.type == "cpu" else DEVICE_TOKENS)
     measures: dict[str, np.ndarray] = {}
+    if getattr(base, "coupled", None) is not None:
+        budget = 1  # each example alone: what its batch holds would show in its result
     base.train_mode(False)
     done = 0
     with torch.inference_mode():

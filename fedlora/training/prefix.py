@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedlora.errors import ModelError
@@ -18,6 +17,7 @@ from fedlora.progress import activity
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.evaluate import length_batches
 from fedlora.training.job import to_device
+from fedlora.training.trial import model_inputs
 
 SHARE = 0.25  # of the free memory: other processes may want to keep theirs
 AT_ONCE = 16384  # tokens that are put into one batch, to be taken apart by length
@@ -68,12 +68,14 @@ def choose_prefix(
 def _open(base: Base, task: Task, sets: Sequence[Examples], how: Hashable, *, forced: bool) -> PrefixReport:
     if not task.rows_are_examples:
         raise UnfitError("several examples are packed into a row")
+    if base.coupled is not None:
+        raise UnfitError(base.coupled)
     examples = next((found for found in sets if len(found)), None)
     if examples is None:
         raise UnfitError("there are no examples")
     how = (how, lower_kinds(base.model, base.targets))
     shortest, longest = int(np.argmin(examples.lengths)), int(np.argmax(examples.lengths))
-    inputs = _model_inputs(base, task, task.collate(examples, [shortest, longest]))
+    inputs = _inputs(base, task, task.collate(examples, [shortest, longest]))
     kept, base.prefix = base.prefix, None
     prefix = kept if kept is not None and kept.how == how else _opened(base, inputs, kept, how)
     base.prefix = prefix
@@ -128,26 +130,11 @@ def prepare(base: Base, task: Task, examples: Examples, rows: np.ndarray) -> Non
             batch = task.collate(examples, chosen[places])
         except Exception:  # whoever owns the broken example will meet it in its own batch, and the others will not
             continue
-        base.prefix.prepare(_model_inputs(base, task, batch))
+        base.prefix.prepare(_inputs(base, task, batch))
 
 
-def _model_inputs(base: Base, task: Task, batch: Batch) -> dict[str, Tensor]:
-    """What the task calls the model with."""
-    found: dict[str, Any] = {}
-
-    def stop(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update(kwargs, **{"": args} if args else {})
-        raise UnfitError("")
-
-    handle = base.model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-    try:
-        with torch.no_grad():
-            task.losses(base.model, to_device(batch, base.device))
-    except UnfitError:
-        pass
-    finally:
-        handle.remove()
-    return {name: value for name, value in found.items() if value is not None and name != "labels"}
+def _inputs(base: Base, task: Task, batch: Batch) -> dict[str, Tensor]:
+    return model_inputs(base.model, task, to_device(batch, base.device))
 
 
 def _size(count: float) -> str:

@@ -254,7 +254,7 @@ def train_private_cohort(
         try:
             found = PrivateTogether(base, task, examples, work, how, budget=budget).run()
         except RowsError as error:
-            note_alone(base, error)
+            note_alone(base, str(error))
             todo.insert(0, part)
             continue
         outcomes.update(zip(part, map(timeless, found), strict=True))

@@ -18,8 +18,10 @@ from fedlora.progress import activity
 from fedlora.provenance import WORDS, Provenance, class_names_digest
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
+from fedlora.training.cohort import note_alone
 from fedlora.training.prefix import PrefixReport, choose_prefix
 from fedlora.training.runtime import pass_over_libraries, setup
+from fedlora.training.trial import Trial
 
 if TYPE_CHECKING:
     from fedlora.data import FederatedData
@@ -124,8 +126,14 @@ def open_workbench(config: RunConfig) -> Workbench:
             pass_over_libraries()
             base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
             activity.info("choosing how to compute")
+            trial = Trial(base, task, [data.test, data.train])
             kernels = accelerate(base.model, config.runtime.kernels)
             attention = choose_attention(base.model, config.runtime.attention)
+            kernels, attention = trial.keep_equal(kernels, attention)
+            base.coupled = trial.coupled()
+            if (reason := trial.cannot_share()) is not None:
+                note_alone(base, reason)
+            task.check(base.model, [data.test, data.train])
             how = (attention.mode, torch.get_num_threads())
             prefix = choose_prefix(base, task, [data.train, data.test], config.runtime.prefix_cache, how)
             _open[key] = Workbench(config, task, data, base, device, kernels, attention, prefix)

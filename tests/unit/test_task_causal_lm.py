@@ -435,7 +435,7 @@ def test_packing_is_refused_where_examples_would_see_each_other(folder: Path) ->
     for model in (Leaky(1.0), Leaky(5e-5), MambaForCausalLM(mamba), BloomForCausalLM(bloom)):
         model.train()
         with pytest.raises(ModelError, match=r"set task\.packing = false"):
-            losses(packing, model, examples, [0, 1])
+            packing.check(model, [examples])
         assert all(module.training for module in model.modules())
 
 

@@ -1,0 +1,179 @@
+"""What is tried out when a base is opened: what changes a model's results is switched off, or refused if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedlora.attention
+from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.config import TrainConfig, parse_config
+from fedlora.errors import ModelError
+from fedlora.training import TrainJob, evaluate, open_workbench, train
+from fedlora.training.cohort import forget, train_cohort, why_alone
+from fedlora.training.sizing import cohort_size
+from fedlora.training.workbench import Workbench, close_workbench
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    close_workbench()
+    yield
+    close_workbench()
+
+
+def bench_of(model: Path, data: Path, *overrides: str) -> Workbench:
+    given = [
+        f"model.name='{model}'",
+        "model.dtype=float64",
+        f"data.source='{data}'",
+        "adapter.rank=2",
+        "runtime.threads=1",
+        "runtime.kernels=off",
+        "runtime.device=cpu",
+        *overrides,
+    ]
+    if not any(override.startswith("adapter.targets") for override in overrides):
+        given.append("adapter.targets=['query','value']")
+    return open_workbench(parse_config("", given))
+
+
+def encoder(kind: str, tokenizer: Path, folder: Path, **fields: Any) -> Path:
+    """A random classifier with `tiny_bert`'s tokeniser."""
+    import transformers
+
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(loaded), pad_token_id=loaded.pad_token_id, num_labels=2, initializer_range=0.3,
+        **size, **still, **fields,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    loaded.save_pretrained(folder)
+    return folder
+
+
+COUPLED: dict[str, dict[str, Any]] = {
+    "FNet": {},
+    "Nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 4},
+    "MobileBert": {"true_hidden_size": 16, "intra_bottleneck_size": 16, "embedding_size": 16},
+    "ConvBert": {"embedding_size": 16, "head_ratio": 2, "conv_kernel_size": 3},
+}
+
+
+def gap(one: AdapterState, other: AdapterState) -> float:
+    return max(float((a - other.tensors()[name]).abs().max()) for name, a in one.tensors().items())
+
+
+@pytest.mark.parametrize("kind", list(COUPLED))
+def test_where_padding_shows_clients_go_alone_and_nothing_is_kept(
+    kind: str, tiny_bert: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    """Whoever is in a client's company, and in whatever batch a text is evaluated, the result is the same."""
+    folder = encoder(kind, tiny_bert, tmp_path, **COUPLED[kind])
+    bench = bench_of(folder, tiny_csv, "adapter.targets=all-linear", "adapter.modules_to_save=['classifier']")
+    base, data = bench.base, bench.data.train
+    assert "padded" in (base.coupled or "")
+    assert why_alone(base) == base.coupled
+    choice = cohort_size(bench, 8)
+    assert choice.clients == 1
+    assert base.coupled in choice.reason
+    order = np.argsort(data.lengths)
+    state, how = base.initial_adapter(0), TrainConfig(steps=2, batch_size=4, lr=0.1, optimizer="sgd")
+    jobs = [TrainJob(state, ALL_PARTS, rows, 0) for rows in (order[:4], order[-4:])]
+    alone = train(base, bench.task, data, jobs[0], how).adapter
+    company = train_cohort(base, bench.task, data, jobs, [how, how])[0].adapter  # type: ignore[union-attr]
+    assert gap(alone, company) == 0
+    base.write(alone)
+    whole = evaluate(base, bench.task, data).measures["loss"]
+    few = evaluate(base, bench.task, data, indices=order[:3]).measures["loss"]
+    np.testing.assert_array_equal(whole[order[:3]], few)
+    close_workbench()
+    with pytest.raises(ModelError, match="padded"):
+        bench_of(
+            folder, tiny_csv, "adapter.targets=all-linear", "adapter.layers=top:1", "runtime.prefix_cache=on",
+            "adapter.modules_to_save=['classifier']",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_what_does_not_look_at_padding_trains_in_company(dtype: str, tiny_bert: Path, tiny_csv: Path) -> None:
+    bench = bench_of(tiny_bert, tiny_csv, f"model.dtype={dtype}")
+    assert bench.base.coupled is None
+    assert why_alone(bench.base) is None
+    assert bench.attention.mode == "auto"
+
+
+def test_layers_that_do_not_see_rows_first_are_found_at_the_start(
+    tiny_bert: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    """DeBERTa projects relative positions too: clients cannot be told apart there."""
+    folder = encoder(
+        "DebertaV2", tiny_bert, tmp_path, relative_attention=True, pos_att_type=["p2c"], position_buckets=8,
+        share_att_key=True, norm_rel_ebd="layer_norm",
+    )  # fmt: skip
+    bench = bench_of(folder, tiny_csv, "adapter.targets=['query_proj','key_proj']")
+    assert "rows" in (why_alone(bench.base) or "")
+    forget(bench.base)
+    assert why_alone(bench.base) is None
+
+
+def test_an_attention_that_changes_the_model_is_taken_back(
+    tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = bench_of(tiny_bert, tiny_csv, "runtime.attention=sdpa")
+    wanted.base.write(wanted.base.initial_adapter(0))
+    figures = evaluate(wanted.base, wanted.task, wanted.data.test).overall
+    close_workbench()
+    own = fedlora.attention.attend
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **{**kwargs, "scaling": 0.9 * (kwargs.get("scaling") or 0.25)})
+
+    monkeypatch.setattr(fedlora.attention, "attend", other)
+    bench = bench_of(tiny_bert, tiny_csv)
+    assert bench.attention.mode == "sdpa"
+    assert "changes what" in bench.choices["attention_why"]
+    bench.base.write(bench.base.initial_adapter(0))
+    assert evaluate(bench.base, bench.task, bench.data.test).overall == figures
+
+
+def test_a_model_whose_other_rows_are_read_keeps_them(
+    tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a later version of transformers pooled the mean of all tokens."""
+    from transformers.models.bert.modeling_bert import BertPooler
+
+    own = BertPooler.forward
+
+    def pooled(self: Any, states: torch.Tensor) -> torch.Tensor:
+        return own(self, states.mean(1, keepdim=True))  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(BertPooler, "forward", pooled)
+    bench = bench_of(tiny_bert, tiny_csv)
+    layers: Any = bench.base.model.get_submodule("bert.encoder.layer")
+    assert not any(module._forward_pre_hooks for module in layers[-1].modules())
+    assert bench.attention.mode == "auto"
+    assert "padded" in (bench.base.coupled or "")
+
+
+def test_an_example_that_the_model_cannot_take_is_left_to_its_owner(
+    tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.bert.modeling_bert import BertEmbeddings
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise IndexError("no such position")
+
+    monkeypatch.setattr(BertEmbeddings, "forward", fails)
+    assert bench_of(tiny_bert, tiny_csv).base.coupled is None
