@@ -226,8 +226,8 @@ def _one_rate(groups: Sequence[Group]) -> Iterable[str]:
     rates = {group.runs[0].keys["train.lr"] for group in groups}
     if len(rules) > 1 and len(rates) == 1:
         yield (
-            f"all {len(rules)} rules trained at one learning rate ({rates.pop():g}), and each has a best one of its own: "
-            "fedlora sweep over train.lr finds it"
+            f"all {len(rules)} rules trained at one learning rate ({rates.pop():g}), and each has a best one of its "
+            "own: fedlora sweep over train.lr finds it"
         )
 
 
