@@ -72,7 +72,7 @@ class Terminal:
         if self._quiet:
             return self
         self._watcher.__enter__()
-        if not self._console.is_terminal:
+        if not (self._console.is_terminal or self._console.is_jupyter):
             threading.Thread(target=self._break_silence, daemon=True).start()
         else:
             self._live = Live(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
+from fedlora import __version__
 from fedlora.errors import FedloraError
 from fedlora.sanitize import clean_text
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedlora.config import RunConfig
-    from fedlora.data import FederatedData
     from fedlora.training import Workbench
 
 WIDE = 240
@@ -32,6 +32,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which fedlora this is.")
+    ] = False,
+) -> None:
+    """Federated fine-tuning of foundation models with low-rank adapters."""
+
 
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped one: quickstart.")
@@ -110,19 +126,6 @@ def open_workbench(config: RunConfig) -> Workbench:
 
     load_aggregator(config.strategy.name, config.strategy.fields)  # a wrong name is said before anything is loaded
     return open_workbench(config)
-
-
-def draw_labels(data: FederatedData, path: Path) -> bool:
-    """Draw who holds which labels, and say whether there are any."""
-    from fedlora.partition import count_values
-    from fedlora.report import plot_labels
-    from fedlora.training.baselines import main_domains
-
-    if data.train.labels is None:
-        return False
-    counts = count_values(data.clients, data.train.labels, len(data.label_names))
-    plot_labels(counts, data.label_names, path, domains=data.client_names or main_domains(data))
-    return True
 
 
 def calm_loggers(debug: bool) -> None:

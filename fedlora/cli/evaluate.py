@@ -62,23 +62,14 @@ def _digits(_name: str, value: float | None) -> str:
 
 def _by_domain(source: Source, data: Path | None, show: Show) -> Table:
     """A row for all examples and one for each domain."""
-    import numpy as np
-
+    from fedlora.api import figures_of
     from fedlora.compare import Table
     from fedlora.data import column_roles
-    from fedlora.training import evaluate as measure
-    from fedlora.training.adapted import examples_for, load_for
 
-    examples = examples_for(source, data)
-    model, task = load_for(source, examples)
-    domain = column_roles(source.config.data).get("domain")
-    domain = domain if domain in examples.columns else None
-    found = measure(model, task, examples, domain_column=domain)
-    names = [task.metric, *(name for name in found.overall if name != task.metric)]
-    values = [] if domain is None else np.asarray(examples.columns[domain]).astype(str).tolist()
-    rows = [["all", str(len(examples)), *(show(name, found.overall[name]) for name in names)]]
-    for label, row in found.domains.items():
-        rows.append([label, str(values.count(label)), *(show(name, row[name]) for name in names)])
+    found = figures_of(source, data)
+    names = [name for name in found["all"] if name != "examples"]
+    rows = [[label, str(row["examples"]), *(show(name, row[name]) for name in names)] for label, row in found.items()]
+    domain = column_roles(source.config.data).get("domain") if len(found) > 1 else None
     return Table("", [domain or "", "examples", *names], rows)
 
 
@@ -87,11 +78,11 @@ def _by_client(source: Source, data: Path | None, most: int | None, show: Show) 
     import numpy as np
 
     from fedlora.compare import Table
+    from fedlora.data.describe import main_domains
     from fedlora.fairness import fairness
     from fedlora.rng import derive
     from fedlora.training import evaluate as measure
     from fedlora.training.adapted import data_for, load_for
-    from fedlora.training.baselines import main_domains
 
     config = source.config
     if source.run is None or data is not None:

@@ -14,7 +14,6 @@ from fedlora.cli._common import (
     Overrides,
     app,
     calm_loggers,
-    draw_labels,
     errors_in_one_line,
     open_console,
 )
@@ -41,8 +40,7 @@ def partition(
 
         from fedlora.config import load_config
         from fedlora.data import load_data
-        from fedlora.data.describe import describe_partition
-        from fedlora.training.baselines import main_domains
+        from fedlora.data.describe import describe_partition, draw_labels, main_domains
 
         calm_loggers(debug)
         console = open_console()

@@ -14,7 +14,6 @@ from fedlora.cli._common import (
     Overrides,
     app,
     calm_loggers,
-    draw_labels,
     errors_in_one_line,
     open_console,
     open_workbench,
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedlora.config import RunConfig
-    from fedlora.progress import Progress
     from fedlora.rundir import RunDir
     from fedlora.terminal import Terminal
 
@@ -61,6 +59,8 @@ def run(
 ) -> None:
     """Train a federation in this process and write everything to runs/NAME."""
     with errors_in_one_line(debug):
+        from fedlora.api import train
+        from fedlora.report import write_report
         from fedlora.terminal import Terminal
 
         calm_loggers(debug)
@@ -73,12 +73,9 @@ def run(
         try:
             with Terminal(console, quiet=quiet) as terminal:
                 terminal.doing(f"loading {config.model.name} and {config.data.source}")
-                run_dir = _run(config, run_dir, terminal, overwrite, replay)
+                run_dir = train(config, terminal, folder=run_dir, overwrite=overwrite, replay=replay)
                 if baselines:
                     _baselines(config, run_dir, baseline_clients, terminal)
-                if baselines or not run_dir.report.is_file():
-                    from fedlora.report import write_report
-
                     write_report(run_dir)
         except KeyboardInterrupt:
             path = run_dir.path if run_dir else Path(config.output) / config.name
@@ -108,41 +105,9 @@ def _which_run(
     return config, RunDir.open(resume, config)
 
 
-def _run(config: RunConfig, run_dir: RunDir | None, progress: Progress, overwrite: bool, replay: Path | None) -> RunDir:
-    from fedlora.rundir import RunDir
-    from fedlora.tracking import require_tracker
-
-    if run_dir is not None and run_dir.finished:
-        progress.message(f"{run_dir.path} is finished: nothing is left to train")
-        return run_dir
-    resume = run_dir is not None
-    if not (resume or overwrite):
-        RunDir.check_free(config)
-    require_tracker(config)
-    bench = open_workbench(config)  # before an earlier run is removed: the config may turn out to be wrong
-
-    from fedlora.flower import refuse_early, run_local
-
-    refuse_early(config, bench)
-    run_dir = run_dir or RunDir.create(config, overwrite=overwrite)
-
-    from fedlora.report import plot_accuracy
-
-    try:
-        if config.privacy is None:  # label counts are the clients' own
-            draw_labels(bench.data, run_dir.path / "labels.png")
-        again = None if replay is None else RunDir.open(replay).read_metrics()
-        run_local(config, run_dir, progress, resume=resume, replay=again)
-    except Exception:
-        if not resume:
-            run_dir.discard_if_untrained()
-        raise
-    plot_accuracy(run_dir.read_metrics(), run_dir.path / "accuracy.png")
-    return run_dir
-
-
 def _baselines(config: RunConfig, run_dir: RunDir, number: int | None, terminal: Terminal) -> None:
-    from fedlora.training.baselines import centralised, local_only, main_domains, spread_over_domains
+    from fedlora.data.describe import main_domains
+    from fedlora.training.baselines import centralised, local_only, spread_over_domains
 
     bench = open_workbench(config)
     everyone = len(bench.data.clients)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,3 +40,22 @@ def describe_partition(data: FederatedData) -> dict[str, Any]:
         out |= {"domains": list(data.domains), "domain_counts": counts.tolist()}
         out |= {"domain_js_divergence": mean_js_divergence(counts)}
     return out
+
+
+def main_domains(data: FederatedData) -> list[str] | None:
+    """The domain of most of each client's examples, or None where the data have no domains."""
+    if data.domain_column is None:
+        return None
+    values = np.asarray(data.train.columns[data.domain_column])
+    return [str(Counter(values[rows].tolist()).most_common(1)[0][0]) for rows in data.clients]
+
+
+def draw_labels(data: FederatedData, path: Path) -> bool:
+    """Draw who holds which labels, and say whether there are any."""
+    from fedlora.report import plot_labels
+
+    if data.train.labels is None:
+        return False
+    counts = count_values(data.clients, data.train.labels, len(data.label_names))
+    plot_labels(counts, data.label_names, path, domains=data.client_names or main_domains(data))
+    return True

@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 from fedlora.config import RunConfig
 from fedlora.errors import ModelError
@@ -22,7 +25,7 @@ from fedlora.rng import derive
 
 def load_adapted(
     config: RunConfig, folder: Path, auto_class: str, model_kwargs: Mapping[str, Any], device: torch.device
-) -> nn.Module:
+) -> PeftModel:
     """The model of a config with the adapter of a folder, by plain transformers and PEFT.
 
     Args:
@@ -56,7 +59,7 @@ def load_adapted(
             "model that the adapter was trained on, or export the adapter again"
         )
     adapted.to(device)
-    return adapted.get_base_model()
+    return adapted
 
 
 def _is_saved(module: nn.Module) -> bool:

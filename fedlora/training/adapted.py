@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from fedlora.provenance import Provenance, class_names_digest
 from fedlora.rundir import PUT_BACK, RunDir, require_provenance
 from fedlora.tasks import Examples, Task, load_task
 from fedlora.training.runtime import setup
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm"}
 """PEFT's names of tasks."""
@@ -50,10 +53,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model with an adapter, as `evaluate` takes it."""
+    """A model with an adapter, as `evaluate` takes it.
 
-    model: nn.Module
+    Args:
+        peft: as PEFT loads it.
+        device: on which it is.
+    """
+
+    peft: PeftModel
     device: torch.device
+
+    @property
+    def model(self) -> nn.Module:
+        """The model inside, with the adapter's layers."""
+        return self.peft.get_base_model()
 
     def train_mode(self, training: bool) -> None:
         """Dropout on or off."""

@@ -7,14 +7,14 @@ in one stretch: the optimiser's moments and the warm-up are not started again at
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fedlora.adapter import ALL_PARTS
 from fedlora.config import TrainConfig
+from fedlora.data.describe import main_domains
 from fedlora.devices import train_config
 from fedlora.errors import ConfigError
 from fedlora.rng import derive
@@ -23,9 +23,6 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, examples_of, number_of_steps
 from fedlora.training.sizing import cohort_size
 from fedlora.training.workbench import Workbench
-
-if TYPE_CHECKING:
-    from fedlora.data import FederatedData
 
 Report = Callable[[str], None]
 
@@ -112,14 +109,6 @@ def longer(once: TrainConfig, rounds: int) -> TrainConfig:
     if once.steps is not None:
         return once.model_copy(update={"steps": once.steps * rounds})
     return once.model_copy(update={"epochs": (once.epochs or 1.0) * rounds})
-
-
-def main_domains(data: FederatedData) -> list[str] | None:
-    """The domain of most of each client's examples, or None where the data have no domains."""
-    if data.domain_column is None:
-        return None
-    values = np.asarray(data.train.columns[data.domain_column])
-    return [str(Counter(values[rows].tolist()).most_common(1)[0][0]) for rows in data.clients]
 
 
 def spread_over_domains(domains: Sequence[str] | None, clients: int, number: int) -> list[int]:

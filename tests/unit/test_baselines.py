@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.config import RunConfig, TrainConfig, parse_config
+from fedlora.data.describe import main_domains
 from fedlora.errors import ConfigError
 from fedlora.training import Workbench, open_workbench
 from fedlora.training.baselines import (
@@ -15,7 +16,6 @@ from fedlora.training.baselines import (
     expected_examples,
     local_only,
     longer,
-    main_domains,
     spread_over_domains,
 )
 

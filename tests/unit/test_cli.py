@@ -232,7 +232,7 @@ def test_ctrl_c_before_anything_was_kept(cli: Cli, tiny_toml: Path, monkeypatch:
     def interrupted(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedlora.cli.run.open_workbench", interrupted)
+    monkeypatch.setattr("fedlora.training.open_workbench", interrupted)
     result = cli("run", tiny_toml)
     assert (result.exit_code, result.stderr) == (130, "stopped; nothing was kept\n")
 

@@ -1,0 +1,298 @@
+"""The Python entry point: train a federation and look at what it left, as the command line does.
+
+import fedlora
+
+run = fedlora.run("quickstart", rounds=2)
+run.metrics[["accuracy", "train_loss"]]
+model = run.model()
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from fedlora.config import RunConfig, load_config, parse_config
+from fedlora.errors import ConfigError
+from fedlora.progress import Progress
+from fedlora.rundir import RunDir
+
+if TYPE_CHECKING:
+    import pandas
+    from peft import PeftModel
+
+    from fedlora.training.adapted import Source
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """A run in its folder; what is read from there is read anew each time.
+
+    Args:
+        path: of the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved config."""
+        return self._folder.config
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self._folder.finished
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """A row for each round, 0 being the evaluation before training; the index is the round.
+
+        Columns are the figures of metrics.jsonl that are single numbers: "accuracy", "loss", "train_loss", "bytes_up",
+        "seconds", and with dots those of the domains ("domains.films.accuracy") and of the rule.
+        """
+        import pandas
+
+        from fedlora.config import flatten
+
+        rows = []
+        for record in self._folder.read_metrics():
+            flat = flatten({key: value for key, value in record.items() if key != "clients"})
+            rows.append({key: value for key, value in flat.items() if value is None or isinstance(value, int | float)})
+        return pandas.DataFrame(rows).set_index("round") if rows else pandas.DataFrame()
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """What result.json holds: the last figures, and of a private run its claim; empty until the run is finished."""
+        return self._folder.read_json("result.json") or {}
+
+    @property
+    def adapter(self) -> Path:
+        """The folder with the adapter in PEFT's format.
+
+        Raises:
+            RunDirError: the run has none (yet).
+        """
+        from fedlora.training.adapted import find_adapter
+
+        return find_adapter(self.path).folder
+
+    @property
+    def report(self) -> Path:
+        """The report, one HTML file."""
+        return self._folder.report
+
+    def model(self) -> PeftModel:
+        """The base model with the adapter, in evaluation mode, as plain transformers and PEFT load it.
+
+        Raises:
+            RunDirError: the run has no adapter (yet), or what it was trained on has changed since.
+            ModelError: the base cannot be loaded, or the adapter does not fit it.
+        """
+        from fedlora.training.adapted import data_for, find_adapter, load_for
+
+        source = find_adapter(self.path)
+        has_classes = "label" in _task(source.config).roles
+        adapted, _ = load_for(source, data_for(source).test if has_classes else None)
+        adapted.train_mode(False)
+        return adapted.peft
+
+    @property
+    def _folder(self) -> RunDir:
+        return RunDir.open(self.path)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.metrics._repr_html_() or ""
+
+
+def load_run(path: str | Path) -> Run:
+    """The run in a folder, finished or not.
+
+    Raises:
+        RunDirError: there is none.
+    """
+    return Run(RunDir.open(path).path)
+
+
+def run(
+    config: str | Path | RunConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Run:
+    """Train a federation in this process, and write everything to the folder `output`/`name` of its config.
+
+    Args:
+        config: a TOML file, the name of one that ships with fedlora ("quickstart"), or a `RunConfig`.
+        overwrite: replace an earlier run of that name.
+        resume: go on with it.
+        progress: is told what happens; None: a moving line in a terminal or notebook, lines elsewhere.
+        changes: keys of the config with new values; a table's keys as a dict: `rounds=2, train={"lr": 1e-3}`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        FedloraError: of any kind; the message is one line that names the cure, and the folder stays intact.
+    """
+    resolved = resolve_config(config, changes)
+    if resume and overwrite:
+        raise ConfigError("resume goes on with a run and overwrite starts it again: give one of them")
+    folder = RunDir.open(Path(resolved.output) / resolved.name, resolved) if resume else None
+    if progress is not None:
+        return Run(train(resolved, progress, folder=folder, overwrite=overwrite).path)
+    from rich.console import Console
+
+    from fedlora.terminal import Terminal
+
+    with Terminal(Console(file=sys.stdout)) as terminal:
+        terminal.doing(f"loading {resolved.model.name} and {resolved.data.source}")
+        return Run(train(resolved, terminal, folder=folder, overwrite=overwrite).path)
+
+
+def train(
+    config: RunConfig,
+    progress: Progress,
+    *,
+    folder: RunDir | None = None,
+    overwrite: bool = False,
+    replay: Path | None = None,
+) -> RunDir:
+    """`run` of a resolved config: what the command line and the Python entry point share.
+
+    Args:
+        config: of the run.
+        progress: is told what happens.
+        folder: of the run to go on with; None for a new one.
+        overwrite: replace an earlier run of that name.
+        replay: the folder of a run; in each round only those clients answer that did then.
+
+    Raises:
+        FedloraError: of any kind; a folder that holds nothing yet is removed again.
+    """
+    from fedlora.aggregators import load_aggregator
+    from fedlora.data.describe import draw_labels
+    from fedlora.report import plot_accuracy, write_report
+    from fedlora.tracking import require_tracker
+    from fedlora.training import open_workbench
+
+    if folder is not None and folder.finished:
+        progress.message(f"{folder.path} is finished: nothing is left to train")
+        return folder
+    resume = folder is not None
+    if not (resume or overwrite):
+        RunDir.check_free(config)
+    load_aggregator(config.strategy.name, config.strategy.fields)  # a wrong name is said before anything is loaded
+    require_tracker(config)
+    bench = open_workbench(config)  # before an earlier run is removed: the config may turn out to be wrong
+
+    from fedlora.flower import refuse_early, run_local
+
+    refuse_early(config, bench)
+    folder = folder or RunDir.create(config, overwrite=overwrite)
+    try:
+        if config.privacy is None:  # label counts are the clients' own
+            draw_labels(bench.data, folder.path / "labels.png")
+        again = None if replay is None else RunDir.open(replay).read_metrics()
+        run_local(config, folder, progress, resume=resume, replay=again)
+    except Exception:
+        if not resume:
+            folder.discard_if_untrained()
+        raise
+    plot_accuracy(folder.read_metrics(), folder.path / "accuracy.png")
+    if not folder.report.is_file():
+        write_report(folder)
+    return folder
+
+
+def evaluate(run: Run | str | Path, data: str | Path | None = None, **changes: Any) -> pandas.DataFrame:
+    """Measure an adapter on a run's test examples, or on those of a file.
+
+    Args:
+        run: a run, its folder, or a folder with an adapter in PEFT's format.
+        data: .csv, .tsv, .jsonl, .json or .parquet; None: the run's own test set.
+        changes: of the config, as for `run`.
+
+    Returns:
+        A row for "all" and one for each domain; a column for each figure, and "examples".
+
+    Raises:
+        FedloraError: there is no adapter, it does not fit its base, or the examples are not usable.
+    """
+    import pandas
+
+    from fedlora.training.adapted import find_adapter
+
+    path = run.path if isinstance(run, Run) else Path(run)
+    file = None if data is None else Path(data)
+    rows = figures_of(find_adapter(path, _overrides(changes), file), file)
+    return pandas.DataFrame(list(rows.values()), index=list(rows))
+
+
+def figures_of(source: Source, data: Path | None) -> dict[str, dict[str, float]]:
+    """What an adapter reaches: "all" and each domain -> "examples", the task's main figure, and the other figures.
+
+    Args:
+        source: of the adapter.
+        data: a file; None: the test examples of its run.
+    """
+    from collections import Counter
+
+    from fedlora.data import column_roles
+    from fedlora.training import evaluate as measure
+    from fedlora.training.adapted import examples_for, load_for
+
+    examples = examples_for(source, data)
+    model, task = load_for(source, examples)
+    domain = column_roles(source.config.data).get("domain")
+    domain = domain if domain in examples.columns else None
+    found = measure(model, task, examples, domain_column=domain)
+    sizes: Counter[str] = Counter() if domain is None else Counter(str(value) for value in examples.columns[domain])
+    rows = {"all": found.overall, **found.domains}
+    names = [task.metric, *(name for name in found.overall if name != task.metric)]
+    sizes["all"] = len(examples)
+    return {label: {"examples": sizes[label]} | {name: row[name] for name in names} for label, row in rows.items()}
+
+
+def resolve_config(config: str | Path | RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A config with some keys changed.
+
+    Args:
+        config: a file, the name of a shipped one, or a config.
+        changes: keys with new values, tables as mappings.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    if isinstance(config, RunConfig):
+        return parse_config(config.to_toml(), _overrides(changes), source="config") if changes else config
+    return load_config(config, _overrides(changes))
+
+
+def _overrides(changes: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key=value` for each changed key, as the command line has them; an open table's name comes first."""
+    import tomli_w
+
+    out: list[str] = []
+    for key, value in sorted(changes.items(), key=lambda item: item[0] != "name"):
+        if isinstance(value, Mapping):
+            out += _overrides(value, f"{prefix}{key}.")
+        elif value is None:
+            raise ConfigError(f"{prefix + key!r} is None: leave the key out, or give its default")
+        else:
+            text = tomli_w.dumps({"value": str(value) if isinstance(value, Path) else value})
+            out.append(f"{prefix}{key}={' '.join(text.partition('=')[2].split())}")
+    return out
+
+
+def _task(config: RunConfig) -> Any:
+    from fedlora.tasks import load_task
+
+    return load_task(config.task)

@@ -1,0 +1,99 @@
+"""The Python entry point does what the command line does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fedlora
+from fedlora.cli import app
+from fedlora.progress import NoProgress
+
+NAMES = {
+    *("AdapterState", "Aggregator", "Claim", "ClientPlan", "ClientUpdate", "FedloraError", "GlobalState", "LoraPair"),
+    *("Run", "RunConfig", "evaluate", "load_config", "load_run", "run"),
+}
+
+
+def test_the_exported_names_are_these_and_are_there() -> None:
+    assert set(fedlora.__all__) == NAMES <= set(dir(fedlora))
+    assert all(getattr(fedlora, name).__name__ == name for name in NAMES)
+    with pytest.raises(AttributeError, match="no attribute 'runs'"):
+        _ = fedlora.runs  # type: ignore[attr-defined]
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    heavy = "import sys, fedlora; print([m for m in ('torch', 'transformers', 'flwr', 'pandas') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_a_run_is_the_command_lines_run(tiny_toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = fedlora.run(tiny_toml, name="mine", rounds=1, train={"lr": 0.01}, progress=NoProgress())
+    assert capsys.readouterr().out == ""
+    words = ["run", str(tiny_toml), "--set", "name=theirs", "--set", "rounds=1", "--set", "train.lr=0.01", "-q"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    theirs = fedlora.load_run(mine.path.parent / "theirs")
+    assert mine.finished
+    assert mine.config.train.lr == 0.01
+    same = ["accuracy", "loss", "train_loss", "bytes_up"]
+    assert mine.metrics[same].equals(theirs.metrics[same])
+    assert (mine.adapter / "adapter_model.safetensors").read_bytes() == (
+        theirs.adapter / "adapter_model.safetensors"
+    ).read_bytes()
+    assert mine.report.is_file()
+    assert (mine.path / "accuracy.png").is_file()
+    assert mine.result["rounds"] == 1
+
+
+def test_what_a_run_left_is_looked_at_and_used(tiny_toml: Path) -> None:
+    run = fedlora.run(tiny_toml, progress=NoProgress())
+    metrics = run.metrics
+    assert metrics.index.tolist() == [0, 1, 2]
+    assert {"accuracy", "domains.films.accuracy", "train_loss"} <= set(metrics.columns)
+    assert "accuracy" in run._repr_html_()
+    table = fedlora.evaluate(run)
+    assert table.loc["all", "accuracy"] == pytest.approx(metrics["accuracy"].iloc[-1])
+    assert table.loc["films", "examples"] + table.loc["phones", "examples"] == table.loc["all", "examples"]
+    model = run.model()
+    assert type(model).__name__.startswith("PeftModel")
+    assert not model.training
+    inputs = {"input_ids": torch.tensor([[2, 3]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    assert model(**inputs).logits.shape == (1, 2)
+
+
+def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:
+    fedlora.run(tiny_toml, rounds=1, progress=NoProgress())
+    with pytest.raises(fedlora.FedloraError, match="--overwrite"):
+        fedlora.run(tiny_toml, rounds=2, progress=NoProgress())
+    longer = fedlora.run(tiny_toml, rounds=2, resume=True, progress=NoProgress())
+    whole = fedlora.run(tiny_toml, name="whole", progress=NoProgress())
+    assert longer.metrics["accuracy"].tolist() == whole.metrics["accuracy"].tolist()
+    config = fedlora.load_config(tiny_toml, ["name=again", "rounds=1"])
+    assert fedlora.run(config, strategy={"name": "ffa"}, progress=NoProgress()).config.strategy.name == "ffa"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"round": 2}, "did you mean 'rounds'"),
+        ({"train": {"lrr": 0.1}}, "did you mean 'lr'"),
+        ({"rounds": None}, "leave the key out"),
+        ({"strategy": {"name": "fedavgg"}}, "did you mean 'fedavg'"),
+    ],
+)
+def test_a_wrong_key_is_one_line(tiny_toml: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(fedlora.FedloraError, match=words):
+        fedlora.run(tiny_toml, progress=NoProgress(), **changes)
+    assert not (tiny_toml.parent / "runs").exists()
+
+
+def test_the_command_line_says_its_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.stdout) == (0, f"fedlora {fedlora.__version__}\n")
