@@ -96,8 +96,18 @@ class ServerConfig(Section):
     """What a reply weighs in the mean: its number of examples, or all the same."""
     max_examples: PositiveInt = 10_000_000
     """Largest number of examples that a reply may claim."""
+    max_weight_ratio: Annotated[float, Field(ge=1)] | Literal["off"] = 10.0
+    """Where nodes bring their own data, no client weighs more than so many times the median client, or than a third of
+    all others together if that is more; it counts with that weight then. Elsewhere the partition says who has what."""
     max_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest L2 norm of a reply's tensors together; a larger one is refused."""
+    max_norm_ratio: Annotated[float, Field(gt=1)] | Literal["off"] = 100.0
+    """A reply is refused that changes what the client was sent by more than so many times the median change (L2 norm)
+    of the round before; in the first round, and in private ones, by more than ten times so many times the norm of what
+    it was sent. "off" in runs with privacy.unit = "client", which clip every change."""
+    max_rank: PositiveInt | None = None
+    """Largest rank that a node may ask for in its own config; None: eight times the largest that the run's config gives
+    to any client."""
     aggregation_error: bool = True
     """Measure the aggregation error each round (keeps the round's factors in memory)."""
     evaluate_every: PositiveInt = 1

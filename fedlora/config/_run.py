@@ -125,6 +125,12 @@ class RunConfig(Section):
             )
 
     @property
+    def max_rank(self) -> int:
+        """The largest rank that a node may ask for."""
+        profiles = (profile.rank or 1 for profile in self.clients.profiles)
+        return self.server.max_rank or 8 * max(self.adapter.rank, *(self.clients.ranks or (1,)), *profiles)
+
+    @property
     def example_privacy(self) -> ExamplePrivacyConfig | None:
         """The table [privacy] of a run whose clients train with DP-SGD."""
         return self.privacy if isinstance(self.privacy, ExamplePrivacyConfig) else None

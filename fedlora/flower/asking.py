@@ -7,9 +7,11 @@ order.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from flwr.app import Message, MessageType, RecordDict
@@ -18,16 +20,18 @@ from torch import Tensor
 
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState
 from fedlora.config import RunConfig
+from fedlora.data.own import brought_by_nodes
 from fedlora.devices import Fleet, train_config
 from fedlora.errors import ReplyError
 from fedlora.flower import handshake
 from fedlora.flower.books import Round
 from fedlora.flower.codec import Ask, PlanEncoder, frozen_tensors, payload_bytes
 from fedlora.flower.meeting import Node
+from fedlora.flower.plausible import UPDATE_NORM, largest_change, largest_weight
 from fedlora.flower.post import Post, Sent
 from fedlora.flower.pulling import Allowed
 from fedlora.flower.spending import check_stated
-from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update
+from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update, l2_norm
 from fedlora.model.starting import plan_for
 from fedlora.privacy.dpsgd import RELEASABLE
 from fedlora.progress import Progress
@@ -81,7 +85,8 @@ class Asker:
         self._fleet = Fleet.of(config)
         private = config.example_privacy is not None
         most, metrics = (1, RELEASABLE) if private else (config.server.max_examples, METRICS)
-        self._limits = Limits(most, config.server.max_norm, metrics)
+        self._limits = Limits(most, config.server.max_norm, metrics=metrics)
+        self._own_data = brought_by_nodes(config)
 
     @property
     def measures_error(self) -> bool:
@@ -194,13 +199,43 @@ class Asker:
                 books.missing.append(client_id)
                 self._progress.reply(books.number, client_id, False, "no reply before the deadline")
                 return None
-            valid = check_update(reply.content, ask, self._limits)
+            valid = check_update(reply.content, ask, self._limits_for(client_id))
+            self._require_plausible(ask, valid.change, books)
             if self._config.example_privacy is not None:
                 check_stated(valid.metrics, private_settings(self._config, client_id))
         except ReplyError as error:
             self._refuse(client_id, str(error), books)
             return None
         return self._accept(ask, valid, node, encoder, books)
+
+    def _limits_for(self, client_id: int) -> Limits:
+        """What this client's reply may at most be by itself."""
+        if self._config.privacy is not None or self._own_data:
+            return self._limits
+        most = max(1, len(self._bench.data.clients[client_id]))  # the server knows who has what
+        return replace(self._limits, max_examples=min(self._limits.max_examples, most))
+
+    def _require_plausible(self, ask: Ask, change: float, books: Round) -> None:
+        """Raise `ReplyError` for a change that is far too large beside the others' and what was sent."""
+        ratio = self._config.server.max_norm_ratio
+        if ratio == "off" or self._config.client_privacy is not None:
+            return
+        if not change <= largest_change(1.0, books.median_change, ratio):  # nearly always that is enough
+            start = l2_norm(ask.plan.adapter.tensors().values())
+            if not change <= (most := largest_change(start, books.median_change, ratio)):
+                raise ReplyError(
+                    f"its change has norm {change:.4g}, far above the others': the most is {most:.4g} "
+                    f"(server.max_norm_ratio = {ratio:g})"
+                )
+
+    def _weight(self, client_id: int, claimed: int, books: Round) -> float:
+        """What a reply weighs in the mean."""
+        if self._config.server.weighting != "examples":
+            return 1.0
+        ratio = self._config.server.max_weight_ratio
+        if not self._own_data or ratio == "off":
+            return float(claimed)
+        return min(float(claimed), largest_weight(client_id, books.claims, ratio))
 
     def _refuse(self, client_id: int, why: str, books: Round) -> None:
         books.refused[client_id] = clean_text(why)
@@ -227,11 +262,16 @@ class Asker:
         node.frozen = encoder.frozen_digest(ask.plan)
         node.base_version, node.base_digest = ask.plan.base_version, ask.base_digest
         adapter = ask.plan.adapter.with_tensors(valid.tensors)
-        weight = float(valid.num_examples) if self._config.server.weighting == "examples" else 1.0
+        weight = self._weight(ask.client_id, valid.num_examples, books)
         books.answered.append(ask.client_id)
         # Under user-level privacy no figure of one client is written down, but for the weight, which counts as public.
         hidden = self._config.client_privacy is not None
         figures = {"num_examples": weight} if hidden else {"num_examples": valid.num_examples, **valid.metrics}
+        if self._config.privacy is None:
+            if math.isfinite(valid.change):
+                figures[UPDATE_NORM] = valid.change
+            if self._own_data and weight < valid.num_examples and self._config.server.weighting == "examples":
+                figures["weight"] = weight
         books.clients[ask.client_id] = figures
         if ask.client_id in books.simulated_s:
             books.clients[ask.client_id]["simulated_seconds"] = books.simulated_s[ask.client_id]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora.adapter import DeltaSum
 from fedlora.devices import Fleet
 from fedlora.errors import RoundError
+from fedlora.flower.plausible import no_losses
 
 
 @dataclass
@@ -28,6 +29,9 @@ class Round:
         spent: of the refused, those whose privacy budget is spent.
         lost: whether too few answered, so that the round changed nothing.
         simulated_s: client -> simulated seconds until its reply.
+        median_change: of the clients in the rounds before (see `fedlora.flower.plausible`); None: it is not known.
+        claims: client -> examples that its node said it has, of all nodes.
+        doubted: clients whose loss is left out of the mean.
     """
 
     number: int
@@ -40,6 +44,9 @@ class Round:
     late: list[int] = field(default_factory=list)
     spent: list[int] = field(default_factory=list)
     lost: bool = False
+    median_change: float | None = None
+    claims: Mapping[int, int] = field(default_factory=dict)
+    doubted: list[int] = field(default_factory=list)
     simulated_s: dict[int, float] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -76,8 +83,14 @@ class Round:
 
     def mean(self, metric: str) -> float | None:
         """The mean of a client metric, weighted by examples."""
-        rows = [(row["num_examples"], row[metric]) for row in self.clients.values() if metric in row]
+        rows = [(row.get("weight", row["num_examples"]), row[metric]) for row in self.clients.values() if metric in row]
         return sum(n * value for n, value in rows) / sum(n for n, _ in rows) if rows else None
+
+    def doubt(self) -> None:
+        """Leave losses out that cannot be the model's; once all replies are there."""
+        self.doubted = no_losses({k: row["loss"] for k, row in self.clients.items() if "loss" in row})
+        for client_id in self.doubted:
+            del self.clients[client_id]["loss"]
 
     def has_quorum(self, share: float) -> bool:
         """Whether that share of the asked answered (of none asked, nobody is enough)."""
@@ -109,6 +122,7 @@ class Round:
             "missing": self.missing,
             "clients": {str(k): row for k, row in self.clients.items()},
             **({"lost": True} if self.lost else {}),
+            **({"loss_left_out": self.doubted} if self.doubted else {}),
         }
 
     def simulated(self, fleet: Fleet) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Crew:
             while member.owed:  # of a round that the rule broke off
                 self._answer(member)
             member.work = 0.0
-            self._tell(member, Stand(books.number, state, base_digest))
+            self._tell(member, Stand(books.number, state, base_digest, books.median_change))
         size = self._cohort * len(self._members)
         todo = deque(books.asked[start : start + size] for start in range(0, len(books.asked), size))
         under_way: deque[list[_Member]] = deque()

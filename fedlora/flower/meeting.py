@@ -14,7 +14,7 @@ from fedlora.errors import ReplyError, RoundError
 from fedlora.flower import post
 from fedlora.flower.books import quorum_of
 from fedlora.flower.post import Post, Sent
-from fedlora.flower.validate import check_hello
+from fedlora.flower.validate import Hello, check_hello
 from fedlora.progress import Progress
 from fedlora.sanitize import clean_text
 
@@ -27,6 +27,7 @@ class Node:
         client_id: its number in the partition.
         node_id: Flower's id of the node.
         rank: that it asked for; None: the config's.
+        num_examples: that it said it has; None: it did not say.
         frozen: digest of the frozen parts that it holds.
         base_version: of the base that it holds, with its digest.
     """
@@ -34,6 +35,7 @@ class Node:
     client_id: int
     node_id: int
     rank: int | None = None
+    num_examples: int | None = None
     frozen: str = ""
     base_version: int = 0
     base_digest: str = ""
@@ -52,6 +54,7 @@ class Meeting:
 
     def __init__(self, mail: Post, config: RunConfig, expected: int, fingerprint: str, progress: Progress) -> None:
         self._mail, self._server, self._progress = mail, config.server, progress
+        self._max_rank = config.max_rank
         self._expected, self._fingerprint = expected, fingerprint
         self.nodes: dict[int, Node] = {}
         self._there: list[int] = []
@@ -91,11 +94,15 @@ class Meeting:
                 break
             time.sleep(post.POLL_S[1])
         if not self.nodes:
-            reasons = [f"node {node_id}: {why}" for node_id, why in self._refused.items()]
-            raise RoundError(f"no node can take part; {'; '.join(reasons[:3])}")
+            raise self.nobody()
         self._progress.message(
             f"only {len(self.nodes)} of {self._expected} clients are there; the run goes on without the others"
         )
+
+    def nobody(self) -> RoundError:
+        """What to say where no node can take part."""
+        reasons = [f"node {node_id}: {why}" for node_id, why in self._refused.items()]
+        return RoundError(f"no node can take part; {'; '.join(reasons[:3])}")
 
     def gather(self, number: int, needed: int) -> list[int]:
         """Before a round: who has come since; waits, for `server.node_timeout_s` at most, only below the quorum.
@@ -135,8 +142,8 @@ class Meeting:
                 reply = self._mail.look(sent)
                 if reply is None and time.monotonic() - sent.at < self._server.deadline_s:
                     continue
-                client_id, rank = check_hello(reply, self._fingerprint, self._expected)
-                self._let_in(client_id, node_id, rank)
+                most = self._max_rank, self._server.max_examples
+                self._let_in(check_hello(reply, self._fingerprint, self._expected, *most), node_id)
             except ReplyError as error:
                 self.refuse(node_id, str(error))
             self._asked.pop(node_id, None)
@@ -149,9 +156,10 @@ class Meeting:
             self._progress.message(f"refused node {node_id}: {why}")
         self._refused[node_id] = why
 
-    def _let_in(self, client_id: int, node_id: int, rank: int | None) -> None:
+    def _let_in(self, hello: Hello, node_id: int) -> None:
+        client_id = hello.client_id
         old = self.nodes.get(client_id)
         if old is not None and old.node_id in self._there and old.node_id != node_id:
             raise ReplyError(f"client {client_id} is there already")
-        self.nodes[client_id] = Node(client_id, node_id, rank)
+        self.nodes[client_id] = Node(client_id, node_id, hello.rank, hello.num_examples)
         self._refused.pop(node_id, None)

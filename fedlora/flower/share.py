@@ -59,11 +59,13 @@ class Stand:
         number: of the round.
         state: of the server.
         base_digest: names the base of the state.
+        median_change: of the clients in the rounds before.
     """
 
     number: int
     state: GlobalState
     base_digest: str
+    median_change: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class Share:
     def _ask(self, job: AskThese) -> Asked:
         state = self._start.state
         who = _Here({node.client_id: node for node in job.nodes})
-        books = Round(self._start.number, list(who.nodes))
+        books = Round(self._start.number, list(who.nodes), median_change=self._start.median_change)
         updates = self._asker.updates(state, self._start.base_digest, books, who)
         if not sums_suffice(self._rule):
             given = list(updates)

@@ -27,6 +27,7 @@ from fedlora.flower.crew import Crew
 from fedlora.flower.following import chain_digest, next_digest, show
 from fedlora.flower.local_grid import raise_unexpected
 from fedlora.flower.meeting import Meeting, Node
+from fedlora.flower.plausible import median_change
 from fedlora.flower.servable import clients_wanted, require_servable
 from fedlora.flower.server_ledger import ServerLedger
 from fedlora.flower.spending import Spending
@@ -82,6 +83,8 @@ class Federation:
             raise PrivacyError("privacy.unit = 'client' needs the rule that load_rule makes of the config, no other")
         self.spent: set[int] = set()
         self._failed = 0
+        self._median_change: float | None = None
+        self._told: set[int] = set()
 
     @property
     def nodes(self) -> dict[int, Node]:
@@ -107,6 +110,8 @@ class Federation:
         known = self.spending.base_of(state) if self.spending else None
         self.base_digest = chain_digest("", state.merges) if known is None else known
         self._digests |= {state.base_version: self.base_digest}
+        self._median_change = median_change(self.rundir.read_metrics())
+        self._set_aside(state)
         plans = (self._plan(state, client_id) for client_id in self.nodes)
         require_servable(self.config, self.bench, plans, self.nodes)
         if self.config.example_privacy is not None:
@@ -148,6 +153,24 @@ class Federation:
         self.rundir.save_checkpoint(after)
         self.progress.round_ended(record)
         return after
+
+    def _set_aside(self, state: GlobalState) -> None:
+        """Leave out nodes whose own config the rule cannot serve; what the run's config says is the run's to cure.
+
+        Raises:
+            RoundError: no node is left.
+        """
+        usual = [client_id for client_id, node in self.nodes.items() if node.rank is None][:1]
+        for client_id, node in list(self.nodes.items()):
+            if node.rank is not None:
+                try:
+                    plans = [self._plan(state, k) for k in (*usual, client_id)]
+                    if self.config.client_privacy is not None:
+                        require_one_start(plans)
+                except FedloraError as error:
+                    self.meeting.refuse(node.node_id, f"its own config asks for rank {node.rank}: {error}")
+        if not self.nodes:
+            raise self.meeting.nobody()
 
     def _gather(self, state: GlobalState, number: int) -> None:
         """Let in who has come since the last round, unless the rule cannot serve it."""
@@ -217,11 +240,26 @@ class Federation:
         wanted = min(clients_wanted(self.config, len(self.nodes)), len(there))
         generator = np.random.default_rng(derive(self.config.seed, "sample", number))
         asked = sorted(int(k) for k in generator.choice(there, size=wanted, replace=False)) if there else []
-        return Round(number, asked, offline=sorted(set(solvent) - set(there)))
+        claims = {k: node.num_examples for k, node in self.nodes.items() if node.num_examples is not None}
+        offline = sorted(set(solvent) - set(there))
+        return Round(number, asked, offline=offline, median_change=self._median_change, claims=claims)
 
     # ------------------------------------------------------------------------------------------------ figures
 
     def _record(self, before: GlobalState, after: GlobalState, books: Round) -> dict[str, Any]:
+        books.doubt()
+        for client_id in books.doubted:
+            said = f"client {client_id} reports a loss far from all others'"
+            self.progress.message(f"round {books.number}: {said}: it is left out of the mean")
+        for client_id, row in books.clients.items():
+            if "weight" in row and client_id not in self._told:
+                self._told.add(client_id)
+                self.progress.message(
+                    f"client {client_id} says it has {row['num_examples']} examples and counts as {row['weight']:.0f}: "
+                    "if it is so, raise server.max_weight_ratio"
+                )
+        here = median_change([{"clients": books.clients}])
+        self._median_change = self._median_change if here is None else here
         record: dict[str, Any] = {
             "round": books.number,
             "train_loss": books.mean("loss"),

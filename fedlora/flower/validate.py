@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,8 +29,8 @@ RECORDS = {"reply": ConfigRecord, "update": ArrayRecord, "metrics": MetricRecord
 """What the reply of a client that has trained holds."""
 METRICS = frozenset(("loss", "steps", "seconds", "compute_seconds", "examples_seen"))
 
-MAX_RANK = 4096
-"""Above any matrix's side that adapters are made for; a node that asks for more wants the server's memory."""
+LARGEST_FIGURES = {"steps": 1e9, "seconds": 1e8, "compute_seconds": 1e10, "examples_seen": 1e12}
+"""Counts and times are not negative, and smaller than that; a loss may be any finite number."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Valid:
-    """A reply that passed."""
+    """A reply that passed; `change` is the L2 norm of what the client changed."""
 
     tensors: Mapping[str, Tensor]
+    change: float
     num_examples: int
     metrics: Mapping[str, float]
 
@@ -70,13 +71,30 @@ def check_head(reply: Message, kinds: Sequence[str] = ("update", "need")) -> dic
     return head
 
 
-def check_hello(reply: Message | None, fingerprint: str, clients: int) -> tuple[int, int | None]:
-    """The number of the client that a node serves, and the rank that it asks for, if any.
+@dataclass(frozen=True)
+class Hello:
+    """What a node says of itself.
+
+    Args:
+        client_id: the number of the client that it serves.
+        rank: that it asks for, if any.
+        num_examples: that it has; None where it does not say (private runs).
+    """
+
+    client_id: int
+    rank: int | None = None
+    num_examples: int | None = None
+
+
+def check_hello(reply: Message | None, fingerprint: str, clients: int, max_rank: int, max_examples: int) -> Hello:
+    """Check what a node says of itself.
 
     Args:
         reply: to the question "hello"; None if there is none.
         fingerprint: of the server's base model.
         clients: how many there are.
+        max_rank: that a node may ask for.
+        max_examples: that a node may claim.
 
     Raises:
         ReplyError: if the node cannot take part; the message says why.
@@ -93,9 +111,18 @@ def check_hello(reply: Message | None, fingerprint: str, clients: int) -> tuple[
     if type(client_id) is not int or not 0 <= client_id < clients:
         raise ReplyError(f"it says to be client {clean_text(client_id, 40)}, and there are {clients}, numbered from 0")
     rank = head.get("rank")
-    if rank is not None and (type(rank) is not int or not 1 <= rank <= MAX_RANK):
-        raise ReplyError(f"it asks for rank {clean_text(rank, 40)}: a rank is a whole number from 1 to {MAX_RANK}")
-    return client_id, rank
+    if rank is not None and (type(rank) is not int or not 1 <= rank <= max_rank):
+        raise ReplyError(
+            f"it asks for rank {clean_text(rank, 40)}, and a rank is a whole number from 1 to {max_rank}: change rank "
+            "in the node's own config, or raise server.max_rank"
+        )
+    count = head.get("num_examples")
+    if count is not None and (type(count) is not int or not 0 <= count <= max_examples):
+        raise ReplyError(
+            f"it says to have {clean_text(count, 40)} examples, and that is no whole number from 0 to "
+            f"server.max_examples = {max_examples}"
+        )
+    return Hello(client_id, rank, count)
 
 
 def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
@@ -125,27 +152,30 @@ def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
             raise ReplyError(f"tensor {name!r} has shape {clean_text(tuple(array.shape)[:8], 80)}, not {header.shape}")
         if len(array.data) != header.nbytes:
             raise ReplyError(f"tensor {name!r} has {len(array.data)} bytes, not {header.nbytes}")
-    tensors = {name: decode_change(arrays[name], start) for name, start in ask.starts().items()}
-    norm = _norm(tensors)
-    if limits.max_norm is not None and not norm <= limits.max_norm:
+    starts = ask.starts()
+    tensors = {name: decode_change(arrays[name], start) for name, start in starts.items()}
+    change = l2_norm(tensor - starts[name].to(tensor.device, tensor.dtype) for name, tensor in tensors.items())
+    if not math.isfinite(change):  # also for changes beyond float32, or whose squares are beyond float64
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ReplyError(f"tensor {name!r} holds values that are not finite: lower the client's learning rate")
+    if limits.max_norm is not None and not (norm := l2_norm(tensors.values())) <= limits.max_norm:
         raise ReplyError(f"the update's norm {norm:.4g} is above server.max_norm = {limits.max_norm:g}")
     weight, metrics = _metrics(cast("MetricRecord", content["metrics"]), limits)
     if head.get("round") != ask.round:
         raise ReplyError(f"the reply is for round {clean_text(head.get('round'), 20)}, not {ask.round}")
     if head.get("base_digest") != ask.base_digest:
         raise ReplyError("the update was trained on another version of the base")
-    return Valid(tensors, weight, metrics)
+    return Valid(tensors, change, weight, metrics)
 
 
-def _norm(tensors: Mapping[str, Tensor]) -> float:
-    """The L2 norm over all tensors together; `ReplyError` for values that are not finite."""
-    entries = [tensor.reshape(-1) for tensor in tensors.values()]
-    norm = float(torch.linalg.vector_norm(torch.cat(entries), dtype=torch.float64)) if entries else 0.0
-    if not math.isfinite(norm):  # in float64 the squares of large values are infinite, too
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise ReplyError(f"tensor {name!r} holds values that are not finite: lower the client's learning rate")
-    return norm
+def l2_norm(tensors: Iterable[Tensor]) -> float:
+    """The L2 norm over all entries of some tensors, summed in float64; infinite where float64 is too small."""
+    entries = [tensor.reshape(-1) for tensor in tensors]
+    if not entries:
+        return 0.0
+    norm = float(torch.linalg.vector_norm(torch.cat(entries), dtype=torch.float64))
+    return norm if math.isfinite(norm) else math.inf
 
 
 def _metrics(record: MetricRecord, limits: Limits) -> tuple[int, dict[str, float]]:
@@ -153,13 +183,18 @@ def _metrics(record: MetricRecord, limits: Limits) -> tuple[int, dict[str, float
     if not isinstance(weight, int) or isinstance(weight, bool):
         raise ReplyError(f"num_examples must be a whole number, not {clean_text(weight, 40)!r}")
     if not 1 <= weight <= limits.max_examples:
-        raise ReplyError(f"num_examples {weight} is not within 1 and server.max_examples = {limits.max_examples}")
+        raise ReplyError(
+            f"num_examples {weight} is not within 1 and {limits.max_examples}, the smaller of server.max_examples and "
+            "what the partition gives it"
+        )
     if odd := set(record) - limits.metrics - {"num_examples"}:
         raise ReplyError(f"metric {clean_text(min(odd), 40)!r} was not asked for")
     metrics: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list) or not abs(value) <= sys.float_info.max:
             raise ReplyError(f"metric {name!r} is no finite number")
+        if name in LARGEST_FIGURES and not 0 <= value <= LARGEST_FIGURES[name]:
+            raise ReplyError(f"metric {name!r} is {value:g}, which no client measures")
         metrics[name] = float(value)
     return weight, metrics
 

@@ -29,7 +29,7 @@ from fedlora.errors import ReplyError
 from fedlora.flower import run_local
 from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, encode_note, encode_update, encode_upload
 from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.validate import MAX_RANK, Limits, Valid, check_head, check_hello, check_update
+from fedlora.flower.validate import LARGEST_FIGURES, Limits, Valid, check_head, check_hello, check_update
 from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
 
@@ -121,6 +121,7 @@ def honest(content: RecordDict, wire: str) -> bool:
         square += float((values.astype(float) ** 2).sum())
     weight = metrics.pop("num_examples", None)
     numbers = all(isinstance(v, int | float) and abs(v) <= sys.float_info.max for v in metrics.values())
+    numbers = numbers and all(0 <= metrics.get(name, 0) <= most for name, most in LARGEST_FIGURES.items())
     fair = type(weight) is int and 1 <= weight <= 1000 and set(metrics) <= METRICS and numbers
     return fair and math.isfinite(square) and math.sqrt(square) <= 50.0
 
@@ -275,20 +276,21 @@ keys = st.sampled_from(["kind", "fedlora", "fingerprint", "client_id", "num_exam
 def test_a_mutated_hello_is_refused_or_names_a_client_that_there_is(fields: dict[str, Any], with_ids: bool) -> None:
     whole = {"kind": "hello", "fedlora": __version__, "fingerprint": "f", "client_id": 2, "num_examples": 7}
     try:
-        number, rank = check_hello(as_reply(encode_note(**{**whole, **fields})), "f", 4)
+        hello = check_hello(as_reply(encode_note(**{**whole, **fields})), "f", 4, 64, 1000)
     except ReplyError:
         assert {**whole, **fields} != whole
     else:
-        assert type(number) is int
-        assert number in range(4)
-        assert rank is None or rank in range(1, MAX_RANK + 1)
+        assert type(hello.client_id) is int
+        assert hello.client_id in range(4)
+        assert hello.rank is None or hello.rank in range(1, 65)
+        assert hello.num_examples is None or hello.num_examples in range(1001)
 
 
 @pytest.mark.parametrize("client_id", [None, True, -1, 4, 1.0, "1", [1], {"a": 1}])
 def test_a_client_number_is_a_number_of_a_client(client_id: Any) -> None:
     reply = as_reply(encode_note("hello", fedlora=__version__, fingerprint="f", client_id=client_id))
     with pytest.raises(ReplyError, match="it says to be client"):
-        check_hello(reply, "f", 4)
+        check_hello(reply, "f", 4, 64, 1000)
 
 
 def test_errors_of_any_text_are_refused_in_one_line() -> None:
