@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedlora.config._base import Fraction, PositiveInt, Section
+from fedlora.config._base import Fraction, Names, PositiveInt, Section
 
 
 class ProfileConfig(Section):
@@ -108,6 +108,10 @@ class ServerConfig(Section):
     max_rank: PositiveInt | None = None
     """Largest rank that a node may ask for in its own config; None: eight times the largest that the run's config gives
     to any client."""
+    nodes: Names = ()
+    """Over a SuperLink: for each client, in their order, the name under which its node's key is registered, or the
+    key's fingerprint (SHA256:..., as ssh-keygen -lf shows it); no other node can be that client. Empty: the first who
+    says so stays it for the run. `fedlora deploy init` writes it."""
     aggregation_error: bool = True
     """Measure the aggregation error each round (keeps the round's factors in memory)."""
     evaluate_every: PositiveInt = 1

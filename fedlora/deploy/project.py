@@ -182,7 +182,9 @@ def _write_coordinator(folder: Path, config: RunConfig, plan: FederationPlan, au
     _public(folder / "Caddyfile", caddyfile(plan.port, plan.control))
     write_connection(folder, plan.control)
     _public(folder / "app" / "pyproject.toml", texts.APP)
-    _public(folder / "app" / "run.toml", texts.RUN_HEAD + config.to_toml())
+    names = tuple(node.name for node in plan.nodes)  # under which their keys are registered: nobody else is client k
+    pinned = config.model_copy(update={"server": config.server.model_copy(update={"nodes": names})})
+    _public(folder / "app" / "run.toml", texts.RUN_HEAD + pinned.to_toml())
 
 
 def _write_node(folder: Path, plan: FederationPlan, place: int, authority: Pair, key: Pair) -> None:

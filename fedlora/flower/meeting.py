@@ -13,6 +13,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError
 from fedlora.flower import post
 from fedlora.flower.books import quorum_of
+from fedlora.flower.identities import Bindings, Identity
 from fedlora.flower.post import Post, Sent
 from fedlora.flower.validate import Hello, check_hello
 from fedlora.progress import Progress
@@ -50,11 +51,22 @@ class Meeting:
         expected: how many clients there are.
         fingerprint: of the server's base model.
         progress: is told who is refused, joins or returns.
+        bindings: which node may be which client.
     """
 
-    def __init__(self, mail: Post, config: RunConfig, expected: int, fingerprint: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        mail: Post,
+        config: RunConfig,
+        expected: int,
+        fingerprint: str,
+        progress: Progress,
+        bindings: Bindings | None = None,
+    ) -> None:
         self._mail, self._server, self._progress = mail, config.server, progress
         self._max_rank = config.max_rank
+        self._bindings = bindings or Bindings(config.server.nodes)
+        self._who: dict[int, Identity | None] = {}
         self._expected, self._fingerprint = expected, fingerprint
         self.nodes: dict[int, Node] = {}
         self._there: list[int] = []
@@ -132,7 +144,8 @@ class Meeting:
 
     def look(self) -> None:
         """Ask nodes that are new, and hear those that were asked; waits for nobody."""
-        self._there = self._mail.node_ids()
+        self._who = self._mail.nodes()
+        self._there = list(self._who)
         known = {node.node_id for node in self.nodes.values()}
         for node_id in self._there:
             if node_id not in known and node_id not in self._asked and node_id not in self._refused:
@@ -161,5 +174,6 @@ class Meeting:
         old = self.nodes.get(client_id)
         if old is not None and old.node_id in self._there and old.node_id != node_id:
             raise ReplyError(f"client {client_id} is there already")
+        self._bindings.bind(client_id, self._who.get(node_id, Identity()))  # who has left since is nobody
         self.nodes[client_id] = Node(client_id, node_id, hello.rank, hello.num_examples)
         self._refused.pop(node_id, None)

@@ -14,6 +14,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.errors import ReplyError
+from fedlora.flower.identities import Identity, identities
 from fedlora.flower.pulling import Allowed, pull_reply
 
 POLL_S = (0.02, 0.5)
@@ -51,9 +52,9 @@ class Post:
         self._grid, self._hello, self._patience_s, self._ttl_s = grid, hello, patience_s, ttl_s
         self._longest_s = 0.0
 
-    def node_ids(self) -> list[int]:
-        """The nodes that the grid holds to be there."""
-        return list(self._grid.get_node_ids())
+    def nodes(self) -> dict[int, Identity | None]:
+        """The nodes that the grid holds to be there, and who they are."""
+        return identities(self._grid)
 
     def send(
         self, content: RecordDict, node_id: int, kind: str, group: str = "", allowed: Allowed | None = None

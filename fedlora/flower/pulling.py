@@ -76,6 +76,11 @@ class Allowed:
         return LARGEST_BODY.get(kind, 0)
 
 
+def over_a_superlink(grid: Grid) -> bool:
+    """Whether the nodes are other people's, or of a simulation."""
+    return isinstance(grid, HttpGrid)
+
+
 def pull_reply(grid: Grid, message_id: str, allowed: Allowed, patience_s: float) -> Message | None:
     """The reply to a message, or None if it is not there yet.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from fedlora.flower.asking import Asker
 from fedlora.flower.books import Round, quorum_of
 from fedlora.flower.crew import Crew
 from fedlora.flower.following import chain_digest, next_digest, show
+from fedlora.flower.identities import Bindings, Identity
 from fedlora.flower.local_grid import raise_unexpected
 from fedlora.flower.meeting import Meeting, Node
 from fedlora.flower.plausible import median_change
@@ -42,6 +43,9 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.private import private_settings
 from fedlora.training.samples import write_samples
 from fedlora.training.workbench import Workbench
+
+NODES_FILE = "nodes.json"
+"""In a run's folder: which node is which client, by its key."""
 
 
 class Federation:
@@ -73,7 +77,10 @@ class Federation:
         self.rundir, self.progress = rundir, progress
         run = "" if config.example_privacy is None else rundir.run_id
         self.asker, self.crew = Asker(grid, config, rule, bench, progress, run=run), crew
-        self.meeting = Meeting(self.asker.mail, config, len(bench.data.clients), bench.base.fingerprint, progress)
+        known = {int(k): Identity(**row) for k, row in (rundir.read_json(NODES_FILE) or {}).items()}
+        bindings = Bindings(config.server.nodes, known, self._remember)
+        everybody, fingerprint = len(bench.data.clients), bench.base.fingerprint
+        self.meeting = Meeting(self.asker.mail, config, everybody, fingerprint, progress, bindings)
         self.base_digest = ""
         self._digests = {0: ""}
         self.fleet = Fleet.of(config)
@@ -153,6 +160,9 @@ class Federation:
         self.rundir.save_checkpoint(after)
         self.progress.round_ended(record)
         return after
+
+    def _remember(self, known: Mapping[int, Identity]) -> None:
+        self.rundir.write_json(NODES_FILE, {str(k): asdict(node) for k, node in sorted(known.items())})
 
     def _set_aside(self, state: GlobalState) -> None:
         """Leave out nodes whose own config the rule cannot serve; what the run's config says is the run's to cure.

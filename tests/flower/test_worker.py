@@ -153,6 +153,26 @@ def test_a_folder_that_others_can_enter_is_refused_at_both_ends(folder: Path, mo
         Worker(path)
 
 
+@pytest.mark.parametrize(("mode", "free"), [(0o777, False), (0o702, False), (0o1777, True), (0o755, True)])
+def test_a_folder_that_others_could_replace_is_refused_at_both_ends(folder: Path, mode: int, free: bool) -> None:
+    above = folder / "above"
+    path = above / "in" / "w.sock"
+    make_folder(path)
+    with Serving(path, app=query_app(lambda message, context: RecordDict())):
+        above.chmod(mode)
+        for through in (path, folder / "link" / "in" / "w.sock"):
+            if not (folder / "link").is_symlink():
+                (folder / "link").symlink_to(above)
+            if free:
+                require_own(through)
+                make_folder(through)
+                continue
+            for check_of in (require_own, make_folder):
+                with pytest.raises(WorkerError, match=r"others can write in .*above.*: chmod go-w"):
+                    check_of(through)
+    above.chmod(0o700)
+
+
 def test_somebody_elses_folder_or_socket_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "w.sock"
     with Serving(path):

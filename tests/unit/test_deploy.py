@@ -141,7 +141,9 @@ def test_a_node_gets_its_own_secrets_and_nobody_elses(project: Path) -> None:
 def test_the_app_carries_the_run_config_and_no_code(project: Path) -> None:
     app_folder = project / "coordinator" / "app"
     assert sorted(path.name for path in app_folder.iterdir()) == ["pyproject.toml", "run.toml"]
-    assert load_config(app_folder / "run.toml") == CONFIG
+    written = load_config(app_folder / "run.toml")
+    assert written.server.nodes == tuple(node.name for node in PLAN.nodes)
+    assert written.model_copy(update={"server": CONFIG.server}) == CONFIG
     theirs = tomllib.loads((app_folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert theirs["components"] == ours["components"]

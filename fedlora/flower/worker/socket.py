@@ -1,7 +1,9 @@
 """The socket's folder and file: what both ends check, so that nobody but the node's user is at either of them.
 
 Whoever can enter the folder can speak to the worker, and whoever can write in it can take the worker's place: so it
-must belong to the user and be closed to everybody else. The socket itself is the user's too, with mode 0600.
+must belong to the user and be closed to everybody else. The socket itself is the user's too, with mode 0600. Whoever
+can rename the folder can put one of their own in its place: so nobody but the user and root may write in the folders
+above it, unless they are sticky (as /tmp is), where only its owner can rename an entry.
 """
 
 from __future__ import annotations
@@ -70,6 +72,23 @@ def _require_closed(folder: Path) -> None:
         raise WorkerError(f"folder {str(folder)!r} belongs to another user: choose one of the node's user")
     if facts.st_mode & 0o077:
         raise WorkerError(f"others can enter folder {str(folder)!r}: chmod 700 {folder}")
+    for above in dict.fromkeys((*folder.absolute().parents, *folder.resolve().parents)):  # also of what a link names
+        _require_ours(above)
+
+
+def _require_ours(above: Path) -> None:
+    """Raise `WorkerError` if another user could rename what is in a folder."""
+    facts = above.lstat()
+    if facts.st_uid not in (0, os.geteuid()):
+        raise WorkerError(f"{str(above)!r} belongs to another user, who could replace what is in it: choose another")
+    if stat.S_ISLNK(facts.st_mode) or facts.st_mode & stat.S_ISVTX:
+        return
+    others = 0o002 if facts.st_gid == os.getegid() else 0o022
+    if facts.st_mode & others:
+        raise WorkerError(
+            f"others can write in {str(above)!r}, and could replace what is in it: chmod go-w {above}, or choose "
+            "another"
+        )
 
 
 @cache
