@@ -191,16 +191,23 @@ def train(
         RunDir.check_free(config)
     load_aggregator(config.strategy.name, config.strategy.fields)  # a wrong name is said before anything is loaded
     require_tracker(config)
+    before = None if replay is None else RunDir.open(replay)
+    if before is not None:
+        from fedlora.flower.local import as_begun
+
+        config = as_begun(config, before)
     bench = open_workbench(config)  # before an earlier run is removed: the config may turn out to be wrong
 
     from fedlora.flower import refuse_early, run_local
 
+    if before is not None:
+        before.require(bench.pins)
     refuse_early(config, bench)
     folder = folder or RunDir.create(config, overwrite=overwrite)
     try:
         if config.privacy is None:  # label counts are the clients' own
             draw_labels(bench.data, folder.path / "labels.png")
-        again = None if replay is None else RunDir.open(replay).read_metrics()
+        again = None if before is None else before.read_metrics()
         run_local(config, folder, progress, resume=resume, replay=again)
     except Exception:
         if not resume:

@@ -14,8 +14,9 @@ Each call looks whether the fast road is right, and takes torch's otherwise: ano
 hands bfloat16 to oneDNN), another device, autocast, `torch.func`, `torch.compile`, a weight or bias that has been
 unfrozen, or a handful of rows.
 
-The two kernels round differently (1e-6 relative in float32), and "auto" chooses by a measurement; a run that must
-repeat bit by bit records `KernelReport.mode` and passes it the next time.
+The two kernels round differently (1e-6 relative in float32), and "auto" chooses by a measurement. It is made once for a
+machine, its versions and the shapes of a model's layers (`fedlora.probes`), so that the next run has the same bits;
+"measure" makes it again. A run records `KernelReport.mode`, and passes it when it goes on.
 
 Shapes: *b = any batch dimensions, i = features in, o = features out.
 """
@@ -26,7 +27,8 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -35,15 +37,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fedlora.errors import ModelError, nearest
+from fedlora.probes import once
 
-Mode: TypeAlias = Literal["auto", "off", "onednn"]
+Mode: TypeAlias = Literal["auto", "measure", "off", "onednn"]
 
-MODES: tuple[Mode, ...] = ("auto", "off", "onednn")
+MODES: tuple[Mode, ...] = ("auto", "measure", "off", "onednn")
 FEW_ROWS = 8  # below, the product is bound by memory and by the call itself, and oneDNN gains nothing
 PROBE_FLOP = 1e8  # per probed product, about a millisecond; very wide layers take more, for PROBE_ROWS
 PROBE_ROWS = 32  # at least: fewer would measure the memory instead of the kernel
-PROBE_REPEATS = 3
-CLEAR_GAIN = 1.1  # "auto" leaves torch alone for less: noise must not decide which bits a run computes
+PROBE_REPEATS = 8
+CLEAR_GAIN = 1.1  # "auto" leaves torch alone for less
+CLEARLY = 0.25  # quantile of the repeats' gains that must reach it, so that noise rarely decides
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,15 @@ class KernelReport:
         mode: The choice made, "onednn" or "off". Pass it as `mode` to repeat the choice without measuring.
         layers: Number of layers that now use oneDNN; they take no extra memory.
         reason: One line, why.
-        timings: What "auto" measured, one entry per shape; empty for the other modes.
+        timings: What was measured, one entry per shape; empty for the other modes.
+        measured: When (UTC); "" where nothing was.
     """
 
     mode: Literal["off", "onednn"]
     layers: int
     reason: str
     timings: tuple[ShapeTiming, ...] = ()
+    measured: str = ""
 
     @property
     def speedup(self) -> float:
@@ -99,8 +105,9 @@ def accelerate(model: nn.Module, mode: Mode = "auto", *, rows: int = 512) -> Ker
 
     Args:
         model: The base model, before or after the adapters are injected.
-        mode: "auto" measures both kernels on the shapes in the model, which takes some tens of milliseconds, and takes
-            oneDNN if it is clearly faster; "onednn" takes it unseen; "off" restores the model.
+        mode: "auto" takes oneDNN if it was found clearly faster on the shapes in the model, which is measured the
+            first time, in some tenths of a second, and remembered; "measure" measures again; "onednn" takes it unseen;
+            "off" restores the model.
         rows: Rows of a typical batch (examples times tokens), for the measurement.
 
     Raises:
@@ -119,18 +126,23 @@ def accelerate(model: nn.Module, mode: Mode = "auto", *, rows: int = 512) -> Ker
     if not layers:
         return KernelReport("off", 0, "no frozen float32 linear layer on the CPU")
     timings: tuple[ShapeTiming, ...] = ()
-    reason = "asked for"
-    if mode == "auto":
-        timings = _measure(layers, rows)
+    reason, measured = "asked for", ""
+    if mode in ("auto", "measure"):
+        shapes = sorted([*shape, len(group)] for shape, group in _by_shape(layers).items())
+        what = {"rows": rows, "shapes": shapes}
+        found = once("kernels", what, lambda: _measure(layers, rows), anew=mode == "measure")
+        timings = tuple(ShapeTiming(**timing) for timing in found["timings"])
+        measured, low = str(found["measured"]), float(found["low"])
         speedup = KernelReport("onednn", 0, "", timings).speedup
-        if speedup < CLEAR_GAIN:
-            return KernelReport("off", 0, f"oneDNN is not clearly faster here ({speedup:.2f}x)", timings)
-        reason = f"oneDNN is {speedup:.2f}x as fast here"
+        if low < CLEAR_GAIN:
+            reason = f"oneDNN is not clearly faster here ({speedup:.2f}x, measured {measured})"
+            return KernelReport("off", 0, reason, timings, measured)
+        reason = f"oneDNN is {speedup:.2f}x as fast here (measured {measured})"
     for layer in layers:
         fast_class = _fast_class(layer)
         assert fast_class is not None
         layer.__class__ = fast_class
-    return KernelReport("onednn", len(layers), reason, timings)
+    return KernelReport("onednn", len(layers), reason, timings, measured)
 
 
 def restore(model: nn.Module) -> None:
@@ -266,28 +278,68 @@ def _matrix(module: nn.Module) -> Float[Tensor, "o i"]:
     return weight if isinstance(module, nn.Linear) else weight.t()
 
 
-def _measure(layers: Iterable[nn.Module], rows: int) -> tuple[ShapeTiming, ...]:
-    groups: dict[torch.Size, list[nn.Module]] = {}
+def _by_shape(layers: Iterable[nn.Module]) -> dict[tuple[int, int], list[nn.Module]]:
+    groups: dict[tuple[int, int], list[nn.Module]] = {}
     for layer in layers:
-        groups.setdefault(_matrix(layer).shape, []).append(layer)
+        o, i = _matrix(layer).shape
+        groups.setdefault((o, i), []).append(layer)
+    return groups
+
+
+def _measure(layers: Iterable[nn.Module], rows: int) -> dict[str, Any]:
+    """Times both kernels on every shape, all in turn again and again, so that all see the same load.
+
+    Returns:
+        "timings": of each shape the fields of `ShapeTiming`, by the median; "low": of the gains of the repeats, each
+        torch's time over oneDNN's for one row through all layers, the quantile `CLEARLY`.
+    """
+    groups = _by_shape(layers)
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in: training is what is measured
-        return tuple(_probe(_matrix(group[0]).detach().clone(), len(group), rows) for group in groups.values())
+        probes = [_Probe(_matrix(group[0]).detach().clone(), rows) for group in groups.values()]
+        times = [[probe.run(backwards=repeat % 2 == 1) for probe in probes] for repeat in range(1 + PROBE_REPEATS)][1:]
+    layers_of = [len(group) for group in groups.values()]
+    # A repeat's time of all layers for one row, kernel by kernel: torch first, oneDNN second.
+    sums = [
+        [sum(n * t[k] / probe.rows for n, t, probe in zip(layers_of, turn, probes, strict=True)) for k in (0, 1)]
+        for turn in times
+    ]
+    gains = sorted(torch_s / onednn_s for torch_s, onednn_s in sums)
+    timings = []
+    for number, (probe, n) in enumerate(zip(probes, layers_of, strict=True)):
+        o, i = probe.weight.shape
+        torch_s, onednn_s = (median(turn[number][k] for turn in times) for k in (0, 1))
+        flop = 4 * probe.rows * i * o / 1e9
+        timings.append(asdict(ShapeTiming(i, o, n, probe.rows, flop / torch_s, flop / onednn_s)))
+    return {"timings": timings, "low": gains[int(CLEARLY * (len(gains) - 1))]}
 
 
-def _probe(weight: Float[Tensor, "o i"], layers: int, rows: int) -> ShapeTiming:
-    o, i = weight.shape
-    rows = max(PROBE_ROWS, min(rows, int(PROBE_FLOP / (2 * i * o))))
-    # A private generator: measuring must not move the run's random numbers.
-    generator = torch.Generator().manual_seed(0)
-    x, bias, grad = (torch.randn(size, generator=generator) for size in ((rows, i), (o,), (rows, o)))
-    x.requires_grad_()
-    kernels: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"torch": linear, "onednn": _product}
-    seconds: dict[str, list[float]] = {name: [] for name in kernels}
-    for _ in range(1 + PROBE_REPEATS):  # in turn, so that both see the same load; the first one warms up
-        for name, kernel in kernels.items():
+class _Probe:
+    """One shape of layer, to be timed with both kernels, forward and backward.
+
+    Args:
+        weight: a copy of a layer's.
+        rows: of the input, at most; fewer where the product is large.
+    """
+
+    def __init__(self, weight: Float[Tensor, "o i"], rows: int) -> None:
+        o, i = weight.shape
+        self.weight, self.rows = weight, max(PROBE_ROWS, min(rows, int(PROBE_FLOP / (2 * i * o))))
+        # A private generator: measuring must not move the run's random numbers.
+        generator = torch.Generator().manual_seed(0)
+        sizes = ((self.rows, i), (o,), (self.rows, o))
+        self._x, self._bias, self._grad = (torch.randn(size, generator=generator) for size in sizes)
+        self._x.requires_grad_()
+
+    def run(self, *, backwards: bool) -> tuple[float, float]:
+        """Seconds of torch's kernel and of oneDNN's.
+
+        Args:
+            backwards: oneDNN goes first.
+        """
+        kernels: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [linear, _product]
+        seconds = [0.0, 0.0]
+        for place in (1, 0) if backwards else (0, 1):
             begin = time.perf_counter()
-            torch.autograd.grad(kernel(x, weight, bias), x, grad)
-            seconds[name].append(time.perf_counter() - begin)
-    # The best of the repeats: other processes only ever add time.
-    gflops = {name: 4 * rows * i * o / min(times[1:]) / 1e9 for name, times in seconds.items()}
-    return ShapeTiming(i, o, layers, rows, gflops["torch"], gflops["onednn"])
+            torch.autograd.grad(kernels[place](self._x, self.weight, self._bias), self._x, self._grad)
+            seconds[place] = time.perf_counter() - begin
+        return seconds[0], seconds[1]

@@ -28,6 +28,20 @@ import torch
 from torch import Tensor
 
 
+def total_bytes(device: torch.device) -> int:
+    """Memory that a GPU, the machine, or the container has in all: the same whatever else runs."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = 8 << 30
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        return min(total, int(limit)) if limit.isdecimal() else total
+    except OSError:
+        return total
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that is free where a device's tensors go; a guess of 4 GiB where the system does not say."""
     if device.type == "cuda":

@@ -33,15 +33,18 @@ class RuntimeConfig(Section):
     threads: PositiveInt | None = None
     """Torch threads of a process; None: the cores, of which processes get equal shares. Results are bit-for-bit the
     same only for the same number."""
-    kernels: Literal["auto", "off", "onednn"] = "auto"
-    """Kernels for the frozen base on a CPU; "auto" measures at the start and records its choice."""
+    kernels: Literal["auto", "measure", "off", "onednn"] = "auto"
+    """Kernels for the frozen base on a CPU: torch's own ("off") or oneDNN's. "auto" takes what was found faster on this
+    machine, which is measured once and kept in the cache folder; "measure" measures again. A run keeps its choice when
+    it goes on. Where nodes train on machines of their own, "auto" is "off" for all of them."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """"auto" goes by device, dtype and length: plain products for short sequences where they are faster, torch's fused
     kernel for all others. "sdpa" is that kernel always, "eager" the model's own plain code."""
     prefix_cache: Literal["auto", "on", "off"] = "auto"
     """What the layers below the lowest adapter give is computed once for each example and kept. "auto" does so where
     adapters sit in the upper layers alone (`adapter.layers`), nothing below is random in training
-    (`model.dropout = 0`), and all examples fit into a quarter of the free memory; "on" fails where that is not so."""
+    (`model.dropout = 0`), and all examples fit into an eighth of the machine's memory; "on" fails where that is not so.
+    Where nodes train on machines of their own, "auto" is "off"."""
 
 
 class TrackingConfig(Section):

@@ -25,8 +25,9 @@ from fedlora.flower.sums import sums_suffice
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
 from fedlora.training.central import load_rule
+from fedlora.training.pool import step_budget
 from fedlora.training.sizing import CohortChoice, ProcessChoice, cohort_size, expected_tokens, modules_of, process_count
-from fedlora.training.workbench import Workbench, open_workbench
+from fedlora.training.workbench import Workbench, open_workbench, settle
 
 
 def run_local(
@@ -54,10 +55,10 @@ def run_local(
     """
     if resume:
         rundir = RunDir.open(rundir.path, config)  # refuses a config that is not the run's
-        config = _as_before(config, rundir)
+        config = as_begun(config, rundir)
     require_ray(config)
     bench = open_workbench(config)
-    run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
+    run_config: dict[str, bool | float | int | str] = {"toml": settle(config, bench.settled).to_toml()}
     if config.example_privacy is not None:
         # A session is one call: a round that an earlier one began and did not complete was seen by nobody.
         run_config |= {
@@ -80,7 +81,8 @@ def run_local(
                 cluster = stack.enter_context(open_cluster())
             choice = process_count(bench, asked, cluster.machines if cluster else ())
             cohort = cohort_size(bench, asked, choice.processes)
-            facts = {"processes": choice.processes, "processes_why": choice.reason}
+            facts: dict[str, Any] = {"processes": choice.processes, "processes_why": choice.reason}
+            facts["step_tokens"] = step_budget(bench.base).tokens
             rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
             grid = cohort_grid(run_config, number, cohort.clients)
             if choice.processes > 1:
@@ -122,12 +124,6 @@ def _crew(
         yield Crew(those, begin, expected_tokens(bench), sums=sums_suffice(load_rule(config)))
 
 
-def _as_before(config: RunConfig, rundir: RunDir) -> RunConfig:
-    """What "auto" chose at the start is kept: another choice would round differently."""
-    chosen = rundir.read_json("environment.json") or {}
-    kept = {
-        key: chosen[key]
-        for key in ("kernels", "attention", "prefix_cache", "cohort", "processes")
-        if getattr(config.runtime, key) == "auto" and chosen.get(key) is not None
-    }
-    return config.model_copy(update={"runtime": config.runtime.model_copy(update=kept)})
+def as_begun(config: RunConfig, rundir: RunDir) -> RunConfig:
+    """With what "auto" chose when a run began, for a resume or a replay: another choice would round differently."""
+    return settle(config, rundir.read_json("environment.json") or {})

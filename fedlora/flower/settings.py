@@ -18,6 +18,7 @@ from flwr.app import Context
 
 from fedlora.config import NODES, RunConfig, load_config, parse_config
 from fedlora.errors import ConfigError, nearest
+from fedlora.training.workbench import settle
 
 APP_FOLDER = Path(__file__).resolve().parents[2]
 
@@ -57,6 +58,14 @@ def config_of(context: Context) -> RunConfig:
     return config
 
 
+def by_itself(config: RunConfig) -> RunConfig:
+    """What each "auto" that goes by the machine is where server and nodes are machines of their own: the same for all.
+
+    The in-process engine chooses once for its run, and its clients' config says what (`fedlora.flower.local`).
+    """
+    return settle(config, {"kernels": "off", "prefix_cache": "off"})
+
+
 def _run_config_of(context: Context) -> RunConfig:
     text = str(context.run_config.get("toml", ""))
     try:
@@ -70,13 +79,14 @@ def _run_config_of(context: Context) -> RunConfig:
         raise ConfigError("no config was given: add --run-config 'config=\"configs/quickstart.toml\"'")
     # Flower puts the folder into which it unpacked the app on sys.path.
     folders = [*map(Path, sys.path), Path(), APP_FOLDER]
-    return load_config(next((folder / name for folder in folders if (folder / name).is_file()), Path(name)), overrides)
+    path = next((folder / name for folder in folders if (folder / name).is_file()), Path(name))
+    return by_itself(load_config(path, overrides))
 
 
 @lru_cache(maxsize=4)
 def _parsed(text: str, overrides: tuple[str, ...]) -> RunConfig:
     """A virtual client would spend more time on its config than on its message: each of them has the same text."""
-    return parse_config(text, overrides)
+    return by_itself(parse_config(text, overrides))
 
 
 def client_id_of(context: Context) -> int:

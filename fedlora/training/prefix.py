@@ -12,14 +12,14 @@ from torch import Tensor
 from fedlora.errors import ModelError
 from fedlora.model import Base
 from fedlora.model.prefix import Prefix, UnfitError, lower_kinds, open_prefix
-from fedlora.processes import free_bytes
+from fedlora.processes import total_bytes
 from fedlora.progress import activity
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.evaluate import length_batches
 from fedlora.training.job import to_device
 from fedlora.training.trial import model_inputs
 
-SHARE = 0.25  # of the free memory: other processes may want to keep theirs
+SHARE = 0.125  # of all memory, not of what is free now: a run that is started again decides alike
 AT_ONCE = 16384  # tokens that are put into one batch, to be taken apart by length
 
 
@@ -83,11 +83,11 @@ def _open(base: Base, task: Task, sets: Sequence[Examples], how: Hashable, *, fo
     # What counts as a token for a task may be a little more or less for the model: a class token, patches.
     factor = states.shape[1] / float(examples.lengths[longest])
     tokens = int(np.ceil(factor * sum(float(np.sum(found.lengths)) for found in sets)))
-    needed, room = tokens * states.shape[-1] * states.element_size(), int(SHARE * free_bytes(base.device))
+    needed, room = tokens * states.shape[-1] * states.element_size(), int(SHARE * total_bytes(base.device))
     if prefix.capacity < tokens:
         if needed > room and not forced:
             raise UnfitError(
-                f"{_size(needed)} are needed for {tokens} tokens, and a quarter of the free memory is {_size(room)}"
+                f"{_size(needed)} are needed for {tokens} tokens, and an eighth of the memory is {_size(room)}"
             )
         prefix.clear(tokens)
     reason = f"{prefix.depth} layers below the adapters, {tokens} tokens, at most {_size(needed)}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from fedlora.aggregators import rule_class
 from fedlora.devices import train_config
 from fedlora.model import Base
 from fedlora.partition import partitioners
-from fedlora.processes import with_threads
+from fedlora.processes import total_bytes, with_threads
 from fedlora.training.cohort import why_alone
 from fedlora.training.job import examples_of
 from fedlora.training.machines import Machine, most_threads, room
@@ -122,7 +121,7 @@ def process_count(bench: Workbench, asked: int, cluster: Sequence[Machine] = ())
     # A process keeps the prefixes of the clients that it meets: its share where all are asked, in time all otherwise.
     kept, all_asked = bench.prefix.nbytes, asked == len(bench.data.clients)
     each = PROCESS_BYTES + _base_bytes(bench.base) + (0 if all_asked else kept)
-    held = max(1, len(cluster)) * int((_memory(torch.device("cpu")) / 2 - (kept if all_asked else 0)) / each)
+    held = max(1, len(cluster)) * int((total_bytes(torch.device("cpu")) / 2 - (kept if all_asked else 0)) / each)
     processes = max(1, min(places, asked, held))
     return chosen(processes, f"{places} {what}, {asked} clients a round, memory for {held}")
 
@@ -150,7 +149,7 @@ def cohort_size(bench: Workbench, asked: int, processes: int = 1) -> CohortChoic
         return CohortChoice(1, f"one client's {rows:g} x {typical:g} tokens fill a step of {budget.tokens}")
     wanted = in_a_step * (VARIETY if len(np.unique(lengths)) > 1 else 1)
     share = MEMORY_SHARE if base.device.type == "cuda" else MEMORY_SHARE / processes
-    room = int(share * _memory(base.device) / (COPIES * base.initial_adapter(config.seed).nbytes()))
+    room = int(share * total_bytes(base.device) / (COPIES * base.initial_adapter(config.seed).nbytes()))
     most = max(1, min(wanted, room, asked, MOST))
     turns = -(-asked // (most * processes))
     chosen = most if processes == 1 else -(-asked // (turns * processes))
@@ -184,17 +183,3 @@ def _work(bench: Workbench, asked: int) -> float:
 
 def _base_bytes(base: Base) -> int:
     return sum(parameter.nbytes for parameter in base.model.parameters())
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes that the GPU, the machine, or the container has in all."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    total = 8 << 30
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        return min(total, int(limit)) if limit.isdecimal() else total
-    except OSError:
-        return total

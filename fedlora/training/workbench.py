@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 SECTIONS = ("seed", "model", "adapter", "task", "data", "partition", "runtime")
 """The parts of a config that decide what is opened; two configs that differ elsewhere share it."""
+SETTLED = ("kernels", "attention", "prefix_cache", "cohort", "processes")
+"""Keys of `[runtime]` whose "auto" is decided once a run: its resumes, replays and processes go by the same choice."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,12 @@ class Workbench:
         }
 
     @property
-    def choices(self) -> dict[str, str]:
+    def choices(self) -> dict[str, Any]:
         """What each "auto" of `[runtime]` chose, and why: facts for the run directory."""
+        timings = [asdict(timing) for timing in self.kernels.timings]
         return {
             **self.settled,
+            **({"kernels_measured": self.kernels.measured, "kernels_timings": timings} if timings else {}),
             "kernels_why": self.kernels.reason,
             "attention_why": self.attention.reason,
             "prefix_cache_why": self.prefix.reason,
@@ -98,7 +103,7 @@ class Workbench:
 
 
 _lock = threading.RLock()
-_open: dict[str, Workbench] = {}  # at most one, as with the base
+_open: dict[str, Workbench] = {}  # at most one, as with the base: as its config says it, and as "auto" chose
 
 
 def open_workbench(config: RunConfig) -> Workbench:
@@ -113,9 +118,7 @@ def open_workbench(config: RunConfig) -> Workbench:
         for bench in _open.values():
             if bench.config is config:  # as clients of one process ask, each in its turn
                 return bench
-        # How many clients train at once, in how many processes and where, is asked of each run's own config.
-        alike = config.runtime.model_copy(update={"cohort": 1, "processes": 1, "crew": "processes"})
-        key = config.model_copy(update={"runtime": alike}).digest(*SECTIONS)
+        key = _key(config)
         if key not in _open:
             _open.clear()
             device = setup(config.runtime)
@@ -136,9 +139,28 @@ def open_workbench(config: RunConfig) -> Workbench:
             task.check(base.model, [data.test, data.train])
             how = (attention.mode, torch.get_num_threads())
             prefix = choose_prefix(base, task, [data.train, data.test], config.runtime.prefix_cache, how)
-            _open[key] = Workbench(config, task, data, base, device, kernels, attention, prefix)
+            bench = Workbench(config, task, data, base, device, kernels, attention, prefix)
+            _open[key] = _open[_key(settle(config, bench.settled))] = bench
         _open[key] = replace(_open[key], config=config)
         return _open[key]
+
+
+def settle(config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
+    """The config with what each "auto" of `[runtime]` chose, here or where a run was begun.
+
+    Args:
+        config: of a run; what it says itself is left as it is.
+        chosen: key of `[runtime]` -> the choice, as `Workbench.settled` and environment.json have it.
+    """
+    said = {key: getattr(config.runtime, key) for key in SETTLED}
+    kept = {key: chosen[key] for key in SETTLED if said[key] in ("auto", "measure") and chosen.get(key) is not None}
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update=kept)})
+
+
+def _key(config: RunConfig) -> str:
+    # How many clients train at once, in how many processes and where, is asked of each run's own config.
+    alike = config.runtime.model_copy(update={"cohort": 1, "processes": 1, "crew": "processes"})
+    return config.model_copy(update={"runtime": alike}).digest(*SECTIONS)
 
 
 def close_workbench() -> None:

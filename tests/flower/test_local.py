@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, RecordDict
+from flwr.app.user_config import UserConfig
+from torch import nn
 
-from fedlora.config import parse_config
-from fedlora.flower.local import _as_before
+from fedlora.config import RunConfig, parse_config
+from fedlora.flower import run_local
+from fedlora.flower.local import as_begun
+from fedlora.flower.settings import config_of
+from fedlora.kernels import KernelReport, ShapeTiming
+from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
+from fedlora.training import close_workbench, workbench
 
 
 @pytest.mark.parametrize("chosen", [{"kernels": "onednn", "attention": "sdpa"}, {"kernels": "off"}, {}])
@@ -16,7 +25,7 @@ def test_auto_stays_what_it_was_at_the_start(chosen: dict[str, str], tmp_path: P
     config = parse_config(f"output = {str(tmp_path)!r}")
     rundir = RunDir.create(config)
     rundir.write_json("environment.json", chosen)
-    kept = _as_before(config, rundir).runtime
+    kept = as_begun(config, rundir).runtime
     assert {"kernels": kept.kernels, "attention": kept.attention} == {"kernels": "auto", "attention": "auto"} | chosen
 
 
@@ -24,4 +33,47 @@ def test_what_the_config_says_is_not_overruled(tmp_path: Path) -> None:
     config = parse_config(f"output = {str(tmp_path)!r}\n[runtime]\nkernels = 'off'\nattention = 'eager'")
     rundir = RunDir.create(config)
     rundir.write_json("environment.json", {"kernels": "onednn", "attention": "auto"})
-    assert _as_before(config, rundir) == config
+    assert as_begun(config, rundir) == config
+
+
+def test_the_clients_of_a_run_are_told_what_was_chosen_for_it(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close_workbench()
+    measured: list[str] = []
+
+    def choose(model: nn.Module, mode: str) -> KernelReport:
+        measured.append(mode)
+        return KernelReport("off", 0, "measured", (ShapeTiming(2, 3, 1, 32, 5.0, 4.0),), "2026-01-01 00:00")
+
+    monkeypatch.setattr(workbench, "accelerate", choose)
+    config = tiny_config("runtime.kernels=auto", "rounds=1")
+    rundir = RunDir.create(config)
+    run_local(config, rundir, NoProgress())
+    assert measured == ["auto"]  # the server's and the clients' config are one workbench
+    facts = rundir.read_json("environment.json")
+    assert (facts["kernels"], facts["kernels_measured"]) == ("off", "2026-01-01 00:00")
+    assert facts["kernels_timings"] == [
+        {
+            "in_features": 2,
+            "out_features": 3,
+            "layers": 1,
+            "rows": 32,
+            "torch_gflops": 5.0,
+            "onednn_gflops": 4.0,
+        }
+    ]
+    assert facts["step_tokens"] > 0
+    assert RunDir.open(rundir.path).config.runtime.kernels == "auto"
+    close_workbench()
+
+
+@pytest.mark.parametrize("asked", ["auto", "measure"])
+@pytest.mark.parametrize("node", [{}, {"partition-id": 0}], ids=["server", "node"])
+def test_where_nodes_are_machines_of_their_own_nothing_hangs_on_a_measurement(asked: str, node: dict[str, int]) -> None:
+    run_config = {"toml": f"[runtime]\nkernels = '{asked}'"}
+    found = config_of(Context(1, 1, UserConfig(node), RecordDict(), UserConfig(run_config))).runtime
+    assert (found.kernels, found.prefix_cache) == ("off", "off")
+    said = {"toml": "[runtime]\nkernels = 'onednn'\nprefix_cache = 'on'"}
+    found = config_of(Context(1, 1, UserConfig(node), RecordDict(), UserConfig(said))).runtime
+    assert (found.kernels, found.prefix_cache) == ("onednn", "on")

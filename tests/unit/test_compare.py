@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from fedlora.compare import (
     read_runs,
 )
 from fedlora.errors import ConfigError, RunDirError
+from fedlora.provenance import WORDS
 
 PERPLEXITY = ("task.name=causal-lm", "model.name=x")
 Family = Callable[..., list[Path]]
@@ -364,3 +366,62 @@ def test_rules_at_one_learning_rate_are_named(tmp_path: Path) -> None:
     assert any("one learning rate" in note for note in compare([one, two]).notes)
     three = make_run(tmp_path / "other", [0.5, 0.6], "strategy.name=ffa", "train.lr=0.02")
     assert not any("one learning rate" in note for note in compare([one, three]).notes)
+
+
+# ---------------------------------------------------------------------------------------------- what runs stand on
+
+
+def pinned(folder: Path, value: float, *overrides: str, **parts: str) -> Path:
+    path = make_run(folder, [0.5, value], *overrides)
+    (path / "provenance.json").write_text(json.dumps({"base": "b", "test_data": "the same", **parts}))
+    return path
+
+
+def test_seeds_on_another_base_of_the_same_name_are_not_pooled(tmp_path: Path) -> None:
+    paths = [pinned(tmp_path / f"s{seed}", 0.8, f"seed={seed}", base="ab"[seed == 2]) for seed in range(3)]
+    found = compare(paths)
+    assert [len(group.runs) for group in found.groups] == [2, 1]
+    assert "base model" in found.configuration
+
+
+@pytest.mark.parametrize(
+    ("part", "overrides", "told"),
+    [
+        ("base", (), True),  # swapped between two points of a sweep
+        ("base", ("model.name=another",), False),
+        ("tokenizer", (), True),
+        ("test_data", (), True),
+        ("test_data", ("data.test=/data/another.csv",), False),
+        ("train_data", (), True),
+        ("train_data", ("data.source=/data/another.csv",), False),
+        ("class_names", ("task.labels=['b', 'a']",), False),
+    ],
+)
+def test_between_runs_on_things_that_changed_under_one_name_there_is_no_verdict(
+    tmp_path: Path, part: str, overrides: tuple[str, ...], told: bool
+) -> None:
+    one = [pinned(tmp_path / f"a{seed}", 0.5 + seed / 100, f"seed={seed}", **{part: "one"}) for seed in range(3)]
+    other = [
+        pinned(tmp_path / f"b{seed}", 0.9 + seed / 50, f"seed={seed}", "train.lr=0.5", *overrides, **{part: "two"})
+        for seed in range(3)
+    ]
+    found = compare([*one, *other])
+    (verdict,) = found.differences.values()
+    said = [note for note in found.notes if "changed between" in note]
+    assert (verdict.verdict == "undecided", bool(said)) == (told, told)
+    assert not told or WORDS[part] in said[0]
+
+
+def test_a_test_set_that_the_seed_cuts_from_the_source_may_be_another_for_each_seed(tmp_path: Path) -> None:
+    paths = [pinned(tmp_path / f"s{seed}", 0.8, f"seed={seed}", test_data=f"{seed}") for seed in range(3)]
+    assert [len(group.runs) for group in compare(paths).groups] == [3]
+
+
+def test_perplexities_over_other_tokens_are_told_apart(tmp_path: Path) -> None:
+    task = ("task.name=causal-lm", "task.form=text")
+    paths = []
+    for name in ("one", "two"):
+        path = make_run(tmp_path / name, [9.0, 8.0], *task, f"model.name={name}", metric="perplexity")
+        (path / "provenance.json").write_text(json.dumps({"tokenizer": name}))
+        paths.append(path)
+    assert any("different tokenizers" in note for note in compare(paths).notes)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from fedlora import kernels
+from fedlora import kernels, probes
 from fedlora.errors import ModelError
 from fedlora.kernels import KernelReport, OneDnnLinear, ShapeTiming, accelerate, frozen_linear, restore
 
@@ -345,27 +347,109 @@ def test_where_onednn_is_not_right_the_bits_are_torchs(
 # ---- the choice ----
 
 
-def fixed_probe(torch_gflops: float, onednn_gflops: float) -> Callable[..., ShapeTiming]:
-    def probe(weight: Tensor, layers: int, rows: int) -> ShapeTiming:
-        return ShapeTiming(weight.shape[1], weight.shape[0], layers, rows, torch_gflops, onednn_gflops)
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine on which nothing was measured yet."""
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+    return tmp_path
 
-    return probe
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, bool]]]:
+    """Let every probe take one second with torch's kernel, and `ratios` of a second, in turn, with oneDNN's."""
+
+    def use(*ratios: float) -> list[tuple[int, bool]]:
+        runs: list[tuple[int, bool]] = []
+
+        def run(self: Any, *, backwards: bool) -> tuple[float, float]:
+            runs.append((self.weight.shape[0], backwards))
+            turn = sum(shape == self.weight.shape[0] for shape, _ in runs) - 2  # the first one warms up
+            return 1.0, 1 / ratios[turn % len(ratios)]
+
+        monkeypatch.setattr(kernels._Probe, "run", run)
+        return runs
+
+    return use
 
 
-@pytest.mark.parametrize(("onednn_gflops", "mode"), [(200.0, "onednn"), (109.0, "off"), (50.0, "off")])
-def test_auto_takes_onednn_only_if_clearly_faster(
-    onednn_gflops: float, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "_probe", fixed_probe(100.0, onednn_gflops))
-    model = frozen(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 40))
-    report = accelerate(model, "auto", rows=7)
+def three() -> nn.Sequential:
+    return frozen(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 40))
+
+
+@pytest.mark.parametrize(("gain", "mode"), [(2.0, "onednn"), (1.09, "off"), (0.5, "off")])
+def test_auto_takes_onednn_only_if_clearly_faster(gain: float, mode: str, pretend: Callable[..., Any]) -> None:
+    pretend(gain)
+    model = three()
+    report = accelerate(model, "auto", rows=40)
     assert report.mode == mode
     assert report.layers == sum(type(layer) is OneDnnLinear for layer in model) == (3 if mode == "onednn" else 0)
-    assert report.speedup == pytest.approx(onednn_gflops / 100)
+    assert report.speedup == pytest.approx(gain)
     assert [(t.in_features, t.out_features, t.layers, t.rows) for t in report.timings] == [
-        (24, 40, 2, 7),
-        (40, 24, 1, 7),
+        (24, 40, 2, 40),
+        (40, 24, 1, 40),
     ]
+
+
+def test_kernels_take_turns_and_one_disturbed_time_decides_nothing(pretend: Callable[..., Any]) -> None:
+    runs = pretend(0.2, *[1.5] * 7)
+    assert accelerate(three(), "auto").mode == "onednn"
+    assert [shape for shape, _ in runs] == [40, 24] * (1 + kernels.PROBE_REPEATS)
+    assert [backwards for _, backwards in runs[::2]] == [n % 2 == 1 for n in range(1 + kernels.PROBE_REPEATS)]
+    pretend(*[9.0] * 5, *[1.0] * 3)  # and a median alone would have been taken in by this
+    assert accelerate(three(), "measure").mode == "off"
+
+
+def test_what_was_measured_holds_until_it_is_measured_again(pretend: Callable[..., Any], cache: Path) -> None:
+    pretend(2.0)
+    first = accelerate(three(), "auto")
+    assert first.mode == "onednn"
+    assert first.measured
+    runs = pretend(0.5)
+    assert accelerate(three(), "auto") == first
+    assert runs == []
+    assert accelerate(three(), "measure").mode == "off"
+    assert accelerate(three(), "auto").mode == "off"
+    (file,) = (cache / "probes").iterdir()
+    written = json.loads(file.read_text())
+    assert {"processor", "cores", "threads", "torch"} <= written["machine"].keys()
+    assert all({"torch_gflops", "onednn_gflops"} <= timing.keys() for timing in written["found"]["timings"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(probes, "processor", lambda: "another"),
+        lambda patch: patch.setattr(torch, "get_num_threads", lambda: 97),
+        lambda patch: patch.setattr(probes, "version_of", lambda name: "another"),
+    ],
+    ids=["processor", "threads", "versions"],
+)
+def test_another_machine_measures_for_itself(
+    change: Callable[[pytest.MonkeyPatch], None], pretend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(2.0)
+    accelerate(three(), "auto")
+    runs = pretend(2.0)
+    accelerate(frozen(nn.Linear(24, 48)), "auto")  # as do layers of another shape
+    assert runs
+    change(monkeypatch)
+    runs = pretend(0.5)
+    assert accelerate(three(), "auto").mode == "off"
+    assert runs
+
+
+def test_a_cache_that_cannot_be_written_or_is_damaged_is_no_hindrance(
+    pretend: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(2.0)
+    accelerate(three(), "auto")
+    (file,) = (cache / "probes").iterdir()
+    file.write_text("{")
+    assert accelerate(three(), "auto").mode == "onednn"
+    assert json.loads(file.read_text())["found"]["timings"]
+    (cache / "a file").write_text("")
+    monkeypatch.setenv("FEDLORA_CACHE", str(cache / "a file"))
+    assert accelerate(three(), "auto").mode == "onednn"
 
 
 def test_the_speedup_weighs_each_shape_by_its_work() -> None:

@@ -133,13 +133,13 @@ def test_memory_decides(tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.Mon
     assert f"{tokens} tokens" in bench.prefix.reason
     needed = tokens * 32 * 8
     close_workbench()
-    monkeypatch.setattr(prefixes, "free_bytes", lambda _device: 4 * needed - 4)
+    monkeypatch.setattr(prefixes, "total_bytes", lambda _device: 8 * needed - 8)
     bench = bench_of(tiny_bert, tiny_csv)
     assert bench.prefix.mode == "off"
-    assert "free memory" in bench.prefix.reason
+    assert "an eighth of the memory" in bench.prefix.reason
     assert bench_of(tiny_bert, tiny_csv, "runtime.prefix_cache=on").prefix.mode == "on"
     close_workbench()
-    monkeypatch.setattr(prefixes, "free_bytes", lambda _device: 4 * needed)
+    monkeypatch.setattr(prefixes, "total_bytes", lambda _device: 8 * needed)
     assert bench_of(tiny_bert, tiny_csv).prefix.mode == "on"
 
 

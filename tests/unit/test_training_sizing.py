@@ -59,7 +59,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cores, 8 GiB."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(runtime, "usable_cores", lambda: 4)
-    monkeypatch.setattr(sizing, "_memory", lambda _device: 8 << 30)
+    monkeypatch.setattr(sizing, "total_bytes", lambda _device: 8 << 30)
     monkeypatch.setattr(sizing, "why_alone", lambda _base: None)
 
 
@@ -106,9 +106,9 @@ def test_the_environment_says_how_many_cores_are_ours(monkeypatch: pytest.Monkey
 
 
 def test_memory_sets_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "_memory", lambda _device: 2 << 30)
+    monkeypatch.setattr(sizing, "total_bytes", lambda _device: 2 << 30)
     assert process_count(bench(settled(rounds=LONG)), 50).processes == 1
-    monkeypatch.setattr(sizing, "_memory", lambda _device: 4 << 30)
+    monkeypatch.setattr(sizing, "total_bytes", lambda _device: 4 << 30)
     assert process_count(bench(settled(rounds=LONG)), 50).processes == 2
 
 
