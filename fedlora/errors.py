@@ -6,6 +6,7 @@ FedloraError
 ├── AssetError         a named model or corpus cannot be fetched, or its hash differs
 ├── DataError          a data file, column or partition is not usable
 ├── ModelError         a base model or an adapter on it is not usable
+│   └── ExportError    what was exported is not what was trained, or cannot be loaded to see
 ├── RuleError          an aggregation rule was asked for something that it cannot do
 ├── ReplyError         one client's reply was refused (the round goes on above the quorum)
 ├── TrainingError      local training failed: a loss that is not finite, an empty client
@@ -45,6 +46,10 @@ class DataError(FedloraError):
 
 class ModelError(FedloraError):
     """A base model, or an adapter on it, is not usable."""
+
+
+class ExportError(ModelError):
+    """What was exported does not say the same as the trained model, or cannot be loaded without us."""
 
 
 class RuleError(FedloraError):

@@ -19,13 +19,12 @@ from fedlora.aggregators import GlobalState, equivalent_adapter
 from fedlora.config import RunConfig
 from fedlora.data.describe import describe_partition
 from fedlora.data.own import brought_by_nodes
-from fedlora.errors import FedloraError
+from fedlora.errors import ExportError, FedloraError
 from fedlora.flower.crew import Crew
 from fedlora.flower.server_ledger import ServerLedger
 from fedlora.flower.settings import config_of
 from fedlora.flower.spending import Spending
 from fedlora.flower.strategy import Federation
-from fedlora.model import save_adapter
 from fedlora.privacy.central import Central
 from fedlora.progress import PlainProgress, Progress
 from fedlora.provenance import MODEL
@@ -33,6 +32,7 @@ from fedlora.report import write_report
 from fedlora.rundir import RunDir
 from fedlora.tracking import tracked
 from fedlora.training.central import load_rule
+from fedlora.training.export import export_adapter
 from fedlora.training.runtime import describe
 from fedlora.training.workbench import Workbench, open_workbench
 from fedlora.unexpected import describe_exception
@@ -50,12 +50,14 @@ class RunOutcome:
         adapter: the exported adapter, equivalent to `state` on the original base.
         records: lines of metrics.jsonl.
         rundir: where the files are.
+        refusal: why the exported adapter was not verified, and where it is kept; None: it was.
     """
 
     state: GlobalState
     adapter: AdapterState
     records: list[dict[str, Any]]
     rundir: RunDir
+    refusal: ExportError | None = None
 
 
 @dataclass
@@ -143,7 +145,8 @@ def run_rounds(
         crew: the processes that ask clients; None: this one does.
 
     Raises:
-        FedloraError: of any kind; the run directory is then as it was after the last finished round.
+        ExportError: all rounds are done, and the adapter does not say without us what it said in training.
+        FedloraError: of any other kind; the run directory is then as it was after the last finished round.
     """
     rule = load_rule(config)
     bench = open_workbench(config)
@@ -168,6 +171,8 @@ def run_rounds(
         write_report(rundir)
     except (FedloraError, OSError) as error:  # the run is complete without it
         progress.message(f"no report: {error}; try again with: fedlora report {rundir.path}")
+    if outcome.refusal is not None:
+        raise outcome.refusal
     return outcome
 
 
@@ -180,16 +185,21 @@ def finish(
 ) -> RunOutcome:
     """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
+    refusal: ExportError | None = None
+    checked: dict[str, Any] = {}
     facts: dict[str, Any] = {
         "strategy": config.strategy.name,
         "rounds": str(state.round),
         "base": config.model.name,
         "provenance": bench.pins.only(MODEL).known,
-        "relative_error": repr(error),
     }
-    save_adapter(bench.base, adapter, rundir.adapter_dir, facts)
+    try:
+        checked["logits_difference"] = export_adapter(bench, state, adapter, error, rundir.adapter_dir, facts)
+    except ExportError as unlike:  # what was measured is told all the same
+        refusal, checked["error"] = unlike, str(unlike)
     records = rundir.read_metrics()
     last = {key: value for key, value in records[-1].items() if key not in ("clients", "asked", "answered")}
     claim = {} if account is None else {"privacy": account.summary(records)}
-    rundir.write_json("result.json", {"rounds": state.round, "relative_error": error, "last": last, **claim})
-    return RunOutcome(state, adapter, records, rundir)
+    result = {"rounds": state.round, "relative_error": error, "export": checked, "last": last, **claim}
+    rundir.write_json("result.json", result)
+    return RunOutcome(state, adapter, records, rundir, refusal)

@@ -3,21 +3,27 @@
 from fedlora.model.adapted import changed_weights, load_adapted
 from fedlora.model.base import Base
 from fedlora.model.device import resolve_device, seeded
-from fedlora.model.export import save_adapter, save_merged
+from fedlora.model.export import put_in_place, save_adapter, save_merged
 from fedlora.model.loading import CacheInfo, cache_info, clear_cache, load_base
+from fedlora.model.plain import Recipe, Reference, verify_adapter, verify_merged
 from fedlora.model.weights import BaseWeights
 
 __all__ = [
     "Base",
     "BaseWeights",
     "CacheInfo",
+    "Recipe",
+    "Reference",
     "cache_info",
     "changed_weights",
     "clear_cache",
     "load_adapted",
     "load_base",
+    "put_in_place",
     "resolve_device",
     "save_adapter",
     "save_merged",
     "seeded",
+    "verify_adapter",
+    "verify_merged",
 ]

@@ -24,6 +24,7 @@ from fedlora.errors import ModelError, nearest
 from fedlora.model.device import seeded
 from fedlora.model.initial import STARTS, residual
 from fedlora.model.methods import Method
+from fedlora.model.plain import Recipe
 from fedlora.model.prefix import Prefix
 from fedlora.model.targets import check_patterns, ends_with, is_transposed, linear_shape, matching, suffixes
 from fedlora.model.tuners import ADAPTER, frozen_digest, magnitudes, tensors_digest, trained_tensors
@@ -46,7 +47,7 @@ class Base:
         notes: what is to be said once of weights that are not the checkpoint's.
         plain_names: of the tensors of the model before anything was injected.
         seed: by which PEFT drew the adapter of a method that is no LoRA; None for a LoRA variant.
-        source: folder or hub name that the model was loaded from.
+        recipe: how the plain base is loaded without us.
         fingerprint: a function that hashes the pristine weights' identity; called at most once.
 
     Attributes:
@@ -63,7 +64,7 @@ class Base:
         config: the model's table of the run's config.
         adapter_config: the adapter's table.
         task_type: PEFT's name of the task, for exports.
-        source: folder or hub name that the model was loaded from.
+        recipe: how the plain base is loaded without us.
         targets: modules with a pair, in order.
         heads: modules trained in full, in order.
         random: modules outside the heads whose frozen weights the checkpoint does not hold; exports carry them.
@@ -86,14 +87,14 @@ class Base:
         config: ModelConfig,
         adapter_config: AdapterConfig,
         task_type: str | None,
-        source: str,
+        recipe: Recipe,
         device: torch.device,
         dtype: torch.dtype,
         fingerprint: Callable[[], str],
     ) -> None:
         model: nn.Module = peft_model.base_model.model
         self.peft_model, self.method, self.model = peft_model, method, model
-        self.config, self.adapter_config, self.task_type, self.source = config, adapter_config, task_type, source
+        self.config, self.adapter_config, self.task_type, self.recipe = config, adapter_config, task_type, recipe
         self.device, self.dtype = device, dtype
         self.adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.targets, self.heads = tuple(targets), tuple(heads)
@@ -334,6 +335,18 @@ class Base:
         if self.prefix is not None and not self.weights.changed <= set(self.targets):
             odd = min(self.weights.changed - set(self.targets))
             raise ModelError(f"a merge changed {odd!r}, below the adapters: set runtime.prefix_cache = 'off'")
+
+    def discard(self) -> None:
+        """Free the memory of all weights. The base is of no use afterwards; let go of what keeps it, too."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            tensor.data = tensor.data.new_empty(0)
+        self.weights.discard()
+        self.prefix = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
 
     @cached_property
     def fingerprint(self) -> str:

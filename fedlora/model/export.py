@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,31 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import Merge
-from fedlora.assets import Checkpoint
 from fedlora.errors import ModelError
 from fedlora.model.base import Base, alpha_of
+from fedlora.model.plain import quiet_transformers
 from fedlora.model.targets import in_any
 from fedlora.model.tuners import ADAPTER, merged_weights, saved_tensors
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
 PEFT_HEADS = ("classifier", "score")  # which PEFT's classes for classification train in full, unasked
-TOKENIZER_FILES = (
+BESIDE_WEIGHTS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "*vocab*",
     "merges.txt",
     "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "bpe.codes",
     "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+    "generation_config.json",
 )
+"""Files of a model's folder that go with its weights, whatever is done to those."""
 
 
 def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -48,7 +54,8 @@ def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mappin
     Args:
         base: whose model the adapter is for.
         state: the adapter; trained on the pristine base (fold merges in first, see `equivalent_adapter`).
-        folder: gets adapter_config.json, adapter_model.safetensors and fedlora.json.
+        folder: gets adapter_config.json, adapter_model.safetensors, fedlora.json and a README.md with the Python that
+            loads it.
         metadata: facts for fedlora.json.
 
     Raises:
@@ -66,6 +73,20 @@ def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mappin
         )
         _write_json(fresh / "adapter_config.json", _sorted(config.to_dict()))
         _write_json(fresh / "fedlora.json", dict(metadata))
+        (fresh / "README.md").write_text(_card(base), encoding="utf-8")
+
+
+def _card(base: Base) -> str:
+    names = getattr(base.model.config, "id2label", None) if "num_labels" in base.recipe.options else None
+    classes = f"\nClasses: {', '.join(f'{number} = {name}' for number, name in names.items())}\n" if names else ""
+    return f"""---
+library_name: peft
+---
+# Adapter for {base.config.name}
+
+```python
+{base.recipe.snippet()}```
+{classes}"""
 
 
 def _lora_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor]]:
@@ -116,7 +137,8 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_merged(base: Base, state: AdapterState, merges: Sequence[Merge], folder: Path) -> None:
     """Write a whole model, base and adapter in one, that the transformers class loads without PEFT.
 
-    W = W0 + merges + s B A is summed in float32 and rounded once. Tokeniser files are copied along.
+    W = W0 + merges + s B A is summed in float32 and rounded once. Tokenizer, chat templates, image processor and
+    generation settings are the base's.
 
     Args:
         base: left pristine (version 0), with the adapter written.
@@ -133,8 +155,9 @@ def save_merged(base: Base, state: AdapterState, merges: Sequence[Merge], folder
         base.write(state, frozenset())  # the head's values are then among the model's tensors
         plain = _merged(base, state)
         with _replaced(folder) as fresh:
-            plain.save_pretrained(fresh)
-            _copy_tokenizer(Checkpoint.of(base.config), fresh)
+            with quiet_transformers():
+                plain.save_pretrained(fresh)
+            _copy_beside(base, fresh)
     finally:
         base.rebase(0, ())
 
@@ -189,17 +212,35 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    source = checkpoint.source
-    if Path(source).is_dir():
-        for pattern in TOKENIZER_FILES:
-            for path in Path(source).glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
+def _copy_beside(base: Base, folder: Path) -> None:
+    """What belongs to the base and is no weight: a local folder's files as they are, a hub model's written anew."""
+    checkpoint = base.recipe.checkpoint
+    source, generation = Path(checkpoint.source), getattr(base.model, "generation_config", None)
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
+    if source.is_dir():
+        for path in (path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern)):
+            if path.is_file():
+                to = folder / path.relative_to(source)
+                to.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, to)
         return
-    from transformers import AutoTokenizer
+    import transformers
 
-    AutoTokenizer.from_pretrained(source, **checkpoint.options).save_pretrained(folder)
+    for auto in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
+        with suppress(OSError, ValueError, KeyError, ImportError):  # a model of text has no image processor
+            auto.from_pretrained(checkpoint.source, **checkpoint.options).save_pretrained(folder)
+
+
+def put_in_place(fresh: Path, folder: Path) -> None:
+    """Rename a folder, in place of an older one."""
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        os.replace(folder, old)
+        os.replace(fresh, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(fresh, folder)
 
 
 @contextmanager
@@ -211,13 +252,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
     try:
         yield fresh
         fresh.chmod(0o777 & ~_umask())  # mkdtemp's are private
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.replace(folder, old)
-            os.replace(fresh, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(fresh, folder)
+        put_in_place(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise

@@ -26,6 +26,7 @@ from fedlora.model.dropout import set_dropout
 from fedlora.model.fingerprint import fingerprint
 from fedlora.model.methods import Method, find_method, peft_type, tuner_fields
 from fedlora.model.new_weights import MISSING, frozen_modules, require_apart, require_whole
+from fedlora.model.plain import Recipe, quiet_transformers
 from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape, resolve_heads, resolve_targets
 from fedlora.model.tuners import ADAPTER
 from fedlora.model.unread import skip_unread
@@ -128,6 +129,9 @@ def _load(
         frozen = frozen_modules(model, absent, heads)
         targets = resolve_targets(model, config.adapter, heads, without=frozen)
         require_apart(frozen, (*heads, *targets))
+        options = {key: value for key, value in model_kwargs.items() if key not in ("id2label", "label2id")}
+        if any(matter != MISSING for matter in absent.values()):
+            options["ignore_mismatched_sizes"] = True
         names = list((model_kwargs.get("id2label") or {}).values())
         trained = trained_classes(checkpoint)
         new = absent.keys() | _other_classes(model, heads, names, trained)
@@ -148,13 +152,13 @@ def _load(
         heads=heads,
         drawn=drawn,
         frozen=frozen,
+        recipe=Recipe(auto_class, checkpoint, dtype, options),
         notes=_notes(drawn, frozen, trained, names),
         plain_names=plain_names,
         seed=None if method.pairs else config.seed,
         config=config.model,
         adapter_config=config.adapter,
         task_type=task_type,
-        source=checkpoint.source,
         device=device,
         dtype=dtype,
         fingerprint=lambda: fingerprint(checkpoint, commit, stamps),
@@ -169,26 +173,19 @@ def _from_pretrained(
 
     checkpoint = Checkpoint.of(config.model)
     auto = getattr(transformers, auto_class)
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its report on absent weights is replaced by ours
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = auto.from_pretrained(
-            checkpoint.source,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # `new_weights` says which may be, and knows the head
-            output_loading_info=True,
-            **{**checkpoint.options, "revision": config.model.revision},
-            **model_kwargs,
-        )
+        with quiet_transformers():  # its report on absent weights is replaced by ours
+            model, info = auto.from_pretrained(
+                checkpoint.source,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # `new_weights` says which may be, and knows the head
+                output_loading_info=True,
+                **{**checkpoint.options, "revision": config.model.revision},
+                **model_kwargs,
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"the model {config.model.name!r} cannot be loaded with {auto_class}: {first}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
     absent = dict.fromkeys(info.get("missing_keys", ()), MISSING)
     for name, found, wanted in info.get("mismatched_keys", ()):
         absent[name] = f"is {list(found)} there and {list(wanted)} here"

@@ -91,7 +91,7 @@ def saved_tensors(peft_model: Any) -> dict[str, Tensor]:
     """What `save_pretrained` of PEFT would write, by its names."""
     from peft import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(peft_model, adapter_name=ADAPTER))
+    return dict(get_peft_model_state_dict(peft_model, adapter_name=ADAPTER, save_embedding_layers=False))
 
 
 def _frozen(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:

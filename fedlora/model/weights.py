@@ -114,6 +114,12 @@ class BaseWeights:
         weight = weight.to("cpu", torch.promote_types(weight.dtype, torch.float32))
         return weight.T if is_transposed(layer) else weight
 
+    def discard(self) -> None:
+        """Let go of all copies of weights; nothing can be rebased afterwards."""
+        self._layers.clear()
+        self._pristine.clear()
+        self._acc.clear()
+
     def _split(self, merge: Merge) -> tuple[Merge, dict[str, LoraPair]]:
         """The part of a merge that goes into weights, and the part that is carried beside them."""
         absorbed = {n: p for n, p in merge.change.pairs.items() if absorbs(self._layers[n])}

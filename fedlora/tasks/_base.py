@@ -158,6 +158,10 @@ class Task(ABC):
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """One padded batch on the CPU."""
 
+    def plain_inputs(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Some examples as arguments of the model's own forward, for comparison with the model loaded elsewhere."""
+        return {name: value for name, value in self.collate(examples, indices).items() if name != "labels"}
+
     def padding(self, examples: Examples) -> Mapping[str, int]:  # noqa: ARG002
         """The tensors of a batch that are padded, [rows, tokens], with what fills their shorter rows."""
         return {}

@@ -27,6 +27,7 @@ from fedlora.tasks._text import Tokens, digest_tokenizer, load_tokenizer
 from fedlora.tasks._trials import evaluating, refuse_foresight, refuse_leaks
 
 IGNORED = -100  # the label of a token that does not count
+COMPARED = 64  # tokens of an example whose logits are compared after an export
 CHUNK = 512  # tokens whose logits are widened at once: a vocabulary of 50,000 makes 100 MB of them
 
 
@@ -144,6 +145,11 @@ class CausalLM(Task):
             return _packed([(ids[int(i)], labels[int(i)]) for i in indices], ids.pad_id, self.max_length)
         padded, mask = ids.pad(indices)
         return {"input_ids": padded, "attention_mask": mask, "labels": labels.pad(indices)[0]}
+
+    def plain_inputs(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The beginning of each example, padded, whether packing or not: a vocabulary has many logits."""
+        ids, mask = _tokens(examples, "input_ids").pad(indices)
+        return {"input_ids": ids[:, :COMPARED], "attention_mask": mask[:, :COMPARED]}
 
     def padding(self, examples: Examples) -> Mapping[str, int]:
         """Labels that do not count, and positions and segments of nobody."""

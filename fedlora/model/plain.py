@@ -1,0 +1,215 @@
+"""What was exported, loaded as anybody would: by transformers and PEFT alone, and compared with what was trained.
+
+Nothing of ours touches the loaded model: no kernels, no attention function, no hooks that leave rows out. A base of its
+own is loaded for it, whose absent weights are drawn from another seed than ours: what an export forgot differs.
+
+The comparison is of logits, as the largest difference over the largest logit. Two correct computations of the same
+network differ by the order of their sums, which grows with depth: about 1e-6 in float32 and 1e-2 in bfloat16 over a
+dozen layers, a few units of the last place. TOLERANCE leaves one to three orders of magnitude above that, and is below
+what a lost pooler, scale or label order does, which is of the order of 1.
+
+Shapes: b = examples, t = tokens, c = classes or vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.assets import Checkpoint
+from fedlora.errors import ExportError, in_words
+from fedlora.model.device import seeded
+from fedlora.rng import derive
+
+Inputs = Mapping[str, Tensor]
+"""Arguments of a model's forward: "input_ids" and "attention_mask" [b, t], or "pixel_values"."""
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Dtype of the base -> the largest difference of logits, as a share of the largest logit."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a base model is loaded without us.
+
+    Args:
+        auto_class: name of the transformers class.
+        checkpoint: where its files are.
+        dtype: of its weights.
+        options: other arguments of `from_pretrained`, such as `num_labels`.
+    """
+
+    auto_class: str
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All keyword arguments of `from_pretrained` that are not its defaults."""
+        given: dict[str, Any] = {"revision": self.checkpoint.revision} if self.checkpoint.revision else {}
+        if self.checkpoint.trust_remote_code:
+            given["trust_remote_code"] = True
+        return {**given, "dtype": self.dtype, **self.options}
+
+    def snippet(self) -> str:
+        """Python that loads the base and the adapter in the folder beside it."""
+        words = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
+        return (
+            "import torch\n"
+            "from peft import PeftModel\n"
+            f"from transformers import {self.auto_class}\n\n"
+            f"base = {self.auto_class}.from_pretrained({self.checkpoint.source!r}{words})\n"
+            'model = PeftModel.from_pretrained(base, "this folder").eval()\n'
+        )
+
+    def load(self, folder: Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        """The base, or a whole model from a folder, and transformers' report on its weights."""
+        import transformers
+
+        auto = getattr(transformers, self.auto_class)
+        given = self.arguments if folder is None else {"dtype": self.dtype}
+        if folder is not None and self.checkpoint.trust_remote_code:
+            given["trust_remote_code"] = True
+        with quiet_transformers(), seeded(derive(0, "elsewhere"), torch.device("cpu")):
+            model, info = auto.from_pretrained(folder or self.checkpoint.source, output_loading_info=True, **given)
+        return model.eval(), dict(info)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the trained model says to some inputs.
+
+    Args:
+        inputs: batches, on the CPU.
+        logits: for each, of the tokens that are no padding, [b, c] or [tokens, c], on the CPU.
+    """
+
+    inputs: tuple[Inputs, ...]
+    logits: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Sequence[Inputs], device: torch.device) -> Reference:
+        """What a model says as it is now."""
+        return cls(tuple(inputs), tuple(_logits(model, batch, device) for batch in inputs))
+
+    def difference(self, model: nn.Module, device: torch.device) -> float:
+        """The largest difference of another model's logits, as a share of the largest logit; infinite for no number."""
+        worst = 0.0
+        for batch, wanted in zip(self.inputs, self.logits, strict=True):
+            found = _logits(model, batch, device)
+            if found.shape != wanted.shape or not bool(torch.isfinite(found).all()):
+                return float("inf")
+            scale = max(float(wanted.abs().max()), torch.finfo(wanted.dtype).tiny)
+            worst = max(worst, float((found - wanted).abs().max()) / scale)
+        return worst
+
+
+def verify_adapter(folder: Path, recipe: Recipe, reference: Reference, device: torch.device) -> float:
+    """Load an adapter with plain transformers and PEFT, and compare it with what was trained.
+
+    Args:
+        folder: in PEFT's format.
+        recipe: of its base.
+        reference: what the trained model says.
+        device: to compute on.
+
+    Returns:
+        The largest difference of the logits, as a share of the largest logit.
+
+    Raises:
+        ExportError: the adapter cannot be loaded, not all of it is used, or the logits differ.
+    """
+    with _as_export_error("plain PEFT cannot load it"):
+        model = _with_adapter(folder, recipe)
+        model.to(device)
+        difference = reference.difference(model, device)
+    return _require_near(difference, recipe.dtype, "plain PEFT")
+
+
+def verify_merged(folder: Path, recipe: Recipe, reference: Reference, device: torch.device) -> float:
+    """Load a merged model with plain transformers, and compare it with what was trained; see `verify_adapter`."""
+    with _as_export_error("plain transformers cannot load it"):
+        model, info = recipe.load(folder)
+        for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if found := info.get(what):
+                raise ExportError(f"plain transformers reports {what.replace('_', ' ')}: {min(map(str, found))}")
+        model.to(device)
+        difference = reference.difference(model, device)
+    return _require_near(difference, recipe.dtype, "plain transformers")
+
+
+def _with_adapter(folder: Path, recipe: Recipe) -> nn.Module:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    base, _ = recipe.load()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model: Any = PeftModel.from_pretrained(base, str(folder))
+    if lacking := [str(entry.message) for entry in said if "missing adapter keys" in str(entry.message)]:
+        raise ExportError(f"plain PEFT misses tensors in it: {lacking[0].splitlines()[0][:200]}")
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name, value in load_file(folder / "adapter_model.safetensors").items():
+        if name not in held or not torch.equal(held[name].cpu(), value.to(held[name].dtype)):
+            raise ExportError(f"plain PEFT does not use {name!r} of it")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, batch: Inputs, device: torch.device) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    given = {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in batch.items()
+    }
+    logits: Tensor = model(**given).logits
+    if logits.ndim == 3 and "attention_mask" in batch:  # of a language model: padding says anything
+        logits = logits[given["attention_mask"].bool()]
+    return logits.detach().to("cpu", torch.promote_types(logits.dtype, torch.float32)).clone()
+
+
+def _require_near(difference: float, dtype: torch.dtype, whose: str) -> float:
+    most = TOLERANCE[dtype]
+    if not difference <= most:
+        raise ExportError(
+            f"the logits of {whose} differ from those of the trained model by {difference:.2g} of the largest "
+            f"(rounding makes less than {most:g})"
+        )
+    return difference
+
+
+@contextmanager
+def _as_export_error(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the others' code, the export is not verified, and what was trained is to be kept."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as error:
+        first = next(iter(in_words(error).strip().splitlines()), "")
+        raise ExportError(f"{what}: {first[:300]}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers reports neither absent weights nor how far it has got."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

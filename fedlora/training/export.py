@@ -1,0 +1,100 @@
+"""A run's adapter or merged model, written and then checked: loaded without us, it gives the trained model's logits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedlora.adapter import AdapterState
+from fedlora.aggregators import GlobalState, Merge
+from fedlora.errors import ExportError
+from fedlora.model import Base, Reference, put_in_place, save_adapter, save_merged, verify_adapter, verify_merged
+from fedlora.model.device import free_bytes
+from fedlora.tasks import Examples, Task
+from fedlora.training.workbench import Workbench, close_workbench
+
+EXAMPLES = 8
+"""So many are compared, of as many lengths as there are: in one padded batch, and the shortest and longest alone."""
+EXACT = 1e-6
+"""Relative error of an exported adapter up to which it is what the run trained; above, its rank was cut."""
+
+
+def unverified(folder: Path) -> Path:
+    """Where an export stays that could not be verified."""
+    return folder.with_name(f"{folder.name}.unverified")
+
+
+def export_adapter(
+    bench: Workbench, state: GlobalState, adapter: AdapterState, error: float, folder: Path, facts: Mapping[str, str]
+) -> float:
+    """Write an adapter, load it with plain transformers and PEFT, and put it in place if its logits are the run's.
+
+    Where `adapter.export_rank` cut the adapter it differs from what was trained by the error that is stated, and is
+    compared with the cut adapter on the pristine base.
+
+    Args:
+        bench: of the run. If the device has no room for a second base, its own is given up.
+        state: of the run.
+        adapter: of the state, by `equivalent_adapter`.
+        error: the relative error of it.
+        folder: for the adapter. Until it is verified, and if it is not, it stays in `unverified(folder)`.
+        facts: for fedlora.json.
+
+    Returns:
+        The largest difference of the logits, as a share of the largest.
+
+    Raises:
+        ExportError: the logits differ, or the adapter cannot be loaded.
+        ModelError: the adapter does not fit the model.
+    """
+    base = bench.base
+    served = (state.adapter, state.merges) if error <= EXACT else (adapter, ())
+    reference = reference_of(base, bench.task, bench.data.test, *served)
+    base.rebase(0, ())
+    save_adapter(base, adapter, unverified(folder), {**facts, "relative_error": repr(error)})
+    return _verify(bench, folder, lambda: verify_adapter(unverified(folder), base.recipe, reference, base.device))
+
+
+def export_merged(bench: Workbench, state: GlobalState, folder: Path) -> float:
+    """Write a whole model, load it with plain transformers, and put it in place; see `export_adapter`."""
+    base = bench.base
+    reference = reference_of(base, bench.task, bench.data.test, state.adapter, state.merges)
+    save_merged(base, state.adapter, state.merges, unverified(folder))
+    return _verify(bench, folder, lambda: verify_merged(unverified(folder), base.recipe, reference, base.device))
+
+
+def reference_of(
+    base: Base, task: Task, examples: Examples, adapter: AdapterState, merges: tuple[Merge, ...] = ()
+) -> Reference:
+    """What the model says to some examples, with an adapter and a base of the merges' version.
+
+    The base is left at that version, with the adapter written.
+    """
+    base.rebase(0, ())  # the version held may come from another log
+    base.rebase(merges[-1].version if merges else 0, merges)
+    base.write(adapter, frozenset())
+    base.train_mode(False)
+    by_length = np.argsort(examples.lengths, kind="stable")
+    chosen = by_length[np.unique(np.linspace(0, len(by_length) - 1, EXAMPLES).round().astype(np.int64))]
+    batches = [chosen, chosen[:1], chosen[-1:]]
+    return Reference.of(base.model, [task.plain_inputs(examples, rows) for rows in batches], base.device)
+
+
+def _verify(bench: Workbench, folder: Path, verify: Callable[[], float]) -> float:
+    base, kept = bench.base, unverified(folder)
+    if free_bytes(base.device) < 2 * base.weight_bytes:  # as much again, and what is computed
+        base.discard()
+        close_workbench()
+        if base.device.type == "cuda":
+            torch.cuda.empty_cache()
+    try:
+        difference = verify()
+    except ExportError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier round, if it is there
+        raise ExportError(f"the export could not be verified: {error}; it is kept in {str(kept)!r}") from error
+    put_in_place(kept, folder)
+    return difference
