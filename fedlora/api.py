@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from fedlora.config import RunConfig, load_config, parse_config
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, ExportError
 from fedlora.progress import Progress
 from fedlora.rundir import RunDir
 
@@ -183,6 +183,11 @@ def train(
     from fedlora.tracking import require_tracker
     from fedlora.training import open_workbench
 
+    if folder is not None and folder.unverified:
+        raise ExportError(
+            f"{str(folder.path)!r} is finished, and its adapter could not be verified: try again with "
+            f"fedlora export {folder.path} OUT"
+        )
     if folder is not None and folder.finished:
         progress.message(f"{folder.path} is finished: nothing is left to train")
         return folder

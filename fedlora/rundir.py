@@ -12,7 +12,7 @@ runs/<name>/
   metrics.jsonl         one line a round; round 0 is the evaluation before training
   checkpoints/          the last two states, <round>.safetensors
   merges/               changes of the base, <since>-<version>.safetensors, each written once
-  adapter/              the final adapter, in PEFT's format
+  adapter/              the final adapter, in PEFT's format; or adapter.unverified/, if it is not what was trained
   outcomes.safetensors  what the last evaluation measured of each test example
   result.json           written last: a run that has it is finished, until a resume asks for more rounds
   tracking.json         under which id a tracker knows the run
@@ -82,6 +82,11 @@ def require_provenance(made: Provenance, found: Provenance, what: str, cure: str
     if changed := made.changed(found):
         verb = "is" if len(changed) == 1 and changed[0] != "class_names" else "are"
         raise RunDirError(f"{in_words(changed)} {verb} not what {what} was made with: {cure}")
+
+
+def unverified(folder: Path) -> Path:
+    """Where an export stays until it was loaded without us and compared, and where it is kept if it differs."""
+    return folder.with_name(f"{folder.name}.unverified")
 
 
 class RunDir:
@@ -231,6 +236,11 @@ class RunDir:
     def adapter_dir(self) -> Path:
         """Where the final adapter goes, in PEFT's format."""
         return self.path / "adapter"
+
+    @property
+    def unverified(self) -> bool:
+        """Whether the run came to its end with an adapter that could not be verified."""
+        return self.finished and not self.adapter_dir.is_dir() and unverified(self.adapter_dir).is_dir()
 
     # ------------------------------------------------------------------------------------------ small files
 
@@ -383,7 +393,9 @@ class RunDir:
         """
         if keep == "all" or not self.finished:
             return
-        names = ["checkpoints", "merges", *(["adapter"] if keep == "metrics" else [])]
+        names = ["checkpoints", "merges"]
+        if keep == "metrics":
+            names += ["adapter", unverified(self.adapter_dir).name]
         for name in names:
             shutil.rmtree(self.path / name, ignore_errors=True)
 

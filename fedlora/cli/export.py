@@ -36,6 +36,7 @@ def export(
             raise RunDirError(f"{str(out)!r} is in the way: name a folder that is new or empty")
         state = run_dir.latest_checkpoint()
         number = run_dir.rounds_done
+        like = "checked when the run ended"
         if not merge and run_dir.finished and run_dir.adapter_dir.is_dir():
             import shutil
 
@@ -43,24 +44,23 @@ def export(
         elif state is not None:
             bench = open_workbench(run_dir.config)
             run_dir.require(bench.pins.only(MODEL), "put back what it was made with")
-            _write_model(bench, state, out, merge)
-            number = state.round
+            difference = _write_model(bench, state, out, merge)
+            number, like = state.round, f"loaded without fedlora its logits differ by at most {difference:.1g}"
         elif run_dir.finished:
             raise RunDirError(f"the checkpoints of {str(run_path)!r} were removed: only its adapter can be exported")
         else:
             raise RunDirError(f"{str(run_path)!r} has no checkpoint yet: go on with fedlora run --resume {run_path}")
         what = "model" if merge else "adapter"
-        typer.echo(f"the {what} of round {number} is in {out}")
+        typer.echo(f"the {what} of round {number} is in {out} ({like})")
 
 
-def _write_model(bench: Workbench, state: GlobalState, out: Path, merge: bool) -> None:
+def _write_model(bench: Workbench, state: GlobalState, out: Path, merge: bool) -> float:
     from fedlora.aggregators import equivalent_adapter
-    from fedlora.model import save_adapter, save_merged
     from fedlora.provenance import MODEL
+    from fedlora.training.export import export_adapter, export_merged
 
     if merge:
-        save_merged(bench.base, state.adapter, state.merges, out)
-        return
+        return export_merged(bench, state, out)
     adapter, error = equivalent_adapter(state, bench.config.adapter.export_rank or sys.maxsize)
-    facts = {"rounds": str(state.round), "relative_error": repr(error), "provenance": bench.pins.only(MODEL).known}
-    save_adapter(bench.base, adapter, out, facts)
+    facts = {"rounds": str(state.round), "provenance": bench.pins.only(MODEL).known}
+    return export_adapter(bench, state, adapter, error, out, facts)

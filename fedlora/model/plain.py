@@ -75,10 +75,10 @@ class Recipe:
         import transformers
 
         auto = getattr(transformers, self.auto_class)
-        given = self.arguments if folder is None else {"dtype": self.dtype}
+        given: dict[str, Any] = self.arguments if folder is None else {"dtype": self.dtype}
         if folder is not None and self.checkpoint.trust_remote_code:
             given["trust_remote_code"] = True
-        with quiet_transformers(), seeded(derive(0, "elsewhere"), torch.device("cpu")):
+        with quiet_transformers():
             model, info = auto.from_pretrained(folder or self.checkpoint.source, output_loading_info=True, **given)
         return model.eval(), dict(info)
 
@@ -160,7 +160,7 @@ def _with_adapter(folder: Path, recipe: Recipe) -> nn.Module:
     for name, value in load_file(folder / "adapter_model.safetensors").items():
         if name not in held or not torch.equal(held[name].cpu(), value.to(held[name].dtype)):
             raise ExportError(f"plain PEFT does not use {name!r} of it")
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -188,9 +188,13 @@ def _require_near(difference: float, dtype: torch.dtype, whose: str) -> float:
 
 @contextmanager
 def _as_export_error(what: str) -> Iterator[None]:
-    """Whatever goes wrong in the others' code, the export is not verified, and what was trained is to be kept."""
+    """Whatever goes wrong in the others' code, the export is not verified, and what was trained is to be kept.
+
+    Random draws are others than in training, and leave no trace in the process.
+    """
     try:
-        yield
+        with seeded(derive(0, "elsewhere"), torch.device("cpu")):
+            yield
     except ExportError:
         raise
     except Exception as error:

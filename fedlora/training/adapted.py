@@ -91,6 +91,8 @@ def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = 
         run = RunDir.open(path)
         if not (run.adapter_dir / "adapter_config.json").is_file():
             how = "its adapter was removed" if run.finished else f"go on with fedlora run --resume {path}"
+            if run.unverified:
+                how = f"what it exported could not be verified; try again with fedlora export {path} OUT"
             raise RunDirError(f"{str(path)!r} has no adapter: {how}")
         asked = {override.partition("=")[0].strip().partition(".")[0] for override in overrides}
         own = not asked & {"data", "seed", "partition"}

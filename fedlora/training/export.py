@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from fedlora.aggregators import GlobalState, Merge
 from fedlora.errors import ExportError
 from fedlora.model import Base, Reference, put_in_place, save_adapter, save_merged, verify_adapter, verify_merged
 from fedlora.model.device import free_bytes
+from fedlora.rundir import unverified
 from fedlora.tasks import Examples, Task
 from fedlora.training.workbench import Workbench, close_workbench
 
@@ -23,13 +25,8 @@ EXACT = 1e-6
 """Relative error of an exported adapter up to which it is what the run trained; above, its rank was cut."""
 
 
-def unverified(folder: Path) -> Path:
-    """Where an export stays that could not be verified."""
-    return folder.with_name(f"{folder.name}.unverified")
-
-
 def export_adapter(
-    bench: Workbench, state: GlobalState, adapter: AdapterState, error: float, folder: Path, facts: Mapping[str, str]
+    bench: Workbench, state: GlobalState, adapter: AdapterState, error: float, folder: Path, facts: Mapping[str, Any]
 ) -> float:
     """Write an adapter, load it with plain transformers and PEFT, and put it in place if its logits are the run's.
 
