@@ -14,7 +14,7 @@ from fedlora.adapter import AdapterState
 from fedlora.aggregators import GlobalState, Merge
 from fedlora.errors import ExportError
 from fedlora.model import Base, Reference, put_in_place, save_adapter, save_merged, verify_adapter, verify_merged
-from fedlora.model.device import free_bytes
+from fedlora.processes import free_bytes
 from fedlora.rundir import unverified
 from fedlora.tasks import Examples, Task
 from fedlora.training.workbench import Workbench, close_workbench

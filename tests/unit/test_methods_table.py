@@ -23,7 +23,13 @@ WRITE = "WRITE_DOCS"
 INTRODUCTION = """# Methods and rules
 
 `adapter.method` names one of PEFT's methods; `[strategy] name` the rule that combines what the clients trained. The
-server draws the adapter once, from the seed, and ships it. Every export loads with plain `PeftModel.from_pretrained`.
+server draws the adapter once, from the seed, and ships it.
+
+Every export loads with plain `PeftModel.from_pretrained`, and is checked that way: with the base loaded by
+transformers alone, its logits must be the trained model's. `adapter/README.md` holds the Python for it. Modules whose
+weights the checkpoint lacks, such as the pooler of DeBERTa, are frozen and part of the export. Where
+`adapter.export_rank` cuts an adapter, `relative_error` in `result.json` says how much was lost, and the check is of
+what is left.
 
 ```toml
 [adapter]
