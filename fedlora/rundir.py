@@ -44,6 +44,7 @@ from fedlora.config import RunConfig, flat_keys, load_config
 from fedlora.environment import describe_environment
 from fedlora.errors import ConfigError, FedloraError, RunDirError, nearest_file
 from fedlora.files import locked, sync_folder, write_atomically
+from fedlora.privacy.disclosure import Disclosure
 from fedlora.progress import NoProgress, PlainProgress, Progress
 from fedlora.provenance import Provenance, in_words
 from fedlora.sanitize import clean_text
@@ -90,11 +91,17 @@ def unverified(folder: Path) -> Path:
 
 
 class RunDir:
-    """One run's folder. Make one with `create` or `open`."""
+    """One run's folder. Make one with `create` or `open`.
+
+    Attributes:
+        measured: names of the figures over the test examples in a line of metrics.
+    """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
         self.config = config
+        self.measured: frozenset[str] = frozenset()
+        self._may = None if config.privacy is None else Disclosure(config.privacy.unit)
         self._merges: dict[str, Merge] = {}  # what is known to be in merges/, by file name
 
     @classmethod
@@ -245,7 +252,13 @@ class RunDir:
     # ------------------------------------------------------------------------------------------ small files
 
     def write_json(self, name: str, value: object) -> Path:
-        """Write `value` to file `name`, indented, atomically."""
+        """Write `value` to file `name`, indented, atomically.
+
+        Raises:
+            PrivacyError: a private run may not write it.
+        """
+        if self._may is not None:
+            self._may.require_json(name, value)
         text = json.dumps(_plain(value), indent=2, allow_nan=False)
         write_atomically(self.path / name, (text + "\n").encode())
         return self.path / name
@@ -300,7 +313,13 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line and wait until it is on disk. Numbers that are not finite are written as null."""
+        """Add one line and wait until it is on disk. Numbers that are not finite are written as null.
+
+        Raises:
+            PrivacyError: a private run may not write it.
+        """
+        if self._may is not None:
+            self._may.require_record(record, self.measured)
         line = json.dumps(_plain(record), allow_nan=False) + "\n"
         with self._metrics.open("ab") as file:
             file.write(line.encode())

@@ -254,11 +254,12 @@ def samples_table(samples: Sequence[Mapping[str, str]]) -> Table:
 
 
 def totals(records: Sequence[Mapping[str, Any]], claim: str | None = None) -> str:
-    """Rounds, traffic and time of a run, in one line; in a second one the claim of a private run."""
+    """Rounds, traffic and time of a run, in one line; in a second one the claim of a private run, which has no time."""
     up, down = (sum(record.get(name, 0) for record in records) for name in ("bytes_up", "bytes_down"))
-    seconds = sum(record.get("seconds") or 0 for record in records)
+    known = [record["seconds"] for record in records if record.get("seconds") is not None]
+    time_taken = f" in {format_seconds(sum(known))}" if known else ""
     rounds = sum(record["round"] > 0 for record in records)
     return (
-        f"{rounds} round{'s' * (rounds != 1)} in {format_seconds(seconds)}; "
+        f"{rounds} round{'s' * (rounds != 1)}{time_taken}; "
         f"clients sent {format_bytes(up)} and received {format_bytes(down)}" + (f"\n{claim}" if claim else "")
     )

@@ -95,7 +95,7 @@ class Comparison:
         shown += [
             Column("aggregation error", self._of(lambda run: run.mean("aggregation_error")), _mean("{:.2g}".format)),
             Column("epsilon", self._of(lambda run: run.epsilon), _mean("{:.3g}".format)),
-            Column("time", self._of(lambda run: run.total("seconds")), _mean(format_seconds), "seconds"),
+            Column("time", self._of(lambda run: run.total("seconds") or None), _mean(format_seconds), "seconds"),
         ]
         asked = " to "  # what was asked for has its column even where nobody got there
         return [c for c in shown if asked in c.title or any(value is not None for row in c.values for value in row)]

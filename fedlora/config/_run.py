@@ -126,6 +126,14 @@ class RunConfig(Section):
                 "the aggregation error is computed from the clients' own updates, of which the run's files must tell "
                 "nothing: set server.aggregation_error = false"
             )
+        if self.server.weighting == "uniform":
+            for profile in self.clients.profiles:
+                if profile.examples_per_s is not None and (profile.steps or self.train.steps) is None:
+                    raise PrivacyError(
+                        "the simulated time of a client that trains whole passes tells how many examples it has, and "
+                        "under server.weighting = 'uniform' these are secret: set train.steps, or leave out "
+                        "examples_per_s in clients.profiles"
+                    )
 
     @property
     def max_rank(self) -> int:

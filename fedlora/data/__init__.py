@@ -32,7 +32,16 @@ from fedlora.progress import activity
 from fedlora.rng import derive
 from fedlora.tasks import Examples, Table, Task, load_task
 
-__all__ = ["FederatedData", "column_roles", "load_data", "load_local", "load_local_pinned", "read_file", "split_test"]
+__all__ = [
+    "FederatedData",
+    "column_roles",
+    "load_data",
+    "load_local",
+    "load_local_pinned",
+    "read_file",
+    "split_test",
+    "task_columns",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +110,7 @@ def load_data(config: RunConfig) -> FederatedData:
     load_task(config.task)
     if brought_by_nodes(config):
         return load_own(config)
-    if config.data.own is not None:
-        raise ConfigError(
-            "this node's config names data of its own, and the run divides data.source among the clients: set "
-            "data.source = 'nodes' and partition.name = 'nodes' in the run's config"
-        )
+    require_shared(config)
     partitioner = load_partitioner(config.partition.name, config.partition.fields)
     files = [file for file in source_files(config.data) if file is not None]
     roles = column_roles(config.data)
@@ -123,6 +128,15 @@ def load_data(config: RunConfig) -> FederatedData:
         limit_seed=0 if config.data.limit is None else config.seed,
     )
     return _federate(key, config.partition.model_dump_json(), config.data.test_fraction, config.seed)
+
+
+def require_shared(config: RunConfig) -> None:
+    """Raise `ConfigError` where a node names data of its own in a run that divides `data.source`."""
+    if config.data.own is not None:
+        raise ConfigError(
+            "this node's config names data of its own, and the run divides data.source among the clients: set "
+            "data.source = 'nodes' and partition.name = 'nodes' in the run's config"
+        )
 
 
 def load_local(config: RunConfig, path: str | Path) -> Examples:
@@ -148,7 +162,7 @@ def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, st
         raise DataError(f"{str(path)!r} may lack a class: name all classes, as in [task] labels = ['no', 'yes']")
     domain = column_roles(config.data).get("domain")
     keep = (domain,) if domain is not None and domain in table.columns else ()
-    columns = _task_columns(task, config.data)
+    columns = task_columns(task, config.data)
     table = limited(select(table, (*columns.values(), *keep), repr(str(path))), config.data.limit, config.seed)
     for name in keep:
         require_one_kind(table.columns[name], name)
@@ -193,7 +207,12 @@ def column_roles(data: DataConfig) -> dict[str, str]:
     return roles | data.columns
 
 
-def _task_columns(task: Task, data: DataConfig) -> dict[str, str]:
+def task_columns(task: Task, data: DataConfig) -> dict[str, str]:
+    """Role -> column of all roles that a task has.
+
+    Raises:
+        ConfigError: data.columns names a role that it has not.
+    """
     for role in data.columns:
         if role not in task.roles:
             raise ConfigError(f"data.columns names {role!r}, which the task does not need; {nearest(role, task.roles)}")
@@ -226,7 +245,7 @@ class _Prepared:
 def _prepared(key: _Key) -> _Prepared:
     data = DataConfig.model_validate_json(key.data)
     task = load_task(OpenTable.model_validate_json(key.task))
-    columns = _task_columns(task, data)
+    columns = task_columns(task, data)
     source, test = read_source(data)
     whole = select(source, (*columns.values(), *key.keep), f"data.source {data.source!r}")
     digests = _row_digests(whole, columns)
@@ -248,7 +267,7 @@ def _prepared(key: _Key) -> _Prepared:
         both = {name: [*values, *test.columns.get(name, blank)] for name, values in table.columns.items()}
         table = Table(both, table.label_names)
     table = _with_names(table, key.keep, data.group_names)
-    activity.info("tokenising %d examples", len(table))
+    activity.info("tokenising the examples")
     # In one go, so that both have the same classes.
     return _Prepared(task.prepare(table, key.model, columns, keep=key.keep), begin, rows, source_digest)
 

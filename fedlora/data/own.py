@@ -20,7 +20,9 @@ import numpy as np
 
 from fedlora.assets import Checkpoint
 from fedlora.config import NODES, RunConfig
-from fedlora.data import FederatedData, load_local_pinned
+from fedlora.data import FederatedData, load_local_pinned, require_shared, task_columns
+from fedlora.data._screen import invented, require_header, screened
+from fedlora.data._sources import source_files
 from fedlora.errors import ConfigError, DataError
 from fedlora.hashing import Stamp, stamp
 from fedlora.tasks import Examples, load_task
@@ -68,7 +70,8 @@ def load_own(config: RunConfig) -> FederatedData:
 
     Returns:
         On a node: its own examples, all of them the share of any client, since only one is here; they stand in for the
-        test examples too, which a node does not have. On the server: test examples, and clients without any.
+        test examples too, which a node does not have. (Under [privacy] invented examples do, and rows that cannot be
+        used are left out, see `fedlora.data._screen`.) On the server: test examples, and clients without any.
 
     Raises:
         ConfigError: the config lacks what every machine must agree on.
@@ -76,6 +79,7 @@ def load_own(config: RunConfig) -> FederatedData:
     """
     number = number_of_nodes(config)
     require_labels(config)
+    _require_no_limit(config)
     path = config.data.own or config.data.test
     if path is None:
         raise ConfigError(
@@ -85,13 +89,13 @@ def load_own(config: RunConfig) -> FederatedData:
     if not file.is_file():
         raise DataError(f"there is no data file {path!r} on this machine: {_cure(config)}")
     stamps = (stamp(file), *Checkpoint.of(config.model).stamps())
-    examples, digest = _read(config.model_dump_json(), str(file), stamps)
+    examples, test, digest = _read(config.model_dump_json(), str(file), stamps)
     here = np.arange(len(examples)) if config.data.own else np.empty(0, np.int64)
     domain = config.data.domain if config.data.domain in examples.columns else None
     names = () if domain is None else tuple(str(name) for name in np.unique(examples.columns[domain].astype(str)))
     return FederatedData(
         train=examples,
-        test=examples,
+        test=test,
         clients=(here,) * number,
         dropped=np.empty(0, np.int64),
         label_names=examples.label_names,
@@ -104,9 +108,51 @@ def load_own(config: RunConfig) -> FederatedData:
     )
 
 
+def require_readable(config: RunConfig) -> None:
+    """Raise what hinders a private client whatever its examples are, and can therefore be told.
+
+    Raises:
+        AssetError: the model was not fetched.
+        ConfigError: the config lacks what every machine must agree on.
+        DataError: this node's file is missing, or its header lacks a column.
+        ModelError: there is no tokenizer, or its chat template cannot be used.
+    """
+    task, model = load_task(config.task), Checkpoint.of(config.model)
+    if not brought_by_nodes(config):
+        require_shared(config)
+        source_files(config.data)
+        return
+    if config.data.own is None:
+        return
+    number_of_nodes(config)
+    require_labels(config)
+    _require_no_limit(config)
+    columns = task_columns(task, config.data)
+    file = Path(config.data.own).expanduser()
+    if not file.is_file():
+        raise DataError(f"there is no data file {config.data.own!r} on this machine: {_cure(config)}")
+    require_header(file, tuple(columns.values()))
+    invented(task, model, columns)
+
+
+def _require_no_limit(config: RunConfig) -> None:
+    if config.privacy is not None and config.data.limit is not None:
+        raise ConfigError(
+            "data.limit draws from all rows of a node's file, so that one row more changes which others take part: "
+            "remove it under [privacy]"
+        )
+
+
 @lru_cache(maxsize=2)
-def _read(config: str, file: str, _stamps: tuple[Stamp, ...]) -> tuple[Examples, str]:
-    return load_local_pinned(RunConfig.model_validate_json(config), file)
+def _read(config: str, file: str, _stamps: tuple[Stamp, ...]) -> tuple[Examples, Examples, str]:
+    """Training and test examples, with a hash of what may be told."""
+    read = RunConfig.model_validate_json(config)
+    if read.data.own is None or read.privacy is None:
+        examples, digest = load_local_pinned(read, file)
+        return examples, examples, digest
+    task, model = load_task(read.task), Checkpoint.of(read.model)
+    columns = task_columns(task, read.data)
+    return screened(Path(file), task, model, columns), invented(task, model, columns), ""
 
 
 def _cure(config: RunConfig) -> str:

@@ -7,6 +7,7 @@ order.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from torch import Tensor
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
-from fedlora.devices import Fleet, train_config
+from fedlora.devices import Fleet
 from fedlora.errors import ReplyError
 from fedlora.flower import handshake
 from fedlora.flower.books import Round
@@ -33,12 +34,14 @@ from fedlora.flower.pulling import Allowed
 from fedlora.flower.spending import check_stated
 from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update, l2_norm
 from fedlora.model.starting import plan_for
-from fedlora.privacy.dpsgd import RELEASABLE
+from fedlora.privacy.disclosure import REFUSED, Disclosure
 from fedlora.progress import Progress
 from fedlora.sanitize import clean_text
-from fedlora.training.job import examples_of
 from fedlora.training.private import private_settings
+from fedlora.training.sizing import examples_to_tell
 from fedlora.training.workbench import Workbench
+
+logger = logging.getLogger(__name__)
 
 
 class Present(Protocol):
@@ -83,8 +86,9 @@ class Asker:
         hello = handshake.question(config, bench.pins)
         self.mail = Post(grid, hello, patience_s=config.server.node_timeout_s, ttl_s=config.server.deadline_s + 60.0)
         self._fleet = Fleet.of(config)
-        private = config.example_privacy is not None
-        most, metrics = (1, RELEASABLE) if private else (config.server.max_examples, METRICS)
+        uniform = config.privacy is not None and config.server.weighting == "uniform"
+        most = 1 if uniform else config.server.max_examples
+        metrics = METRICS if config.privacy is None else Disclosure(config.privacy.unit).figures
         self._limits = Limits(most, config.server.max_norm, metrics=metrics)
         self._own_data = brought_by_nodes(config)
 
@@ -155,16 +159,10 @@ class Asker:
         if not self._fleet.simulated:
             return True
         client_id = ask.client_id
-        if self._config.example_privacy is not None:  # what it plans, in public; how many there are is secret
-            plan = private_settings(self._config, client_id).schedule
-            examples = round(plan.steps * plan.expected_batch_size)
-        else:
-            size = len(self._bench.data.clients[client_id])
-            examples = examples_of(size, train_config(self._config, client_id))
         seconds = self._fleet.seconds(
             client_id,
             bytes_down=payload_bytes(content),
-            examples=examples,
+            examples=examples_to_tell(self._bench, client_id),
             bytes_up=sum(header.nbytes for header in ask.headers().values()),
         )
         books.simulated_s[client_id] = seconds
@@ -199,7 +197,7 @@ class Asker:
                 books.missing.append(client_id)
                 self._progress.reply(books.number, client_id, False, "no reply before the deadline")
                 return None
-            valid = check_update(reply.content, ask, self._limits_for(client_id))
+            valid = self._checked(reply, ask)
             self._require_plausible(ask, valid.change, books)
             if self._config.example_privacy is not None:
                 check_stated(valid.metrics, private_settings(self._config, client_id))
@@ -207,6 +205,16 @@ class Asker:
             self._refuse(client_id, str(error), books)
             return None
         return self._accept(ask, valid, node, encoder, books)
+
+    def _checked(self, reply: Message, ask: Ask) -> Valid:
+        """`check_update`; under user-level privacy a refusal does not say what the values were."""
+        try:
+            return check_update(reply.content, ask, self._limits_for(ask.client_id))
+        except ReplyError as error:
+            if self._config.client_privacy is None:
+                raise
+            logger.debug("client %d: %s", ask.client_id, error)
+            raise ReplyError(REFUSED) from None
 
     def _limits_for(self, client_id: int) -> Limits:
         """What this client's reply may at most be by itself."""

@@ -3,16 +3,16 @@
 What a process keeps between messages (the base model, the data, frozen parts of adapters) lives in imported modules:
 Ray pickles an app's globals by value for each message, so a cache in a closure or in `__main__` would do nothing.
 
-In a private run nothing leaves a client but what is private: no number of examples, no loss, no seconds, and of errors
-only those that cannot tell of the data.
+In a private run nothing leaves a client but what is on the list of `fedlora.privacy.disclosure`: no number of examples,
+no loss, no seconds, and of errors only those that cannot tell of the data.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from fedlora import __version__
 from fedlora.adapter import AdapterState
 from fedlora.config import RunConfig, TrainConfig
+from fedlora.data.own import require_readable
 from fedlora.devices import train_config
 from fedlora.errors import (
     AssetError,
@@ -35,13 +36,23 @@ from fedlora.errors import (
     ReplyError,
     RuleError,
     TrainingError,
+    in_words,
 )
-from fedlora.flower.codec import Decoded, ReceivedPlan, decode_plan, digest, encode_note, encode_update, encode_upload
+from fedlora.flower.codec import (
+    Decoded,
+    ReceivedPlan,
+    decode_head,
+    decode_plan,
+    digest,
+    encode_note,
+    encode_update,
+    encode_upload,
+)
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.handshake import require_same_config, require_same_ground
 from fedlora.flower.node_account import Account, account_of, plan_config
 from fedlora.flower.settings import client_id_of, config_of, rank_of
-from fedlora.privacy.dpsgd import scrub
+from fedlora.privacy.disclosure import WITHHELD, Disclosure
 from fedlora.privacy.ledger import Attempt
 from fedlora.rng import derive
 from fedlora.sanitize import clean_text
@@ -56,7 +67,8 @@ app = ClientApp()
 logger = logging.getLogger(__name__)
 
 TELLS_NOTHING = (AssetError, ConfigError, ModelError, PrivacyError, ReplyError, RuleError)
-"""Errors of the config, the model and the messages, whose text a private client sends; others may tell of its data."""
+"""Errors of the config, the model and the messages: a private client sends their text, unless its data had been looked
+at when they were raised (`_looking_at_data`)."""
 
 
 class FrozenStore:
@@ -91,15 +103,16 @@ def hello(message: Message, context: Context) -> Message:
         config = config_of(context)
         require_same_config(message.content, config)
         client_id = client_id_of(context)
-        bench = open_workbench(config)
+        with _looking_at_data(config):
+            bench = open_workbench(config)
         require_same_ground(message.content, config, bench.pins)
         facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": bench.base.fingerprint}
         indices = _indices(bench, client_id)
-        if config.example_privacy is None:
+        if config.privacy is None:
             facts["num_examples"] = len(indices)
         if (rank := rank_of(context)) is not None:
             facts["rank"] = rank
-        note = encode_note("hello", client_id=client_id, **facts)
+        note = _may_leave(encode_note("hello", client_id=client_id, **facts), config)
     except Exception as error:
         note = _error_note(error, config)
     return Message(note, reply_to=message)
@@ -162,8 +175,9 @@ def train_rounds(contents: Sequence[RecordDict], contexts: Sequence[Context]) ->
 
 def _asked(plan: ReceivedPlan, context: Context) -> _Asked | RecordDict:
     """What a plan asks of a node, or the node's question for what it lacks."""
-    bench = open_workbench(config_of(context))
-    client_id = client_id_of(context)
+    config, client_id = config_of(context), client_id_of(context)
+    with _looking_at_data(config):
+        bench = open_workbench(config)
     if client_id != plan.head["client_id"]:
         raise ReplyError(f"the plan is for client {plan.head['client_id']}, and this node is client {client_id} now")
     frozen = _frozen(plan)
@@ -181,9 +195,11 @@ def _train_all(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict | Exceptio
     outcomes = _each(lambda: run_plans(list(waiting.values())), len(waiting))
     for (number, asked), outcome in zip(waiting.items(), outcomes, strict=True):
         try:
+            if isinstance(outcome, Exception) and asked.bench.config.client_privacy is not None:
+                outcome = _unchanged(asked, outcome)
             if isinstance(outcome, Exception):
                 raise outcome
-            replies[number] = _update(asked, outcome, _figures(outcome))
+            replies[number] = _update(asked, outcome, _figures(outcome, asked.bench.config))
         except Exception as error:
             replies[number] = _told(error, asked.context)
     return replies
@@ -199,15 +215,29 @@ def _each(run: Callable[[], list[Outcome]], number: int) -> list[Outcome]:
 
 def _update(asked: _Asked, result: TrainResult, figures: Mapping[str, float]) -> RecordDict:
     plan, head = asked.plan, asked.plan.head
-    return encode_update(
+    content = encode_update(
         encode_upload(plan, asked.start, result.adapter, asked.bench.config.seed),
         figures,
         round_number=int(head["round"]),
         base_digest=head["base_digest"],
     )
+    return _may_leave(content, asked.bench.config)
 
 
-def _figures(result: TrainResult) -> dict[str, float]:
+def _unchanged(asked: _Asked, error: Exception) -> TrainResult:
+    """What a client sends whose training failed, where all that it holds is protected: an update that changes nothing.
+
+    That it failed may depend on its data; the server would leave it out and write down that it did.
+    """
+    logger.warning("client %d failed, and its update changes nothing: %s", asked.client_id, clean_text(in_words(error)))
+    logger.debug("a private client failed", exc_info=error)
+    held = len(asked.bench.data.clients[asked.client_id]) if asked.client_id < len(asked.bench.data.clients) else 0
+    return TrainResult(asked.start, max(1, held), 0, 0, float("nan"), 0.0, 0.0)
+
+
+def _figures(result: TrainResult, config: RunConfig) -> dict[str, float]:
+    if config.client_privacy is not None:
+        return {"num_examples": 1 if config.server.weighting == "uniform" else result.num_examples}
     return {
         "num_examples": result.num_examples,
         "examples_seen": float(result.examples_seen),
@@ -237,13 +267,50 @@ def _error_note(error: Exception, config: RunConfig | None) -> RecordDict:
     Raises:
         Exception: the error itself, if it is none of fedlora's and the run is not private.
     """
-    if config is not None and config.example_privacy is not None and not isinstance(error, TELLS_NOTHING):
-        logger.warning("%s: %s", type(error).__name__, clean_text(error))
-        logger.debug("a private client failed", exc_info=error)
-        return encode_note("error", error="it failed; the reason may tell of its data and stays in its log: see there")
+    if config is not None and config.privacy is not None and not isinstance(error, TELLS_NOTHING):
+        error = _withheld(error)
     if not isinstance(error, FedloraError):
         raise error
     return encode_note("error", error=str(error))
+
+
+def _withheld(error: Exception) -> PrivacyError:
+    """What a private client says of an error instead of its text, which goes to its own log."""
+    logger.warning("%s: %s", type(error).__name__, clean_text(error))
+    logger.debug("a private client failed", exc_info=error)
+    return PrivacyError(WITHHELD)
+
+
+@contextmanager
+def _looking_at_data(config: RunConfig) -> Iterator[None]:
+    """Inside, a client's data are read or trained on: of what is raised there, a private client says nothing.
+
+    What does not depend on any example (a model that is not here, a column that a file's header lacks) is looked at
+    once more, by itself, and told.
+    """
+    try:
+        yield
+    except Exception as error:
+        if config.privacy is None:
+            raise
+        try:
+            require_readable(config)
+        except FedloraError as told:
+            raise ReplyError(str(told)) from error
+        raise _withheld(error) from error
+
+
+def _may_leave(content: RecordDict, config: RunConfig) -> RecordDict:
+    """The content of a reply, looked over before it leaves a private client.
+
+    Raises:
+        PrivacyError: it says more than it may.
+    """
+    if config.privacy is not None:
+        Disclosure(config.privacy.unit).require_reply(
+            decode_head(content), tuple(content.metric_records.get("metrics", ()))
+        )
+    return content
 
 
 def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
@@ -338,7 +405,7 @@ def _train_all_privately(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict 
             try:
                 if isinstance(outcome, Exception):
                     one.attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
-                    raise outcome
+                    raise outcome if isinstance(outcome, PrivacyError) else _withheld(outcome)
                 reply = _update(asked, outcome, _private_figures(outcome, one))
                 one.release(reply)
                 replies[number] = reply
@@ -396,17 +463,13 @@ def _private_figures(result: TrainResult, one: _Attempted) -> dict[str, float]:
         "max_grad_norm": one.settings.max_grad_norm,
         "attempts": float(one.account.ledger.attempts(one.account.run)),
     }
-    return {"num_examples": 1, **scrub(figures)}
+    return {"num_examples": 1, **figures}
 
 
 def _check_model(asked: _Asked) -> None:
-    bench, job = asked.bench, _job(asked, np.empty(0, np.int64))
-    try:
-        check_model(bench.base, bench.task, bench.data.test, job)
-    except PrivacyError as error:
-        if bench.config.data.own is None:
-            raise
-        raise TrainingError(str(error)) from error  # a node with its own data has no others to look at: it may tell
+    """Look at the model on examples that are public: test examples, or on a node with data of its own invented ones."""
+    bench = asked.bench
+    check_model(bench.base, bench.task, bench.data.test, _job(asked, np.empty(0, np.int64)))
 
 
 def _job(asked: _Asked, indices: np.ndarray) -> TrainJob:

@@ -154,7 +154,9 @@ class Federation:
         if number % self.config.server.evaluate_every == 0 or number == self.config.rounds:
             record |= self._evaluate(after)
         ended = time.perf_counter()
-        record |= {"seconds": ended - started, "seconds_train": trained - started, "seconds_evaluate": ended - trained}
+        if self.config.privacy is None:  # how long clients take tells of their data
+            record |= {"seconds": ended - started, "seconds_train": trained - started}
+            record |= {"seconds_evaluate": ended - trained}
         self.rundir.append_metrics(record)
         self._end_if_failing(books)  # with its line written, and without a checkpoint: a resume repeats the round
         self.rundir.save_checkpoint(after)
@@ -308,6 +310,7 @@ class Federation:
         )
         if state.round == self.config.rounds:
             write_outcomes(self.rundir.path, state.round, self.bench.data.test_digest, result.measures)
+        self.rundir.measured = frozenset(result.overall)
         return {**result.overall, "domains": dict(result.domains)}
 
 

@@ -12,7 +12,9 @@ batch (amplification by sampling holds only against somebody who does not know i
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -25,18 +27,10 @@ from fedlora.errors import PrivacyError
 from fedlora.privacy.hooks import attach, backward, detach, per_sample_gradients
 from fedlora.privacy.preflight import require_trained
 
+logger = logging.getLogger(__name__)
+
 Losses = Callable[[np.ndarray], Tensor]
 """Indices of examples [b] -> the loss of each on its own [b], with a graph."""
-
-RELEASABLE = frozenset({"steps", "sample_rate", "noise_multiplier", "max_grad_norm", "attempts"})
-"""Figures that are functions of the plan and the ledger alone. Not here, because they depend on the data: loss,
-accuracy, fraction clipped, number of examples (planned or seen), seconds, bytes of memory."""
-
-
-def scrub(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What a private client may report beside its update: the entries of `RELEASABLE`, and nothing else."""
-    return {name: value for name, value in metrics.items() if name in RELEASABLE}
-
 
 EXCESS: Mapping[torch.dtype, float] = {
     torch.float64: 0.0,
@@ -192,6 +186,9 @@ class PrivateStep:
     def step(self, indices: np.ndarray, losses: Losses) -> None:
         """One private step; an empty sample takes one too, of noise alone.
 
+        An example that cannot be computed adds nothing to the sum, and its neighbours are computed without it: a step
+        that failed as a whole would let one example move all others'.
+
         Args:
             indices: the Poisson sample [b].
             losses: called on parts of `indices`, at most `physical_batch_size` at a time.
@@ -204,13 +201,18 @@ class PrivateStep:
         size = self._physical or max(1, len(indices))
         parts = [indices[start : start + size] for start in range(0, len(indices), size)] or [indices]
         self.optimizer.zero_grad(set_to_none=True)
-        for number, part in enumerate(parts, start=1):
-            if len(part):
-                self._gradients(part, losses)
-            else:
+        todo = deque(parts)
+        while todo:
+            part = todo.popleft()
+            if len(part) and not self._computed(part, losses):
+                if len(part) > 1:
+                    todo.extendleft(reversed(np.array_split(part, 2)))
+                    continue
+                part = part[:0]
+            if not len(part):
                 for p in self._params.values():
                     p.grad_sample = p.new_zeros(0, *p.shape)  # type: ignore[attr-defined]
-            self.optimizer.signal_skip_step(number < len(parts))
+            self.optimizer.signal_skip_step(bool(todo))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self._require_moved()
@@ -232,6 +234,21 @@ class PrivateStep:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cleanup()
+
+    def _computed(self, part: np.ndarray, losses: Losses) -> bool:
+        """Whether some examples' gradients could be computed; what an interrupted pass has left is removed."""
+        try:
+            self._gradients(part, losses)
+        except PrivacyError:
+            raise
+        except Exception as error:
+            if len(part) == 1:
+                logger.warning("an example is left out of a private step: %s: %s", type(error).__name__, error)
+            detach(self._model, self._hooks)
+            self._hooks = attach(self._model)
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
+        return True
 
     def _gradients(self, part: np.ndarray, losses: Losses) -> None:
         values = losses(part)

@@ -145,6 +145,8 @@ def traffic(facts: Facts) -> Html | None:
         ),
     ]
     spent = [f"The rounds took {format_seconds(facts.total('seconds'))}"]
+    if facts.config.privacy is not None:
+        spent = ["How long the rounds took tells of the clients' data, and is not written down under [privacy]"]
     if facts.total("seconds_evaluate"):
         spent.append(f", of which {format_seconds(facts.total('seconds_evaluate'))} to evaluate")
     if facts.total("simulated_seconds"):

@@ -129,7 +129,8 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
         yield metric.replace("_", " "), format_metric(metric, last), small
     done = facts.records[-1]["round"] if facts.records else 0
     state = "finished" if facts.finished else "not finished"
-    yield "rounds", f"{done} of {facts.config.rounds}", f"{state}, {format_seconds(facts.total('seconds'))}"
+    took = "" if facts.config.privacy is not None else f", {format_seconds(facts.total('seconds'))}"
+    yield "rounds", f"{done} of {facts.config.rounds}", state + took
     traffic = facts.total("bytes_up") + facts.total("bytes_down")
     yield "traffic", format_bytes(traffic), _people.traffic_of_a_client(facts)
     errors = [e for r in facts.rounds if (e := number(r.get("aggregation_error"))) is not None]

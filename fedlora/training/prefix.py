@@ -39,7 +39,13 @@ class PrefixReport:
 
 
 def choose_prefix(
-    base: Base, task: Task, sets: Sequence[Examples], mode: Literal["auto", "on", "off"], how: Hashable = None
+    base: Base,
+    task: Task,
+    sets: Sequence[Examples],
+    mode: Literal["auto", "on", "off"],
+    how: Hashable = None,
+    *,
+    secret: Sequence[Examples] = (),
 ) -> PrefixReport:
     """Open, keep or close a base's prefix cache.
 
@@ -50,6 +56,8 @@ def choose_prefix(
         mode: as in the config.
         how: what decides the bits that the lower layers compute besides their modules' classes; what an earlier run on
             the same base kept is used again where both are the same.
+        secret: further examples that the run may look at. They are kept where there is room, and nothing that is
+            chosen or told goes by them.
 
     Raises:
         ModelError: "on" was asked for and cannot be.
@@ -57,7 +65,7 @@ def choose_prefix(
     try:
         if mode == "off":
             raise UnfitError("switched off")
-        return _open(base, task, sets, how, forced=mode == "on")
+        return _open(base, task, sets, how, secret, forced=mode == "on")
     except UnfitError as unfit:
         _close(base)
         if mode == "on":
@@ -65,7 +73,9 @@ def choose_prefix(
         return PrefixReport("off", str(unfit))
 
 
-def _open(base: Base, task: Task, sets: Sequence[Examples], how: Hashable, *, forced: bool) -> PrefixReport:
+def _open(
+    base: Base, task: Task, sets: Sequence[Examples], how: Hashable, secret: Sequence[Examples], *, forced: bool
+) -> PrefixReport:
     if not task.rows_are_examples:
         raise UnfitError("several examples are packed into a row")
     if base.coupled is not None:
@@ -84,12 +94,14 @@ def _open(base: Base, task: Task, sets: Sequence[Examples], how: Hashable, *, fo
     factor = states.shape[1] / float(examples.lengths[longest])
     tokens = int(np.ceil(factor * sum(float(np.sum(found.lengths)) for found in sets)))
     needed, room = tokens * states.shape[-1] * states.element_size(), int(SHARE * total_bytes(base.device))
-    if prefix.capacity < tokens:
+    more = int(np.ceil(factor * sum(float(np.sum(found.lengths)) for found in secret)))
+    least = max(tokens, min(tokens + more, room // (states.shape[-1] * states.element_size())))
+    if prefix.capacity < least:
         if needed > room and not forced:
             raise UnfitError(
                 f"{_size(needed)} are needed for {tokens} tokens, and an eighth of the memory is {_size(room)}"
             )
-        prefix.clear(tokens)
+        prefix.clear(least)
     reason = f"{prefix.depth} layers below the adapters, {tokens} tokens, at most {_size(needed)}"
     return PrefixReport("on", reason, needed)
 

@@ -28,6 +28,7 @@ from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
 from fedlora.model import Base
 from fedlora.privacy.dpsgd import clipping_norm, noise, poisson_batches, secret_generator
+from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.cohort import alike, note_alone, why_alone
 from fedlora.training.dropout import Masks, Part, RowsError, Streams, example_parts, secret_masks
@@ -94,20 +95,48 @@ class PrivateTogether(Loop):
         """The next part of the client's sample; empty samples take their steps of noise on the way."""
         key = id(client)
         try:
-            while not self._parts[key]:
-                if client.done == client.steps:
-                    client.outcome = self._ended(client)
+            while True:
+                while not self._parts[key]:
+                    if client.done == client.steps:
+                        client.outcome = self._ended(client)
+                        return
+                    sample = client.job.indices[next(self._samples[key])]
+                    size = self._how[key].physical_batch_size or max(1, len(sample))
+                    self._parts[key] = [sample[start : start + size] for start in range(0, len(sample), size)]
+                    self._sums[key] = self._values.new_zeros(self._columns.width)
+                    if not len(sample):
+                        self._step_with_noise(client)
+                client.chosen = self._parts[key].pop(0)
+                try:
+                    client.batch = self._task.collate(self._examples, client.chosen)
                     return
-                sample = next(self._samples[key])
-                size = self._how[key].physical_batch_size or max(1, len(sample))
-                self._parts[key] = [sample[start : start + size] for start in range(0, len(sample), size)]
-                self._sums[key] = self._values.new_zeros(self._columns.width)
-                if not len(sample):
-                    self._step_with_noise(client)
-            client.chosen = client.job.indices[self._parts[key].pop(0)]
-            client.batch = self._task.collate(self._examples, client.chosen)
+                except Exception as error:
+                    self._narrow(client, error)
         except Exception as error:
             self._fail(client, error)
+
+    def _narrow(self, client: Client, error: Exception) -> None:
+        """Go on without the example that cannot be computed: by halves, until it is alone, when it adds nothing.
+
+        A client that failed as a whole would let one example move all others' part in its update.
+        """
+        key, size = id(client), len(client.chosen)
+        if isinstance(error, PrivacyError | RowsError):  # of the model, whatever its examples
+            raise error
+        if size > 1:
+            self._parts[key][:0] = np.array_split(client.chosen, 2)
+            return
+        logger.warning("an example is left out of a private step: %s: %s", type(error).__name__, clean_text(error))
+        if not self._parts[key]:
+            self._step_with_noise(client)
+
+    def _alone_failed(self, client: Client, error: Exception) -> None:
+        try:
+            self._narrow(client, error)
+        except Exception as found:
+            self._fail(client, found)
+        else:
+            self._next_batch(client)
 
     def _fail(self, client: Client, error: Exception) -> None:
         client.outcome = veiled(error)

@@ -24,6 +24,7 @@ from fedlora.training.cohort import why_alone
 from fedlora.training.job import examples_of
 from fedlora.training.machines import Machine, most_threads, room
 from fedlora.training.pool import step_budget
+from fedlora.training.private import private_settings
 from fedlora.training.runtime import own_cores, usable_cores
 from fedlora.training.workbench import Workbench
 
@@ -140,7 +141,7 @@ def cohort_size(bench: Workbench, asked: int, processes: int = 1) -> CohortChoic
     if config.runtime.cohort != "auto":
         return CohortChoice(config.runtime.cohort, "asked for")
     budget = step_budget(base)
-    lengths = bench.data.train.lengths
+    lengths = lengths_to_tell(bench)
     typical = float(np.quantile(lengths, 0.9)) if len(lengths) else 1.0  # the longest of a batch sets its length
     clients = len(bench.data.clients)
     rows = float(np.median([train_config(config, k).batch_size for k in range(min(clients, 1000))]))
@@ -165,9 +166,33 @@ def modules_of(bench: Workbench) -> list[str]:
     return sorted({cls.__module__ for cls in classes})
 
 
+def examples_to_tell(bench: Workbench, client_id: int) -> int:
+    """Examples that a client trains on in a round, where something that is written down goes by them.
+
+    A private run goes by what is public: its plan, or the number of examples where weights go by that.
+    """
+    config = bench.config
+    if config.example_privacy is not None:
+        plan = private_settings(config, client_id).schedule
+        return round(plan.steps * plan.expected_batch_size)
+    train = train_config(config, client_id)
+    if config.client_privacy is not None and config.server.weighting == "uniform":
+        return (train.steps or 1) * train.batch_size
+    return examples_of(len(bench.data.clients[client_id]), train)
+
+
+def lengths_to_tell(bench: Workbench) -> np.ndarray:
+    """Tokens of examples, where something that is written down goes by them: in a private run of the test examples."""
+    data = bench.data
+    return np.asarray(data.train.lengths if bench.config.privacy is None else data.test.lengths)
+
+
 def expected_tokens(bench: Workbench) -> list[float]:
     """Tokens that each client trains on in a round: what its work goes by."""
     config, lengths = bench.config, bench.data.train.lengths
+    if config.privacy is not None:
+        typical = float(lengths_to_tell(bench).mean()) if len(lengths_to_tell(bench)) else 1.0
+        return [examples_to_tell(bench, k) * typical for k in range(len(bench.data.clients))]
     return [
         examples_of(len(indices), train_config(config, k)) * float(lengths[indices].mean()) if len(indices) else 0.0
         for k, indices in enumerate(bench.data.clients)

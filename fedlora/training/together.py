@@ -159,6 +159,10 @@ class Loop(ABC):
     def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
         """The loss of each example."""
 
+    def _alone_failed(self, client: Client, error: Exception) -> None:
+        """A client's own step has failed."""
+        self._fail(client, error)
+
     def _fail(self, client: Client, error: Exception) -> None:
         """A client leaves because of what its training raised."""
         client.outcome = error
@@ -216,7 +220,7 @@ class Loop(ABC):
             if isinstance(error, RowsError) and len(self._clients) > 1:
                 raise
             if len(members) == 1:
-                self._fail(members[0], error)
+                self._alone_failed(members[0], error)
                 return
             for stream, state in before:
                 stream.state = state

@@ -129,16 +129,19 @@ def open_workbench(config: RunConfig) -> Workbench:
             pass_over_libraries()
             base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
             activity.info("choosing how to compute")
-            trial = Trial(base, task, [data.test, data.train])
+            # What is found out on examples is written down, or ends the run: in a private run on public ones alone.
+            public, secret = ([data.test], [data.train]) if config.privacy else ([data.test, data.train], [])
+            trial = Trial(base, task, public)
             kernels = accelerate(base.model, config.runtime.kernels)
             attention = choose_attention(base.model, config.runtime.attention)
             kernels, attention = trial.keep_equal(kernels, attention)
             base.coupled = trial.coupled()
             if (reason := trial.cannot_share()) is not None:
                 note_alone(base, reason)
-            task.check(base.model, [data.test, data.train])
+            task.check(base.model, public)
             how = (attention.mode, torch.get_num_threads())
-            prefix = choose_prefix(base, task, [data.train, data.test], config.runtime.prefix_cache, how)
+            sets = public if secret else [data.train, data.test]
+            prefix = choose_prefix(base, task, sets, config.runtime.prefix_cache, how, secret=secret)
             bench = Workbench(config, task, data, base, device, kernels, attention, prefix)
             _open[key] = _open[_key(settle(config, bench.settled))] = bench
         _open[key] = replace(_open[key], config=config)
@@ -160,7 +163,8 @@ def settle(config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
 def _key(config: RunConfig) -> str:
     # How many clients train at once, in how many processes and where, is asked of each run's own config.
     alike = config.runtime.model_copy(update={"cohort": 1, "processes": 1, "crew": "processes"})
-    return config.model_copy(update={"runtime": alike}).digest(*SECTIONS)
+    private = "" if config.privacy is None else "/private"
+    return config.model_copy(update={"runtime": alike}).digest(*SECTIONS) + private
 
 
 def close_workbench() -> None:

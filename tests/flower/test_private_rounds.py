@@ -222,9 +222,13 @@ def test_a_loss_that_explodes_is_not_reported(private: MakeConfig, replies: list
 def test_an_update_with_more_than_public_figures_is_refused(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_app, "scrub", lambda metrics: {**metrics, "loss": 0.5})
-    with pytest.raises(RoundError, match="metric 'loss' was not asked for"):
+    real = client_app._private_figures
+    monkeypatch.setattr(client_app, "_private_figures", lambda *args: {**real(*args), "loss": 0.5})
+    with pytest.raises(RoundError, match=r"what goes with a private update: 'loss' is not on the list"):
         run(private())
+    monkeypatch.setattr(client_app, "_may_leave", lambda content, config: content)
+    with pytest.raises(RoundError, match="metric 'loss' was not asked for"):
+        run(private(name="again"))
 
 
 def test_a_client_without_examples_answers_like_the_others(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlora.errors import PrivacyError
-from fedlora.privacy.dpsgd import PrivateStep, poisson_batches, scrub, secret_generator, secret_rng
+from fedlora.privacy.dpsgd import PrivateStep, poisson_batches, secret_generator, secret_rng
 
 C = 0.05
 
@@ -170,10 +170,10 @@ def test_a_failed_loss_leaves_no_hooks() -> None:
 
     def half_way(part: np.ndarray) -> torch.Tensor:
         taker(model, batch)(part)
-        raise KeyError("no such example")
+        raise KeyboardInterrupt
 
     with (
-        pytest.raises(KeyError),
+        pytest.raises(KeyboardInterrupt),
         PrivateStep(model, optimizer, max_grad_norm=C, noise_multiplier=1.0, expected_batch_size=2) as private,
     ):
         private.step(np.array([0, 1]), half_way)
@@ -311,16 +311,3 @@ def test_noise_has_more_seeds_than_can_be_tried() -> None:
     assert float(values.mean()) == pytest.approx(0.0, abs=0.015)
     assert float(values.std()) == pytest.approx(1.0, abs=0.01)
     assert int((values.abs() > 3).sum()) == pytest.approx(540, rel=0.25)
-
-
-def test_only_figures_of_the_plan_are_reported() -> None:
-    told = {
-        "steps": 4,
-        "epsilon": 1.0,
-        "loss": 0.3,
-        "accuracy": 0.9,
-        "clip_fraction": 0.2,
-        "num_examples": 61,
-        "seconds": 2,
-    }
-    assert scrub(told) == {"steps": 4, "epsilon": 1.0}

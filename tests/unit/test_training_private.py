@@ -129,15 +129,17 @@ def test_the_base_trains_plainly_afterwards_as_before(bench: Workbench) -> None:
     assert torch.equal(move(before.adapter, what.adapter), move(after.adapter, what.adapter))
 
 
-def test_a_failure_inside_tells_nothing_of_the_data(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_that_all_fail_leave_an_update_of_noise_alone(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def losses(model: object, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         raise ValueError(f"secret: {len(batch['labels'])} examples")
 
     monkeypatch.setattr(type(bench.task), "losses", staticmethod(losses))
-    with pytest.raises(PrivacyError, match=r"private training failed; the reason .* stays") as caught:
-        train_private(bench.base, bench.task, bench.data.train, job(bench.base), TrainConfig(), settings(1.0))
-    assert "secret" not in str(caught.value)
-    assert not any(ch.isdigit() for ch in str(caught.value))
+    what = job(bench.base)
+    found = train_private(bench.base, bench.task, bench.data.train, what, TrainConfig(), settings(1.0))
+    assert float(move(found.adapter, what.adapter).std()) > 0
+    assert "secret: 1 examples" in caplog.text
 
 
 def test_the_model_is_looked_at_once_on_examples_of_the_caller(

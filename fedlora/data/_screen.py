@@ -1,0 +1,191 @@
+"""A node's own file under [privacy]: rows that cannot be used are left out, and its own log alone says how many.
+
+In a run without privacy one bad row ends its node's part with a message that names it. Under privacy that would show
+whoever sees the messages that the row is there. So every row is judged by itself: what cannot be read or prepared is
+left out, and a node with few examples, or none, answers as any other.
+
+An example is a row as the readers of this module find it: a line of .jsonl, a record of .csv. A file that has no rows
+at all, or none that can be read, is a node without examples.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora.assets import Checkpoint
+from fedlora.data._sources import READERS, read_file, select
+from fedlora.errors import ConfigError, DataError, nearest
+from fedlora.sanitize import clean_text
+from fedlora.tasks import Examples, Table, Task
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def screened(path: Path, task: Task, model: Checkpoint, columns: Mapping[str, str]) -> Examples:
+    """The usable examples of a file, in their order.
+
+    Args:
+        path: of the file.
+        task: prepares them.
+        model: where its tokenizer is.
+        columns: role -> column.
+
+    Raises:
+        DataError: the file's header lacks a column, or it is of a kind that cannot be read.
+        ConfigError: the task is one whose examples cannot be invented here.
+    """
+    require_header(path, tuple(columns.values()))
+    nothing = invented(task, model, columns).take([])
+    try:
+        rows = list(_rows(path))
+    except Exception as error:
+        logger.warning("%s cannot be read, and counts as empty: %s", path, clean_text(error))
+        return nothing
+    reasons: list[str] = []
+
+    def prepared(some: Sequence[Row]) -> Examples:
+        table = Table({name: [row.get(name) for row in some] for name in columns.values()})
+        return task.prepare(select(table, tuple(columns.values()), repr(str(path))), model, columns, keep=())
+
+    def good(some: Sequence[Row]) -> Iterator[Row]:
+        """Halve what cannot be prepared until each bad row is found."""
+        try:
+            if some:
+                prepared(some)
+                yield from some
+        except Exception as error:
+            if len(some) == 1:
+                reasons.append(clean_text(error))
+                return
+            middle = len(some) // 2
+            yield from good(some[:middle])
+            yield from good(some[middle:])
+
+    whole = [row for row in rows if row is not None]
+    usable = list(good(whole))
+    if left_out := len(rows) - len(usable):
+        first = reasons[0] if reasons else "a line that cannot be read"
+        logger.warning("%d of %d rows of %s are left out; the first: %s", left_out, len(rows), path, first)
+    return prepared(usable) if usable else nothing
+
+
+def require_header(path: Path, names: Sequence[str]) -> None:
+    """Raise for a file whose header lacks a column; what has no header (.jsonl, .json) is not looked at.
+
+    Raises:
+        DataError: also if it is of a kind that cannot be read.
+    """
+    kind = path.suffix.lower()
+    if kind not in READERS:
+        raise DataError(f"{str(path)!r} is of a kind that cannot be read; convert it to one of {', '.join(READERS)}")
+    try:
+        found = _header(path, kind)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{str(path)!r} cannot be read as {kind}: {clean_text(error, 100)}") from None
+    if found is None:
+        return
+    for name in names:
+        if name not in found:
+            raise DataError(f"{str(path)!r} has no column {name!r}; {nearest(name, found)}")
+
+
+def _header(path: Path, kind: str) -> Sequence[str] | None:
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        names: list[str] = pyarrow.parquet.read_schema(path).names
+        return names
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        return next(csv.reader(file, delimiter=_DELIMITERS[kind]), []) if kind in _DELIMITERS else None
+
+
+def invented(task: Task, model: Checkpoint, columns: Mapping[str, str]) -> Examples:
+    """Four examples that are nobody's, of unequal length: what a model can be tried on where nothing public is at hand.
+
+    Raises:
+        ConfigError: the task has a role whose values cannot be made up here.
+    """
+    labels = tuple(getattr(task, "labels", ()))
+    table: dict[str, Sequence[Any]] = {}
+    for role, column in columns.items():
+        if role not in _INVENTED:
+            raise ConfigError(
+                f"under [privacy] a node's own data are for tasks on texts and pictures: no example can be made up for "
+                f"the role {role!r}"
+            )
+        table[column] = _INVENTED[role](labels)
+    return task.prepare(Table(table), model, columns, keep=())
+
+
+_TEXTS = ("a", "one two three", "it is as good as it can be", "there are four of them, and this is the last one")
+_INVENTED: Mapping[str, Callable[[Sequence[str]], Sequence[Any]]] = {
+    "text": lambda _labels: list(_TEXTS),
+    "prompt": lambda _labels: list(_TEXTS),
+    "answer": lambda _labels: list(reversed(_TEXTS)),
+    "messages": lambda _labels: [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in _TEXTS
+    ],
+    "label": lambda labels: [labels[place % len(labels)] for place in range(len(_TEXTS))],
+    "image": lambda _labels: [np.full((16, 16), 60 * place, dtype=np.uint8) for place in range(len(_TEXTS))],
+}
+"""Role -> four values, given the names of the classes."""
+
+
+# ---------------------------------------------------------------------------------------------- rows one by one
+
+
+def _rows(path: Path) -> Iterator[Row | None]:
+    """The rows of a file, None for one that cannot be read."""
+    kind = path.suffix.lower()
+    if kind in _DELIMITERS:
+        return _records(path, _DELIMITERS[kind])
+    if kind == ".jsonl":
+        return (_object(line) for line in path.read_bytes().splitlines() if line.strip())
+    if kind == ".json":
+        tree = json.loads(path.read_bytes().decode("utf-8-sig", errors="surrogateescape"))
+        if isinstance(tree, list):
+            return (row if isinstance(row, dict) else None for row in tree)
+    columns = read_file(path).columns
+    return (dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
+
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def _records(path: Path, delimiter: str) -> Iterator[Row | None]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.reader(file, delimiter=delimiter)
+        header = next(lines, [])
+        while True:
+            try:
+                line = next(lines)
+            except StopIteration:
+                return
+            except csv.Error:
+                yield None
+                continue
+            if line:
+                yield dict(zip(header, line, strict=True)) if _is_whole(line, header) else None
+
+
+def _is_whole(line: Sequence[str], header: Sequence[str]) -> bool:
+    return len(line) == len(header) and not any("\udc80" <= mark <= "\udcff" for cell in line for mark in cell)
+
+
+def _object(line: bytes) -> Row | None:
+    try:
+        found = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
