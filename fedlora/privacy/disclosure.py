@@ -90,6 +90,8 @@ ENVIRONMENT: Final = frozenset(
         "crew",
         "kernels",
         "kernels_why",
+        "kernels_measured",  # on random inputs
+        "kernels_timings",
         "attention",
         "attention_why",
         "prefix_cache",
@@ -98,6 +100,7 @@ ENVIRONMENT: Final = frozenset(
         "cohort_why",
         "processes",
         "processes_why",
+        "step_tokens",  # by the size of the model
         "new_weights",
         "resumed",
     }
