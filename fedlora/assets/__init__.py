@@ -23,8 +23,9 @@ from typing import Any
 from fedlora.assets._download import download, sha256_of
 from fedlora.assets._package import Asset, Package
 from fedlora.assets.catalogue import ASSETS
+from fedlora.assets.damage import why_not_loaded
 from fedlora.config import ModelConfig
-from fedlora.errors import AssetError, nearest
+from fedlora.errors import AssetError, looks_like_path, nearest
 from fedlora.files import cache_dir
 from fedlora.hashing import Stamp, stamp
 
@@ -54,9 +55,15 @@ class Checkpoint:
         """The checkpoint that a config's `[model]` names.
 
         Raises:
-            AssetError: the model is a named asset that was not fetched.
+            AssetError: the model is a named asset that was not fetched, or a path at which there is no folder.
         """
-        return cls(resolve_model(model.name), model.revision, model.trust_remote_code)
+        source = resolve_model(model.name)
+        path = Path(source).expanduser()
+        if path.is_file():
+            raise AssetError(f"model.name {model.name!r} is a file: name the folder in which it is")
+        if looks_like_path(source) and not path.is_dir():
+            raise AssetError(f"there is no folder {model.name!r}: check model.name")
+        return cls(str(path) if path.is_dir() else source, model.revision, model.trust_remote_code)
 
     @classmethod
     def at(cls, place: str | Path | Checkpoint) -> Checkpoint:
@@ -72,6 +79,12 @@ class Checkpoint:
         """By which a local folder that was changed is known; () for a hub name, whose files are never written over."""
         folder = Path(self.source)
         return tuple(stamp(path) for path in sorted(folder.iterdir()) if path.is_file()) if folder.is_dir() else ()
+
+    def why_not_loaded(self, error: Exception) -> str:
+        """One clause on why a library refused it: damage that is found in its folder, else what the library said."""
+        return why_not_loaded(
+            self.source, error, tuple(name for name, asset in ASSETS.items() if asset.kind == "model")
+        )
 
     def __str__(self) -> str:
         return self.source if self.revision is None else f"{self.source}@{self.revision}"

@@ -14,6 +14,7 @@ from fedlora.errors import ConfigError, RoundError
 from fedlora.flower.ray_crew import require_ray
 from fedlora.model.starting import first_state, plan_for
 from fedlora.training.central import load_rule, require_cohort, require_one_start
+from fedlora.training.fits import require_fit_of_any
 from fedlora.training.job import TrainJob
 from fedlora.training.private import check_model, private_settings
 from fedlora.training.workbench import Workbench
@@ -68,6 +69,7 @@ def require_servable(
 
 def _require_private(config: RunConfig, bench: Workbench, plan: ClientPlan, clients: Iterable[int]) -> None:
     """Calibrate every client's noise, and look at the model on two of the server's own test examples."""
+    require_fit_of_any(config, bench.base, bench.task)
     for client_id in clients:
         private_settings(config, client_id)
     job = TrainJob(plan.adapter, frozenset(plan.trains), np.empty(0, np.int64), 0)

@@ -10,7 +10,8 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -173,6 +174,7 @@ def _from_pretrained(
 
     checkpoint = Checkpoint.of(config.model)
     auto = getattr(transformers, auto_class)
+    _require_pad_row(checkpoint, model_kwargs.get("pad_token_id"))
     try:
         with quiet_transformers():  # its report on absent weights is replaced by ours
             model, info = auto.from_pretrained(
@@ -183,13 +185,32 @@ def _from_pretrained(
                 **{**checkpoint.options, "revision": config.model.revision},
                 **model_kwargs,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the model {config.model.name!r} cannot be loaded with {auto_class}: {first}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # from files of others, by readers of many kinds
+        why = checkpoint.why_not_loaded(error)
+        raise ModelError(f"the model {config.model.name!r} cannot be loaded with {auto_class}: {why}") from error
     absent = dict.fromkeys(info.get("missing_keys", ()), MISSING)
     for name, found, wanted in info.get("mismatched_keys", ()):
         absent[name] = f"is {list(found)} there and {list(wanted)} here"
     return model, absent
+
+
+def _require_pad_row(checkpoint: Checkpoint, pad_id: int | None) -> None:
+    """Refuse a padding token without a row: some models fail by it while they are built, in words of torch's."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
+    except Exception:  # `from_pretrained` of the model says it better
+        return
+    rows = getattr(config, "vocab_size", None)
+    if pad_id is not None and isinstance(rows, int) and pad_id >= rows:
+        raise ModelError(
+            f"the tokenizer of {str(checkpoint)!r} has a padding token of id {pad_id}, and the model's embeddings have "
+            f"rows 0 to {rows - 1}: set another padding token in its tokenizer, or add rows with "
+            "model.resize_token_embeddings(len(tokenizer)) and save both"
+        )
 
 
 def _notes(drawn: Sequence[str], frozen: Sequence[str], trained: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -258,7 +279,7 @@ def _inject(
             **places,
         )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _names_of_this_version():
             warnings.simplefilter("ignore")  # on fan_in_fan_out, which it corrects for each layer
             if not method.pairs:
                 kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type(method)]
@@ -279,3 +300,20 @@ def _inject(
             "in adapter.targets and adapter.modules_to_save"
         )
     return peft_model
+
+
+@contextmanager
+def _names_of_this_version() -> Iterator[None]:
+    """Inside, PEFT takes target modules as they are named.
+
+    For models with experts it takes them for names of transformers 4, and reduces an expression to the last parts of
+    what it matches: modules of all layers, where some were chosen. Ours are names of the model at hand.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    before = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_args, **_options: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = before

@@ -131,11 +131,13 @@ def _load_tokenizer(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> Any:
     path = str(checkpoint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+    except MemoryError:
+        raise
+    except Exception as error:  # the reader of tokenizer.json raises a bare Exception
         raise ModelError(
-            f"no tokeniser can be loaded from {path!r}: {first}; give a folder with tokenizer.json"
-        ) from None
+            f"no tokeniser can be loaded from {path!r}: {checkpoint.why_not_loaded(error)}; give a folder with "
+            "tokenizer.json"
+        ) from error
     _refuse_invented(tokenizer, checkpoint)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from fedlora.assets import Checkpoint
 from fedlora.errors import DataError
 from fedlora.hashing import digest_of
+from fedlora.model.reach import longest_text
 from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
 from fedlora.tasks._chat import PLAIN_TEMPLATE, encode_conversations, encode_texts, read_messages
 from fedlora.tasks._text import Tokens, digest_tokenizer, load_tokenizer
@@ -195,7 +196,8 @@ class CausalLM(Task):
     ) -> tuple[Sample, ...]:
         """What the model says to the prompts of some examples: greedy, so the same each time.
 
-        A plain text's first half is its prompt, otherwise everything before the last answer.
+        A plain text's first half is its prompt, otherwise everything before the last answer; of a prompt that leaves no
+        room for an answer within the model's positions the oldest tokens are cut.
 
         Args:
             model: with its adapter written.
@@ -207,10 +209,15 @@ class CausalLM(Task):
         tokenizer = load_tokenizer(model_path)
         ids, labels = _tokens(examples, "input_ids"), _tokens(examples, "labels")
         device = next(model.parameters()).device
+        longest = longest_text(model)
+        if longest is not None:
+            new_tokens = min(new_tokens, longest // 2)
         out = []
         with evaluating(model), torch.inference_mode():
             for index in indices:
                 row, cut = ids[int(index)], _prompt_length(labels[int(index)])
+                row = row[_cut_for(longest, cut, new_tokens) :]
+                cut -= len(ids[int(index)]) - len(row)
                 prompt = torch.from_numpy(row[:cut].astype(np.int64)).to(device)[None]
                 # One prompt at a time: a batch would need padding on the left, which not every model masks.
                 grown = model.generate(  # type: ignore[operator]
@@ -236,6 +243,11 @@ def _tokens(examples: Examples, name: str) -> Tokens:
 
 def _longest(examples: Examples) -> list[np.ndarray]:
     return [_tokens(examples, "input_ids")[int(np.argmax(examples.lengths))]] if len(examples) else []
+
+
+def _cut_for(longest: int | None, prompt: int, new_tokens: int) -> int:
+    """How many of a prompt's oldest tokens must go so that it and the answer fit into the model's positions."""
+    return 0 if longest is None else max(0, prompt + new_tokens - longest)
 
 
 def _prompt_length(labels: np.ndarray) -> int:

@@ -165,10 +165,12 @@ def _processor(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> tuple[Any,
     try:
         processor = AutoImageProcessor.from_pretrained(checkpoint.source, backend="pil", **checkpoint.options)
         config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # from files of others
         raise ModelError(
-            f"{str(checkpoint)!r} has no image processor (preprocessor_config.json): set model.name to a model of "
-            "images, or change task.name"
+            f"{str(checkpoint)!r} has no image processor (preprocessor_config.json) that can be loaded: "
+            f"{checkpoint.why_not_loaded(error)}; set model.name to a model of images, or change task.name"
         ) from error
     patch = getattr(config, "patch_size", 0)
     return processor, int(getattr(config, "num_channels", 3)), patch if isinstance(patch, int) else 0

@@ -20,6 +20,7 @@ from fedlora.provenance import WORDS, Provenance, class_names_digest
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
 from fedlora.training.cohort import note_alone
+from fedlora.training.fits import require_fit
 from fedlora.training.prefix import PrefixReport, choose_prefix
 from fedlora.training.runtime import pass_over_libraries, setup
 from fedlora.training.trial import Trial
@@ -128,6 +129,7 @@ def open_workbench(config: RunConfig) -> Workbench:
             activity.info("loading %s", config.model.name)
             pass_over_libraries()
             base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
+            require_fit(config, base, task, [data.train, data.test])
             activity.info("choosing how to compute")
             # What is found out on examples is written down, or ends the run: in a private run on public ones alone.
             public, secret = ([data.test], [data.train]) if config.privacy else ([data.test, data.train], [])
