@@ -16,7 +16,8 @@ PATCH = '''
 import os, pathlib, sys
 
 if any("flwr-clientapp" in word for word in sys.orig_argv):
-    from flwr.app.message import Array, ArrayChunk, ConfigRecord, MetricRecord
+    from flwr.app.message import Array, ConfigRecord, MetricRecord
+    from flwr.app.message.arraychunk import ArrayChunk
     from flwr.supercore.inflatable.inflatable_object import add_header_to_object_body
 
     kind, mark = os.environ["HOSTILE"], pathlib.Path(os.environ["HOSTILE_MARK"])
