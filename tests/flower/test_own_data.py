@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 
 from fedlora.config import RunConfig, parse_config
@@ -208,3 +208,24 @@ def test_a_replay_that_cannot_be_the_run_says_so(tiny_config: MakeConfig) -> Non
     expected = r"round 1 of the replay has updates of clients \[0, 2\], and the run had those of \[0, 2, 9\]"
     with pytest.raises(RoundError, match=expected):
         run_local(config, RunDir.create(config), NoProgress(), replay=records)
+
+
+@pytest.mark.parametrize("lie", [False, True])
+def test_no_node_weighs_more_than_its_claim_beside_the_others(
+    lie: bool, configs: Any, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten million claimed examples beside 70 and 50 weigh as ten times 70; what honest nodes have counts in full."""
+    real = LocalGrid._answer
+
+    def answer(self: LocalGrid, message: Message) -> Message:
+        reply = real(self, message)
+        if lie and message.metadata.dst_node_id == 4 and "metrics" in reply.content:
+            reply.content.metric_records["metrics"]["num_examples"] = 10_000_000
+        return reply
+
+    monkeypatch.setattr(LocalGrid, "_answer", answer)
+    own = parse_config(configs("rounds=1")[0].to_toml(), ["partition.clients=3"])
+    nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("aba")]
+    clients = federate(own, nodes).records[1]["clients"]
+    assert [row["num_examples"] for row in clients.values()] == [70, 50, 10_000_000 if lie else 70]
+    assert [row.get("weight") for row in clients.values()] == [None, None, 700.0 if lie else None]
