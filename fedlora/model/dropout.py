@@ -33,7 +33,8 @@ def set_dropout(model: nn.Module, p: float) -> None:
             owners.append(config)
         for owner in owners:
             for name, value in list(vars(owner).items()):
-                if _is_probability(name, value) and (_drops(name) or not p):
+                # What it is already is left alone: some configs take whole numbers alone for a 0.
+                if _is_probability(name, value) and (_drops(name) or not p) and value != p:
                     setattr(owner, name, p)
 
 

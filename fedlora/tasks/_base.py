@@ -112,6 +112,10 @@ class Task(ABC):
         """Whether row i of every tensor of a batch belongs to example i; gradients taken example by example need it."""
         return True
 
+    def pads_left(self, examples: Examples) -> bool:  # noqa: ARG002
+        """Whether the model's tokeniser pads on the left; batches are padded on the right all the same."""
+        return False
+
     @property
     def head(self) -> tuple[str, ...]:
         """Names of modules that are trained in full because the base has no trained ones (candidates; those that the

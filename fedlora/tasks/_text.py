@@ -34,11 +34,13 @@ class Tokens(Sequence[np.ndarray]):
         flat: ids of all examples one after the other, int32 [sum of lengths].
         starts: where each example begins in `flat`, with the end of the last one, int64 [n + 1].
         pad_id: the id that fills a batch's shorter rows.
+        left: whether the tokeniser itself pads on the left; batches are padded on the right all the same.
     """
 
     flat: np.ndarray
     starts: np.ndarray
     pad_id: int
+    left: bool = False
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -65,7 +67,7 @@ class Tokens(Sequence[np.ndarray]):
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Tokens:
         """The examples at `indices`, in that order."""
-        return Tokens.join([self[int(index)] for index in indices], self.pad_id)
+        return Tokens.join([self[int(index)] for index in indices], self.pad_id, left=self.left)
 
     def corrupt(self, rows: np.ndarray, rate: float, seed: int) -> Tokens:
         """Some examples with words exchanged: each token but the first and last becomes, with probability `rate`, a
@@ -81,15 +83,15 @@ class Tokens(Sequence[np.ndarray]):
         flat = self.flat.copy()
         if len(places):
             flat[places] = generator.choice(self.flat[inner], size=len(places))
-        return Tokens(flat, self.starts, self.pad_id)
+        return Tokens(flat, self.starts, self.pad_id, self.left)
 
     @classmethod
-    def join(cls, rows: Sequence[Sequence[int] | np.ndarray], pad_id: int) -> Tokens:
+    def join(cls, rows: Sequence[Sequence[int] | np.ndarray], pad_id: int, *, left: bool = False) -> Tokens:
         """From one sequence of ids an example."""
         starts = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=starts[1:])
         flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]) if rows else np.zeros(0, np.int32)
-        return cls(flat, starts, pad_id)
+        return cls(flat, starts, pad_id, left)
 
     def pad(self, indices: Sequence[int] | np.ndarray) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
         """Ids and attention mask of a batch, padded on the right to its longest example."""
@@ -203,8 +205,13 @@ def _refuse_invented(tokenizer: Any, checkpoint: Checkpoint) -> None:
         )
 
 
-def encode(model: str | Path | Checkpoint, texts: Sequence[Any], column: str, max_length: int) -> Tokens:
-    """Token ids of texts with the model's special tokens, cut to `max_length` tokens.
+def encode(
+    model: str | Path | Checkpoint, texts: Sequence[Any], column: str, max_length: int
+) -> tuple[Tokens, Tokens | None]:
+    """Token ids of texts with the model's special tokens, cut to `max_length` tokens, and their segments.
+
+    Segments (token_type_ids) are None where all are 0, which is what models take for granted; XLNet's and Funnel's
+    tokenisers give the class token one of its own.
 
     Args:
         model: its folder, hub name or checkpoint.
@@ -219,18 +226,17 @@ def encode(model: str | Path | Checkpoint, texts: Sequence[Any], column: str, ma
         require_text(text, row, column)
     tokenizer = load_tokenizer(model)
     # Without padding and masks the tokeniser's own lists are all that is built; in slices, to bound their memory.
+    how = {"truncation": True, "max_length": max_length, "padding": False, "return_attention_mask": False}
+    typed = "token_type_ids" in tokenizer.model_input_names and len(texts) > 0
+    typed = typed and any(tokenizer(texts[0], return_token_type_ids=True, **how)["token_type_ids"])
     rows: list[list[int]] = []
+    types: list[list[int]] = []
     for start in range(0, len(texts), 4096):
-        part = list(texts[start : start + 4096])
-        rows += tokenizer(
-            part,
-            truncation=True,
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-    tokens = Tokens.join(rows, int(tokenizer.pad_token_id))
+        found = tokenizer(list(texts[start : start + 4096]), return_token_type_ids=typed, **how)
+        rows += found["input_ids"]
+        types += found["token_type_ids"] if typed else []
+    tokens = Tokens.join(rows, int(tokenizer.pad_token_id), left=tokenizer.padding_side == "left")
+    segments = Tokens.join(types, int(tokenizer.pad_token_type_id)) if typed else None
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     words = tokens.flat[~np.isin(tokens.flat, sorted(special))]
     if len(words) and np.all(words == tokenizer.unk_token_id):
@@ -238,4 +244,4 @@ def encode(model: str | Path | Checkpoint, texts: Sequence[Any], column: str, ma
             f"column {column!r}: the tokenizer of {str(Checkpoint.at(model))!r} knows not one word of it: check "
             "data.text, or use a model of the texts' language"
         )
-    return tokens
+    return tokens, segments

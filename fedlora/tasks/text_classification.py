@@ -59,9 +59,9 @@ class TextClassification(Classification):
         """
         known = self.labels or table.label_names
         names, labels = classes_of(table.columns[columns["label"]], columns["label"], known, model_path)
-        tokens = encode(model_path, table.columns[columns["text"]], columns["text"], self.max_length)
+        tokens, segments = encode(model_path, table.columns[columns["text"]], columns["text"], self.max_length)
         return Examples(
-            inputs={"input_ids": tokens},
+            inputs={"input_ids": tokens} | ({} if segments is None else {"token_type_ids": segments}),
             labels=labels,
             lengths=tokens.lengths,
             columns={name: np.asarray(table.columns[name]) for name in keep},
@@ -73,18 +73,31 @@ class TextClassification(Classification):
         return {**super().model_kwargs(examples), "pad_token_id": _tokens(examples).pad_id}
 
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Padded to the longest text of the batch: "input_ids" and "attention_mask" [b, t], "labels" [b]."""
+        """Padded to the longest text of the batch: "input_ids" and "attention_mask" [b, t], "labels" [b].
+
+        "token_type_ids" [b, t] too where the tokeniser gives any but 0.
+        """
         ids, mask = _tokens(examples).pad(indices)
         assert examples.labels is not None
-        return {
+        batch = {
             "input_ids": ids,
             "attention_mask": mask,
             "labels": torch.from_numpy(examples.labels[np.asarray(indices, dtype=np.int64)]),
         }
+        if "token_type_ids" in examples.inputs:
+            batch["token_type_ids"] = examples.inputs["token_type_ids"].pad(indices)[0]  # type: ignore[attr-defined]
+        return batch
 
     def padding(self, examples: Examples) -> Mapping[str, int]:
         """The tokeniser's own padding, which is not looked at."""
-        return {"input_ids": _tokens(examples).pad_id, "attention_mask": 0}
+        fill = {"input_ids": _tokens(examples).pad_id, "attention_mask": 0}
+        if "token_type_ids" in examples.inputs:
+            fill["token_type_ids"] = examples.inputs["token_type_ids"].pad_id  # type: ignore[attr-defined]
+        return fill
+
+    def pads_left(self, examples: Examples) -> bool:
+        """As the tokeniser says."""
+        return _tokens(examples).left
 
     def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
         """Noise in the texts: `rate` is the share of words that are exchanged for words of other texts."""
@@ -93,7 +106,8 @@ class TextClassification(Classification):
 
     def logits(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
         """The classification head's scores."""
-        scores: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        scores: Tensor = model(**inputs).logits
         return scores
 
 

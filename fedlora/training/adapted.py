@@ -21,6 +21,7 @@ from fedlora.provenance import Provenance, class_names_digest
 from fedlora.rundir import PUT_BACK, RunDir, require_provenance
 from fedlora.tasks import Examples, Task, load_task
 from fedlora.training.runtime import setup
+from fedlora.training.trial import find_coupling
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,10 +59,12 @@ class Adapted:
     Args:
         peft: as PEFT loads it.
         device: on which it is.
+        coupled: why an example's result depends on the examples beside it, if it does.
     """
 
     peft: PeftModel
     device: torch.device
+    coupled: str | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -200,7 +203,10 @@ def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
         raise ModelError(f"{str(source.folder)!r}: {error}") from None
     if found.base is None:
         _require(source, Provenance(base=fingerprint(checkpoint, getattr(model.config, "_commit_hash", None))))
-    return Adapted(model, device), task
+    adapted = Adapted(model, device)
+    if examples is not None and len(examples):
+        adapted = replace(adapted, coupled=find_coupling(adapted, task, examples))
+    return adapted, task
 
 
 def _head(source: Source, task: Task) -> dict[str, Any]:

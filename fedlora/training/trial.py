@@ -10,7 +10,7 @@ Shapes: b = examples in a batch, t = tokens, d = hidden size or classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, final
@@ -27,8 +27,10 @@ from fedlora.kernels import KernelReport, restore
 from fedlora.model import Base
 from fedlora.model.unread import restore_unread, skip_unread
 from fedlora.privacy.preflight import widened
+from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.dropout import RowsError
+from fedlora.training.evaluate import Measurable
 from fedlora.training.flat import Columns
 from fedlora.training.job import TrainJob, to_device
 from fedlora.training.stacked import Stacked, cannot_stack
@@ -61,11 +63,28 @@ class Trial:
         restore_unread(base.model)
         set_attention(base.model, base.attention)
         self._batches = _batches(task, sets)
+        self._left = any(len(examples) and task.pads_left(examples) for examples in sets)
         self._adapters = _two_adapters(base)
         base.write(self._adapters[0], frozenset())
-        # Whoever owns an example on which the model fails meets the error in its own batch; here it tells nothing.
         self._plain = self._quietly("pair")
-        self._rounding = ROUNDING.get(base.dtype) or self._own_rounding()
+        if self._plain is None and self._batches:
+            self._refuse_failing()
+        self._rounding = ROUNDING.get(base.dtype)
+        self._limit = self._rounding or self._own_rounding()
+
+    def _refuse_failing(self) -> None:
+        """A model that fails on the shortest example alone fails on all, or its data do.
+
+        Whoever owns a single example on which it fails meets the error in its own batch.
+        """
+        try:
+            self._states("alone")
+        except Exception as error:
+            first = clean_text(next(iter(str(error).splitlines()), ""), 200)
+            raise ModelError(
+                f"{type(self._base.model).__name__} cannot compute the data's examples ({type(error).__name__}: "
+                f"{first}): change model.dtype, task.max_length or model.name"
+            ) from error
 
     # ------------------------------------------------------------------------------------------ speed-ups
 
@@ -110,29 +129,20 @@ class Trial:
 
     def _same(self) -> bool:
         found = self._quietly("pair")
-        return found is not None and self._plain is not None and self._gap(found, self._plain) <= self._rounding
+        return found is not None and self._plain is not None and gap(found, self._plain) <= self._limit
 
     # ------------------------------------------------------------------------------------------ company
 
     def coupled(self) -> str | None:
-        """Why an example's result depends on those beside it, or None where it does not.
+        """Why an example's result depends on those beside it, or None where it does not; see `coupling`.
 
-        A shorter example beside a longer one must give what it gives alone, whatever the longer one says.
+        Raises:
+            ModelError: its batches must be padded on the left.
         """
         if self._plain is None:
             return None
         self._base.write(self._adapters[0], frozenset())
-        narrow = self._base.dtype not in ROUNDING
-        with widened(self._base.model) if narrow else nullcontext(self._rounding) as rounding:
-            alone, beside, other = (self._quietly(which) for which in ("alone", "pair", "other"))
-        name = type(self._base.model).__name__
-        if alone is None or beside is None or other is None:
-            return f"{name} fails on one example alone, where it does not on two"
-        if self._gap(other[:1], beside[:1], alone.shape) > rounding:
-            return f"in {name} an example's result depends on what the examples beside it say"
-        if self._gap(beside[:1], alone, alone.shape) > rounding:
-            return f"in {name} an example's result depends on how far it is padded"
-        return None
+        return coupling(self._base, self._task, self._batches, self._rounding, left=self._left)
 
     def cannot_share(self) -> str | None:
         """Why the adapters of several clients cannot be in the model at once, or None where they can."""
@@ -158,7 +168,7 @@ class Trial:
             return str(error)
         except Exception as error:
             return f"two clients' adapters in {name} fail ({type(error).__name__})"
-        if any(self._gap(together[row], wanted[row]) > self._rounding for row in range(2)):
+        if any(gap(together[row], wanted[row]) > self._limit for row in range(2)):
             return f"two clients' adapters in {name} give other results than each alone"
         return None
 
@@ -170,56 +180,107 @@ class Trial:
             wide = self._quietly("pair")
         if wide is None or self._plain is None:
             return NARROW
-        return min(0.5, max(NARROW, 3 * self._gap(self._plain, wide)))
-
-    def _gap(self, found: Tensor, wanted: Tensor, shape: torch.Size | None = None) -> float:
-        """Relative, within the corner of `shape`: what stands in the place of padding does not count."""
-        if shape is not None:
-            corner = tuple(slice(size) for size in shape)
-            found, wanted = found[corner], wanted[corner]
-        if found.shape != wanted.shape:
-            return float("inf")
-        difference = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
-        return difference if np.isfinite(difference) else float("inf")
+        return min(0.5, max(NARROW, 3 * gap(self._plain, wide)))
 
     def _quietly(self, which: str) -> Tensor | None:
-        try:
-            return self._states(which)
-        except Exception:
-            return None
+        return _quietly(self._base, self._task, self._batches, which)
 
     def _states(self, which: str) -> Float[Tensor, "b *t d"]:
-        """Logits, or what the output layer of a language model is given: its product with a vocabulary says no more.
+        return states(self._base, self._task, self._batches[which])
 
-        States at padding are zero, which nobody looks at.
-        """
-        model, prefix = self._base.model, self._base.prefix
-        batch = to_device(self._batches[which], self._base.device)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        seen: list[Tensor] = []
 
-        def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0])
-            raise _ReachedError
+def find_coupling(base: Measurable, task: Task, examples: Examples) -> str | None:
+    """`coupling` for a model that nothing was tried out on, on a shortest and a longest example."""
+    dtype = next(parameter.dtype for parameter in base.model.parameters() if parameter.is_floating_point())
+    left = task.pads_left(examples)
+    return coupling(base, task, _batches(task, [examples]), ROUNDING.get(dtype), left=left)
 
-        modes = [(module, module.training) for module in model.modules()]
-        self._base.train_mode(False)
-        handle = None if head is None else head.register_forward_pre_hook(stop)
-        try:
-            with torch.inference_mode(), nullcontext() if prefix is None else prefix.aside():
-                inputs = model_inputs(model, self._task, batch)
-                states: Tensor = model(**inputs).logits
-        except _ReachedError:
-            (states,) = seen
-        finally:
-            if handle is not None:
-                handle.remove()
-            for module, training in modes:
-                module.training = training
-        mask = inputs.get("attention_mask")
-        if head is not None and mask is not None and mask.shape == states.shape[:2]:
-            states = states * (mask != 0)[..., None]
-        return states
+
+def coupling(
+    base: Measurable, task: Task, batches: Mapping[str, Batch], rounding: float | None, *, left: bool
+) -> str | None:
+    """Why an example's result depends on those beside it, or None where it does not, or nothing can be told.
+
+    A shorter example beside a longer one must give what it gives alone, whatever the longer one says.
+
+    Args:
+        base: the model with its adapter.
+        task: gives the loss.
+        batches: "alone", "pair" and "other".
+        rounding: relative, of the model's dtype; None for a narrow one, which is tried in a wide one.
+        left: whether the model's tokeniser pads on the left.
+
+    Raises:
+        ModelError: it must be padded on the left, as its tokeniser pads.
+    """
+    if not batches:
+        return None
+    name = type(base.model).__name__
+    with widened(base.model) if rounding is None else nullcontext(rounding) as limit:
+        alone, beside, other = (_quietly(base, task, batches, which) for which in ("alone", "pair", "other"))
+    if alone is None or beside is None or other is None:
+        return None if alone is None else f"{name} fails on one example beside another"
+    if gap(other[:1], beside[:1], alone.shape) > limit:
+        return f"in {name} an example's result depends on what the examples beside it say"
+    if gap(beside[:1], alone, alone.shape) <= limit:
+        return None
+    if left:
+        raise ModelError(
+            f"{name} looks at padding, and its tokeniser pads on the left, which is not to be had here: choose another "
+            "model.name"
+        )
+    return f"in {name} an example's result depends on how far it is padded"
+
+
+def gap(found: Tensor, wanted: Tensor, shape: torch.Size | None = None) -> float:
+    """Relative difference, within the corner of `shape`: what stands in the place of padding does not count."""
+    if shape is not None:
+        corner = tuple(slice(size) for size in shape)
+        found, wanted = found[corner], wanted[corner]
+    if found.shape != wanted.shape:
+        return float("inf")
+    difference = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def _quietly(base: Measurable, task: Task, batches: Mapping[str, Batch], which: str) -> Tensor | None:
+    try:
+        return states(base, task, batches[which])
+    except Exception:
+        return None
+
+
+def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"]:
+    """Logits, or what the output layer of a language model is given: its product with a vocabulary says no more.
+
+    Without dropout; states at padding are zero, which nobody looks at.
+    """
+    model, prefix = base.model, getattr(base, "prefix", None)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    seen: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _ReachedError
+
+    modes = [(module, module.training) for module in model.modules()]
+    base.train_mode(False)
+    handle = None if head is None else head.register_forward_pre_hook(stop)
+    try:
+        with torch.inference_mode(), nullcontext() if prefix is None else prefix.aside():
+            inputs = model_inputs(model, task, to_device(batch, base.device))
+            found: Tensor = model(**inputs).logits
+    except _ReachedError:
+        (found,) = seen
+    finally:
+        if handle is not None:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    mask = inputs.get("attention_mask")
+    if head is not None and mask is not None and mask.shape == found.shape[:2]:
+        found = found * (mask != 0)[..., None]
+    return found
 
 
 def model_inputs(model: nn.Module, task: Task, batch: Batch) -> dict[str, Tensor]:

@@ -39,8 +39,8 @@ class Family:
         heads: `adapter.modules_to_save`; None takes the task's.
         targets: `adapter.targets`.
         tokenizer: "encoder" puts <s> and </s> around a text, "decoder" nothing, "xlnet" <sep> and <cls> behind it with
-            segments of their own, padded on the left.
-        needs: a package that transformers wants for this family and that is not installed everywhere.
+            segments of their own, padded on the left; "bytes" splits into bytes, as GPT-2's does.
+        drop: common fields that the config refuses.
         name: what tells it from another row of the same class and task.
     """
 
@@ -49,8 +49,8 @@ class Family:
     fields: Mapping[str, Any] = field(default_factory=dict)
     heads: tuple[str, ...] | None = None
     targets: tuple[str, ...] = ("all-linear",)
-    tokenizer: Literal["encoder", "decoder", "xlnet"] | None = None
-    needs: str | None = None
+    tokenizer: Literal["encoder", "decoder", "xlnet", "bytes"] | None = None
+    drop: tuple[str, ...] = ()
     name: str = ""
 
     @property
@@ -97,7 +97,7 @@ def E(config: str, **more: Any) -> Family:
 
 def D(config: str, kind: Kind = "causal", **more: Any) -> Family:
     """A decoder."""
-    return Family(config, kind, tokenizer="decoder", **more)
+    return Family(config, kind, **{"tokenizer": "decoder", **more})
 
 
 def I(config: str, **more: Any) -> Family:  # noqa: E743
@@ -147,9 +147,14 @@ FAMILIES: tuple[Family, ...] = (
             "num_feedforward_networks": 1,
         },
     ),
-    E("Funnel", fields={"block_sizes": [1, 1], "d_model": 16, "n_head": 4, "d_head": 4, "d_inner": 32}),
+    E(
+        "Funnel",
+        drop=("num_hidden_layers",),
+        fields={"block_sizes": [1, 1], "d_model": 16, "n_head": 4, "d_head": 4, "d_inner": 32},
+    ),
     E(
         "XLNet",
+        drop=("max_position_embeddings",),
         fields={"d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 32},
         tokenizer="xlnet",
         heads=("sequence_summary", "logits_proj"),
@@ -234,7 +239,12 @@ FAMILIES: tuple[Family, ...] = (
     D("GPTNeoX", "classifier"),
     D("Llama", "classifier", fields=GQA),
     D("Mistral", "classifier", fields={**GQA, "sliding_window": WINDOW}),
-    D("Qwen2", "classifier", fields={**GQA, "use_sliding_window": True, **SLIDING}),
+    D(
+        "Qwen2",
+        "classifier",
+        tokenizer="bytes",
+        fields={"vocab_size": 300, **GQA, "use_sliding_window": True, **SLIDING},
+    ),
     D("Qwen3", "classifier", fields=GQA),
     D("Gemma", "classifier", fields=GQA),
     D("Gemma2", "classifier", fields={**GQA, **SLIDING}),
@@ -273,7 +283,7 @@ FAMILIES: tuple[Family, ...] = (
     D("Mistral", fields={**GQA, "sliding_window": WINDOW}),
     D("Ministral", fields={**GQA, **SLIDING}),
     D("Mixtral", fields={**GQA, **MOE, "sliding_window": WINDOW}),
-    D("Qwen2", fields={**GQA, "use_sliding_window": True, **SLIDING}),
+    D("Qwen2", tokenizer="bytes", fields={"vocab_size": 300, **GQA, "use_sliding_window": True, **SLIDING}),
     D(
         "Qwen2Moe",
         fields={
@@ -288,6 +298,7 @@ FAMILIES: tuple[Family, ...] = (
     D("Qwen3Moe", fields={**GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     D(
         "Qwen3Next",
+        targets=("q_proj", "v_proj", "in_proj_qkvz"),
         fields={
             **GQA,
             "num_experts": 4,
@@ -341,8 +352,12 @@ FAMILIES: tuple[Family, ...] = (
     D("Persimmon"),
     D("Nemotron", fields={"num_key_value_heads": 2}),
     D("Glm4", fields=GQA),
-    D("Mamba", fields={"state_size": 4, "use_mambapy": False}),
-    D("Mamba2", fields={"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}),
+    D("Mamba", targets=("in_proj", "x_proj"), fields={"state_size": 4, "use_mambapy": False}),
+    D(
+        "Mamba2",
+        targets=("in_proj",),
+        fields={"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    ),
     D("Rwkv", fields={"attention_hidden_size": 16, "context_length": 64}),
     D(
         "RecurrentGemma",
@@ -403,7 +418,7 @@ FAMILIES: tuple[Family, ...] = (
     D("Roberta"),
     D("Electra", fields={"embedding_size": 16}),
     D("BigBird", fields={"block_size": 4, "num_random_blocks": 1}),
-    D("XLNet", fields={"d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 32}),
+    D("XLNet", drop=("max_position_embeddings",), fields={"d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 32}),
     D(
         "XLM",
         fields={
@@ -465,8 +480,16 @@ FAMILIES: tuple[Family, ...] = (
             }
         },
     ),
-    I("Swin", fields={"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4}),
-    I("Swinv2", fields={"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4}),
+    I(
+        "Swin",
+        drop=("num_attention_heads",),
+        fields={"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4},
+    ),
+    I(
+        "Swinv2",
+        drop=("num_attention_heads",),
+        fields={"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4},
+    ),
     I("ConvNext", fields={"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "patch_size": 4}),
     I("ConvNextV2", fields={"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "patch_size": 4}),
     I(
@@ -568,9 +591,12 @@ def model_of(family: Family, **more: Any) -> nn.Module:
 
     config_class = getattr(transformers, f"{family.config}Config")
     fields = {**common(family.kind), **family.fields, **more}
+    fields = {key: value for key, value in fields.items() if key not in family.drop}
     if family.kind == "classifier":
         fields["num_labels"] = 3
     config = config_class(**fields)
+    if family.kind == "image":  # where transformers has several such classes it goes by this
+        config.architectures = [f"{family.config}ForImageClassification"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = getattr(transformers, AUTO[family.kind]).from_config(config)
@@ -589,7 +615,7 @@ def model_of(family: Family, **more: Any) -> nn.Module:
 
 def tokenizer_of(family: Family) -> Any:
     """One token a word: <s>, <pad>, </s> and <unk> first, as RoBERTa has them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -597,6 +623,14 @@ def tokenizer_of(family: Family) -> Any:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     style = family.tokenizer or "encoder"
+    if style == "bytes":
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        inner = Tokenizer(models.BPE({token: number for number, token in enumerate([*special, *alphabet])}, []))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        )
     marks = [("<s>", 0), ("</s>", 2)]
     more: dict[str, Any] = {}
     if style == "encoder":
@@ -639,7 +673,10 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 
 def dtype_of(family: Family) -> str:
-    """float64, but float32 where torch has no kernel in float64 (grouped products of experts)."""
+    """float64, but float32 where torch has no kernel in float64 (grouped products of experts), or transformers' own
+    code does not bear it."""
+    if family.config in ("Gemma2", "XGLM", "XLNet"):
+        return "float32"
     experts = {"num_experts", "num_local_experts", "num_experts_per_tok"} & set(family.fields)
     return "float32" if experts else "float64"
 

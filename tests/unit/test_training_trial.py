@@ -75,13 +75,15 @@ def gap(one: AdapterState, other: AdapterState) -> float:
     return max(float((a - other.tensors()[name]).abs().max()) for name, a in one.tensors().items())
 
 
-@pytest.mark.parametrize("kind", list(COUPLED))
+@pytest.mark.parametrize("kind", ["FNet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(COUPLED)[1:])])
 def test_where_padding_shows_clients_go_alone_and_nothing_is_kept(
     kind: str, tiny_bert: Path, tiny_csv: Path, tmp_path: Path
 ) -> None:
     """Whoever is in a client's company, and in whatever batch a text is evaluated, the result is the same."""
     folder = encoder(kind, tiny_bert, tmp_path, **COUPLED[kind])
-    bench = bench_of(folder, tiny_csv, "adapter.targets=all-linear", "adapter.modules_to_save=['classifier']")
+    bench = bench_of(
+        folder, tiny_csv, "adapter.targets=all-linear", "adapter.modules_to_save=['classifier']", "data.limit=48"
+    )  # fmt: skip
     base, data = bench.base, bench.data.train
     assert "padded" in (base.coupled or "")
     assert why_alone(base) == base.coupled
@@ -167,13 +169,30 @@ def test_a_model_whose_other_rows_are_read_keeps_them(
     assert "padded" in (bench.base.coupled or "")
 
 
-def test_an_example_that_the_model_cannot_take_is_left_to_its_owner(
+def test_a_model_that_fails_on_all_examples_is_refused(
     tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.models.bert.modeling_bert import BertEmbeddings
 
     def fails(*_: Any, **__: Any) -> Any:
         raise IndexError("no such position")
+
+    monkeypatch.setattr(BertEmbeddings, "forward", fails)
+    with pytest.raises(ModelError, match="no such position"):
+        bench_of(tiny_bert, tiny_csv)
+
+
+def test_one_example_on_which_the_model_fails_is_left_to_its_owner(
+    tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.bert.modeling_bert import BertEmbeddings
+
+    own = BertEmbeddings.forward
+
+    def fails(self: Any, input_ids: torch.Tensor, **more: Any) -> Any:
+        if input_ids.shape[1] > 12:
+            raise IndexError("no such position")
+        return own(self, input_ids=input_ids, **more)
 
     monkeypatch.setattr(BertEmbeddings, "forward", fails)
     assert bench_of(tiny_bert, tiny_csv).base.coupled is None
