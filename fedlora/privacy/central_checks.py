@@ -119,12 +119,11 @@ def _noise(rule: Central, start: AdapterState, cohorts: dict[str, Sequence[float
     small = AdapterState({}, {"line": torch.zeros(256, dtype=torch.float64)})
     still = [ClientUpdate(k, small, weight) for k, weight in enumerate(next(iter(cohorts.values())))]
     fresh = [_flat(rule.merge(rule.init(small), still).adapter, small.dense) for _ in range(generators)]
-    length = min(256, len(rounds[0]))
-    long = [[value for value in each if len(value) >= 64] for each in by_tensor.values()]
-    least = min((len(value) for each in long for value in each), default=0)
-    groups = [torch.stack(fresh), torch.stack([row[:length] for row in rounds])]
-    if least:
-        groups.append(torch.stack([value[:least] for each in long for value in each[:2]]))
+    every = torch.stack([row[:100_000] for row in rounds])
+    most = max(value.numel() for value in draws.values())
+    least = min(value.numel() for value in draws.values() if value.numel() >= min(16, most))
+    long = [torch.cat([value[:least] for value in each]) for each in by_tensor.values() if len(each[0]) >= least]
+    groups = [torch.stack(fresh), every, torch.stack(long)]
     bits = excluded_bits(generators)
     yield independence(f"noise: fresh ({bits}-bit seeds seen)", groups)
     short = expanded_from_a_word(central.secret_generator())  # type: ignore[attr-defined]  # the very one that merges

@@ -61,8 +61,8 @@ def largest(what: str, values: Sequence[float], most: float, unit: str, *, reach
         reached: the largest one must be at least this, or the check has tried nothing.
     """
     found = max(value if math.isfinite(value) else math.inf for value in values)
-    bound = f"at most {most:.4g} {unit}" + (f", at least {reached:g}" if reached else "")
-    return Check(what, f"{found:.4g} {unit}", bound, not reached <= found <= most)
+    bound = f"at most {most:.5g} {unit}" + (f", at least {reached:.3g}" if reached else "")
+    return Check(what, f"{found:.5g} {unit}", bound, not reached <= found <= most)
 
 
 # ------------------------------------------------------------------------------------------------ noise

@@ -38,12 +38,13 @@ from fedlora.privacy.checks import (
 from fedlora.privacy.dpsgd import secret_generator, secret_rng
 from fedlora.privacy.ledger import Ledger
 from fedlora.training import private_cohort
+from fedlora.training.dropout import Stream
 from fedlora.training.observed import QUIET, Client, Trainer
 from fedlora.training.private import PrivateSettings
 from fedlora.training.probes import Scaled, Silent
 from fedlora.training.workbench import Workbench
 
-NUMBERS = 100_000_000
+NUMBERS = 30_000_000
 """Noise that an audit draws in one of its runs, at most: larger adapters are watched for fewer clients and steps."""
 EXAMPLES = 8
 """Of the sums whose sensitivity is measured."""
@@ -79,62 +80,63 @@ def check_examples(bench: Workbench, settings: PrivateSettings, generators: int)
 
 
 def _sensitivity(trainer: Trainer) -> Iterator[Check]:
-    """The sum before its noise: of one example, of several, and of one more."""
-    data, C = trainer.bench.data.train, trainer.settings.max_grad_norm
+    """The sum before its noise: of one example, of several, and of one more.
+
+    Dropout is on. An example has the same masks in every company, as if they were drawn before: given all masks, each
+    example may move the sum by no more than C, and masks that are drawn anew keep that on average.
+    """
+    data, C, device = trainer.bench.data.train, trainer.settings.max_grad_norm, trainer.base.device
     if len(data) < 2:
         return
     rng, generator = secret_rng(), secret_generator()
     m = min(EXAMPLES, len(data) - 1)
     chosen = rng.choice(len(data), m + 1, replace=False)
+    seeds = rng.integers(2**62, size=m + 1)
     start = trainer.start(lambda value: value + 0.05 * torch.randn(value.shape, generator=generator).to(value))
-    quiet = replace(
-        trainer.settings,
-        noise_multiplier=QUIET,
-        schedule=replace(trainer.settings.schedule, sample_rate=1.0, steps=1),
-    )
+    plan = replace(trainer.settings.schedule, sample_rate=1.0, steps=1)
+    quiet = replace(trainer.settings, noise_multiplier=QUIET, schedule=plan)
 
     def sums(
-        groups: Sequence[Sequence[tuple[int, float]]],
-        settings: PrivateSettings = quiet,
-        *,
-        physical: int | None = None,
-        dropout: bool = False,
+        groups: Sequence[Sequence[tuple[int, float]]], settings: PrivateSettings = quiet, physical: int | None = None
     ) -> Tensor:
         """Of groups of examples, each with the factor of its loss: [groups, p] in units of C."""
         flat = [(member, k) for k, group in enumerate(groups) for member in group]
-        probe = Scaled(trainer.bench.task, [f for (_, f), _ in flat], [k for _, k in flat], dropout=dropout)
+        places = [place for (place, _), _ in flat]
+        probe = Scaled(trainer.bench.task, [factor for (_, factor), _ in flat], [k for _, k in flat])
         ends = np.cumsum([len(group) for group in groups])
         clients = [
             Client(np.arange(end - len(group), end), adapter=start, physical=physical)
             for group, end in zip(groups, ends, strict=True)
         ]
-        rows = data.take([int(chosen[place]) for (place, _), _ in flat])
-        return -trainer.run(probe, rows, clients, settings, lr=trainer.clip_rate).double()
+        rows = data.take([int(chosen[place]) for place in places])
+
+        def masks(indices: np.ndarray) -> list[Stream]:
+            return [Stream(int(seeds[places[index]]), device) for index in indices]
+
+        return -trainer.run(probe, rows, clients, settings, masks=masks, lr=trainer.clip_rate).double()
 
     far = replace(quiet, max_grad_norm=1e6 * C, noise_multiplier=QUIET / 1e6)
     lengths = sums([[(place, 1.0)] for place in range(m + 1)], far).norm(dim=1)
     if not bool((lengths > 100 * QUIET * trainer.width**0.5).all()):
         yield Check("gradients", "an example has none", "above 0", True)
         return
-    above, below = (100 / lengths).tolist(), (0.5 / lengths).tolist()
-    big = [(place, factor) for place, factor in enumerate(above)]
-    small = [(place, factor) for place, factor in enumerate(below)]
-    within = trainer.tolerance
+    big = [(place, 100 / float(length)) for place, length in enumerate(lengths)]
+    small = [(place, 0.5 / float(length)) for place, length in enumerate(lengths)]
     singles = sums([[one] for one in [*big, *small]])
-    yield largest("one example's part", singles.norm(dim=1).tolist(), 1 + within, "C", reached=0.99 - within)
-    if trainer.drops_out:
-        some = sums([[one] for one in big], dropout=True)
-        yield largest("the same, with dropout", some.norm(dim=1).tolist(), 1 + within, "C")
+    reached = 0.99 - trainer.rounding
+    yield largest("one example's part", singles.norm(dim=1).tolist(), 1 + trainer.floor, "C", reached=reached)
 
     group = [big[place] if place % 2 else small[place] for place in range(m)]
     parts = sum(singles[place if place % 2 else m + 1 + place] for place in range(m))
-    more = {"another": big[m], "a copy": big[m - 1 - m % 2], "a small one": small[m], "not finite": (m, math.inf)}
-    whole = sums([group, *([*group, one] for one in more.values())])
-    cut = sums([group], physical=3)[0]
+    more = [big[m], big[m - 1 - m % 2], small[m]]  # another one, a copy, another one that is not clipped
+    whole, cut = sums([group, *([one, *group] for one in more)]), sums([group], physical=3)[0]
     gaps = [float((found - parts).norm()) for found in (whole[0], cut)]
-    yield largest("a sum less its examples' parts", gaps, m * within, "C")
+    yield largest("a sum less its examples' parts", gaps, trainer.rounding * m**0.5, "C")
     moved = (whole[1:] - whole[0]).norm(dim=1).tolist()
-    yield largest("one example more moves it by", moved, 1 + within * m**0.5, "C", reached=0.99 - within * m**0.5)
+    yield largest("one example more moves it by", moved, 1 + 2 * trainer.floor, "C", reached=reached)
+    odd = sums([[(m, math.inf), *group], [(m, math.nan), *group]])
+    gaps = (odd - whole[0]).norm(dim=1).tolist()
+    yield largest("one that is not finite moves it by", gaps, 1 + 2 * trainer.floor, "C")
 
 
 # ------------------------------------------------------------------------------------------------ dropout
@@ -188,14 +190,10 @@ def _noise(trainer: Trainer, generators: int) -> Iterator[Check]:
     yield noise_scale(f"noise: {total} empty samples", trainer.by_name(unit))
 
     fresh, picked = _fresh(trainer, generators)
-    length = fresh.shape[1]
-    vectors = [fresh, *(row[:, :length] for run in runs for row in run)]
-    tensors = [trainer.by_name(row[:2]) for row in draws[:2]]
-    long = [name for name, size in zip(trainer.names, trainer.sizes, strict=True) if size >= 64]
-    least = min((size for size in trainer.sizes if size >= 64), default=0)
-    groups = [torch.cat(vectors)]
-    if len(long) > 1:
-        groups.append(torch.cat([part[name][:, :least] for part in tensors for name in long]))
+    rows = [torch.cat(run, dim=1)[:, : NUMBERS // 1000] for run in runs]  # of each client, all steps
+    least = min(size for size in trainer.sizes if size >= min(16, max(trainer.sizes)))
+    tensors = [part for row in draws for part in trainer.by_name(row).values() if part.shape[1] >= least]
+    groups = [fresh, torch.cat(rows), torch.stack([part[:, :least].flatten() for part in tensors])]
     bits = excluded_bits(len(fresh))
     yield independence(f"noise: fresh ({bits}-bit seeds seen)", groups)
     module = dpsgd if trainer.why_alone else private_cohort
@@ -209,7 +207,7 @@ def _noise(trainer: Trainer, generators: int) -> Iterator[Check]:
 def _fresh(trainer: Trainer, generators: int) -> tuple[Tensor, np.ndarray]:
     """One step of many clients: the noise [g, d] that each draws first, and which of 48 examples each samples."""
     settings, n = trainer.settings, 48
-    many = max(20, min(generators, 20 * NUMBERS // (n // 2 * trainer.width)))
+    many = max(20, min(generators, 40 * NUMBERS // (n // 2 * trainer.width)))
     coin = replace(settings, schedule=replace(settings.schedule, sample_rate=0.5, steps=1))
     at_once = max(1, min(many, NUMBERS // (n * trainer.width)))
     noise, picked = [], []

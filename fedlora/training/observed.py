@@ -21,14 +21,17 @@ from fedlora.aggregators import ClientSpec
 from fedlora.config import TrainConfig
 from fedlora.devices import train_config
 from fedlora.model.starting import first_state, plan_for
+from fedlora.privacy.dpsgd import clipping_norm
 from fedlora.rng import derive
 from fedlora.tasks._base import Examples
 from fedlora.training.central import load_rule
 from fedlora.training.cohort import why_alone
+from fedlora.training.dropout import Masks
 from fedlora.training.job import TrainJob
-from fedlora.training.private import PrivateSettings, check_model
+from fedlora.training.private import PrivateSettings, check_model, train_by_opacus
 from fedlora.training.private_cohort import PrivateTogether, train_private_cohort
 from fedlora.training.probes import Probe, Scaled, Silent
+from fedlora.training.together import Outcome
 from fedlora.training.workbench import Workbench
 
 QUIET = 1e-6
@@ -92,11 +95,14 @@ class Trainer:
         return "by Opacus's hooks" if self.why_alone else "by an adapter for each example"
 
     @property
-    def tolerance(self) -> float:
-        """Of one example's clipped gradient, relative: its company changes the last digits."""
-        dtypes = {p.dtype for p in self.base.model.parameters() if p.dtype.is_floating_point}
-        coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-        return max(1e-3 if coarsest < 1e-3 else 0.1, 5 * QUIET * self.width**0.5)
+    def floor(self) -> float:
+        """What the noise that is left adds to a sum's norm, at most, in units of C."""
+        return max(1e-4, 5 * QUIET * self.width**0.5)
+
+    @property
+    def rounding(self) -> float:
+        """By how much rounding may change one example's clipped gradient, in units of C."""
+        return clipping_norm(1.0, self.base.dtype) ** -1 - 1 + self.floor
 
     @cached_property
     def copies(self) -> list[np.ndarray]:
@@ -107,7 +113,7 @@ class Trainer:
         own = self.bench.data.train.take([0] * (2 * rows))
         found = []
         for clients in (2, 1):
-            probe = Scaled(self.bench.task, [1.0] * 2 * rows, [0] * rows + [1] * rows, dropout=True)
+            probe = Scaled(self.bench.task, [1.0] * 2 * rows, [0] * rows + [1] * rows)
             crowd = [Client(np.arange(k * rows, (k + 1) * rows), k, self.job.adapter) for k in range(clients)]
             self.run(probe, own, crowd, settings, lr=0.0)
             found += [np.stack(probe.seen[k]) for k in range(clients)]
@@ -117,7 +123,7 @@ class Trainer:
     def drops_out(self) -> bool:
         """Whether the losses of one example differ: between rows, steps, clients or runs."""
         every = np.stack(self.copies)
-        return bool(np.ptp(every) > self.tolerance * np.abs(every).mean())
+        return bool(np.ptp(every) > max(1e-3, self.rounding) * np.abs(every).mean())
 
     def start(self, values: Callable[[Tensor], Tensor]) -> AdapterState:
         """An adapter whose trained tensors are `values` of the first round's."""
@@ -132,6 +138,7 @@ class Trainer:
         settings: PrivateSettings,
         *,
         look: bool = False,
+        masks: Masks | None = None,
         **config: Any,
     ) -> Tensor:
         """Train some clients side by side, and see how far each has come [k, p].
@@ -142,6 +149,7 @@ class Trainer:
             clients: at least one.
             settings: of all.
             look: whether a `Silent` probe is to see the values of each step.
+            masks: each example's stream of dropout masks; None: as production draws them.
             config: of training, beside plain gradient descent.
 
         Raises:
@@ -160,11 +168,16 @@ class Trainer:
         plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "proximal_mu": 0.0}
         train: TrainConfig = train_config(self.bench.config, 0).model_copy(update={**plain, **config})
         configs = [train] * len(jobs)
-        if look and isinstance(probe, Silent) and self.why_alone is None:
+        outcomes: list[Outcome]
+        if self.why_alone is None and (look or masks):
             work = list(zip(jobs, configs, strict=True))
-            loop = PrivateTogether(self.base, probe.task, examples, work, every)
-            probe.look = lambda: torch.cat([leaf.flatten(1) for leaf in loop.leaves], dim=1)
+            loop = PrivateTogether(self.base, probe.task, examples, work, every, masks=masks)
+            if isinstance(probe, Silent):
+                probe.look = lambda: torch.cat([leaf.flatten(1) for leaf in loop.leaves], dim=1)
             outcomes = loop.run()
+        elif masks:
+            each = zip(jobs, configs, every, strict=True)
+            outcomes = [train_by_opacus(self.base, probe.task, examples, *one, masks=masks) for one in each]
         else:
             if look and isinstance(probe, Silent):
                 own = self.base.parameters

@@ -13,8 +13,6 @@ from typing import Any, cast, final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from fedlora.tasks._base import Batch, Examples, Task
 
@@ -113,44 +111,22 @@ class Scaled(Probe):
         task: the run's own.
         factors: of each example [n].
         owners: the client that each example belongs to [n].
-        dropout: whether the model drops out as it does in training.
 
     Attributes:
         seen: client -> the losses of each batch before the factor, in the order of its examples.
     """
 
-    def __init__(self, task: Task, factors: Sequence[float], owners: Sequence[int], *, dropout: bool) -> None:
+    def __init__(self, task: Task, factors: Sequence[float], owners: Sequence[int]) -> None:
         super().__init__(task)
         self._factors = torch.tensor(factors, dtype=torch.float64)
-        self._owners, self._dropout = np.asarray(owners), dropout
+        self._owners = np.asarray(owners)
         self.seen: dict[int, list[np.ndarray]] = {}
 
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The task's own losses [b] times their factors."""
-        if self._dropout:
-            each = super().losses(model, batch)
-        else:
-            with _WithoutDropout():
-                each = super().losses(model, batch)
+        each = super().losses(model, batch)
         numbers = batch[NUMBER].cpu()
         values, owners = each.detach().double().cpu().numpy(), self._owners[numbers.numpy()]
         for client in np.unique(owners):
             self.seen.setdefault(int(client), []).append(values[owners == client])
         return each * self._factors[numbers].to(each)
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Inside, nothing is dropped out, whatever the model's mode."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is functional.dropout:
-            return args[0] if args else kwargs["input"]
-        if func is functional.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            else:
-                kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)

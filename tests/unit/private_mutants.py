@@ -22,7 +22,9 @@ from fedlora.privacy import central, dpsgd
 from fedlora.privacy.calibrate import Schedule
 from fedlora.privacy.dpsgd import PrivateStep, secret_rng
 from fedlora.privacy.mutants import MUTANTS
+from fedlora.rng import derive
 from fedlora.training import private, private_cohort
+from fedlora.training.dropout import Part, Stream
 from fedlora.training.private_cohort import PrivateTogether
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
@@ -44,6 +46,7 @@ def _sums(clip: Callable[[PrivateTogether, Tensor, Tensor], Tensor | None]) -> M
 
     def clipped_sums(self: Any, gradients: Tensor, owners: Tensor, members: Sequence[Any]) -> Tensor:
         with torch.no_grad():
+            gradients[~gradients.isfinite().all(dim=1)] = 0.0
             most = gradients.new_tensor([self._how[id(client)].max_grad_norm for client in members])[owners]
             other = clip(self, gradients, most)
             found = gradients if other is None else other
@@ -301,6 +304,63 @@ def half_the_steps(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Schedule, "entry", entry)
 
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+def masks_of_the_clients(patch: pytest.MonkeyPatch) -> None:
+    """A stream for each client, from the run's public seed: an example's masks go by its place in the batch."""
+
+    def parts(self: Any, members: Sequence[Any], own: Sequence[Any], joined: Any) -> list[Part]:
+        streams, out, end = vars(self).setdefault("streams", {}), [], 0
+        for client in members:
+            seed = derive(client.job.seed, "dropout")
+            stream = streams.setdefault(id(client), Stream(seed, self._base.device))
+            out.append(Part((end, end := end + self._rows(client)), self._task.tokens(client.batch), stream))
+        return out
+
+    patch.setattr(PrivateTogether, "_mask_parts", parts)
+
+
+def _masks(make: Callable[[int], Callable[[], int]]) -> Mutant:
+    """Seeds of the streams: number of rows -> what gives one seed after the other."""
+
+    def secret_masks(device: torch.device) -> Any:
+        def masks(rows: np.ndarray) -> list[Stream]:
+            seed = make(len(rows))
+            return [Stream(seed(), device) for _ in rows]
+
+        return masks
+
+    def mutant(patch: pytest.MonkeyPatch) -> None:
+        for module in (private_cohort, private):
+            patch.setattr(module, "secret_masks", secret_masks)
+
+    return mutant
+
+
+def by_place(rows: int) -> Callable[[], int]:
+    places = iter(range(rows))
+    return lambda: next(places)
+
+
+def one_for_all(rows: int) -> Callable[[], int]:
+    seed = int.from_bytes(os.urandom(8), "big")
+    return lambda: seed
+
+
+def in_twos(rows: int) -> Callable[[], int]:
+    seeds = [int.from_bytes(os.urandom(8), "big") for _ in range(rows)]
+    places = iter(range(rows))
+    return lambda: seeds[next(places) // 2]
+
+
+DROPPED: Mapping[str, Mutant] = {
+    "masks of the clients": masks_of_the_clients,
+    "masks by place": _masks(by_place),
+    "one mask for the batch": _masks(one_for_all),
+    "one mask for two examples": _masks(in_twos),
+}
 
 STACKED: Mapping[str, Mutant] = {
     "per-tensor clipping": _sums(_per_tensor),

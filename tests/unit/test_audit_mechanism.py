@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from private_mutants import ADAPTIVE, HOOKS, MERGED, STACKED, Mutant
+from private_mutants import ADAPTIVE, DROPPED, HOOKS, MERGED, STACKED, Mutant
 from typer.testing import CliRunner
 
 from fedlora.cli import app
@@ -82,6 +82,23 @@ def test_broken_training_is_refuted(
 ) -> None:
     mutant(monkeypatch)
     done = audited(tmp_path, example)
+    assert done.exit_code == 1, done.output
+    assert "REFUTED" in done.output
+
+
+@pytest.mark.slow
+def test_sound_training_with_dropout_holds(example: list[str], tmp_path: Path) -> None:
+    done = audited(tmp_path, [*example, "model.dropout=0.1", "adapter.dropout=0.1"])
+    assert done.exit_code == 0, done.output
+    assert "dropout masks" in done.output
+
+
+@parametrised(dict(DROPPED), ("masks of the clients",))
+def test_masks_that_examples_share_are_refuted(
+    example: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Mutant
+) -> None:
+    mutant(monkeypatch)
+    done = audited(tmp_path, [*example, "model.dropout=0.1"])
     assert done.exit_code == 1, done.output
     assert "REFUTED" in done.output
 
