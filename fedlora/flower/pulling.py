@@ -128,12 +128,12 @@ def _pull(grid: HttpGrid, message_id: str, allowed: Allowed, patience_s: float) 
     client: Any = grid._runtime_client
     with _bounded(client, allowed.most_bytes) as budget:
         response = client.PullMessages(PullAppMessagesRequest(message_ids=[message_id]))
-        if not response.messages_list:
+        # A node can also send messages to the server that reply to nothing; they come along, and nobody asked for them.
+        pairs = zip(response.messages_list, response.message_object_trees, strict=True)
+        found = [(p.metadata.run_id, tree) for p, tree in pairs if p.metadata.reply_to_message_id == message_id]
+        if not found:
             return None
-        head, tree = response.messages_list[0].metadata, response.message_object_trees[0]
-        if head.reply_to_message_id != message_id:
-            raise ReplyError("its reply is to another message")
-        run_id = head.run_id
+        run_id, tree = found[0]
         pull_one = make_pull_object_fn_protobuf(client.PullObject, grid.node, run_id)
 
         def pull(ids: Sequence[str]) -> dict[str, bytes]:

@@ -162,7 +162,7 @@ def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
     if limits.max_norm is not None and not (norm := l2_norm(tensors.values())) <= limits.max_norm:
         raise ReplyError(f"the update's norm {norm:.4g} is above server.max_norm = {limits.max_norm:g}")
     weight, metrics = _metrics(cast("MetricRecord", content["metrics"]), limits)
-    if head.get("round") != ask.round:
+    if type(head.get("round")) is not int or head["round"] != ask.round:
         raise ReplyError(f"the reply is for round {clean_text(head.get('round'), 20)}, not {ask.round}")
     if head.get("base_digest") != ask.base_digest:
         raise ReplyError("the update was trained on another version of the base")

@@ -104,17 +104,25 @@ class Pushed:
         return done[id(thing)]
 
 
+def _no_tree(_: Any) -> ObjectTree:
+    return ObjectTree(object_id="0" * 64)
+
+
 class Link:
     """In place of Flower's client of the Runtime API: one reply to one message is there."""
 
     def __init__(self, reply: Message, pushed: Pushed, missing: Sequence[str] = ()) -> None:
         self._reply, self._pushed, self._missing = message_to_proto(remove_content_from_message(reply)), pushed, missing
         self._client = SimpleNamespace(event_hooks={"request": [], "response": []})
+        self.beside: list[Any] = []  # messages to the server that come in the same answer
         self.confirmed: list[str] = []
         self.pulled = 0
 
     def PullMessages(self, _: Any) -> Any:
-        return SimpleNamespace(messages_list=[self._reply], message_object_trees=[self._pushed.tree])
+        return SimpleNamespace(
+            messages_list=[*self.beside, self._reply],
+            message_object_trees=[*map(_no_tree, self.beside), self._pushed.tree],
+        )
 
     def PullObject(self, request: Any) -> Any:
         content = self._pushed.contents.get(request.object_id)

@@ -18,6 +18,7 @@ import httpx
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.serde import message_to_proto
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from hostile_objects import Link, Pushed, Thing, bombs, everything, grid_on, mutate, thing_of
 from nothing_lost import Witness
@@ -129,6 +130,17 @@ def test_no_reply_takes_twice_the_memory_that_it_may_have(bomb: str) -> None:
     assert peak < 2 * limit.most_bytes
     assert link.pulled < 2 * limit.most_bytes
     assert (said == "it came") == (bomb == "as it was asked for"), said
+
+
+def test_messages_that_nobody_asked_for_are_no_replies() -> None:
+    """A node can push a message to the server that is no reply; Flower hands it over with whatever is pulled next."""
+    ask = ask_of(64)
+    reply = answer_to(ask)
+    link = Link(reply, Pushed.of(thing_of(reply)))
+    with task_identity(1, 9):
+        link.beside = [message_to_proto(Message(RecordDict(), 1, "train"))] * 3
+    assert outcome(link, ask, allowed(ask)) == "valid"
+    assert pull_reply(grid_on(link), "e" * 64, allowed(ask), 0.01) is None
 
 
 @pytest.mark.parametrize("error", [httpx.ConnectError("no route"), OSError("gone"), ValueError("Invalid protobuf")])
