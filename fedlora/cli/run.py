@@ -110,6 +110,7 @@ def _baselines(config: RunConfig, run_dir: RunDir, number: int | None, terminal:
     from fedlora.training.baselines import centralised, local_only, spread_over_domains
 
     bench = open_workbench(config)
+    run_dir.require(bench.pins)  # of a run that was finished before
     everyone = len(bench.data.clients)
     chosen = spread_over_domains(main_domains(bench.data), everyone, number or everyone)
     if len(chosen) < everyone:

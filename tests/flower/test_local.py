@@ -77,3 +77,24 @@ def test_where_nodes_are_machines_of_their_own_nothing_hangs_on_a_measurement(as
     said = {"toml": "[runtime]\nkernels = 'onednn'\nprefix_cache = 'on'"}
     found = config_of(Context(1, 1, UserConfig(node), RecordDict(), UserConfig(said))).runtime
     assert (found.kernels, found.prefix_cache) == ("onednn", "on")
+
+
+def test_a_resume_with_another_learning_rate_changes_the_rounds_to_come_alone(
+    tiny_config: Callable[..., RunConfig],
+) -> None:
+    config = tiny_config("rounds=2")
+    rundir = RunDir.create(config)
+    run_local(config, rundir, NoProgress())
+    before, state = rundir.read_metrics(), rundir.latest_checkpoint()
+    assert state is not None
+    changed = tiny_config("rounds=3", "train.lr=1e-9", "train.clip_norm=1.0", "server.max_norm=1e6")
+    outcome = run_local(changed, RunDir.open(rundir.path), NoProgress(), resume=True)
+    assert outcome.records[:3] == before
+    moved = (outcome.state.adapter.tensors()[name] - value for name, value in state.adapter.tensors().items())
+    assert max(float(change.abs().max()) for change in moved) < 1e-6
+    assert [change.key for change in RunDir.open(rundir.path).changes] == [
+        "server.max_norm",
+        "train.clip_norm",
+        "train.lr",
+    ]
+    assert {change.round for change in RunDir.open(rundir.path).changes} == {3}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -175,3 +176,64 @@ def test_a_shipped_config_is_found_by_its_name_from_anywhere(tmp_path: Path, mon
 def test_all_that_a_key_may_be_is_said() -> None:
     with pytest.raises(ConfigError, match=r"runtime\.processes: Input should be 'auto' or greater than 0, not 0$"):
         parse_config("[runtime]\nprocesses = 0")
+
+
+# ---------------------------------------------------------------------------------------------- paths
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a config in one folder, and data and a model in others."""
+    for folder in ("configs/bert", "elsewhere/bert"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("configs/d.csv", "elsewhere/d.csv", "elsewhere/only.csv", "data.csv"):
+        (tmp_path / file).write_text("text,label\n")
+    text = "[model]\nname = 'bert'\n[data]\nsource = 'd.csv'\ntest = '../data.csv'"
+    (tmp_path / "configs" / "run.toml").write_text(text)
+    return tmp_path
+
+
+def paths(config: RunConfig) -> tuple[str | None, ...]:
+    return config.model.name, config.data.source, config.data.test
+
+
+@pytest.mark.parametrize("here", [".", "configs", "elsewhere"])
+def test_paths_in_a_config_are_relative_to_its_folder(
+    project: Path, here: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project / here)
+    config = load_config(os.path.relpath(project / "configs" / "run.toml"))
+    assert paths(config) == tuple(str(project / path) for path in ("configs/bert", "configs/d.csv", "data.csv"))
+    monkeypatch.chdir("/")
+    assert parse_config(config.to_toml()).with_absolute_paths() == config
+
+
+def test_paths_of_set_are_relative_to_the_current_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project / "elsewhere")
+    config = load_config(project / "configs" / "run.toml", ["model.name=bert", "data.source=only.csv"])
+    assert paths(config) == (
+        str(project / "elsewhere" / "bert"),
+        str(project / "elsewhere" / "only.csv"),
+        str(project / "data.csv"),
+    )
+
+
+def test_a_path_that_would_follow_the_current_folder_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project / "elsewhere")
+    path = project / "configs" / "run.toml"
+    path.write_text("[data]\nsource = 'only.csv'")
+    with pytest.raises(ConfigError, match=r"data\.source = 'only\.csv' .* '\.\./elsewhere/only\.csv'"):
+        load_config(path)
+
+
+def test_names_of_assets_and_of_the_hub_are_no_paths(project: Path) -> None:
+    path = project / "configs" / "run.toml"
+    path.write_text("[model]\nname = 'some-org/some.model'\n[data]\nsource = 'vader'\ntest = 'validation'")
+    assert paths(load_config(path)) == ("some-org/some.model", "vader", "validation")
+    assert load_config(path).output == "runs"
+
+
+def test_a_missing_file_is_named_where_it_was_looked_for(project: Path) -> None:
+    path = project / "configs" / "run.toml"
+    path.write_text("[data]\nsource = 'missing.csv'")
+    assert load_config(path).data.source == str(project / "configs" / "missing.csv")

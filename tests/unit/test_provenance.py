@@ -142,6 +142,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], set[str]]] = {
 }
 COMMANDS: dict[str, tuple[Callable[[Path], tuple[object, ...]], set[str]]] = {
     "resume": (lambda run: ("run", "--resume", run, "-q", "--set", "rounds=2"), set(WORDS)),
+    "baselines": (lambda run: ("run", "--resume", run, "-q", "--baselines"), set(WORDS)),
     "evaluate": (lambda run: ("evaluate", run), {*MODEL, "test_data"}),
     "evaluate --clients": (lambda run: ("evaluate", run, "--clients"), set(WORDS)),
     "export --merge": (lambda run: ("export", run, run.parent / "merged", "--merge"), set(MODEL)),

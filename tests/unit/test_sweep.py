@@ -177,6 +177,23 @@ def test_the_best_alternative_is_chosen_on_another_seed(toml: Path, tmp_path: Pa
     assert watch.start == (12, 12, 10, 10)  # the two that failed are tried again
 
 
+def test_nothing_is_chosen_among_runs_on_different_bases_of_one_name(
+    toml: Path, tmp_path: Path, pretend: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = _workers.complete
+
+    def swapped(config: RunConfig, keep: Any, on_round: Any) -> None:
+        complete(config, keep, on_round)
+        base = {"base": "one" if config.train.lr < 0.05 else "another"}
+        (Path(config.output) / config.name / "provenance.json").write_text(json.dumps(base))
+
+    monkeypatch.setattr(_workers, "complete", swapped)
+    sweep = Sweep(toml, tmp_path / "out", {"plain": ()}, (0,), Selection(grid(["train.lr=0.01,0.02,0.05"]), seed=9))
+    with pytest.raises(RunDirError, match=r"the base model changed between .*lr=0\.01.*lr=0\.05"):
+        run_sweep(sweep)
+    assert not any("seed=0" in name for name in pretend)
+
+
 def test_a_sweep_may_do_no_more_than_select(toml: Path, tmp_path: Path, pretend: list[str]) -> None:
     rates = Selection(grid(["train.lr=0.01,0.02"]), seed=9)
     outcome = run_sweep(Sweep(toml, tmp_path / "out", {"plain, text": ()}, (), rates))
