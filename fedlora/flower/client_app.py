@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,6 @@ from torch import Tensor
 from fedlora import __version__
 from fedlora.adapter import AdapterState
 from fedlora.config import RunConfig, TrainConfig
-from fedlora.data.own import require_readable
 from fedlora.devices import train_config
 from fedlora.errors import (
     AssetError,
@@ -41,18 +40,17 @@ from fedlora.errors import (
 from fedlora.flower.codec import (
     Decoded,
     ReceivedPlan,
-    decode_head,
     decode_plan,
     digest,
     encode_note,
     encode_update,
     encode_upload,
 )
+from fedlora.flower.discretion import looking_at_data, may_leave, withheld
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.handshake import require_same_config, require_same_ground
 from fedlora.flower.node_account import Account, account_of, plan_config
 from fedlora.flower.settings import client_id_of, config_of, rank_of
-from fedlora.privacy.disclosure import WITHHELD, Disclosure
 from fedlora.privacy.ledger import Attempt
 from fedlora.rng import derive
 from fedlora.sanitize import clean_text
@@ -68,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 TELLS_NOTHING = (AssetError, ConfigError, ModelError, PrivacyError, ReplyError, RuleError)
 """Errors of the config, the model and the messages: a private client sends their text, unless its data had been looked
-at when they were raised (`_looking_at_data`)."""
+at when they were raised (`looking_at_data`)."""
 
 
 class FrozenStore:
@@ -103,7 +101,7 @@ def hello(message: Message, context: Context) -> Message:
         config = config_of(context)
         require_same_config(message.content, config)
         client_id = client_id_of(context)
-        with _looking_at_data(config):
+        with looking_at_data(config):
             bench = open_workbench(config)
         require_same_ground(message.content, config, bench.pins)
         facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": bench.base.fingerprint}
@@ -112,7 +110,7 @@ def hello(message: Message, context: Context) -> Message:
             facts["num_examples"] = len(indices)
         if (rank := rank_of(context)) is not None:
             facts["rank"] = rank
-        note = _may_leave(encode_note("hello", client_id=client_id, **facts), config)
+        note = may_leave(encode_note("hello", client_id=client_id, **facts), config)
     except Exception as error:
         note = _error_note(error, config)
     return Message(note, reply_to=message)
@@ -176,7 +174,7 @@ def train_rounds(contents: Sequence[RecordDict], contexts: Sequence[Context]) ->
 def _asked(plan: ReceivedPlan, context: Context) -> _Asked | RecordDict:
     """What a plan asks of a node, or the node's question for what it lacks."""
     config, client_id = config_of(context), client_id_of(context)
-    with _looking_at_data(config):
+    with looking_at_data(config):
         bench = open_workbench(config)
     if client_id != plan.head["client_id"]:
         raise ReplyError(f"the plan is for client {plan.head['client_id']}, and this node is client {client_id} now")
@@ -221,7 +219,7 @@ def _update(asked: _Asked, result: TrainResult, figures: Mapping[str, float]) ->
         round_number=int(head["round"]),
         base_digest=head["base_digest"],
     )
-    return _may_leave(content, asked.bench.config)
+    return may_leave(content, asked.bench.config)
 
 
 def _unchanged(asked: _Asked, error: Exception) -> TrainResult:
@@ -268,49 +266,10 @@ def _error_note(error: Exception, config: RunConfig | None) -> RecordDict:
         Exception: the error itself, if it is none of fedlora's and the run is not private.
     """
     if config is not None and config.privacy is not None and not isinstance(error, TELLS_NOTHING):
-        error = _withheld(error)
+        error = withheld(error)
     if not isinstance(error, FedloraError):
         raise error
     return encode_note("error", error=str(error))
-
-
-def _withheld(error: Exception) -> PrivacyError:
-    """What a private client says of an error instead of its text, which goes to its own log."""
-    logger.warning("%s: %s", type(error).__name__, clean_text(error))
-    logger.debug("a private client failed", exc_info=error)
-    return PrivacyError(WITHHELD)
-
-
-@contextmanager
-def _looking_at_data(config: RunConfig) -> Iterator[None]:
-    """Inside, a client's data are read or trained on: of what is raised there, a private client says nothing.
-
-    What does not depend on any example (a model that is not here, a column that a file's header lacks) is looked at
-    once more, by itself, and told.
-    """
-    try:
-        yield
-    except Exception as error:
-        if config.privacy is None:
-            raise
-        try:
-            require_readable(config)
-        except FedloraError as told:
-            raise ReplyError(str(told)) from error
-        raise _withheld(error) from error
-
-
-def _may_leave(content: RecordDict, config: RunConfig) -> RecordDict:
-    """The content of a reply, looked over before it leaves a private client.
-
-    Raises:
-        PrivacyError: it says more than it may.
-    """
-    if config.privacy is not None:
-        Disclosure(config.privacy.unit).require_reply(
-            decode_head(content), tuple(content.metric_records.get("metrics", ()))
-        )
-    return content
 
 
 def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
@@ -405,7 +364,7 @@ def _train_all_privately(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict 
             try:
                 if isinstance(outcome, Exception):
                     one.attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
-                    raise outcome if isinstance(outcome, PrivacyError) else _withheld(outcome)
+                    raise outcome if isinstance(outcome, PrivacyError) else withheld(outcome)
                 reply = _update(asked, outcome, _private_figures(outcome, one))
                 one.release(reply)
                 replies[number] = reply

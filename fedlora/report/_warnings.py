@@ -132,8 +132,11 @@ def _exactness(facts: Facts) -> Iterator[str]:
 
 
 def _privacy(facts: Facts) -> Iterator[str]:
-    epsilon = number((facts.result.get("privacy") or {}).get("epsilon"))
-    if epsilon is not None and epsilon >= WEAK_EPSILON:
+    claim = facts.result.get("privacy") or {}
+    epsilon = number(claim.get("epsilon"))
+    if claim and epsilon is None:
+        yield "No epsilon can be stated for this run: see Privacy."
+    elif epsilon is not None and epsilon >= WEAK_EPSILON:
         yield f"Epsilon {epsilon:.3g} is a weak promise: values of 1 to 8 are common."
     spent = sorted({k for record in facts.rounds for k in record.get("spent") or ()})
     if spent:

@@ -137,15 +137,14 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
     if errors:
         yield "aggregation error", "exact" if max(errors) < 1e-6 else f"{errors[-1]:.2g}", "0 is exact"
     claim = facts.result.get("privacy") or {}
-    epsilons = [e for r in facts.rounds if (e := number(r.get("epsilon"))) is not None]
+    spent = [r["epsilon"] for r in facts.rounds if "epsilon" in r]
     if facts.config.privacy is None:
         yield "privacy", "none", "no [privacy] in the config"
-    elif claim or epsilons:
-        epsilon = number(claim.get("epsilon"))
-        value = epsilons[-1] if epsilon is None else epsilon
+    elif claim or spent:
+        value = number(claim.get("epsilon") if claim else spent[-1])  # none: infinite, or it cannot be known
         yield (
             "privacy spent",
-            f"ε = {value:.3g}",
+            "no ε can be stated" if value is None else f"ε = {value:.3g}",
             f"at δ = {facts.config.privacy.delta:g}, for one {facts.config.privacy.unit}",
         )
 

@@ -129,10 +129,10 @@ def open_workbench(config: RunConfig) -> Workbench:
             activity.info("loading %s", config.model.name)
             pass_over_libraries()
             base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
-            require_fit(config, base, task, [data.train, data.test])
-            activity.info("choosing how to compute")
             # What is found out on examples is written down, or ends the run: in a private run on public ones alone.
             public, secret = ([data.test], [data.train]) if config.privacy else ([data.test, data.train], [])
+            require_fit(config, base, task, public)
+            activity.info("choosing how to compute")
             trial = Trial(base, task, public)
             kernels = accelerate(base.model, config.runtime.kernels)
             attention = choose_attention(base.model, config.runtime.attention)

@@ -15,7 +15,7 @@ from interrupted import cut
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, RoundError
-from fedlora.flower import refuse_early, run_local
+from fedlora.flower import client_app, refuse_early, run_local
 from fedlora.flower.asking import Asker
 from fedlora.flower.local_grid import LocalGrid
 from fedlora.flower.server_app import RunOutcome
@@ -154,20 +154,51 @@ def test_the_runs_files_hold_no_figure_of_a_client(central: MakeConfig) -> None:
     assert not {path.name for path in outcome.rundir.path.iterdir()} & {"partition.json", "labels.png"}
 
 
-def test_clients_train_as_ever_and_tell_the_trusted_server_what_they_did(
-    central: MakeConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_even_the_trusted_server_is_told_no_figure_but_what_weights_need(
+    central: MakeConfig, monkeypatch: pytest.MonkeyPatch, weighting: str
 ) -> None:
     sent: list[dict[str, Any]] = []
-    real = LocalGrid._answer
+    real = LocalGrid._pull
 
-    def answer(self: LocalGrid, message: Any) -> Any:
-        reply = real(self, message)
-        sent.append(dict(reply.content.metric_records.get("metrics", {})))
+    def pull(self: LocalGrid, key: str) -> Any:
+        reply = real(self, key)
+        if "metrics" in reply.content:
+            sent.append(dict(reply.content.metric_records["metrics"]))
         return reply
 
-    monkeypatch.setattr(LocalGrid, "_answer", answer)
-    run(central("rounds=1", "train.clip_norm=1.0"))
-    assert all("loss" in row and "noise_multiplier" not in row for row in sent if row)
+    monkeypatch.setattr(LocalGrid, "_pull", pull)
+    config = central("rounds=1", "train.clip_norm=1.0", f"server.weighting={weighting}")
+    run(config)
+    sizes = [len(rows) for rows in open_workbench(config).data.clients]
+    assert sent == [{"num_examples": 1 if weighting == "uniform" else size} for size in sizes]
+
+
+def test_a_client_whose_training_fails_sends_an_update_that_changes_nothing(
+    central: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = client_app.run_plans
+
+    def fails(asked: Any) -> list[Any]:
+        return [
+            ValueError("patient 4711") if one.client_id == 2 else found
+            for one, found in zip(asked, real(asked), strict=True)
+        ]
+
+    monkeypatch.setattr(client_app, "run_plans", fails)
+    moved: dict[int, bool] = {}
+    accept = Asker._accept
+
+    def accepts(self: Asker, ask: Any, valid: Any, *rest: Any) -> Any:
+        before = ask.plan.adapter.tensors()
+        moved[ask.client_id] = any(not torch.equal(value, before[name]) for name, value in valid.tensors.items())
+        return accept(self, ask, valid, *rest)
+
+    monkeypatch.setattr(Asker, "_accept", accepts)
+    outcome = run(central("rounds=1", "server.weighting=uniform"))
+    assert outcome.records[-1]["answered"] == [0, 1, 2, 3]
+    assert moved == {0: True, 1: True, 2: False, 3: True}
+    assert b"4711" not in b"".join(p.read_bytes() for p in outcome.rundir.path.rglob("*") if p.is_file())
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -39,6 +39,7 @@ from fedlora.training.workbench import close_workbench
 Rows = list[dict[str, str]]
 OWN_LOGS = (
     "fedlora.flower.client_app",
+    "fedlora.flower.discretion",
     "fedlora.flower.node_account",
     "fedlora.data",
     "fedlora.training",

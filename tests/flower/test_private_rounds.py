@@ -226,7 +226,7 @@ def test_an_update_with_more_than_public_figures_is_refused(
     monkeypatch.setattr(client_app, "_private_figures", lambda *args: {**real(*args), "loss": 0.5})
     with pytest.raises(RoundError, match=r"what goes with a private update: 'loss' is not on the list"):
         run(private())
-    monkeypatch.setattr(client_app, "_may_leave", lambda content, config: content)
+    monkeypatch.setattr(client_app, "may_leave", lambda content, config: content)
     with pytest.raises(RoundError, match="metric 'loss' was not asked for"):
         run(private(name="again"))
 

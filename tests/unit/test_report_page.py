@@ -121,6 +121,19 @@ def test_a_private_run_shows_its_claim_and_no_secret(tmp_path: Path) -> None:
     assert text.count("secret under [privacy]") == 2  # losses, and who holds what
 
 
+@pytest.mark.parametrize("claim", [{"epsilon": None, "statement": "THE CLAIM"}, {}], ids=["finished", "not finished"])
+def test_an_epsilon_that_is_infinite_or_unknown_is_not_that_of_an_earlier_round(
+    tmp_path: Path, claim: dict[str, Any]
+) -> None:
+    run = make_run(tmp_path, toml=PRIVACY)
+    lines = [{**r, "epsilon": 2.0 if r["round"] < 4 else None, "clients": {}} if r["round"] else r for r in records()]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.write_json("result.json", {"rounds": 4, "privacy": claim})
+    text = Page(write_report(run).read_text()).text
+    assert "no ε can be stated" in text
+    assert "ε = 2" not in text
+
+
 def test_a_run_that_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run.path / "result.json").unlink()

@@ -1,0 +1,63 @@
+"""What a private client says, and what it keeps to itself; the list is `fedlora.privacy.disclosure`'s."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flwr.app import RecordDict
+
+from fedlora.config import RunConfig
+from fedlora.data.own import require_readable
+from fedlora.errors import FedloraError, PrivacyError, ReplyError
+from fedlora.flower.codec import decode_head
+from fedlora.privacy.disclosure import WITHHELD, Disclosure
+from fedlora.sanitize import clean_text
+
+logger = logging.getLogger(__name__)
+
+
+def withheld(error: Exception) -> PrivacyError:
+    """What a private client says of an error instead of its text, which goes to its own log."""
+    logger.warning("%s: %s", type(error).__name__, clean_text(error))
+    logger.debug("a private client failed", exc_info=error)
+    return PrivacyError(WITHHELD)
+
+
+@contextmanager
+def looking_at_data(config: RunConfig) -> Iterator[None]:
+    """Inside, a client's data are read: of what is raised there, a private client says nothing.
+
+    What does not depend on any example (a model that is not here, a column that a file's header lacks) is looked at
+    once more, by itself, and told.
+
+    Args:
+        config: as the client reads it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if config.privacy is None:
+            raise
+        try:
+            require_readable(config)
+        except FedloraError as told:
+            raise ReplyError(str(told)) from error
+        raise withheld(error) from error
+
+
+def may_leave(content: RecordDict, config: RunConfig) -> RecordDict:
+    """The content of a reply, looked over before it leaves a private client.
+
+    Args:
+        content: of the reply.
+        config: as the client reads it.
+
+    Raises:
+        PrivacyError: it says more than it may.
+    """
+    if config.privacy is not None:
+        figures = tuple(content.metric_records.get("metrics", ()))
+        Disclosure(config.privacy.unit).require_reply(decode_head(content), figures)
+    return content
