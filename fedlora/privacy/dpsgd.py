@@ -13,6 +13,7 @@ batch (amplification by sampling holds only against somebody who does not know i
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -32,27 +33,31 @@ logger = logging.getLogger(__name__)
 Losses = Callable[[np.ndarray], Tensor]
 """Indices of examples [b] -> the loss of each on its own [b], with a graph."""
 
-EXCESS: Mapping[torch.dtype, float] = {
+ROUNDING: Mapping[torch.dtype, float] = {
     torch.float64: 0.0,
-    torch.float32: 1e-3,
+    torch.float32: 2e-3,
+    torch.float16: 0.02,
     torch.bfloat16: 0.1,
-    torch.float16: 0.1,
 }
-"""By how much one example may move the sum of clipped gradients beyond C, in units of C, by the dtype that the model
-computes in: the company that an example keeps changes how its gradient is rounded, and the others' with it."""
+"""How far one example's clipped gradient may move, in units of C, when its batch gets another shape: kernels change
+with the shape, and round differently. The largest seen on CPUs is 7e-4, 0.006 and 0.095, in tiny random models."""
 
 
-def clipping_norm(max_grad_norm: float, dtype: torch.dtype) -> float:
+def clipping_norm(max_grad_norm: float, dtype: torch.dtype, expected_batch_size: float) -> float:
     """To what norm gradients are clipped so that one example moves their sum by no more than C, rounding included.
 
-    Noise is sigma C whatever the dtype, so that sigma means in the ledger what it says: the noise's standard deviation
-    in units of the true sensitivity.
+    An example that joins b others adds at most the clipping norm, and may re-round each of the others by r of it, in
+    directions of their own: sqrt(1 + b r^2) in all, where b is taken as twice the expected batch size. Noise is sigma C
+    whatever the dtype, so that sigma means in the ledger what it says: the noise's standard deviation in units of the
+    sensitivity.
 
     Args:
         max_grad_norm: C.
         dtype: that the model computes in.
+        expected_batch_size: of a Poisson sample.
     """
-    return max_grad_norm / (1 + EXCESS.get(dtype, max(EXCESS.values())))
+    r = ROUNDING.get(dtype, max(ROUNDING.values()))
+    return max_grad_norm / math.sqrt(1 + 2 * expected_batch_size * r * r)
 
 
 def secret_rng() -> np.random.Generator:

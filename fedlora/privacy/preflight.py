@@ -51,7 +51,7 @@ def preflight(
     if len(alone) < 2:
         raise PrivacyError("the check before private training needs two examples: give it a batch of two")
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
-    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})), shaken(model):
+    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})), _shaken(model):
         _as_trained(model, losses, dict(together), len(alone))
         with widened(model) as tolerance:
             _against_brute_force(model, losses, dict(together), [dict(one) for one in alone], tolerance)
@@ -156,7 +156,7 @@ def _against_brute_force(
     tolerance: float,
 ) -> None:
     """The gradients of examples in one batch against those of each truly alone, and their losses in a crowd."""
-    together, alone = as_wide(model, together), [as_wide(model, one) for one in alone]
+    together, alone = _as_wide(model, together), [_as_wide(model, one) for one in alone]
     samples = _hooked(model, losses, together, len(alone))
     params = _trained(model)
     single = []
@@ -238,7 +238,7 @@ def _tolerance(model: torch.nn.Module) -> float:
 
 
 @contextmanager
-def shaken(model: torch.nn.Module) -> Iterator[None]:
+def _shaken(model: torch.nn.Module) -> Iterator[None]:
     """Move the trained values a little: fresh adapters have B = 0, where A's gradient is 0 and would prove nothing."""
     params = _trained(model)
     before = {name: p.detach().clone() for name, p in params.items()}
@@ -280,22 +280,7 @@ def widened(model: torch.nn.Module) -> Iterator[float]:
             tensor.data = data
 
 
-def as_wide(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_wide(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A batch for a model inside `widened`: pictures in float64 if all of the model is."""
     wide = all(p.dtype == torch.float64 for p in model.parameters() if p.dtype.is_floating_point)
     return {name: value.double() if wide and value.is_floating_point() else value for name, value in batch.items()}
-
-
-@contextmanager
-def restored(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """A mode for a while; afterwards each module's mode and each parameter's `requires_grad` are as before."""
-    modes = {module: module.training for module in model.modules()}
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.train(training)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, wanted in trained.items():
-            parameter.requires_grad_(wanted)

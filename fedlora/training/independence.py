@@ -1,9 +1,7 @@
-"""Whether an example's loss and gradient depend on the examples beside it: above all, on how far it is padded.
+"""Examples for the check before private training: in company, and each truly alone.
 
 Padding that leaks (Fourier mixing, landmarks over all tokens, neighbouring embeddings) is invisible in an example that
-was cut out of a padded batch: here each example is collated and computed truly alone, and beside longer ones.
-
-Shapes: b = examples looked at, t = tokens.
+was cut out of a padded batch.
 """
 
 from __future__ import annotations
@@ -12,12 +10,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
-import torch
 
 from fedlora.model import Base
-from fedlora.privacy.preflight import as_wide, restored, shaken, widened
 from fedlora.tasks._base import Batch, Examples, Task
-from fedlora.training.job import to_device
 
 FEW = 4  # tokens that a shortened example keeps at least
 
@@ -59,42 +54,3 @@ def company_of(task: Task, examples: Examples, indices: Sequence[int] | np.ndarr
         if 2 * tokens <= getattr(task, "max_length", 0):
             alone.append({name: value.repeat(1, 2) if name in padded else value for name, value in batch.items()})
     return task.join(examples, alone), alone
-
-
-def coupled(base: Base, task: Task, examples: Examples, indices: Sequence[int] | np.ndarray = ()) -> float:
-    """How far an example's loss and gradient move when it is put beside longer ones, without dropout.
-
-    Computed in float64 where memory allows it, so that what is found is no rounding: below 1e-5 for a model whose
-    examples do not see each other.
-
-    Args:
-        base: its adapter's values are left as they are, in whatever mode it is.
-        task: gives batches and losses.
-        examples: of which some are taken.
-        indices: which; empty: a shortest, a middling and a longest one.
-
-    Returns:
-        The largest over examples, |g_together - g_alone| / |g_alone| over all of the adapter's tensors jointly, or the
-        loss's relative difference if that is larger. Infinite where what is computed alone fails or is not finite.
-    """
-    together, alone = company_of(task, examples, indices)
-    parameters = list(base.parameters.values())
-    worst = 0.0
-    with computed(base), restored(base.model, training=False), torch.enable_grad():
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with shaken(base.model), widened(base.model):
-            joint = task.losses(base.model, as_wide(base.model, to_device(together, base.device)))
-            for row, batch in enumerate(alone):
-                loss = task.losses(base.model, as_wide(base.model, to_device(batch, base.device)))[0]
-                one = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
-                other = torch.autograd.grad(
-                    joint[row], parameters, retain_graph=True, materialize_grads=True, allow_unused=True
-                )
-                a, b = (torch.cat([g.double().flatten() for g in found]) for found in (one, other))
-                gaps = [
-                    float((a - b).norm() / a.norm().clamp_min(1e-30)),
-                    float((loss - joint[row]).abs() / loss.abs().clamp_min(1e-30)),
-                ]
-                worst = max([worst, *(gap if np.isfinite(gap) else float("inf") for gap in gaps)])
-    return worst

@@ -60,6 +60,10 @@ class PrivateSettings:
         """What one round costs."""
         return self.schedule.entry(self.noise_multiplier)
 
+    def clipping_norm(self, dtype: torch.dtype) -> float:
+        """To what norm gradients are clipped by a model that computes in `dtype`, so that the sensitivity is C."""
+        return clipping_norm(self.max_grad_norm, dtype, self.schedule.expected_batch_size)
+
 
 def private_settings(config: RunConfig, client_id: int) -> PrivateSettings:
     """The settings of one client: a function of the config alone, the same on the client and on the server.
@@ -214,7 +218,7 @@ def train_by_opacus(
     anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
     optimizer = make_optimizer(parameters, config)
     plan, streams = settings.schedule, masks or secret_masks(base.device)
-    clip = clipping_norm(settings.max_grad_norm, base.dtype)
+    clip = settings.clipping_norm(base.dtype)
 
     def losses(positions: np.ndarray) -> Tensor:
         rows = job.indices[positions]

@@ -27,7 +27,7 @@ from torch import Tensor
 from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
 from fedlora.model import Base
-from fedlora.privacy.dpsgd import clipping_norm, noise, poisson_batches, secret_generator
+from fedlora.privacy.dpsgd import noise, poisson_batches, secret_generator
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.cohort import alike, note_alone, why_alone
@@ -180,7 +180,7 @@ class PrivateTogether(Loop):
             # One example's infinite or undefined gradient would make the whole sum so, whatever the noise.
             gradients[~gradients.isfinite().all(dim=1)] = 0.0
             norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
-        limits = [clipping_norm(self._how[id(c)].max_grad_norm, self._base.dtype) for c in members]
+        limits = [self._how[id(client)].clipping_norm(self._base.dtype) for client in members]
         most = norms.new_tensor(limits)[owners]
         gradients.mul_((most / (norms + 1e-6)).clamp_(max=1.0)[:, None].to(gradients.dtype))
         return gradients.new_zeros(len(members), gradients.shape[1]).index_add_(0, owners, gradients)

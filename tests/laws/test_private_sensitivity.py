@@ -18,13 +18,16 @@ from torch import Tensor
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.attention import choose_attention
 from fedlora.config import TrainConfig
+from fedlora.errors import PrivacyError
 from fedlora.model import Base
 from fedlora.privacy.calibrate import Schedule
+from fedlora.privacy.dpsgd import clipping_norm
 from fedlora.tasks import Examples, Task
 from fedlora.training import TrainJob, TrainResult
 from fedlora.training.dropout import Masks, Stream, secret_masks
 from fedlora.training.private import PrivateSettings, check_model, train_by_opacus
 from fedlora.training.private_cohort import PrivateTogether
+from fedlora.training.together import Client
 
 C = 0.01
 OTHERS = 8
@@ -54,27 +57,36 @@ def noise_free_sums(
     batches: Sequence[np.ndarray],
     path: str,
     masks: Masks | None = own_masks,
+    expected: float = 1.0,
 ) -> list[Tensor]:
-    """What a private step adds up for each batch: one step of plain descent with next to no noise, taken back."""
+    """What a private step adds up for each batch before its noise; on the Opacus path the step is taken back."""
     start = moved(base)
     config = TrainConfig(optimizer="sgd", lr=1.0)
-    how = PrivateSettings(Schedule(1.0, 1, 1, 1.0), 1e-13, C)
+    how = PrivateSettings(Schedule(1.0, 1, 1, expected), 1e-13 if path == "opacus" else 1.0, C)
     jobs = [TrainJob(start, ALL_PARTS, batch, 7) for batch in batches]
-    if path == "cohort":
-        outcomes = PrivateTogether(
-            base, task, examples, [(job, config) for job in jobs], [how] * len(jobs), masks=masks
-        ).run()
-    elif path == "alone":
-        outcomes = [PrivateTogether(base, task, examples, [(job, config)], [how], masks=masks).run()[0] for job in jobs]
-    else:
-        outcomes = [train_by_opacus(base, task, examples, job, config, how, masks=masks) for job in jobs]
-    before = start.tensors()
-    sums = []
-    for outcome in outcomes:
-        assert isinstance(outcome, TrainResult), outcome
-        after = outcome.adapter.tensors()
-        sums.append(torch.cat([(before[name] - after[name]).double().flatten() for name in sorted(before)]))
-    return sums
+    if path == "opacus":
+        found = [train_by_opacus(base, task, examples, job, config, how, masks=masks) for job in jobs]
+        before = start.tensors()
+        changes = [
+            {name: expected * (before[name] - value) for name, value in one.adapter.tensors().items()} for one in found
+        ]
+        return [torch.cat([change[name].double().flatten() for name in sorted(change)]) for change in changes]
+    sums: list[tuple[int, Tensor]] = []
+    groups = [jobs] if path == "cohort" else [[job] for job in jobs]
+    with pytest.MonkeyPatch.context() as patch:
+        real = PrivateTogether._step_with_noise
+
+        def noted(self: PrivateTogether, client: Client) -> None:
+            sums.append((client.row, self._sums[id(client)].double().clone()))
+            real(self, client)
+
+        patch.setattr(PrivateTogether, "_step_with_noise", noted)
+        for group in groups:
+            work = [(job, config) for job in group]
+            outcomes = PrivateTogether(base, task, examples, work, [how] * len(group), masks=masks).run()
+            assert all(isinstance(outcome, TrainResult) for outcome in outcomes), outcomes
+    order = np.argsort([row for row, _ in sums], kind="stable")
+    return [sums[number][1] for number in order]
 
 
 def largest_movement(
@@ -85,17 +97,31 @@ def largest_movement(
     added: int = ADDED,
     others: int = OTHERS,
     masks: Masks = own_masks,
+    expected: float = 1.0,
 ) -> float:
     """max over x of |S(D + x) - S(D)| / C."""
     D = np.arange(others)
     batches = [np.concatenate([[others + number], D]) for number in range(added)]
-    without, *with_one = noise_free_sums(base, task, examples, [D, *batches], path, masks)
+    without, *with_one = noise_free_sums(base, task, examples, [D, *batches], path, masks, expected)
     return max(float((found - without).norm()) for found in with_one) / C
 
 
 def checked(base: Base, task: Task, examples: Examples) -> None:
     choose_attention(base.model)  # as in a run
     check_model(base, task, examples, TrainJob(moved(base), ALL_PARTS, np.empty(0, np.int64), 0))
+
+
+TEXT = ("DistilBert", "Roberta", "Camembert", "Electra", "Albert", "Deberta", "DebertaV2", "GPT2", "Llama", "Qwen2")
+PICTURES = ("ViT", "Beit", "Dinov2")
+REFUSED = {
+    "FNet": "depends on the other examples",
+    "Nystromformer": "depends on the other examples",
+    "Yoso": "depends on the other examples",
+    "MobileBert": "depends on the other examples",
+    "ConvBert": "depends on the other examples",
+    "XLNet": r"model\.dropout = 0",
+    "Funnel": r"model\.dropout = 0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +173,71 @@ def test_no_two_private_steps_have_the_same_masks(bert: tuple[Base, Task, Exampl
     assert float((given - same).norm()) < 1e-6 * C
     production = noise_free_sums(*bert, batches, path, None)
     assert float((production[0] - production[1]).norm()) > 0.1 * C
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["cohort", "opacus"])
+@pytest.mark.parametrize("kind", [*TEXT, *PICTURES])
+def test_one_example_more_moves_the_sum_of_any_family_by_c(kind: str, path: str, tmp_path: Path) -> None:
+    what = "ImageClassification" if kind in PICTURES else "SequenceClassification"
+    base, task, examples = loaded(tmp_path, kind, what, depth=0.2 if kind in PICTURES else 0.0)
+    checked(base, task, examples)
+    assert 0.99 < largest_movement(base, task, examples, path, others=3) <= 1.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["cohort", "opacus"])
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Qwen2"])
+def test_one_continuation_more_moves_the_sum_by_c(kind: str, path: str, tmp_path: Path) -> None:
+    base, task, examples = loaded(tmp_path, kind, "CausalLM")
+    checked(base, task, examples)
+    assert 0.99 < largest_movement(base, task, examples, path, others=3) <= 1.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [1, 8, 16, 31, 63, 200])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_room_is_left_for_what_rounding_adds(dtype: str, others: int, tmp_path: Path) -> None:
+    base, task, examples = loaded(tmp_path, "Bert", dtype=dtype)
+    checked(base, task, examples)
+    assert 0.5 < largest_movement(base, task, examples, "alone", 4, others, expected=others) <= 1.0
+
+
+def test_a_bfloat16_base_clips_lower_and_float64_does_not() -> None:
+    limits = {dtype: clipping_norm(2.0, dtype, 32.0) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+    assert limits[torch.float64] == 2.0
+    assert limits[torch.float32] == pytest.approx(2.0 / np.sqrt(1 + 64 * 4e-6), rel=1e-12)
+    assert limits[torch.bfloat16] == pytest.approx(2.0 / np.sqrt(1.64), rel=1e-12)
+    assert clipping_norm(2.0, torch.int8, 32.0) == limits[torch.bfloat16], "an unknown one is taken as the coarsest"
+
+
+@pytest.mark.parametrize(("kind", "message"), [("MobileBert", REFUSED["MobileBert"]), ("FNet", REFUSED["FNet"])])
+def test_a_family_that_couples_examples_is_refused(kind: str, message: str, tmp_path: Path) -> None:
+    base, task, examples = loaded(tmp_path, kind)
+    with pytest.raises(PrivacyError, match=message):
+        checked(base, task, examples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "message"), REFUSED.items())
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_a_family_that_couples_examples_is_refused_in_any_dtype(
+    kind: str, message: str, dtype: str, tmp_path: Path
+) -> None:
+    base, task, examples = loaded(tmp_path, kind, dtype=dtype)
+    with pytest.raises(PrivacyError, match=message):
+        checked(base, task, examples)
+
+
+def test_texts_of_one_length_show_what_padding_does(tmp_path: Path) -> None:
+    base, task, examples = loaded(tmp_path, "FNet")
+    same = examples.take(np.flatnonzero(examples.lengths == 12))
+    with pytest.raises(PrivacyError, match="depends on the other examples"):
+        checked(base, task, same)
+
+
+@pytest.mark.slow
+def test_layers_left_out_for_a_whole_batch_are_refused(tmp_path: Path) -> None:
+    base, task, examples = loaded(tmp_path, "OPT", layerdrop=0.5)
+    with pytest.raises(PrivacyError, match=r"belong to no single example .* model\.dropout = 0"):
+        checked(base, task, examples)

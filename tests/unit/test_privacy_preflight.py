@@ -235,3 +235,32 @@ def test_what_a_fresh_adapters_zero_b_would_hide() -> None:
 def test_one_example_is_too_few() -> None:
     given = {name: value[:1] for name, value in batch().items()}
     refused(bert(), "needs two examples", given=given)
+
+
+def test_a_layer_that_has_room_for_a_few_examples() -> None:
+    class Room(torch.nn.Module):
+        """An expert of limited capacity: what comes late passes by."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            there = torch.arange(len(x)) < 8
+            return torch.where(there[:, None], x, x * 0.5)
+
+    refused(Small(Room()).train(), "depends on the other examples", small_losses, small_batch())
+
+
+def test_what_mixes_in_training_alone() -> None:
+    class Mix(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - 0.001 * x.mean(0) if self.training else x
+
+    refused(Small(Mix()).train(), "depends on the other examples", small_losses, small_batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coupling_of_two_in_a_thousand_shows_in_any_dtype(dtype: torch.dtype) -> None:
+    class Mix(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - 0.002 * x.mean(0)
+
+    given = {name: v.to(dtype) if v.is_floating_point() else v for name, v in small_batch().items()}
+    refused(Small(Mix()).train().to(dtype), "depends on the other examples", small_losses, given)
