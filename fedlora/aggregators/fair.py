@@ -93,6 +93,9 @@ class Fair(Aggregator):
         if self.steps < 0 or not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"fair: steps must be at least 0 and lr above 0, not {self.steps!r} and {self.lr!r}")
 
+        if self.solver == "closed" and (self.steps, self.lr) != (Fair.steps, Fair.lr):
+            raise ConfigError("fair: steps and lr are for solver = 'cosine', and 'closed' has none: remove them")
+
     def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """Equation (8) for each module.
 

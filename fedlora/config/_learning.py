@@ -122,5 +122,5 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give either steps or epochs, not both")
+            raise ValueError("give either steps or epochs, not both (--set train.steps= removes one)")
         return self

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedlora.config._base import OPEN_TABLES, Section
 from fedlora.config._federation import ProfileConfig
+from fedlora.config._overrides import apply_overrides, refuse_twice, without_unset
 from fedlora.config._paths import PATHS, absolute
 from fedlora.config._privacy import UNITS, unit_of
 from fedlora.config._run import RunConfig
@@ -27,8 +28,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         path: of the file, or the name of one that ships with fedlora ("quickstart"); its stem is the run's name unless
             the file gives one. Its relative paths are relative to its own folder.
-        overrides: such as "rounds=20" or "strategy.name=ffa"; values are TOML, a bare word is a string. Their relative
-            paths are relative to the current folder.
+        overrides: such as "rounds=20" or "strategy.name=ffa"; values are TOML, a bare word is a string, and a key
+            without a value is removed. Their relative paths are relative to the current folder.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown (with the nearest valid one), a value is wrong.
@@ -44,6 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"config file {str(path)!r} cannot be read: it is not UTF-8 text; convert it") from None
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror or error}") from None
+    refuse_twice(overrides)
     return parse_config(text, overrides, source=str(path), name=path.stem, folder=path.parent)
 
 
@@ -75,17 +77,18 @@ def parse_config(
     """
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{source} is not valid TOML: {error}") from None
     if name is not None:
         tree.setdefault("name", name)
     if folder is not None:
         absolute(tree, folder)
-    for override in overrides:
-        _override(tree, override)
+    apply_overrides(tree, overrides)
     if folder is not None:
         absolute(tree, Path(), tuple(key for key in PATHS if key in {o.partition("=")[0].strip() for o in overrides}))
     _refuse_unknown(tree, RunConfig, "")
+    tree = without_unset(tree)
+    _refuse_nul(tree, "")
     for table in OPEN_TABLES:
         if isinstance(given := tree.get(table), dict) and "name" not in given:
             tree[table] = {**RunConfig.model_fields[table].default.model_dump(), **given}
@@ -98,23 +101,17 @@ def parse_config(
         raise ConfigError(f"{source}: {problem}") from None
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {override!r} must have the form key=value, for example train.lr=0.001")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *tables, last = key.strip().split(".")
-    here = tree
-    for table in tables:
-        here = here.setdefault(table, {})
-        if not isinstance(here, dict):
-            raise ConfigError(f"--set {override!r}: {table!r} is a value, not a table")
-    if last == "name" and len(tables) == 1 and tables[0] in OPEN_TABLES and here.get("name") != value:
-        here.clear()  # another rule, partitioner or task: the old one's fields do not apply
-    here[last] = value
+def _refuse_nul(tree: Any, key: str) -> None:
+    """No file name and no program takes text with a NUL character, which TOML can write."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            _refuse_nul(str(name), f"a name in {key or 'the config'}")
+            _refuse_nul(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for value in tree:
+            _refuse_nul(value, key)
+    elif isinstance(tree, str) and "\0" in tree:
+        raise ConfigError(f"{key} holds a NUL character: remove it")
 
 
 def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:

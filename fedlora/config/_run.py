@@ -10,6 +10,7 @@ import tomli_w
 from pydantic import Field, model_validator
 
 from fedlora.config._base import OpenTable, PositiveInt, Section
+from fedlora.config._effect import without_effect
 from fedlora.config._federation import ClientsConfig, ServerConfig, WireConfig
 from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._paths import with_absolute_paths
@@ -92,6 +93,13 @@ class RunConfig(Section):
             raise ValueError(
                 "a client that drops out is noticed at a deadline: set server.simulated_deadline_s beside dropout"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> RunConfig:
+        problem = next(without_effect(self), None)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

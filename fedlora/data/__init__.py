@@ -216,6 +216,12 @@ def task_columns(task: Task, data: DataConfig) -> dict[str, str]:
     for role in data.columns:
         if role not in task.roles:
             raise ConfigError(f"data.columns names {role!r}, which the task does not need; {nearest(role, task.roles)}")
+    for role in ("text", "label"):
+        if role not in task.roles and getattr(data, role) != DataConfig.model_fields[role].default:
+            raise ConfigError(
+                f"data.{role} names a column that the task does not read: remove it; its roles are "
+                f"{', '.join(task.roles)}, in data.columns"
+            )
     roles = column_roles(data)
     return {role: roles.get(role, role) for role in task.roles}
 

@@ -7,15 +7,16 @@ from itertools import chain
 
 import numpy as np
 
-from fedlora.aggregators import ClientPlan, ClientSpec
+from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
+from fedlora.devices import train_config
 from fedlora.errors import ConfigError, RoundError
 from fedlora.flower.ray_crew import require_ray
 from fedlora.model.starting import first_state, plan_for
 from fedlora.training.central import load_rule, require_cohort, require_one_start
 from fedlora.training.fits import require_fit_of_any
-from fedlora.training.job import TrainJob
+from fedlora.training.job import TrainJob, number_of_steps
 from fedlora.training.private import check_model, private_settings
 from fedlora.training.workbench import Workbench
 
@@ -44,6 +45,29 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
     )
     require_servable(config, bench, plans, clients)
     clients_wanted(config, len(clients))
+    _require_effect(config, bench, rule)
+
+
+def _require_effect(config: RunConfig, bench: Workbench, rule: Aggregator) -> None:
+    """Refuse keys that could be told to be in vain only now that rule, method and data are known."""
+    if config.adapter.export_rank is not None and not (
+        Claim.CHANGES_BASE in rule.claims or bench.base.method.whole_rank
+    ):
+        raise ConfigError(
+            f"adapter.export_rank is for rules that change the base, and {config.strategy.name!r} exports the adapter "
+            "as it is: remove it"
+        )
+    if not config.train.warmup_steps:
+        return
+    if config.example_privacy is not None:
+        steps = [private_settings(config, k).schedule.steps for k in range(len(bench.data.clients))]
+    else:
+        steps = [number_of_steps(len(rows), train_config(config, k)) for k, rows in enumerate(bench.data.clients)]
+    if config.train.warmup_steps >= max(steps):
+        raise ConfigError(
+            f"train.warmup_steps = {config.train.warmup_steps} lasts for all of a round, whose longest training has "
+            f"{max(steps)} steps, so that train.lr is never reached: lower it below {max(steps)}, or train longer"
+        )
 
 
 def require_servable(

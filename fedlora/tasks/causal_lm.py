@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.assets import Checkpoint
-from fedlora.errors import DataError
+from fedlora.errors import ConfigError, DataError
 from fedlora.hashing import digest_of
 from fedlora.model.reach import longest_text
 from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
@@ -67,6 +67,12 @@ class CausalLM(Task):
     train_on: Literal["answer", "answers", "all"] = "answer"
     system: str | None = None
     packing: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse fields of conversations where there are none."""
+        if self.form == "text" and (self.train_on != "answer" or self.system is not None):
+            what = "train_on" if self.train_on != "answer" else "system"
+            raise ConfigError(f"task.{what} is for conversations, and task.form is 'text': remove it")
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]

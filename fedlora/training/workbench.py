@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from fedlora.assets import Checkpoint
 from fedlora.attention import AttentionReport, choose_attention
 from fedlora.config import RunConfig
+from fedlora.errors import ConfigError
 from fedlora.kernels import KernelReport, accelerate
 from fedlora.model import Base, clear_cache, load_base
 from fedlora.progress import activity
@@ -124,6 +126,7 @@ def open_workbench(config: RunConfig) -> Workbench:
             _open.clear()
             device = setup(config.runtime)
             task = load_task(config.task)
+            _require_hub_revision(config)
             activity.info("reading %s", config.data.source)
             data = load_data(config)
             activity.info("loading %s", config.model.name)
@@ -167,6 +170,11 @@ def _key(config: RunConfig) -> str:
     alike = config.runtime.model_copy(update={"cohort": 1, "processes": 1, "crew": "processes"})
     private = "" if config.privacy is None else "/private"
     return config.model_copy(update={"runtime": alike}).digest(*SECTIONS) + private
+
+
+def _require_hub_revision(config: RunConfig) -> None:
+    if config.model.revision is not None and Path(Checkpoint.of(config.model).source).is_dir():
+        raise ConfigError(f"model.revision is for hub models, and {config.model.name!r} is a folder here: remove it")
 
 
 def close_workbench() -> None:

@@ -1,0 +1,86 @@
+"""Keys that say something which another key's value leaves without effect: refused, so that nobody counts on them.
+
+What depends on the model, the data or a rule is refused where these are known (`fedlora.model.methods`,
+`fedlora.data`, `fedlora.flower.servable`, the entries of the registries). Only values other than the defaults are
+looked at, since a run's own config.toml writes every key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fedlora.config._learning import NODES
+from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from fedlora.config._run import RunConfig
+
+
+def without_effect(config: RunConfig) -> Iterator[str]:
+    """One clause for each key that changes nothing in this run."""
+    yield from _train(config)
+    yield from _data(config)
+    yield from _server(config)
+    privacy, tracking, runtime = config.privacy, config.tracking, config.runtime
+    if isinstance(privacy, ClientPrivacyConfig) and not privacy.adaptive_clipping:
+        for key in ("quantile", "clip_lr"):
+            if _changed(privacy, key):
+                yield f"privacy.{key} is of adaptive clipping: remove it, or set privacy.adaptive_clipping = true"
+    if tracking is not None and tracking.name == "tensorboard" and _changed(tracking, "project"):
+        yield "tracking.project means nothing to TensorBoard, which has no projects: remove it"
+    if runtime.crew == "ray" and runtime.processes == 1:
+        yield "runtime.crew = 'ray' is for more than one process: raise runtime.processes, or remove it"
+
+
+def _train(config: RunConfig) -> Iterator[str]:
+    train, profiles = config.train, config.clients.profiles
+    if train.momentum and train.optimizer != "sgd":
+        yield "train.momentum is SGD's, and AdamW has its own: remove it, or set train.optimizer = 'sgd'"
+    theirs = [profile.steps or (None if profile.epochs else train.steps) for profile in profiles] or [train.steps]
+    known = [steps for steps in theirs if steps is not None]
+    if len(known) == len(theirs) and train.warmup_steps >= max(known):
+        yield (
+            f"train.warmup_steps = {train.warmup_steps} lasts for all {max(known)} steps of a round, so that train.lr "
+            f"is never reached: lower it below {max(known)}, or raise the steps"
+        )
+    if profiles and all(profile.steps or profile.epochs for profile in profiles):
+        for key in ("steps", "epochs"):
+            if _changed(train, key):
+                yield f"train.{key} is said by every one of clients.profiles anew: remove it"
+    if profiles and all(profile.batch_size for profile in profiles) and _changed(train, "batch_size"):
+        yield "train.batch_size is said by every one of clients.profiles anew: remove it"
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.test is not None:
+        for key in ("test_fraction", "group"):
+            if _changed(data, key):
+                yield f"data.{key} is for cutting a test set off, and data.test names one: remove it"
+    if data.source == NODES:
+        for key in ("subset", "train_split"):
+            if _changed(data, key):
+                yield f"data.{key} is for a data set of the hub, and each node brings its own file: remove it"
+    for role in ("text", "label"):
+        if role in data.columns and _changed(data, role):
+            yield f"data.{role} is said by data.columns.{role} anew: remove one of them"
+
+
+def _server(config: RunConfig) -> Iterator[str]:
+    server = config.server
+    if server.clients_per_round is not None and _changed(server, "fraction"):
+        yield "server.fraction and server.clients_per_round both say how many are asked: remove one of them"
+    if isinstance(config.privacy, ExamplePrivacyConfig) and _changed(server, "max_examples"):
+        yield "server.max_examples means nothing in a private run, where nobody says how many there are: remove it"
+    if _changed(server, "max_weight_ratio"):
+        if server.weighting == "uniform":
+            yield "server.max_weight_ratio means nothing where all weigh the same (server.weighting): remove it"
+        elif config.data.source != NODES:
+            yield "server.max_weight_ratio is for nodes that bring their own data: remove it"
+
+
+def _changed(section: BaseModel, key: str) -> bool:
+    return bool(getattr(section, key) != type(section).model_fields[key].default)
