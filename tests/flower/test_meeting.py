@@ -139,8 +139,7 @@ def test_a_client_that_is_back_under_a_new_id_replaces_its_old_one(tiny_config: 
         grid.there.remove(3)
 
     outcome, lines = tell(config, Moving(config), r2=restart, r3=miss)
-    assert lines[0] == "refused node 99: client 1 is there already"
-    assert lines.count(lines[0]) == 1
+    assert lines.count("refused node 99: client 1 is there already") == 1
     assert answered(outcome) == [[0, 1, 2, 3]] * 4
     assert "client 1 takes part from round 3 on" in lines
 

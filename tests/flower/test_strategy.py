@@ -395,5 +395,5 @@ def test_resuming_with_another_config_is_refused_in_python_too(tiny_config: Make
     config = tiny_config("rounds=1")
     rundir = RunDir.create(config)
     run_local(config, rundir, NoProgress())
-    with pytest.raises(RunDirError, match=r"train\.lr was 0\.01 and is now 0\.5"):
-        run_local(tiny_config("rounds=2", "train.lr=0.5"), rundir, NoProgress(), resume=True)
+    with pytest.raises(RunDirError, match=r"adapter\.rank was 4 and is now 2"):
+        run_local(tiny_config("rounds=2", "adapter.rank=2"), rundir, NoProgress(), resume=True)
