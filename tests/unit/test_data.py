@@ -128,7 +128,7 @@ def test_a_limit_draws_with_the_seed(tiny_bert: Path, tiny_csv: Path) -> None:
 def test_a_test_file_takes_the_place_of_the_cut(tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> None:
     path = tmp_path / "test.csv"
     path.write_text("text,label,domain\nsuperb film,positive,films\ndull phone,negative,phones\n", encoding="utf-8")
-    data = load_data(configure(tiny_bert, tiny_csv, f"data.test='{path}'"))
+    data = load_data(configure(tiny_bert, tiny_csv, "data.group=", f"data.test='{path}'"))
     assert len(data.train) == 240
     assert texts(data.test, tiny_bert) == ["superb film", "dull phone"]
     assert data.test.labels is not None
@@ -248,7 +248,7 @@ def test_a_file_that_cannot_be_used_is_said_in_one_line(
         (["data.source='tyni.csv'"], DataError, "no data file 'tyni.csv'"),
         (["data.source='vadr'"], DataError, "did you mean 'vader'"),
         (["data.source='some-org/some-set'"], DataError, "some-org/some-set"),
-        (["data.test='validation'"], DataError, "data.test 'validation' is no file"),
+        (["data.group=", "data.test='validation'"], DataError, "data.test 'validation' is no file"),
         (["data.subset='en'"], ConfigError, "data.subset is for hub"),
         (["data.train_split='all'"], ConfigError, "data.train_split is for hub"),
         (["data.test_fraction=0.001"], DataError, "raise data.test_fraction"),
