@@ -78,7 +78,7 @@ def partition(
         if picture is not None:
             if not draw_labels(data, picture):
                 raise ConfigError("this task has no labels to draw: leave --picture out")
-            console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+            console.print(f"picture: {picture}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _summary(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -135,6 +135,8 @@ def _show_outcome(console: Console, run_dir: RunDir) -> None:
     if samples := run_dir.read_json("samples.json"):
         console.print(samples_table(samples))
     claim = (run_dir.read_json("result.json") or {}).get("privacy", {}).get("statement")
-    console.print(totals(records, claim), highlight=False, soft_wrap=True)
-    console.print(f"files: {run_dir.path} (adapter/ is in PEFT's format)", highlight=False, soft_wrap=True)
-    console.print(f"report: {run_dir.report}", highlight=False, soft_wrap=True)
+    console.print(totals(records, claim), highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"files: {run_dir.path} (adapter/ is in PEFT's format)", highlight=False, soft_wrap=True, markup=False
+    )
+    console.print(f"report: {run_dir.report}", highlight=False, soft_wrap=True, markup=False)

@@ -59,7 +59,7 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
         with console.status(f"loading {config.model.name}"):
             bench = open_workbench(config)
     except AssetError as error:
-        console.print(f"(no sizes: {error})\n", style="dim", highlight=False)
+        console.print(f"(no sizes: {error})\n", style="dim", highlight=False, markup=False)
         return {}
     initial = bench.base.initial_adapter(config.seed)
     number = len(bench.data.clients)
@@ -69,7 +69,9 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
     about = f"{config.model.name}, rank {'/'.join(map(str, ranks))}, {asked} clients a round"
     if config.wire.up != "float32":
         about += f", {config.wire.up} on the way up"
-    console.print(f"bytes for one client in one round, with {about}\n", style="dim", highlight=False, soft_wrap=True)
+    console.print(
+        f"bytes for one client in one round, with {about}\n", style="dim", highlight=False, soft_wrap=True, markup=False
+    )
     lines = {}
     for name in rules():
         fields = config.strategy.fields if name == config.strategy.name else {}

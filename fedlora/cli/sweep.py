@@ -64,7 +64,7 @@ def sweep(
             console.print()
             picture = what.out / "curves.png"
             show(compare(outcome.runs), picture=picture)
-        console.print(f"files: {what.out}", highlight=False, soft_wrap=True)
+        console.print(f"files: {what.out}", highlight=False, soft_wrap=True, markup=False)
         if outcome.failed:
             typer.echo(f"{len(outcome.failed)} failed; the same command tries them again", err=True)
             raise typer.Exit(1)

@@ -26,10 +26,11 @@ from fedlora.flower.settings import config_of
 from fedlora.flower.spending import Spending
 from fedlora.flower.strategy import Federation
 from fedlora.privacy.central import Central
-from fedlora.progress import PlainProgress, Progress
+from fedlora.progress import LONGEST_LINE, PlainProgress, Progress
 from fedlora.provenance import MODEL
 from fedlora.report import write_report
 from fedlora.rundir import RunDir
+from fedlora.sanitize import clean_text
 from fedlora.tracking import tracked
 from fedlora.training.central import load_rule
 from fedlora.training.export import export_adapter
@@ -92,7 +93,7 @@ def main(grid: Grid, context: Context) -> None:
     except Exception as error:
         if _session.get() is None:  # Flower logs a traceback: before it, the line that matters
             line = str(error) if isinstance(error, FedloraError) else describe_exception(error)
-            logger.error("error: %s", " ".join(line.split()))
+            logger.error("error: %s", clean_text(line, LONGEST_LINE))
         raise
 
 

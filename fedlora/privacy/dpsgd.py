@@ -27,6 +27,7 @@ from torch import Tensor
 from fedlora.errors import PrivacyError
 from fedlora.privacy.hooks import attach, backward, detach, per_sample_gradients
 from fedlora.privacy.preflight import require_trained
+from fedlora.sanitize import clean_text
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,9 @@ class PrivateStep:
             raise
         except Exception as error:
             if len(part) == 1:
-                logger.warning("an example is left out of a private step: %s: %s", type(error).__name__, error)
+                logger.warning(
+                    "an example is left out of a private step: %s: %s", type(error).__name__, clean_text(error)
+                )
             detach(self._model, self._hooks)
             self._hooks = attach(self._model)
             self.optimizer.zero_grad(set_to_none=True)

@@ -28,6 +28,7 @@ from fedlora.privacy.accounting import Budget, Entry
 from fedlora.privacy.calibrate import Schedule, noise_multiplier_for, schedule
 from fedlora.privacy.dpsgd import PrivateStep, clipping_norm, poisson_batches
 from fedlora.privacy.preflight import preflight
+from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.dropout import Masks, RowsError, Stream, Streams, Watch, example_parts, secret_masks
 from fedlora.training.independence import company_of, computed
@@ -241,7 +242,7 @@ def train_by_opacus(
                 optimizer.param_groups[0]["lr"] = learning_rate(step, config)
                 private.step(positions, losses)
     except Exception as error:
-        logger.warning("private training failed: %s: %s", type(error).__name__, error)
+        logger.warning("private training failed: %s: %s", type(error).__name__, clean_text(error))
         logger.debug("private training failed", exc_info=True)
         raise PrivacyError(
             "private training failed; the reason may tell of the data and stays in this client's log: see there"

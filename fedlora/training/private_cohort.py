@@ -297,7 +297,7 @@ def timeless(outcome: Outcome) -> Outcome:
 
 def veiled(error: Exception) -> PrivacyError:
     """An error that tells nothing of the data: why training failed goes to this process's log alone."""
-    logger.warning("private training failed: %s: %s", type(error).__name__, error)
+    logger.warning("private training failed: %s: %s", type(error).__name__, clean_text(error))
     logger.debug("private training failed", exc_info=error)
     told = PrivacyError(
         "private training failed; the reason may tell of the data and stays in this client's log: see there"
