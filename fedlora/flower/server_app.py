@@ -29,7 +29,7 @@ from fedlora.privacy.central import Central
 from fedlora.progress import LONGEST_LINE, PlainProgress, Progress
 from fedlora.provenance import MODEL
 from fedlora.report import write_report
-from fedlora.rundir import RunDir
+from fedlora.rundir import PROVENANCE, RunDir
 from fedlora.sanitize import clean_text
 from fedlora.tracking import tracked
 from fedlora.training.central import load_rule
@@ -156,6 +156,11 @@ def run_rounds(
     with rundir.writing():
         if resume and account is not None:
             account.prepare(rundir)
+        if resume and rundir.rounds_done and not rundir.provenance.known:
+            progress.message(
+                f"{rundir.path / PROVENANCE} is missing: whether base and data are still those that the run was made "
+                "with is not known"
+            )
         rundir.pin(bench.pins)
         state = rundir.resume() if resume else None
         rundir.note_environment(**describe(), **bench.choices, new_weights=bench.base.notes)

@@ -12,8 +12,10 @@ import transformers
 
 from fedlora.assets import Checkpoint
 from fedlora.config import ModelConfig
+from fedlora.model.fingerprint import fingerprint
 from fedlora.tasks._text import _load_tokenizer, load_tokenizer
 from fedlora.tasks.image_classification import _processor
+from fedlora.tasks.text_classification import TextClassification
 
 
 @pytest.fixture
@@ -44,6 +46,17 @@ def test_a_revision_has_its_own_tokenizer(hub: str) -> None:
     }
     assert sizes["v2"] == sizes["b" * 40] == sizes[None] + 1
     assert sizes["main"] == sizes[None]
+
+
+def test_a_folder_and_the_hubs_cache_with_the_same_files_are_the_same_model(
+    hub: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    task, v2 = TextClassification(), tmp_path / "models--tiny--bert" / "snapshots" / ("b" * 40)
+    for revision, commit, folder in ((None, "a" * 40, tiny_bert), ("v2", "b" * 40, v2)):
+        there, here = Checkpoint(hub, revision), Checkpoint(str(folder))
+        assert task.reads(there) == task.reads(here)
+        assert fingerprint(there, commit) == fingerprint(there) == fingerprint(here)
+    assert task.reads(Checkpoint(hub)) != task.reads(Checkpoint(hub, "v2"))
 
 
 def test_remote_code_is_allowed_for_all_of_a_model_or_for_nothing(
