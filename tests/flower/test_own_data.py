@@ -13,7 +13,7 @@ from flwr.app.user_config import UserConfig
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.data import load_data
-from fedlora.errors import ConfigError, DataError, FedloraError, RoundError
+from fedlora.errors import ConfigError, DataError, FedloraError, RoundError, RunDirError
 from fedlora.flower import client_app, refuse_early, run_local
 from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.server_app import RunOutcome, run_rounds
@@ -94,6 +94,22 @@ def test_files_of_their_own_give_the_bytes_of_one_file_that_was_divided(configs:
     assert weights(deployed) == weights(simulated)
     assert deployed.records[-1]["accuracy"] == simulated.records[-1]["accuracy"]
     assert not (deployed.rundir.path / "partition.json").exists()
+
+
+def test_a_node_more_may_join_when_a_run_goes_on(configs: Any, files: Path) -> None:
+    own, _ = configs("rounds=1")
+    nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("aba")]
+    first = federate(own, nodes[:2])
+    three = own.partition.model_copy(update={"clients": 3})
+    more = own.model_copy(update={"rounds": 2, "partition": three})
+    grid = LocalGrid(client_app.app, nodes, {"toml": more.to_toml()})
+    with task_identity(1):
+        outcome = run_rounds(grid, more, RunDir.open(first.rundir.path, more), NoProgress(), resume=True)
+    assert [record.get("answered") for record in outcome.records] == [None, [0, 1], [0, 1, 2]]
+    (change,) = RunDir.open(first.rundir.path).changes
+    assert str(change) == "partition.clients from 2 to 3 at round 2"
+    with pytest.raises(RunDirError, match=r"partition\.clients was 3 and is now 2"):
+        RunDir.open(first.rundir.path, own.model_copy(update={"rounds": 3}))
 
 
 def test_the_server_has_test_data_alone(configs: Any) -> None:
