@@ -11,6 +11,7 @@ at all, or none that can be read, is a node without examples.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import sys
@@ -71,12 +72,36 @@ def screened(path: Path, task: Task, model: Checkpoint, columns: Mapping[str, st
             yield from good(some[:middle])
             yield from good(some[middle:])
 
-    whole = [row for row in rows if row is not None]
-    usable = list(good(whole))
+    named = (_with_class(row, columns.get("label"), getattr(task, "labels", ()), reasons) for row in rows)
+    usable = list(good([row for row in named if row is not None]))
     if left_out := len(rows) - len(usable):
         first = reasons[0] if reasons else "a line that cannot be read"
         logger.warning("%d of %d rows of %s are left out; the first: %s", left_out, len(rows), path, first)
-    return prepared(usable) if usable else nothing
+    try:
+        return prepared(usable) if usable else nothing
+    except Exception as error:  # a task for which rows are not each by itself
+        logger.warning("%s counts as empty, since its rows cannot be prepared together: %s", path, clean_text(error))
+        return nothing
+
+
+def _with_class(row: Row | None, column: str | None, labels: Sequence[str], reasons: list[str]) -> Row | None:
+    """A row with its class by name; None for one without a class.
+
+    Where no name is a number a row may say the place of its class, from 0, whatever other rows do: the tasks' own
+    reading of a column goes by all of its labels.
+    """
+    if row is None or column is None or not labels:
+        return row
+    value = row.get(column)
+    if isinstance(value, bool | int | float) and float(value).is_integer():
+        value = str(int(value))
+    name = value.strip() if isinstance(value, str) else ""
+    if name not in labels and name.isdecimal() and int(name) < len(labels) and not any(map(str.isdecimal, labels)):
+        name = labels[int(name)]
+    if name not in labels:
+        reasons.append(f"column {column!r}: {clean_text(repr(value), 80)} is no class")
+        return None
+    return {**row, column: name}
 
 
 def require_header(path: Path, names: Sequence[str]) -> None:
@@ -162,21 +187,43 @@ def _rows(path: Path) -> Iterator[Row | None]:
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
+MOST_LINES = 10_000
+"""Lines of a file that one quoted field may go over."""
+
+
 def _records(path: Path, delimiter: str) -> Iterator[Row | None]:
+    """Records, of one line or of several with line breaks in quotes.
+
+    A quote that is never closed, or closed by that of another record, costs its own line alone and not all that follow.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = csv.reader(file, delimiter=delimiter)
-        header = next(lines, [])
-        while True:
-            try:
-                line = next(lines)
-            except StopIteration:
-                return
-            except csv.Error:
-                yield None
-                continue
-            if line:
-                yield dict(zip(header, line, strict=True)) if _is_whole(line, header) else None
+        lines = list(file)
+    header, place = _record(lines, 0, delimiter)
+    while place < len(lines):
+        fields, end = _record(lines, place, delimiter)
+        if fields is not None and _is_whole(fields, header or ()):
+            yield dict(zip(header or (), fields, strict=True))
+            place = end
+            continue
+        if lines[place].strip("\r\n"):
+            yield None
+        place += 1
+
+
+def _record(lines: Sequence[str], start: int, delimiter: str) -> tuple[list[str] | None, int]:
+    """The fields of the record that begins in a line, None if there is none; and the line after it."""
+    text = ""
+    for end in range(start, min(start + MOST_LINES, len(lines))):
+        text += lines[end]
+        if end > start and '"' not in lines[end]:  # nothing is closed here
+            continue
+        try:
+            found = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        except csv.Error:
+            continue
+        return (found[0] if len(found) == 1 else None), end + 1
+    return None, start + 1
 
 
 def _is_whole(line: Sequence[str], header: Sequence[str]) -> bool:

@@ -33,8 +33,9 @@ from fedlora.privacy import central
 from fedlora.progress import NoProgress
 from fedlora.rng import derive
 from fedlora.rundir import RunDir
+from fedlora.training import sizing
 from fedlora.training.job import TrainResult
-from fedlora.training.workbench import close_workbench
+from fedlora.training.workbench import close_workbench, open_workbench
 
 Rows = list[dict[str, str]]
 OWN_LOGS = (
@@ -326,6 +327,27 @@ def test_a_simulation_writes_the_same_whatever_one_example_is(
     for change in changes:
         write(change(rows))
         require_same(before, everything(config, simulate(config)))
+
+
+@pytest.mark.parametrize("unit", [EXAMPLE, CLIENT], ids=["example", "client"])
+def test_what_is_chosen_automatically_does_not_go_by_training_examples(
+    simulated: Any, reviews: Rows, monkeypatch: pytest.MonkeyPatch, unit: list[str]
+) -> None:
+    """Processes, their shares of the clients, clients at once: on a machine with cores to choose about."""
+    monkeypatch.setattr(sizing, "usable_cores", lambda: 8)
+    monkeypatch.setattr(sizing, "own_cores", lambda: 8)
+    monkeypatch.setattr(sizing, "WORTH_PROCESSES", 0.0)
+    overrides = [*unit, "runtime.processes=auto", "adapter.layers=top:1", "model.dropout=0"]
+    config, write = simulated("text-classification", *overrides)
+    found = []
+    for change in (lambda rows: rows, longer, lambda rows: rows[:5], lambda rows: added(longer(rows))):
+        write(change(reviews[100:130]))
+        close_workbench()
+        bench = open_workbench(config)
+        choice = sizing.process_count(bench, 3)
+        assert choice.processes > 1
+        found.append((choice, sizing.cohort_size(bench, 3, 2), sizing.expected_tokens(bench), bench.choices))
+    assert all(other == found[0] for other in found)
 
 
 def test_the_comparison_sees_a_leak(simulated: Any, everything: Everything, reviews: Rows) -> None:
