@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, Message, RecordDict
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.config import RunConfig
@@ -40,6 +40,7 @@ def line(*norms: float) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the bounds
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(positive, min_size=3, max_size=9), st.randoms())
 def test_the_bound_does_not_depend_on_order_and_no_minority_moves_it_far(norms: list[float], draw: Any) -> None:
     shuffled = draw.sample(norms, len(norms))
@@ -57,6 +58,7 @@ def test_the_last_round_with_enough_clients_counts() -> None:
     assert median_change([line(1.0, 2.0, 9.0), line(5.0, 6.0, 7.0), {"clients": {"0": {"num_examples": 3}}}]) == 6.0
 
 
+@settings(max_examples=40, deadline=None)
 @given(positive, positive, st.floats(1.1, 1e4))
 def test_a_change_of_the_others_size_is_never_too_large(start: float, before: float, ratio: float) -> None:
     assert largest_change(start, before, ratio) >= ratio * before * (1 - 1e-12)
@@ -65,6 +67,7 @@ def test_a_change_of_the_others_size_is_never_too_large(start: float, before: fl
     assert largest_change(start, 0.0, ratio) > 0  # where nobody changed anything the next one may
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 10**6), min_size=3, max_size=30))
 def test_no_claim_gives_more_than_the_others_allow(counts: list[int]) -> None:
     claims = dict(enumerate(counts))
@@ -76,6 +79,7 @@ def test_no_claim_gives_more_than_the_others_allow(counts: list[int]) -> None:
         assert share <= max(0.25, 10 * max(others) / (10 * max(others) + sum(others))) + 1e-9
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 1000), min_size=3, max_size=30))
 def test_clients_within_ten_times_the_median_count_in_full(counts: list[int]) -> None:
     claims = dict(enumerate(counts))
@@ -139,15 +143,14 @@ def weights(outcome: RunOutcome) -> bytes:
 def test_an_update_that_is_far_too_large_is_refused_in_the_first_round_and_later(
     tiny_config: MakeConfig, lying: Callable[[Any], None]
 ) -> None:
-    alone = tiny_config("runtime.cohort=1", "rounds=2", name="a")
-    for factor, rounds in ((1e19, (1, 2)), (1e10, (1,)), (2e4, (2,))):
-        lying(scaled(factor, *rounds))
-        records = run(alone).records[1:]
-        for record in records:
-            assert (2 in record["answered"]) == (record["round"] not in rounds), factor
-            if record["round"] in rounds:
-                assert "max_norm_ratio" in record["refused"]["2"]
-        lying(scaled(1 / factor, *rounds))  # undo: the patches are stacked
+    for factor, number in ((1e19, 1), (2e4, 2), (1e10, 4)):
+        lying(scaled(factor, number))
+    for record in run(tiny_config("runtime.cohort=1", "rounds=4", "train.steps=1")).records[1:]:
+        if record["round"] == 3:
+            assert record["answered"] == [0, 1, 2, 3]
+        else:
+            assert record["answered"] == [0, 1, 3]
+            assert "max_norm_ratio" in record["refused"]["2"]
 
 
 def test_the_bound_of_a_resumed_run_is_that_of_an_uninterrupted_one(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.sanitize import REPLACEMENT, clean_lines, clean_text
@@ -14,6 +14,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=60)
 """Of all code points, surrogates too."""
 
 
+@settings(deadline=None)
 @given(ANY_TEXT, st.integers(1, 80))
 def test_one_line_of_what_can_be_printed_and_encoded(text: str, limit: int) -> None:
     clean = clean_text(text, limit)
@@ -24,12 +25,14 @@ def test_one_line_of_what_can_be_printed_and_encoded(text: str, limit: int) -> N
     assert not {unicodedata.category(c) for c in clean} & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
+@settings(deadline=None)
 @given(ANY_TEXT, st.integers(1, 80))
 def test_cleaning_twice_changes_nothing(text: str, limit: int) -> None:
     assert clean_text(clean_text(text, limit), limit) == clean_text(text, limit)
     assert clean_lines(clean_lines(text)) == clean_lines(text)
 
 
+@settings(deadline=None)
 @given(ANY_TEXT)
 def test_lines_keep_their_breaks_and_nothing_else_that_a_terminal_obeys(text: str) -> None:
     clean = clean_lines(text)
