@@ -19,6 +19,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_to_proto
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from hostile_objects import Link, Pushed, Thing, bombs, everything, grid_on, mutate, thing_of
 from nothing_lost import Witness
@@ -130,6 +131,18 @@ def test_no_reply_takes_twice_the_memory_that_it_may_have(bomb: str) -> None:
     assert peak < 2 * limit.most_bytes
     assert link.pulled < 2 * limit.most_bytes
     assert (said == "it came") == (bomb == "as it was asked for"), said
+
+
+@pytest.mark.parametrize("kind", ["node_unavail", "msg_unavail"])
+def test_what_the_superlink_itself_says_of_a_node_comes_through(kind: str) -> None:
+    question = answer_to(ask_of(1)).metadata
+    question.__dict__["_message_id"] = "f" * 64
+    said = create_message_error_unavailable_res_message(question, kind)
+    got = pull_reply(grid_on(Link(said, Pushed.of(thing_of(said)))), "f" * 64, Allowed(), 1.0)
+    assert got is not None
+    assert got.error == said.error
+    with pytest.raises(ReplyError, match="Flower error code"):
+        check_head(got)
 
 
 def test_messages_that_nobody_asked_for_are_no_replies() -> None:
