@@ -21,7 +21,7 @@ from fedlora.aggregators import ClientSpec
 from fedlora.config import TrainConfig
 from fedlora.devices import train_config
 from fedlora.model.starting import first_state, plan_for
-from fedlora.privacy.dpsgd import clipping_norm
+from fedlora.privacy.dpsgd import ROUNDING, clipping_norm
 from fedlora.rng import derive
 from fedlora.tasks._base import Examples
 from fedlora.training.central import load_rule
@@ -102,7 +102,8 @@ class Trainer:
     @property
     def rounding(self) -> float:
         """By how much rounding may change one example's clipped gradient, in units of C."""
-        return clipping_norm(1.0, self.base.dtype) ** -1 - 1 + self.floor
+        clipped = clipping_norm(1.0, self.base.dtype, self.settings.schedule.expected_batch_size)
+        return max(ROUNDING.get(self.base.dtype, max(ROUNDING.values())), 1 / clipped - 1) + self.floor
 
     @cached_property
     def copies(self) -> list[np.ndarray]:
