@@ -158,7 +158,13 @@ def test_where_the_record_of_what_was_asked_is_lost_no_claim_is_made(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("noise_multiplier", 0.1), ("steps", 9.0), ("sample_rate", None), ("attempts", None)]
+    ("name", "value"),
+    [
+        ("noise_multiplier", 0.1),
+        pytest.param("steps", 9.0, marks=pytest.mark.slow),
+        pytest.param("sample_rate", None, marks=pytest.mark.slow),
+        pytest.param("attempts", None, marks=pytest.mark.slow),
+    ],
 )
 def test_an_update_that_was_not_made_as_asked_is_refused(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: float | None
@@ -202,7 +208,7 @@ def test_a_lost_ledger_of_the_server_makes_no_claim_smaller(
 
 
 @pytest.mark.parametrize("where", ["append_metrics", "save_checkpoint"])
-@pytest.mark.parametrize("rule", ["fedavg", "flora"])
+@pytest.mark.parametrize("rule", ["fedavg", pytest.param("flora", marks=pytest.mark.slow)])
 def test_a_deployment_whose_server_dies_spends_what_an_uninterrupted_one_does(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, rule: str
 ) -> None:
@@ -356,7 +362,7 @@ def test_a_node_that_dies_between_training_and_sending_sends_what_it_kept_or_not
     assert events(ledger) == ["started", "void", "started", "void", "started", "released"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"no answer", None])
+@pytest.mark.parametrize("damage", [*(pytest.param(d, marks=pytest.mark.slow) for d in (b"", b"no answer")), None])
 def test_a_kept_answer_that_is_damaged_is_computed_again_and_counts(
     private: MakeConfig, plans: list[RecordDict], tmp_path: Path, damage: bytes | None
 ) -> None:
