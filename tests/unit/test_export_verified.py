@@ -22,7 +22,7 @@ from fedlora.aggregators import Merge
 from fedlora.cli import app
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ExportError
-from fedlora.model import Base, Reference, load_base, save_adapter, save_merged, verify_adapter, verify_merged
+from fedlora.model import Base, Reference, load_base, plain, save_adapter, save_merged, verify_adapter, verify_merged
 from fedlora.rundir import RunDir
 from fedlora.training import export as exporting
 
@@ -174,7 +174,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_faulty_adapter_is_refused(tmp_path: Path, fault: str, dtype: str) -> None:
     base = load(saved("Bert/ForMaskedLM", tmp_path / "base", **WORDS, **SMALL, **WIDE), dtype)
@@ -186,6 +186,21 @@ def test_a_faulty_adapter_is_refused(tmp_path: Path, fault: str, dtype: str) -> 
     BROKEN[fault](folder)
     with pytest.raises(ExportError, match="plain PEFT"):
         verify_adapter(folder, base.recipe, wanted, CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounding_is_told_from_a_fault_by_a_wider_dtype(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(plain.TOLERANCE, getattr(torch, dtype), 1e-12)
+    base = load(saved("Bert/ForMaskedLM", tmp_path / "base", **WORDS, **SMALL, **WIDE), dtype)
+    state = trained(base)
+    wanted = reference(base, state)
+    save_adapter(base, state, tmp_path / "adapter", {})
+    assert verify_adapter(tmp_path / "adapter", base.recipe, wanted, CPU) > 1e-12
+    BROKEN["another scale"](tmp_path / "adapter")
+    with pytest.raises(ExportError, match="differ"):
+        verify_adapter(tmp_path / "adapter", base.recipe, wanted, CPU)
 
 
 def test_a_faulty_merged_model_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
