@@ -280,7 +280,8 @@ def bombs(size: int) -> Mapping[str, Callable[[list[Thing]], None]]:
     """Ways to make a reply large, or larger than what was pushed; each changes a tree of one array of `size` bytes."""
 
     def array(things: list[Thing]) -> Thing:
-        return next(thing for thing in things if thing.kind == "Array")
+        found = [thing for thing in things if thing.kind == "Array"]
+        return max(found, key=lambda thing: sum(len(chunk.body) for chunk in thing.children))
 
     def refer(times: int) -> Callable[[list[Thing]], None]:
         def change(things: list[Thing]) -> None:
@@ -300,11 +301,11 @@ def bombs(size: int) -> Mapping[str, Callable[[list[Thing]], None]]:
 
     def many_arrays(things: list[Thing]) -> None:
         record = next(thing for thing in things if thing.kind == "ArrayRecord")
-        found = record.children[0]
-        for n in range(60):
+        found = array(things)
+        for n in range(30):
             body = json.dumps({**json.loads(found.body), "shape": [n]}).encode()
             record.children.append(Thing("Array", found.children, body))
-        record.edit(lambda said: {f"t{n}": f"<{n}>" for n in range(61)})
+        record.edit(lambda said: {f"t{n}": f"<{n}>" for n in range(33)})
 
     def chunks_under_other_parents(things: list[Thing]) -> None:
         things[0].shows = [*things[0].children, *(Thing("ArrayChunk", [], bytes([n]) * size) for n in range(4))]
