@@ -16,7 +16,7 @@ from fedlora.training import cohort, open_workbench
 from fedlora.training.audit import check
 from fedlora.training.dropout import RowsError
 
-FAST = ("per-tensor clipping", "shuffled passes", "noise / 4 after the first step")
+FAST = ("per-tensor clipping", "shuffled passes")
 CLIENT = ["privacy.unit='client'", "privacy.clip_norm=0.5", "server.aggregation_error=false"]
 
 

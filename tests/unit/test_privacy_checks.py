@@ -27,7 +27,7 @@ from fedlora.privacy.checks import (
 )
 from fedlora.privacy.dpsgd import poisson_batches, secret_generator
 
-TRIALS, LEVEL = 200, 0.1
+TRIALS, LEVEL = 120, 0.1
 
 
 def drawn(n: int, q: float, steps: int, rng: np.random.Generator) -> np.ndarray:
@@ -130,7 +130,7 @@ def test_a_state_that_was_made_from_a_word_is_told_from_one_that_was_drawn() -> 
     assert not expanded_from_a_word(secret_generator())
 
 
-@pytest.mark.parametrize("q", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("q", [0.1, 1.0])
 def test_poisson_samples_pass_and_others_are_found(q: float) -> None:
     n, steps = max(10, round(10 / q)), 100
     rng = np.random.default_rng(1)
