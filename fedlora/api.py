@@ -192,8 +192,8 @@ def train(
         progress.message(f"{folder.path} is finished: nothing is left to train")
         return folder
     resume = folder is not None
-    if not (resume or overwrite):
-        RunDir.check_free(config)
+    if not resume:
+        RunDir.check_free(config, overwrite=overwrite)
     load_aggregator(config.strategy.name, config.strategy.fields)  # a wrong name is said before anything is loaded
     require_tracker(config)
     before = None if replay is None else RunDir.open(replay)

@@ -135,11 +135,12 @@ class RunDir:
         return run
 
     @classmethod
-    def check_free(cls, config: RunConfig, root: str | Path | None = None) -> None:
+    def check_free(cls, config: RunConfig, root: str | Path | None = None, *, overwrite: bool = False) -> None:
         """Raise what `create` would raise of an earlier run, or of a place that cannot be written; changes nothing."""
         path = _path_of(config, root)
         try:
-            cls(path, config)._refuse_if_taken()
+            run = cls(path, config)
+            run._refuse_if_foreign() if overwrite else run._refuse_if_taken()
             above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         except OSError as error:
             raise _unwritable(path, error) from None

@@ -74,6 +74,8 @@ def _discover() -> None:
 
 def _import(name: str) -> object:
     module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute or module_name.startswith("."):
+        raise ConfigError(f"aggregation rule {name!r}: write it as module:Class, such as my_rules:Mine")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

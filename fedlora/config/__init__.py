@@ -5,6 +5,7 @@ keys are that entry's dataclass fields. They are checked against it when the par
 """
 
 from fedlora.config._base import OPEN_TABLES, OpenTable, Section
+from fedlora.config._effect import overruled
 from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig, WireConfig
 from fedlora.config._flat import different_keys, flat_keys, flatten
 from fedlora.config._learning import NODES, AdapterConfig, DataConfig, ModelConfig, TrainConfig
@@ -35,5 +36,6 @@ __all__ = [
     "flat_keys",
     "flatten",
     "load_config",
+    "overruled",
     "parse_config",
 ]

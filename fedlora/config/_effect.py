@@ -35,6 +35,14 @@ def without_effect(config: RunConfig) -> Iterator[str]:
         yield "runtime.crew = 'ray' is for more than one process: raise runtime.processes, or remove it"
 
 
+def overruled(config: RunConfig) -> Iterator[str]:
+    """Keys that another one overrules as its documentation says, which is no mistake and worth a line in a run."""
+    if config.data.test is not None:
+        for key in ("test_fraction", "group"):
+            if _changed(config.data, key):
+                yield f"data.{key} has no effect: data.test names the test set, and none is cut off"
+
+
 def _train(config: RunConfig) -> Iterator[str]:
     train, profiles = config.train, config.clients.profiles
     if train.momentum and train.optimizer != "sgd":
@@ -56,10 +64,6 @@ def _train(config: RunConfig) -> Iterator[str]:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if data.test is not None:
-        for key in ("test_fraction", "group"):
-            if _changed(data, key):
-                yield f"data.{key} is for cutting a test set off, and data.test names one: remove it"
     if data.source == NODES:
         for key in ("subset", "train_split"):
             if _changed(data, key):

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import GlobalState, equivalent_adapter
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, overruled
 from fedlora.data.describe import describe_partition
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ExportError, FedloraError
@@ -164,7 +164,7 @@ def run_rounds(
         rundir.pin(bench.pins)
         state = rundir.resume() if resume else None
         rundir.note_environment(**describe(), **bench.choices, new_weights=bench.base.notes)
-        for note in bench.base.notes:
+        for note in (*overruled(config), *bench.base.notes):
             progress.message(note)
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(bench.data))

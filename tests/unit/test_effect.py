@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.config import load_config, parse_config
+from fedlora.config import load_config, overruled, parse_config
 from fedlora.errors import ConfigError
 from fedlora.registry import build
 from fedlora.tasks.causal_lm import CausalLM
@@ -24,8 +24,6 @@ IN_VAIN = [
     ("train.steps=9", (PROFILES,), ()),
     ("train.epochs=2", (PROFILES,), ()),
     ("train.batch_size=5", (PROFILES,), ()),
-    ("data.test_fraction=0.3", ("data.test=b.csv",), ()),
-    ("data.group=document", ("data.test=b.csv",), ()),
     ("data.train_split=all", ("data.source=nodes",), ()),
     ("data.subset=en", ("data.source=nodes",), ()),
     ("data.text=review", ("data.columns.text=body",), ()),
@@ -48,6 +46,12 @@ def test_a_key_without_effect_is_refused_by_its_name(key: str, others: tuple[str
     with pytest.raises(ConfigError, match=r"remove|lower") as caught:
         parse_config("", [key, *others])
     assert key.partition("=")[0] in str(caught.value)
+
+
+def test_what_a_test_file_overrules_is_said() -> None:
+    config = parse_config("", ["data.test=b.csv", "data.group=document", "data.test_fraction=0.3"])
+    assert [line.split()[0] for line in overruled(config)] == ["data.test_fraction", "data.group"]
+    assert not list(overruled(parse_config("", ["data.group=document", "data.test_fraction=0.3"])))
 
 
 def test_a_runs_own_config_can_be_read_again() -> None:
