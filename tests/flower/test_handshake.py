@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.config import RunConfig
+from fedlora.config import DataConfig, OpenTable, RunConfig
 from fedlora.errors import ReplyError, RoundError
 from fedlora.flower import client_app, run_local
 from fedlora.flower.handshake import TABLES, question, require_same_config, require_same_ground
@@ -68,7 +68,9 @@ EVERYTHING = Provenance(**{part: part for part in WORDS})
 
 
 def own_data(tiny_config: MakeConfig) -> RunConfig:
-    return tiny_config("data.source=nodes", "data.test=test.csv", "partition.name=nodes", "partition.clients=4")
+    data = DataConfig(source="nodes", test="test.csv")
+    partition = OpenTable(name="nodes", clients=4)
+    return tiny_config().model_copy(update={"data": data, "partition": partition})
 
 
 @pytest.mark.parametrize("part", sorted(set(WORDS) - {"base"}))
