@@ -59,7 +59,6 @@ def config_of(kind: str, dropout: float = 0.1, depth: float = 0.0, **more: Any) 
 
     cls = getattr(transformers, f"{kind}Config")
     plain = vars(cls())
-    known = {"num_labels": 3, **{new: old for old, new in getattr(cls, "attribute_map", {}).items()}}
     values: dict[str, Any] = {"num_labels": 3, "pad_token_id": 0}
     for name, value in plain.items():
         if name in SMALL and isinstance(value, int) and not isinstance(value, bool):
@@ -70,7 +69,6 @@ def config_of(kind: str, dropout: float = 0.1, depth: float = 0.0, **more: Any) 
             values[name] = dropout
     if plain.get("head_dim") is not None:
         values["head_dim"] = 4
-    del known
     return cls(**{**values, **OWN.get(kind, {}), **more})
 
 
@@ -122,7 +120,8 @@ def loaded(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}For{what}")(config_of(kind, **config))
+        name = "GPT2LMHeadModel" if (kind, what) == ("GPT2", "CausalLM") else f"{kind}For{what}"
+        model = getattr(transformers, name)(config_of(kind, **config))
         for parameter in model.parameters():  # large enough that every layer shows
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.2)
