@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import TEXT, classifier, config_of, inputs_of
+from tiny_classifiers import TEXT, classifier, config_of, inputs_of
 from torch import Tensor, nn
 from torch.nn import functional
 

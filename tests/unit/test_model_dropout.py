@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import TEXT, classifier, inputs_of
+from tiny_classifiers import TEXT, classifier, inputs_of
 
 from fedlora.config import parse_config
 from fedlora.errors import ConfigError

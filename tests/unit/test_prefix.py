@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import TEXT, classifier, inputs_of
 from peft import LoraConfig, inject_adapter_in_model
+from tiny_classifiers import TEXT, classifier, inputs_of
 from torch import Tensor, nn
 
 from fedlora.model.prefix import ROUNDING, Prefix, UnfitError, open_prefix

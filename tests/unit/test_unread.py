@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import classifier, inputs_of
+from tiny_classifiers import classifier, inputs_of
 from torch import Tensor, nn
 
 from fedlora.attention import Mode, choose_attention
