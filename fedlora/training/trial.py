@@ -237,6 +237,8 @@ def coupling(
         alone, beside, other = (_quietly(base, task, batches, which) for which in ("alone", "pair", "other"))
     if alone is None or beside is None or other is None:
         return None if alone is None else f"{name} fails on one example beside another"
+    if not all(bool(found.isfinite().all()) for found in (alone, beside, other)):
+        return f"{name} gives numbers that are not finite"
     if gap(other[:1], beside[:1], alone.shape) > limit:
         return f"in {name} an example's result depends on what the examples beside it say"
     if gap(beside[:1], alone, alone.shape) <= limit:

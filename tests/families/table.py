@@ -191,7 +191,7 @@ FAMILIES: tuple[Family, ...] = (
     E(
         "Canine",
         fields={
-            "num_hash_buckets": 8,
+            "num_hash_buckets": 64,
             "num_hash_functions": 2,
             "local_transformer_stride": 8,
             "downsampling_rate": 4,
@@ -687,7 +687,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 def dtype_of(family: Family) -> str:
     """float64, but float32 where torch has no kernel in float64 (grouped products of experts), or transformers' own
     code does not bear it."""
-    if family.config in ("Gemma2", "XGLM", "XLNet"):
+    if family.config in ("Canine", "Gemma2", "XGLM", "XLNet"):
         return "float32"
     experts = {"num_experts", "num_local_experts", "num_experts_per_tok"} & set(family.fields)
     return "float32" if experts else "float64"
