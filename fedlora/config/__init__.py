@@ -12,6 +12,7 @@ from fedlora.config._learning import NODES, AdapterConfig, DataConfig, ModelConf
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedlora.config._reading import find_config, load_config, parse_config
 from fedlora.config._run import RunConfig, RuntimeConfig, TrackingConfig
+from fedlora.config._settled import settle
 
 __all__ = [
     "NODES",
@@ -38,4 +39,5 @@ __all__ = [
     "load_config",
     "overruled",
     "parse_config",
+    "settle",
 ]

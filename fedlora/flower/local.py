@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig
 
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, settle
 from fedlora.errors import RoundError
 from fedlora.flower import client_app, server_app
 from fedlora.flower.crew import Crew, children_for
@@ -27,7 +27,7 @@ from fedlora.rundir import RunDir
 from fedlora.training.central import load_rule
 from fedlora.training.pool import step_budget
 from fedlora.training.sizing import CohortChoice, ProcessChoice, cohort_size, expected_tokens, modules_of, process_count
-from fedlora.training.workbench import Workbench, open_workbench, settle
+from fedlora.training.workbench import Workbench, open_workbench
 
 
 def run_local(

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from fedlora.config import NODES, RunConfig, load_config, parse_config
+from fedlora.config import NODES, RunConfig, load_config, parse_config, settle
 from fedlora.errors import ConfigError, nearest
-from fedlora.training.workbench import settle
 
 APP_FOLDER = Path(__file__).resolve().parents[2]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from fedlora.assets import Checkpoint
 from fedlora.attention import AttentionReport, choose_attention
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, settle
 from fedlora.errors import ConfigError
 from fedlora.kernels import KernelReport, accelerate
 from fedlora.model import Base, clear_cache, load_base
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 SECTIONS = ("seed", "model", "adapter", "task", "data", "partition", "runtime")
 """The parts of a config that decide what is opened; two configs that differ elsewhere share it."""
-SETTLED = ("kernels", "attention", "prefix_cache", "cohort", "processes")
-"""Keys of `[runtime]` whose "auto" is decided once a run: its resumes, replays and processes go by the same choice."""
 
 
 @dataclass(frozen=True)
@@ -151,18 +148,6 @@ def open_workbench(config: RunConfig) -> Workbench:
             _open[key] = _open[_key(settle(config, bench.settled))] = bench
         _open[key] = replace(_open[key], config=config)
         return _open[key]
-
-
-def settle(config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
-    """The config with what each "auto" of `[runtime]` chose, here or where a run was begun.
-
-    Args:
-        config: of a run; what it says itself is left as it is.
-        chosen: key of `[runtime]` -> the choice, as `Workbench.settled` and environment.json have it.
-    """
-    said = {key: getattr(config.runtime, key) for key in SETTLED}
-    kept = {key: chosen[key] for key in SETTLED if said[key] in ("auto", "measure") and chosen.get(key) is not None}
-    return config.model_copy(update={"runtime": config.runtime.model_copy(update=kept)})
 
 
 def _key(config: RunConfig) -> str:

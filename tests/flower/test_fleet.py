@@ -60,7 +60,8 @@ def test_without_a_deadline_the_round_takes_as_long_as_its_slowest(tiny_config: 
 
 @pytest.mark.parametrize("rule", ["fedavg", "flora"])
 def test_a_round_without_a_quorum_is_lost_and_the_run_goes_on(tiny_config: MakeConfig, rule: str) -> None:
-    lost = tiny_config(profiles(SLOW), "server.simulated_deadline_s=1.0", f"strategy.name={rule}", "rounds=2")
+    slow = '{name="slow", examples_per_s=1.0}'
+    lost = tiny_config(profiles(slow), "server.simulated_deadline_s=1.0", f"strategy.name={rule}", "rounds=2")
     outcome = run(lost)
     assert [record.get("lost") for record in outcome.records[1:]] == [True, True]
     start = [record["accuracy"] for record in outcome.records]
