@@ -50,6 +50,7 @@ from fedlora.flower.discretion import looking_at_data, may_leave, withheld
 from fedlora.flower.following import can_follow, follow
 from fedlora.flower.handshake import require_same_config, require_same_ground
 from fedlora.flower.node_account import Account, account_of, plan_config
+from fedlora.flower.plain_client import is_plain, train_plain
 from fedlora.flower.settings import client_id_of, config_of, rank_of
 from fedlora.privacy.ledger import Attempt
 from fedlora.rng import derive
@@ -118,7 +119,12 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train()
 def train_round(message: Message, context: Context) -> Message:
-    """One round of local training: plan in, the asked parts of the trained adapter out."""
+    """One round of local training: plan in, the asked parts of the trained adapter out.
+
+    A message of another strategy than fedlora's own server is answered by `fedlora.flower.plain_client`.
+    """
+    if is_plain(message):
+        return train_plain(message, context)
     (reply,) = train_rounds([message.content], [context])
     if isinstance(reply, Exception):
         raise reply

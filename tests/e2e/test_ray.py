@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fedlora.config import load_config
 from fedlora.flower import run_local
+from fedlora.flower.peft_records import own_name
 from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
 
@@ -75,13 +78,13 @@ def flower_home(tmp_path: Path) -> Iterator[Path]:
             os.kill(int(process.name), signal.SIGTERM)
 
 
-def on_ray(file: Path, folder: Path, home: Path, *keys: str) -> str:
+def on_ray(file: Path, folder: Path, home: Path, *keys: str, app: Path = ROOT) -> str:
     """`flwr run` on a config, with more keys of its run config; what it printed."""
     programs = Path(sys.executable).parent  # flwr starts flower-superlink by its name
     federation = ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
     given = " ".join([f"config='{file}'", *keys])
     done = subprocess.run(
-        [str(programs / "flwr"), "run", str(ROOT), "local", *federation, "--run-config", given, "--stream"],
+        [str(programs / "flwr"), "run", str(app), "local", *federation, "--run-config", given, "--stream"],
         env={**os.environ, "FLWR_HOME": str(home), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
         cwd=folder,
         capture_output=True,
@@ -120,3 +123,67 @@ def test_ray_spends_what_the_engine_spends(tiny_bert: Path, tiny_csv: Path, tmp_
     assert on_machine == in_process
     assert on_machine["epsilon"] == pytest.approx(4.0, rel=0.01)
     assert len(list((tmp_path / "ledgers").glob("client-*.jsonl"))) == 4
+
+
+APP = """
+[project]
+name = "somebody"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "somebody"
+[tool.flwr.app.components]
+serverapp = "somebody.server:app"
+clientapp = "fedlora.flower.client_app:app"
+[tool.flwr.app.config]
+config = ""
+out = ""
+strategy = ""
+"""
+
+SERVER = """
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import save_file
+
+from fedlora import load_config
+from fedlora.flower import FedLoraStrategy, initial_arrays
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    config = load_config(context.run_config["config"])
+    options = {"fraction_evaluate": 0.0, "min_train_nodes": 4, "min_available_nodes": 4}
+    ours = FedLoraStrategy("fair", alpha=config.adapter.alpha, **options)
+    strategy = ours if context.run_config["strategy"] == "fair" else FedAvg(**options)
+    result = strategy.start(grid, initial_arrays(config), num_rounds=2)
+    save_file(result.arrays.to_torch_state_dict(), context.run_config["out"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fair", "fedavg"])
+def test_somebody_elses_server_app_on_flowers_simulation(
+    strategy: str, tiny_bert: Path, tiny_csv: Path, tmp_path: Path, flower_home: Path
+) -> None:
+    file = tmp_path / "ray.toml"
+    text = CONFIG.format(output=tmp_path / "runs", model=tiny_bert, data=tiny_csv)
+    text = text.replace('name = "flora"', f'name = "{strategy}"').replace("ranks = [4, 2]", "")
+    file.write_text(text.replace("clients_per_round = 3", ""))
+    app = tmp_path / "app"
+    (app / "somebody").mkdir(parents=True)
+    (app / "pyproject.toml").write_text(APP)
+    (app / "somebody" / "__init__.py").write_text("")
+    (app / "somebody" / "server.py").write_text(SERVER)
+    out = tmp_path / "final.safetensors"
+    printed = on_ray(file, tmp_path, flower_home, f"out='{out}'", f"strategy='{strategy}'", app=app)
+    assert out.is_file(), printed[-6000:]
+    config = load_config(file, ["name=local", "runtime.cohort=1"])
+    run = run_local(config, RunDir.create(config), NoProgress())
+    expected = run.state.adapter.tensors()
+    found = {own_name(name): value for name, value in load_file(out).items()}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        exact = {"rtol": 0.0, "atol": 0.0} if strategy == "fair" else {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(found[name], value, **exact)
