@@ -18,6 +18,7 @@ from fedlora.flower import run_local
 from fedlora.flower.peft_records import own_name
 from fedlora.progress import NoProgress
 from fedlora.rundir import RunDir
+from fedlora.training import open_workbench
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,6 +185,13 @@ def test_somebody_elses_server_app_on_flowers_simulation(
     expected = run.state.adapter.tensors()
     found = {own_name(name): value for name, value in load_file(out).items()}
     assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        exact = {"rtol": 0.0, "atol": 0.0} if strategy == "fair" else {"rtol": 1e-4, "atol": 1e-6}
-        torch.testing.assert_close(found[name], value, **exact)
+    if strategy == "fair":
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        return
+    # Flower averages in float32 and in the order of arrival, and AdamW enlarges that where gradients are near zero.
+    first = open_workbench(config).base.initial_adapter(config.seed).tensors()
+    off, moved = (
+        torch.cat([(one[name] - other[name]).flatten() for name in expected]).norm()
+        for one, other in ((found, expected), (expected, first))
+    )
+    assert off / moved < 1e-3
