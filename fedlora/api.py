@@ -199,7 +199,9 @@ def train(
     before = None if replay is None else RunDir.open(replay)
     if before is not None:
         from fedlora.flower.local import as_begun
+        from fedlora.flower.replay import require_rounds
 
+        require_rounds(before.read_metrics(), config.rounds)
         config = as_begun(config, before)
     bench = open_workbench(config)  # before an earlier run is removed: the config may turn out to be wrong
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,6 +66,35 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback o
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
+READER_LEFT = 141
+"""Exit status of training that stopped because nobody reads its output any more: 128 + SIGPIPE."""
+
+
+def _reader_left(error: BaseException) -> bool:
+    """Whether the reader of standard output, such as `head`, is gone; rich makes an exit with status 1 of it."""
+    return isinstance(error, BrokenPipeError) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+    )
+
+
+@contextmanager
+def stops_in_one_line(go_on: Callable[[], str]) -> Iterator[None]:
+    """Training inside that is stopped before its end, by Ctrl-C or by a reader that leaves, is no success.
+
+    Args:
+        go_on: how it can go on, for people; asked when it has stopped.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {go_on()}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except (BrokenPipeError, SystemExit) as error:
+        if not _reader_left(error):
+            raise
+        _ignore_closed_output()
+        typer.echo(f"stopped, since nobody reads the output any more; {go_on()}", err=True)
+        raise typer.Exit(READER_LEFT) from None
 
 
 @contextmanager
@@ -81,10 +110,9 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
         raise
     except (BrokenPipeError, SystemExit) as error:
-        # The reader of a pipe, such as `head`, has seen enough; rich makes an exit with status 1 of it.
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+        if not _reader_left(error):
             raise
-        _ignore_closed_output()
+        _ignore_closed_output()  # what `head` has not read was not wanted
         raise typer.Exit(0) from None
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

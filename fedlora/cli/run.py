@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.cli._common import (
-    INTERRUPTED,
     Debug,
     MaybeConfig,
     Overrides,
@@ -17,6 +16,7 @@ from fedlora.cli._common import (
     errors_in_one_line,
     open_console,
     open_workbench,
+    stops_in_one_line,
 )
 from fedlora.errors import ConfigError
 
@@ -70,20 +70,18 @@ def run(
             raise ConfigError(
                 "--baselines trains without privacy on the data that [privacy] protects: run it with a config without"
             )
-        try:
-            with Terminal(console, quiet=quiet) as terminal:
-                terminal.doing(f"loading {config.model.name} and {config.data.source}")
-                run_dir = train(config, terminal, folder=run_dir, overwrite=overwrite, replay=replay)
-                if baselines:
-                    _baselines(config, run_dir, baseline_clients, terminal)
-                    write_report(run_dir)
-        except KeyboardInterrupt:
+
+        def go_on() -> str:
             path = run_dir.path if run_dir else Path(config.output) / config.name
-            again = (
-                f"go on with: fedlora run --resume {path}" if (path / "config.toml").is_file() else "nothing was kept"
-            )
-            typer.echo(f"stopped; {again}", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            kept = (path / "config.toml").is_file()
+            return f"go on with: fedlora run --resume {path}" if kept else "nothing was kept"
+
+        with stops_in_one_line(go_on), Terminal(console, quiet=quiet) as terminal:
+            terminal.doing(f"loading {config.model.name} and {config.data.source}")
+            run_dir = train(config, terminal, folder=run_dir, overwrite=overwrite, replay=replay)
+            if baselines:
+                _baselines(config, run_dir, baseline_clients, terminal)
+                write_report(run_dir)
         _show_outcome(console, run_dir)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import INTERRUPTED, Config, Debug, app, calm_loggers, errors_in_one_line, open_console
+from fedlora.cli._common import Config, Debug, app, calm_loggers, errors_in_one_line, open_console, stops_in_one_line
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,12 +54,8 @@ def sweep(
         calm_loggers(debug)
         what = _what(config_path, sets or [], seeds, select or [], select_seed, processes, out, keep)
         console = open_console()
-        try:
-            with Screen(console) as screen:
-                outcome = run_sweep(what, screen)
-        except KeyboardInterrupt:
-            typer.echo("stopped; the same command goes on", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+        with stops_in_one_line(lambda: "the same command goes on"), Screen(console) as screen:
+            outcome = run_sweep(what, screen)
         if outcome.runs:
             console.print()
             picture = what.out / "curves.png"

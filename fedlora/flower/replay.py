@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Error, Message, MessageType
 from flwr.common.constant import ErrorCode
 
-from fedlora.errors import RoundError
+from fedlora.errors import ConfigError, RoundError
 from fedlora.flower.local_grid import LocalGrid
 
 
@@ -42,6 +42,16 @@ class ReplayGrid(LocalGrid):
                 error = Error(ErrorCode.NODE_UNAVAILABLE, "it did not answer in the run that is replayed")
                 return Message(error, reply_to=message)
         return super()._answer(message)
+
+
+def require_rounds(before: Iterable[Mapping[str, Any]], rounds: int) -> None:
+    """Raise `ConfigError` where a replay would have more or fewer rounds than the run has, before it is trained."""
+    last = max(answered_in(before), default=0)
+    if rounds != last:
+        raise ConfigError(
+            f"a replay has the rounds of its run, which are {last}, and the config asks for {rounds}: "
+            f"replay it with --set rounds={last}"
+        )
 
 
 def require_same(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> None:

@@ -154,6 +154,9 @@ def _many_clients(counts: np.ndarray, label_names: Sequence[str], path: str | Pa
     sizes.set_xlim(-0.5, len(counts) - 0.5)
     if descending[0] > 20 * max(1, descending[-1]):
         sizes.set_yscale("log")
+        sizes.yaxis.set_major_formatter(
+            "{x:,.0f}"
+        )  # the scale's own labels are formulas, and no text here is read as one
     median = f"{np.median(totals):,.0f}"
     words = f"{descending[0]:,} examples on the largest, {median} in the middle, {descending[-1]:,} on the smallest"
     sizes.set_title(words, loc="right", fontsize=9, color="#444444")

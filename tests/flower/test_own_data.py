@@ -11,6 +11,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 
+from fedlora.api import train
 from fedlora.config import RunConfig, parse_config
 from fedlora.data import load_data
 from fedlora.errors import ConfigError, DataError, FedloraError, RoundError, RunDirError
@@ -224,6 +225,18 @@ def test_a_replay_that_cannot_be_the_run_says_so(tiny_config: MakeConfig) -> Non
     expected = r"round 1 of the replay has updates of clients \[0, 2\], and the run had those of \[0, 2, 9\]"
     with pytest.raises(RoundError, match=expected):
         run_local(config, RunDir.create(config), NoProgress(), replay=records)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_replay_of_more_or_fewer_rounds_trains_and_removes_nothing(rounds: int, tiny_config: MakeConfig) -> None:
+    config = tiny_config("rounds=2")
+    folder = RunDir.create(config)
+    run_local(config, folder, NoProgress())
+    before = folder.read_metrics()
+    again = tiny_config(f"rounds={rounds}")
+    with pytest.raises(ConfigError, match="--set rounds=2"):
+        train(again, NoProgress(), overwrite=True, replay=folder.path)
+    assert folder.read_metrics() == before
 
 
 @pytest.mark.parametrize("lie", [False, True])

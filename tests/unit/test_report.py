@@ -138,3 +138,23 @@ def test_three_percent_of_a_perplexity_do_not_look_like_a_collapse(metric: str, 
     assert low < 30.07 < 31.0 < high
     assert 0.93 / (high - low) <= most
     assert low >= 0
+
+
+def test_no_tick_of_a_picture_is_a_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale's own labels are formulas, and a picture's text is shown as it is: a class may be called "$5"."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    shown: list[str] = []
+    save = Figure.savefig
+
+    def kept(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        save(figure, *args, **kwargs)
+        shown.extend(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    counts = np.full((200, 2), 2)
+    counts[0] = 400
+    plot_labels(counts, ["no", "yes"], tmp_path / "labels.png")
+    assert "100" in shown
+    assert not [text for text in shown if "mathdefault" in text]

@@ -123,6 +123,29 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (child.returncode, said) == (0, "")
 
 
+@pytest.mark.parametrize("by_rich", [False, True])
+def test_training_that_nobody_reads_any_more_has_not_succeeded(
+    by_rich: bool, tiny_toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fedlora run CONFIG | head -1`: rich makes an exit with status 1 of a pipe that is closed."""
+
+    def train(*_: object, **__: object) -> None:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            if by_rich:
+                raise SystemExit(1)  # noqa: B904 as rich does: the context says why
+            raise
+
+    monkeypatch.setattr("fedlora.api.train", train)
+    monkeypatch.setattr("fedlora.sweep.run_sweep", train)
+    for command, words in (("run", "nothing was kept"), ("sweep", "the same command")):
+        result = CliRunner().invoke(app, [command, str(tiny_toml)])
+        assert result.exit_code == 141
+        assert "nobody reads" in result.stderr
+        assert words in result.stderr
+
+
 # ------------------------------------------------------------------------------------------------ a run's folder
 
 
