@@ -7,7 +7,9 @@ The example is put first, so that masks by place in the batch would move everybo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,9 +177,15 @@ def test_no_two_private_steps_have_the_same_masks(bert: tuple[Base, Task, Exampl
     assert float((production[0] - production[1]).norm()) > 0.1 * C
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", ["cohort", "opacus"])
-@pytest.mark.parametrize("kind", [*TEXT, *PICTURES])
+def tiers(cases: Iterable[tuple[object, ...]], *slow: tuple[object, ...]) -> list[Any]:
+    """A few cases in the slow tier, all others, each of which may take a minute, in the nightly one."""
+    return [pytest.param(*case, marks=pytest.mark.slow if case in slow else pytest.mark.nightly) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    tiers(product([*TEXT, *PICTURES], ["cohort", "opacus"]), ("Llama", "cohort"), ("ViT", "cohort")),
+)
 def test_one_example_more_moves_the_sum_of_any_family_by_c(kind: str, path: str, tmp_path: Path) -> None:
     what = "ImageClassification" if kind in PICTURES else "SequenceClassification"
     base, task, examples = loaded(tmp_path, kind, what, depth=0.2 if kind in PICTURES else 0.0)
@@ -185,18 +193,19 @@ def test_one_example_more_moves_the_sum_of_any_family_by_c(kind: str, path: str,
     assert 0.99 < largest_movement(base, task, examples, path, others=3) <= 1.001
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", ["cohort", "opacus"])
-@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Qwen2"])
+@pytest.mark.parametrize(
+    ("kind", "path"), tiers(product(["GPT2", "Llama", "Qwen2"], ["cohort", "opacus"]), ("Qwen2", "cohort"))
+)
 def test_one_continuation_more_moves_the_sum_by_c(kind: str, path: str, tmp_path: Path) -> None:
     base, task, examples = loaded(tmp_path, kind, "CausalLM")
     checked(base, task, examples)
     assert 0.99 < largest_movement(base, task, examples, path, others=3) <= 1.001
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("others", [1, 8, 16, 31, 63, 200])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "others"),
+    tiers(product(["float32", "float16", "bfloat16"], [1, 8, 16, 31, 63, 200]), ("float32", 31), ("bfloat16", 31)),
+)
 def test_room_is_left_for_what_rounding_adds(dtype: str, others: int, tmp_path: Path) -> None:
     base, task, examples = loaded(tmp_path, "Bert", dtype=dtype)
     checked(base, task, examples)
@@ -218,7 +227,7 @@ def test_a_family_that_couples_examples_is_refused(kind: str, message: str, tmp_
         checked(base, task, examples)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("kind", "message"), REFUSED.items())
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_a_family_that_couples_examples_is_refused_in_any_dtype(
