@@ -54,7 +54,7 @@ test-slow: fetched  ## run the slow tests: whole runs, processes, larger models
 	$(PYTEST) -m "slow and not gpu and not nightly"
 
 test-nightly: export HF_HUB_OFFLINE := 1
-test-nightly: setup  ## run what takes minutes: the matrix and the privacy laws of all model families
+test-nightly: setup  ## run what takes minutes: all model families, the privacy laws on them, every mutant of the audit
 	$(PYTEST) -m nightly
 
 check: setup  ## linter, formatter, types, and which module may import which

@@ -41,7 +41,10 @@ def tiny_overrides(tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> list[str]
 @pytest.fixture
 def tiny_config(tiny_overrides: list[str]) -> MakeConfig:
     def make(*overrides: str, name: str = "tiny") -> RunConfig:
-        return parse_config("", [*tiny_overrides, *overrides], name=name)
+        # A table that is given whole takes the place of the keys that these federations have in it.
+        whole = {f"{override.partition('=')[0].strip()}." for override in overrides}
+        usual = [one for one in tiny_overrides if not any(one.startswith(table) for table in whole)]
+        return parse_config("", [*usual, *overrides], name=name)
 
     return make
 

@@ -63,7 +63,7 @@ def audited(folder: Path, config: list[str], canaries: int = 1000) -> Result:
 
 def parametrised(mutants: dict[str, Mutant], fast: tuple[str, ...] = ()) -> pytest.MarkDecorator:
     rows = [
-        pytest.param(mutant, id=name, marks=() if name in fast else pytest.mark.slow)
+        pytest.param(mutant, id=name, marks=() if name in fast else pytest.mark.nightly)
         for name, mutant in mutants.items()
     ]
     return pytest.mark.parametrize("mutant", rows)
