@@ -193,9 +193,7 @@ def test_one_example_more_moves_the_sum_of_any_family_by_c(kind: str, path: str,
     assert 0.99 < largest_movement(base, task, examples, path, others=3) <= 1.001
 
 
-@pytest.mark.parametrize(
-    ("kind", "path"), tiers(product(["GPT2", "Llama", "Qwen2"], ["cohort", "opacus"]), ("Qwen2", "cohort"))
-)
+@pytest.mark.parametrize(("kind", "path"), tiers(product(["GPT2", "Llama", "Qwen2"], ["cohort", "opacus"])))
 def test_one_continuation_more_moves_the_sum_by_c(kind: str, path: str, tmp_path: Path) -> None:
     base, task, examples = loaded(tmp_path, kind, "CausalLM")
     checked(base, task, examples)
@@ -204,7 +202,7 @@ def test_one_continuation_more_moves_the_sum_by_c(kind: str, path: str, tmp_path
 
 @pytest.mark.parametrize(
     ("dtype", "others"),
-    tiers(product(["float32", "float16", "bfloat16"], [1, 8, 16, 31, 63, 200]), ("float32", 31), ("bfloat16", 31)),
+    tiers(product(["float32", "float16", "bfloat16"], [1, 8, 16, 31, 63, 200])),
 )
 def test_room_is_left_for_what_rounding_adds(dtype: str, others: int, tmp_path: Path) -> None:
     base, task, examples = loaded(tmp_path, "Bert", dtype=dtype)
