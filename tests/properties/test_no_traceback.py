@@ -244,7 +244,7 @@ def test_no_start_ends_in_a_traceback(tmp_path: Path, tiny_bert: Path, tiny_csv:
     assert statuses.count(1) > FEW / 2  # most are damaged beyond use, and all say so
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_start_of_many_does(tmp_path: Path, tiny_bert: Path, tiny_csv: Path) -> None:
     statuses = fuzz(MANY, tmp_path, tiny_bert, tiny_csv)
     assert statuses.count(0) > MANY / 20
