@@ -52,7 +52,8 @@ def plan(config: RunConfig, client_id: int = 0) -> RecordDict:
     bench = open_workbench(config)
     rule = load_aggregator(config.strategy.name)
     state = rule.init(bench.base.initial_adapter(config.seed), seed=1)
-    ask = Ask(rule.plan(state, ClientSpec(client_id, bench.base.layout())), 1, client_id, wire=config.wire.up)
+    spec = ClientSpec(client_id, bench.base.layout())
+    ask = Ask(rule.plan(state, spec), 1, client_id, wire=config.wire.up, run="ab" * 16)
     return PlanEncoder().encode(ask)
 
 
@@ -452,6 +453,13 @@ Path(sys.argv[2]).write_bytes(pack({"torch": "torch" in sys.modules}, content=re
 """
 
 
+def until(holds: Callable[[], bool], within_s: float = 300.0) -> None:
+    end = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < end, f"did not come true within {within_s:g} s"
+        time.sleep(0.02)
+
+
 class Node:
     """Starts a process for a message, as Flower does, and a worker beside it."""
 
@@ -473,12 +481,14 @@ class Node:
         self.wait()
 
     def wait(self) -> None:
-        for _ in range(600):
+        def serves() -> bool:
             try:
-                return check(self.socket)
+                check(self.socket)
             except WorkerError:
-                time.sleep(0.1)
-        raise AssertionError("the worker did not start")
+                return False
+            return True
+
+        until(serves)
 
     def begin(self) -> subprocess.Popen[str]:
         words = [sys.executable, "-c", ONE_MESSAGE, str(self.folder / "in"), str(self.folder / "out")]
@@ -525,7 +535,7 @@ def test_with_a_worker_without_and_after_its_death_the_bytes_are_the_same(
     assert not node.socket.exists()
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_a_worker_that_dies_in_the_middle_costs_no_second_charge(tiny_config: MakeConfig, folder: Path) -> None:
     config = tiny_config(
         *("server.weighting=uniform", "train.steps=400", "train.batch_size=20", "privacy.public_examples=40"),
@@ -536,8 +546,8 @@ def test_a_worker_that_dies_in_the_middle_costs_no_second_charge(tiny_config: Ma
     try:
         node.start_worker()
         process = node.begin()
-        while not path.exists() or "started" not in path.read_text():
-            time.sleep(0.02)
+        until(lambda: process.poll() is not None or (path.exists() and "started" in path.read_text()))
+        assert process.poll() is None, node.end(process)
         assert node.worker is not None
         node.worker.kill()
         assert "released" not in path.read_text()
