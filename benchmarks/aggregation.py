@@ -78,15 +78,17 @@ def measure(rule: str, layers: int, d: int, rank: int, clients: int) -> dict[str
     one_update = replies.plan.adapter.nbytes(replies.plan.sends)
     # Libraries set up their own buffers at the first call; a merge of one small layer takes that out of the figure.
     small = aggregator.init(AdapterState(fresh_pairs({"m": PairShape(64, 64, rank, 2.0)}, 0)))
-    aggregator.merge(small, iter(Replies(rule, small, 2)))
+    aggregator.aggregate(small, iter(Replies(rule, small, 2)))
     Path("/proc/self/clear_refs").write_text("5")
     resting = resident("VmRSS")
     start, started = time.perf_counter(), time.process_time()
-    after = aggregator.merge(before, iter(replies))
+    after = aggregator.aggregate(before, iter(replies))
     seconds = time.perf_counter() - start - replies.seconds
     cpu = time.process_time() - started - replies.cpu
     peak = resident("VmHWM") - resting
-    result = sum(merge.change.nbytes() for merge in after.merges) + after.adapter.nbytes(replies.plan.sends)
+    result = sum(base_update.change.nbytes() for base_update in after.base_updates) + after.adapter.nbytes(
+        replies.plan.sends
+    )
     return {"seconds": seconds, "cpu": cpu, "update": one_update, "result": result, "peak": peak}
 
 

@@ -4,8 +4,9 @@
     python benchmarks/attention.py --features 64 --dtypes bfloat16
 
 First table: attention alone, forward and backward, with padding; time of the fused kernel over that of two products and
-a softmax, so that above 1 two products win. `fedlora.attention.SHORT` was read off it. Second table: one training step
-and one pass of inference of a random BERT of MiniLM's size, for each way to attend and for the choice by length.
+a softmax, so that above 1 two products win. `fedlora.speedups.attention.SHORT` was read off it. Second table: one
+training step and one pass of inference of a random BERT of MiniLM's size, for each way to attend and for the choice by
+length.
 All arms take turns within one run, and the figures are processor time, so that other programs show less; compare
 ratios, not times. Some three minutes.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedlora.attention import choose_attention, two_products
+from fedlora.speedups.attention import choose_attention, two_products
 
 Run = Callable[[], None]
 

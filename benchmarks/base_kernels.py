@@ -7,7 +7,7 @@ One training step (LoRA of rank 8 on query and value, and the head, AdamW) and o
 sorted by length, for each arm and number of threads. All arms take turns within one run, and the table gives medians
 and their ratio to the first arm: compare ratios, not times, and only within one table. Some two minutes a table.
 
-The arms: torch's own float32 kernels; the same with `fedlora.kernels.accelerate`; torch's own with
+The arms: torch's own float32 kernels; the same with `fedlora.speedups.linear_kernels.accelerate`; torch's own with
 `torch.set_float32_matmul_precision("medium")`, which is full float32 on a CPU without AMX and bfloat16 on one with it,
 and acts on the whole process; and a bfloat16 base under float32 adapters.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.kernels import accelerate
+from fedlora.speedups.linear_kernels import accelerate
 
 Batch = dict[str, Tensor]
 

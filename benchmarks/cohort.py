@@ -36,22 +36,22 @@ from _peak import best_product, flop_of
 from _shapes import CLASSES, SHAPES, VOCABULARY, auto_class, causal, targets, write_model
 
 from fedlora.adapter import ALL_PARTS, AdapterState
-from fedlora.attention import choose_attention
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
-from fedlora.kernels import accelerate
 from fedlora.model import Base, load_base
 from fedlora.model.dropout import set_dropout
 from fedlora.model.unread import restore_unread, skip_unread
 from fedlora.privacy.calibrate import Schedule
+from fedlora.speedups.attention import choose_attention
+from fedlora.speedups.linear_kernels import accelerate
 from fedlora.tasks import Examples, Task, load_task
 from fedlora.tasks._text import Tokens
 from fedlora.training.cohort import train, train_cohort
+from fedlora.training.dp_loop import train_private_cohort
+from fedlora.training.dp_settings import PrivateSettings, train_by_opacus
 from fedlora.training.job import TrainJob, batches, rows_of
-from fedlora.training.pool import step_budget
 from fedlora.training.prefix import choose_prefix, prepare
-from fedlora.training.private import PrivateSettings, train_by_opacus
-from fedlora.training.private_cohort import train_private_cohort
 from fedlora.training.runtime import keep_memory
+from fedlora.training.step_scheduler import step_budget
 
 
 def arguments() -> argparse.Namespace:
@@ -180,7 +180,9 @@ def main() -> None:
     for engine in (False, True):
         set_up(False, engine)
         choose_attention(base.model, "auto")
-        with patch.dict("fedlora.attention.SHORT", {("cpu", base.dtype): size["tokens"]}):  # products that are counted
+        with patch.dict(
+            "fedlora.speedups.attention.SHORT", {("cpu", base.dtype): size["tokens"]}
+        ):  # products that are counted
             work[engine] = flop_of(lambda: plain_loop(base, task, examples, jobs[0], config)) * len(jobs)
     product = best_product(getattr(torch, args.dtype))
     peaks: list[float] = []

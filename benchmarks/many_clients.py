@@ -30,7 +30,7 @@ def make_model(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokens = ["<end>", "<start>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, base_updates=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
@@ -51,8 +51,8 @@ def measure(model: Path, asked: int, aggregation_error: bool, processes: int) ->
     from fedlora.config import parse_config
     from fedlora.flower import run_local
     from fedlora.progress import NoProgress
-    from fedlora.rundir import RunDir
-    from fedlora.training import open_workbench
+    from fedlora.runs.rundir import RunDir
+    from fedlora.training import open_workspace
 
     config = parse_config(
         "",
@@ -75,7 +75,7 @@ def measure(model: Path, asked: int, aggregation_error: bool, processes: int) ->
             "runtime.kernels=off",
         ],
     )
-    clients = len(open_workbench(config).data.clients)
+    clients = len(open_workspace(config).data.clients)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: reading the corpus takes more than a round
     before, peaks = status("VmRSS"), [0.0]
 

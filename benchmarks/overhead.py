@@ -16,7 +16,7 @@ import tempfile
 from fedlora.config import parse_config
 from fedlora.flower import run_local
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.model import save_adapter
 from fedlora.rng import derive
 from fedlora.training.job import batches
-from fedlora.training.workbench import close_workbench, open_workbench
+from fedlora.training.workspace import close_workspace, open_workspace
 
 ROUNDS = 3  # with batches of their own; then they come again
 SIZE = 64  # examples of a client
@@ -102,15 +102,15 @@ def federation(shape: str, clients: int, folder: Path) -> RunConfig:
 
 def export(shape: str, config: RunConfig, folder: Path) -> None:
     """What the peers need of it: the first adapter in PEFT's form, tokens, and each client's batches."""
-    bench = open_workbench(config)
-    save_adapter(bench.base, bench.base.initial_adapter(config.seed), folder / "adapter", {})
-    train, steps = bench.data.train, config.train.steps or 1
+    workspace = open_workspace(config)
+    save_adapter(workspace.base, workspace.base.initial_adapter(config.seed), folder / "adapter", {})
+    train, steps = workspace.data.train, config.train.steps or 1
     ids = np.stack(list(train.inputs["input_ids"])).astype(np.int64)
     labels = np.stack(list(train.inputs["labels"])) if causal(shape) else np.asarray(train.labels)
     drawn = [
         [
             list(batches(rows, BATCH, steps, derive(config.seed, "train", number, client)))
-            for client, rows in enumerate(bench.data.clients)
+            for client, rows in enumerate(workspace.data.clients)
         ]
         for number in range(1, ROUNDS + 1)
     ]
@@ -118,7 +118,7 @@ def export(shape: str, config: RunConfig, folder: Path) -> None:
     np.savez(folder / "schedule.npz", ids=ids, labels=labels.astype(np.int64), rows=np.array(drawn))
     facts = {"auto_class": auto_class(shape), "model": str(folder / "model"), "adapter": str(folder / "adapter")}
     (folder / "peer.json").write_text(json.dumps(facts))
-    close_workbench()
+    close_workspace()
 
 
 def arms_of(args: argparse.Namespace, folder: Path, ray: str) -> list[Arm]:

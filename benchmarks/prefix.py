@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedlora.attention import choose_attention
-from fedlora.kernels import accelerate
 from fedlora.model.prefix import Prefix, open_prefix
 from fedlora.model.unread import skip_unread
+from fedlora.speedups.attention import choose_attention
+from fedlora.speedups.linear_kernels import accelerate
 
 Batch = dict[str, Tensor]
 ARMS = (

@@ -19,10 +19,10 @@ from fedlora.adapter import ALL_PARTS
 from fedlora.config import parse_config
 from fedlora.privacy.calibrate import Schedule
 from fedlora.training.cohort import train
+from fedlora.training.dp_loop import train_private
+from fedlora.training.dp_settings import PrivateSettings, check_model
 from fedlora.training.job import TrainJob
-from fedlora.training.private import PrivateSettings, check_model
-from fedlora.training.private_cohort import train_private
-from fedlora.training.workbench import open_workbench
+from fedlora.training.workspace import open_workspace
 
 
 def main() -> None:
@@ -38,23 +38,24 @@ def main() -> None:
         f"train.steps={args.steps}",
         f"train.batch_size={args.batch_size}",
     ]
-    bench = open_workbench(parse_config("", overrides, name="private-step"))
-    b, config = args.batch_size, bench.config.train
-    job = TrainJob(bench.base.initial_adapter(0), ALL_PARTS, np.arange(b), 0)
+    workspace = open_workspace(parse_config("", overrides, name="private-step"))
+    b, config = args.batch_size, workspace.config.train
+    job = TrainJob(workspace.base.initial_adapter(0), ALL_PARTS, np.arange(b), 0)
     settings = PrivateSettings(Schedule(1.0, args.steps, 1, float(b)), 1.0, 1.0)
-    check_model(bench.base, bench.task, bench.data.test, job)
+    check_model(workspace.base, workspace.task, workspace.data.test, job)
     plain, private = [], []
     for number in range(args.repeats + 1):  # the first is a warm-up
         here = replace(job, seed=number)
-        one = train(bench.base, bench.task, bench.data.train, here, config).seconds
-        other = train_private(bench.base, bench.task, bench.data.train, here, config, settings).seconds
+        one = train(workspace.base, workspace.task, workspace.data.train, here, config).seconds
+        other = train_private(workspace.base, workspace.task, workspace.data.train, here, config, settings).seconds
         if number:
             plain.append(one)
             private.append(other)
     first, second = statistics.median(plain), statistics.median(private)
     print(
-        f"{args.steps} steps of batch {b}, kernels {bench.kernels.mode}: plain {first:.3f} s, private {second:.3f} s, "
-        f"ratio {second / first:.3f} (single pairs {min(q / p for p, q in zip(plain, private, strict=True)):.3f} to "
+        f"{args.steps} steps of batch {b}, kernels {workspace.kernels.mode}: plain {first:.3f} s, "
+        f"private {second:.3f} s, ratio {second / first:.3f} "
+        f"(single pairs {min(q / p for p, q in zip(plain, private, strict=True)):.3f} to "
         f"{max(q / p for p, q in zip(plain, private, strict=True)):.3f})"
     )
 

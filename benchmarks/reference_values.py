@@ -77,14 +77,14 @@ def rule_error(rule: Aggregator, pairs: Sequence[LoraPair]) -> float:
     largest = max(pairs, key=lambda pair: pair.rank)
     before = rule.init(AdapterState({"m": LoraPair(largest.A, torch.zeros_like(largest.B), largest.scale)}))
     updates = [ClientUpdate(k, AdapterState({"m": pair}), 1.0) for k, pair in enumerate(pairs)]
-    return relative_error(broadcast_change(before, rule.merge(before, updates)), ideal(pairs), len(pairs))
+    return relative_error(broadcast_change(before, rule.aggregate(before, updates)), ideal(pairs), len(pairs))
 
 
 def dense_error(rule: Aggregator, pairs: Sequence[LoraPair]) -> float:
     """The same as `rule_error`, from d_out x d_in matrices."""
     largest = max(pairs, key=lambda pair: pair.rank)
     before = rule.init(AdapterState({"m": LoraPair(largest.A, torch.zeros_like(largest.B), largest.scale)}))
-    after = rule.merge(before, [ClientUpdate(k, AdapterState({"m": pair}), 1.0) for k, pair in enumerate(pairs)])
+    after = rule.aggregate(before, [ClientUpdate(k, AdapterState({"m": pair}), 1.0) for k, pair in enumerate(pairs)])
     made = sum(c * pair.delta() for c, pair in broadcast_change(before, after).terms("m"))
     wanted = sum(pair.delta() for pair in pairs) / len(pairs)
     return float((made - wanted).norm() / wanted.norm())
@@ -170,7 +170,7 @@ def noise_errors(generator: torch.Generator, std: float) -> tuple[float, float]:
         rule = FedAvg()
         pairs = [LoraPair(A, B, 1.0) for A, B in zip(factors, Bs, strict=True)]
         updates = [ClientUpdate(k, AdapterState({"m": pair}), 1.0) for k, pair in enumerate(pairs)]
-        averaged = rule.merge(rule.init(AdapterState({"m": pairs[0]})), updates).adapter.pairs["m"]
+        averaged = rule.aggregate(rule.init(AdapterState({"m": pairs[0]})), updates).adapter.pairs["m"]
         errors.append(error(LoraPair(averaged.A + noise, averaged.B + noise_B, 1.0), [averaged]))
     return errors[0], errors[1]
 
@@ -192,8 +192,8 @@ def mebibytes() -> dict[str, float]:
     flora = Flora()
     before = flora.init(adapter)
     updates = [ClientUpdate(k, flora.plan(before, spec).adapter, 1.0) for k in range(CLIENTS)]
-    plan = flora.plan(flora.merge(before, updates), spec)
-    out["FLoRA down"] = sum(merge.change.nbytes() for merge in plan.merges) / MIB
+    plan = flora.plan(flora.aggregate(before, updates), spec)
+    out["FLoRA down"] = sum(base_update.change.nbytes() for base_update in plan.base_updates) / MIB
     out["Fed-SB up"] = len(pairs) * RANK * RANK * 4 / MIB
     return out
 

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, PairShape, fresh_pairs
 from fedlora.config import RunConfig, load_config
-from fedlora.flower import client_app, run_local, validate
-from fedlora.flower.codec import ReceivedPlan, encode_upload
+from fedlora.flower import client_app, run_local
+from fedlora.flower import update_checks as validate
+from fedlora.flower.messages import ReceivedPlan, encode_upload
 from fedlora.flower.wire import WIRES, decode_change, encode_change
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 ARMS = ("float32", "bfloat16", "int8", "[int8, residual kept]", "[int8, values]", "[bfloat16, values]")
 

@@ -22,18 +22,18 @@ from pathlib import Path
 from fedlora.aggregators import ClientSpec, load_aggregator
 from fedlora.config import RunConfig, load_config
 from fedlora.errors import WorkerError
-from fedlora.flower.codec import Ask, PlanEncoder
-from fedlora.flower.worker.client import check
-from fedlora.flower.worker.frames import pack, unpack
-from fedlora.training.workbench import open_workbench
+from fedlora.flower.messages import Ask, PlanEncoder
+from fedlora.node_worker.client import check
+from fedlora.node_worker.frames import pack, unpack
+from fedlora.training.workspace import open_workspace
 
 NODE = """
 import sys
 from pathlib import Path
 from flwr.app import Context, Message
 from fedlora.flower.local_grid import task_identity
-from fedlora.flower.node_app import app
-from fedlora.flower.worker.frames import pack, unpack
+from fedlora.node_worker.node_app import app
+from fedlora.node_worker.frames import pack, unpack
 
 head, contents = unpack(Path(sys.argv[1]).read_bytes())
 with task_identity(1, 2):
@@ -45,10 +45,10 @@ Path(sys.argv[2]).write_bytes(pack({}, content=reply.content, state=contents["st
 
 def plan(config: RunConfig) -> object:
     """What the server sends to client 0 in round 1."""
-    bench = open_workbench(config)
+    workspace = open_workspace(config)
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
-    state = rule.init(bench.base.initial_adapter(config.seed), seed=1)
-    return PlanEncoder().encode(Ask(rule.plan(state, ClientSpec(0, bench.base.layout())), 1, 0))
+    state = rule.init(workspace.base.initial_adapter(config.seed), seed=1)
+    return PlanEncoder().encode(Ask(rule.plan(state, ClientSpec(0, workspace.base.layout())), 1, 0))
 
 
 def message(folder: Path) -> tuple[float, float, float]:

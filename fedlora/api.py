@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, final
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.errors import ConfigError, ExportError
 from fedlora.progress import Progress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 if TYPE_CHECKING:
     import pandas
     from peft import PeftModel
 
-    from fedlora.training.adapted import Source
+    from fedlora.evaluation.pretrained_adapter import Source
 
 
 @final
@@ -77,7 +77,7 @@ class Run:
         Raises:
             RunDirError: the run has none (yet).
         """
-        from fedlora.training.adapted import find_adapter
+        from fedlora.evaluation.pretrained_adapter import find_adapter
 
         return find_adapter(self.path).folder
 
@@ -93,7 +93,7 @@ class Run:
             RunDirError: the run has no adapter (yet), or what it was trained on has changed since.
             ModelError: the base cannot be loaded, or the adapter does not fit it.
         """
-        from fedlora.training.adapted import data_for, find_adapter, load_for
+        from fedlora.evaluation.pretrained_adapter import data_for, find_adapter, load_for
 
         source = find_adapter(self.path)
         has_classes = "label" in _task(source.config).roles
@@ -181,7 +181,7 @@ def train(
     from fedlora.data.describe import draw_labels
     from fedlora.report import plot_accuracy, write_report
     from fedlora.tracking import require_tracker
-    from fedlora.training import open_workbench
+    from fedlora.training import open_workspace
 
     if folder is not None and folder.unverified:
         raise ExportError(
@@ -203,17 +203,17 @@ def train(
 
         require_rounds(before.read_metrics(), config.rounds)
         config = as_begun(config, before)
-    bench = open_workbench(config)  # before an earlier run is removed: the config may turn out to be wrong
+    workspace = open_workspace(config)  # before an earlier run is removed: the config may turn out to be wrong
 
     from fedlora.flower import refuse_early, run_local
 
     if before is not None:
-        before.require(bench.pins)
-    refuse_early(config, bench)
+        before.require(workspace.pins)
+    refuse_early(config, workspace)
     folder = folder or RunDir.create(config, overwrite=overwrite)
     try:
         if config.privacy is None:  # label counts are the clients' own
-            draw_labels(bench.data, folder.path / "labels.png")
+            draw_labels(workspace.data, folder.path / "labels.png")
         again = None if before is None else before.read_metrics()
         run_local(config, folder, progress, resume=resume, replay=again)
     except Exception:
@@ -242,7 +242,7 @@ def evaluate(run: Run | str | Path, data: str | Path | None = None, **changes: A
     """
     import pandas
 
-    from fedlora.training.adapted import find_adapter
+    from fedlora.evaluation.pretrained_adapter import find_adapter
 
     path = run.path if isinstance(run, Run) else Path(run)
     file = None if data is None else Path(data)
@@ -260,8 +260,8 @@ def figures_of(source: Source, data: Path | None) -> dict[str, dict[str, float]]
     from collections import Counter
 
     from fedlora.data import column_roles
+    from fedlora.evaluation.pretrained_adapter import examples_for, load_for
     from fedlora.training import evaluate as measure
-    from fedlora.training.adapted import examples_for, load_for
 
     examples = examples_for(source, data)
     model, task = load_for(source, examples)

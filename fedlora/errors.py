@@ -68,7 +68,7 @@ class RoundError(FedloraError):
     """A round could not be completed: the quorum was missed, or no node is there."""
 
 
-class CrewError(RoundError):
+class PoolError(RoundError):
     """A process that trains clients of a simulated round is gone, or cannot go on."""
 
 

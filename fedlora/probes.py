@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from fedlora.environment import processor, version_of
 from fedlora.files import cache_dir, write_atomically
 from fedlora.hashing import digest_of
+from fedlora.runs.environment import processor, version_of
 
 
 def machine() -> dict[str, Any]:

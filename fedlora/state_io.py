@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraPair
-from fedlora.aggregators import GlobalState, Merge
+from fedlora.aggregators import BaseUpdate, GlobalState
 from fedlora.errors import RunDirError
 
 Meta = dict[str, Any]
@@ -53,35 +53,35 @@ def unflatten_adapter(tensors: Mapping[str, Tensor], meta: Meta, prefix: str = "
     return AdapterState(pairs, {name: tensors[f"{prefix}dense/{name}"] for name in meta["dense"]})
 
 
-def flatten_merge(merge: Merge, prefix: str = "") -> tuple[dict[str, Tensor], Meta]:
+def flatten_base_update(base_update: BaseUpdate, prefix: str = "") -> tuple[dict[str, Tensor], Meta]:
     """One change of the base, as `flatten_adapter`."""
-    tensors, meta = flatten_adapter(merge.change, prefix)
-    return tensors, {"since": merge.since, "version": merge.version, "change": meta}
+    tensors, meta = flatten_adapter(base_update.change, prefix)
+    return tensors, {"since": base_update.since, "version": base_update.version, "change": meta}
 
 
-def unflatten_merge(tensors: Mapping[str, Tensor], meta: Meta, prefix: str = "") -> Merge:
+def unflatten_base_update(tensors: Mapping[str, Tensor], meta: Meta, prefix: str = "") -> BaseUpdate:
     """The inverse of `flatten_merge`."""
-    return Merge(meta["since"], meta["version"], unflatten_adapter(tensors, meta["change"], prefix))
+    return BaseUpdate(meta["since"], meta["version"], unflatten_adapter(tensors, meta["change"], prefix))
 
 
-def flatten_state(state: GlobalState, *, merges: bool = True) -> tuple[dict[str, Tensor], Meta]:
+def flatten_state(state: GlobalState, *, base_updates: bool = True) -> tuple[dict[str, Tensor], Meta]:
     """A whole global state.
 
     Args:
         state: is not copied.
-        merges: False leaves their tensors out and only says which there are (a checkpoint keeps them in files of
+        base_updates: False leaves their tensors out and only says which there are (a checkpoint keeps them in files of
             their own, since they are written once and the state is written each round).
     """
     tensors, adapter = flatten_adapter(state.adapter, "adapter/")
     tensors.update({f"memory/{name}": value for name, value in state.memory.items()})
     chain: list[Any] = []
-    for merge in state.merges:
-        if merges:
-            more, meta = flatten_merge(merge, f"merge/{merge.version}/")
+    for base_update in state.base_updates:
+        if base_updates:
+            more, meta = flatten_base_update(base_update, f"merge/{base_update.version}/")
             tensors.update(more)
             chain.append(meta)
         else:
-            chain.append({"since": merge.since, "version": merge.version})
+            chain.append({"since": base_update.since, "version": base_update.version})
     return tensors, {
         "adapter": adapter,
         "seed": state.seed,
@@ -93,7 +93,7 @@ def flatten_state(state: GlobalState, *, merges: bool = True) -> tuple[dict[str,
 
 
 def unflatten_state(
-    tensors: Mapping[str, Tensor], meta: Meta, read_merge: Callable[[int, int], Merge] | None = None
+    tensors: Mapping[str, Tensor], meta: Meta, read_base_update: Callable[[int, int], BaseUpdate] | None = None
 ) -> GlobalState:
     """The inverse of `flatten_state`.
 
@@ -102,12 +102,12 @@ def unflatten_state(
         meta: the JSON part.
         read_merge: called with `since` and `version` for a merge whose tensors were left out.
     """
-    chain: list[Merge] = []
+    chain: list[BaseUpdate] = []
     for entry in meta["merges"]:
         if "change" in entry:
-            chain.append(unflatten_merge(tensors, entry, f"merge/{entry['version']}/"))
-        elif read_merge is not None:
-            chain.append(read_merge(entry["since"], entry["version"]))
+            chain.append(unflatten_base_update(tensors, entry, f"merge/{entry['version']}/"))
+        elif read_base_update is not None:
+            chain.append(read_base_update(entry["since"], entry["version"]))
         else:
             raise RunDirError(
                 f"the change of the base {entry['since']}-{entry['version']} was not stored with the state"
@@ -116,7 +116,7 @@ def unflatten_state(
         adapter=unflatten_adapter(tensors, meta["adapter"], "adapter/"),
         seed=meta["seed"],
         round=meta["round"],
-        merges=tuple(chain),
+        base_updates=tuple(chain),
         memory={name: tensors[f"memory/{name}"] for name in meta["memory"]},
         metrics=meta["metrics"],
     )

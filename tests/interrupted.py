@@ -8,8 +8,8 @@ from fedlora.config import RunConfig
 from fedlora.flower import client_app, run_local
 from fedlora.flower.server_app import RunOutcome
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training.workbench import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training.workspace import open_workspace
 
 
 class _Cut(NoProgress):
@@ -29,7 +29,7 @@ def cut(rundir: RunDir, number: int, *, resume: bool = False) -> None:
 
 def forget(config: RunConfig) -> None:
     """Hold nothing of earlier rounds, as a new process does."""
-    open_workbench(config).base.rebase(0, ())
+    open_workspace(config).base.rebase(0, ())
     client_app.frozen_store.__init__()  # type: ignore[misc]
 
 

@@ -16,7 +16,7 @@ from pages import ROOT
 
 from fedlora.config import load_config, parse_config
 from fedlora.errors import FedloraError
-from fedlora.flower.settings import NODE_KEYS
+from fedlora.flower.app_config import NODE_KEYS
 from fedlora.sweep import grid
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from fedlora.config import RunConfig, parse_config
 from fedlora.deploy import FederationPlan, write_project
 from fedlora.flower import run_local
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter/adapter_model.safetensors"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import parse_config
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 HOSTILE = """<script>document.title='taken'</script><img src=x onerror="alert(1)">"&'`</style></title>\u202e\x00"""
 

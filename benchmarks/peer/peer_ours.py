@@ -18,8 +18,8 @@ from fedlora.config import RunConfig, load_config
 from fedlora.flower import run_local
 from fedlora.model import save_adapter
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training.workbench import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training.workspace import open_workspace
 
 
 class EndError(Exception):
@@ -46,7 +46,7 @@ class Turns(NoProgress):
         if self._turn.get("save"):
             state = self._rundir.latest_checkpoint()
             assert state is not None
-            save_adapter(open_workbench(self._config).base, state.adapter, Path(self._turn["save"]), {})
+            save_adapter(open_workspace(self._config).base, state.adapter, Path(self._turn["save"]), {})
         self._turn = next(self._asked, {})
         if not self._turn:
             raise EndError

@@ -2,48 +2,48 @@
 
 from fedlora.aggregators._base import (
     Aggregator,
+    BaseUpdate,
     Claim,
     ClientPlan,
     ClientSpec,
     ClientUpdate,
     GlobalState,
-    Merge,
     WeightedMean,
     require_modules,
     require_no_magnitudes,
     require_same_ranks,
     require_weight,
 )
-from fedlora.aggregators._changes import (
+from fedlora.aggregators._registry import load_aggregator, names_claiming, register, rule_class, rules
+from fedlora.aggregators.base_updates import (
     accumulate,
     as_pair,
+    base_update_chain,
     broadcast_change,
     catch_up,
     compact,
     equivalent_adapter,
     follow,
-    merge_chain,
 )
-from fedlora.aggregators._registry import load_aggregator, names_claiming, register, rule_class, rules
 
 __all__ = [
     "Aggregator",
+    "BaseUpdate",
     "Claim",
     "ClientPlan",
     "ClientSpec",
     "ClientUpdate",
     "GlobalState",
-    "Merge",
     "WeightedMean",
     "accumulate",
     "as_pair",
+    "base_update_chain",
     "broadcast_change",
     "catch_up",
     "compact",
     "equivalent_adapter",
     "follow",
     "load_aggregator",
-    "merge_chain",
     "names_claiming",
     "register",
     "require_modules",

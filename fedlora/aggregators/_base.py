@@ -49,7 +49,7 @@ class Claim(enum.Flag):
 
 
 @dataclass(frozen=True)
-class Merge:
+class BaseUpdate:
     """A change of the base weights, W <- W + s B A for `change.pairs`, W <- W + dW for `change.dense`.
 
     It takes a base from version `since` to `version`; one that starts at 0 starts from the pristine base, whatever was
@@ -77,22 +77,22 @@ class GlobalState:
         adapter: the global adapter, at the rank of the config.
         seed: from which the rule derives any draw.
         round: number of merges (rounds) done.
-        merges: changes of the base so far, as a chain from version 0 to `base_version`.
+        base_updates: changes of the base so far, as a chain from version 0 to `base_version`.
         memory: a rule's own tensors (momentum, ...).
-        metrics: what the last `merge` measured about itself, for the metrics file.
+        metrics: what the last `aggregate` measured about itself, for the metrics file.
     """
 
     adapter: AdapterState
     seed: int = 0
     round: int = 0
-    merges: tuple[Merge, ...] = ()
+    base_updates: tuple[BaseUpdate, ...] = ()
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def base_version(self) -> int:
         """Version of the base that the next round trains on."""
-        return self.merges[-1].version if self.merges else 0
+        return self.base_updates[-1].version if self.base_updates else 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class ClientPlan:
         trains: parts that receive gradients; the others are frozen for the round.
         sends: parts that come back (a subset of `trains`); the server fills the rest in from `adapter`.
         base_version: the version of the base on which the client must train.
-        merges: the changes that take the client's base there.
+        base_updates: the changes that take the client's base there.
         fresh_seed: if given, `adapter.pairs` are `fresh_pairs(layout, fresh_seed)`, and need not travel.
         proximal_mu: FedProx's mu (Li et al. 2020, arXiv 1812.06127, equation (2)); 0 for none.
     """
@@ -128,7 +128,7 @@ class ClientPlan:
     trains: frozenset[Part] = ALL_PARTS
     sends: frozenset[Part] = ALL_PARTS
     base_version: int = 0
-    merges: tuple[Merge, ...] = ()
+    base_updates: tuple[BaseUpdate, ...] = ()
     fresh_seed: int | None = None
     proximal_mu: float = 0.0
 
@@ -174,7 +174,7 @@ class Aggregator(ABC):
         return ClientPlan(state.adapter)
 
     @abstractmethod
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """The next state.
 
         Args:

@@ -60,8 +60,8 @@ from fedlora.errors import ConfigError, RuleError
 class Fair(Aggregator):
     """A <- sum_k p_k A_k, B <- sum_k p_k B_k + R; dense parts are averaged.
 
-    `merge` needs all factors at once (C needs the mean A, known at the end): memory grows with the number of clients,
-    up to where a stack is as large as two dense matrices and `DeltaSum` compresses it.
+    `aggregate` needs all factors at once (C needs the mean A, known at the end): memory grows with the number of
+    clients, up to where a stack is as large as two dense matrices and `DeltaSum` compresses it.
 
     Metrics, summed over modules: "fair/objective", the minimised value at the result, "fair/regulariser", the penalty
     in it, "fair/objective_before", the value at R = 0, which is FedAvg's; and "fair/correction", |R|_F / |B|_F over all
@@ -96,7 +96,7 @@ class Fair(Aggregator):
         if self.solver == "closed" and (self.steps, self.lr) != (Fair.steps, Fair.lr):
             raise ConfigError("fair: steps and lr are for solver = 'cosine', and 'closed' has none: remove them")
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """Equation (8) for each module.
 
         Raises:

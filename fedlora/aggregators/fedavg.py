@@ -32,7 +32,7 @@ class FedAvg(Aggregator):
     claims: ClassVar[Claim] = Claim.LINEAR | Claim.ANY_TENSORS
     paper: ClassVar[str] = "McMahan et al. 2017, arXiv 1602.05629; FedIT: Zhang et al. 2024, arXiv 2305.05644"
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """The last line of McMahan's Algorithm 1, w <- sum_k (n_k / n) w_k, applied to each tensor."""
         mean = WeightedMean()
         for update in updates:

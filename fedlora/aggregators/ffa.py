@@ -81,7 +81,7 @@ class FfaLora(Aggregator):
                 pairs[name] = LoraPair(pair.A[: theirs.rank], B, theirs.scale)
         return ClientPlan(AdapterState(pairs, state.adapter.dense), trains=TRAINED, sends=TRAINED)
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """The mean of the padded and rescaled B.
 
         Raises:

@@ -7,8 +7,8 @@ Adaptations", NeurIPS 2024, arXiv 2409.05976, section 3.2:
 
 Weight and scale are on one side only; on both, each term would be wrong by a factor p_k s_k.
 
-The base has a version. Round t's stack takes it from version t to t + 1, and `GlobalState.merges` is the log. A client
-that was not sampled, restarted or joined late is sent what it lacks, or its dense sum where that is smaller
+The base has a version. Round t's stack takes it from version t to t + 1, and `GlobalState.base_updates` is the log. A
+client that was not sampled, restarted or joined late is sent what it lacks, or its dense sum where that is smaller
 (`catch_up`), and ends with the same bits as one that was there all along; an update trained on a stale base is refused.
 Each client starts each round from a fresh adapter of its own rank: Kaiming A, zero B.
 
@@ -27,19 +27,19 @@ import torch
 from fedlora.adapter import AdapterState, LoraPair, fresh_pairs, stack
 from fedlora.aggregators._base import (
     Aggregator,
+    BaseUpdate,
     Claim,
     ClientPlan,
     ClientSpec,
     ClientUpdate,
     GlobalState,
-    Merge,
     WeightedMean,
     require_modules,
     require_no_magnitudes,
     require_weight,
 )
-from fedlora.aggregators._changes import catch_up, compact
 from fedlora.aggregators._registry import register
+from fedlora.aggregators.base_updates import catch_up, compact
 from fedlora.errors import RuleError
 from fedlora.rng import derive
 
@@ -61,8 +61,8 @@ class Flora(Aggregator):
         """
         require_no_magnitudes(self, adapter)
         warm = any(pair.B.any() and pair.A.any() for pair in adapter.pairs.values())
-        merges = (Merge(0, 1, AdapterState(adapter.pairs)),) if warm else ()
-        return GlobalState(adapter=_without_change(adapter), seed=seed, merges=merges)
+        base_updates = (BaseUpdate(0, 1, AdapterState(adapter.pairs)),) if warm else ()
+        return GlobalState(adapter=_without_change(adapter), seed=seed, base_updates=base_updates)
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
         """The missing merges, and a fresh pair for each module in the client's own layout.
@@ -76,11 +76,11 @@ class Flora(Aggregator):
         return ClientPlan(
             AdapterState(fresh_pairs(client.layout, seed, dtype), state.adapter.dense),
             base_version=state.base_version,
-            merges=catch_up(state.merges, client.base_version),
+            base_updates=catch_up(state.base_updates, client.base_version),
             fresh_seed=seed,
         )
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """The stack of all updates as one more entry of the log.
 
         The weights p_k are known when the last update is in, so factors are kept as they came and scaled at the end.
@@ -109,9 +109,9 @@ class Flora(Aggregator):
             mine = sorted(terms.pop(name), key=lambda term: term[0])
             total = math.fsum(weight for _, weight, _ in mine)
             change[name] = stack([(weight / total, pair) for _, weight, pair in mine])
-        log = (*state.merges, Merge(state.base_version, state.base_version + 1, AdapterState(change)))
+        log = (*state.base_updates, BaseUpdate(state.base_version, state.base_version + 1, AdapterState(change)))
         adapter = AdapterState(_without_change(state.adapter).pairs, dense)
-        return replace(state, adapter=adapter, round=state.round + 1, merges=compact(log))
+        return replace(state, adapter=adapter, round=state.round + 1, base_updates=compact(log))
 
 
 def _without_change(adapter: AdapterState) -> AdapterState:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedlora.config import RunConfig
-    from fedlora.training import Workbench
+    from fedlora.training import Workspace
 
 WIDE = 240
 """Columns of a line where no terminal shows it."""
@@ -147,13 +147,13 @@ def open_console() -> Console:
     return Console(width=WIDE if wide else None)
 
 
-def open_workbench(config: RunConfig) -> Workbench:
-    """The workbench of a config, after its names were checked."""
+def open_workspace(config: RunConfig) -> Workspace:
+    """The workspace of a config, after its names were checked."""
     from fedlora.aggregators import load_aggregator
-    from fedlora.training import open_workbench
+    from fedlora.training import open_workspace
 
     load_aggregator(config.strategy.name, config.strategy.fields)  # a wrong name is said before anything is loaded
-    return open_workbench(config)
+    return open_workspace(config)
 
 
 def calm_loggers(debug: bool) -> None:

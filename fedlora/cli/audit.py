@@ -14,7 +14,7 @@ from fedlora.cli._common import (
     calm_loggers,
     errors_in_one_line,
     open_console,
-    open_workbench,
+    open_workspace,
 )
 
 if TYPE_CHECKING:
@@ -47,20 +47,20 @@ def audit(
         console = open_console()
         config = load_config(config_path, overrides or [])
         with console.status(f"loading {config.model.name} and {config.data.source}"):
-            bench = open_workbench(config)
+            workspace = open_workspace(config)
 
+        from fedlora.audit.run_audit import attack, check
         from fedlora.flower import refuse_early
         from fedlora.flower.servable import clients_wanted
         from fedlora.privacy.checks import FALSE_ALARM
-        from fedlora.training.audit import attack, check
 
-        refuse_early(config, bench)
-        asked = clients_wanted(config, len(bench.data.clients))
+        refuse_early(config, workspace)
+        asked = clients_wanted(config, len(workspace.data.clients))
 
         table = _table("checked", "verdict", "measured", "sound")
         refuted = missed = False
         with console.status("checking") as status:
-            for found in check(bench, asked, generators=canaries // 4):
+            for found in check(workspace, asked, generators=canaries // 4):
                 row = (found.what, found.verdict, found.measured, found.bound)
                 table.add_row(*row, style="bold red" if found.bad else None)
                 refuted |= found.bad
@@ -74,7 +74,7 @@ def audit(
         if not quick:
             table = _table("attacked", "claimed>", "at least>", "right>", "verdict")
             with console.status("attacking") as status:
-                for finding in attack(bench, asked, canaries=canaries):
+                for finding in attack(workspace, asked, canaries=canaries):
                     result = finding.result
                     figures = (f"{result.claimed:.2f}", f"{result.lower_bound:.2f}")
                     right = f"{result.correct}/{result.guesses}"

@@ -15,7 +15,7 @@ from fedlora.errors import ConfigError, PrivacyError
 
 if TYPE_CHECKING:
     from fedlora.compare import Table
-    from fedlora.training.adapted import Source
+    from fedlora.evaluation.pretrained_adapter import Source
 
 Show = Callable[[str, float | None], str]
 """A figure's name and value as a cell."""
@@ -43,8 +43,8 @@ def evaluate(
     """Measure an adapter: overall and by domain, or client by client."""
     with errors_in_one_line(debug):
         from fedlora.compare import require_format
+        from fedlora.evaluation.pretrained_adapter import find_adapter
         from fedlora.progress import format_metric
-        from fedlora.training.adapted import find_adapter
 
         calm_loggers(debug)
         require_format(form)
@@ -79,10 +79,10 @@ def _by_client(source: Source, data: Path | None, most: int | None, show: Show) 
 
     from fedlora.compare import Table
     from fedlora.data.describe import main_domains
+    from fedlora.evaluation.pretrained_adapter import data_for, load_for
     from fedlora.fairness import fairness
     from fedlora.rng import derive
     from fedlora.training import evaluate as measure
-    from fedlora.training.adapted import data_for, load_for
 
     config = source.config
     if source.run is None or data is not None:

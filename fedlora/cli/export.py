@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, app, calm_loggers, errors_in_one_line, open_workbench
+from fedlora.cli._common import Debug, app, calm_loggers, errors_in_one_line, open_workspace
 from fedlora.errors import RunDirError
 
 if TYPE_CHECKING:
     from fedlora.aggregators import GlobalState
-    from fedlora.training import Workbench
+    from fedlora.training import Workspace
 
 
 @app.command()
 def export(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    merge: Annotated[
+    base_update: Annotated[
         bool, typer.Option("--merge", help="A whole model, with the adapter merged into its weights.")
     ] = False,
     debug: Debug = False,
@@ -28,7 +28,7 @@ def export(
     """Write a run's adapter, or the whole model with it, for use without fedlora."""
     with errors_in_one_line(debug):
         from fedlora.provenance import MODEL
-        from fedlora.rundir import RunDir
+        from fedlora.runs.rundir import RunDir
 
         calm_loggers(debug)
         run_dir = RunDir.open(run_path)
@@ -37,30 +37,30 @@ def export(
         state = run_dir.latest_checkpoint()
         number = run_dir.rounds_done
         like = "checked when the run ended"
-        if not merge and run_dir.finished and run_dir.adapter_dir.is_dir():
+        if not base_update and run_dir.finished and run_dir.adapter_dir.is_dir():
             import shutil
 
             shutil.copytree(run_dir.adapter_dir, out, dirs_exist_ok=True)
         elif state is not None:
-            bench = open_workbench(run_dir.config)
-            run_dir.require(bench.pins.only(MODEL), "put back what it was made with")
-            difference = _write_model(bench, state, out, merge)
+            workspace = open_workspace(run_dir.config)
+            run_dir.require(workspace.pins.only(MODEL), "put back what it was made with")
+            difference = _write_model(workspace, state, out, base_update)
             number, like = state.round, f"loaded without fedlora its logits differ by at most {difference:.1g}"
         elif run_dir.finished:
             raise RunDirError(f"the checkpoints of {str(run_path)!r} were removed: only its adapter can be exported")
         else:
             raise RunDirError(f"{str(run_path)!r} has no checkpoint yet: go on with fedlora run --resume {run_path}")
-        what = "model" if merge else "adapter"
+        what = "model" if base_update else "adapter"
         typer.echo(f"the {what} of round {number} is in {out} ({like})")
 
 
-def _write_model(bench: Workbench, state: GlobalState, out: Path, merge: bool) -> float:
+def _write_model(workspace: Workspace, state: GlobalState, out: Path, base_update: bool) -> float:
     from fedlora.aggregators import equivalent_adapter
     from fedlora.provenance import MODEL
     from fedlora.training.export import export_adapter, export_merged
 
-    if merge:
-        return export_merged(bench, state, out)
-    adapter, error = equivalent_adapter(state, bench.config.adapter.export_rank or sys.maxsize)
-    facts = {"rounds": str(state.round), "provenance": bench.pins.only(MODEL).known}
-    return export_adapter(bench, state, adapter, error, out, facts)
+    if base_update:
+        return export_merged(workspace, state, out)
+    adapter, error = equivalent_adapter(state, workspace.config.adapter.export_rank or sys.maxsize)
+    facts = {"rounds": str(state.round), "provenance": workspace.pins.only(MODEL).known}
+    return export_adapter(workspace, state, adapter, error, out, facts)

@@ -19,7 +19,7 @@ def report(
     """Write a run's report: one HTML file that needs nothing else, in the run's folder."""
     with errors_in_one_line(debug):
         from fedlora.report import write_report
-        from fedlora.rundir import RunDir
+        from fedlora.runs.rundir import RunDir
 
         path = write_report(RunDir.open(run))
         typer.echo(f"report: {path}")

@@ -15,7 +15,7 @@ from fedlora.cli._common import (
     calm_loggers,
     errors_in_one_line,
     open_console,
-    open_workbench,
+    open_workspace,
     stops_in_one_line,
 )
 from fedlora.errors import ConfigError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedlora.config import RunConfig
-    from fedlora.rundir import RunDir
+    from fedlora.runs.rundir import RunDir
     from fedlora.terminal import Terminal
 
 
@@ -90,7 +90,7 @@ def _which_run(
 ) -> tuple[RunConfig, RunDir | None]:
     """The config, and the run to go on with, if any."""
     from fedlora.config import load_config
-    from fedlora.rundir import RunDir
+    from fedlora.runs.rundir import RunDir
 
     if resume is None:
         if config_path is None:
@@ -105,21 +105,21 @@ def _which_run(
 
 def _baselines(config: RunConfig, run_dir: RunDir, number: int | None, terminal: Terminal) -> None:
     from fedlora.data.describe import main_domains
-    from fedlora.training.baselines import centralised, local_only, spread_over_domains
+    from fedlora.evaluation.baselines import centralised, local_only, spread_over_domains
 
-    bench = open_workbench(config)
-    run_dir.require(bench.pins)  # of a run that was finished before
-    everyone = len(bench.data.clients)
-    chosen = spread_over_domains(main_domains(bench.data), everyone, number or everyone)
+    workspace = open_workspace(config)
+    run_dir.require(workspace.pins)  # of a run that was finished before
+    everyone = len(workspace.data.clients)
+    chosen = spread_over_domains(main_domains(workspace.data), everyone, number or everyone)
     if len(chosen) < everyone:
         terminal.message(f"local-only: {len(chosen)} of {everyone} clients: {', '.join(map(str, chosen))}")
     terminal.doing("training clients alone")
-    alone = local_only(bench, chosen, report=terminal.message)
+    alone = local_only(workspace, chosen, report=terminal.message)
     terminal.doing("training on all data in one place")
     seen = [row.get("examples_seen") for record in run_dir.read_metrics() for row in record.get("clients", {}).values()]
     known = int(sum(seen)) if seen and None not in seen else None
     run_dir.write_json(
-        "baselines.json", {"local_only": alone, "centralised": centralised(bench, known, report=terminal.message)}
+        "baselines.json", {"local_only": alone, "centralised": centralised(workspace, known, report=terminal.message)}
     )
 
 

@@ -27,9 +27,9 @@ def spectrum(
     """Show each layer's update: its size, its effective rank, and the new singular vectors that it brings."""
     with errors_in_one_line(debug):
         from fedlora.compare import Table, require_format
+        from fedlora.evaluation.pretrained_adapter import find_adapter, load_for
         from fedlora.model import changed_weights
         from fedlora.spectrum import spectrum as look
-        from fedlora.training.adapted import find_adapter, load_for
 
         calm_loggers(debug)
         require_format(form)

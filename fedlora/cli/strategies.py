@@ -50,22 +50,22 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
     """For each rule one line on its bytes with the model, ranks and clients of a config."""
     from fedlora.aggregators import load_aggregator, rules
     from fedlora.errors import AssetError
-    from fedlora.model.starting import require_method
+    from fedlora.evaluation.traffic import measure_traffic
+    from fedlora.federation.initial_state import require_method
     from fedlora.progress import format_bytes
-    from fedlora.traffic import measure_traffic
-    from fedlora.training import open_workbench
+    from fedlora.training import open_workspace
 
     try:
         with console.status(f"loading {config.model.name}"):
-            bench = open_workbench(config)
+            workspace = open_workspace(config)
     except AssetError as error:
         console.print(f"(no sizes: {error})\n", style="dim", highlight=False, markup=False)
         return {}
-    initial = bench.base.initial_adapter(config.seed)
-    number = len(bench.data.clients)
+    initial = workspace.base.initial_adapter(config.seed)
+    number = len(workspace.data.clients)
     asked = config.server.clients_per_round or max(1, round(config.server.fraction * number))
     ranks = config.clients.ranks or (config.adapter.rank,)
-    layouts = [bench.base.layout(ranks[k % len(ranks)]) for k in range(asked)]
+    layouts = [workspace.base.layout(ranks[k % len(ranks)]) for k in range(asked)]
     about = f"{config.model.name}, rank {'/'.join(map(str, ranks))}, {asked} clients a round"
     if config.wire.up != "float32":
         about += f", {config.wire.up} on the way up"
@@ -77,7 +77,7 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
         fields = config.strategy.fields if name == config.strategy.name else {}
         try:
             rule = load_aggregator(name, fields)
-            require_method(rule, bench.base.method)
+            require_method(rule, workspace.base.method)
             found = measure_traffic(rule, initial, layouts, config.wire.up)
         except FedloraError as error:
             lines[name] = f"not with this config: {error}"

@@ -81,7 +81,7 @@ def _what(
 
     from fedlora.config import load_config
     from fedlora.errors import nearest
-    from fedlora.rundir import Keep
+    from fedlora.runs.rundir import Keep
     from fedlora.sweep import Selection, Sweep, grid
 
     if keep not in get_args(Keep):

@@ -30,7 +30,7 @@ def worker(
     with errors_in_one_line(debug):
         path = socket.absolute()
         if check:
-            from fedlora.flower.worker.client import check as ask_health
+            from fedlora.node_worker.client import check as ask_health
 
             ask_health(path)
             typer.echo(f"a worker serves {path}")
@@ -40,13 +40,13 @@ def worker(
             typer.echo(line, err=True)
 
         if supervise:
-            from fedlora.flower.worker.socket import make_folder
-            from fedlora.flower.worker.supervisor import supervise as keep
-            from fedlora.flower.worker.supervisor import worker_command
+            from fedlora.node_worker.socket import make_folder
+            from fedlora.node_worker.supervisor import supervise as keep
+            from fedlora.node_worker.supervisor import worker_command
 
             make_folder(path)
             raise typer.Exit(keep(worker_command(str(path), device), say))
-        from fedlora.flower.worker.server import run
+        from fedlora.node_worker.server import run
 
         calm_loggers(debug)
         if status := run(path, device, say):

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.changes import Change
 from fedlora.config import flat_keys
 from fedlora.errors import FedloraError, RunDirError
-from fedlora.outcomes import read_outcomes
 from fedlora.provenance import Provenance
-from fedlora.rundir import RunDir
+from fedlora.runs.config_changes import Change
+from fedlora.runs.outcomes import read_outcomes
+from fedlora.runs.rundir import RunDir
 from fedlora.tasks import Task, load_task
 
 NOTHING_KNOWN = Provenance()

@@ -1,6 +1,6 @@
 """Keys that say something which another key's value leaves without effect: refused, so that nobody counts on them.
 
-What depends on the model, the data or a rule is refused where these are known (`fedlora.model.methods`,
+What depends on the model, the data or a rule is refused where these are known (`fedlora.model.peft_methods`,
 `fedlora.data`, `fedlora.flower.servable`, the entries of the registries). Only values other than the defaults are
 looked at, since a run's own config.toml writes every key.
 """
@@ -31,8 +31,8 @@ def without_effect(config: RunConfig) -> Iterator[str]:
                 yield f"privacy.{key} is of adaptive clipping: remove it, or set privacy.adaptive_clipping = true"
     if tracking is not None and tracking.name == "tensorboard" and _changed(tracking, "project"):
         yield "tracking.project means nothing to TensorBoard, which has no projects: remove it"
-    if runtime.crew == "ray" and runtime.processes == 1:
-        yield "runtime.crew = 'ray' is for more than one process: raise runtime.processes, or remove it"
+    if runtime.backend == "ray" and runtime.processes == 1:
+        yield "runtime.backend = 'ray' is for more than one process: raise runtime.processes, or remove it"
 
 
 def overruled(config: RunConfig) -> Iterator[str]:

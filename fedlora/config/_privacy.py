@@ -71,7 +71,7 @@ class ClientPrivacyConfig(_Claim):
     """User-level differential privacy: the server clips each client's update and adds noise to their mean.
 
     What is protected is all that one client holds, from whoever sees the global models and the run's files. The server
-    itself is trusted: it sees each update. Rules that claim LINEAR only. See `fedlora.privacy.central.Central`.
+    itself is trusted: it sees each update. Rules that claim LINEAR only. See `fedlora.privacy.server_dp.Central`.
     """
 
     unit: Literal["client"]

@@ -28,7 +28,7 @@ class RuntimeConfig(Section):
     processes: Literal["auto"] | PositiveInt = "auto"
     """How many processes share the clients of a simulated round, each with a base of its own; 1: the server's own and
     no other. "auto" starts one for each core or GPU where the run is long enough for it."""
-    crew: Literal["processes", "ray"] = "processes"
+    backend: Literal["processes", "ray"] = "processes"
     """Where they are if there is more than one: processes of this machine, or actors on the machines of a Ray cluster
     (fedlora[ray]): the one that RAY_ADDRESS names or that runs here, else one of this machine for this run."""
     threads: PositiveInt | None = None
@@ -142,6 +142,18 @@ class RunConfig(Section):
                         "under server.weighting = 'uniform' these are secret: set train.steps, or leave out "
                         "examples_per_s in clients.profiles"
                     )
+
+    def train_of(self, client_id: int) -> TrainConfig:
+        """What one client trains: `[train]`, with its profile's steps, epochs and batch size."""
+        profile = self.clients.profile_of(client_id)
+        if profile is None:
+            return self.train
+        changes: dict[str, object] = {}
+        if profile.steps is not None or profile.epochs is not None:
+            changes |= {"steps": profile.steps, "epochs": profile.epochs}
+        if profile.batch_size is not None:
+            changes["batch_size"] = profile.batch_size
+        return self.train.model_copy(update=changes)
 
     @property
     def max_rank(self) -> int:

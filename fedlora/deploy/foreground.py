@@ -27,7 +27,7 @@ from fedlora.deploy.commands import Address
 from fedlora.deploy.guard import GRACE_S, Guard, end_groups
 from fedlora.deploy.project import read_toml, write_connection
 from fedlora.errors import DeployError
-from fedlora.flower.worker.socket import LONGEST
+from fedlora.node_worker.socket import LONGEST
 
 PAUSE_S = 5.0
 """Before a program that ended is started again."""

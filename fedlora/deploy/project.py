@@ -203,7 +203,7 @@ def _write_node(folder: Path, plan: FederationPlan, place: int, authority: Pair,
 
 
 def node_config(plan: FederationPlan, place: int) -> dict[str, Any]:
-    """What a node tells the app of itself: see `fedlora.flower.settings`."""
+    """What a node tells the app of itself: see `fedlora.flower.app_config`."""
     node = plan.nodes[place]
     config: dict[str, Any] = {"partition-id": place, "num-partitions": len(plan.nodes), "ledger": node.ledger}
     return config | {k: v for k, v in (("data", node.data), ("device", node.device), ("rank", node.rank)) if v}

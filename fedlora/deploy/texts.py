@@ -23,7 +23,7 @@ publisher = "fedlora"
 
 [tool.flwr.app.components]
 serverapp = "fedlora.flower.server_app:app"
-clientapp = "fedlora.flower.node_app:app"
+clientapp = "fedlora.node_worker.node_app:app"
 
 [tool.flwr.app.config]
 config = "run.toml"

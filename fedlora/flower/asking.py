@@ -22,24 +22,24 @@ from torch import Tensor
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
-from fedlora.devices import Fleet
 from fedlora.errors import ReplyError
+from fedlora.federation.initial_state import plan_for
+from fedlora.federation.plausibility import UPDATE_NORM, largest_change, largest_weight
+from fedlora.federation.round_record import Round
+from fedlora.federation.simulated_devices import SimulatedDevices
 from fedlora.flower import handshake
-from fedlora.flower.books import Round
-from fedlora.flower.codec import Ask, PlanEncoder, frozen_tensors, payload_bytes
-from fedlora.flower.meeting import Node
-from fedlora.flower.plausible import UPDATE_NORM, largest_change, largest_weight
-from fedlora.flower.post import Post, Sent
-from fedlora.flower.pulling import Allowed
+from fedlora.flower.bounded_pull import Allowed
+from fedlora.flower.mailbox import Mailbox, Sent
+from fedlora.flower.messages import Ask, PlanEncoder, frozen_tensors, payload_bytes
+from fedlora.flower.node_registry import Node
 from fedlora.flower.spending import check_stated
-from fedlora.flower.validate import METRICS, Limits, Valid, check_head, check_update, l2_norm
-from fedlora.model.starting import plan_for
+from fedlora.flower.update_checks import METRICS, Limits, Valid, check_head, check_update, l2_norm
 from fedlora.privacy.disclosure import REFUSED, Disclosure
 from fedlora.progress import Progress
 from fedlora.sanitize import clean_text
-from fedlora.training.private import private_settings
-from fedlora.training.sizing import examples_to_tell
-from fedlora.training.workbench import Workbench
+from fedlora.simulation.capacity import examples_to_tell
+from fedlora.training.dp_settings import private_settings
+from fedlora.training.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Asker:
         grid: on which the nodes are.
         config: of the run.
         rule: that plans.
-        bench: model and data.
+        workspace: model and data.
         progress: is told of each reply.
         remind: is given frozen parts, with the digest that names them, that a message leaves out since its node holds
             them: for nodes that are answered for by another process than before.
@@ -76,16 +76,16 @@ class Asker:
         grid: Grid,
         config: RunConfig,
         rule: Aggregator,
-        bench: Workbench,
+        workspace: Workspace,
         progress: Progress,
         remind: Callable[[str, Mapping[str, Tensor]], None] | None = None,
         run: str = "",
     ) -> None:
-        self._grid, self._config, self._rule, self._bench = grid, config, rule, bench
+        self._grid, self._config, self._rule, self._workspace = grid, config, rule, workspace
         self._progress, self._remind, self._run = progress, remind, run
-        hello = handshake.question(config, bench.pins)
-        self.mail = Post(grid, hello, patience_s=config.server.node_timeout_s, ttl_s=config.server.deadline_s + 60.0)
-        self._fleet = Fleet.of(config)
+        hello = handshake.question(config, workspace.pins)
+        self.mail = Mailbox(grid, hello, patience_s=config.server.node_timeout_s, ttl_s=config.server.deadline_s + 60.0)
+        self._fleet = SimulatedDevices.of(config)
         uniform = config.privacy is not None and config.server.weighting == "uniform"
         most = 1 if uniform else config.server.max_examples
         metrics = METRICS if config.privacy is None else Disclosure(config.privacy.unit).figures
@@ -95,11 +95,11 @@ class Asker:
     @property
     def measures_error(self) -> bool:
         """Only where weights change by s B A is D* known."""
-        return self._config.server.aggregation_error and self._bench.base.method.bilinear
+        return self._config.server.aggregation_error and self._workspace.base.method.bilinear
 
     def plan(self, state: GlobalState, node: Node) -> ClientPlan:
         """What the rule asks of a node."""
-        layout = self._bench.base.layout(node.rank or self._config.clients.rank_of(node.client_id))
+        layout = self._workspace.base.layout(node.rank or self._config.clients.rank_of(node.client_id))
         return plan_for(self._rule, state, ClientSpec(node.client_id, layout, node.base_version))
 
     def updates(self, state: GlobalState, base_digest: str, books: Round, who: Present) -> Iterator[ClientUpdate]:
@@ -140,8 +140,8 @@ class Asker:
         if everything:
             node.frozen, node.base_version, node.base_digest = "", 0, ""
         plan = self.plan(state, node)
-        since = node.base_digest if plan.merges and plan.merges[0].since == node.base_version else ""
-        if not plan.merges:
+        since = node.base_digest if plan.base_updates and plan.base_updates[0].since == node.base_version else ""
+        if not plan.base_updates:
             since = base_digest
         return Ask(plan, number, node.client_id, base_digest, since, self._config.wire.up, self._run)
 
@@ -162,7 +162,7 @@ class Asker:
         seconds = self._fleet.seconds(
             client_id,
             bytes_down=payload_bytes(content),
-            examples=examples_to_tell(self._bench, client_id),
+            examples=examples_to_tell(self._workspace, client_id),
             bytes_up=sum(header.nbytes for header in ask.headers().values()),
         )
         books.simulated_s[client_id] = seconds
@@ -220,7 +220,7 @@ class Asker:
         """What this client's reply may at most be by itself."""
         if self._config.privacy is not None or self._own_data:
             return self._limits
-        most = max(1, len(self._bench.data.clients[client_id]))  # the server knows who has what
+        most = max(1, len(self._workspace.data.clients[client_id]))  # the server knows who has what
         return replace(self._limits, max_examples=min(self._limits.max_examples, most))
 
     def _require_plausible(self, ask: Ask, change: float, books: Round) -> None:

@@ -25,7 +25,6 @@ from torch import Tensor
 from fedlora import __version__
 from fedlora.adapter import AdapterState
 from fedlora.config import RunConfig, TrainConfig
-from fedlora.devices import train_config
 from fedlora.errors import (
     AssetError,
     ConfigError,
@@ -37,7 +36,11 @@ from fedlora.errors import (
     TrainingError,
     in_words,
 )
-from fedlora.flower.codec import (
+from fedlora.flower.app_config import client_id_of, config_of, rank_of
+from fedlora.flower.discretion import looking_at_data, may_leave, withheld
+from fedlora.flower.following import can_follow, follow
+from fedlora.flower.handshake import require_same_config, require_same_ground
+from fedlora.flower.messages import (
     Decoded,
     ReceivedPlan,
     decode_plan,
@@ -46,21 +49,17 @@ from fedlora.flower.codec import (
     encode_update,
     encode_upload,
 )
-from fedlora.flower.discretion import looking_at_data, may_leave, withheld
-from fedlora.flower.following import can_follow, follow
-from fedlora.flower.handshake import require_same_config, require_same_ground
 from fedlora.flower.node_account import Account, account_of, plan_config
 from fedlora.flower.plain_client import is_plain, train_plain
-from fedlora.flower.settings import client_id_of, config_of, rank_of
 from fedlora.privacy.ledger import Attempt
 from fedlora.rng import derive
 from fedlora.sanitize import clean_text
 from fedlora.training.cohort import train_cohort
+from fedlora.training.dp_loop import train_private_cohort
+from fedlora.training.dp_settings import PrivateSettings, check_model, private_settings
 from fedlora.training.job import TrainJob, TrainResult
-from fedlora.training.private import PrivateSettings, check_model, private_settings
-from fedlora.training.private_cohort import train_private_cohort
-from fedlora.training.together import Outcome
-from fedlora.training.workbench import Workbench, open_workbench
+from fedlora.training.loop import Outcome
+from fedlora.training.workspace import Workspace, open_workspace
 
 app = ClientApp()
 logger = logging.getLogger(__name__)
@@ -103,10 +102,10 @@ def hello(message: Message, context: Context) -> Message:
         require_same_config(message.content, config)
         client_id = client_id_of(context)
         with looking_at_data(config):
-            bench = open_workbench(config)
-        require_same_ground(message.content, config, bench.pins)
-        facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": bench.base.fingerprint}
-        indices = _indices(bench, client_id)
+            workspace = open_workspace(config)
+        require_same_ground(message.content, config, workspace.pins)
+        facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": workspace.base.fingerprint}
+        indices = _indices(workspace, client_id)
         if config.privacy is None:
             facts["num_examples"] = len(indices)
         if (rank := rank_of(context)) is not None:
@@ -137,7 +136,7 @@ class _Asked:
 
     plan: ReceivedPlan
     frozen: Mapping[str, Tensor]
-    bench: Workbench
+    workspace: Workspace
     client_id: int
     context: Context
 
@@ -181,29 +180,29 @@ def _asked(plan: ReceivedPlan, context: Context) -> _Asked | RecordDict:
     """What a plan asks of a node, or the node's question for what it lacks."""
     config, client_id = config_of(context), client_id_of(context)
     with looking_at_data(config):
-        bench = open_workbench(config)
+        workspace = open_workspace(config)
     if client_id != plan.head["client_id"]:
         raise ReplyError(f"the plan is for client {plan.head['client_id']}, and this node is client {client_id} now")
     frozen = _frozen(plan)
-    base_fits = can_follow(bench.base, plan.head["base_digest"], plan.head["since_digest"])
+    base_fits = can_follow(workspace.base, plan.head["base_digest"], plan.head["since_digest"])
     if frozen is None or not base_fits:
         return encode_note("need", frozen=frozen is None, base=not base_fits)
-    return _Asked(plan, frozen, bench, client_id, context)
+    return _Asked(plan, frozen, workspace, client_id, context)
 
 
 def _train_all(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict | Exception]:
     """Replies of clients whose plans are on one version of the base."""
-    if any(asked.bench.config.example_privacy is not None for asked in waiting.values()):
+    if any(asked.workspace.config.example_privacy is not None for asked in waiting.values()):
         return _train_all_privately(waiting)
     replies: dict[int, RecordDict | Exception] = {}
     outcomes = _each(lambda: run_plans(list(waiting.values())), len(waiting))
     for (number, asked), outcome in zip(waiting.items(), outcomes, strict=True):
         try:
-            if isinstance(outcome, Exception) and asked.bench.config.client_privacy is not None:
+            if isinstance(outcome, Exception) and asked.workspace.config.client_privacy is not None:
                 outcome = _unchanged(asked, outcome)
             if isinstance(outcome, Exception):
                 raise outcome
-            replies[number] = _update(asked, outcome, _figures(outcome, asked.bench.config))
+            replies[number] = _update(asked, outcome, _figures(outcome, asked.workspace.config))
         except Exception as error:
             replies[number] = _told(error, asked.context)
     return replies
@@ -220,12 +219,12 @@ def _each(run: Callable[[], list[Outcome]], number: int) -> list[Outcome]:
 def _update(asked: _Asked, result: TrainResult, figures: Mapping[str, float]) -> RecordDict:
     plan, head = asked.plan, asked.plan.head
     content = encode_update(
-        encode_upload(plan, asked.start, result.adapter, asked.bench.config.seed),
+        encode_upload(plan, asked.start, result.adapter, asked.workspace.config.seed),
         figures,
         round_number=int(head["round"]),
         base_digest=head["base_digest"],
     )
-    return may_leave(content, asked.bench.config)
+    return may_leave(content, asked.workspace.config)
 
 
 def _unchanged(asked: _Asked, error: Exception) -> TrainResult:
@@ -235,7 +234,9 @@ def _unchanged(asked: _Asked, error: Exception) -> TrainResult:
     """
     logger.warning("client %d failed, and its update changes nothing: %s", asked.client_id, clean_text(in_words(error)))
     logger.debug("a private client failed", exc_info=error)
-    held = len(asked.bench.data.clients[asked.client_id]) if asked.client_id < len(asked.bench.data.clients) else 0
+    held = (
+        len(asked.workspace.data.clients[asked.client_id]) if asked.client_id < len(asked.workspace.data.clients) else 0
+    )
     return TrainResult(asked.start, max(1, held), 0, 0, float("nan"), 0.0, 0.0)
 
 
@@ -291,8 +292,8 @@ def _frozen(plan: ReceivedPlan) -> Mapping[str, Tensor] | None:
 def run_plans(asked: Sequence[_Asked]) -> list[Outcome]:
     """Train what some plans ask on their clients' examples, together where they can."""
 
-    def train(bench: Workbench, jobs: Mapping[int, TrainJob], configs: Sequence[TrainConfig]) -> list[Outcome]:
-        return train_cohort(bench.base, bench.task, bench.data.train, list(jobs.values()), configs)
+    def train(workspace: Workspace, jobs: Mapping[int, TrainJob], configs: Sequence[TrainConfig]) -> list[Outcome]:
+        return train_cohort(workspace.base, workspace.task, workspace.data.train, list(jobs.values()), configs)
 
     return _run(asked, train, without_examples=False)
 
@@ -300,16 +301,18 @@ def run_plans(asked: Sequence[_Asked]) -> list[Outcome]:
 def run_plans_privately(asked: Sequence[_Asked], settings: Sequence[PrivateSettings]) -> list[Outcome]:
     """As `run_plans`, with DP-SGD; a client without examples trains on noise alone. Their ledgers are the caller's."""
 
-    def train(bench: Workbench, jobs: Mapping[int, TrainJob], configs: Sequence[TrainConfig]) -> list[Outcome]:
+    def train(workspace: Workspace, jobs: Mapping[int, TrainJob], configs: Sequence[TrainConfig]) -> list[Outcome]:
         how = [settings[number] for number in jobs]
-        return train_private_cohort(bench.base, bench.task, bench.data.train, list(jobs.values()), configs, how)
+        return train_private_cohort(
+            workspace.base, workspace.task, workspace.data.train, list(jobs.values()), configs, how
+        )
 
     return _run(asked, train, without_examples=True)
 
 
 def _run(
     asked: Sequence[_Asked],
-    train: Callable[[Workbench, Mapping[int, TrainJob], Sequence[TrainConfig]], list[Outcome]],
+    train: Callable[[Workspace, Mapping[int, TrainJob], Sequence[TrainConfig]], list[Outcome]],
     *,
     without_examples: bool,
 ) -> list[Outcome]:
@@ -324,16 +327,16 @@ def _run(
     outcomes: dict[int, Outcome] = {}
     for number, one in enumerate(asked):
         try:
-            indices = _indices(one.bench, one.client_id)
+            indices = _indices(one.workspace, one.client_id)
             if not (len(indices) or without_examples):
                 raise TrainingError(f"client {one.client_id} has no examples: give it some, or lower partition.clients")
             jobs[number] = _job(one, indices)
         except Exception as error:
             outcomes[number] = error
     if jobs:
-        bench = asked[0].bench
-        configs = [train_config(bench.config, asked[number].client_id) for number in jobs]
-        outcomes |= dict(zip(jobs, train(bench, jobs, configs), strict=True))
+        workspace = asked[0].workspace
+        configs = [workspace.config.train_of(asked[number].client_id) for number in jobs]
+        outcomes |= dict(zip(jobs, train(workspace, jobs, configs), strict=True))
     return [outcomes[number] for number in range(len(asked))]
 
 
@@ -347,9 +350,9 @@ def _train_all_privately(waiting: Mapping[int, _Asked]) -> dict[int, RecordDict 
         attempts: dict[int, _Attempted] = {}
         for number, asked in waiting.items():
             try:
-                settings = private_settings(asked.bench.config, asked.client_id)
+                settings = private_settings(asked.workspace.config, asked.client_id)
                 account = account_of(asked.context, asked.client_id, asked.plan.head.get("run"))
-                known = "" if account.kept is None else asked.plan.digest(plan_config(asked.bench.config))
+                known = "" if account.kept is None else asked.plan.digest(plan_config(asked.workspace.config))
                 before = None if account.kept is None else account.kept.find(known, account.ledger)
                 before = before or _spent(account, settings, int(asked.plan.head["round"]))
                 if before is not None:
@@ -433,25 +436,25 @@ def _private_figures(result: TrainResult, one: _Attempted) -> dict[str, float]:
 
 def _check_model(asked: _Asked) -> None:
     """Look at the model on examples that are public: test examples, or on a node with data of its own invented ones."""
-    bench = asked.bench
-    check_model(bench.base, bench.task, bench.data.test, _job(asked, np.empty(0, np.int64)))
+    workspace = asked.workspace
+    check_model(workspace.base, workspace.task, workspace.data.test, _job(asked, np.empty(0, np.int64)))
 
 
 def _job(asked: _Asked, indices: np.ndarray) -> TrainJob:
     """What a plan asks, on a base that was brought to its version."""
-    plan, head, bench = asked.plan, asked.plan.head, asked.bench
-    follow(bench.base, plan.merges(), head["base_version"], head["base_digest"], head["since_digest"])
+    plan, head, workspace = asked.plan, asked.plan.head, asked.workspace
+    follow(workspace.base, plan.base_updates(), head["base_version"], head["base_digest"], head["since_digest"])
     return TrainJob(
         adapter=asked.start,
         trains=frozenset(head["trains"]),
         indices=indices,
-        seed=derive(bench.config.seed, "train", head["round"], asked.client_id),
-        proximal_mu=max(head["proximal_mu"], bench.config.train.proximal_mu),
+        seed=derive(workspace.config.seed, "train", head["round"], asked.client_id),
+        proximal_mu=max(head["proximal_mu"], workspace.config.train.proximal_mu),
     )
 
 
-def _indices(bench: Workbench, client_id: int) -> np.ndarray:
-    clients = bench.data.clients
+def _indices(workspace: Workspace, client_id: int) -> np.ndarray:
+    clients = workspace.data.clients
     if not 0 <= client_id < len(clients):
         raise TrainingError(f"there is no client {client_id}: the partition has {len(clients)}, numbered from 0")
     return clients[client_id]

@@ -18,13 +18,13 @@ from queue import SimpleQueue
 from typing import Any, final
 
 from fedlora.aggregators import ClientUpdate, GlobalState
-from fedlora.errors import CrewError, in_words
-from fedlora.flower.books import Round
-from fedlora.flower.meeting import Node
+from fedlora.errors import PoolError, in_words
+from fedlora.federation.round_record import Round
+from fedlora.flower.node_registry import Node
 from fedlora.flower.share import Asked, AskThese, Begin, Doing, Failed, GiveSums, Stand, serve
 from fedlora.flower.sums import Sums
-from fedlora.processes import Child, Helper, listen
 from fedlora.progress import Progress, activity
+from fedlora.simulation.processes import Child, Helper, listen
 
 AHEAD = 2
 """Waves that are under way at once: one that trains, and one that waits for it to be done."""
@@ -39,7 +39,7 @@ class _Member:
 
 
 @final
-class Crew:
+class WorkerPool:
     """Processes that ask clients; see the module.
 
     Args:
@@ -135,11 +135,11 @@ class Crew:
         member.owed -= 1
         return answer
 
-    def _ended(self, member: _Member, last: Failed | Exception | None) -> CrewError:
+    def _ended(self, member: _Member, last: Failed | Exception | None) -> PoolError:
         if last is not None:
             why = last.why if isinstance(last, Failed) else f"its answer cannot be read: {in_words(last)}"
-            return CrewError(f"a process that trains clients cannot go on: {why}")
-        return CrewError(
+            return PoolError(f"a process that trains clients cannot go on: {why}")
+        return PoolError(
             f"a process that trains clients {member.helper.wait()}: resume the run; where memory ran out (-9), with a "
             "lower runtime.processes or runtime.cohort"
         )

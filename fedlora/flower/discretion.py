@@ -11,7 +11,7 @@ from flwr.app import RecordDict
 from fedlora.config import RunConfig
 from fedlora.data.own import require_readable
 from fedlora.errors import FedloraError, PrivacyError, ReplyError
-from fedlora.flower.codec import decode_head
+from fedlora.flower.messages import decode_head
 from fedlora.privacy.disclosure import WITHHELD, Disclosure
 from fedlora.sanitize import clean_text
 

@@ -96,7 +96,7 @@ class FedLoraStrategy(FedAvg):
                 log(WARNING, "round %s: node %s left out: %s", server_round, node, clean_text(error))
         if not good:
             return None, None
-        self._state = self.rule.merge(self._state, updates)
+        self._state = self.rule.aggregate(self._state, updates)
         metrics = self.train_metrics_aggr_fn([message.content for message in good], self.weighted_by_key)
         return self._names.write(self._state.adapter), metrics
 
@@ -137,20 +137,20 @@ class FedLoraStrategy(FedAvg):
 
 def initial_arrays(config: RunConfig) -> ArrayRecord:
     """The initial adapter of a config as plain PEFT tensors: what a strategy starts with."""
-    from fedlora.training import open_workbench
+    from fedlora.training import open_workspace
 
-    adapter = open_workbench(config).base.initial_adapter(config.seed)
+    adapter = open_workspace(config).base.initial_adapter(config.seed)
     return record_of({peft_name(name): value for name, value in adapter.tensors().items()})
 
 
 def evaluate_fn(config: RunConfig) -> Callable[[int, ArrayRecord], MetricRecord]:
     """An `evaluate_fn` for `Strategy.start`: the figures of a config's test examples."""
-    from fedlora.training import evaluate, open_workbench
+    from fedlora.training import evaluate, open_workspace
 
     def measure(_round: int, arrays: ArrayRecord) -> MetricRecord:
-        bench = open_workbench(config)
-        bench.base.write(adapter_for(bench.base.initial_adapter(config.seed), arrays))
-        figures = evaluate(bench.base, bench.task, bench.data.test).overall
+        workspace = open_workspace(config)
+        workspace.base.write(adapter_for(workspace.base.initial_adapter(config.seed), arrays))
+        figures = evaluate(workspace.base, workspace.task, workspace.data.test).overall
         return MetricRecord({name: float(value) for name, value in figures.items()})
 
     return measure

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
-from fedlora.aggregators import GlobalState, Merge, merge_chain
-from fedlora.flower.codec import digest
+from fedlora.aggregators import BaseUpdate, GlobalState, base_update_chain
+from fedlora.flower.messages import digest
 from fedlora.model import Base
-from fedlora.state_io import flatten_merge
+from fedlora.state_io import flatten_base_update
 
 _digests: WeakKeyDictionary[Base, tuple[int, str]] = WeakKeyDictionary()
 
@@ -27,12 +27,12 @@ def can_follow(base: Base, target: str, since: str) -> bool:
     return digest_of(base) in (target, since) or since == ""
 
 
-def follow(base: Base, merges: Sequence[Merge], version: int, target: str, since: str) -> None:
+def follow(base: Base, base_updates: Sequence[BaseUpdate], version: int, target: str, since: str) -> None:
     """Bring the base to a version.
 
     Args:
         base: changed in place; nothing is done if it is there already.
-        merges: the changes from `since` to `target`.
+        base_updates: the changes from `since` to `target`.
         version: that `target` has.
         target: digest to reach.
         since: digest to which the changes apply; "" for the pristine base.
@@ -41,7 +41,7 @@ def follow(base: Base, merges: Sequence[Merge], version: int, target: str, since
         return
     if digest_of(base) != since:
         base.rebase(0, ())
-    base.rebase(version, merges)
+    base.rebase(version, base_updates)
     _digests[base] = (version, target)
 
 
@@ -55,7 +55,7 @@ def show(base: Base, state: GlobalState, target: str, digests: Mapping[int, str]
         digests: by version, as this run has made them.
     """
     here = base.base_version if digest_of(base) == digests.get(base.base_version) else 0
-    chain = merge_chain(state.merges, here)
+    chain = base_update_chain(state.base_updates, here)
     since = digests[here] if not chain or chain[0].since == here else ""
     follow(base, chain, state.base_version, target, since)
     base.write(state.adapter)
@@ -65,13 +65,13 @@ def next_digest(before: str, old: GlobalState, new: GlobalState) -> str:
     """The digest of the base after a merge, a function of the one before and of what was added (not of compaction)."""
     if new.base_version == old.base_version:
         return before
-    added = [merge for merge in new.merges if merge.since >= old.base_version]
-    return chain_digest(before, added or new.merges)
+    added = [base_update for base_update in new.base_updates if base_update.since >= old.base_version]
+    return chain_digest(before, added or new.base_updates)
 
 
-def chain_digest(before: str, merges: Sequence[Merge]) -> str:
+def chain_digest(before: str, base_updates: Sequence[BaseUpdate]) -> str:
     """Extend a digest by changes; "" stays "" if there are none."""
-    for merge in merges:
-        added = digest(flatten_merge(merge)[0])
+    for base_update in base_updates:
+        added = digest(flatten_base_update(base_update)[0])
         before = hashlib.sha256(f"{before}/{added}".encode()).hexdigest()
     return before

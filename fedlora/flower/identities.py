@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from flwr.serverapp import Grid
 
 from fedlora.errors import ReplyError
-from fedlora.flower.pulling import over_a_superlink
+from fedlora.flower.bounded_pull import over_a_superlink
 from fedlora.sanitize import clean_text
 
 

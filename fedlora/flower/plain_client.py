@@ -9,13 +9,13 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedlora.adapter import ALL_PARTS, Part
 from fedlora.errors import ConfigError, PrivacyError, ReplyError
+from fedlora.flower.app_config import client_id_of, config_of
 from fedlora.flower.flower_strategy import TRAINS, adapter_for
 from fedlora.flower.peft_records import own_name, record_of, tensors_of
-from fedlora.flower.settings import client_id_of, config_of
 from fedlora.rng import derive
 from fedlora.training.cohort import train
 from fedlora.training.job import TrainJob
-from fedlora.training.workbench import open_workbench
+from fedlora.training.workspace import open_workspace
 
 
 def is_plain(message: Message) -> bool:
@@ -40,16 +40,16 @@ def train_plain(message: Message, context: Context) -> Message:
             "this config has [privacy], and the server's strategy is not fedlora's own: nobody would account for what "
             "it learns; remove [privacy], or run fedlora's ServerApp"
         )
-    bench, client_id = open_workbench(config), client_id_of(context)
+    workspace, client_id = open_workspace(config), client_id_of(context)
     key, arrays = next(iter(message.content.array_records.items()))
     asked = next(iter(message.content.config_records.values()), ConfigRecord())
-    like = bench.base.initial_adapter(config.seed)
+    like = workspace.base.initial_adapter(config.seed)
     start = adapter_for(like, arrays)
     lr, mu = (_number(asked, name) for name in ("lr", "proximal-mu"))
     trains = frozenset(str(asked.get(TRAINS, ",".join(ALL_PARTS))).split(","))
     if not trains <= ALL_PARTS:
         raise ReplyError(f"the message asks to train {min(trains - ALL_PARTS)!r}; the parts are A, B and dense")
-    clients = bench.data.clients
+    clients = workspace.data.clients
     indices = clients[client_id] if 0 <= client_id < len(clients) else np.empty(0, np.int64)
     if not len(indices):
         raise ConfigError(f"client {client_id} has no examples: the partition has {len(clients)} clients")
@@ -62,7 +62,7 @@ def train_plain(message: Message, context: Context) -> Message:
         proximal_mu=config.train.proximal_mu if mu is None else mu,
     )
     how = config.train if lr is None else config.train.model_copy(update={"lr": lr})
-    done = train(bench.base, bench.task, bench.data.train, job, how)
+    done = train(workspace.base, workspace.task, workspace.data.train, job, how)
     mine = done.adapter.tensors()
     reply = RecordDict(
         {

@@ -25,9 +25,9 @@ import torch
 
 from fedlora import __version__
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, CrewError, PrivacyError
-from fedlora.processes import Channel, pack, variables
-from fedlora.training.machines import Machine, room
+from fedlora.errors import ConfigError, PoolError, PrivacyError
+from fedlora.simulation.machines import Machine, room
+from fedlora.simulation.processes import Channel, pack, variables
 
 PATIENCE_S = 180.0
 """Until all actors are there: libraries are read from a disk, and others may hold the CPUs for a while."""
@@ -46,9 +46,9 @@ def require_ray(config: RunConfig) -> None:
     Raises:
         ConfigError: naming what to install.
     """
-    if config.runtime.crew == "ray" and find_spec("ray") is None:
+    if config.runtime.backend == "ray" and find_spec("ray") is None:
         raise ConfigError(
-            "runtime.crew = 'ray' needs Ray, which is not here: pip install 'fedlora[ray]', or set it to 'processes'"
+            "runtime.backend = 'ray' needs Ray, which is not here: pip install 'fedlora[ray]', or set it to 'processes'"
         )
 
 
@@ -151,7 +151,7 @@ class _Outside:
 
 @final
 class RayHelper:
-    """One actor as the driver sees it: a `fedlora.processes.Helper`."""
+    """One actor as the driver sees it: a `fedlora.simulation.processes.Helper`."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -234,7 +234,7 @@ def _meet(helpers: Sequence[RayHelper], file: Path | None) -> None:
     greetings = [helper.actor.begin.remote(file) for helper in helpers]
     late = ray.wait(greetings, num_returns=len(greetings), timeout=PATIENCE_S)[1]
     if late:
-        raise CrewError(
+        raise PoolError(
             f"{len(late)} of {len(greetings)} actors found no room on Ray in {PATIENCE_S:g} s: others use it; lower "
             "runtime.processes, or resume the run later"
         )
@@ -242,18 +242,18 @@ def _meet(helpers: Sequence[RayHelper], file: Path | None) -> None:
         try:
             version, torch_version, content = ray.get(greeting)
         except RayError as error:
-            raise CrewError(
+            raise PoolError(
                 f"an actor did not start on Ray ({_reason(error)}): every machine of the cluster needs the same fedlora"
             ) from None
         if (version, torch_version) != (__version__, torch.__version__):
-            raise CrewError(
+            raise PoolError(
                 f"an actor has fedlora {version} and torch {torch_version}, not {__version__} and {torch.__version__}: "
                 "install the same on every machine of the cluster"
             )
         if content != _content(file):
             raise PrivacyError(
                 "the clients' ledgers are in the run's folder, which a machine of the cluster does not see: put "
-                "output into a folder that all machines share, or set runtime.crew = 'processes'"
+                "output into a folder that all machines share, or set runtime.backend = 'processes'"
             )
 
 
@@ -276,7 +276,7 @@ def open_cluster() -> Iterator[Cluster]:
             with variables(quiet):  # an address of None is just what is said above
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, RuntimeError, ValueError) as error:
-            raise CrewError(f"Ray cannot be used ({_reason(error)}): look at RAY_ADDRESS, or unset it") from None
+            raise PoolError(f"Ray cannot be used ({_reason(error)}): look at RAY_ADDRESS, or unset it") from None
     try:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         yield Cluster([Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in resources])

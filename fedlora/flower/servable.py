@@ -10,18 +10,17 @@ import numpy as np
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
-from fedlora.devices import train_config
 from fedlora.errors import ConfigError, RoundError
+from fedlora.federation.initial_state import first_state, plan_for
+from fedlora.federation.load_rule import load_rule, require_cohort, require_one_start
 from fedlora.flower.ray_crew import require_ray
-from fedlora.model.starting import first_state, plan_for
-from fedlora.training.central import load_rule, require_cohort, require_one_start
+from fedlora.training.dp_settings import check_model, private_settings
 from fedlora.training.fits import require_fit_of_any
 from fedlora.training.job import TrainJob, number_of_steps
-from fedlora.training.private import check_model, private_settings
-from fedlora.training.workbench import Workbench
+from fedlora.training.workspace import Workspace
 
 
-def refuse_early(config: RunConfig, bench: Workbench) -> None:
+def refuse_early(config: RunConfig, workspace: Workspace) -> None:
     """Raise for a config whose rule cannot serve its clients, before a run directory is made or an old one removed.
 
     Raises:
@@ -37,21 +36,21 @@ def refuse_early(config: RunConfig, bench: Workbench) -> None:
         )
     require_ray(config)
     rule = load_rule(config)
-    state = first_state(rule, bench.base, config.seed)
-    clients = range(len(bench.data.clients))
+    state = first_state(rule, workspace.base, config.seed)
+    clients = range(len(workspace.data.clients))
     plans = (
-        plan_for(rule, state, ClientSpec(client_id, bench.base.layout(config.clients.rank_of(client_id))))
+        plan_for(rule, state, ClientSpec(client_id, workspace.base.layout(config.clients.rank_of(client_id))))
         for client_id in clients
     )
-    require_servable(config, bench, plans, clients)
+    require_servable(config, workspace, plans, clients)
     clients_wanted(config, len(clients))
-    _require_effect(config, bench, rule)
+    _require_effect(config, workspace, rule)
 
 
-def _require_effect(config: RunConfig, bench: Workbench, rule: Aggregator) -> None:
+def _require_effect(config: RunConfig, workspace: Workspace, rule: Aggregator) -> None:
     """Refuse keys that could be told to be in vain only now that rule, method and data are known."""
     if config.adapter.export_rank is not None and not (
-        Claim.CHANGES_BASE in rule.claims or bench.base.method.whole_rank
+        Claim.CHANGES_BASE in rule.claims or workspace.base.method.whole_rank
     ):
         raise ConfigError(
             f"adapter.export_rank is for rules that change the base, and {config.strategy.name!r} exports the adapter "
@@ -60,9 +59,9 @@ def _require_effect(config: RunConfig, bench: Workbench, rule: Aggregator) -> No
     if not config.train.warmup_steps:
         return
     if config.example_privacy is not None:
-        steps = [private_settings(config, k).schedule.steps for k in range(len(bench.data.clients))]
+        steps = [private_settings(config, k).schedule.steps for k in range(len(workspace.data.clients))]
     else:
-        steps = [number_of_steps(len(rows), train_config(config, k)) for k, rows in enumerate(bench.data.clients)]
+        steps = [number_of_steps(len(rows), config.train_of(k)) for k, rows in enumerate(workspace.data.clients)]
     if config.train.warmup_steps >= max(steps):
         raise ConfigError(
             f"train.warmup_steps = {config.train.warmup_steps} lasts for all of a round, whose longest training has "
@@ -71,13 +70,13 @@ def _require_effect(config: RunConfig, bench: Workbench, rule: Aggregator) -> No
 
 
 def require_servable(
-    config: RunConfig, bench: Workbench, plans: Iterator[ClientPlan], clients: Collection[int]
+    config: RunConfig, workspace: Workspace, plans: Iterator[ClientPlan], clients: Collection[int]
 ) -> None:
     """Raise for clients whom rule or privacy cannot serve, before anything is trained.
 
     Args:
         config: of the run.
-        bench: the server's.
+        workspace: the server's.
         plans: of the clients; looked at one by one and not kept, since a rule may draw each client its own adapter.
         clients: their numbers, at least one.
     """
@@ -88,16 +87,16 @@ def require_servable(
     for _ in plans:
         pass
     if config.example_privacy is not None:
-        _require_private(config, bench, first, clients)
+        _require_private(config, workspace, first, clients)
 
 
-def _require_private(config: RunConfig, bench: Workbench, plan: ClientPlan, clients: Iterable[int]) -> None:
+def _require_private(config: RunConfig, workspace: Workspace, plan: ClientPlan, clients: Iterable[int]) -> None:
     """Calibrate every client's noise, and look at the model on two of the server's own test examples."""
-    require_fit_of_any(config, bench.base, bench.task)
+    require_fit_of_any(config, workspace.base, workspace.task)
     for client_id in clients:
         private_settings(config, client_id)
     job = TrainJob(plan.adapter, frozenset(plan.trains), np.empty(0, np.int64), 0)
-    check_model(bench.base, bench.task, bench.data.test, job)
+    check_model(workspace.base, workspace.task, workspace.data.test, job)
 
 
 def clients_wanted(config: RunConfig, there: int) -> int:

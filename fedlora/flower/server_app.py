@@ -20,22 +20,22 @@ from fedlora.config import RunConfig, overruled
 from fedlora.data.describe import describe_partition
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ExportError, FedloraError
-from fedlora.flower.crew import Crew
+from fedlora.federation.load_rule import load_rule
+from fedlora.flower.app_config import config_of
+from fedlora.flower.crew import WorkerPool
 from fedlora.flower.server_ledger import ServerLedger
-from fedlora.flower.settings import config_of
 from fedlora.flower.spending import Spending
 from fedlora.flower.strategy import Federation
-from fedlora.privacy.central import Central
+from fedlora.privacy.server_dp import ServerDP
 from fedlora.progress import LONGEST_LINE, PlainProgress, Progress
 from fedlora.provenance import MODEL
 from fedlora.report import write_report
-from fedlora.rundir import PROVENANCE, RunDir
+from fedlora.runs.rundir import PROVENANCE, RunDir
 from fedlora.sanitize import clean_text
 from fedlora.tracking import tracked
-from fedlora.training.central import load_rule
 from fedlora.training.export import export_adapter
 from fedlora.training.runtime import describe
-from fedlora.training.workbench import Workbench, open_workbench
+from fedlora.training.workspace import Workspace, open_workspace
 from fedlora.unexpected import describe_exception
 
 app = ServerApp()
@@ -68,7 +68,7 @@ class Session:
     rundir: RunDir | None = None
     progress: Progress | None = None
     resume: bool = False
-    crew: Crew | None = None
+    crew: WorkerPool | None = None
     outcome: RunOutcome | None = None
 
 
@@ -132,7 +132,7 @@ def run_rounds(
     *,
     resume: bool,
     ledgers: Path | None = None,
-    crew: Crew | None = None,
+    crew: WorkerPool | None = None,
 ) -> RunOutcome:
     """All that is left of a run, and its artefacts.
 
@@ -150,9 +150,9 @@ def run_rounds(
         FedloraError: of any other kind; the run directory is then as it was after the last finished round.
     """
     rule = load_rule(config)
-    bench = open_workbench(config)
+    workspace = open_workspace(config)
     spending = None if config.example_privacy is None else Spending(config, rundir, ledgers)
-    account = spending or (ServerLedger(config, rule, rundir) if isinstance(rule, Central) else None)
+    account = spending or (ServerLedger(config, rule, rundir) if isinstance(rule, ServerDP) else None)
     with rundir.writing():
         if resume and account is not None:
             account.prepare(rundir)
@@ -161,16 +161,16 @@ def run_rounds(
                 f"{rundir.path / PROVENANCE} is missing: whether base and data are still those that the run was made "
                 "with is not known"
             )
-        rundir.pin(bench.pins)
+        rundir.pin(workspace.pins)
         state = rundir.resume() if resume else None
-        rundir.note_environment(**describe(), **bench.choices, new_weights=bench.base.notes)
-        for note in (*overruled(config), *bench.base.notes):
+        rundir.note_environment(**describe(), **workspace.choices, new_weights=workspace.base.notes)
+        for note in (*overruled(config), *workspace.base.notes):
             progress.message(note)
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
-            rundir.write_json("partition.json", describe_partition(bench.data))
+            rundir.write_json("partition.json", describe_partition(workspace.data))
         with tracked(progress, config, rundir) as told:
-            state = Federation(grid, config, rule, bench, rundir, told, spending, crew).run(state)
-            outcome = finish(state, config, bench, rundir, account)
+            state = Federation(grid, config, rule, workspace, rundir, told, spending, crew).run(state)
+            outcome = finish(state, config, workspace, rundir, account)
     if account is not None:
         progress.message(rundir.read_json("result.json")["privacy"]["statement"])
     try:
@@ -185,7 +185,7 @@ def run_rounds(
 def finish(
     state: GlobalState,
     config: RunConfig,
-    bench: Workbench,
+    workspace: Workspace,
     rundir: RunDir,
     account: Spending | ServerLedger | None = None,
 ) -> RunOutcome:
@@ -197,10 +197,10 @@ def finish(
         "strategy": config.strategy.name,
         "rounds": str(state.round),
         "base": config.model.name,
-        "provenance": bench.pins.only(MODEL).known,
+        "provenance": workspace.pins.only(MODEL).known,
     }
     try:
-        checked["logits_difference"] = export_adapter(bench, state, adapter, error, rundir.adapter_dir, facts)
+        checked["logits_difference"] = export_adapter(workspace, state, adapter, error, rundir.adapter_dir, facts)
     except ExportError as unlike:  # what was measured is told all the same
         refusal, checked["error"] = unlike, str(unlike)
     records = rundir.read_metrics()

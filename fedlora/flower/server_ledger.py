@@ -15,9 +15,9 @@ from typing import Any
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError
 from fedlora.privacy.accounting import epsilon, statement
-from fedlora.privacy.central import Central
 from fedlora.privacy.ledger import Attempt, Ledger
-from fedlora.rundir import RunDir
+from fedlora.privacy.server_dp import ServerDP
+from fedlora.runs.rundir import RunDir
 
 
 class ServerLedger:
@@ -29,7 +29,7 @@ class ServerLedger:
         rundir: holds the ledger, privacy/server.jsonl, and the id by which it knows the run.
     """
 
-    def __init__(self, config: RunConfig, rule: Central, rundir: RunDir) -> None:
+    def __init__(self, config: RunConfig, rule: ServerDP, rundir: RunDir) -> None:
         assert config.client_privacy is not None
         self._privacy, self._weighting, self._rule, self._run = (
             config.client_privacy,

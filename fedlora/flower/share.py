@@ -19,18 +19,18 @@ from flwr.app.user_config import UserConfig
 from fedlora.adapter import DeltaSum
 from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.errors import FedloraError
+from fedlora.federation.load_rule import load_rule
+from fedlora.federation.round_record import Round
 from fedlora.flower import client_app
+from fedlora.flower.app_config import config_of
 from fedlora.flower.asking import Asker
-from fedlora.flower.books import Round
 from fedlora.flower.following import show
 from fedlora.flower.local_grid import LocalGrid, raise_unexpected, task_identity
-from fedlora.flower.meeting import Node
-from fedlora.flower.settings import config_of
+from fedlora.flower.node_registry import Node
 from fedlora.flower.sums import RunningSums, Sums, sums_suffice
-from fedlora.processes import Channel, listen
 from fedlora.progress import NoProgress, Watcher
-from fedlora.training.central import load_rule
-from fedlora.training.workbench import open_workbench
+from fedlora.simulation.processes import Channel, listen
+from fedlora.training.workspace import open_workspace
 from fedlora.unexpected import describe_exception
 
 
@@ -162,10 +162,10 @@ class Share:
             import_module(module)
         grid = cohort_grid(begin.run_config, begin.clients, begin.cohort)
         config = config_of(Context(1, 1, UserConfig(), RecordDict(), UserConfig(begin.run_config)))
-        self._rule, self._bench = load_rule(config), open_workbench(config)
+        self._rule, self._workspace = load_rule(config), open_workspace(config)
         self._grid = grid
         run = str(begin.run_config.get("run-id", ""))
-        self._asker = Asker(grid, config, self._rule, self._bench, NoProgress(), client_app.frozen_store.put, run)
+        self._asker = Asker(grid, config, self._rule, self._workspace, NoProgress(), client_app.frozen_store.put, run)
         self._digests = {0: ""}
         self._sums = RunningSums()
 
@@ -178,7 +178,7 @@ class Share:
             return self._sums.close()
         self._start, self._sums = job, RunningSums()
         self._digests[job.state.base_version] = job.base_digest
-        show(self._bench.base, job.state, job.base_digest, self._digests)
+        show(self._workspace.base, job.state, job.base_digest, self._digests)
         return None
 
     def _ask(self, job: AskThese) -> Asked:

@@ -21,14 +21,14 @@ from typing import Any, final
 from fedlora.aggregators import GlobalState
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, ReplyError
-from fedlora.flower.codec import digest
+from fedlora.flower.messages import digest
 from fedlora.flower.node_account import ledger_path, plan_config
 from fedlora.privacy._file import Appender
 from fedlora.privacy.accounting import Entry, epsilon, merged, statement
 from fedlora.privacy.ledger import Ledger
-from fedlora.rundir import RunDir
-from fedlora.state_io import flatten_merge, flatten_state
-from fedlora.training.private import PrivateSettings, private_settings, require_privacy
+from fedlora.runs.rundir import RunDir
+from fedlora.state_io import flatten_base_update, flatten_state
+from fedlora.training.dp_settings import PrivateSettings, private_settings, require_privacy
 
 _TORN = b'{"event": "torn"}'
 """A line that stands for the one above it, which a crash cut short."""
@@ -230,9 +230,9 @@ class Spending:
     # ------------------------------------------------------------------------------------------ inside
 
     def _digest(self, state: GlobalState, base: str) -> str:
-        tensors, meta = flatten_state(state, merges=False)
-        for merge in state.merges[-1:]:  # the one that no compaction touches
-            tensors |= flatten_merge(merge, "merge/")[0]
+        tensors, meta = flatten_state(state, base_updates=False)
+        for base_update in state.base_updates[-1:]:  # the one that no compaction touches
+            tensors |= flatten_base_update(base_update, "merge/")[0]
         facts = [meta["adapter"], state.base_version, base, digest(tensors), plan_config(self._config)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

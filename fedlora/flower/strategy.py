@@ -19,30 +19,30 @@ from flwr.serverapp import Grid
 from fedlora.adapter import relative_error
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientUpdate, GlobalState, broadcast_change
 from fedlora.config import RunConfig
-from fedlora.devices import Fleet
-from fedlora.errors import CrewError, FedloraError, PrivacyError, RoundError
+from fedlora.errors import FedloraError, PoolError, PrivacyError, RoundError
+from fedlora.federation.generations import write_samples
+from fedlora.federation.initial_state import first_state
+from fedlora.federation.load_rule import require_one_start
+from fedlora.federation.plausibility import median_change
+from fedlora.federation.round_record import Round, quorum_of
+from fedlora.federation.simulated_devices import SimulatedDevices
 from fedlora.flower.asking import Asker
-from fedlora.flower.books import Round, quorum_of
-from fedlora.flower.crew import Crew
+from fedlora.flower.crew import WorkerPool
 from fedlora.flower.following import chain_digest, next_digest, show
 from fedlora.flower.identities import Bindings, Identity
 from fedlora.flower.local_grid import raise_unexpected
-from fedlora.flower.meeting import Meeting, Node
-from fedlora.flower.plausible import median_change
+from fedlora.flower.node_registry import Node, NodeRegistry
 from fedlora.flower.servable import clients_wanted, require_servable
 from fedlora.flower.server_ledger import ServerLedger
 from fedlora.flower.spending import Spending
-from fedlora.model.starting import first_state
-from fedlora.outcomes import write_outcomes
-from fedlora.privacy.central import Central
+from fedlora.privacy.server_dp import ServerDP
 from fedlora.progress import Progress
 from fedlora.rng import derive
-from fedlora.rundir import RunDir
-from fedlora.training.central import require_one_start
+from fedlora.runs.outcomes import write_outcomes
+from fedlora.runs.rundir import RunDir
+from fedlora.training.dp_settings import private_settings
 from fedlora.training.evaluate import evaluate
-from fedlora.training.private import private_settings
-from fedlora.training.samples import write_samples
-from fedlora.training.workbench import Workbench
+from fedlora.training.workspace import Workspace
 
 NODES_FILE = "nodes.json"
 """In a run's folder: which node is which client, by its key."""
@@ -55,7 +55,7 @@ class Federation:
         grid: in-process, Ray or a SuperLink.
         config: of the run.
         rule: that combines the updates.
-        bench: the server's model, task and test data.
+        workspace: the server's model, task and test data.
         rundir: where metrics and checkpoints go.
         progress: is told what happens.
         spending: of a private run: what is known of the clients' ledgers.
@@ -67,25 +67,25 @@ class Federation:
         grid: Grid,
         config: RunConfig,
         rule: Aggregator,
-        bench: Workbench,
+        workspace: Workspace,
         rundir: RunDir,
         progress: Progress,
         spending: Spending | None = None,
-        crew: Crew | None = None,
+        crew: WorkerPool | None = None,
     ) -> None:
-        self.grid, self.config, self.rule, self.bench = grid, config, rule, bench
+        self.grid, self.config, self.rule, self.workspace = grid, config, rule, workspace
         self.rundir, self.progress = rundir, progress
         run = "" if config.example_privacy is None else rundir.run_id
-        self.asker, self.crew = Asker(grid, config, rule, bench, progress, run=run), crew
+        self.asker, self.crew = Asker(grid, config, rule, workspace, progress, run=run), crew
         known = {int(k): Identity(**row) for k, row in (rundir.read_json(NODES_FILE) or {}).items()}
         bindings = Bindings(config.server.nodes, known, self._remember)
-        everybody, fingerprint = len(bench.data.clients), bench.base.fingerprint
-        self.meeting = Meeting(self.asker.mail, config, everybody, fingerprint, progress, bindings)
+        everybody, fingerprint = len(workspace.data.clients), workspace.base.fingerprint
+        self.registry = NodeRegistry(self.asker.mail, config, everybody, fingerprint, progress, bindings)
         self.base_digest = ""
         self._digests = {0: ""}
-        self.fleet = Fleet.of(config)
+        self.devices = SimulatedDevices.of(config)
         self.spending = spending or (None if config.example_privacy is None else Spending(config, rundir))
-        self.account = ServerLedger(config, rule, rundir) if isinstance(rule, Central) else None
+        self.account = ServerLedger(config, rule, rundir) if isinstance(rule, ServerDP) else None
         if (config.client_privacy is None) != (self.account is None):
             raise PrivacyError("privacy.unit = 'client' needs the rule that load_rule makes of the config, no other")
         self.spent: set[int] = set()
@@ -96,7 +96,7 @@ class Federation:
     @property
     def nodes(self) -> dict[int, Node]:
         """The nodes that take part, by the number of their client."""
-        return self.meeting.nodes
+        return self.registry.nodes
 
     # ------------------------------------------------------------------------------------------------ the run
 
@@ -109,25 +109,25 @@ class Federation:
         Returns:
             The state after the last round.
         """
-        self.meeting.begin()
+        self.registry.begin()
         raise_unexpected(self.grid)
         fresh = state is None
         if state is None:
-            state = first_state(self.rule, self.bench.base, self.config.seed)
+            state = first_state(self.rule, self.workspace.base, self.config.seed)
         known = self.spending.base_of(state) if self.spending else None
-        self.base_digest = chain_digest("", state.merges) if known is None else known
+        self.base_digest = chain_digest("", state.base_updates) if known is None else known
         self._digests |= {state.base_version: self.base_digest}
         self._median_change = median_change(self.rundir.read_metrics())
         self._set_aside(state)
         plans = (self._plan(state, client_id) for client_id in self.nodes)
-        require_servable(self.config, self.bench, plans, self.nodes)
+        require_servable(self.config, self.workspace, plans, self.nodes)
         if self.config.example_privacy is not None:
             before = self.rundir.read_metrics()
             self.spent = set(before[-1].get("spent", ())) if before else set()
         self.progress.started(self.config, len(self.nodes), self.config.rounds)
         if fresh:
             record = {"round": 0, **self._evaluate(state)}
-            write_samples(self.rundir, self.bench, "before")
+            write_samples(self.rundir, self.workspace, "before")
             self.rundir.append_metrics(record)
             self.rundir.save_checkpoint(state)
             self.progress.round_ended(record)
@@ -135,7 +135,7 @@ class Federation:
             with self.account.round(number) if self.account else nullcontext():
                 state = self._round(state, number)
         self._show(state)
-        write_samples(self.rundir, self.bench, "after")
+        write_samples(self.rundir, self.workspace, "after")
         return state
 
     def _round(self, state: GlobalState, number: int) -> GlobalState:
@@ -180,14 +180,14 @@ class Federation:
                     if self.config.client_privacy is not None:
                         require_one_start(plans)
                 except FedloraError as error:
-                    self.meeting.refuse(node.node_id, f"its own config asks for rank {node.rank}: {error}")
+                    self.registry.refuse(node.node_id, f"its own config asks for rank {node.rank}: {error}")
         if not self.nodes:
-            raise self.meeting.nobody()
+            raise self.registry.nobody()
 
     def _gather(self, state: GlobalState, number: int) -> None:
         """Let in who has come since the last round, unless the rule cannot serve it."""
         needed = quorum_of(clients_wanted(self.config, len(self.nodes)), self.config.server.quorum)
-        for client_id in self.meeting.gather(number, needed):
+        for client_id in self.registry.gather(number, needed):
             try:
                 plan = self._plan(state, client_id)
                 if self.config.client_privacy is not None:
@@ -195,7 +195,7 @@ class Federation:
                 if self.config.example_privacy is not None:
                     private_settings(self.config, client_id)
             except FedloraError as error:
-                self.meeting.refuse(self.nodes[client_id].node_id, str(error))
+                self.registry.refuse(self.nodes[client_id].node_id, str(error))
                 continue
             self.progress.message(f"client {client_id} takes part from round {number} on")
 
@@ -203,9 +203,9 @@ class Federation:
         """The rule's next state; the old one, for the next round, if too few replies came."""
         quorum, updates = self.config.server.quorum, self._updates(state, books)
         try:
-            after = self.rule.merge(state, updates)
+            after = self.rule.aggregate(state, updates)
         except FedloraError as error:
-            if books.has_quorum(quorum) or isinstance(error, CrewError):
+            if books.has_quorum(quorum) or isinstance(error, PoolError):
                 raise
             after = state  # most likely the cause
         finally:
@@ -220,7 +220,7 @@ class Federation:
     def _updates(self, state: GlobalState, books: Round) -> Generator[ClientUpdate, None, None]:
         """What the round's clients sent, or of a rule that needs sums alone, sums of it."""
         if self.crew is None:
-            yield from self.asker.updates(state, self.base_digest, books, self.meeting)
+            yield from self.asker.updates(state, self.base_digest, books, self.registry)
         else:
             yield from self.crew.updates(state, self.base_digest, books, self.nodes, self.progress)
 
@@ -248,7 +248,7 @@ class Federation:
                 f"round {number}: the privacy budget of every client is spent: the state after round {number - 1} is "
                 f"in {self.rundir.path}; for more, start a new run with a larger privacy.epsilon or fewer rounds"
             )
-        there = [k for k in solvent if self.fleet.available(number, k)]
+        there = [k for k in solvent if self.devices.available(number, k)]
         wanted = min(clients_wanted(self.config, len(self.nodes)), len(there))
         generator = np.random.default_rng(derive(self.config.seed, "sample", number))
         asked = sorted(int(k) for k in generator.choice(there, size=wanted, replace=False)) if there else []
@@ -276,9 +276,11 @@ class Federation:
             "round": books.number,
             "train_loss": books.mean("loss"),
             **books.outcome(),
-            **books.simulated(self.fleet),
+            **books.simulated(self.devices),
             "rule": dict(after.metrics),
-            **({"turned_away": away} if (away := {str(n): why for n, why in self.meeting.turned_away.items()}) else {}),
+            **(
+                {"turned_away": away} if (away := {str(n): why for n, why in self.registry.turned_away.items()}) else {}
+            ),
         }
         if self.asker.measures_error and not books.lost:
             # Under [privacy] the updates are noised already: what is computed from them gives nothing away.
@@ -294,30 +296,33 @@ class Federation:
         change = broadcast_change(before, after)
         if Claim.CHANGES_BASE not in self.rule.claims:
             # What the base gave up at the start belongs to both sides: they are changes of the pristine base.
-            for merge in before.merges:
-                change.add(merge.change.pairs)
-                books.ideal.add(merge.change.pairs, books.weight)
+            for base_update in before.base_updates:
+                change.add(base_update.change.pairs)
+                books.ideal.add(base_update.change.pairs, books.weight)
         return relative_error(change, books.ideal, books.weight)
 
     def _show(self, state: GlobalState) -> None:
         """Write the global model to the server's own base."""
-        show(self.bench.base, state, self.base_digest, self._digests)
+        show(self.workspace.base, state, self.base_digest, self._digests)
 
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
         self._show(state)
         result = evaluate(
-            self.bench.base, self.bench.task, self.bench.data.test, domain_column=self.bench.data.domain_column
+            self.workspace.base,
+            self.workspace.task,
+            self.workspace.data.test,
+            domain_column=self.workspace.data.domain_column,
         )
         if state.round == self.config.rounds:
-            write_outcomes(self.rundir.path, state.round, self.bench.data.test_digest, result.measures)
+            write_outcomes(self.rundir.path, state.round, self.workspace.data.test_digest, result.measures)
         self.rundir.measured = frozenset(result.overall)
         return {**result.overall, "domains": dict(result.domains)}
 
 
 def _require_finite(state: GlobalState, number: int) -> None:
     tensors = {**state.adapter.tensors()}
-    for merge in state.merges[-1:]:
-        tensors.update(merge.change.tensors())
+    for base_update in state.base_updates[-1:]:
+        tensors.update(base_update.change.tensors())
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise RoundError(

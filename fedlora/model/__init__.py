@@ -1,12 +1,12 @@
 """The transformers and PEFT boundary: load a base once, inject an adapter, swap its values, follow merges, export."""
 
-from fedlora.model.adapted import changed_weights, load_adapted
-from fedlora.model.base import Base
+from fedlora.model.base_model import Base
+from fedlora.model.base_weights import BaseWeights
 from fedlora.model.device import resolve_device, seeded
 from fedlora.model.export import put_in_place, save_adapter, save_merged
 from fedlora.model.loading import CacheInfo, cache_info, clear_cache, load_base
 from fedlora.model.plain import Recipe, Reference, verify_adapter, verify_merged
-from fedlora.model.weights import BaseWeights
+from fedlora.model.pretrained_adapter import changed_weights, load_adapted
 
 __all__ = [
     "Base",

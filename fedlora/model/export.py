@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraPair
-from fedlora.aggregators import Merge
+from fedlora.aggregators import BaseUpdate
 from fedlora.errors import ModelError
-from fedlora.model.base import Base, alpha_of
+from fedlora.model.base_model import Base, alpha_of
+from fedlora.model.peft_tuners import ADAPTER, merged_weights, saved_tensors
 from fedlora.model.plain import quiet_transformers
 from fedlora.model.targets import in_any
-from fedlora.model.tuners import ADAPTER, merged_weights, saved_tensors
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
 PEFT_HEADS = ("classifier", "score")  # which PEFT's classes for classification train in full, unasked
@@ -134,7 +134,7 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}": value for name, value in tensors.items()}
 
 
-def save_merged(base: Base, state: AdapterState, merges: Sequence[Merge], folder: Path) -> None:
+def save_merged(base: Base, state: AdapterState, base_updates: Sequence[BaseUpdate], folder: Path) -> None:
     """Write a whole model, base and adapter in one, that the transformers class loads without PEFT.
 
     W = W0 + merges + s B A is summed in float32 and rounded once. Tokenizer, chat templates, image processor and
@@ -143,14 +143,14 @@ def save_merged(base: Base, state: AdapterState, merges: Sequence[Merge], folder
     Args:
         base: left pristine (version 0), with the adapter written.
         state: the adapter on top of them.
-        merges: the whole log, from version 0.
+        base_updates: the whole log, from version 0.
         folder: appears complete or not at all; an older one is replaced.
 
     Raises:
         ModelError: the base is quantised, or adapter or merges do not fit it.
     """
     base.rebase(0, ())  # the version held may come from another log
-    base.rebase(merges[-1].version if merges else 0, merges)
+    base.rebase(base_updates[-1].version if base_updates else 0, base_updates)
     try:
         base.write(state, frozenset())  # the head's values are then among the model's tensors
         plain = _merged(base, state)

@@ -20,18 +20,18 @@ from torch import nn
 from fedlora.assets import Checkpoint
 from fedlora.config import AdapterConfig, RunConfig
 from fedlora.errors import ModelError
-from fedlora.model.base import Base
+from fedlora.model.base_model import Base
+from fedlora.model.base_weights import plain_linears
 from fedlora.model.classes import are_numbers, in_trained_order, trained_classes
 from fedlora.model.device import resolve_device, seeded
 from fedlora.model.dropout import set_dropout
 from fedlora.model.fingerprint import fingerprint
-from fedlora.model.methods import Method, find_method, peft_type, tuner_fields
 from fedlora.model.new_weights import MISSING, frozen_modules, require_apart, require_whole
+from fedlora.model.peft_methods import Method, find_method, peft_type, tuner_fields
+from fedlora.model.peft_tuners import ADAPTER
 from fedlora.model.plain import Recipe, quiet_transformers
 from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape, resolve_heads, resolve_targets
-from fedlora.model.tuners import ADAPTER
 from fedlora.model.unread import skip_unread
-from fedlora.model.weights import plain_linears
 from fedlora.rng import derive
 
 

@@ -5,10 +5,11 @@ layer's attention alone, as keys and values. `skip_unread` takes the first token
 on, so that all that follows has one row for each example, the last hidden states too.
 
 With it the queries of the other tokens, and the attention to them, are left out where the model attends by
-`fedlora.attention.attend`: the attention module is given the first token's states, and its key and value projections
-get all tokens' back. transformers' code, which shapes everything by the states that it was given, then hands on the
-keys with their tokens among the heads; `attend` knows them by that and sets them right. Where another function attends,
-or where a projection has been replaced since, all queries are computed, and what follows is left out all the same.
+`fedlora.speedups.attention.attend`: the attention module is given the first token's states, and its key and value
+projections get all tokens' back. transformers' code, which shapes everything by the states that it was given, then
+hands on the keys with their tokens among the heads; `attend` knows them by that and sets them right. Where another
+function attends, or where a projection has been replaced since, all queries are computed, and what follows is left out
+all the same.
 
 The logits and their gradients are the same function as before; the products have other shapes, which shows in rounding.
 
@@ -24,7 +25,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedlora import attention
+from fedlora.speedups import attention
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientUpdate, GlobalState
-from fedlora.privacy.central import CLIP, Central
+from fedlora.privacy.server_dp import CLIP, ServerDP
 
 
 def client_worlds(
-    rule: Central,
+    rule: ServerDP,
     weights: Sequence[float],
     *,
     rounds: int = 1,
@@ -47,7 +47,7 @@ def client_worlds(
         sent = AdapterState({}, {"line": torch.full((1,), far, dtype=torch.float64)})
         updates = [ClientUpdate(0, sent, weights[0])]
         updates += [ClientUpdate(k, start, weight) for k, weight in enumerate(weights[1:], start=1)]
-        return rule.merge(state, updates)
+        return rule.aggregate(state, updates)
 
     def by_model(after: GlobalState, there: bool) -> float:
         unit = after.metrics["clip_norm"] * largest  # in which the noise is z_D

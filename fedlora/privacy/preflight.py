@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import PrivacyError
+from fedlora.memory import free_bytes
 from fedlora.privacy.hooks import attach, backward, detach, per_sample_gradients
-from fedlora.processes import free_bytes
 
 BatchLosses = Callable[[torch.nn.Module, dict[str, Tensor], Sequence[int]], Tensor]
 """Model, batch and the number of the example in each of its rows -> the loss of each [b]. An example's dropout masks

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedlora.changes import Change
 from fedlora.config import RunConfig
 from fedlora.progress import lower_is_better, main_metric
-from fedlora.rundir import RunDir
+from fedlora.runs.config_changes import Change
+from fedlora.runs.rundir import RunDir
 
 Record = Mapping[str, Any]
 

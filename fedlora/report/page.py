@@ -19,7 +19,7 @@ from fedlora.report._facts import Facts, interval, number
 from fedlora.report._markup import Html, details, el, table
 from fedlora.report._style import style_sheet
 from fedlora.report._warnings import warnings
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 SECTIONS: Mapping[str, tuple[str, Callable[[Facts], Html | None]]] = {
     "learning": ("What was learned", _sections.learning),

@@ -15,7 +15,7 @@ from fedlora.config import RunConfig, load_config
 from fedlora.errors import ConfigError, RunDirError, nearest
 from fedlora.files import locked, write_atomically
 from fedlora.provenance import in_words
-from fedlora.rundir import Keep, RunDir
+from fedlora.runs.rundir import Keep, RunDir
 from fedlora.sweep._grid import Settings, plain
 from fedlora.sweep._workers import run_all
 

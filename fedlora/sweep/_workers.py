@@ -16,9 +16,9 @@ from typing import Any
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import FedloraError
-from fedlora.processes import ONE_THREAD, Child, Pipe
 from fedlora.progress import NoProgress
-from fedlora.rundir import Keep, RunDir
+from fedlora.runs.rundir import Keep, RunDir
+from fedlora.simulation.processes import ONE_THREAD, Child, Pipe
 from fedlora.unexpected import describe_exception
 
 OnRound = Callable[[str, int], None]
@@ -71,14 +71,14 @@ def attempt(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> s
 def complete(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> None:
     """One run to its end: from the beginning, or from where it was stopped."""
     from fedlora.flower import refuse_early, run_local
-    from fedlora.training import open_workbench
+    from fedlora.training import open_workspace
 
     path = Path(config.output) / config.name
     there = (path / "config.toml").is_file()
     if there and (run := RunDir.open(path, config, same=True)).finished:
         run.slim(keep)
         return
-    refuse_early(config, open_workbench(config))
+    refuse_early(config, open_workspace(config))
     run = RunDir.open(path, config, same=True) if there else RunDir.create(config)
     try:
         run_local(config, run, _Rounds(on_round), resume=there)

@@ -87,7 +87,7 @@ class AggregatorContract(ToyFederation):
         self._law("test_one_client_alone_gives_back_that_client")
         for state in self.states():
             updates = self.updates(state, self.specs()[:1])
-            after = self.aggregator.merge(state, updates)
+            after = self.aggregator.aggregate(state, updates)
             error = relative_error(broadcast_change(state, after), ideal(updates), updates[0].num_examples)
             require(error < 1e-12, f"one client alone came back changed: relative error {error:.2e}")
             require_same(after.adapter.dense, updates[0].adapter.dense, 1e-12, "one client's dense parts")
@@ -96,7 +96,7 @@ class AggregatorContract(ToyFederation):
         self._law("test_dense_parts_are_averaged_as_themselves")
         for state in self.states():
             updates = self.updates(state, self.specs())
-            after = self.aggregator.merge(state, updates)
+            after = self.aggregator.aggregate(state, updates)
             total = sum(update.num_examples for update in updates)
             for name in state.adapter.dense:
                 mean = torch.stack([u.adapter.dense[name] * (u.num_examples / total) for u in updates]).sum(dim=0)
@@ -106,19 +106,19 @@ class AggregatorContract(ToyFederation):
         self._law("test_order_of_replies_does_not_matter")
         for state in self.states():
             updates = self.updates(state, self.specs())
-            expected = visible(state, self.aggregator.merge(state, updates))
+            expected = visible(state, self.aggregator.aggregate(state, updates))
             for order in ((3, 2, 1, 0), (1, 3, 0, 2)):
-                got = visible(state, self.aggregator.merge(state, [updates[k] for k in order]))
+                got = visible(state, self.aggregator.aggregate(state, [updates[k] for k in order]))
                 require_same(got, expected, 1e-12, f"replies in the order {order}")
 
     def test_scaling_all_weights_changes_nothing(self) -> None:
         self._law("test_scaling_all_weights_changes_nothing")
         for state in self.states():
             updates = self.updates(state, self.specs())
-            expected = visible(state, self.aggregator.merge(state, updates))
+            expected = visible(state, self.aggregator.aggregate(state, updates))
             for factor in (10.0, 1e-3):
                 scaled = [dataclasses.replace(u, num_examples=u.num_examples * factor) for u in updates]
-                got = visible(state, self.aggregator.merge(state, scaled))
+                got = visible(state, self.aggregator.aggregate(state, scaled))
                 require_same(got, expected, 1e-12, f"all weights times {factor}")
 
     def test_one_client_counts_as_its_duplicates(self) -> None:
@@ -127,16 +127,16 @@ class AggregatorContract(ToyFederation):
             *others, last = self.updates(state, self.specs())
             half = dataclasses.replace(last, num_examples=last.num_examples / 2)
             twin = dataclasses.replace(half, client_id=last.client_id + 100)
-            expected = visible(state, self.aggregator.merge(state, [*others, last]))
-            got = visible(state, self.aggregator.merge(state, [*others, half, twin]))
+            expected = visible(state, self.aggregator.aggregate(state, [*others, last]))
+            got = visible(state, self.aggregator.aggregate(state, [*others, half, twin]))
             require_same(got, expected, 1e-12, "one client as two of half its weight")
 
     def test_streaming_equals_all_at_once(self) -> None:
         self._law("test_streaming_equals_all_at_once")
         for state in self.states():
             updates = self.updates(state, self.specs())
-            expected = visible(state, self.aggregator.merge(state, updates))
-            got = visible(state, self.aggregator.merge(state, iter(updates)))
+            expected = visible(state, self.aggregator.aggregate(state, updates))
+            got = visible(state, self.aggregator.aggregate(state, iter(updates)))
             require_same(got, expected, 0.0, "replies from an iterator that can be read once")
 
     def test_inputs_are_not_changed(self) -> None:
@@ -147,17 +147,19 @@ class AggregatorContract(ToyFederation):
             updates = self.updates(state, self.specs())
             kept = [dataclasses.replace(u, adapter=u.adapter.clone(), metrics=dict(u.metrics)) for u in updates]
             given = list(updates)
-            self.aggregator.merge(state, given)
-            require(len(given) == len(updates), "merge changed the list of updates")
-            require_same(all_tensors(state), all_tensors(kept_state), 0.0, "the state given to plan or merge")
-            require(state.metrics == kept_state.metrics, "merge changed the metrics of the state that it was given")
+            self.aggregator.aggregate(state, given)
+            require(len(given) == len(updates), "aggregate changed the list of updates")
+            require_same(all_tensors(state), all_tensors(kept_state), 0.0, "the state given to plan or aggregate")
+            require(state.metrics == kept_state.metrics, "aggregate changed the metrics of the state that it was given")
             for before, after in zip(kept, updates, strict=True):
-                what = f"client {after.client_id}'s update after merge"
+                what = f"client {after.client_id}'s update after aggregate"
                 require_same(after.adapter.tensors(), before.adapter.tensors(), 0.0, what)
-                require(after.metrics == before.metrics, "merge changed an update's metrics")
+                require(after.metrics == before.metrics, "aggregate changed an update's metrics")
             for plan, spec in zip(plans, self.specs(), strict=True):
                 again = self.aggregator.plan(state, spec)
-                require_same(plan.adapter.tensors(), again.adapter.tensors(), 0.0, "a plan that was made before merge")
+                require_same(
+                    plan.adapter.tensors(), again.adapter.tensors(), 0.0, "a plan that was made before aggregate"
+                )
 
     def test_resume_equals_uninterrupted(self) -> None:
         self._law("test_resume_equals_uninterrupted")
@@ -168,7 +170,7 @@ class AggregatorContract(ToyFederation):
             # A new process knows the config and the saved state, and nothing else.
             stopped = copy.deepcopy(self.aggregator)
             resumed = saved(self.next(resumed, rule=stopped))
-        require(straight.round == resumed.round == 4, "merge must count the rounds in GlobalState.round")
+        require(straight.round == resumed.round == 4, "aggregate must count the rounds in GlobalState.round")
         require_same(all_tensors(resumed), all_tensors(straight), 0.0, "a run resumed after each round")
 
     def test_half_precision_is_accumulated_wide(self) -> None:
@@ -178,16 +180,16 @@ class AggregatorContract(ToyFederation):
             state = self.next(self.aggregator.init(initial(dtype), seed=7))
             specs = [dataclasses.replace(self.specs()[0], client_id=k) for k in range(300)]
             updates = self.updates(state, specs, weights=[1.0] * 300, step=0.02)
-            got = visible(state, self.aggregator.merge(state, updates))
+            got = visible(state, self.aggregator.aggregate(state, updates))
             wide = cast_state(state, torch.float64)
             cast = [dataclasses.replace(u, adapter=cast_adapter(u.adapter, torch.float64)) for u in updates]
-            expected = visible(wide, self.aggregator.merge(wide, cast))
+            expected = visible(wide, self.aggregator.aggregate(wide, cast))
             require_same(got, expected, 4 * torch.finfo(dtype).eps, f"300 clients in {dtype} against float64")
 
     def test_no_update_is_refused(self) -> None:
         self._law("test_no_update_is_refused")
         for state in self.states():
-            refuses("no update at all", lambda state=state: self.aggregator.merge(state, iter(())))
+            refuses("no update at all", lambda state=state: self.aggregator.aggregate(state, iter(())))
 
     def test_bad_weights_are_refused(self) -> None:
         self._law("test_bad_weights_are_refused")
@@ -196,7 +198,7 @@ class AggregatorContract(ToyFederation):
             for place in (0, 3):
                 updates = self.updates(state, self.specs())
                 updates[place] = dataclasses.replace(updates[place], num_examples=weight)
-                refuses(f"the weight {weight}", lambda u=updates: self.aggregator.merge(state, u))
+                refuses(f"the weight {weight}", lambda u=updates: self.aggregator.aggregate(state, u))
 
     def test_updates_that_do_not_fit_are_refused(self) -> None:
         self._law("test_updates_that_do_not_fit_are_refused")
@@ -216,8 +218,8 @@ class AggregatorContract(ToyFederation):
         }
         for what, adapter in bad.items():
             update = dataclasses.replace(good[1], adapter=adapter)
-            refuses(f"{what}, in all updates", lambda u=update: self.aggregator.merge(state, [u]))
-            refuses(f"{what}, in one update", lambda u=update: self.aggregator.merge(state, [good[0], u, good[2]]))
+            refuses(f"{what}, in all updates", lambda u=update: self.aggregator.aggregate(state, [u]))
+            refuses(f"{what}, in one update", lambda u=update: self.aggregator.aggregate(state, [good[0], u, good[2]]))
 
     def test_mixed_ranks_are_taken_or_refused(self) -> None:
         self._law("test_mixed_ranks_are_taken_or_refused")
@@ -233,31 +235,31 @@ class AggregatorContract(ToyFederation):
             spec = self.specs(ranks)[1]
             refuses("a client of another rank (in plan)", lambda spec=spec: self.aggregator.plan(state, spec))
             odd = ClientUpdate(spec.client_id, AdapterState(fresh_pairs(spec.layout, 0), state.adapter.dense), 1.0)
-            refuses("an update of another rank", lambda odd=odd: self.aggregator.merge(state, [odd]))
+            refuses("an update of another rank", lambda odd=odd: self.aggregator.aggregate(state, [odd]))
         first = self.specs()[0]
         other = {name: dataclasses.replace(shape, scale=shape.scale * 2) for name, shape in first.layout.items()}
         spec = dataclasses.replace(first, layout=other)
         refuses("a client of another scale", lambda: self.aggregator.plan(state, spec))
         scaled = {name: dataclasses.replace(p, scale=p.scale * 2) for name, p in state.adapter.pairs.items()}
         update = ClientUpdate(0, AdapterState(scaled, state.adapter.dense), 1.0)
-        refuses("an update of another scale", lambda: self.aggregator.merge(state, [update]))
+        refuses("an update of another scale", lambda: self.aggregator.aggregate(state, [update]))
 
     def test_base_is_changed_by_those_that_say_so(self) -> None:
         self._law("test_base_is_changed_by_those_that_say_so")
         state = self.states()[-1]
         if Claim.CHANGES_BASE not in self.aggregator.claims:
-            require(not state.merges, "the rule changed the base and does not claim CHANGES_BASE")
+            require(not state.base_updates, "the rule changed the base and does not claim CHANGES_BASE")
             return
         spec = self.specs()[0]
         there: dict[str, Tensor] = {}
         sometimes: dict[str, Tensor] = {}
         asleep, seen = state.base_version, 0
-        for merge in state.merges:
-            there = accumulate(there, merge)
+        for base_update in state.base_updates:
+            there = accumulate(there, base_update)
         for turn in range(6):
             state = self.next(state)
             # The last merge is the round's own, and what a client gets that is sampled in every round.
-            there = accumulate(there, state.merges[-1])
+            there = accumulate(there, state.base_updates[-1])
             late = follow({}, 0, self.aggregator.plan(state, spec))
             require_same(late, there, 0.0, "a client that joins late, against one that was there all along")
             if turn % 3 == 2:
@@ -267,7 +269,7 @@ class AggregatorContract(ToyFederation):
         require(state.base_version == asleep + 6, "the base's version does not count the rounds")
         updates = self.updates(state, self.specs())
         stale = [dataclasses.replace(update, base_version=state.base_version - 1) for update in updates]
-        refuses("an update trained on a stale base", lambda: self.aggregator.merge(state, stale))
+        refuses("an update trained on a stale base", lambda: self.aggregator.aggregate(state, stale))
 
     def test_identical_updates_come_back_unchanged(self) -> None:
         self._law("test_identical_updates_come_back_unchanged")
@@ -279,7 +281,7 @@ class AggregatorContract(ToyFederation):
                         dataclasses.replace(first, client_id=k, adapter=first.adapter.clone(), num_examples=weight)
                         for k, weight in enumerate(weights)
                     ]
-                    after = self.aggregator.merge(state, same)
+                    after = self.aggregator.aggregate(state, same)
                     error = relative_error(broadcast_change(state, after), ideal(same), sum(weights))
                     what = f"{len(same)} identical updates"
                     require(error < 1e-12, f"{what} came back changed: relative error {error:.2e}")
@@ -302,7 +304,7 @@ class AggregatorContract(ToyFederation):
             for state in self.states(dtype):
                 for ranks in self.rank_lists():
                     updates = self.updates(state, self.specs(ranks))
-                    after = self.aggregator.merge(state, updates)
+                    after = self.aggregator.aggregate(state, updates)
                     error = relative_error(broadcast_change(state, after), ideal(updates), sum(WEIGHTS))
                     require(error < bound, f"claims EXACT, and its aggregation error is {error:.2e} in {dtype}")
 
@@ -311,17 +313,17 @@ class AggregatorContract(ToyFederation):
         for state in self.states():
             for ranks in self.rank_lists():
                 updates = self.updates(state, self.specs(ranks))
-                expected = visible(state, self.aggregator.merge(state, updates))
+                expected = visible(state, self.aggregator.aggregate(state, updates))
                 twice = dataclasses.replace(state, adapter=alpha_doubled(state.adapter))
                 moved = [dataclasses.replace(u, adapter=alpha_doubled(u.adapter)) for u in updates]
-                got = visible(twice, self.aggregator.merge(twice, moved))
+                got = visible(twice, self.aggregator.aggregate(twice, moved))
                 require_same(got, expected, 1e-12, "alpha doubled and B halved, everywhere")
 
     def test_linear_sees_sums_only(self) -> None:
         self._law("test_linear_sees_sums_only", Claim.LINEAR)
         for state in self.states():
             updates = self.updates(state, self.specs())
-            expected = visible(state, self.aggregator.merge(state, updates))
+            expected = visible(state, self.aggregator.aggregate(state, updates))
             sent = self.aggregator.plan(state, self.specs()[0]).sends
             # Two clients' tensors move so that the weighted sum does not.
             moved = list(updates)
@@ -331,14 +333,14 @@ class AggregatorContract(ToyFederation):
                     for name, value in updates[k].adapter.tensors(sent).items()
                 }
                 moved[k] = dataclasses.replace(updates[k], adapter=updates[k].adapter.with_tensors(tensors))
-            got = visible(state, self.aggregator.merge(state, moved))
+            got = visible(state, self.aggregator.aggregate(state, moved))
             require_same(got, expected, 1e-11, "other updates with the same weighted sum")
             one, other = updates[0], updates[2]
             both = WeightedMean()
             for update in (one, other):
                 both.add(update.adapter.tensors(sent), update.num_examples)
             summed = dataclasses.replace(one, adapter=one.adapter.with_tensors(both.exact()), num_examples=both.total)
-            got = visible(state, self.aggregator.merge(state, [summed, updates[1], *updates[3:]]))
+            got = visible(state, self.aggregator.aggregate(state, [summed, updates[1], *updates[3:]]))
             require_same(got, expected, 1e-11, "two updates as their weighted mean")
 
     def test_linear_holds_one_update_at_a_time(self) -> None:
@@ -357,18 +359,18 @@ class AggregatorContract(ToyFederation):
                 yield update
                 del update
 
-        self.aggregator.merge(state, replies())
+        self.aggregator.aggregate(state, replies())
 
     def test_robust_bounds_one_liar(self) -> None:
         self._law("test_robust_bounds_one_liar", Claim.ROBUST)
         for state in self.states():
             specs = [dataclasses.replace(self.specs()[0], client_id=k) for k in range(9)]
             updates = self.updates(state, specs, weights=[1.0] * 9)
-            honest = visible(state, self.aggregator.merge(state, updates))
+            honest = visible(state, self.aggregator.aggregate(state, updates))
             size = max(float(value.norm()) for value in honest.values())
             lie = {name: value * 1e8 for name, value in updates[4].adapter.tensors().items()}
             updates[4] = dataclasses.replace(updates[4], adapter=updates[4].adapter.with_tensors(lie))
-            fooled = visible(state, self.aggregator.merge(state, updates))
+            fooled = visible(state, self.aggregator.aggregate(state, updates))
             moved = max(float((fooled[name] - honest[name]).norm()) for name in honest)
             require(moved < 10 * size, f"claims ROBUST, and one liar of 9 moves the result {moved / size:.1e} times")
 
@@ -376,12 +378,12 @@ class AggregatorContract(ToyFederation):
         self._law("test_any_tensors_are_treated_alike", Claim.ANY_TENSORS)
         state = self.states()[-1]
         updates = self.updates(state, self.specs())
-        expected = self.aggregator.merge(state, updates).adapter.tensors()
+        expected = self.aggregator.aggregate(state, updates).adapter.tensors()
         loose = dataclasses.replace(
             self.aggregator.init(AdapterState(dense=state.adapter.tensors()), seed=7), round=state.round
         )
         renamed = [dataclasses.replace(u, adapter=AdapterState(dense=u.adapter.tensors())) for u in updates]
-        got = self.aggregator.merge(loose, renamed).adapter.tensors()
+        got = self.aggregator.aggregate(loose, renamed).adapter.tensors()
         require_same(got, expected, 1e-12, "factors under other names")
 
     def _law(self, name: str, claim: Claim = Claim.NONE) -> None:

@@ -44,7 +44,7 @@ class ToyFederation:
         self, state: GlobalState, specs: Sequence[ClientSpec] | None = None, rule: Aggregator | None = None
     ) -> GlobalState:
         rule = rule or self.aggregator
-        return rule.merge(state, self.updates(state, specs or self.specs(), rule=rule))
+        return rule.aggregate(state, self.updates(state, specs or self.specs(), rule=rule))
 
     def updates(
         self,
@@ -116,16 +116,18 @@ def cast_adapter(adapter: AdapterState, dtype: torch.dtype) -> AdapterState:
 
 
 def cast_state(state: GlobalState, dtype: torch.dtype) -> GlobalState:
-    merges = tuple(dataclasses.replace(m, change=cast_adapter(m.change, dtype)) for m in state.merges)
+    base_updates = tuple(dataclasses.replace(m, change=cast_adapter(m.change, dtype)) for m in state.base_updates)
     memory = {name: value.to(dtype) for name, value in state.memory.items()}
-    return dataclasses.replace(state, adapter=cast_adapter(state.adapter, dtype), merges=merges, memory=memory)
+    return dataclasses.replace(
+        state, adapter=cast_adapter(state.adapter, dtype), base_updates=base_updates, memory=memory
+    )
 
 
 def all_tensors(state: GlobalState) -> dict[str, Tensor]:
     out = {f"adapter {name}": value for name, value in state.adapter.tensors().items()}
-    for merge in state.merges:
-        name = f"merge {merge.since}-{merge.version}"
-        out |= {f"{name} {key}": value for key, value in merge.change.tensors().items()}
+    for base_update in state.base_updates:
+        name = f"merge {base_update.since}-{base_update.version}"
+        out |= {f"{name} {key}": value for key, value in base_update.change.tensors().items()}
     return out | {f"memory {name}": value for name, value in state.memory.items()}
 
 

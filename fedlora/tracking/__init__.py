@@ -15,7 +15,7 @@ from typing import Any
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.progress import Progress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.sanitize import clean_text
 from fedlora.tracking._base import Tracker, figures_of
 

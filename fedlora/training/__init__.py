@@ -4,17 +4,17 @@ from fedlora.training.cohort import train, train_cohort
 from fedlora.training.evaluate import Evaluation, evaluate
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.runtime import describe, setup
-from fedlora.training.workbench import Workbench, close_workbench, open_workbench
+from fedlora.training.workspace import Workspace, close_workspace, open_workspace
 
 __all__ = [
     "Evaluation",
     "TrainJob",
     "TrainResult",
-    "Workbench",
-    "close_workbench",
+    "Workspace",
+    "close_workspace",
     "describe",
     "evaluate",
-    "open_workbench",
+    "open_workspace",
     "setup",
     "train",
     "train_cohort",

@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 from fedlora.config import TrainConfig
 from fedlora.model import Base
 from fedlora.tasks._base import Examples, Task
-from fedlora.training.dropout import RowsError
+from fedlora.training.dropout_masks import RowsError
 from fedlora.training.job import TrainJob, TrainResult, rows_of
-from fedlora.training.pool import Budget
+from fedlora.training.loop import Outcome, TrainingLoop
 from fedlora.training.prefix import prepare
-from fedlora.training.stacked import cannot_stack
-from fedlora.training.together import Outcome, Together
+from fedlora.training.stacked_lora import cannot_stack
+from fedlora.training.step_scheduler import Budget
 
 _alone: WeakKeyDictionary[Base, str] = WeakKeyDictionary()  # bases on which clients were tried together in vain
 
@@ -62,7 +62,7 @@ def train_cohort(
 
     Clients may differ in everything: rank, steps, batch size, lengths, rates. Those that train other parts, or with
     another optimiser, form a cohort of their own. All adapters and states are in memory at once: how many clients to
-    give is the caller's choice (see `fedlora.training.sizing`).
+    give is the caller's choice (see `fedlora.simulation.capacity`).
 
     Args:
         base: at the version to train on; its adapter is overwritten.
@@ -85,7 +85,7 @@ def train_cohort(
         if len(part) > 1 and why_alone(base) is not None:
             todo = [[number] for number in part] + todo
             continue
-        run = Together(base, task, examples, [(jobs[k], configs[k]) for k in part], budget, synchronize)
+        run = TrainingLoop(base, task, examples, [(jobs[k], configs[k]) for k in part], budget, synchronize)
         try:
             outcomes.update(zip(part, run.run(), strict=True))
         except RowsError as error:

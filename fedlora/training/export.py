@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from fedlora.adapter import AdapterState
-from fedlora.aggregators import GlobalState, Merge
+from fedlora.aggregators import BaseUpdate, GlobalState
 from fedlora.errors import ExportError
+from fedlora.memory import free_bytes
 from fedlora.model import Base, Reference, put_in_place, save_adapter, save_merged, verify_adapter, verify_merged
-from fedlora.processes import free_bytes
-from fedlora.rundir import unverified
+from fedlora.runs.rundir import unverified
 from fedlora.tasks import Examples, Task
-from fedlora.training.workbench import Workbench, close_workbench
+from fedlora.training.workspace import Workspace, close_workspace
 
 EXAMPLES = 8
 """So many are compared, of as many lengths as there are: in one padded batch, and the shortest and longest alone."""
@@ -26,7 +26,12 @@ EXACT = 1e-6
 
 
 def export_adapter(
-    bench: Workbench, state: GlobalState, adapter: AdapterState, error: float, folder: Path, facts: Mapping[str, Any]
+    workspace: Workspace,
+    state: GlobalState,
+    adapter: AdapterState,
+    error: float,
+    folder: Path,
+    facts: Mapping[str, Any],
 ) -> float:
     """Write an adapter, load it with plain transformers and PEFT, and put it in place if its logits are the run's.
 
@@ -34,7 +39,7 @@ def export_adapter(
     compared with the cut adapter on the pristine base.
 
     Args:
-        bench: of the run. If the device has no room for a second base, its own is given up.
+        workspace: of the run. If the device has no room for a second base, its own is given up.
         state: of the run.
         adapter: of the state, by `equivalent_adapter`.
         error: the relative error of it.
@@ -48,31 +53,31 @@ def export_adapter(
         ExportError: the logits differ, or the adapter cannot be loaded.
         ModelError: the adapter does not fit the model.
     """
-    base = bench.base
-    served = (state.adapter, state.merges) if error <= EXACT else (adapter, ())
-    reference = reference_of(base, bench.task, bench.data.test, *served)
+    base = workspace.base
+    served = (state.adapter, state.base_updates) if error <= EXACT else (adapter, ())
+    reference = reference_of(base, workspace.task, workspace.data.test, *served)
     base.rebase(0, ())
     save_adapter(base, adapter, unverified(folder), {**facts, "relative_error": repr(error)})
-    return _verify(bench, folder, lambda: verify_adapter(unverified(folder), base.recipe, reference, base.device))
+    return _verify(workspace, folder, lambda: verify_adapter(unverified(folder), base.recipe, reference, base.device))
 
 
-def export_merged(bench: Workbench, state: GlobalState, folder: Path) -> float:
+def export_merged(workspace: Workspace, state: GlobalState, folder: Path) -> float:
     """Write a whole model, load it with plain transformers, and put it in place; see `export_adapter`."""
-    base = bench.base
-    reference = reference_of(base, bench.task, bench.data.test, state.adapter, state.merges)
-    save_merged(base, state.adapter, state.merges, unverified(folder))
-    return _verify(bench, folder, lambda: verify_merged(unverified(folder), base.recipe, reference, base.device))
+    base = workspace.base
+    reference = reference_of(base, workspace.task, workspace.data.test, state.adapter, state.base_updates)
+    save_merged(base, state.adapter, state.base_updates, unverified(folder))
+    return _verify(workspace, folder, lambda: verify_merged(unverified(folder), base.recipe, reference, base.device))
 
 
 def reference_of(
-    base: Base, task: Task, examples: Examples, adapter: AdapterState, merges: tuple[Merge, ...] = ()
+    base: Base, task: Task, examples: Examples, adapter: AdapterState, base_updates: tuple[BaseUpdate, ...] = ()
 ) -> Reference:
     """What the model says to some examples, with an adapter and a base of the merges' version.
 
     The base is left at that version, with the adapter written.
     """
     base.rebase(0, ())  # the version held may come from another log
-    base.rebase(merges[-1].version if merges else 0, merges)
+    base.rebase(base_updates[-1].version if base_updates else 0, base_updates)
     base.write(adapter, frozenset())
     base.train_mode(False)
     by_length = np.argsort(examples.lengths, kind="stable")
@@ -81,11 +86,11 @@ def reference_of(
     return Reference.of(base.model, [task.plain_inputs(examples, rows) for rows in batches], base.device)
 
 
-def _verify(bench: Workbench, folder: Path, verify: Callable[[], float]) -> float:
-    base, kept = bench.base, unverified(folder)
+def _verify(workspace: Workspace, folder: Path, verify: Callable[[], float]) -> float:
+    base, kept = workspace.base, unverified(folder)
     if free_bytes(base.device) < 2 * base.weight_bytes:  # as much again, and what is computed
         base.discard()
-        close_workbench()
+        close_workspace()
         if base.device.type == "cuda":
             torch.cuda.empty_cache()
     try:

@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from fedlora.errors import ModelError
+from fedlora.memory import total_bytes
 from fedlora.model import Base
 from fedlora.model.prefix import Prefix, UnfitError, lower_kinds, open_prefix
-from fedlora.processes import total_bytes
 from fedlora.progress import activity
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.evaluate import length_batches

@@ -21,19 +21,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedlora.adapter import AdapterState, LoraPair
-from fedlora.attention import AttentionReport, set_attention
 from fedlora.errors import ModelError
-from fedlora.kernels import KernelReport, restore
 from fedlora.model import Base, seeded
 from fedlora.model.unread import restore_unread, skip_unread
 from fedlora.privacy.preflight import widened
 from fedlora.sanitize import clean_text
+from fedlora.speedups.attention import AttentionReport, set_attention
+from fedlora.speedups.linear_kernels import KernelReport, restore
 from fedlora.tasks._base import Batch, Examples, Task
-from fedlora.training.dropout import RowsError
+from fedlora.training.dropout_masks import RowsError
 from fedlora.training.evaluate import Measurable
-from fedlora.training.flat import Columns
 from fedlora.training.job import TrainJob, to_device
-from fedlora.training.stacked import Stacked, cannot_stack
+from fedlora.training.row_optimizer import Columns
+from fedlora.training.stacked_lora import Stacked, cannot_stack
 
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Relative: what two ways to compute the same may differ by (layers that compute in float32 whatever their input round

@@ -11,14 +11,14 @@ import torch
 from fedlora.adapter import AdapterState, LoraPair, fresh_pairs
 from fedlora.aggregators import (
     Aggregator,
+    BaseUpdate,
     Claim,
     ClientPlan,
     ClientSpec,
     ClientUpdate,
     GlobalState,
-    Merge,
     WeightedMean,
-    merge_chain,
+    base_update_chain,
     require_modules,
 )
 from fedlora.aggregators.fair import Fair
@@ -34,9 +34,9 @@ class WrongStack(Flora):  # type: ignore[misc]  # final for users; broken here o
 
     mistake: str = ""
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         given = list(updates)
-        right = super().merge(state, given)
+        right = super().aggregate(state, given)
         total = sum(update.num_examples for update in given)
         change = {}
         for name in state.adapter.pairs:
@@ -44,17 +44,17 @@ class WrongStack(Flora):  # type: ignore[misc]  # final for users; broken here o
             A = torch.cat([pair.A * (p * (1.0 if self.mistake == "no scale" else pair.scale)) for p, pair in mine])
             B = torch.cat([pair.B * (p if self.mistake == "p on both sides" else 1.0) for p, pair in mine], dim=1)
             change[name] = LoraPair(A, B, 1.0)
-        last = Merge(state.base_version, state.base_version + 1, AdapterState(change))
-        return replace(right, merges=(*right.merges[:-1], last))
+        last = BaseUpdate(state.base_version, state.base_version + 1, AdapterState(change))
+        return replace(right, base_updates=(*right.base_updates[:-1], last))
 
 
 @dataclass(frozen=True)
 class KeepsOldAdapter(Flora):  # type: ignore[misc]
     """Merges the stack into the base and leaves the same change in the adapter too."""
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         given = list(updates)
-        return replace(super().merge(state, given), adapter=given[0].adapter)
+        return replace(super().aggregate(state, given), adapter=given[0].adapter)
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class NoVersions(Flora):  # type: ignore[misc]
     """Sends the newest stack alone, whatever the client missed, and takes replies from any base."""
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
-        return replace(super().plan(state, client), merges=state.merges[-1:])
+        return replace(super().plan(state, client), base_updates=state.base_updates[-1:])
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        return super().merge(state, (replace(update, base_version=state.base_version) for update in updates))
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return super().aggregate(state, (replace(update, base_version=state.base_version) for update in updates))
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class InPlace(Aggregator):
 
     claims: ClassVar[Claim] = Claim.LINEAR
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        FedAvg().merge(state, given := list(updates))
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        FedAvg().aggregate(state, given := list(updates))
         total = sum(update.num_examples for update in given)
         first = given[0].adapter
         for name, value in first.tensors().items():
@@ -101,8 +101,8 @@ class LastOnly(Aggregator):
 
     claims: ClassVar[Claim] = Claim.LINEAR
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        FedAvg().merge(state, given := list(updates))
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        FedAvg().aggregate(state, given := list(updates))
         return replace(state, adapter=given[-1].adapter, round=state.round + 1)
 
 
@@ -112,9 +112,9 @@ class Unweighted(Aggregator):
 
     claims: ClassVar[Claim] = Claim.LINEAR
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        FedAvg().merge(state, given := list(updates))
-        return FedAvg().merge(state, [replace(update, num_examples=1.0) for update in given])
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        FedAvg().aggregate(state, given := list(updates))
+        return FedAvg().aggregate(state, [replace(update, num_examples=1.0) for update in given])
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class ReadsTwice(Aggregator):
 
     claims: ClassVar[Claim] = Claim.LINEAR
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         total = sum(update.num_examples for update in updates)
         mean = WeightedMean()
         for update in updates:
             mean.add(update.adapter.tensors(), update.num_examples / total)
-        return FedAvg().merge(state, updates) if mean.count else replace(state, round=state.round + 1)
+        return FedAvg().aggregate(state, updates) if mean.count else replace(state, round=state.round + 1)
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class KeepsAll(Aggregator):
 
     claims: ClassVar[Claim] = Claim.LINEAR
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        return FedAvg().merge(state, list(updates))
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return FedAvg().aggregate(state, list(updates))
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class ClaimsExact(Aggregator):
 
     claims: ClassVar[Claim] = Claim.EXACT
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        return FedAvg().merge(state, updates)
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return FedAvg().aggregate(state, updates)
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class ClaimsLinear(Aggregator):
 
     claims: ClassVar[Claim] = Claim.LINEAR
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        return Fair().merge(state, updates)
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return Fair().aggregate(state, updates)
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ class ClaimsRobust(Aggregator):
 
     claims: ClassVar[Claim] = Claim.ROBUST
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        return FedAvg().merge(state, updates)
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return FedAvg().aggregate(state, updates)
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ class HeadFrozenWithA(Aggregator):
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
         return FfaLora().plan(state, client)
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        after = FfaLora().merge(state, updates)
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        after = FfaLora().aggregate(state, updates)
         return replace(after, adapter=AdapterState(after.adapter.pairs, state.adapter.dense))
 
 
@@ -199,7 +199,7 @@ class PadsWithoutScale(Aggregator):
         }
         return ClientPlan(AdapterState(pairs, state.adapter.dense), trains=TRAINED, sends=TRAINED)
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         def unscaled() -> Iterable[ClientUpdate]:
             for update in updates:
                 pairs = {
@@ -208,7 +208,7 @@ class PadsWithoutScale(Aggregator):
                 }
                 yield replace(update, adapter=AdapterState(pairs, update.adapter.dense))
 
-        return FfaLora().merge(state, unscaled())
+        return FfaLora().aggregate(state, unscaled())
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class TakesAnyRank(Aggregator):
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
         return ClientPlan(state.adapter)
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         def cut() -> Iterable[ClientUpdate]:
             for update in updates:
                 pairs = {}
@@ -232,7 +232,7 @@ class TakesAnyRank(Aggregator):
                     pairs[name] = LoraPair(A, B, mine.scale)
                 yield replace(update, adapter=AdapterState(pairs, update.adapter.dense))
 
-        return FedAvg().merge(state, cut())
+        return FedAvg().aggregate(state, cut())
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,8 @@ class HiddenMemory(Aggregator):
     claims: ClassVar[Claim] = Claim.NONE
     seen: dict[str, Any] = field(default_factory=dict)
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        after = FedAvg().merge(state, updates)
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        after = FedAvg().aggregate(state, updates)
         last = self.seen.get("last", after.adapter).tensors()
         self.seen["last"] = after.adapter
         mixed = {name: 0.9 * value + 0.1 * last[name] for name, value in after.adapter.tensors().items()}
@@ -256,10 +256,10 @@ class NarrowSum(Aggregator):
 
     claims: ClassVar[Claim] = Claim.LINEAR
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         total, sums, checks = 0.0, {}, WeightedMean()
         for update in updates:
-            FedAvg().merge(state, [update])
+            FedAvg().aggregate(state, [update])
             checks.add({name: value.double() for name, value in update.adapter.tensors().items()}, update.num_examples)
             for name, value in update.adapter.tensors().items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value * update.num_examples
@@ -275,8 +275,8 @@ class FirstWins(Aggregator):
 
     claims: ClassVar[Claim] = Claim.NONE
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        after = FedAvg().merge(state, given := list(updates))
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        after = FedAvg().aggregate(state, given := list(updates))
         first = {f"{name}:A": pair.A for name, pair in given[0].adapter.pairs.items()}
         return replace(after, adapter=after.adapter.with_tensors(first))
 
@@ -291,14 +291,16 @@ class SilentBaseChange(Aggregator):
         FedAvg().plan(state, client)
         seed = derive(state.seed, state.round, client.client_id)
         pairs = fresh_pairs(client.layout, seed, state.adapter.pairs[min(state.adapter.pairs)].A.dtype)
-        merges = merge_chain(state.merges, client.base_version)
-        return ClientPlan(AdapterState(pairs, state.adapter.dense), base_version=state.base_version, merges=merges)
+        base_updates = base_update_chain(state.base_updates, client.base_version)
+        return ClientPlan(
+            AdapterState(pairs, state.adapter.dense), base_version=state.base_version, base_updates=base_updates
+        )
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         given = list(updates)
         for update in given:
-            FedAvg().merge(state, [update])
-        return Flora().merge(state, given)
+            FedAvg().aggregate(state, [update])
+        return Flora().aggregate(state, given)
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ class WrongForSeveral(Aggregator):
 
     claims: ClassVar[Claim] = Claim.NONE
 
-    def merge(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        after = FedAvg().merge(state, given := list(updates))
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        after = FedAvg().aggregate(state, given := list(updates))
         longer = {f"{name}:B": pair.B * (1.1 if len(given) > 1 else 1.0) for name, pair in after.adapter.pairs.items()}
         return replace(after, adapter=after.adapter.with_tensors(longer))

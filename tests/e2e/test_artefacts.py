@@ -14,7 +14,7 @@ from fedlora.config import load_config
 from fedlora.data import FederatedData, load_data
 from fedlora.flower import run_local
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.tasks import load_task
 from fedlora.training.evaluate import length_batches
 

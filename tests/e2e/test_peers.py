@@ -13,7 +13,7 @@ from fedlora.model import save_adapter
 from fedlora.rng import derive
 from fedlora.training.cohort import train
 from fedlora.training.job import TrainJob
-from fedlora.training.workbench import open_workbench
+from fedlora.training.workspace import open_workspace
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -27,17 +27,17 @@ def test_a_peers_client_trains_what_ours_trains(shape: str, tmp_path: Path, monk
 
     config = peers.federation(shape, 2, tmp_path)
     peers.export(shape, config, tmp_path)
-    bench = open_workbench(config)
+    workspace = open_workspace(config)
     model = peer_client.build(str(tmp_path), "float32")
     peer_client.train(model, *peer_client.examples(str(tmp_path), 1, 1))
     job = TrainJob(
-        bench.base.initial_adapter(config.seed),
+        workspace.base.initial_adapter(config.seed),
         ALL_PARTS,
-        bench.data.clients[1],
+        workspace.data.clients[1],
         derive(config.seed, "train", 1, 1),
     )
-    result = train(bench.base, bench.task, bench.data.train, job, config.train)
-    save_adapter(bench.base, result.adapter, tmp_path / "ours", {})
+    result = train(workspace.base, workspace.task, workspace.data.train, job, config.train)
+    save_adapter(workspace.base, result.adapter, tmp_path / "ours", {})
     start = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     ours, theirs = load_file(tmp_path / "ours" / "adapter_model.safetensors"), peer_client.tensors(model)
     assert ours.keys() == theirs.keys()

@@ -17,8 +17,8 @@ from fedlora.config import load_config
 from fedlora.flower import run_local
 from fedlora.flower.peft_records import own_name
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training import open_workspace
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,7 +189,7 @@ def test_somebody_elses_server_app_on_flowers_simulation(
         assert all(torch.equal(found[name], value) for name, value in expected.items())
         return
     # Flower averages in float32 and in the order of arrival, and AdamW enlarges that where gradients are near zero.
-    first = open_workbench(config).base.initial_adapter(config.seed).tensors()
+    first = open_workspace(config).base.initial_adapter(config.seed).tensors()
     off, moved = (
         torch.cat([(one[name] - other[name]).flatten() for name in expected]).norm()
         for one, other in ((found, expected), (expected, first))

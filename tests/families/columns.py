@@ -25,11 +25,11 @@ from fedlora.errors import ModelError, PrivacyError
 from fedlora.model.export import save_adapter, save_merged
 from fedlora.privacy.calibrate import Schedule
 from fedlora.tasks import Examples, Table
-from fedlora.training import TrainJob, open_workbench, train
+from fedlora.training import TrainJob, open_workspace, train
 from fedlora.training.cohort import train_cohort, why_alone
-from fedlora.training.private import PrivateSettings, check_model
-from fedlora.training.private_cohort import train_private
-from fedlora.training.workbench import Workbench, close_workbench
+from fedlora.training.dp_loop import train_private
+from fedlora.training.dp_settings import PrivateSettings, check_model
+from fedlora.training.workspace import Workspace, close_workspace
 
 YES = "yes"
 SGD = TrainConfig(steps=1, batch_size=8, optimizer="sgd", lr=0.1)
@@ -53,7 +53,7 @@ class Case:
 
     family: Family
     folder: Path
-    bench: Workbench
+    workspace: Workspace
     raw: list[Any]
     labels: list[str]
     examples: Examples
@@ -68,7 +68,7 @@ class Case:
 
     def batch(self, rows: np.ndarray = ROWS) -> dict[str, Tensor]:
         """As the task collates it."""
-        return self.bench.task.collate(self.examples, rows)
+        return self.workspace.task.collate(self.examples, rows)
 
 
 @contextmanager
@@ -79,8 +79,8 @@ def opened(family: Family, folder: Path) -> Iterator[Case]:
         ModelError: the model is refused for this task.
     """
     write(family, folder)
-    close_workbench()
-    bench = open_workbench(parse_config(toml(family, folder)))
+    close_workspace()
+    workspace = open_workspace(parse_config(toml(family, folder)))
     raw: list[Any]
     if family.kind == "image":
         draw = np.random.default_rng(1)
@@ -89,17 +89,17 @@ def opened(family: Family, folder: Path) -> Iterator[Case]:
         raw = list(texts(8, seed=1))
     labels = ["abc"[number % 3] for number in range(8)]
     columns = {"text": raw, "image": raw, "label": labels}
-    roles = {role: role for role in bench.task.roles}
-    examples = bench.task.prepare(Table({r: columns[r] for r in roles}), folder, roles, keep=())
+    roles = {role: role for role in workspace.task.roles}
+    examples = workspace.task.prepare(Table({r: columns[r] for r in roles}), folder, roles, keep=())
     try:
-        yield Case(family, folder, bench, raw, labels, examples, filled(bench))
+        yield Case(family, folder, workspace, raw, labels, examples, filled(workspace))
     finally:
-        close_workbench()
+        close_workspace()
 
 
-def filled(bench: Workbench) -> AdapterState:
+def filled(workspace: Workspace) -> AdapterState:
     """The first adapter with B away from zero."""
-    state = bench.base.initial_adapter(0)
+    state = workspace.base.initial_adapter(0)
     generator = torch.Generator().manual_seed(3)
     moved = {
         f"{name}:B": torch.randn(pair.B.shape, generator=generator, dtype=pair.B.dtype) * 0.1
@@ -117,10 +117,10 @@ def plain_model(case: Case, folder: Path | None = None) -> nn.Module:
 
     kwargs: dict[str, Any] = {}
     if case.family.kind != "causal":
-        names = case.bench.data.label_names
+        names = case.workspace.data.label_names
         kwargs = {"num_labels": len(names), "id2label": dict(enumerate(names))}
     model: nn.Module = getattr(transformers, AUTO[case.family.kind]).from_pretrained(
-        folder or case.folder, dtype=case.bench.base.dtype, **kwargs
+        folder or case.folder, dtype=case.workspace.base.dtype, **kwargs
     )
     return model.eval()
 
@@ -130,7 +130,7 @@ def plain_peft(case: Case, folder: Path) -> nn.Module:
     from peft import PeftModel
 
     found: nn.Module = PeftModel.from_pretrained(
-        plain_model(case), folder, is_trainable=True, autocast_adapter_dtype=case.bench.base.dtype == torch.bfloat16
+        plain_model(case), folder, is_trainable=True, autocast_adapter_dtype=case.workspace.base.dtype == torch.bfloat16
     )
     return found.eval()
 
@@ -143,7 +143,7 @@ def plain_batch(case: Case, rows: np.ndarray) -> dict[str, Tensor]:
     if case.family.kind == "image":
         processor = AutoImageProcessor.from_pretrained(case.folder, backend="pil")
         pixels = processor(raw, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels.to(case.bench.base.dtype)}
+        return {"pixel_values": pixels.to(case.workspace.base.dtype)}
     tokenizer = AutoTokenizer.from_pretrained(case.folder)
     if case.family.kind == "classifier":
         return dict(tokenizer(raw, padding=True, truncation=True, max_length=64, return_tensors="pt"))
@@ -158,7 +158,7 @@ def plain_losses(case: Case, model: nn.Module, rows: np.ndarray) -> Tensor:
     logits = model(**batch, **({"use_cache": False} if case.family.kind == "causal" else {})).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if case.family.kind != "causal":
-        names = list(case.bench.data.label_names)
+        names = list(case.workspace.data.label_names)
         return functional.cross_entropy(
             logits, torch.tensor([names.index(case.labels[row]) for row in rows]), reduction="none"
         )
@@ -172,10 +172,10 @@ def plain_losses(case: Case, model: nn.Module, rows: np.ndarray) -> Tensor:
 def trained(case: Case, model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters of a plain PEFT model, by our names."""
     found = {}
-    for name in case.bench.base.targets:
+    for name in case.workspace.base.targets:
         layer: Any = model.get_submodule(f"base_model.model.{name}")
         found[f"{name}:A"], found[f"{name}:B"] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    for head in case.bench.base.heads:
+    for head in case.workspace.base.heads:
         wrapper: Any = model.get_submodule(f"base_model.model.{head}")
         for inner, parameter in wrapper.modules_to_save["default"].named_parameters():
             found[f"{head}.{inner}"] = parameter
@@ -198,13 +198,13 @@ def between(one: AdapterState, other: AdapterState) -> float:
 
 def step(case: Case, folder: Path) -> str:
     """One step of SGD moves the adapter as plain PEFT does."""
-    base = case.bench.base
+    base = case.workspace.base
     save_adapter(base, case.state, folder / "start", {})
     model = plain_peft(case, folder / "start")
     parameters = trained(case, model)
     losses = plain_losses(case, model, ROWS)
     gradients = torch.autograd.grad(losses.mean(), list(parameters.values()), allow_unused=True)
-    ours = train(base, case.bench.task, case.examples, TrainJob(case.state, ALL_PARTS, ROWS, 0), SGD)
+    ours = train(base, case.workspace.task, case.examples, TrainJob(case.state, ALL_PARTS, ROWS, 0), SGD)
     assert abs(ours.loss - float(losses.mean().detach())) <= 10 * case.tolerance
     for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
         moved = value.detach() if gradient is None else value.detach() - SGD.lr * gradient
@@ -214,7 +214,7 @@ def step(case: Case, folder: Path) -> str:
 
 def alone(case: Case, folder: Path) -> str:
     """An example gives alone what it gives in a padded batch, or the model is known to look at its padding."""
-    base, task = case.bench.base, case.bench.task
+    base, task = case.workspace.base, case.workspace.task
     base.write(case.state)
     base.train_mode(False)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def alone(case: Case, folder: Path) -> str:
 
 def cohort(case: Case, folder: Path) -> str:
     """A client's result in company is its result alone, or clients are known to train one by one."""
-    base, task = case.bench.base, case.bench.task
+    base, task = case.workspace.base, case.workspace.task
     jobs = [TrainJob(case.state, ALL_PARTS, rows, 0) for rows in (np.array([0, 2]), np.array([1, 3, 4]))]
     single = [train(base, task, case.examples, job, SGD).adapter for job in jobs]
     together = train_cohort(base, task, case.examples, jobs, [SGD, SGD])
@@ -242,7 +242,7 @@ def cohort(case: Case, folder: Path) -> str:
 
 def export(case: Case, folder: Path) -> str:
     """The exported adapter gives, on the plain model, the run's losses."""
-    base, task = case.bench.base, case.bench.task
+    base, task = case.workspace.base, case.workspace.task
     base.write(case.state)
     base.train_mode(False)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def export(case: Case, folder: Path) -> str:
 
 def merge(case: Case, folder: Path) -> str:
     """The merged model gives, without PEFT, the run's losses."""
-    base, task = case.bench.base, case.bench.task
+    base, task = case.workspace.base, case.workspace.task
     base.write(case.state)
     base.train_mode(False)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def merge(case: Case, folder: Path) -> str:
 
 def private(case: Case, folder: Path) -> str:
     """A private step without its noise is the sum of each example's clipped gradient, taken alone by plain PEFT."""
-    base, task = case.bench.base, case.bench.task
+    base, task = case.workspace.base, case.workspace.task
     job = TrainJob(case.state, ALL_PARTS, ROWS, 0)
     try:
         check_model(base, task, case.examples, job)
@@ -297,8 +297,8 @@ def packing(case: Case, folder: Path) -> str:
     """A packed batch gives the losses of a padded one, or packing is refused at the start."""
     if case.family.kind != "causal":
         return ""
-    base = case.bench.base
-    task = replace(case.bench.task, packing=True)  # type: ignore[type-var]
+    base = case.workspace.base
+    task = replace(case.workspace.task, packing=True)  # type: ignore[type-var]
     base.write(case.state)
     try:
         task.check(base.model, [case.examples])
@@ -307,7 +307,7 @@ def packing(case: Case, folder: Path) -> str:
     base.train_mode(False)
     with torch.no_grad():
         packed = task.losses(base.model, task.collate(case.examples, ROWS))
-        padded = case.bench.task.losses(base.model, case.batch())
+        padded = case.workspace.task.losses(base.model, case.batch())
     assert gap(packed, padded) <= max(case.tolerance, 2e-5)
     return YES
 
@@ -316,14 +316,16 @@ def prefix(case: Case, folder: Path) -> str:
     """With the lower layers' states kept, a client's result is the same; or the cache is refused."""
     results = []
     for mode in ("off", "on"):
-        close_workbench()
+        close_workspace()
         try:
-            bench = open_workbench(
+            workspace = open_workspace(
                 parse_config(toml(case.family, case.folder), ["adapter.layers=top:1", f"runtime.prefix_cache={mode}"])
             )
         except ModelError as error:
             return f"refused: {error}"
-        results.append(train(bench.base, bench.task, case.examples, TrainJob(filled(bench), ALL_PARTS, ROWS, 0), SGD))
+        results.append(
+            train(workspace.base, workspace.task, case.examples, TrainJob(filled(workspace), ALL_PARTS, ROWS, 0), SGD)
+        )
     assert between(results[0].adapter, results[1].adapter) <= case.tolerance
     return YES
 

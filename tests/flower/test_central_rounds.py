@@ -15,19 +15,19 @@ from interrupted import cut
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, RoundError
+from fedlora.federation.load_rule import load_rule
 from fedlora.flower import client_app, refuse_early, run_local
 from fedlora.flower.asking import Asker
 from fedlora.flower.local_grid import LocalGrid
 from fedlora.flower.server_app import RunOutcome
 from fedlora.flower.strategy import Federation
-from fedlora.privacy import central as central_module
+from fedlora.privacy import server_dp as central_module
 from fedlora.privacy.accounting import Entry
-from fedlora.privacy.central import CLIP
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.server_dp import CLIP
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training import open_workbench
-from fedlora.training.central import load_rule
+from fedlora.runs.rundir import RunDir
+from fedlora.training import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 Z, ROUNDS, DELTA = 2.0, 3, 1e-3
@@ -104,7 +104,7 @@ def test_noise_follows_the_largest_share_of_the_replies_that_came(
 ) -> None:
     unequally = ["partition.name=quantity", "partition.clients=4", "partition.alpha=0.5"]
     config = central("rounds=1", f"server.weighting={weighting}", *unequally)
-    sizes = [len(part) for part in open_workbench(config).data.clients]
+    sizes = [len(part) for part in open_workspace(config).data.clients]
     share = max(sizes) / sum(sizes) if unequal else 1 / len(sizes)
     record = run(config).records[-1]
     assert record["rule"]["noise_std"] == pytest.approx(Z * 0.05 * share)
@@ -115,7 +115,7 @@ def test_the_global_model_moves_by_clipped_updates_and_noise_alone(
 ) -> None:
     quiet = central("rounds=1", "privacy.clip_norm=1e-3", "train.lr=0.1")
     monkeypatch.setattr(central_module, "_noise", lambda like, std, generator: torch.zeros_like(like))
-    start = open_workbench(quiet).base.initial_adapter(quiet.seed).tensors()
+    start = open_workspace(quiet).base.initial_adapter(quiet.seed).tensors()
     after = run(quiet).state.adapter.tensors()
     moved = math.sqrt(sum(float((after[n].double() - t.double()).square().sum()) for n, t in start.items()))
     assert 1e-4 < moved <= 1e-3 * 1.001
@@ -170,7 +170,7 @@ def test_even_the_trusted_server_is_told_no_figure_but_what_weights_need(
     monkeypatch.setattr(LocalGrid, "_pull", pull)
     config = central("rounds=1", "train.clip_norm=1.0", f"server.weighting={weighting}")
     run(config)
-    sizes = [len(rows) for rows in open_workbench(config).data.clients]
+    sizes = [len(rows) for rows in open_workspace(config).data.clients]
     assert sent == [{"num_examples": 1 if weighting == "uniform" else size} for size in sizes]
 
 
@@ -218,7 +218,7 @@ def test_a_client_whose_training_fails_sends_an_update_that_changes_nothing(
 def test_refused_before_anything_is_made(central: MakeConfig, overrides: list[str], says: str) -> None:
     config = central(*overrides)
     with pytest.raises(FedloraError, match=says):
-        refuse_early(config, open_workbench(config))
+        refuse_early(config, open_workspace(config))
     with pytest.raises(FedloraError, match=says.split(":")[0] if "ranks" not in overrides[-1] else "same rank"):
         run(config)
 
@@ -244,7 +244,7 @@ def test_a_rule_without_noise_cannot_slip_in(central: MakeConfig, tmp_path: Path
     config = central()
     rundir = RunDir.create(config)
     with pytest.raises(PrivacyError, match="load_rule"):
-        Federation(None, config, load_aggregator("fedavg", {}), open_workbench(config), rundir, NoProgress())  # type: ignore[arg-type]
+        Federation(None, config, load_aggregator("fedavg", {}), open_workspace(config), rundir, NoProgress())  # type: ignore[arg-type]
     assert load_rule(config).entry() == Entry(1.0, Z, 1)  # type: ignore[attr-defined]
 
 

@@ -11,9 +11,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, fresh_pairs
-from fedlora.aggregators import ClientPlan, Merge
+from fedlora.aggregators import BaseUpdate, ClientPlan
 from fedlora.errors import ReplyError
-from fedlora.flower.codec import (
+from fedlora.flower.messages import (
     Ask,
     Decoded,
     PlanEncoder,
@@ -56,13 +56,13 @@ def test_a_transposed_tensor_is_sent_as_it_reads() -> None:
 
 
 def test_a_plan_survives_the_wire() -> None:
-    merge = Merge(0, 2, AdapterState(adapter(1, rank=7).pairs, {"c": torch.randn(4, 5)}))
-    plan = ClientPlan(adapter(), base_version=2, merges=(merge,), proximal_mu=0.5)
+    base_update = BaseUpdate(0, 2, AdapterState(adapter(1, rank=7).pairs, {"c": torch.randn(4, 5)}))
+    plan = ClientPlan(adapter(), base_version=2, base_updates=(base_update,), proximal_mu=0.5)
     received = decode_plan(PlanEncoder().encode(Ask(plan, 3, 1, "digest", "")))
     assert same(received.adapter(received.tensors("frozen/")), plan.adapter)
-    (got,) = received.merges()
+    (got,) = received.base_updates()
     assert (got.since, got.version) == (0, 2)
-    assert same(got.change, merge.change)
+    assert same(got.change, base_update.change)
     assert received.head["proximal_mu"] == 0.5
     assert set(received.head["trains"]) == ALL_PARTS
 

@@ -18,8 +18,8 @@ from fedlora.flower import run_local
 from fedlora.flower.server_app import RunOutcome
 from fedlora.privacy import dpsgd
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training import together
+from fedlora.runs.rundir import RunDir
+from fedlora.training import loop as together
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -14,14 +14,14 @@ import torch
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientUpdate, GlobalState
-from fedlora.errors import CrewError
-from fedlora.flower.books import Round
-from fedlora.flower.crew import AHEAD, Crew
-from fedlora.flower.meeting import Node
+from fedlora.errors import PoolError
+from fedlora.federation.round_record import Round
+from fedlora.flower.crew import AHEAD, WorkerPool
+from fedlora.flower.node_registry import Node
 from fedlora.flower.share import Asked, AskThese, Begin, Failed, GiveSums, Stand, serve
 from fedlora.flower.sums import RunningSums
-from fedlora.processes import Pipe
 from fedlora.progress import NoProgress
+from fedlora.simulation.processes import Pipe
 
 STATE = GlobalState(AdapterState(dense={"x": torch.zeros(2)}))
 Answer = Callable[[AskThese], Any]
@@ -89,7 +89,7 @@ class Thread:
         return Asked(books, job.nodes, () if self._sums else updates)
 
 
-Make = Callable[..., Crew]
+Make = Callable[..., WorkerPool]
 
 
 @pytest.fixture
@@ -98,9 +98,9 @@ def make() -> Iterator[Make]:
 
     def crew(
         children: Sequence[Thread], cohort: int = 2, work: Sequence[float] = (1.0,) * 20, sums: bool = False
-    ) -> Crew:
+    ) -> WorkerPool:
         made.extend(children)
-        return Crew(children, Begin({"k": 2}, len(work), cohort), work, sums=sums)  # type: ignore[arg-type]
+        return WorkerPool(children, Begin({"k": 2}, len(work), cohort), work, sums=sums)  # type: ignore[arg-type]
 
     yield crew
     for child in made:
@@ -112,7 +112,7 @@ def nodes(count: int = 20) -> dict[int, Node]:
 
 
 def ask(
-    crew: Crew, asked: Sequence[int], books: Round | None = None, there: dict[int, Node] | None = None
+    crew: WorkerPool, asked: Sequence[int], books: Round | None = None, there: dict[int, Node] | None = None
 ) -> list[Any]:
     books = books or Round(1, list(asked))
     return list(crew.updates(STATE, "", books, there or nodes(), NoProgress()))
@@ -237,12 +237,12 @@ def test_sums_are_kept_apart_by_what_was_not_sent() -> None:
 
 def test_a_process_that_dies_ends_the_run_with_a_cure(make: Make) -> None:
     crew = make([Thread(), Thread(answer=lambda _: None)], cohort=1)
-    with pytest.raises(CrewError, match=r"status -9: resume the run; where memory ran out"):
+    with pytest.raises(PoolError, match=r"status -9: resume the run; where memory ran out"):
         ask(crew, range(6))
 
 
 def test_a_process_that_cannot_go_on_says_why(make: Make) -> None:
-    with pytest.raises(CrewError, match="no room"):
+    with pytest.raises(PoolError, match="no room"):
         ask(make([Thread(answer=lambda _: Failed("no room"))]), [0])
 
 
@@ -251,7 +251,7 @@ def test_a_process_that_could_not_begin_says_why(make: Make) -> None:
     child = Thread()
     crew = make([child])
     child.fail("no such rule")
-    with pytest.raises(CrewError, match="no such rule"):
+    with pytest.raises(PoolError, match="no such rule"):
         ask(crew, [0])
 
 
@@ -265,7 +265,7 @@ def _no_memory() -> None:
 
 
 def test_nobody_waits_for_an_answer_that_cannot_be_read(make: Make) -> None:
-    with pytest.raises(CrewError, match="no room for it"):
+    with pytest.raises(PoolError, match="no room for it"):
         ask(make([Thread(answer=lambda _: _Unreadable())]), [0])
 
 

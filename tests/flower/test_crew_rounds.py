@@ -18,12 +18,12 @@ from interrupted import cut
 
 from fedlora.adapter import AdapterState
 from fedlora.config import RunConfig
-from fedlora.errors import CrewError
+from fedlora.errors import PoolError
 from fedlora.flower import run_local
 from fedlora.flower.server_app import RunOutcome
 from fedlora.partition import partitioners
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.state_io import same_state
 
 MakeConfig = Callable[..., RunConfig]
@@ -119,7 +119,7 @@ def test_a_killed_process_costs_its_round_and_nothing_else(tiny_config: MakeConf
     whole = run(tiny_config(*settings))
     config = tiny_config(*settings, name="killed")
     rundir = RunDir.create(config)
-    with pytest.raises(CrewError, match=r"ended with status -9.*resume the run"):
+    with pytest.raises(PoolError, match=r"ended with status -9.*resume the run"):
         run_local(config, rundir, _Kills())
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1]
     assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
@@ -156,7 +156,7 @@ from pathlib import Path
 from fedlora.config import load_config
 from fedlora.flower import run_local
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 class Says(NoProgress):
     def round_ended(self, record):

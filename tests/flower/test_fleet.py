@@ -12,7 +12,7 @@ from fedlora.config import RunConfig
 from fedlora.flower import client_app, run_local
 from fedlora.flower.server_app import RunOutcome
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -92,5 +92,5 @@ def test_drop_outs_and_absences_are_in_the_books_and_repeat_themselves(tiny_conf
 
 def test_profiles_can_give_ranks(tiny_config: MakeConfig) -> None:
     outcome = run(tiny_config(profiles('{name="a", rank=4}', '{name="b", rank=1}'), "strategy.name=flora"))
-    ranks = {pair.rank for pair in outcome.state.merges[-1].change.pairs.values()}
+    ranks = {pair.rank for pair in outcome.state.base_updates[-1].change.pairs.values()}
     assert ranks == {4 + 1 + 4 + 1}

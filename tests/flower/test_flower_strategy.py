@@ -20,8 +20,8 @@ from fedlora.flower.flower_strategy import TRAINS
 from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.peft_records import own_name, peft_name
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -90,7 +90,7 @@ def test_flowers_fedavg_with_our_client_is_our_fedavg(config: RunConfig) -> None
 
 def test_flowers_fedadam_takes_our_client(config: RunConfig) -> None:
     result = start(FedAdam(fraction_evaluate=0.0, eta=0.01), client_app.app, config)
-    first = open_workbench(config).base.initial_adapter(config.seed).tensors()
+    first = open_workspace(config).base.initial_adapter(config.seed).tensors()
     moved = {name: float((value - first[name]).abs().max()) for name, value in final(result).items()}
     assert all(0 < size <= 0.05 for size in moved.values()), moved  # two steps of at most about eta
 
@@ -99,7 +99,7 @@ def test_flowers_fedadam_takes_our_client(config: RunConfig) -> None:
 def test_our_strategy_with_a_plain_flower_client(config: RunConfig, rule: str) -> None:
     strategy = FedLoraStrategy(rule, alpha=config.adapter.alpha, fraction_evaluate=0.0)
     found = final(start(strategy, plain, config, rounds=1))
-    first = open_workbench(config).base.initial_adapter(config.seed).tensors()
+    first = open_workspace(config).base.initial_adapter(config.seed).tensors()
     mean = sum(0.01 * (k + 1) * 10 * (k + 1) for k in range(4)) / 100
     for name, value in found.items():
         step = 0.0 if rule == "ffa" and name.endswith(":A") else mean
@@ -118,7 +118,7 @@ def test_a_reply_that_does_not_fit_is_left_out_and_named(
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     strategy = FedLoraStrategy("fedavg", alpha=16, fraction_evaluate=0.0)
     found = final(start(strategy, plain, config, rounds=1, bad=bad))
-    first = open_workbench(config).base.initial_adapter(config.seed).tensors()
+    first = open_workspace(config).base.initial_adapter(config.seed).tensors()
     mean = sum(0.01 * (k + 1) * 10 * (k + 1) for k in range(1, 4)) / 90
     for name, value in found.items():
         torch.testing.assert_close(value, first[name] + mean, rtol=1e-5, atol=1e-6)

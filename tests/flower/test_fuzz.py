@@ -27,11 +27,11 @@ from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
 from fedlora.flower import run_local
-from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, encode_note, encode_update, encode_upload
 from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.validate import LARGEST_FIGURES, Limits, Valid, check_head, check_hello, check_update
+from fedlora.flower.messages import Ask, PlanEncoder, decode_plan, encode_note, encode_update, encode_upload
+from fedlora.flower.update_checks import LARGEST_FIGURES, Limits, Valid, check_head, check_hello, check_update
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 G = torch.Generator().manual_seed(0)
 PAIR = LoraPair(torch.randn(2, 3, generator=G), torch.randn(4, 2, generator=G), 2.0)

@@ -16,8 +16,8 @@ from fedlora.flower import client_app, run_local
 from fedlora.flower.handshake import TABLES, question, require_same_config, require_same_ground
 from fedlora.progress import NoProgress
 from fedlora.provenance import DATA, WORDS, Provenance
-from fedlora.rundir import RunDir
-from fedlora.training import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -99,8 +99,11 @@ def test_no_hash_of_training_data_is_in_a_private_runs_hello(tiny_config: MakeCo
         "privacy.max_grad_norm=1.0",
         "privacy.public_examples=40",
     )
-    bench = open_workbench(tiny_config(*private))
-    found, told = bench.provenance, json.dumps(question(bench.config, bench.pins).config_records["hello"]["provenance"])
+    workspace = open_workspace(tiny_config(*private))
+    found, told = (
+        workspace.provenance,
+        json.dumps(question(workspace.config, workspace.pins).config_records["hello"]["provenance"]),
+    )
     assert found.train_data
     assert found.test_data  # cut from the training source: which those are depends on all of it
     assert found.tokenizer

@@ -28,13 +28,14 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError
-from fedlora.flower import client_app, post
-from fedlora.flower.codec import Ask, encode_note, encode_update
+from fedlora.flower import client_app
+from fedlora.flower import mailbox as post
+from fedlora.flower.bounded_pull import Allowed, pull_reply
 from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.pulling import Allowed, pull_reply
+from fedlora.flower.messages import Ask, encode_note, encode_update
 from fedlora.flower.server_app import RunOutcome, run_rounds
-from fedlora.flower.validate import Limits, check_head, check_update
-from fedlora.rundir import RunDir
+from fedlora.flower.update_checks import Limits, check_head, check_update
+from fedlora.runs.rundir import RunDir
 
 MakeConfig = Callable[..., RunConfig]
 LIMITS = Limits(max_examples=1000)

@@ -15,12 +15,13 @@ from nothing_lost import Witness
 from fedlora.config import RunConfig
 from fedlora.deploy.keys import make_node_key
 from fedlora.errors import ReplyError, RoundError
-from fedlora.flower import client_app, identities, post, run_local
+from fedlora.flower import client_app, identities, run_local
+from fedlora.flower import mailbox as post
 from fedlora.flower.identities import Bindings, Identity, fingerprint
 from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.server_app import RunOutcome, run_rounds
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 MakeConfig = Callable[..., RunConfig]
 A, B, C = (Identity(name, f"SHA256:{name}") for name in ("site-a", "site-b", "site-c"))

@@ -12,12 +12,13 @@ from torch import nn
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.flower import run_local
+from fedlora.flower.app_config import config_of
 from fedlora.flower.local import as_begun
-from fedlora.flower.settings import config_of
-from fedlora.kernels import KernelReport, ShapeTiming
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training import close_workbench, workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.speedups.linear_kernels import KernelReport, ShapeTiming
+from fedlora.training import close_workspace
+from fedlora.training import workspace as workbench
 
 
 @pytest.mark.parametrize("chosen", [{"kernels": "onednn", "attention": "sdpa"}, {"kernels": "off"}, {}])
@@ -39,7 +40,7 @@ def test_what_the_config_says_is_not_overruled(tmp_path: Path) -> None:
 def test_the_clients_of_a_run_are_told_what_was_chosen_for_it(
     tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    close_workbench()
+    close_workspace()
     measured: list[str] = []
 
     def choose(model: nn.Module, mode: str) -> KernelReport:
@@ -65,7 +66,7 @@ def test_the_clients_of_a_run_are_told_what_was_chosen_for_it(
     ]
     assert facts["step_tokens"] > 0
     assert RunDir.open(rundir.path).config.runtime.kernels == "auto"
-    close_workbench()
+    close_workspace()
 
 
 @pytest.mark.parametrize("asked", ["auto", "measure"])

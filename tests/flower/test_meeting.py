@@ -12,12 +12,13 @@ from nothing_lost import Witness
 
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError
-from fedlora.flower import client_app, post, run_local
+from fedlora.flower import client_app, run_local
+from fedlora.flower import mailbox as post
 from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.server_app import RunOutcome, run_rounds
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training.workbench import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 Config = dict[str, bool | float | int | str]
@@ -54,7 +55,7 @@ class Moving(LocalGrid):
     window = None  # type: ignore[assignment]
 
     def __init__(self, config: RunConfig, there: Iterable[int] = range(4)) -> None:
-        everybody = range(len(open_workbench(config).data.clients))
+        everybody = range(len(open_workspace(config).data.clients))
         super().__init__(client_app.app, [{"partition-id": k} for k in everybody], {"toml": config.to_toml()})
         self.there = [k + 2 for k in there]
         self.lost: set[str] = set()

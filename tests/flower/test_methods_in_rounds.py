@@ -10,13 +10,13 @@ from interrupted import cut_and_resumed
 
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, RuleError
+from fedlora.evaluation.baselines import centralised
 from fedlora.flower import refuse_early, run_local
 from fedlora.flower.server_app import RunOutcome
-from fedlora.model.methods import METHODS
+from fedlora.model.peft_methods import METHODS
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training.baselines import centralised
-from fedlora.training.workbench import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 SMALL = {
@@ -57,7 +57,7 @@ def test_a_federation_learns_with_every_method(tiny_config: MakeConfig, method: 
 def test_what_the_base_gave_up_is_sent_once_and_survives_a_resume(tiny_config: MakeConfig, rule: str) -> None:
     table = keys("pissa", f"strategy.name={rule}", "rounds=4")
     whole = run(tiny_config(*table, name="whole"))
-    assert len(whole.state.merges) == 1
+    assert len(whole.state.base_updates) == 1
     downs = [record["bytes_down"] for record in whole.records[1:]]
     assert downs[0] > downs[1] == downs[2] == downs[3]
     config = tiny_config(*table, name="cut")
@@ -78,8 +78,8 @@ def test_the_aggregation_error_is_that_of_the_change_of_the_pristine_base(tiny_c
 
 
 def test_baselines_start_from_the_same_base(tiny_config: MakeConfig) -> None:
-    bench = open_workbench(tiny_config(*keys("pissa", "rounds=6")))
-    assert centralised(bench)["accuracy"] > 0.7
+    workspace = open_workspace(tiny_config(*keys("pissa", "rounds=6")))
+    assert centralised(workspace)["accuracy"] > 0.7
 
 
 @pytest.mark.parametrize(("rule", "method"), [("flora", "pissa"), ("flora", "dora"), ("ffa", "vera"), ("fair", "ia3")])
@@ -88,7 +88,7 @@ def test_what_does_not_go_together_is_said_before_anything_is_written(
 ) -> None:
     config = tiny_config(*keys(method, f"strategy.name={rule}"))
     with pytest.raises(RuleError, match=r"choose|adapter.method"):
-        refuse_early(config, open_workbench(config))
+        refuse_early(config, open_workspace(config))
 
 
 @pytest.mark.parametrize("method", ["dora", "vera", "ia3", "pissa"])
@@ -97,9 +97,9 @@ def test_private_training_refuses_what_it_cannot_clip(tiny_config: MakeConfig, m
         *keys(method, "privacy={noise_multiplier=1.0, delta=1e-3, max_grad_norm=1.0, public_examples=20}"),
         "server.weighting=uniform",
     )
-    bench = open_workbench(config)
+    workspace = open_workspace(config)
     if method == "pissa":
-        refuse_early(config, bench)
+        refuse_early(config, workspace)
         return
     with pytest.raises(PrivacyError, match=r"set adapter\.method"):
-        refuse_early(config, bench)
+        refuse_early(config, workspace)

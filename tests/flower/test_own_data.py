@@ -16,12 +16,12 @@ from fedlora.config import RunConfig, parse_config
 from fedlora.data import load_data
 from fedlora.errors import ConfigError, DataError, FedloraError, RoundError, RunDirError
 from fedlora.flower import client_app, refuse_early, run_local
+from fedlora.flower.app_config import NODE_KEYS, config_of
 from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.server_app import RunOutcome, run_rounds
-from fedlora.flower.settings import NODE_KEYS, config_of
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training.workbench import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 LABELS = "task.labels=['negative','positive']"
@@ -129,7 +129,7 @@ def test_a_node_trains_on_all_of_its_file_and_on_nothing_else(configs: Any, file
     data = load_data(config)
     assert [len(rows) for rows in data.clients] == [50, 50]
     assert len(data.train) == 50
-    assert open_workbench(config).data is data or len(open_workbench(config).data.train) == 50
+    assert open_workspace(config).data is data or len(open_workspace(config).data.train) == 50
 
 
 def context_of(config: RunConfig, node_config: dict[str, Any]) -> Context:
@@ -193,7 +193,7 @@ def test_a_run_config_cannot_name_a_nodes_file(configs: Any, files: Path) -> Non
 def test_what_the_nodes_keep_cannot_be_simulated_from_nothing(configs: Any) -> None:
     own, _ = configs()
     with pytest.raises(ConfigError, match="start the run with flwr run"):
-        refuse_early(own, open_workbench(own))
+        refuse_early(own, open_workspace(own))
 
 
 def test_every_key_of_a_node_config_is_in_the_deployment_page() -> None:

@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError, RuleError
-from fedlora.flower import client_app, run_local
-from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.plausible import (
+from fedlora.federation.plausibility import (
     FIRST,
     UPDATE_NORM,
     largest_change,
@@ -25,9 +23,11 @@ from fedlora.flower.plausible import (
     median_change,
     no_losses,
 )
+from fedlora.flower import client_app, run_local
+from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.server_app import RunOutcome, run_rounds
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 MakeConfig = Callable[..., RunConfig]
 positive = st.floats(1e-6, 1e6)

@@ -14,15 +14,15 @@ from flwr.app.user_config import UserConfig
 
 from fedlora.config import RunConfig
 from fedlora.flower import client_app, run_local
-from fedlora.flower.codec import from_array, to_array
 from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.messages import from_array, to_array
 from fedlora.flower.node_account import ledger_path
 from fedlora.flower.server_app import RunOutcome, run_rounds
 from fedlora.flower.spending import Spending
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 MakeConfig = Callable[..., RunConfig]
 DELTA, ROUNDS = 1e-3, 3
@@ -231,7 +231,7 @@ def test_a_log_of_changes_that_was_compacted_is_the_same_question(
     rundir = die(monkeypatch, config, nodes, 5, "append_metrics")
     state = rundir.latest_checkpoint()
     assert state is not None
-    assert len(state.merges) < 4  # compacted
+    assert len(state.base_updates) < 4  # compacted
     deploy(config, nodes, rundir, run_id=2)
     assert events(tmp_path / "node-0.jsonl") == ["started", "released"] * 5
 

@@ -23,19 +23,19 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message
 
-from fedlora import environment
 from fedlora.config import RunConfig, parse_config
 from fedlora.flower import client_app, run_local
 from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.server_app import run_rounds
 from fedlora.model import clear_cache
-from fedlora.privacy import central
+from fedlora.privacy import server_dp as central
 from fedlora.progress import NoProgress
 from fedlora.rng import derive
-from fedlora.rundir import RunDir
-from fedlora.training import sizing
+from fedlora.runs import environment
+from fedlora.runs.rundir import RunDir
+from fedlora.simulation import capacity as sizing
 from fedlora.training.job import TrainResult
-from fedlora.training.workbench import close_workbench, open_workbench
+from fedlora.training.workspace import close_workspace, open_workspace
 
 Rows = list[dict[str, str]]
 OWN_LOGS = (
@@ -196,7 +196,7 @@ class Everything:
         self._patch, self._log = monkeypatch, caplog
 
     def __call__(self, config: RunConfig, run: Callable[[RunDir, Told], Any]) -> dict[str, Any]:
-        close_workbench()
+        close_workspace()
         clear_cache()
         numbers, told = count(1), Told()
         found: dict[str, Any] = {}
@@ -343,11 +343,13 @@ def test_what_is_chosen_automatically_does_not_go_by_training_examples(
     found = []
     for change in (lambda rows: rows, longer, lambda rows: rows[:5], lambda rows: added(longer(rows))):
         write(change(reviews[100:130]))
-        close_workbench()
-        bench = open_workbench(config)
-        choice = sizing.process_count(bench, 3)
+        close_workspace()
+        workspace = open_workspace(config)
+        choice = sizing.process_count(workspace, 3)
         assert choice.processes > 1
-        found.append((choice, sizing.cohort_size(bench, 3, 2), sizing.expected_tokens(bench), bench.choices))
+        found.append(
+            (choice, sizing.cohort_size(workspace, 3, 2), sizing.expected_tokens(workspace), workspace.choices)
+        )
     assert all(other == found[0] for other in found)
 
 

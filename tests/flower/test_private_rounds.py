@@ -25,7 +25,7 @@ from fedlora.flower.spending import Spending
 from fedlora.privacy.accounting import Entry
 from fedlora.privacy.ledger import Ledger
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.terminal import totals
 
 MakeConfig = Callable[..., RunConfig]

@@ -14,20 +14,20 @@ import psutil
 import pytest
 import torch
 
-from fedlora import processes
 from fedlora.config import RunConfig, parse_config
-from fedlora.errors import ConfigError, CrewError, PrivacyError
+from fedlora.errors import ConfigError, PoolError, PrivacyError
 from fedlora.flower import ray_crew, run_local
 from fedlora.flower.ray_crew import Actor, Cluster, require_ray
 from fedlora.flower.server_app import RunOutcome
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
+from fedlora.simulation import processes
+from fedlora.simulation.machines import Machine, most_threads, room
 from fedlora.state_io import same_state
-from fedlora.training.machines import Machine, most_threads, room
 
 MakeConfig = Callable[..., RunConfig]
 TWO = ("runtime.processes=2", "rounds=3", "partition.clients=5", "runtime.cohort=1")
-RAY = (*TWO, "runtime.crew=ray")
+RAY = (*TWO, "runtime.backend=ray")
 
 
 def run(config: RunConfig) -> RunOutcome:
@@ -85,7 +85,7 @@ def test_a_cluster_that_is_too_small_is_refused() -> None:
 
 def test_nobody_waits_for_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(CrewError, match=r"refused.*look at RAY_ADDRESS"), ray_crew.open_cluster():
+    with pytest.raises(PoolError, match=r"refused.*look at RAY_ADDRESS"), ray_crew.open_cluster():
         pass
 
 
@@ -139,7 +139,7 @@ def test_ray_comes_to_what_processes_do_to_the_byte(tiny_config: MakeConfig, clu
     )
     assert same_state(here.state, there.state)
     facts = there.rundir.read_json("environment.json")
-    assert (facts["crew"], facts["processes"]) == ("ray", 2)
+    assert (facts["backend"], facts["processes"]) == ("ray", 2)
     assert cluster.is_initialized()
     until(lambda: not actors(), "an actor outlived its run")
 
@@ -165,7 +165,7 @@ def test_a_killed_actor_costs_its_round_and_nothing_else(tiny_config: MakeConfig
         assert len(actors()) == 2
         os.kill(actors()[0].pid, signal.SIGKILL)
 
-    with pytest.raises(CrewError, match=r"worker process has died.*resume the run.*lower runtime\.processes"):
+    with pytest.raises(PoolError, match=r"worker process has died.*resume the run.*lower runtime\.processes"):
         run_local(config, rundir, _At2(kill))
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1]
     until(lambda: not actors(), "an actor outlived its run")

@@ -21,8 +21,8 @@ from fedlora.flower import client_app, run_local
 from fedlora.flower.following import digest_of
 from fedlora.flower.server_app import RunOutcome
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training.workbench import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -89,7 +89,7 @@ def test_ffa_sends_a_once_and_b_alone_after_that(tiny_config: MakeConfig) -> Non
     a_bytes = 4 * state.nbytes(("A",))
     assert ups[0] - ups[1] == a_bytes
     assert downs[0] - downs[1] == pytest.approx(a_bytes, abs=64)
-    initial = open_workbench(tiny_config()).base.initial_adapter(0)
+    initial = open_workspace(tiny_config()).base.initial_adapter(0)
     assert all(torch.equal(state.pairs[k].A, initial.pairs[k].A) for k in state.pairs)
 
 
@@ -115,11 +115,11 @@ def test_flora_clients_that_join_late_or_restart_train_on_the_same_base(tiny_con
 
     class Restarts(NoProgress):
         def round_started(self, number: int, asked: object) -> None:
-            held.append(digest_of(bench.base))
-            bench.base.rebase(0, ())
+            held.append(digest_of(workspace.base))
+            workspace.base.rebase(0, ())
 
     config = tiny_config(*settings, name="restarts")
-    bench = open_workbench(config)
+    workspace = open_workspace(config)
     outcome = run_local(config, RunDir.create(config), Restarts())
     assert same(outcome.adapter, expected.adapter)
     assert "" not in held[1:], "no client's base had changed when it was restarted"
@@ -129,17 +129,17 @@ def test_flora_ends_with_an_adapter_that_does_what_base_and_adapter_do(tiny_conf
     outcome = run(tiny_config("strategy.name=flora", "clients.ranks=[8,4,2,1]"))
     adapter, error = equivalent_adapter(outcome.state, 10_000)
     assert error < 1e-5
-    bench = open_workbench(tiny_config())
-    bench.base.rebase(0, ())
-    bench.base.write(adapter)
-    batch = bench.task.collate(bench.data.test, np.arange(8))
-    bench.base.train_mode(False)
+    workspace = open_workspace(tiny_config())
+    workspace.base.rebase(0, ())
+    workspace.base.write(adapter)
+    batch = workspace.task.collate(workspace.data.test, np.arange(8))
+    workspace.base.train_mode(False)
     with torch.no_grad():
-        alone = bench.task.losses(bench.base.model, batch)
-        bench.base.rebase(outcome.state.base_version, outcome.state.merges)
-        bench.base.write(outcome.state.adapter)
-        together = bench.task.losses(bench.base.model, batch)
-    bench.base.rebase(0, ())
+        alone = workspace.task.losses(workspace.base.model, batch)
+        workspace.base.rebase(outcome.state.base_version, outcome.state.base_updates)
+        workspace.base.write(outcome.state.adapter)
+        together = workspace.task.losses(workspace.base.model, batch)
+    workspace.base.rebase(0, ())
     assert torch.allclose(alone, together, atol=1e-5)
 
 
@@ -229,9 +229,9 @@ def test_sampling_is_seeded_and_reaches_everyone(tiny_config: MakeConfig) -> Non
 
 def test_the_base_is_loaded_once_for_all_clients_and_rounds(tiny_config: MakeConfig) -> None:
     from fedlora.model import cache_info
-    from fedlora.training.workbench import close_workbench
+    from fedlora.training.workspace import close_workspace
 
-    close_workbench()
+    close_workspace()
     before = cache_info().loads
     run(tiny_config())
     run(tiny_config("strategy.name=ffa"))
@@ -245,11 +245,11 @@ def test_peft_loads_the_adapter_and_gives_the_same_accuracy(tiny_config: MakeCon
     outcome = run(tiny_config("rounds=5"))
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
     model = PeftModel.from_pretrained(plain, outcome.rundir.adapter_dir).eval()
-    bench = open_workbench(tiny_config())
-    test = bench.data.test
+    workspace = open_workspace(tiny_config())
+    test = workspace.data.test
     with torch.no_grad():
-        batch = bench.task.collate(test, np.arange(len(test)))
-        measured = bench.task.summarise({k: v.numpy() for k, v in bench.task.measure(model, batch).items()})
+        batch = workspace.task.collate(test, np.arange(len(test)))
+        measured = workspace.task.summarise({k: v.numpy() for k, v in workspace.task.measure(model, batch).items()})
     assert measured["accuracy"] == outcome.records[-1]["accuracy"]
 
 
@@ -259,8 +259,8 @@ def test_a_config_that_cannot_work_is_refused_before_an_earlier_run_is_removed(t
     for override, error in (("clients.ranks=[4,2]", RuleError), ("server.clients_per_round=9", RoundError)):
         config = tiny_config(override)
         with pytest.raises(error):
-            refuse_early(config, open_workbench(config))
-    refuse_early(tiny_config("clients.ranks=[4,2]", "strategy.name=ffa"), open_workbench(tiny_config()))
+            refuse_early(config, open_workspace(config))
+    refuse_early(tiny_config("clients.ranks=[4,2]", "strategy.name=ffa"), open_workspace(tiny_config()))
 
 
 def test_a_merge_that_overflows_is_named_and_not_kept(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fedlora.config import RunConfig, parse_config
+from fedlora.federation.generations import NUMBER
 from fedlora.flower import run_local
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training.samples import NUMBER
+from fedlora.runs.rundir import RunDir
 
 
 @pytest.fixture

@@ -18,18 +18,19 @@ from interrupted import cut
 from nothing_lost import Witness
 
 from fedlora.adapter import AdapterState, LoraPair
-from fedlora.aggregators import ClientPlan, GlobalState, Merge
+from fedlora.aggregators import BaseUpdate, ClientPlan, GlobalState
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError, RunDirError
-from fedlora.flower import client_app, post, run_local
-from fedlora.flower.books import quorum_of
-from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, digest
+from fedlora.federation.round_record import quorum_of
+from fedlora.flower import client_app, run_local
+from fedlora.flower import mailbox as post
 from fedlora.flower.following import can_follow, digest_of, next_digest
 from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.flower.messages import Ask, PlanEncoder, decode_plan, digest
 from fedlora.flower.server_app import RunOutcome, run_rounds
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.training.workbench import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -56,7 +57,7 @@ class Troubled(LocalGrid):
     window = None  # type: ignore[assignment]
 
     def __init__(self, config: RunConfig) -> None:
-        nodes = [{"partition-id": k} for k in range(len(open_workbench(config).data.clients))]
+        nodes = [{"partition-id": k} for k in range(len(open_workspace(config).data.clients))]
         super().__init__(client_app.app, nodes, {"toml": config.to_toml()})
         self.polls: Counter[str] = Counter()
         self.to: dict[str, Message] = {}
@@ -326,29 +327,29 @@ def test_a_node_that_changed_its_number_does_not_train_under_the_old_one(tiny_co
 # ------------------------------------------------------------------------------------------------ versions of the base
 
 
-def merge(since: int, version: int, value: float = 1.0) -> Merge:
-    return Merge(since, version, AdapterState({"m": LoraPair(torch.ones(1, 2) * value, torch.ones(2, 1), 1.0)}))
+def aggregate(since: int, version: int, value: float = 1.0) -> BaseUpdate:
+    return BaseUpdate(since, version, AdapterState({"m": LoraPair(torch.ones(1, 2) * value, torch.ones(2, 1), 1.0)}))
 
 
 def test_a_digest_moves_with_every_change_and_with_nothing_else() -> None:
-    adapter = AdapterState({"m": merge(0, 1).change.pairs["m"]})
-    old = GlobalState(adapter, merges=(merge(0, 1), merge(1, 2)))
-    grown = GlobalState(adapter, merges=(*old.merges, merge(2, 3)))
-    compacted = GlobalState(adapter, merges=(merge(0, 2, 2.0), merge(2, 3)))
-    folded = GlobalState(adapter, merges=(merge(0, 3, 3.0),))
-    assert next_digest("d", old, GlobalState(adapter, merges=(merge(0, 2, 2.0),))) == "d"
+    adapter = AdapterState({"m": base_update(0, 1).change.pairs["m"]})
+    old = GlobalState(adapter, base_updates=(base_update(0, 1), base_update(1, 2)))
+    grown = GlobalState(adapter, base_updates=(*old.base_updates, base_update(2, 3)))
+    compacted = GlobalState(adapter, base_updates=(base_update(0, 2, 2.0), base_update(2, 3)))
+    folded = GlobalState(adapter, base_updates=(base_update(0, 3, 3.0),))
+    assert next_digest("d", old, GlobalState(adapter, base_updates=(base_update(0, 2, 2.0),))) == "d"
     assert next_digest("d", old, grown) == next_digest("d", old, compacted) != "d"
     assert next_digest("d", old, folded) != "d"
 
 
 def test_a_base_that_somebody_else_changed_is_not_taken_for_a_known_one(tiny_config: MakeConfig) -> None:
-    base = open_workbench(tiny_config()).base
+    base = open_workspace(tiny_config()).base
     name = base.targets[0]
     shape = base.layout()[name]
     pair = LoraPair(torch.ones(1, shape.d_in), torch.ones(shape.d_out, 1), 1.0)
     base.rebase(0, ())
     assert digest_of(base) == ""
-    base.rebase(7, (Merge(0, 7, AdapterState({name: pair})),))
+    base.rebase(7, (BaseUpdate(0, 7, AdapterState({name: pair})),))
     try:
         assert digest_of(base) != ""
         assert not can_follow(base, "target", "since")

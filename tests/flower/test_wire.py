@@ -14,15 +14,15 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
+from fedlora.evaluation.traffic import measure_traffic
 from fedlora.flower import run_local
-from fedlora.flower.codec import Ask, PlanEncoder, decode_plan, encode_update, encode_upload
+from fedlora.flower.messages import Ask, PlanEncoder, decode_plan, encode_update, encode_upload
 from fedlora.flower.server_app import RunOutcome
-from fedlora.flower.validate import Limits, check_update
+from fedlora.flower.update_checks import Limits, check_update
 from fedlora.flower.wire import BF16_STYPE, INT8_STYPE, STYPE, WIRES, decode_change, encode_change, header_of, to_array
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
-from fedlora.traffic import measure_traffic
-from fedlora.training.workbench import open_workbench
+from fedlora.runs.rundir import RunDir
+from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 G = torch.Generator().manual_seed(0)
@@ -184,10 +184,10 @@ def test_every_rule_learns_as_well_and_sends_what_was_announced(tiny_config: Mak
     settings = (f"strategy.name={rule}", "server.evaluate_every=3")
     exact, config = run(tiny_config(*settings, name="exact")), tiny_config(*settings, f"wire.up={wire}")
     rounded = run(config)
-    bench = open_workbench(config)
-    layouts = [bench.base.layout()] * 4
+    workspace = open_workspace(config)
+    layouts = [workspace.base.layout()] * 4
     sizes = [
-        measure_traffic(load_aggregator(rule), bench.base.initial_adapter(0), layouts, name).up
+        measure_traffic(load_aggregator(rule), workspace.base.initial_adapter(0), layouts, name).up
         for name in ("float32", wire)
     ]
     assert sizes[1] < {"bfloat16": 0.51, "int8": 0.36}[wire] * sizes[0]
@@ -198,7 +198,7 @@ def test_every_rule_learns_as_well_and_sends_what_was_announced(tiny_config: Mak
     assert rounded.records[-1]["loss"] == pytest.approx(exact.records[-1]["loss"], abs=0.01)
     assert (max(record["aggregation_error"] for record in rounded.records[1:]) < 1e-6) == (rule in ("ffa", "flora"))
     if rule == "ffa":
-        initial = bench.base.initial_adapter(0)
+        initial = workspace.base.initial_adapter(0)
         state = rounded.state.adapter
         assert all(torch.equal(state.pairs[name].A, initial.pairs[name].A) for name in state.pairs)
 

@@ -24,18 +24,18 @@ from fedlora.config import RunConfig
 from fedlora.deploy import Guard
 from fedlora.errors import WorkerError
 from fedlora.flower import client_app
-from fedlora.flower import node_app as node_app_module
-from fedlora.flower.codec import Ask, PlanEncoder, decode_head
 from fedlora.flower.local_grid import task_identity
-from fedlora.flower.node_app import app as node_app
-from fedlora.flower.worker import client, server, supervisor
-from fedlora.flower.worker.client import ask, check
-from fedlora.flower.worker.frames import pack, unpack
-from fedlora.flower.worker.server import BROKEN, Worker
-from fedlora.flower.worker.socket import code_digest, make_folder, named_by, require_own
-from fedlora.flower.worker.supervisor import supervise
+from fedlora.flower.messages import Ask, PlanEncoder, decode_head
+from fedlora.node_worker import client, server, supervisor
+from fedlora.node_worker import node_app as node_app_module
+from fedlora.node_worker.client import ask, check
+from fedlora.node_worker.frames import pack, unpack
+from fedlora.node_worker.node_app import app as node_app
+from fedlora.node_worker.server import BROKEN, Worker
+from fedlora.node_worker.socket import code_digest, make_folder, named_by, require_own
+from fedlora.node_worker.supervisor import supervise
 from fedlora.privacy.ledger import Ledger
-from fedlora.training.workbench import open_workbench
+from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -49,10 +49,10 @@ def folder() -> Iterator[Path]:
 
 def plan(config: RunConfig, client_id: int = 0) -> RecordDict:
     """What the server sends to a client in round 1."""
-    bench = open_workbench(config)
+    workspace = open_workspace(config)
     rule = load_aggregator(config.strategy.name)
-    state = rule.init(bench.base.initial_adapter(config.seed), seed=1)
-    spec = ClientSpec(client_id, bench.base.layout())
+    state = rule.init(workspace.base.initial_adapter(config.seed), seed=1)
+    spec = ClientSpec(client_id, workspace.base.layout())
     ask = Ask(rule.plan(state, spec), 1, client_id, wire=config.wire.up, run="ab" * 16)
     return PlanEncoder().encode(ask)
 
@@ -369,7 +369,7 @@ def test_requests_are_done_one_at_a_time_and_a_stopping_worker_begins_no_other(
 
 def test_the_nodes_app_imports_nothing_heavy() -> None:
     code = (
-        "import sys, fedlora.flower.node_app, fedlora.flower.worker.client, fedlora.flower.worker.supervisor\n"
+        "import sys, fedlora.node_worker.node_app, fedlora.node_worker.client, fedlora.node_worker.supervisor\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'opacus', 'datasets', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -442,8 +442,8 @@ import logging, sys
 from pathlib import Path
 from flwr.app import Context, Message
 from fedlora.flower.local_grid import task_identity
-from fedlora.flower.node_app import app
-from fedlora.flower.worker.frames import pack, unpack
+from fedlora.node_worker.node_app import app
+from fedlora.node_worker.frames import pack, unpack
 
 head, contents = unpack(Path(sys.argv[1]).read_bytes())
 with task_identity(7, 9):

@@ -18,18 +18,18 @@ from random_models import loaded
 from torch import Tensor
 
 from fedlora.adapter import ALL_PARTS, AdapterState
-from fedlora.attention import choose_attention
 from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
 from fedlora.model import Base
 from fedlora.privacy.calibrate import Schedule
 from fedlora.privacy.dpsgd import clipping_norm
+from fedlora.speedups.attention import choose_attention
 from fedlora.tasks import Examples, Task
 from fedlora.training import TrainJob, TrainResult
-from fedlora.training.dropout import Masks, Stream, secret_masks
-from fedlora.training.private import PrivateSettings, check_model, train_by_opacus
-from fedlora.training.private_cohort import PrivateTogether
-from fedlora.training.together import Client
+from fedlora.training.dp_loop import PrivateTogether
+from fedlora.training.dp_settings import PrivateSettings, check_model, train_by_opacus
+from fedlora.training.dropout_masks import Masks, Stream, secret_masks
+from fedlora.training.loop import Client
 
 C = 0.01
 OTHERS = 8

@@ -39,7 +39,7 @@ def run(rule: Aggregator, clients: list[AdapterState]) -> tuple[GlobalState, tor
     first = clients[0].pairs["m"]
     start = AdapterState({"m": LoraPair(first.A, torch.zeros_like(first.B), first.scale)}, {"head": torch.zeros(3)})
     before = rule.init(start.with_tensors({"head": start.dense["head"].double()}))
-    after = rule.merge(before, [ClientUpdate(k, c, WEIGHTS[k]) for k, c in enumerate(clients)])
+    after = rule.aggregate(before, [ClientUpdate(k, c, WEIGHTS[k]) for k, c in enumerate(clients)])
     ideal = DeltaSum()
     for k, client in enumerate(clients):
         ideal.add(client.pairs, WEIGHTS[k])
@@ -171,6 +171,6 @@ def test_a_client_of_no_weight_to_speak_of_has_no_say(rule: Aggregator) -> None:
     _, without, _ = run(rule, clients[:1])
     start = AdapterState({"m": replace(clients[0].pairs["m"], B=torch.zeros(O, R).double())}, clients[0].dense)
     before = rule.init(start)
-    after = rule.merge(before, [ClientUpdate(0, clients[0], 1e18), ClientUpdate(1, clients[1], 1e-3)])
+    after = rule.aggregate(before, [ClientUpdate(0, clients[0], 1e18), ClientUpdate(1, clients[1], 1e-3)])
     change = torch.stack([c * p.scale * p.B @ p.A for c, p in broadcast_change(before, after).terms("m")]).sum(0)
     torch.testing.assert_close(change, without, rtol=1e-12, atol=1e-12)

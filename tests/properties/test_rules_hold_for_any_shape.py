@@ -18,11 +18,11 @@ from fedlora.adapter import (
 )
 from fedlora.aggregators import (
     Aggregator,
+    BaseUpdate,
     ClientPlan,
     ClientSpec,
     ClientUpdate,
     GlobalState,
-    Merge,
     WeightedMean,
     accumulate,
     broadcast_change,
@@ -75,7 +75,7 @@ def test_exact_rules_are_exact(drawn: tuple[PairShape, list[PairShape], list[flo
         for _ in range(2):
             specs = [ClientSpec(k, {"m": theirs}) for k, theirs in enumerate(shapes)]
             updates = [trained(rule, state, spec, n, dtype) for spec, n in zip(specs, ns, strict=True)]
-            after = rule.merge(state, updates)
+            after = rule.aggregate(state, updates)
             ideal = DeltaSum()
             for update in updates:
                 ideal.add(update.adapter.pairs, update.num_examples)
@@ -102,7 +102,7 @@ def test_fair_is_never_further_from_the_ideal_than_fedavg(
         ideal = DeltaSum()
         for update in updates:
             ideal.add(update.adapter.pairs, update.num_examples)
-        errors.append(relative_error(broadcast_change(state, rule.merge(state, updates)), ideal, sum(ns)))
+        errors.append(relative_error(broadcast_change(state, rule.aggregate(state, updates)), ideal, sum(ns)))
     assert errors[0] <= errors[1] + 3 * ROUNDING[dtype]
 
 
@@ -144,11 +144,11 @@ def test_any_road_through_any_log_ends_with_the_same_bits(ranks: list[int], data
     states, log = [there], ()
     for version, rank in enumerate(ranks):
         pair = LoraPair(noise((rank, 9), version, torch.float32), noise((8, rank), -version % 97, torch.float32), 0.3)
-        merge = Merge(version, version + 1, AdapterState({"m": pair}))
-        log = compact((*log, merge))
-        there = accumulate(there, merge)
+        base_update = BaseUpdate(version, version + 1, AdapterState({"m": pair}))
+        log = compact((*log, base_update))
+        there = accumulate(there, base_update)
         states.append(there)
         since = data.draw(st.integers(0, version + 1))
-        plan = ClientPlan(AdapterState(), base_version=version + 1, merges=catch_up(log, since))
+        plan = ClientPlan(AdapterState(), base_version=version + 1, base_updates=catch_up(log, since))
         assert torch.equal(follow(states[since], since, plan)["m"], there["m"])
-        assert log[-1] is merge
+        assert log[-1] is base_update

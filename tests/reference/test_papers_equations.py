@@ -44,7 +44,7 @@ def merged(rule: Aggregator, clients: list[Client], start: AdapterState) -> tupl
     """The rule's next state, and the dense change of weights that it broadcasts."""
     before = rule.init(start)
     updates = [ClientUpdate(k, client.adapter, N[k]) for k, client in enumerate(clients)]
-    after = rule.merge(before, updates)
+    after = rule.aggregate(before, updates)
     terms = broadcast_change(before, after).terms("m")
     return after, np.sum([c * p.scale * (p.B.numpy() @ p.A.numpy()) for c, p in terms], axis=0)
 
@@ -110,8 +110,8 @@ def test_flora_is_the_stack_of_all_clients() -> None:
     state, change = merged(Flora(), clients, start())
     stacked_A = np.concatenate([client.p * client.s * client.A for client in clients])
     stacked_B = np.concatenate([client.B for client in clients], axis=1)
-    same(state.merges[-1].change.pairs["m"].A.numpy(), stacked_A)
-    same(state.merges[-1].change.pairs["m"].B.numpy(), stacked_B)
+    same(state.base_updates[-1].change.pairs["m"].A.numpy(), stacked_A)
+    same(state.base_updates[-1].change.pairs["m"].B.numpy(), stacked_B)
     same(change, ideal(clients))
     assert not state.adapter.pairs["m"].B.any()
     same(state.adapter.dense["head"].numpy(), mean_head(clients))

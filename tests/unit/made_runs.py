@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fedlora.config import parse_config
-from fedlora.outcomes import write_outcomes
-from fedlora.rundir import RunDir
+from fedlora.runs.outcomes import write_outcomes
+from fedlora.runs.rundir import RunDir
 
 
 def make_run(

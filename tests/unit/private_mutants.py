@@ -18,14 +18,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.privacy import central, dpsgd
+from fedlora.privacy import dpsgd
+from fedlora.privacy import server_dp as central
 from fedlora.privacy.calibrate import Schedule
 from fedlora.privacy.dpsgd import PrivateStep, secret_rng
 from fedlora.privacy.mutants import MUTANTS
 from fedlora.rng import derive
-from fedlora.training import private, private_cohort
-from fedlora.training.dropout import Part, Stream
-from fedlora.training.private_cohort import PrivateTogether
+from fedlora.training import dp_loop as private_cohort
+from fedlora.training import dp_settings as private
+from fedlora.training.dp_loop import PrivateTogether
+from fedlora.training.dropout_masks import Part, Stream
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
 
@@ -455,14 +457,14 @@ HOOKS: Mapping[str, Mutant] = {
 
 
 def _edited(name: str, old: str, new: str) -> Mutant:
-    """A method of `Central` with some words changed."""
-    source = textwrap.dedent(inspect.getsource(getattr(central.Central, name)))
+    """A method of `ServerDP` with some words changed."""
+    source = textwrap.dedent(inspect.getsource(getattr(central.ServerDP, name)))
 
     def mutant(patch: pytest.MonkeyPatch) -> None:
         assert old in source, f"{name} does not say {old!r} any more"
         space: dict[str, Any] = dict(vars(central))
         exec("from __future__ import annotations\n" + source.replace(old, new), space)
-        patch.setattr(central.Central, name, space[name])
+        patch.setattr(central.ServerDP, name, space[name])
 
     return mutant
 
@@ -476,22 +478,24 @@ real_merge_noise = central._noise
 
 def uncharged(patch: pytest.MonkeyPatch) -> None:
     """The count query's noise is not paid for by the updates'."""
-    patch.setattr(central.Central, "update_multiplier", property(lambda self: self.noise_multiplier))
+    patch.setattr(central.ServerDP, "update_multiplier", property(lambda self: self.noise_multiplier))
 
 
 MERGED: Mapping[str, Mutant] = {
-    "no clipping": _edited("merge", "weight * factor", "weight"),
+    "no clipping": _edited("aggregate", "weight * factor", "weight"),
     "per-tensor clipping": _edited(
-        "merge", "alpha=weight * factor", "alpha=weight * min(1.0, clip / float(change.norm() + 1e-12))"
+        "aggregate", "alpha=weight * factor", "alpha=weight * min(1.0, clip / float(change.norm() + 1e-12))"
     ),
-    "an unclipped head": _edited("merge", "alpha=weight * factor", "alpha=weight * (factor if ':' in name else 1.0)"),
+    "an unclipped head": _edited(
+        "aggregate", "alpha=weight * factor", "alpha=weight * (factor if ':' in name else 1.0)"
+    ),
     "a head that is left out of the norm": _edited(
-        "merge", "for d in difference.values()", "for n, d in difference.items() if ':' in n"
+        "aggregate", "for d in difference.values()", "for n, d in difference.items() if ':' in n"
     ),
-    "clipping to 2C": _edited("merge", "min(1.0, clip / norm)", "min(1.0, 2 * clip / norm)"),
-    "updates that are not finite": _edited("merge", "if math.isfinite(norm)", "if True"),
-    "noise for equal weights": _edited("merge", "largest / total", "1 / count"),
-    "noise for the sum of all who were asked": _edited("merge", "largest / total", "largest / (total + largest)"),
+    "clipping to 2C": _edited("aggregate", "min(1.0, clip / norm)", "min(1.0, 2 * clip / norm)"),
+    "updates that are not finite": _edited("aggregate", "if math.isfinite(norm)", "if True"),
+    "noise for equal weights": _edited("aggregate", "largest / total", "1 / count"),
+    "noise for the sum of all who were asked": _edited("aggregate", "largest / total", "largest / (total + largest)"),
     "noise / 4": _merge_noise(lambda like, std, g: real_merge_noise(like, std / 4, g)),
     "no noise on the head": _merge_noise(
         lambda like, std, g: real_merge_noise(like, std if 4 in like.shape else std / 100, g)
@@ -499,9 +503,9 @@ MERGED: Mapping[str, Mutant] = {
     "noise of 8 bits": lambda patch: patch.setattr(central, "secret_generator", of_8_bits),
     "noise of 32 bits": lambda patch: patch.setattr(central, "secret_generator", by_manual_seed),
     "noise of the run's seed": lambda patch: patch.setattr(central, "secret_generator", of_the_run),
-    "the same noise for each tensor": _edited("merge", "std, generator)", "std, generator.clone_state())"),
+    "the same noise for each tensor": _edited("aggregate", "std, generator)", "std, generator.clone_state())"),
     "bfloat16 noise": _merge_noise(lambda like, std, g: real_merge_noise(like, std, g).bfloat16().double()),
-    "too few clients": _edited("merge", "count < self.minimum_cohort", "False"),
+    "too few clients": _edited("aggregate", "count < self.minimum_cohort", "False"),
 }
 
 ADAPTIVE: Mapping[str, Mutant] = {
@@ -509,5 +513,5 @@ ADAPTIVE: Mapping[str, Mutant] = {
         lambda like, std, g: real_merge_noise(like, std if like.ndim else std / 20, g)
     ),
     "a count that is not paid for": uncharged,
-    "a count by the clip norm": _edited("merge", "unclipped += norm <= clip", "unclipped += 3 * (norm <= clip)"),
+    "a count by the clip norm": _edited("aggregate", "unclipped += norm <= clip", "unclipped += 3 * (norm <= clip)"),
 }

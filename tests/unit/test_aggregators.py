@@ -15,12 +15,12 @@ import torch
 
 from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import (
+    BaseUpdate,
     Claim,
     ClientPlan,
     ClientSpec,
     ClientUpdate,
     GlobalState,
-    Merge,
     WeightedMean,
     accumulate,
     broadcast_change,
@@ -56,8 +56,8 @@ def initial(rank: int = 4) -> AdapterState:
     return AdapterState(fresh_pairs(layout(rank), 3), {"head": torch.ones(5)})
 
 
-def log(count: int, rank: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Merge, ...]:
-    return tuple(Merge(v, v + 1, AdapterState({"m": pair(rank, v, dtype=dtype)})) for v in range(count))
+def log(count: int, rank: int = 2, dtype: torch.dtype = torch.float32) -> tuple[BaseUpdate, ...]:
+    return tuple(BaseUpdate(v, v + 1, AdapterState({"m": pair(rank, v, dtype=dtype)})) for v in range(count))
 
 
 # ------------------------------------------------------------------------------------------------ finding a rule
@@ -181,7 +181,7 @@ def test_ffa_refuses_an_a_of_zero_and_an_update_on_another_a() -> None:
     state = FfaLora().init(initial())
     moved = state.adapter.with_tensors({"m:A": state.adapter.pairs["m"].A + 1e-3})
     with pytest.raises(RuleError, match="another A"):
-        FfaLora().merge(state, [ClientUpdate(2, moved, 1.0)])
+        FfaLora().aggregate(state, [ClientUpdate(2, moved, 1.0)])
 
 
 def test_ffa_sends_the_truncation_of_the_global_b_in_the_receivers_scale() -> None:
@@ -212,7 +212,7 @@ def test_dora_is_averaged_or_refused_by_name() -> None:
         updates = [
             ClientUpdate(k, AdapterState(dora.pairs, {name: torch.full((40,), float(k))}), 1.0 + k) for k in range(3)
         ]
-        assert torch.allclose(rule.merge(state, updates).adapter.dense[name], torch.tensor((0 + 2 + 6) / 6))
+        assert torch.allclose(rule.aggregate(state, updates).adapter.dense[name], torch.tensor((0 + 2 + 6) / 6))
 
 
 # ------------------------------------------------------------------------------------------------ means
@@ -249,69 +249,69 @@ def test_fairs_norm_of_a_tall_stack_is_the_dense_one() -> None:
 
 
 def test_every_way_to_the_same_version_ends_with_the_same_bits() -> None:
-    merges = log(30)
+    base_updates = log(30)
     there: dict[str, torch.Tensor] = {}
     states = [there]
-    for merge in merges:
-        there = accumulate(there, merge)
+    for base_update in base_updates:
+        there = accumulate(there, base_update)
         states.append(there)
-    for compacted in (merges, compact(merges)):
+    for compacted in (base_updates, compact(base_updates)):
         for since, acc in enumerate(states):
-            plan = ClientPlan(AdapterState(), base_version=30, merges=catch_up(compacted, since))
+            plan = ClientPlan(AdapterState(), base_version=30, base_updates=catch_up(compacted, since))
             assert torch.equal(follow(acc, since, plan)["m"], there["m"])
 
 
 def test_a_late_client_is_sent_what_is_smaller() -> None:
-    merges = log(30)
-    size, dense = merges[0].change.nbytes(), 40 * 30 * 4
+    base_updates = log(30)
+    size, dense = base_updates[0].change.nbytes(), 40 * 30 * 4
     fits = dense // size
     assert 1 < fits < 29
-    assert [merge.since for merge in catch_up(merges, 30 - fits)] == list(range(30 - fits, 30))
-    (only,) = catch_up(merges, 30 - fits - 1)
+    assert [base_update.since for base_update in catch_up(base_updates, 30 - fits)] == list(range(30 - fits, 30))
+    (only,) = catch_up(base_updates, 30 - fits - 1)
     assert (only.since, only.version, only.change.nbytes()) == (0, 30, dense)
-    assert catch_up(merges, 30) == ()
+    assert catch_up(base_updates, 30) == ()
 
 
 def test_the_log_stays_bounded_and_keeps_the_last_round() -> None:
-    merges: tuple[Merge, ...] = ()
+    base_updates: tuple[BaseUpdate, ...] = ()
     dense = 40 * 30 * 4
-    for merge in log(60):
-        merges = compact((*merges, merge))
-        assert sum(m.change.nbytes() for m in merges) <= 2 * dense
-        assert merges[-1] is merge
-        assert merges[0].since == 0
-        assert all(one.version == two.since for one, two in pairwise(merges))
+    for base_update in log(60):
+        base_updates = compact((*base_updates, base_update))
+        assert sum(m.change.nbytes() for m in base_updates) <= 2 * dense
+        assert base_updates[-1] is base_update
+        assert base_updates[0].since == 0
+        assert all(one.version == two.since for one, two in pairwise(base_updates))
     wide = (*log(1, rank=400), replace(log(2, rank=400)[1]))
     assert [(m.since, m.version, bool(m.change.dense)) for m in compact(wide)] == [(0, 1, True), (1, 2, False)]
 
 
 def test_a_short_log_is_left_alone() -> None:
-    merges = log(3)
-    assert compact(merges) == merges
+    base_updates = log(3)
+    assert compact(base_updates) == base_updates
     assert compact(()) == catch_up((), 0) == ()
 
 
 def test_a_version_that_the_log_does_not_know_starts_from_the_pristine_base() -> None:
-    merges = compact(log(40))
-    inside = merges[0].version - 1
+    base_updates = compact(log(40))
+    inside = base_updates[0].version - 1
     assert inside > 0
-    plan = ClientPlan(AdapterState(), base_version=40, merges=catch_up(merges, inside))
-    assert plan.merges[0].since == 0
+    plan = ClientPlan(AdapterState(), base_version=40, base_updates=catch_up(base_updates, inside))
+    assert plan.base_updates[0].since == 0
     nonsense = {"m": torch.full((40, 30), 7.0)}
     assert torch.equal(follow(nonsense, inside, plan)["m"], follow({}, 0, plan)["m"])
     # A client that is ahead of the server (which went back to an older checkpoint) starts again too.
     assert follow(nonsense, 3, ClientPlan(AdapterState(), base_version=0)) == {}
-    assert [merge.since for merge in catch_up(log(4), 9)] == [0, 1, 2, 3]
+    assert [base_update.since for base_update in catch_up(log(4), 9)] == [0, 1, 2, 3]
 
 
 def test_a_chain_that_does_not_fit_is_refused() -> None:
-    merges = log(4)
+    base_updates = log(4)
     with pytest.raises(RuleError, match="cannot take the merge from 2 to 3"):
-        follow({}, 1, ClientPlan(AdapterState(), base_version=4, merges=merges[2:]))
+        follow({}, 1, ClientPlan(AdapterState(), base_version=4, base_updates=base_updates[2:]))
     with pytest.raises(RuleError, match="needs version 4"):
-        follow({}, 0, ClientPlan(AdapterState(), base_version=4, merges=merges[:2]))
+        follow({}, 0, ClientPlan(AdapterState(), base_version=4, base_updates=base_updates[:2]))
     with pytest.raises(RuleError, match="from a version to a later one"):
-        Merge(2, 2, AdapterState())
+        BaseUpdate(2, 2, AdapterState())
 
 
 def test_changes_are_summed_in_float32_from_the_pristine_base() -> None:
@@ -321,7 +321,7 @@ def test_changes_are_summed_in_float32_from_the_pristine_base() -> None:
     acc: dict[str, torch.Tensor] = {}
     in_place = torch.ones(1, 1, dtype=torch.bfloat16)
     for version in range(200):
-        acc = accumulate(acc, Merge(version, version + 1, step))
+        acc = accumulate(acc, BaseUpdate(version, version + 1, step))
         in_place += 1e-4
     assert acc["m"].dtype == torch.float32
     assert float(acc["m"]) == pytest.approx(0.02, rel=1e-5)
@@ -329,9 +329,9 @@ def test_changes_are_summed_in_float32_from_the_pristine_base() -> None:
 
 
 def test_accumulate_changes_neither_of_its_inputs() -> None:
-    merge = log(1)[0]
+    base_update = log(1)[0]
     acc = {"m": torch.ones(40, 30)}
-    accumulate(acc, replace(merge, since=1, version=2))
+    accumulate(acc, replace(base_update, since=1, version=2))
     assert torch.equal(acc["m"], torch.ones(40, 30))
 
 
@@ -358,8 +358,8 @@ def test_clients_that_come_and_go_end_with_one_base() -> None:
             if torch.rand((), generator=generator) < 0.8 or k == 0:
                 adapter = AdapterState({"m": trained}, plan.adapter.dense)
                 replies.append(ClientUpdate(k, adapter, 1.0 + k, plan.base_version))
-        state = rule.merge(state, replies)
-        served = accumulate(served, state.merges[-1])
+        state = rule.aggregate(state, replies)
+        served = accumulate(served, state.base_updates[-1])
     assert state.base_version == 10
     for k, (acc, version) in held.items():
         plan = rule.plan(state, ClientSpec(k, layout(ranks[k], 8 / ranks[k]), version))
@@ -370,9 +370,9 @@ def test_a_stale_update_is_refused_by_name_and_versions() -> None:
     rule = Flora()
     state = rule.init(initial())
     plan = rule.plan(state, ClientSpec(0, layout(4)))
-    state = rule.merge(state, [ClientUpdate(0, plan.adapter, 1.0)])
+    state = rule.aggregate(state, [ClientUpdate(0, plan.adapter, 1.0)])
     with pytest.raises(RuleError, match="client 3 trained on version 0 of the base, which is now at 1"):
-        rule.merge(state, [ClientUpdate(3, plan.adapter, 1.0, base_version=0)])
+        rule.aggregate(state, [ClientUpdate(3, plan.adapter, 1.0, base_version=0)])
 
 
 def test_flora_stacks_the_same_bits_in_whatever_order_replies_come_and_keeps_its_log_bounded() -> None:
@@ -383,11 +383,11 @@ def test_flora_stacks_the_same_bits_in_whatever_order_replies_come_and_keeps_its
             ClientUpdate(k, AdapterState({"m": pair(2, 10 * turn + k)}, {"head": torch.ones(5)}), 1.0 + k, turn)
             for k in range(3)
         ]
-        states = [rule.merge(states[0], replies), rule.merge(states[1], [replies[k] for k in (2, 0, 1)])]
-        last = [state.merges[-1].change.pairs["m"] for state in states]
+        states = [rule.aggregate(states[0], replies), rule.aggregate(states[1], [replies[k] for k in (2, 0, 1)])]
+        last = [state.base_updates[-1].change.pairs["m"] for state in states]
         assert torch.equal(last[0].A, last[1].A)
         assert torch.equal(last[0].B, last[1].B)
-        assert sum(merge.change.nbytes() for merge in states[0].merges) <= 2 * 40 * 30 * 4
+        assert sum(base_update.change.nbytes() for base_update in states[0].base_updates) <= 2 * 40 * 30 * 4
 
 
 def test_flora_gives_each_client_its_own_fresh_start_in_each_round() -> None:
@@ -410,15 +410,15 @@ def test_flora_puts_a_trained_start_into_the_base_and_keeps_the_head_in_the_adap
     state = Flora().init(start)
     assert state.base_version == 1
     assert not state.adapter.pairs["m"].B.any()
-    torch.testing.assert_close(accumulate({}, state.merges[0])["m"], start.pairs["m"].delta().float())
-    after = Flora().merge(state, [ClientUpdate(0, replace(start, dense={"head": torch.zeros(5)}), 1.0, 1)])
+    torch.testing.assert_close(accumulate({}, state.base_updates[0])["m"], start.pairs["m"].delta().float())
+    after = Flora().aggregate(state, [ClientUpdate(0, replace(start, dense={"head": torch.zeros(5)}), 1.0, 1)])
     assert not after.adapter.dense["head"].any()
     assert not after.adapter.pairs["m"].B.any()
 
 
 def test_the_change_of_a_round_cannot_be_read_off_a_log_that_lost_it() -> None:
-    before = GlobalState(initial(), merges=log(3))
-    after = GlobalState(initial(), merges=(Merge(0, 5, AdapterState(dense={"m": torch.ones(40, 30)})),))
+    before = GlobalState(initial(), base_updates=log(3))
+    after = GlobalState(initial(), base_updates=(BaseUpdate(0, 5, AdapterState(dense={"m": torch.ones(40, 30)})),))
     with pytest.raises(RuleError, match="compacted across version 3"):
         broadcast_change(before, after)
 
@@ -428,12 +428,14 @@ def test_the_change_of_a_round_cannot_be_read_off_a_log_that_lost_it() -> None:
 
 @pytest.mark.parametrize("max_rank", [8, 64])
 def test_the_equivalent_adapter_does_what_base_and_adapter_do(max_rank: int) -> None:
-    merges = (*compact(log(30)), Merge(30, 31, AdapterState({"n": pair(3, 99)})))
-    state = GlobalState(AdapterState({"m": pair(2, 50), "n": pair(2, 51)}, {"head": torch.ones(2)}), merges=merges)
+    base_updates = (*compact(log(30)), BaseUpdate(30, 31, AdapterState({"n": pair(3, 99)})))
+    state = GlobalState(
+        AdapterState({"m": pair(2, 50), "n": pair(2, 51)}, {"head": torch.ones(2)}), base_updates=base_updates
+    )
     adapter, error = equivalent_adapter(state, max_rank)
     acc: dict[str, torch.Tensor] = {}
-    for merge in merges:
-        acc = accumulate(acc, merge)
+    for base_update in base_updates:
+        acc = accumulate(acc, base_update)
     gap = size = 0.0
     for name, change in acc.items():
         whole = change.double() + state.adapter.pairs[name].delta()

@@ -10,9 +10,9 @@ from tiny_classifiers import TEXT, classifier, config_of, inputs_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora import attention
-from fedlora.attention import choose_attention, short_limit, two_products
 from fedlora.errors import ModelError
+from fedlora.speedups import attention
+from fedlora.speedups.attention import choose_attention, short_limit, two_products
 
 
 def outcome(model: nn.Module, mode: str, inputs: dict[str, Tensor]) -> list[Tensor]:

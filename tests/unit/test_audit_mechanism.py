@@ -10,11 +10,11 @@ from click.testing import Result
 from private_mutants import ADAPTIVE, DROPPED, HOOKS, MERGED, STACKED, Mutant
 from typer.testing import CliRunner
 
+from fedlora.audit.run_audit import check
 from fedlora.cli import app
 from fedlora.config import parse_config
-from fedlora.training import cohort, open_workbench
-from fedlora.training.audit import check
-from fedlora.training.dropout import RowsError
+from fedlora.training import cohort, open_workspace
+from fedlora.training.dropout_masks import RowsError
 
 FAST = ("per-tensor clipping", "shuffled passes")
 CLIENT = ["privacy.unit='client'", "privacy.clip_norm=0.5", "server.aggregation_error=false"]
@@ -48,7 +48,7 @@ def example(overrides: list[str]) -> list[str]:
 @pytest.fixture
 def hooks(example: list[str]) -> Iterator[None]:
     """Training by Opacus's hooks, as where layers have no stacked form."""
-    base = open_workbench(parse_config("", example)).base
+    base = open_workspace(parse_config("", example)).base
     cohort.note_alone(base, RowsError("told so"))
     yield
     cohort.forget(base)
@@ -157,7 +157,7 @@ def test_a_broken_adaptive_merge_is_refuted(
 @pytest.mark.slow
 def test_false_alarms_are_rare(example: list[str], overrides: list[str]) -> None:
     """Forty audits of sound training, at 1e-3 of a false alarm each."""
-    bench = open_workbench(parse_config("", example))
-    assert not [found for _ in range(20) for found in check(bench, 4, generators=100) if found.bad]
-    bench = open_workbench(parse_config("", [*overrides, *CLIENT, "privacy.adaptive_clipping=true"]))
-    assert not [found for _ in range(20) for found in check(bench, 4, generators=100) if found.bad]
+    workspace = open_workspace(parse_config("", example))
+    assert not [found for _ in range(20) for found in check(workspace, 4, generators=100) if found.bad]
+    workspace = open_workspace(parse_config("", [*overrides, *CLIENT, "privacy.adaptive_clipping=true"]))
+    assert not [found for _ in range(20) for found in check(workspace, 4, generators=100) if found.bad]

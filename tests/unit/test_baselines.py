@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from fedlora.config import RunConfig, TrainConfig, parse_config
 from fedlora.data.describe import main_domains
 from fedlora.errors import ConfigError
-from fedlora.training import Workbench, open_workbench
-from fedlora.training.baselines import (
+from fedlora.evaluation.baselines import (
     centralised,
     expected_examples,
     local_only,
     longer,
     spread_over_domains,
 )
+from fedlora.training import Workspace, open_workspace
 
 
 @pytest.fixture
@@ -44,17 +44,17 @@ def config(tiny_bert, tiny_csv) -> RunConfig:
 
 
 @pytest.fixture
-def bench(config: RunConfig) -> Workbench:
-    return open_workbench(config)
+def workspace(config: RunConfig) -> Workspace:
+    return open_workspace(config)
 
 
-def test_a_client_alone_takes_as_many_steps_as_in_the_federation(bench: Workbench) -> None:
-    found = local_only(bench)
+def test_a_client_alone_takes_as_many_steps_as_in_the_federation(workspace: Workspace) -> None:
+    found = local_only(workspace)
     assert [row["client"] for row in found["clients"]] == [0, 1, 2, 3]
     assert (
         [row["domain"] for row in found["clients"]]
         == ["films", "films", "phones", "phones"]
-        == main_domains(bench.data)
+        == main_domains(workspace.data)
     )
     assert {row["steps"] for row in found["clients"]} == {4}
     figures = [row["accuracy"] for row in found["clients"]]
@@ -65,31 +65,31 @@ def test_a_client_alone_takes_as_many_steps_as_in_the_federation(bench: Workbenc
     assert found["mean"]["domains"]["phones"]["accuracy"] == pytest.approx(np.mean(phones))
 
 
-def test_a_baseline_depends_on_nothing_that_ran_before(bench: Workbench) -> None:
-    one_by_one = bench.config.runtime.model_copy(update={"cohort": 1})  # company rounds differently, and may
-    bench = replace(bench, config=bench.config.model_copy(update={"runtime": one_by_one}))
-    alone = local_only(bench, [2])["clients"][0]
-    together = centralised(bench)
-    assert local_only(bench, [0, 2])["clients"][1] == alone
-    assert centralised(bench) == together
+def test_a_baseline_depends_on_nothing_that_ran_before(workspace: Workspace) -> None:
+    one_by_one = workspace.config.runtime.model_copy(update={"cohort": 1})  # company rounds differently, and may
+    workspace = replace(workspace, config=workspace.config.model_copy(update={"runtime": one_by_one}))
+    alone = local_only(workspace, [2])["clients"][0]
+    together = centralised(workspace)
+    assert local_only(workspace, [0, 2])["clients"][1] == alone
+    assert centralised(workspace) == together
 
 
-def test_centralised_training_sees_as_many_examples_as_the_federation(bench: Workbench) -> None:
-    found = centralised(bench)
-    assert found["examples_seen"] == expected_examples(bench) == 4 * 2 * 2 * 8
+def test_centralised_training_sees_as_many_examples_as_the_federation(workspace: Workspace) -> None:
+    found = centralised(workspace)
+    assert found["examples_seen"] == expected_examples(workspace) == 4 * 2 * 2 * 8
     assert found["steps"] == 2 * 2  # rounds x steps, each on a batch as large as all four clients' together
-    assert centralised(bench, 64)["examples_seen"] == 64
+    assert centralised(workspace, 64)["examples_seen"] == 64
 
 
-def test_expected_examples_follow_the_config(bench: Workbench) -> None:
+def test_expected_examples_follow_the_config(workspace: Workspace) -> None:
     def expected(**changes: object) -> int:
-        return expected_examples(replace(bench, config=bench.config.model_copy(update=changes)))
+        return expected_examples(replace(workspace, config=workspace.config.model_copy(update=changes)))
 
-    server = bench.config.server
+    server = workspace.config.server
     assert expected(rounds=6) == 3 * expected()
     assert expected(server=server.model_copy(update={"fraction": 0.5})) == expected() / 2
     assert expected(server=server.model_copy(update={"clients_per_round": 1})) == expected() / 4
-    everything = sum(len(rows) for rows in bench.data.clients)
+    everything = sum(len(rows) for rows in workspace.data.clients)
     assert expected(train=TrainConfig(epochs=2)) == 2 * 2 * everything
     assert expected(train=TrainConfig()) == 2 * everything
     assert expected(train=TrainConfig(steps=1, batch_size=10**6)) == 2 * everything
@@ -101,9 +101,9 @@ def test_longer_training_multiplies_what_the_config_gives() -> None:
     assert longer(TrainConfig(), 4).epochs == 4.0
 
 
-def test_no_client_is_refused(bench: Workbench) -> None:
+def test_no_client_is_refused(workspace: Workspace) -> None:
     with pytest.raises(ConfigError, match="choose at least one"):
-        local_only(bench, [])
+        local_only(workspace, [])
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(1, 14), st.booleans())

@@ -11,12 +11,12 @@ from made_runs import make_run
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import GlobalState
-from fedlora.changes import FROM_NOW_ON, MACHINE, MECHANISM, PLACES, SAMPLING, Change, record, refused
 from fedlora.compare import compare
 from fedlora.config import RunConfig, flat_keys, parse_config
 from fedlora.errors import RunDirError
 from fedlora.report import write_report
-from fedlora.rundir import RunDir
+from fedlora.runs.config_changes import FROM_NOW_ON, MACHINE, MECHANISM, PLACES, SAMPLING, Change, record, refused
+from fedlora.runs.rundir import RunDir
 
 EXAMPLE = (
     "server.weighting=uniform",

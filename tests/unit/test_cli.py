@@ -18,7 +18,7 @@ import fedlora.flower
 import fedlora.tracking
 from fedlora import __version__
 from fedlora.cli import app
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 HEAVY = ("torch", "transformers", "peft", "flwr", "opacus", "matplotlib", "datasets", "numpy", "pydantic")
 Cli = Callable[..., Result]

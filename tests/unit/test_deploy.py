@@ -35,7 +35,7 @@ from fedlora.deploy import (
 from fedlora.deploy.foreground import worker_socket
 from fedlora.deploy.keys import make_authority, make_node_key, make_server
 from fedlora.errors import ConfigError, DeployError
-from fedlora.flower.worker.socket import LONGEST
+from fedlora.node_worker.socket import LONGEST
 
 ROOT = Path(__file__).parents[2]
 PLAN = FederationPlan(("example.org", "10.0.0.1"), (NodePlan("site-a"), NodePlan("site-b")))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedlora.config import parse_config
-from fedlora.devices import Fleet, train_config
 from fedlora.errors import ConfigError
+from fedlora.federation.simulated_devices import SimulatedDevices
 
 PROFILES = """
 [train]
@@ -50,28 +50,30 @@ def test_the_config_survives_toml() -> None:
 
 
 def test_seconds_add_up_from_the_link_and_the_speed() -> None:
-    fleet = Fleet.of(parse_config(PROFILES))
-    phone = next(k for k in range(4) if fleet.profile(k).name == "phone")
+    devices = SimulatedDevices.of(parse_config(PROFILES))
+    phone = next(k for k in range(4) if devices.profile(k).name == "phone")
     # 2 x 0.5 s latency, 1 MB at 8 Mbit/s, 8 examples at 2 a second, 0.5 MB at 1 Mbit/s
-    assert fleet.seconds(phone, bytes_down=1_000_000, examples=8, bytes_up=500_000) == pytest.approx(1 + 1 + 4 + 4)
-    server = next(k for k in range(4) if fleet.profile(k).name == "server")
-    assert fleet.seconds(server, bytes_down=10**9, examples=10**6, bytes_up=10**9) == 0.0
+    assert devices.seconds(phone, bytes_down=1_000_000, examples=8, bytes_up=500_000) == pytest.approx(1 + 1 + 4 + 4)
+    server = next(k for k in range(4) if devices.profile(k).name == "server")
+    assert devices.seconds(server, bytes_down=10**9, examples=10**6, bytes_up=10**9) == 0.0
 
 
 def test_draws_have_the_given_rates_and_a_key_of_their_own() -> None:
-    fleet = Fleet.of(parse_config(PROFILES))
-    phone = next(k for k in range(4) if fleet.profile(k).name == "phone")
-    there = [fleet.available(number, phone) for number in range(4000)]
-    drops = [fleet.drops_out(number, phone) for number in range(4000)]
+    devices = SimulatedDevices.of(parse_config(PROFILES))
+    phone = next(k for k in range(4) if devices.profile(k).name == "phone")
+    there = [devices.available(number, phone) for number in range(4000)]
+    drops = [devices.drops_out(number, phone) for number in range(4000)]
     assert sum(there) / 4000 == pytest.approx(0.6, abs=0.04)
     assert sum(drops) / 4000 == pytest.approx(0.25, abs=0.04)
-    assert there == [fleet.available(number, phone) for number in range(4000)]
-    assert there != [Fleet.of(parse_config("seed = 1\n" + PROFILES)).available(number, phone) for number in range(4000)]
+    assert there == [devices.available(number, phone) for number in range(4000)]
+    assert there != [
+        SimulatedDevices.of(parse_config("seed = 1\n" + PROFILES)).available(number, phone) for number in range(4000)
+    ]
 
 
 def test_a_profile_changes_what_its_client_trains() -> None:
     config = parse_config(PROFILES)
-    by_name = {config.clients.profile_of(k).name: train_config(config, k) for k in range(4)}  # type: ignore[union-attr]
+    by_name = {config.clients.profile_of(k).name: config.train_of(k) for k in range(4)}  # type: ignore[union-attr]
     assert (by_name["server"].steps, by_name["server"].batch_size) == (5, 16)
     assert (by_name["phone"].steps, by_name["phone"].batch_size) == (2, 4)
     assert config.clients.rank_of(next(k for k in range(4) if names(PROFILES, 4)[k] == "server")) == 16

@@ -35,7 +35,7 @@ IN_VAIN = [
     ("privacy.quantile=0.9", (CLIENT, *CLIENT_SERVER), (CLIENT, *CLIENT_SERVER, "privacy.adaptive_clipping=true")),
     ("privacy.clip_lr=0.9", (CLIENT, *CLIENT_SERVER), (CLIENT, *CLIENT_SERVER, "privacy.adaptive_clipping=true")),
     ("tracking.project=mine", ("tracking.name=tensorboard",), ("tracking.name=wandb",)),
-    ("runtime.crew=ray", ("runtime.processes=1",), ("runtime.processes=2",)),
+    ("runtime.backend=ray", ("runtime.processes=1",), ("runtime.processes=2",)),
 ]
 
 
@@ -86,11 +86,11 @@ def test_what_only_data_and_model_tell_is_refused_before_a_run_is_made(
     overrides: list[str], words: str, tiny_toml: Path, tmp_path: Path
 ) -> None:
     from fedlora.flower import refuse_early
-    from fedlora.training import open_workbench
+    from fedlora.training import open_workspace
 
     config = load_config(tiny_toml, ["train.steps=", "train.batch_size=2", *overrides])
     with pytest.raises(ConfigError, match=words):
-        refuse_early(config, open_workbench(config))
+        refuse_early(config, open_workspace(config))
 
 
 # ------------------------------------------------------------------------------------------------ --set

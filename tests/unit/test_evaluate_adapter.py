@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fedlora.cli import app
 from fedlora.fairness import fairness
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 Cli = Callable[..., Result]
 

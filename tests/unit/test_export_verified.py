@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from fedlora import model as models
 from fedlora.adapter import AdapterState, LoraPair
-from fedlora.aggregators import Merge
+from fedlora.aggregators import BaseUpdate
 from fedlora.cli import app
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ExportError
 from fedlora.model import Base, Reference, load_base, plain, save_adapter, save_merged, verify_adapter, verify_merged
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.training import export as exporting
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def trained(base: Base) -> AdapterState:
 
 
 def reference(
-    base: Base, state: AdapterState, inputs: dict[str, Tensor] = TOKENS, log: tuple[Merge, ...] = ()
+    base: Base, state: AdapterState, inputs: dict[str, Tensor] = TOKENS, log: tuple[BaseUpdate, ...] = ()
 ) -> Reference:
     base.rebase(len(log), log)
     base.write(state, frozenset())
@@ -128,7 +128,7 @@ def test_every_family_exports_what_it_trained(kind: str, dtype: str, tmp_path: P
 def test_other_methods_export_what_they_trained(tiny_bert: Path, tmp_path: Path, method: str) -> None:
     base = load(tiny_bert, method=method, **({} if method not in ("ia3",) else {"rank": 8}))
     first = base.initial_adapter(0)
-    log = base.initial_merges(first)
+    log = base.initial_base_updates(first)
     state = trained(base)
     wanted = reference(base, state, log=log)
     save_merged(base, state, log, tmp_path / "merged")

@@ -22,7 +22,7 @@ from fedlora.flower import refuse_early
 from fedlora.model.reach import embedding_rows, longest_text, position_limit
 from fedlora.tasks._base import Table
 from fedlora.tasks.causal_lm import CausalLM
-from fedlora.training import open_workbench
+from fedlora.training import open_workspace
 
 SMALL: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 FAMILIES = {
@@ -83,9 +83,9 @@ def test_one_text_too_long_is_refused_at_the_start(
 ) -> None:
     data = one_long(tiny_csv, tmp_path, 70)
     with pytest.raises(DataError, match=r"1 of 240 texts .* 64 positions .*72 tokens.*task\.max_length = 64"):
-        open_workbench(make("task.max_length=128", data=data))
-    open_workbench(make("task.max_length=64", data=data))  # the cure
-    open_workbench(make("task.max_length=128"))  # nothing is too long
+        open_workspace(make("task.max_length=128", data=data))
+    open_workspace(make("task.max_length=64", data=data))  # the cure
+    open_workspace(make("task.max_length=128"))  # nothing is too long
 
 
 PRIVATE = "privacy={unit='example', noise_multiplier=1.0, delta=1e-4, max_grad_norm=1.0, public_examples=100}"
@@ -94,7 +94,7 @@ PRIVATE = "privacy={unit='example', noise_multiplier=1.0, delta=1e-4, max_grad_n
 def test_a_private_run_does_not_fail_by_the_length_of_a_text(make: Callable[..., RunConfig]) -> None:
     config = make("task.max_length=128", PRIVATE, "server.weighting=uniform")
     with pytest.raises(ConfigError, match=r"task\.max_length = 64"):
-        refuse_early(config, open_workbench(config))
+        refuse_early(config, open_workspace(config))
 
 
 def with_token(tiny_bert: Path, folder: Path, **token: str) -> Path:
@@ -113,18 +113,18 @@ def test_a_token_without_a_row_is_named_if_it_occurs(
     make: Callable[..., RunConfig], tiny_bert: Path, tiny_csv: Path, tmp_path: Path
 ) -> None:
     base = with_token(tiny_bert, tmp_path)
-    open_workbench(make(base=base))
+    open_workspace(make(base=base))
     (tmp_path / "new.csv").write_text(tiny_csv.read_text().replace("great", "zznew", 1))
     with pytest.raises(ModelError, match=r"token 'zznew' .*resize_token_embeddings"):
-        open_workbench(make(base=base, data=tmp_path / "new.csv"))
+        open_workspace(make(base=base, data=tmp_path / "new.csv"))
     private = make(PRIVATE, "server.weighting=uniform", base=base)
     with pytest.raises(ModelError, match="zznew"):  # in a private run whatever the texts are
-        refuse_early(private, open_workbench(private))
+        refuse_early(private, open_workspace(private))
 
 
 def test_so_is_a_padding_token(make: Callable[..., RunConfig], tiny_bert: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"padding token .*resize_token_embeddings"):
-        open_workbench(make(base=with_token(tiny_bert, tmp_path, pad_token="<padding>")))
+        open_workspace(make(base=with_token(tiny_bert, tmp_path, pad_token="<padding>")))
 
 
 def test_an_answer_has_room_behind_a_prompt_of_all_positions(tiny_bert: Path) -> None:
@@ -154,7 +154,7 @@ def test_pictures_of_another_size_than_the_models(make: Callable[..., RunConfig]
         "task.name=image-classification", "adapter.targets=q_proj", base=tmp_path / "vit", data=tmp_path / "grey.json"
     )
     with pytest.raises(DataError, match="cannot compute the longest example"):
-        open_workbench(config)
+        open_workspace(config)
 
 
 # ------------------------------------------------------------------------------------------------ a model's files
@@ -193,7 +193,7 @@ def test_a_damaged_file_of_a_model_is_named(
     shutil.copytree(tiny_bert, tmp_path / "base")
     harm(tmp_path / "base" / name)
     with pytest.raises(FedloraError, match=words) as caught:
-        open_workbench(make(base=tmp_path / "base"))
+        open_workspace(make(base=tmp_path / "base"))
     assert "\n" not in str(caught.value)
 
 
@@ -205,7 +205,7 @@ def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name: str, make: Cal
 
 def test_a_name_that_is_nothing_here_says_so_before_the_hubs_words(make: Callable[..., RunConfig]) -> None:
     with pytest.raises(ModelError, match=r"no folder here and no named model \(did you mean 'all-MiniLM-L6-v2'"):
-        open_workbench(make("model.name=all-MiniLM-L6"))
+        open_workspace(make("model.name=all-MiniLM-L6"))
 
 
 def test_layers_can_be_chosen_in_models_with_experts(tmp_path: Path, tiny_bert: Path) -> None:
@@ -232,4 +232,4 @@ def test_layers_can_be_chosen_in_models_with_experts(tmp_path: Path, tiny_bert: 
     (tmp_path / "moe.toml").write_text(text)
     result = CliRunner().invoke(app, ["run", str(tmp_path / "moe.toml"), "-q"])
     assert result.exit_code == 0, result.stderr
-    assert open_workbench(parse_config(text)).base.targets == ("model.layers.1.self_attn.q_proj",)
+    assert open_workspace(parse_config(text)).base.targets == ("model.layers.1.self_attn.q_proj",)

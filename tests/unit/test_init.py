@@ -80,7 +80,7 @@ def test_its_rule_at_step_one_is_fedavg_and_below_goes_part_of_the_way(my_rule: 
         ("half", my_rule(step=0.5)),
     ):
         state = rule.init(start, seed=0)
-        merged[name] = rule.merge(state, [ClientUpdate(0, there, 10, 0, {})]).adapter.tensors()
+        merged[name] = rule.aggregate(state, [ClientUpdate(0, there, 10, 0, {})]).adapter.tensors()
     for name, value in start.tensors().items():
         torch.testing.assert_close(merged["all"][name], merged["fedavg"][name])
         torch.testing.assert_close(merged["half"][name], (value + there.tensors()[name]) / 2)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from fedlora import kernels, probes
+from fedlora import probes
 from fedlora.errors import ModelError
-from fedlora.kernels import KernelReport, OneDnnLinear, ShapeTiming, accelerate, frozen_linear, restore
+from fedlora.speedups import linear_kernels as kernels
+from fedlora.speedups.linear_kernels import KernelReport, OneDnnLinear, ShapeTiming, accelerate, frozen_linear, restore
 
 pytestmark = pytest.mark.skipif(kernels._linear_op() is None, reason="this torch has no oneDNN linear kernel")
 

@@ -15,10 +15,10 @@ from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientSpec, equivalent_adapter, load_aggregator
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ConfigError, FedloraError, ModelError, RuleError
+from fedlora.federation.initial_state import first_state, plan_for
 from fedlora.model import Base, load_base, save_adapter, save_merged
-from fedlora.model.initial import residual
-from fedlora.model.methods import METHODS, REFUSED, find_method
-from fedlora.model.starting import first_state, plan_for
+from fedlora.model.lora_init import residual
+from fedlora.model.peft_methods import METHODS, REFUSED, find_method
 
 IDS = torch.tensor([[2, 9, 30, 41, 3, 0], [2, 50, 51, 52, 53, 3]])
 BATCH = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
@@ -75,8 +75,8 @@ def logits(module: nn.Module) -> Tensor:
 def start(base: Base, seed: int = 0) -> AdapterState:
     """The initial adapter, written to a base of the version that it needs."""
     state = base.initial_adapter(seed)
-    merges = base.initial_merges(state)
-    base.rebase(len(merges), merges)
+    base_updates = base.initial_base_updates(state)
+    base.rebase(len(base_updates), base_updates)
     base.write(state)
     return state
 
@@ -135,7 +135,7 @@ def test_what_was_trained_comes_back_and_loads_with_peft(tiny_bert: Path, tmp_pa
     torch.manual_seed(98)
     assert torch.allclose(logits(PeftModel.from_pretrained(plain, tmp_path / "adapter")), wanted, rtol=1e-4, atol=1e-4)
 
-    save_merged(base, state, global_state.merges, tmp_path / "merged")
+    save_merged(base, state, global_state.base_updates, tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert torch.allclose(logits(merged), wanted, rtol=1e-3, atol=1e-3)
 
@@ -213,8 +213,8 @@ def test_a_plan_brings_what_the_base_gave_up(tiny_bert: Path) -> None:
     base, rule = load(tiny_bert, "pissa"), load_aggregator("fedavg", {})
     state = first_state(rule, base, 0)
     plan = plan_for(rule, state, ClientSpec(0, base.layout()))
-    assert (plan.base_version, len(plan.merges)) == (1, 1)
-    assert plan_for(rule, state, ClientSpec(0, base.layout(), base_version=1)).merges == ()
+    assert (plan.base_version, len(plan.base_updates)) == (1, 1)
+    assert plan_for(rule, state, ClientSpec(0, base.layout(), base_version=1)).base_updates == ()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

@@ -14,9 +14,9 @@ from fedlora import model as models
 from fedlora.aggregators import ClientSpec, load_aggregator, rules
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import RuleError
+from fedlora.federation.initial_state import first_state, plan_for
 from fedlora.model import Base, load_base
-from fedlora.model.methods import METHODS, PAIR_KEYS, REFUSED
-from fedlora.model.starting import first_state, plan_for
+from fedlora.model.peft_methods import METHODS, PAIR_KEYS, REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 WRITE = "WRITE_DOCS"

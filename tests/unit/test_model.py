@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fedlora import model as models
 from fedlora.adapter import AdapterState, LoraPair, fresh_pairs
-from fedlora.aggregators import Merge
+from fedlora.aggregators import BaseUpdate
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ConfigError, FedloraError, ModelError
 from fedlora.model import Base, BaseWeights, load_base, loading, save_adapter, save_merged
-from fedlora.model.base import alpha_of
+from fedlora.model.base_model import alpha_of
 from fedlora.model.unread import restore_unread
 
 HEAD = ("classifier", "score")
@@ -282,7 +282,7 @@ def test_clients_of_other_ranks_compute_their_own_product(tiny_bert: Path) -> No
         base.rebase(0, ())
         base.write(state)
         beside = logits(base.model)
-        base.rebase(1, [Merge(0, 1, AdapterState(state.pairs))])
+        base.rebase(1, [BaseUpdate(0, 1, AdapterState(state.pairs))])
         base.write(without_pairs(state))
         assert torch.allclose(logits(base.model), beside, rtol=1e-12, atol=1e-12)
 
@@ -385,18 +385,18 @@ def test_layers_with_running_statistics_stay_frozen(tiny_bert: Path) -> None:
 # ---------------------------------------------------------------------------------------------- versions of the base
 
 
-def merges_of(base: Base, count: int, size: float = 0.1) -> list[Merge]:
-    return [Merge(v, v + 1, AdapterState(filled(base, v, 1 + v % 3, size).pairs)) for v in range(count)]
+def base_updates_of(base: Base, count: int, size: float = 0.1) -> list[BaseUpdate]:
+    return [BaseUpdate(v, v + 1, AdapterState(filled(base, v, 1 + v % 3, size).pairs)) for v in range(count)]
 
 
-def dense_sum(base: Base, merges: list[Merge]) -> Merge:
+def dense_sum(base: Base, base_updates: list[BaseUpdate]) -> BaseUpdate:
     """What a server sends to a client that lacks a lot: the sum, from a float32 NumPy-style running total."""
     acc: dict[str, Tensor] = {}
-    for merge in merges:
-        for name, pair in merge.change.pairs.items():
+    for base_update in base_updates:
+        for name, pair in base_update.change.pairs.items():
             delta = pair.delta().to(torch.float32)
             acc[name] = acc[name] + delta if name in acc else delta
-    return Merge(0, merges[-1].version, AdapterState(dense=acc))
+    return BaseUpdate(0, base_updates[-1].version, AdapterState(dense=acc))
 
 
 def frozen(base: Base) -> dict[str, Tensor]:
@@ -407,7 +407,7 @@ def frozen(base: Base) -> dict[str, Tensor]:
 def test_following_every_merge_and_catching_up_end_with_the_same_bits(tiny_bert: Path, dtype: str) -> None:
     base = load(tiny_bert, dtype)
     pristine = frozen(base)
-    log = merges_of(base, 5)
+    log = base_updates_of(base, 5)
     for version in range(1, 6):
         base.rebase(version, log)
         assert base.base_version == version
@@ -431,7 +431,7 @@ def test_a_bfloat16_base_keeps_small_merges(tiny_bert: Path) -> None:
     shape = base.layout(1)[QUERY]
     step = LoraPair(torch.full((1, shape.d_in), 1e-5), torch.ones(shape.d_out, 1), 1.0)
     before = base.plain_state_dict()[f"{QUERY}.weight"].clone()
-    log = [Merge(v, v + 1, AdapterState({QUERY: step})) for v in range(400)]
+    log = [BaseUpdate(v, v + 1, AdapterState({QUERY: step})) for v in range(400)]
     for version in range(1, 401):
         base.rebase(version, log[:version])
     wanted = (before.float() + 400 * 1e-5).to(torch.bfloat16)
@@ -442,17 +442,17 @@ def test_a_bfloat16_base_keeps_small_merges(tiny_bert: Path) -> None:
 
 def test_merges_that_do_not_lead_there_are_refused(tiny_bert: Path) -> None:
     base = load(tiny_bert)
-    log = merges_of(base, 4)
-    for version, merges, words in [
+    log = base_updates_of(base, 4)
+    for version, base_updates, words in [
         (3, log[1:3], "from 0"),
         (3, [], "are none"),
         (4, [log[0], log[2], log[3]], "no chain"),
         (4, log[:3], "send the chain to 4"),
-        (1, [Merge(0, 1, AdapterState({"bert.nowhere": log[0].change.pairs[QUERY]}))], "no linear layer"),
-        (1, [Merge(0, 1, AdapterState(dense={QUERY: torch.zeros(2, 2)}))], "same base"),
+        (1, [BaseUpdate(0, 1, AdapterState({"bert.nowhere": log[0].change.pairs[QUERY]}))], "no linear layer"),
+        (1, [BaseUpdate(0, 1, AdapterState(dense={QUERY: torch.zeros(2, 2)}))], "same base"),
     ]:
         with pytest.raises(ModelError, match=words):
-            base.rebase(version, merges)
+            base.rebase(version, base_updates)
         assert base.base_version == 0
     base.rebase(2, log[:2])
     before = frozen(base)
@@ -469,7 +469,7 @@ def test_transposed_layers_merge_too(tiny_gpt2: Path) -> None:
     assert (shape.d_out, shape.d_in) == (48, 16)
     base.write(state)
     beside = logits(base.model)
-    base.rebase(1, [Merge(0, 1, AdapterState(state.pairs))])
+    base.rebase(1, [BaseUpdate(0, 1, AdapterState(state.pairs))])
     base.write(without_pairs(state))
     assert torch.allclose(logits(base.model), beside, rtol=1e-12, atol=1e-12)
 
@@ -496,8 +496,8 @@ def test_a_quantised_layer_carries_what_it_cannot_absorb() -> None:
     before, bits = layer(x), layer.weight.clone()
     pairs = [LoraPair(torch.randn(2, 6), torch.randn(5, 2), 0.5) for _ in range(9)]
     dense = torch.randn(5, 6)
-    log = [Merge(v, v + 1, AdapterState({"q": pair})) for v, pair in enumerate(pairs)]
-    log.append(Merge(9, 10, AdapterState(dense={"q": dense})))
+    log = [BaseUpdate(v, v + 1, AdapterState({"q": pair})) for v, pair in enumerate(pairs)]
+    log.append(BaseUpdate(9, 10, AdapterState(dense={"q": dense})))
     for version in (1, 4, 10):
         weights.rebase(version, log)
     with torch.inference_mode():
@@ -530,7 +530,7 @@ def test_a_quantised_base_trains_and_follows_merges(tiny_bert: Path, monkeypatch
     state = filled(base)
     base.write(state)
     beside = logits(base.model)
-    base.rebase(1, [Merge(0, 1, AdapterState(state.pairs))])
+    base.rebase(1, [BaseUpdate(0, 1, AdapterState(state.pairs))])
     parameters = base.write(without_pairs(state))
     assert torch.allclose(logits(base.model), beside, rtol=1e-4, atol=1e-4)
     base.model(input_ids=IDS, attention_mask=MASK).logits.sum().backward()
@@ -614,8 +614,8 @@ def test_a_merged_model_needs_neither_peft_nor_us(tiny_bert: Path, tmp_path: Pat
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     base = load(tiny_bert, dtype)
-    state, log = filled(base), merges_of(base, 3)
-    base.rebase(3, merges_of(base, 3, size=0.5))  # another run's, that must not be believed
+    state, log = filled(base), base_updates_of(base, 3)
+    base.rebase(3, base_updates_of(base, 3, size=0.5))  # another run's, that must not be believed
     save_merged(base, state, log, tmp_path / "merged")
     assert base.base_version == 0
     base.rebase(3, log)
@@ -626,7 +626,7 @@ def test_a_merged_model_needs_neither_peft_nor_us(tiny_bert: Path, tmp_path: Pat
     assert torch.allclose(logits(merged).float(), wanted.float(), rtol=close, atol=close)
     wide = merged.state_dict()[f"{QUERY}.weight"].double()
     pristine = AutoModelForSequenceClassification.from_pretrained(tiny_bert).state_dict()[f"{QUERY}.weight"].double()
-    change = sum(merge.change.pairs[QUERY].delta() for merge in log) + state.pairs[QUERY].delta()
+    change = sum(base_update.change.pairs[QUERY].delta() for base_update in log) + state.pairs[QUERY].delta()
     rounding = 2**-23 if dtype == "float32" else 2**-8
     start = pristine.to(base.dtype).double()
     assert torch.allclose(wide, start + change, rtol=rounding, atol=4 * rounding)

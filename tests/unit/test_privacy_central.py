@@ -14,12 +14,12 @@ from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.ffa import FfaLora
 from fedlora.aggregators.flora import Flora
 from fedlora.errors import PrivacyError, RuleError
-from fedlora.privacy import central as central_module
+from fedlora.privacy import server_dp as central_module
 from fedlora.privacy.accounting import epsilon
 from fedlora.privacy.audit import AuditResult, audit_two_worlds
 from fedlora.privacy.audit_clients import client_worlds
-from fedlora.privacy.central import CLIP, Central
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.server_dp import CLIP, ServerDP
 
 DELTA = 1e-5
 
@@ -53,11 +53,11 @@ def flat(state: AdapterState) -> torch.Tensor:
 def test_without_noise_and_with_room_it_is_the_wrapped_rule(rule: Aggregator, monkeypatch: pytest.MonkeyPatch) -> None:
     silent(monkeypatch)
     start = adapter()
-    wrapped = Central(rule, noise_multiplier=1.0, clip_norm=10.0)
+    wrapped = ServerDP(rule, noise_multiplier=1.0, clip_norm=10.0)
     parts = tuple(rule.plan(rule.init(start), ClientSpec(0, start.layout)).sends)
     updates = [update(start, k, 0.5 + k, weight=1.0 + k, parts=parts) for k in range(4)]
-    got = wrapped.merge(wrapped.init(start), updates)
-    expected = rule.merge(rule.init(start), updates)
+    got = wrapped.aggregate(wrapped.init(start), updates)
+    expected = rule.aggregate(rule.init(start), updates)
     assert got.round == expected.round == 1
     assert torch.allclose(flat(got.adapter), flat(expected.adapter), atol=1e-6)
 
@@ -65,12 +65,12 @@ def test_without_noise_and_with_room_it_is_the_wrapped_rule(rule: Aggregator, mo
 def test_each_update_is_clipped_over_all_its_tensors_jointly(monkeypatch: pytest.MonkeyPatch) -> None:
     silent(monkeypatch)
     start = adapter()
-    rule = Central(FedAvg(), noise_multiplier=1.0, clip_norm=0.5, minimum_cohort=1)
+    rule = ServerDP(FedAvg(), noise_multiplier=1.0, clip_norm=0.5, minimum_cohort=1)
     for size in (0.1, 0.5, 7.0, 1e6):
-        after = rule.merge(rule.init(start), [update(start, 1, size)])
+        after = rule.aggregate(rule.init(start), [update(start, 1, size)])
         moved = flat(after.adapter) - flat(start)
         assert float(moved.norm()) == pytest.approx(min(size, 0.5), rel=1e-5)
-    two = rule.merge(rule.init(start), [update(start, 1, 0.2), update(start, 2, 1e4)])
+    two = rule.aggregate(rule.init(start), [update(start, 1, 0.2), update(start, 2, 1e4)])
     parts = [flat(update(start, 1, 0.2).adapter) - flat(start), flat(update(start, 2, 0.5).adapter) - flat(start)]
     assert torch.allclose(flat(two.adapter) - flat(start), sum(parts) / 2, atol=1e-6)
 
@@ -78,9 +78,9 @@ def test_each_update_is_clipped_over_all_its_tensors_jointly(monkeypatch: pytest
 def test_an_update_that_is_not_finite_counts_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     silent(monkeypatch)
     start = adapter()
-    rule = Central(FedAvg(), noise_multiplier=1.0, clip_norm=0.5)
+    rule = ServerDP(FedAvg(), noise_multiplier=1.0, clip_norm=0.5)
     broken = start.with_tensors({"head": torch.tensor([math.nan, math.inf, 0.0])})
-    after = rule.merge(rule.init(start), [update(start, 1, 0.2), ClientUpdate(2, broken, 1.0)])
+    after = rule.aggregate(rule.init(start), [update(start, 1, 0.2), ClientUpdate(2, broken, 1.0)])
     assert torch.allclose(
         flat(after.adapter), flat(start) + (flat(update(start, 1, 0.2).adapter) - flat(start)) / 2, atol=1e-6
     )
@@ -89,27 +89,27 @@ def test_an_update_that_is_not_finite_counts_as_zero(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("weights", "largest"), [([1.0] * 10, 0.1), ([400.0, 10.0], 400 / 410), ([1.0, 1.0], 0.5)])
 def test_noise_follows_the_largest_weight_that_really_was_there(weights: list[float], largest: float) -> None:
     start = AdapterState({}, {"head": torch.zeros(20_000, dtype=torch.float64)})
-    rule = Central(FedAvg(), noise_multiplier=1.5, clip_norm=2.0)
-    after = rule.merge(rule.init(start), [ClientUpdate(k, start, w) for k, w in enumerate(weights)])
+    rule = ServerDP(FedAvg(), noise_multiplier=1.5, clip_norm=2.0)
+    after = rule.aggregate(rule.init(start), [ClientUpdate(k, start, w) for k, w in enumerate(weights)])
     assert float(after.adapter.dense["head"].std()) == pytest.approx(1.5 * 2.0 * largest, rel=0.03)
     assert after.metrics["noise_std"] == pytest.approx(1.5 * 2.0 * largest)
 
 
 def test_noise_is_fresh_in_each_merge_whatever_the_seed() -> None:
     start = adapter()
-    rule = Central(FedAvg(), noise_multiplier=1.0, clip_norm=1.0)
+    rule = ServerDP(FedAvg(), noise_multiplier=1.0, clip_norm=1.0)
     results = []
     for _ in range(2):
         torch.manual_seed(0)
         results.append(
-            flat(rule.merge(rule.init(start, seed=5), [ClientUpdate(k, start, 1.0) for k in range(3)]).adapter)
+            flat(rule.aggregate(rule.init(start, seed=5), [ClientUpdate(k, start, 1.0) for k in range(3)]).adapter)
         )
     assert not torch.allclose(*results)
 
 
 def test_rules_that_look_at_single_updates_are_refused_with_the_reason() -> None:
     with pytest.raises(PrivacyError, match=r"Flora does not claim LINEAR.*choose one of fedavg, ffa"):
-        Central(Flora(), noise_multiplier=1.0, clip_norm=1.0)
+        ServerDP(Flora(), noise_multiplier=1.0, clip_norm=1.0)
 
 
 @pytest.mark.parametrize(
@@ -124,33 +124,33 @@ def test_rules_that_look_at_single_updates_are_refused_with_the_reason() -> None
 )
 def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(PrivacyError):
-        Central(FedAvg(), **{"noise_multiplier": 1.0, "clip_norm": 1.0} | wrong)
+        ServerDP(FedAvg(), **{"noise_multiplier": 1.0, "clip_norm": 1.0} | wrong)
 
 
 def test_a_small_cohort_drops_the_round_and_costs_nothing() -> None:
     start = adapter()
-    rule = Central(FedAvg(), noise_multiplier=1.0, clip_norm=1.0, minimum_cohort=3, adaptive=True)
+    rule = ServerDP(FedAvg(), noise_multiplier=1.0, clip_norm=1.0, minimum_cohort=3, adaptive=True)
     state = rule.init(start)
-    after = rule.merge(state, [update(start, k, 1.0) for k in range(2)])
+    after = rule.aggregate(state, [update(start, k, 1.0) for k in range(2)])
     assert torch.equal(flat(after.adapter), flat(start))
     assert (after.round, after.metrics["dropped"], after.memory[CLIP]) == (1, 1.0, state.memory[CLIP])
-    assert rule.merge(state, [update(start, k, 1.0) for k in range(3)]).metrics["dropped"] == 0.0
+    assert rule.aggregate(state, [update(start, k, 1.0) for k in range(3)]).metrics["dropped"] == 0.0
     with pytest.raises(RuleError, match="no client"):
-        rule.merge(state, [])
+        rule.aggregate(state, [])
 
 
 def test_clients_with_other_starts_or_other_tensors_are_refused() -> None:
     start = adapter()
-    rule = Central(FfaLora(), noise_multiplier=1.0, clip_norm=1.0)
+    rule = ServerDP(FfaLora(), noise_multiplier=1.0, clip_norm=1.0)
     state = rule.init(start)
     small = AdapterState(
         {"layer": LoraPair(start.pairs["layer"].A[:1], start.pairs["layer"].B[:, :1], 2.0)}, start.dense
     )
     with pytest.raises(RuleError, match="same rank"):
-        rule.merge(state, [ClientUpdate(0, start, 1.0), ClientUpdate(1, small, 1.0)])
-    other = Central(FedAvg(), noise_multiplier=1.0, clip_norm=1.0)
+        rule.aggregate(state, [ClientUpdate(0, start, 1.0), ClientUpdate(1, small, 1.0)])
+    other = ServerDP(FedAvg(), noise_multiplier=1.0, clip_norm=1.0)
     with pytest.raises(RuleError, match="'head'"):
-        other.merge(other.init(start), [ClientUpdate(0, AdapterState(start.pairs), 1.0)])
+        other.aggregate(other.init(start), [ClientUpdate(0, AdapterState(start.pairs), 1.0)])
 
 
 # ---------------------------------------------------------------------------------------------- adaptive clipping
@@ -161,18 +161,18 @@ def test_the_clip_norm_goes_to_the_quantile_of_the_norms(first: float, monkeypat
     """Andrew et al. 2021: with norms 1..10 and gamma = 0.5 the clip norm ends between 5 and 6, from either side."""
     silent(monkeypatch)
     start = AdapterState({}, {"head": torch.zeros(1, dtype=torch.float64)})
-    rule = Central(FedAvg(), noise_multiplier=0.5, clip_norm=first, adaptive=True)
+    rule = ServerDP(FedAvg(), noise_multiplier=0.5, clip_norm=first, adaptive=True)
     state = rule.init(start)
     for _ in range(150):
         updates = [
             ClientUpdate(k, AdapterState({}, {"head": torch.tensor([1.0 + k]).double()}), 1.0) for k in range(10)
         ]
-        state = replace(rule.merge(state, updates), adapter=start)
+        state = replace(rule.aggregate(state, updates), adapter=start)
     assert 4.9 < float(state.memory[CLIP]) < 6.1
 
 
 def test_one_step_of_the_clip_norm_is_the_papers() -> None:
-    rule = Central(FedAvg(), noise_multiplier=1.0, clip_norm=3.0, adaptive=True, quantile=0.3, clip_lr=0.2)
+    rule = ServerDP(FedAvg(), noise_multiplier=1.0, clip_norm=3.0, adaptive=True, quantile=0.3, clip_lr=0.2)
     quiet = replace(rule, count_noise_multiplier=1.0 + 1e-9)
     got = quiet._next_clip(3.0, 7, 10, _Zero())
     assert got == pytest.approx(3.0 * math.exp(-0.2 * (0.7 - 0.3)))
@@ -194,11 +194,11 @@ def _no_noise_for_the_marked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_count_query_is_paid_for() -> None:
     """z^-2 = z_D^-2 + sigma_b^-2: both Gaussians together cost what one round's entry says."""
-    rule = Central(FedAvg(), noise_multiplier=1.0, clip_norm=1.0, adaptive=True, count_noise_multiplier=2.0)
+    rule = ServerDP(FedAvg(), noise_multiplier=1.0, clip_norm=1.0, adaptive=True, count_noise_multiplier=2.0)
     assert rule.update_multiplier == pytest.approx(math.sqrt(4 / 3))
     assert rule.update_multiplier**-2 + 2.0**-2 == pytest.approx(rule.entry().noise_multiplier ** -2)
     start = AdapterState({}, {"head": torch.zeros(20_000, dtype=torch.float64)})
-    after = rule.merge(rule.init(start), [ClientUpdate(k, start, 1.0) for k in range(10)])
+    after = rule.aggregate(rule.init(start), [ClientUpdate(k, start, 1.0) for k in range(10)])
     assert float(after.adapter.dense["head"].std()) == pytest.approx(math.sqrt(4 / 3) / 10, rel=0.03)
     generator = torch.Generator().manual_seed(0)
     logs = torch.tensor([math.log(rule._next_clip(1.0, 5, 10, generator)) for _ in range(4000)])
@@ -210,25 +210,25 @@ def test_a_resumed_run_goes_on_with_its_clip_norm_and_the_rules_memory() -> None
     class Counting(Aggregator):
         claims = FedAvg.claims
 
-        def merge(self, state: GlobalState, updates: object) -> GlobalState:
+        def aggregate(self, state: GlobalState, updates: object) -> GlobalState:
             assert CLIP not in state.memory
             seen = state.memory.get("seen", torch.tensor(0)) + 1
-            return replace(FedAvg().merge(state, updates), memory={"seen": seen})
+            return replace(FedAvg().aggregate(state, updates), memory={"seen": seen})
 
     start = adapter()
-    rule = Central(Counting(), noise_multiplier=1.0, clip_norm=1.0, adaptive=True)
+    rule = ServerDP(Counting(), noise_multiplier=1.0, clip_norm=1.0, adaptive=True)
     state = rule.init(start)
     for number in (1, 2):
-        state = rule.merge(state, [update(start, k, 9.0) for k in range(4)])
+        state = rule.aggregate(state, [update(start, k, 9.0) for k in range(4)])
         assert int(state.memory["seen"]) == number
-    resumed = GlobalState(state.adapter, state.seed, state.round, state.merges, dict(state.memory))
-    assert rule.merge(resumed, [update(start, 0, 1.0), update(start, 1, 1.0)]).metrics["clip_norm"] == float(
+    resumed = GlobalState(state.adapter, state.seed, state.round, state.base_updates, dict(state.memory))
+    assert rule.aggregate(resumed, [update(start, 0, 1.0), update(start, 1, 1.0)]).metrics["clip_norm"] == float(
         state.memory[CLIP]
     )
 
 
 def test_the_servers_ledger_counts_rounds_of_clients(tmp_path: object) -> None:
-    rule = Central(FedAvg(), noise_multiplier=4.0, clip_norm=1.0)
+    rule = ServerDP(FedAvg(), noise_multiplier=4.0, clip_norm=1.0)
     ledger = Ledger(f"{tmp_path}/server.jsonl", unit="client")
     for number in range(16):
         ledger.spend(rule.entry(), run="r", round=number).close()
@@ -245,7 +245,7 @@ DROPPED = [1.0, 1.0]
 
 
 def audited(weights: list[float], *, adaptive: bool = False, trials: int = 3000, **mutant: float) -> AuditResult:
-    rule = Central(FedAvg(), noise_multiplier=2.0, clip_norm=1.0, minimum_cohort=1, adaptive=adaptive)
+    rule = ServerDP(FedAvg(), noise_multiplier=2.0, clip_norm=1.0, minimum_cohort=1, adaptive=adaptive)
     claim = epsilon([rule.entry()], DELTA)
     worlds = client_worlds(rule, weights, **mutant)
     return audit_two_worlds(worlds, claimed=claim, delta=DELTA, trials=trials)
@@ -276,7 +276,7 @@ def test_a_clip_norm_that_adapts_with_too_little_noise_is_caught() -> None:
 def test_the_count_moves_by_one_when_an_update_is_replaced_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sensitivity that its noise is made for: no world moves it further."""
     silent(monkeypatch)
-    rule = Central(FedAvg(), noise_multiplier=2.0, clip_norm=1.0, adaptive=True)
+    rule = ServerDP(FedAvg(), noise_multiplier=2.0, clip_norm=1.0, adaptive=True)
     start = AdapterState({}, {"head": torch.zeros(1, dtype=torch.float64)})
 
     def count(*sizes: float) -> float:
@@ -284,7 +284,7 @@ def test_the_count_moves_by_one_when_an_update_is_replaced_by_nothing(monkeypatc
             ClientUpdate(k, AdapterState({}, {"head": torch.tensor([size]).double()}), 1.0)
             for k, size in enumerate(sizes)
         ]
-        moved = math.log(float(rule.merge(rule.init(start), updates).memory[CLIP]) / rule.clip_norm)
+        moved = math.log(float(rule.aggregate(rule.init(start), updates).memory[CLIP]) / rule.clip_norm)
         return (rule.quantile - moved / rule.clip_lr) * len(sizes)
 
     others = (0.0, 3.0, 0.5)

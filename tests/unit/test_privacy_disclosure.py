@@ -11,7 +11,7 @@ import pytest
 from fedlora.config import parse_config
 from fedlora.errors import PrivacyError
 from fedlora.privacy.disclosure import Disclosure
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 
 EXAMPLE = ["server.weighting=uniform", "privacy.max_grad_norm=1", "privacy.public_examples=40"]
 CLIENT = ["server.aggregation_error=false", "privacy.unit=client", "privacy.clip_norm=1"]

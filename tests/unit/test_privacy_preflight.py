@@ -9,7 +9,7 @@ import torch
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy import preflight as module
-from fedlora.training.dropout import Stream, Streams, example_parts
+from fedlora.training.dropout_masks import Stream, Streams, example_parts
 
 Batch = dict[str, torch.Tensor]
 Losses = Callable[[torch.nn.Module, Batch], torch.Tensor]

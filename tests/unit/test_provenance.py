@@ -22,11 +22,11 @@ from fedlora.cli import app
 from fedlora.hashing import digest_of, file_digest, row_digests
 from fedlora.model.fingerprint import fingerprint
 from fedlora.provenance import MODEL, WORDS, Provenance, config_digest
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.image_classification import ImageClassification
 from fedlora.tasks.text_classification import TextClassification
-from fedlora.training import close_workbench
+from fedlora.training import close_workspace
 
 Cli = Callable[..., Result]
 
@@ -74,9 +74,9 @@ def scene(made: Path, tmp_path: Path) -> Iterator[Path]:
     shutil.copytree(made, folder)
     written = folder / "runs" / "scene" / "config.toml"
     written.write_text(written.read_text().replace(str(made), str(folder)))
-    close_workbench()
+    close_workspace()
     yield folder
-    close_workbench()
+    close_workspace()
 
 
 def call(*words: object) -> Result:

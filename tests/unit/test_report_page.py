@@ -24,7 +24,7 @@ from fedlora.report._markup import VOID, el
 from fedlora.report._style import DARK, KINDS, LIGHT
 from fedlora.report._warnings import warnings
 from fedlora.report.page import render_report, write_report
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.sanitize import clean_lines
 
 PRIVACY = """

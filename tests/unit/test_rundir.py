@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from fedlora import files, state_io
 from fedlora.adapter import AdapterState, LoraPair
-from fedlora.aggregators import GlobalState, Merge
+from fedlora.aggregators import BaseUpdate, GlobalState
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError, RunDirError
 from fedlora.files import write_atomically
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.state_io import (
     flatten_adapter,
     flatten_state,
@@ -60,13 +60,15 @@ def adapters(draw) -> AdapterState:
 @st.composite
 def states(draw) -> GlobalState:
     versions = sorted(draw(st.sets(st.integers(1, 50), max_size=3)))
-    merges = [Merge(since, version, draw(adapters())) for since, version in zip([0, *versions], versions, strict=False)]
+    base_updates = [
+        BaseUpdate(since, version, draw(adapters())) for since, version in zip([0, *versions], versions, strict=False)
+    ]
     memory = {name: draw(tensors((2,))) for name in draw(st.lists(names, unique=True, max_size=2))}
     return GlobalState(
         adapter=draw(adapters()),
         seed=draw(st.integers(0, 2**63 - 1)),
         round=draw(st.integers(0, 1000)),
-        merges=tuple(merges),
+        base_updates=tuple(base_updates),
         memory=memory,
         metrics=draw(st.dictionaries(names, st.floats(), max_size=2)),
     )
@@ -113,7 +115,7 @@ def test_same_state_sees_every_difference() -> None:
         GlobalState(AdapterState({"m": pair}, {"d": torch.tensor([0.0, -0.0])})),
         GlobalState(base.adapter, seed=1),
         GlobalState(base.adapter, round=1),
-        GlobalState(base.adapter, merges=(Merge(0, 1, AdapterState()),)),
+        GlobalState(base.adapter, base_updates=(BaseUpdate(0, 1, AdapterState()),)),
         GlobalState(base.adapter, memory={"v": torch.zeros(1)}),
         GlobalState(base.adapter, metrics={"x": 1.0}),
     ]
@@ -148,14 +150,14 @@ def test_a_flipped_bit_is_found_wherever_it_is(data) -> None:
 # ---------------------------------------------------------------------------------------------- the folder
 
 
-def make_state(number: int, merges: tuple[Merge, ...] = ()) -> GlobalState:
+def make_state(number: int, base_updates: tuple[BaseUpdate, ...] = ()) -> GlobalState:
     generator = torch.Generator().manual_seed(number)
     pair = LoraPair(torch.randn(2, 3, generator=generator), torch.randn(4, 2, generator=generator), 2.0)
-    return GlobalState(AdapterState({"m": pair}, {"d": torch.ones(2)}), seed=7, round=number, merges=merges)
+    return GlobalState(AdapterState({"m": pair}, {"d": torch.ones(2)}), seed=7, round=number, base_updates=base_updates)
 
 
-def make_merge(since: int, version: int) -> Merge:
-    return Merge(since, version, AdapterState(dict(make_state(version).adapter.pairs)))
+def make_base_update(since: int, version: int) -> BaseUpdate:
+    return BaseUpdate(since, version, AdapterState(dict(make_state(version).adapter.pairs)))
 
 
 @pytest.fixture
@@ -336,21 +338,21 @@ def test_resume_before_the_first_checkpoint_starts_from_nothing(config: RunConfi
 
 def test_merges_are_written_once_and_go_when_no_checkpoint_names_them(config: RunConfig) -> None:
     run = RunDir.create(config)
-    merges = (make_merge(0, 1), make_merge(1, 2))
-    run.save_checkpoint(make_state(1, merges[:1]))
+    base_updates = (make_base_update(0, 1), make_base_update(1, 2))
+    run.save_checkpoint(make_state(1, base_updates[:1]))
     first = run.path / "merges" / "000000-000001.safetensors"
     before = first.stat()
-    run.save_checkpoint(make_state(2, merges))
+    run.save_checkpoint(make_state(2, base_updates))
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
     again = RunDir.open(run.path)
     state = again.latest_checkpoint()
     assert state is not None
-    assert same_state(state, make_state(2, merges))
-    again.save_checkpoint(make_state(3, state.merges))  # read back, and so known to be there
+    assert same_state(state, make_state(2, base_updates))
+    again.save_checkpoint(make_state(3, state.base_updates))  # read back, and so known to be there
     assert first.stat().st_ino == before.st_ino
 
-    compact = (make_merge(0, 3),)
+    compact = (make_base_update(0, 3),)
     again.save_checkpoint(make_state(4, compact))
     assert first.exists()  # the checkpoint of round 3 still needs it
     again.save_checkpoint(make_state(5, compact))
@@ -360,13 +362,13 @@ def test_merges_are_written_once_and_go_when_no_checkpoint_names_them(config: Ru
 def test_a_merge_of_a_round_that_was_lost_is_replaced(config: RunConfig) -> None:
     run = RunDir.create(config)
     run.save_checkpoint(make_state(1))
-    lost = Merge(0, 1, make_state(99).adapter)
+    lost = BaseUpdate(0, 1, make_state(99).adapter)
     write_atomically(
-        run.path / "merges" / "000000-000001.safetensors", pack(*state_io.flatten_merge(lost))
+        run.path / "merges" / "000000-000001.safetensors", pack(*state_io.flatten_base_update(lost))
     )  # and then the power went, before the checkpoint
     again = RunDir.open(run.path)
     again.resume()
-    state = make_state(2, (make_merge(0, 1),))
+    state = make_state(2, (make_base_update(0, 1),))
     again.save_checkpoint(state)
     found = RunDir.open(run.path).latest_checkpoint()
     assert found is not None
@@ -379,7 +381,7 @@ def test_a_kill_anywhere_in_a_checkpoint_leaves_the_one_before(
 ) -> None:
     """The process dies at the `step`th write to disk of round 2: before or after the merge's file, or the state's."""
     run = RunDir.create(config)
-    run.save_checkpoint(make_state(1, (make_merge(0, 1),)))
+    run.save_checkpoint(make_state(1, (make_base_update(0, 1),)))
 
     class Killed(BaseException):
         pass
@@ -395,15 +397,15 @@ def test_a_kill_anywhere_in_a_checkpoint_leaves_the_one_before(
         return call
 
     monkeypatch.setattr(files.os, "fsync", dying(os.fsync))
-    state = make_state(2, (make_merge(0, 1), make_merge(1, 2)))
-    state = GlobalState(state.adapter, state.seed, 2, (next(iter(run._merges.values())), state.merges[1]))
+    state = make_state(2, (make_base_update(0, 1), make_base_update(1, 2)))
+    state = GlobalState(state.adapter, state.seed, 2, (next(iter(run._base_updates.values())), state.base_updates[1]))
     with pytest.raises(Killed):
         run.save_checkpoint(state)
     monkeypatch.undo()
     found = RunDir.open(run.path).latest_checkpoint()
     assert found is not None
     # fsyncs: merge file, merges/, checkpoint file, checkpoints/; after the third the new checkpoint is in place
-    expected = state if step == 3 else make_state(1, (make_merge(0, 1),))
+    expected = state if step == 3 else make_state(1, (make_base_update(0, 1),))
     assert same_state(found, expected)
 
 
@@ -423,7 +425,7 @@ def test_a_damaged_checkpoint_is_named(config: RunConfig) -> None:
 
 def test_a_missing_merge_is_named(config: RunConfig) -> None:
     run = RunDir.create(config)
-    run.save_checkpoint(make_state(1, (make_merge(0, 1),)))
+    run.save_checkpoint(make_state(1, (make_base_update(0, 1),)))
     (run.path / "merges" / "000000-000001.safetensors").unlink()
     with pytest.raises(RunDirError, match=r"000000-000001.safetensors' is missing"):
         RunDir.open(run.path).latest_checkpoint()

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunDirError, TrainingError
-from fedlora.outcomes import read_outcomes
-from fedlora.rundir import RunDir
+from fedlora.runs.outcomes import read_outcomes
+from fedlora.runs.rundir import RunDir
 from fedlora.sweep import Selection, Sweep, _workers, grid, run_sweep
 from fedlora.sweep._grid import alternatives, plain
 

@@ -18,7 +18,7 @@ import fedlora.tracking
 from fedlora.config import parse_config
 from fedlora.errors import ConfigError
 from fedlora.progress import PlainProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.tracking import TRACKERS, Tracker, figures_of, require_tracker, tracked
 
 Points = dict[str, list[tuple[int, float]]]

@@ -6,7 +6,7 @@ import torch
 from fedlora.adapter import AdapterState, PairShape, fresh_pairs
 from fedlora.aggregators import load_aggregator
 from fedlora.errors import RuleError
-from fedlora.traffic import measure_traffic
+from fedlora.evaluation.traffic import measure_traffic
 
 D_OUT, D_IN, CLIENTS, FLOAT = 40, 50, 3, 4
 HEAD = 5 * FLOAT

@@ -22,20 +22,20 @@ from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, Run
 from fedlora.errors import ConfigError, DataError, TrainingError
 from fedlora.model import Base, load_base
 from fedlora.tasks import Examples, Table, Task, load_task
-from fedlora.training import TrainJob, TrainResult, describe, evaluate, open_workbench, setup, train
+from fedlora.training import TrainJob, TrainResult, describe, evaluate, open_workspace, setup, train
 from fedlora.training.evaluate import length_batches
 from fedlora.training.job import batches, learning_rate, number_of_steps
 from fedlora.training.runtime import keep_memory
-from fedlora.training.workbench import close_workbench
+from fedlora.training.workspace import close_workspace
 
 FAST = TrainConfig(steps=4, batch_size=8, lr=1e-2)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    close_workbench()
+    close_workspace()
     yield
-    close_workbench()
+    close_workspace()
 
 
 @pytest.fixture(scope="module")
@@ -359,17 +359,17 @@ def test_server_and_clients_share_one_workbench(tiny_bert: Path, tiny_csv: Path)
         device = "cpu"
         kernels = "off"
     """
-    server = open_workbench(parse_config(text))
+    server = open_workspace(parse_config(text))
     loads = models.cache_info().loads
-    client = open_workbench(parse_config(text, ["train.lr=0.5", "strategy.name=ffa"]))
+    client = open_workspace(parse_config(text, ["train.lr=0.5", "strategy.name=ffa"]))
     assert client.base is server.base
     assert client.data is server.data
     assert client.config.train.lr == 0.5
     assert models.cache_info().loads == loads
     assert server.kernels.mode == "off"
-    assert open_workbench(client.config) is client
-    assert open_workbench(server.config).config is server.config
-    other = open_workbench(parse_config(text, ["adapter.rank=2"]))
+    assert open_workspace(client.config) is client
+    assert open_workspace(server.config).config is server.config
+    other = open_workspace(parse_config(text, ["adapter.rank=2"]))
     assert other.base is not server.base
     assert models.cache_info().loads == loads + 1
     result = train(
@@ -380,16 +380,16 @@ def test_server_and_clients_share_one_workbench(tiny_bert: Path, tiny_csv: Path)
         FAST,
     )
     assert result.num_examples == len(other.data.clients[0])
-    close_workbench()
-    assert open_workbench(other.config).base is not other.base  # what was let go of is not kept by its config
+    close_workspace()
+    assert open_workspace(other.config).base is not other.base  # what was let go of is not kept by its config
 
 
 def test_the_collector_passes_over_libraries_and_over_no_model(tiny_bert: Path, tiny_csv: Path) -> None:
     from fedlora.config import parse_config
 
-    bench = open_workbench(parse_config(f"model.name={str(tiny_bert)!r}\ndata.source={str(tiny_csv)!r}"))
+    workspace = open_workspace(parse_config(f"model.name={str(tiny_bert)!r}\ndata.source={str(tiny_csv)!r}"))
     assert gc.get_freeze_count() > 100_000
-    assert any(found is bench.base.model for found in gc.get_objects())  # which lists what is not passed over
+    assert any(found is workspace.base.model for found in gc.get_objects())  # which lists what is not passed over
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (8, 4), (3, 16), (1, 1)])

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fedlora.audit import run_audit as module
+from fedlora.audit.run_audit import Finding, attack, check, through_model
 from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.errors import PrivacyError
@@ -18,11 +20,11 @@ from fedlora.privacy.calibrate import Schedule
 from fedlora.privacy.checks import Check
 from fedlora.privacy.dpsgd import PrivateStep
 from fedlora.privacy.mutants import MUTANTS
-from fedlora.training import audit as module
-from fedlora.training import open_workbench, private, private_cohort
-from fedlora.training.audit import Finding, attack, check, through_model
-from fedlora.training.private import PrivateSettings
-from fedlora.training.workbench import Workbench
+from fedlora.training import dp_loop as private_cohort
+from fedlora.training import dp_settings as private
+from fedlora.training import open_workspace
+from fedlora.training.dp_settings import PrivateSettings
+from fedlora.training.workspace import Workspace
 
 M = 2000
 CLAIM, SIGMA = 4.0, 1.0815
@@ -49,20 +51,20 @@ def overrides(tiny_bert: Path, tiny_csv: Path) -> list[str]:
 
 
 @pytest.fixture
-def bench(overrides: list[str]) -> Workbench:
-    return open_workbench(parse_config("", [*overrides, *EXAMPLE]))
+def workspace(overrides: list[str]) -> Workspace:
+    return open_workspace(parse_config("", [*overrides, *EXAMPLE]))
 
 
-def attacked(bench: Workbench) -> AuditResult:
+def attacked(workspace: Workspace) -> AuditResult:
     settings = PrivateSettings(Schedule(1.0, 1, 1, M / 2), SIGMA, 0.3, physical_batch_size=500)
-    attack, count = through_model(bench, settings, M)
+    attack, count = through_model(workspace, settings, M)
     return audit_in_one_run(attack, claimed=CLAIM, delta=1e-5, canaries=count, generator=np.random.default_rng(0))
 
 
 @pytest.fixture(params=["an adapter for each example", "hooks"])
-def way(request: pytest.FixtureRequest, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> str:
+def way(request: pytest.FixtureRequest, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two private loops trains."""
-    assert module.why_alone(bench.base) is None
+    assert module.why_alone(workspace.base) is None
     if request.param == "hooks":
         monkeypatch.setattr(module, "why_alone", lambda base: "told so")
     return str(request.param)
@@ -86,31 +88,31 @@ def breaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(private_cohort, "noise", lambda std, *rest: real(std * factor, *rest))
 
 
-def test_the_training_of_a_federation_holds(bench: Workbench, way: str) -> None:
-    before = bench.base.model
-    found = attacked(bench)
+def test_the_training_of_a_federation_holds(workspace: Workspace, way: str) -> None:
+    before = workspace.base.model
+    found = attacked(workspace)
     assert 0.5 < found.lower_bound < CLAIM  # the attack sees the canaries, and not more of them than was claimed
-    assert bench.base.model is before
+    assert workspace.base.model is before
     assert not any("canaries" in name for name, _ in before.named_modules())
 
 
 @pytest.mark.parametrize("name", ["noise / 4", "no clipping", pytest.param("noise / n", marks=pytest.mark.slow)])
 def test_what_goes_wrong_inside_the_training_of_a_federation_is_caught(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch, way: str, name: str
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, way: str, name: str
 ) -> None:
     breaks(monkeypatch, name)
-    assert attacked(bench).refuted
+    assert attacked(workspace).refuted
 
 
 def test_training_without_any_noise_is_caught_or_does_not_even_run(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch, way: str
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     breaks(monkeypatch, "no noise")
     if way == "hooks":  # fresh adapters have no gradient for A: without noise it stays
         with pytest.raises(PrivacyError, match="private training failed"):
-            attacked(bench)
+            attacked(workspace)
     else:  # the canaries move it
-        assert attacked(bench).refuted
+        assert attacked(workspace).refuted
 
 
 def test_findings_are_bad_when_a_claim_falls_or_a_mutant_stands() -> None:
@@ -126,8 +128,8 @@ def test_findings_are_bad_when_a_claim_falls_or_a_mutant_stands() -> None:
 @pytest.mark.slow
 def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
     equal = ["server.weighting='uniform'", "rounds=2"]
-    bench = open_workbench(parse_config("", [*overrides, *CLIENT, *equal]))
-    found = list(attack(bench, 4, canaries=2000))
+    workspace = open_workspace(parse_config("", [*overrides, *CLIENT, *equal]))
+    found = list(attack(workspace, 4, canaries=2000))
     assert [finding.what.strip() for finding in found] == [
         "the heaviest of 4 clients, 1 round",
         "the same, all but 2 drop out",
@@ -136,22 +138,22 @@ def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
     ]
     assert not any(finding.bad for finding in found)
     unequal = ["partition={name='quantity', clients=8, alpha=0.1}", "server.weighting='examples'"]
-    bench = open_workbench(parse_config("", [*overrides[:4], *overrides[5:], *CLIENT, *unequal]))
-    found = list(attack(bench, 8, canaries=2000))
+    workspace = open_workspace(parse_config("", [*overrides[:4], *overrides[5:], *CLIENT, *unequal]))
+    found = list(attack(workspace, 8, canaries=2000))
     assert "noise for equal weights" in [finding.what.strip() for finding in found]
     assert not any(finding.bad for finding in found)
-    bench = open_workbench(parse_config("", [*overrides, *CLIENT, *equal, "privacy.adaptive_clipping=true"]))
-    found = list(attack(bench, 4, canaries=2000))
+    workspace = open_workspace(parse_config("", [*overrides, *CLIENT, *equal, "privacy.adaptive_clipping=true"]))
+    found = list(attack(workspace, 4, canaries=2000))
     assert found[-1].what.strip() == "clip norm with little noise"
     assert not any(finding.bad for finding in found)
 
 
 def test_a_config_without_a_claim_has_nothing_to_audit(overrides: list[str]) -> None:
-    bench = open_workbench(parse_config("", overrides[:-2]))
+    workspace = open_workspace(parse_config("", overrides[:-2]))
     with pytest.raises(PrivacyError, match="nothing to audit"):
-        next(check(bench, 4))
+        next(check(workspace, 4))
     with pytest.raises(PrivacyError, match="nothing to audit"):
-        next(attack(bench, 4))
+        next(attack(workspace, 4))
 
 
 # ------------------------------------------------------------------------------------------------ fedlora audit

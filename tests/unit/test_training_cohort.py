@@ -17,20 +17,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.adapter import ALL_PARTS, AdapterState
-from fedlora.attention import choose_attention
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
 from fedlora.model import Base, load_base, seeded
 from fedlora.model.dropout import set_dropout
 from fedlora.model.unread import restore_unread, skip_unread
+from fedlora.speedups.attention import choose_attention
 from fedlora.tasks import Examples, Table, Task, load_task
 from fedlora.tasks._text import Tokens
 from fedlora.tasks.image_classification import Pixels
 from fedlora.training import TrainJob, TrainResult, train, train_cohort
 from fedlora.training.cohort import forget, why_alone
-from fedlora.training.flat import FlatOptimizer
 from fedlora.training.job import batches
-from fedlora.training.pool import Budget, Waiting, choose
-from fedlora.training.stacked import add_pairs, groups_of
+from fedlora.training.row_optimizer import FlatOptimizer
+from fedlora.training.stacked_lora import add_pairs, groups_of
+from fedlora.training.step_scheduler import Budget, Waiting, choose
 
 WIDE = Budget(10**6, 10**6)
 """Everybody who waits goes."""

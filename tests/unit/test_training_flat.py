@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedlora.adapter import AdapterState, LoraPair
-from fedlora.training.flat import Columns
+from fedlora.training.row_optimizer import Columns
 
 NAMES = ["m:A", "m:B", "n:A", "n:B", "head"]
 

@@ -19,18 +19,18 @@ from fedlora.model import Base
 from fedlora.privacy.accounting import Entry, epsilon
 from fedlora.privacy.calibrate import Schedule
 from fedlora.tasks import load_task
-from fedlora.training import open_workbench
-from fedlora.training import private as module
+from fedlora.training import dp_settings as module
+from fedlora.training import open_workspace
 from fedlora.training.cohort import train
-from fedlora.training.job import TrainJob
-from fedlora.training.private import (
+from fedlora.training.dp_loop import train_private
+from fedlora.training.dp_settings import (
     PrivateSettings,
     check_model,
     private_settings,
     require_private_task,
 )
-from fedlora.training.private_cohort import train_private
-from fedlora.training.workbench import Workbench
+from fedlora.training.job import TrainJob
+from fedlora.training.workspace import Workspace
 
 PRIVATE = ("server.weighting=uniform", "privacy.delta=1e-3", "privacy.max_grad_norm=1.0", "privacy.accountant=rdp")
 N = 40
@@ -45,7 +45,7 @@ def settings(sigma: float, *, clip: float = 1e3, q: float = 1.0, steps: int = 3,
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_bert: Path, tiny_csv: Path) -> Workbench:
+def workspace(tiny_bert: Path, tiny_csv: Path) -> Workspace:
     config = parse_config(
         "",
         [
@@ -58,7 +58,7 @@ def bench(tiny_bert: Path, tiny_csv: Path) -> Workbench:
             "runtime.device=cpu",
         ],
     )
-    return open_workbench(config)
+    return open_workspace(config)
 
 
 def job(base: Base, size: int = N, **changes: Any) -> TrainJob:
@@ -75,29 +75,29 @@ def move(result: AdapterState, start: AdapterState) -> torch.Tensor:
 
 @pytest.mark.parametrize("physical", [None, 7])
 @pytest.mark.parametrize("mu", [0.0, 0.5])
-def test_without_noise_and_clipping_it_is_the_plain_loop(bench: Workbench, physical: int | None, mu: float) -> None:
+def test_without_noise_and_clipping_it_is_the_plain_loop(workspace: Workspace, physical: int | None, mu: float) -> None:
     how = TrainConfig(steps=3, batch_size=N, optimizer="sgd", lr=0.2, momentum=0.5, warmup_steps=1, proximal_mu=mu)
-    what = job(bench.base)
-    plain = train(bench.base, bench.task, bench.data.train, what, how)
+    what = job(workspace.base)
+    plain = train(workspace.base, workspace.task, workspace.data.train, what, how)
     quiet = settings(1e-9, physical_batch_size=physical)
-    private = train_private(bench.base, bench.task, bench.data.train, what, how, quiet)
+    private = train_private(workspace.base, workspace.task, workspace.data.train, what, how, quiet)
     one, other = move(plain.adapter, what.adapter), move(private.adapter, what.adapter)
     assert float((one - other).norm()) < 1e-4 * float(one.norm())
 
 
-def test_adamw_without_noise_goes_the_same_way(bench: Workbench) -> None:
-    how, what = TrainConfig(steps=3, batch_size=N, lr=1e-3), job(bench.base)
-    plain = train(bench.base, bench.task, bench.data.train, what, how)
-    private = train_private(bench.base, bench.task, bench.data.train, what, how, settings(1e-9))
+def test_adamw_without_noise_goes_the_same_way(workspace: Workspace) -> None:
+    how, what = TrainConfig(steps=3, batch_size=N, lr=1e-3), job(workspace.base)
+    plain = train(workspace.base, workspace.task, workspace.data.train, what, how)
+    private = train_private(workspace.base, workspace.task, workspace.data.train, what, how, settings(1e-9))
     one, other = move(plain.adapter, what.adapter), move(private.adapter, what.adapter)
     assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.999
 
 
-def test_the_noise_is_there_is_new_each_time_and_has_the_size_it_should(bench: Workbench) -> None:
-    how, what = TrainConfig(optimizer="sgd", lr=1.0), job(bench.base)
+def test_the_noise_is_there_is_new_each_time_and_has_the_size_it_should(workspace: Workspace) -> None:
+    how, what = TrainConfig(optimizer="sgd", lr=1.0), job(workspace.base)
     once = settings(20.0, clip=0.5, steps=1)
     first, again = (
-        move(train_private(bench.base, bench.task, bench.data.train, what, how, once).adapter, what.adapter)
+        move(train_private(workspace.base, workspace.task, workspace.data.train, what, how, once).adapter, what.adapter)
         for _ in range(2)
     )
     std = 20.0 * 0.5 / N
@@ -105,55 +105,59 @@ def test_the_noise_is_there_is_new_each_time_and_has_the_size_it_should(bench: W
     assert spread == pytest.approx(std, rel=6 / math.sqrt(2 * len(first)))
 
 
-def test_nothing_that_depends_on_the_data_is_in_the_result(bench: Workbench) -> None:
-    how, what = TrainConfig(lr=1e-3), job(bench.base)
-    result = train_private(bench.base, bench.task, bench.data.train, what, how, settings(1.0, q=0.25))
+def test_nothing_that_depends_on_the_data_is_in_the_result(workspace: Workspace) -> None:
+    how, what = TrainConfig(lr=1e-3), job(workspace.base)
+    result = train_private(workspace.base, workspace.task, workspace.data.train, what, how, settings(1.0, q=0.25))
     assert (result.num_examples, result.steps, result.examples_seen, result.compute_seconds) == (1, 3, 0, 0.0)
     assert math.isnan(result.loss)
 
 
-def test_a_client_without_examples_takes_steps_of_noise(bench: Workbench) -> None:
+def test_a_client_without_examples_takes_steps_of_noise(workspace: Workspace) -> None:
     how = TrainConfig(optimizer="sgd", lr=1.0)
-    what = job(bench.base, size=0)
-    result = train_private(bench.base, bench.task, bench.data.train, what, how, settings(2.0, clip=1.0, steps=4))
+    what = job(workspace.base, size=0)
+    result = train_private(
+        workspace.base, workspace.task, workspace.data.train, what, how, settings(2.0, clip=1.0, steps=4)
+    )
     std = 2.0 / N * math.sqrt(4)
     moved = move(result.adapter, what.adapter)
     assert float(moved.std()) == pytest.approx(std, rel=6 / math.sqrt(2 * len(moved)))
 
 
-def test_the_base_trains_plainly_afterwards_as_before(bench: Workbench) -> None:
-    how, what = TrainConfig(steps=2, batch_size=8, lr=1e-3), job(bench.base)
-    before = train(bench.base, bench.task, bench.data.train, what, how)
-    train_private(bench.base, bench.task, bench.data.train, what, how, settings(1.0))
-    after = train(bench.base, bench.task, bench.data.train, what, how)
+def test_the_base_trains_plainly_afterwards_as_before(workspace: Workspace) -> None:
+    how, what = TrainConfig(steps=2, batch_size=8, lr=1e-3), job(workspace.base)
+    before = train(workspace.base, workspace.task, workspace.data.train, what, how)
+    train_private(workspace.base, workspace.task, workspace.data.train, what, how, settings(1.0))
+    after = train(workspace.base, workspace.task, workspace.data.train, what, how)
     assert torch.equal(move(before.adapter, what.adapter), move(after.adapter, what.adapter))
 
 
 def test_examples_that_all_fail_leave_an_update_of_noise_alone(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def losses(model: object, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         raise ValueError(f"secret: {len(batch['labels'])} examples")
 
-    monkeypatch.setattr(type(bench.task), "losses", staticmethod(losses))
-    what = job(bench.base)
-    found = train_private(bench.base, bench.task, bench.data.train, what, TrainConfig(), settings(1.0))
+    monkeypatch.setattr(type(workspace.task), "losses", staticmethod(losses))
+    what = job(workspace.base)
+    found = train_private(workspace.base, workspace.task, workspace.data.train, what, TrainConfig(), settings(1.0))
     assert float(move(found.adapter, what.adapter).std()) > 0
     assert "secret: 1 examples" in caplog.text
 
 
 def test_the_model_is_looked_at_once_on_examples_of_the_caller(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
     real = module.preflight
     monkeypatch.setattr(module, "preflight", lambda *args: (seen.append(1), real(*args)))
     monkeypatch.setattr(module, "_passed", type(module._passed)())
     for trains in (ALL_PARTS, ALL_PARTS, frozenset({"B"})):
-        check_model(bench.base, bench.task, bench.data.test, job(bench.base, size=0, trains=trains))
+        check_model(workspace.base, workspace.task, workspace.data.test, job(workspace.base, size=0, trains=trains))
     assert len(seen) == 2
     with pytest.raises(PrivacyError, match="needs two test examples"):
-        check_model(bench.base, bench.task, bench.data.test.take([0]), job(bench.base, trains=frozenset({"A"})))
+        check_model(
+            workspace.base, workspace.task, workspace.data.test.take([0]), job(workspace.base, trains=frozenset({"A"}))
+        )
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -214,8 +218,8 @@ def test_a_task_that_packs_examples_is_refused() -> None:
         require_private_task(packed)
 
 
-def test_an_epsilon_out_of_reach_is_refused_before_anything_is_trained(bench: Workbench) -> None:
+def test_an_epsilon_out_of_reach_is_refused_before_anything_is_trained(workspace: Workspace) -> None:
     privacy = config_of("privacy.epsilon=1e-9").privacy
-    server = bench.config.server.model_copy(update={"weighting": "uniform"})
+    server = workspace.config.server.model_copy(update={"weighting": "uniform"})
     with pytest.raises(PrivacyError, match="cannot be reached"):
-        refuse_early(bench.config.model_copy(update={"privacy": privacy, "server": server}), bench)
+        refuse_early(workspace.config.model_copy(update={"privacy": privacy, "server": server}), workspace)

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import ALL_PARTS, AdapterState
-from fedlora.attention import choose_attention
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
 from fedlora.errors import PrivacyError
 from fedlora.model import Base, load_base, seeded
 from fedlora.privacy.calibrate import Schedule
 from fedlora.privacy.dpsgd import PrivateStep
+from fedlora.speedups.attention import choose_attention
 from fedlora.tasks import Examples, Table, Task, load_task
 from fedlora.training import TrainJob, TrainResult
+from fedlora.training.dp_loop import PrivateTogether, train_private_cohort
+from fedlora.training.dp_settings import PrivateSettings, add_proximal, make_optimizer
 from fedlora.training.job import learning_rate
-from fedlora.training.pool import Budget
-from fedlora.training.private import PrivateSettings, add_proximal, make_optimizer
-from fedlora.training.private_cohort import PrivateTogether, train_private_cohort
+from fedlora.training.step_scheduler import Budget
 
 STEPS = 4
 

@@ -17,9 +17,10 @@ from fedlora.aggregators._registry import registry as aggregators
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError
 from fedlora.partition import partitioners
-from fedlora.training import runtime, sizing
-from fedlora.training.machines import Machine
-from fedlora.training.sizing import WORTH_PROCESSES, ProcessChoice, cohort_size, expected_tokens, process_count
+from fedlora.simulation import capacity as sizing
+from fedlora.simulation.capacity import WORTH_PROCESSES, ProcessChoice, cohort_size, expected_tokens, process_count
+from fedlora.simulation.machines import Machine
+from fedlora.training import runtime
 
 
 class _Base:
@@ -37,7 +38,7 @@ class _Base:
         return {"m": SimpleNamespace(d_in=384)}
 
 
-def bench(config: RunConfig, sizes: tuple[int, ...] = (40, 80), tokens: int = 50) -> Any:
+def workspace(config: RunConfig, sizes: tuple[int, ...] = (40, 80), tokens: int = 50) -> Any:
     starts = np.cumsum((0, *sizes))
     clients = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
     train = SimpleNamespace(lengths=np.full(sum(sizes), tokens))
@@ -67,11 +68,11 @@ LONG = 10**7  # rounds: 4 x 1000 weights x 60 examples x 50 tokens x 2 clients =
 
 
 def test_a_long_run_gets_a_process_for_each_core_and_a_short_one_none() -> None:
-    long = process_count(bench(settled(rounds=LONG)), asked=50)
+    long = process_count(workspace(settled(rounds=LONG)), asked=50)
     assert (long.processes, long.threads, long.reason) == (4, 1, "4 cores, 50 clients a round, memory for 5")
     rounds = int(WORTH_PROCESSES / 2.4e7)
-    assert process_count(bench(settled(rounds=rounds - 10)), asked=2).processes == 1
-    assert process_count(bench(settled(rounds=rounds + 10)), asked=2).processes == 2
+    assert process_count(workspace(settled(rounds=rounds - 10)), asked=2).processes == 1
+    assert process_count(workspace(settled(rounds=rounds + 10)), asked=2).processes == 2
 
 
 @pytest.mark.parametrize(
@@ -86,30 +87,30 @@ def test_a_long_run_gets_a_process_for_each_core_and_a_short_one_none() -> None:
     ],
 )
 def test_processes_share_the_cores(overrides: tuple[str, ...], asked: int, processes: int, threads: int) -> None:
-    choice = process_count(bench(settled(*overrides, rounds=LONG)), asked)
+    choice = process_count(workspace(settled(*overrides, rounds=LONG)), asked)
     assert (choice.processes, choice.threads) == (processes, threads)
 
 
 def test_the_environment_says_how_many_cores_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert process_count(bench(settled(rounds=LONG)), 50).processes == 2
+    assert process_count(workspace(settled(rounds=LONG)), 50).processes == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
-    assert process_count(bench(settled(rounds=LONG)), 50).processes == 3
+    assert process_count(workspace(settled(rounds=LONG)), 50).processes == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
     with pytest.raises(ConfigError, match="OMP_NUM_THREADS is 'many' in the environment: set it"):
-        process_count(bench(settled(rounds=LONG)), 50)
+        process_count(workspace(settled(rounds=LONG)), 50)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sizing, "usable_cores", lambda: 4)
-    assert "OMP_NUM_THREADS=1 in the environment: unset it" in process_count(bench(settled(rounds=LONG)), 50).reason
+    assert "OMP_NUM_THREADS=1 in the environment: unset it" in process_count(workspace(settled(rounds=LONG)), 50).reason
     monkeypatch.setattr(sizing, "usable_cores", lambda: 1)
-    assert process_count(bench(settled(rounds=LONG)), 50).reason == "there is no second one of the cores"
+    assert process_count(workspace(settled(rounds=LONG)), 50).reason == "there is no second one of the cores"
 
 
 def test_memory_sets_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "total_bytes", lambda _device: 2 << 30)
-    assert process_count(bench(settled(rounds=LONG)), 50).processes == 1
+    assert process_count(workspace(settled(rounds=LONG)), 50).processes == 1
     monkeypatch.setattr(sizing, "total_bytes", lambda _device: 4 << 30)
-    assert process_count(bench(settled(rounds=LONG)), 50).processes == 2
+    assert process_count(workspace(settled(rounds=LONG)), 50).processes == 2
 
 
 @pytest.mark.parametrize(
@@ -128,13 +129,13 @@ def test_memory_sets_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_cluster_its_machines_count(
     overrides: tuple[str, ...], machines: list[Machine], asked: int, processes: int, threads: int
 ) -> None:
-    choice = process_count(bench(settled(*overrides, rounds=LONG)), asked, machines)
+    choice = process_count(workspace(settled(*overrides, rounds=LONG)), asked, machines)
     assert (choice.processes, choice.threads) == (processes, threads)
-    assert process_count(bench(settled("runtime.processes=auto", rounds=1)), asked, machines).processes == 1
+    assert process_count(workspace(settled("runtime.processes=auto", rounds=1)), asked, machines).processes == 1
 
 
 def test_on_a_cluster_of_gpus_each_has_one() -> None:
-    mine = bench(settled(rounds=LONG))
+    mine = workspace(settled(rounds=LONG))
     mine.base.device = torch.device("cuda")
     choice = process_count(mine, 50, [Machine(16, 2), Machine(16, 4)])
     assert (choice.processes, choice.threads) == (6, 4)
@@ -142,7 +143,7 @@ def test_on_a_cluster_of_gpus_each_has_one() -> None:
 
 
 def test_kept_prefixes_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = bench(settled(rounds=LONG), sizes=(40,) * 10)
+    mine = workspace(settled(rounds=LONG), sizes=(40,) * 10)
     mine.prefix.nbytes = 2 << 30
     assert process_count(mine, 10).processes == 2  # of 4 GiB one cache that all share out
     assert process_count(mine, 9).processes == 1  # or one for each
@@ -151,7 +152,7 @@ def test_kept_prefixes_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_task_of_the_main_program_stays_with_it() -> None:
-    mine = bench(settled(rounds=LONG))
+    mine = workspace(settled(rounds=LONG))
     mine.task = type("Mine", (), {"__module__": "__main__"})()
     choice = process_count(mine, 50)
     assert choice.processes == 1
@@ -162,7 +163,7 @@ def test_a_task_of_the_main_program_stays_with_it() -> None:
 def test_so_does_a_rule_or_a_partition(monkeypatch: pytest.MonkeyPatch, of: Any) -> None:
     monkeypatch.setitem(of._entries, "mine", type("Mine", (), {"__module__": "__main__"}))
     key = "partition" if of is partitioners else "strategy"
-    assert "main program" in process_count(bench(settled(f"{key}.name=mine", rounds=LONG)), 50).reason
+    assert "main program" in process_count(workspace(settled(f"{key}.name=mine", rounds=LONG)), 50).reason
 
 
 def test_each_process_is_told_its_threads_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,17 +179,17 @@ def test_each_process_is_told_its_threads_and_its_gpu(monkeypatch: pytest.Monkey
 
 
 def test_work_is_tokens_of_a_round() -> None:
-    one = bench(settled("train.epochs=2"), sizes=(40, 0, 80), tokens=50)
+    one = workspace(settled("train.epochs=2"), sizes=(40, 0, 80), tokens=50)
     assert expected_tokens(one) == [2 * 40 * 50, 0.0, 2 * 80 * 50]
-    steps = bench(settled("train.steps=3"), sizes=(40, 80), tokens=50)
+    steps = workspace(settled("train.steps=3"), sizes=(40, 80), tokens=50)
     assert expected_tokens(steps) == [3 * 8 * 50] * 2
 
 
 @given(asked=st.integers(1, 300), processes=st.integers(2, 9), rows=st.sampled_from([1, 4, 16]))
 def test_all_processes_get_about_as_many(asked: int, processes: int, rows: int) -> None:
     config = settled(f"train.batch_size={rows}")
-    alone = cohort_size(bench(config), asked).clients
-    shared = cohort_size(bench(config), asked, processes).clients
+    alone = cohort_size(workspace(config), asked).clients
+    shared = cohort_size(workspace(config), asked, processes).clients
     assert 1 <= shared <= alone
     waves = -(-asked // (shared * processes))
     assert waves == -(-asked // (alone * processes))  # smaller groups, and no more of them

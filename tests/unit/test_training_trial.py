@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-import fedlora.attention
+import fedlora.speedups.attention
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import TrainConfig, parse_config
 from fedlora.errors import FedloraError, ModelError
-from fedlora.training import TrainJob, evaluate, open_workbench, train
+from fedlora.simulation.capacity import cohort_size
+from fedlora.training import TrainJob, evaluate, open_workspace, train
 from fedlora.training.cohort import forget, train_cohort, why_alone
-from fedlora.training.sizing import cohort_size
-from fedlora.training.workbench import Workbench, close_workbench
+from fedlora.training.workspace import Workspace, close_workspace
 
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    close_workbench()
+    close_workspace()
     yield
-    close_workbench()
+    close_workspace()
 
 
-def bench_of(model: Path, data: Path, *overrides: str) -> Workbench:
+def bench_of(model: Path, data: Path, *overrides: str) -> Workspace:
     given = [
         f"model.name='{model}'",
         "model.dtype=float64",
@@ -40,7 +40,7 @@ def bench_of(model: Path, data: Path, *overrides: str) -> Workbench:
     ]
     if not any(override.startswith("adapter.targets") for override in overrides):
         given.append("adapter.targets=['query','value']")
-    return open_workbench(parse_config("", given))
+    return open_workspace(parse_config("", given))
 
 
 def encoder(kind: str, tokenizer: Path, folder: Path, **fields: Any) -> Path:
@@ -81,26 +81,26 @@ def test_where_padding_shows_clients_go_alone_and_nothing_is_kept(
 ) -> None:
     """Whoever is in a client's company, and in whatever batch a text is evaluated, the result is the same."""
     folder = encoder(kind, tiny_bert, tmp_path, **COUPLED[kind])
-    bench = bench_of(
+    workspace = bench_of(
         folder, tiny_csv, "adapter.targets=all-linear", "adapter.modules_to_save=['classifier']", "data.limit=48"
     )  # fmt: skip
-    base, data = bench.base, bench.data.train
+    base, data = workspace.base, workspace.data.train
     assert "padded" in (base.coupled or "")
     assert why_alone(base) == base.coupled
-    choice = cohort_size(bench, 8)
+    choice = cohort_size(workspace, 8)
     assert choice.clients == 1
     assert base.coupled in choice.reason
     order = np.argsort(data.lengths)
     state, how = base.initial_adapter(0), TrainConfig(steps=2, batch_size=4, lr=0.1, optimizer="sgd")
     jobs = [TrainJob(state, ALL_PARTS, rows, 0) for rows in (order[:4], order[-4:])]
-    alone = train(base, bench.task, data, jobs[0], how).adapter
-    company = train_cohort(base, bench.task, data, jobs, [how, how])[0].adapter  # type: ignore[union-attr]
+    alone = train(base, workspace.task, data, jobs[0], how).adapter
+    company = train_cohort(base, workspace.task, data, jobs, [how, how])[0].adapter  # type: ignore[union-attr]
     assert gap(alone, company) == 0
     base.write(alone)
-    whole = evaluate(base, bench.task, data).measures["loss"]
-    few = evaluate(base, bench.task, data, indices=order[:3]).measures["loss"]
+    whole = evaluate(base, workspace.task, data).measures["loss"]
+    few = evaluate(base, workspace.task, data, indices=order[:3]).measures["loss"]
     np.testing.assert_array_equal(whole[order[:3]], few)
-    close_workbench()
+    close_workspace()
     with pytest.raises(ModelError, match="padded"):
         bench_of(
             folder, tiny_csv, "adapter.targets=all-linear", "adapter.layers=top:1", "runtime.prefix_cache=on",
@@ -110,10 +110,10 @@ def test_where_padding_shows_clients_go_alone_and_nothing_is_kept(
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_what_does_not_look_at_padding_trains_in_company(dtype: str, tiny_bert: Path, tiny_csv: Path) -> None:
-    bench = bench_of(tiny_bert, tiny_csv, f"model.dtype={dtype}")
-    assert bench.base.coupled is None
-    assert why_alone(bench.base) is None
-    assert bench.attention.mode == "auto"
+    workspace = bench_of(tiny_bert, tiny_csv, f"model.dtype={dtype}")
+    assert workspace.base.coupled is None
+    assert why_alone(workspace.base) is None
+    assert workspace.attention.mode == "auto"
 
 
 def test_layers_that_do_not_see_rows_first_are_found_at_the_start(
@@ -124,10 +124,10 @@ def test_layers_that_do_not_see_rows_first_are_found_at_the_start(
         "DebertaV2", tiny_bert, tmp_path, relative_attention=True, pos_att_type=["p2c"], position_buckets=8,
         share_att_key=True, norm_rel_ebd="layer_norm",
     )  # fmt: skip
-    bench = bench_of(folder, tiny_csv, "adapter.targets=['query_proj','key_proj']")
-    assert "rows" in (why_alone(bench.base) or "")
-    forget(bench.base)
-    assert why_alone(bench.base) is None
+    workspace = bench_of(folder, tiny_csv, "adapter.targets=['query_proj','key_proj']")
+    assert "rows" in (why_alone(workspace.base) or "")
+    forget(workspace.base)
+    assert why_alone(workspace.base) is None
 
 
 def test_an_attention_that_changes_the_model_is_taken_back(
@@ -136,18 +136,18 @@ def test_an_attention_that_changes_the_model_is_taken_back(
     wanted = bench_of(tiny_bert, tiny_csv, "runtime.attention=sdpa")
     wanted.base.write(wanted.base.initial_adapter(0))
     figures = evaluate(wanted.base, wanted.task, wanted.data.test).overall
-    close_workbench()
-    own = fedlora.attention.attend
+    close_workspace()
+    own = fedlora.speedups.attention.attend
 
     def other(*args: Any, **kwargs: Any) -> Any:
         return own(*args, **{**kwargs, "scaling": 0.9 * (kwargs.get("scaling") or 0.25)})
 
-    monkeypatch.setattr(fedlora.attention, "attend", other)
-    bench = bench_of(tiny_bert, tiny_csv)
-    assert bench.attention.mode == "sdpa"
-    assert "changes what" in bench.choices["attention_why"]
-    bench.base.write(bench.base.initial_adapter(0))
-    assert evaluate(bench.base, bench.task, bench.data.test).overall == figures
+    monkeypatch.setattr(fedlora.speedups.attention, "attend", other)
+    workspace = bench_of(tiny_bert, tiny_csv)
+    assert workspace.attention.mode == "sdpa"
+    assert "changes what" in workspace.choices["attention_why"]
+    workspace.base.write(workspace.base.initial_adapter(0))
+    assert evaluate(workspace.base, workspace.task, workspace.data.test).overall == figures
 
 
 def test_a_model_whose_other_rows_are_read_keeps_them(
@@ -162,11 +162,11 @@ def test_a_model_whose_other_rows_are_read_keeps_them(
         return own(self, states.mean(1, keepdim=True))  # type: ignore[no-any-return]
 
     monkeypatch.setattr(BertPooler, "forward", pooled)
-    bench = bench_of(tiny_bert, tiny_csv)
-    layers: Any = bench.base.model.get_submodule("bert.encoder.layer")
+    workspace = bench_of(tiny_bert, tiny_csv)
+    layers: Any = workspace.base.model.get_submodule("bert.encoder.layer")
     assert not any(module._forward_pre_hooks for module in layers[-1].modules())
-    assert bench.attention.mode == "auto"
-    assert "padded" in (bench.base.coupled or "")
+    assert workspace.attention.mode == "auto"
+    assert "padded" in (workspace.base.coupled or "")
 
 
 def test_a_model_that_fails_on_all_examples_is_refused(

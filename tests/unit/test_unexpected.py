@@ -19,7 +19,7 @@ from fedlora.config import load_config
 from fedlora.errors import RunDirError
 from fedlora.flower import client_app, run_local
 from fedlora.progress import NoProgress
-from fedlora.rundir import RunDir
+from fedlora.runs.rundir import RunDir
 from fedlora.unexpected import KEPT_LOGS, describe_exception, keep_traceback
 
 

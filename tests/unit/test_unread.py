@@ -9,8 +9,8 @@ import torch
 from tiny_classifiers import classifier, inputs_of
 from torch import Tensor, nn
 
-from fedlora.attention import Mode, choose_attention
 from fedlora.model.unread import PLACES, restore_unread, skip_unread
+from fedlora.speedups.attention import Mode, choose_attention
 
 ALL_TOKENS = {
     "Bert": {"attention.self.key", "attention.self.value"},
@@ -130,7 +130,7 @@ def test_adapters_on_the_last_layer_see_what_they_should(kind: str, dora: bool, 
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "ViT"])
 @pytest.mark.parametrize("limit", [0, 3, 256])
 def test_in_bfloat16_too_by_both_ways_to_attend(kind: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlora.attention.SHORT", {("cpu", torch.bfloat16): limit})
+    monkeypatch.setattr("fedlora.speedups.attention.SHORT", {("cpu", torch.bfloat16): limit})
     model, inputs = classifier(kind).bfloat16(), inputs_of(kind, "right")
     inputs = {name: v.bfloat16() if v.is_floating_point() else v for name, v in inputs.items()}
     choose_attention(model)
@@ -143,7 +143,7 @@ def test_in_bfloat16_too_by_both_ways_to_attend(kind: str, limit: int, monkeypat
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
 @pytest.mark.parametrize("limit", [0, 256])
 def test_a_mask_with_a_row_for_each_query(kind: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlora.attention.SHORT", {("cpu", torch.float64): limit})
+    monkeypatch.setattr("fedlora.speedups.attention.SHORT", {("cpu", torch.float64): limit})
     model, inputs = classifier(kind), inputs_of(kind)
     choose_attention(model)
     rows, tokens = inputs["input_ids"].shape

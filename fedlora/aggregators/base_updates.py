@@ -1,0 +1,194 @@
+"""Changes of the base: following the log of merges, catching up, compacting, and measuring what a round did.
+
+The base of a client is always W = W0 + acc, where `acc` is what `accumulate` makes of the merges. A log is a chain of
+`BaseUpdate`, each starting where the one before it ends; the first starts at version 0, the pristine base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import AdapterState, DeltaSum, LoraPair, compress, relative_error, stack
+from fedlora.aggregators._base import BaseUpdate, ClientPlan, GlobalState
+from fedlora.errors import RuleError
+
+
+def accumulate(acc: Mapping[str, Tensor], base_update: BaseUpdate) -> dict[str, Tensor]:
+    """What a base has changed by after one more merge: acc <- acc + dW, in float32 (float64 for float64 factors).
+
+    The base itself is always W = W0 + acc, from the pristine W0 and in one addition: adding each change to a bfloat16
+    weight would lose a third of a change of 1e-4. Server and clients use this one function, so that a client that
+    followed every merge and one that got the compacted sum hold the same bits.
+
+    Args:
+        acc: module name -> change so far [d_out, d_in]; not read if the merge starts at version 0.
+        base_update: the next of the chain.
+
+    Returns:
+        The new changes. Tensors may be shared with `acc` and `aggregate`: do not change them in place.
+    """
+    out = {} if base_update.since == 0 else dict(acc)
+    for name, pair in base_update.change.pairs.items():
+        delta = pair.delta().to(_wide(pair))
+        out[name] = out[name] + delta if name in out else delta
+    for name, dense in base_update.change.dense.items():
+        out[name] = out[name] + dense if name in out else dense
+    return out
+
+
+def follow(acc: Mapping[str, Tensor], version: int, plan: ClientPlan) -> dict[str, Tensor]:
+    """Take a base from the version that a client holds to the one that its plan trains on.
+
+    Args:
+        acc: what the client's base has changed by, module name -> [d_out, d_in].
+        version: of that base.
+        plan: with the merges that are missing.
+
+    Raises:
+        RuleError: if the plan's merges do not lead from `version` to the plan's.
+    """
+    if plan.base_version == 0:
+        return {}
+    out = dict(acc)
+    for base_update in plan.base_updates:
+        if base_update.since not in (0, version):
+            raise RuleError(
+                f"a base of version {version} cannot take the update from version {base_update.since} to "
+                f"{base_update.version}"
+            )
+        out, version = accumulate(out, base_update), base_update.version
+    if version != plan.base_version:
+        raise RuleError(f"the plan needs version {plan.base_version} of the base, and its merges end at {version}")
+    return out
+
+
+def base_update_chain(base_updates: Sequence[BaseUpdate], since: int) -> tuple[BaseUpdate, ...]:
+    """The part of a log that takes a base from version `since` to its end.
+
+    A base that has a version from inside a compacted stretch, or one that the log does not know, starts again from
+    version 0 (the first entry's `since`).
+    """
+    if since == (base_updates[-1].version if base_updates else 0):
+        return ()
+    starts = [base_update.since for base_update in base_updates]
+    return tuple(base_updates[starts.index(since) :]) if since in starts else tuple(base_updates)
+
+
+def catch_up(base_updates: Sequence[BaseUpdate], since: int) -> tuple[BaseUpdate, ...]:
+    """What to send to a client whose base has version `since`: `base_update_chain`, or its sum where that is smaller.
+
+    When the missing stacks are larger than one dense change for each module, one merge from version 0 carries the
+    dense sum instead; both roads end with the same bits (see `accumulate`).
+    """
+    chain = base_update_chain(base_updates, since)
+    if sum(base_update.change.nbytes() for base_update in chain) <= _dense_nbytes(base_updates):
+        return chain
+    return (_fold(base_updates),)
+
+
+def compact(base_updates: Sequence[BaseUpdate]) -> tuple[BaseUpdate, ...]:
+    """The same log in bounded memory: the oldest stacks become one dense change where that is smaller.
+
+    The last merge stays as it is, and so do those before it while together they are no larger than one dense change
+    for each module: a client that lacks more than these is better served with the dense sum (`catch_up`).
+    """
+    limit = _dense_nbytes(base_updates)
+    first, size = len(base_updates), 0
+    while first and not base_updates[first - 1].change.dense:
+        size += base_updates[first - 1].change.nbytes()
+        if size > limit and first < len(base_updates):
+            break
+        first -= 1
+    if first == 0 or (first == 1 and not base_updates[0].change.pairs):
+        return tuple(base_updates)
+    return (_fold(base_updates[:first]), *base_updates[first:])
+
+
+def _fold(base_updates: Sequence[BaseUpdate]) -> BaseUpdate:
+    acc: dict[str, Tensor] = {}
+    for base_update in base_updates:
+        acc = accumulate(acc, base_update)
+    return BaseUpdate(0, base_updates[-1].version, AdapterState(dense=acc))
+
+
+def _wide(pair: LoraPair) -> torch.dtype:
+    return torch.promote_types(torch.float32, torch.promote_types(pair.A.dtype, pair.B.dtype))
+
+
+def _dense_nbytes(base_updates: Sequence[BaseUpdate]) -> int:
+    """Bytes of one dense change for each module that any of the merges changes."""
+    sizes: dict[str, int] = {}
+    for base_update in base_updates:
+        for name, pair in base_update.change.pairs.items():
+            sizes[name] = max(sizes.get(name, 0), pair.B.shape[0] * pair.A.shape[1] * _wide(pair).itemsize)
+        for name, dense in base_update.change.dense.items():
+            sizes[name] = max(sizes.get(name, 0), dense.numel() * dense.element_size())
+    return sum(sizes.values())
+
+
+def broadcast_change(before: GlobalState, after: GlobalState) -> DeltaSum:
+    """D: the change of weights, over the base of `before`, that clients hold once they follow `after`.
+
+    Raises:
+        RuleError: if the log of `after` was compacted across the version of `before`.
+    """
+    change = DeltaSum()
+    change.add(after.adapter.pairs)
+    new = base_update_chain(after.base_updates, before.base_version)
+    if new and new[0].since != before.base_version:
+        raise RuleError(
+            f"the log was compacted across version {before.base_version}: the last change is not in it alone"
+        )
+    for base_update in new:
+        change.add(base_update.change.pairs)
+        change.add({name: as_pair(dense) for name, dense in base_update.change.dense.items()})
+    return change
+
+
+def equivalent_adapter(state: GlobalState, max_rank: int) -> tuple[AdapterState, float]:
+    """One adapter on the original base that does what base changes and adapter do together.
+
+    Args:
+        state: whose `base_updates` and `adapter` are folded into one.
+        max_rank: the largest rank that the result may have.
+
+    Returns:
+        The adapter (each pair with scale 1, and compressed by SVD where its total rank is above `max_rank`), and the
+        relative error |D - D'|_F / |D|_F of it, which is at rounding level where nothing was cut and 0.0 without any
+        change of the base.
+
+    Raises:
+        RuleError: if `max_rank` is below 1.
+    """
+    if not state.base_updates:
+        return state.adapter, 0.0
+    pairs: dict[str, LoraPair] = {}
+    whole, kept = DeltaSum(), DeltaSum()
+    changed = {
+        name for base_update in state.base_updates for name in (*base_update.change.pairs, *base_update.change.dense)
+    }
+    for name in dict.fromkeys((*state.adapter.pairs, *sorted(changed))):
+        parts: list[tuple[float, LoraPair]] = []
+        if name in state.adapter.pairs:
+            parts.append((1.0, state.adapter.pairs[name]))
+        for base_update in state.base_updates:
+            if name in base_update.change.pairs:
+                parts.append((1.0, base_update.change.pairs[name]))
+            if name in base_update.change.dense:
+                parts.append((1.0, as_pair(base_update.change.dense[name])))
+        total = stack([(c, pair) for c, pair in parts if pair.B.any()] or parts[:1])
+        pairs[name] = compress(total, min(max_rank, total.rank, total.B.shape[0], total.A.shape[1]))
+        whole.add({name: total})
+        kept.add({name: pairs[name]})
+    return AdapterState(pairs, state.adapter.dense), relative_error(kept, whole)
+
+
+def as_pair(dense: Tensor) -> LoraPair:
+    """A dense [d_out, d_in] change as a pair, by an identity on its smaller side."""
+    o, i = dense.shape
+    if o <= i:
+        return LoraPair(dense, torch.eye(o, dtype=dense.dtype, device=dense.device), 1.0)
+    return LoraPair(torch.eye(i, dtype=dense.dtype, device=dense.device), dense, 1.0)

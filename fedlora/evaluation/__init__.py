@@ -1,0 +1,1 @@
+"""What a run is measured by besides its own test figures: baselines, traffic, generated text, foreign adapters."""

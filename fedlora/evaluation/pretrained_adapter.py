@@ -1,0 +1,233 @@
+"""Any adapter in PEFT's format on its base, for evaluation: a run's, or one that somebody else trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fedlora.assets import ASSETS, Checkpoint
+from fedlora.config import RunConfig, load_config, parse_config
+from fedlora.data import FederatedData, load_data, load_local
+from fedlora.errors import ConfigError, ModelError, RunDirError
+from fedlora.model import load_adapted
+from fedlora.model.fingerprint import fingerprint
+from fedlora.provenance import Provenance, class_names_digest
+from fedlora.runs.rundir import PUT_BACK, RunDir, require_provenance
+from fedlora.tasks import Examples, Task, load_task
+from fedlora.training.runtime import setup
+from fedlora.training.trial import find_coupling
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm"}
+"""PEFT's names of tasks."""
+
+
+NOTHING_KNOWN = Provenance()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter is and what it is for.
+
+    Args:
+        folder: with adapter_config.json.
+        config: of its run, or one made from adapter_config.json.
+        run: that trained it, or None.
+        made: what it was trained with, as far as that is known.
+        own_data: whether the config's data are the run's own, and not what somebody asked for instead.
+    """
+
+    folder: Path
+    config: RunConfig
+    run: RunDir | None = None
+    made: Provenance = NOTHING_KNOWN
+    own_data: bool = True
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with an adapter, as `evaluate` takes it.
+
+    Args:
+        peft: as PEFT loads it.
+        device: on which it is.
+        coupled: why an example's result depends on the examples beside it, if it does.
+    """
+
+    peft: PeftModel
+    device: torch.device
+    coupled: str | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model inside, with the adapter's layers."""
+        return self.peft.get_base_model()
+
+    def train_mode(self, training: bool) -> None:
+        """Dropout on or off."""
+        self.model.train(training)
+
+
+def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = None) -> Source:
+    """The adapter of a run's folder, or in a folder of PEFT's.
+
+    Args:
+        path: of the run, or of the folder.
+        overrides: of its config, such as "data.text=review".
+        data: the file that it will be evaluated on, if it is not the run's own test set.
+
+    Raises:
+        RunDirError: there is neither, or the run has no adapter (yet).
+        ConfigError: the adapter does not say what it is for, and neither do the overrides.
+    """
+    if not (path / "config.toml").is_file() and (path.parent / "config.toml").is_file() and path.name == "adapter":
+        path = path.parent
+    if (path / "config.toml").is_file():
+        run = RunDir.open(path)
+        if not (run.adapter_dir / "adapter_config.json").is_file():
+            how = "its adapter was removed" if run.finished else f"go on with fedlora run --resume {path}"
+            if run.unverified:
+                how = f"what it exported could not be verified; try again with fedlora export {path} OUT"
+            raise RunDirError(f"{str(path)!r} has no adapter: {how}")
+        asked = {override.partition("=")[0].strip().partition(".")[0] for override in overrides}
+        own = not asked & {"data", "seed", "partition"}
+        return Source(run.adapter_dir, load_config(path / "config.toml", overrides), run, run.provenance, own)
+    if not (path / "adapter_config.json").is_file():
+        raise RunDirError(f"{str(path)!r} is neither a run nor an adapter: name a folder with adapter_config.json")
+    return Source(path, _config_of(path, overrides, data), made=_made_with(path))
+
+
+def _made_with(folder: Path) -> Provenance:
+    """What an adapter that a run left says of its base and tokenizer; nothing, of another program's."""
+    try:
+        facts = json.loads((folder / "fedlora.json").read_bytes())
+    except (OSError, ValueError):
+        return Provenance()
+    return Provenance.read(facts.get("provenance") if isinstance(facts, dict) else None)
+
+
+def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> RunConfig:
+    """The config that an adapter of unknown origin implies."""
+    facts: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    given = {override.partition("=")[0].strip() for override in overrides}
+    # No named corpus, whose columns and classes would be taken for the adapter's.
+    known = [f"name={json.dumps(folder.name)}", f"data.source={json.dumps(str(data or 'none'))}"]
+    base, task = facts.get("base_model_name_or_path"), TASKS.get(facts.get("task_type") or "")
+    if base and "model.name" not in given:
+        known.append(f"model.name={json.dumps(base)}")
+    if facts.get("revision"):
+        known.append(f"model.revision={json.dumps(facts['revision'])}")
+    if "task.name" not in given:
+        if task is None:
+            raise ConfigError(f"{str(folder)!r} does not say what it is for: add --set task.name=... (and its fields)")
+        known.append(f"task.name={task}")
+    if not base and "model.name" not in given:
+        raise ConfigError(f"{str(folder)!r} does not say what its base is: add --set model.name=...")
+    return parse_config("", [*known, *overrides], source=str(folder))
+
+
+def examples_for(source: Source, data: Path | None) -> Examples:
+    """The examples of a file, or the run's own test examples.
+
+    Raises:
+        ConfigError: there is no file, and no run that would have test examples.
+        DataError: the file is not usable, or the classes are not known.
+    """
+    if data is None:
+        if source.run is None:
+            raise ConfigError("an adapter alone has no test examples: name a file with --data")
+        return data_for(source).test
+    return load_local(_with_labels(source), data)
+
+
+def data_for(source: Source, *parts: str) -> FederatedData:
+    """The data of a run, if they are those that it was made with.
+
+    Args:
+        source: of a run.
+        parts: that will be looked at besides the class names and the test examples: "train_data".
+
+    Raises:
+        RunDirError: they changed.
+    """
+    data = load_data(source.config)
+    found = Provenance(
+        class_names=class_names_digest(data.label_names),
+        train_data=data.train_digest or None,
+        test_data=data.test_digest or None,
+    )
+    _require(source, found.only(("class_names", *(("test_data", *parts) if source.own_data else ()))))
+    return data
+
+
+def _require(source: Source, found: Provenance) -> None:
+    if source.run is not None:
+        source.run.require(found, PUT_BACK)
+    else:
+        cure = f"name the right one with --set model.name=..., or remove {str(source.folder / 'fedlora.json')!r}"
+        require_provenance(source.made, found, f"the adapter in {str(source.folder)!r}", cure)
+
+
+def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
+    """The base with the adapter, and the task, ready for `evaluate`.
+
+    Args:
+        source: see `find_adapter`.
+        examples: that it will be evaluated on; None: its weights alone matter.
+
+    Raises:
+        ConfigError: there are no examples, and nobody knows how many classes the adapter is for.
+        ModelError: the base cannot be loaded, or the adapter does not fit it.
+    """
+    task = load_task(source.config.task)
+    checkpoint = Checkpoint.of(source.config.model)
+    device = setup(source.config.runtime)
+    kwargs = _head(source, task) if examples is None else task.model_kwargs(examples)
+    read = {} if examples is None else task.reads(checkpoint)
+    names = class_names_digest(examples.label_names) if examples is not None else None
+    found = Provenance(class_names=names, **read)
+    if Path(checkpoint.source).is_dir():  # before anything else is said about a base that is another
+        found = replace(found, base=fingerprint(checkpoint))
+    _require(source, found)
+    try:
+        model = load_adapted(source.config, source.folder, task.auto_class, kwargs, device)
+    except ModelError as error:
+        raise ModelError(f"{str(source.folder)!r}: {error}") from None
+    if found.base is None:
+        _require(source, Provenance(base=fingerprint(checkpoint, getattr(model.config, "_commit_hash", None))))
+    adapted = Adapted(model, device)
+    if examples is not None and len(examples):
+        adapted = replace(adapted, coupled=find_coupling(adapted, task, examples))
+    return adapted, task
+
+
+def _head(source: Source, task: Task) -> dict[str, Any]:
+    """What the model must be told so that its head is as large as the adapter's."""
+    if "label" not in task.roles:
+        return {}
+    config = _with_labels(source)
+    corpus = ASSETS.get(config.data.source)
+    names = config.task.fields.get("labels") or (corpus.label_names if corpus else ())
+    if not names:
+        raise ConfigError("the adapter does not say how many classes it is for: name them with --set task.labels=[...]")
+    return {"num_labels": len(names)}
+
+
+def _with_labels(source: Source) -> RunConfig:
+    """The config with the names of the classes that the run found in its data; a file of its own may lack one."""
+    config, run = source.config, source.run
+    fields = config.task.fields
+    if run is None or fields.get("labels") or "label" not in load_task(config.task).roles:
+        return config
+    if (corpus := ASSETS.get(config.data.source)) is not None and corpus.label_names:
+        return config
+    names = (run.read_json("partition.json") or {}).get("label_names") or load_data(config).label_names
+    return config.model_copy(update={"task": config.task.model_copy(update={"labels": list(names)})})

@@ -1,0 +1,91 @@
+"""What a rule sends, counted by playing two rounds of it with made-up updates instead of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedlora.adapter import AdapterState, Layout
+from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState
+from fedlora.flower.messages import Ask, PlanEncoder, frozen_tensors, trained_tensors
+from fedlora.rng import derive
+from fedlora.state_io import flatten_base_update
+
+ROUNDS = 3
+"""The first is not counted: in it every client gets what is sent only once. Rules may alternate, so two are."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of tensors for one client in one round, the mean over clients and rounds.
+
+    Args:
+        up: from the client.
+        down: to the client.
+        first_down: to the client in the first round.
+    """
+
+    up: float
+    down: float
+    first_down: float
+
+
+def measure_traffic(
+    rule: Aggregator, initial: AdapterState, layouts: Sequence[Layout], wire: str = "float32"
+) -> Traffic:
+    """Play a few rounds with all clients.
+
+    Args:
+        rule: to be measured.
+        initial: the global adapter before the first round.
+        layouts: of each client.
+        wire: format of what the clients send.
+
+    Raises:
+        RuleError: the rule cannot serve these layouts.
+    """
+    state = rule.init(initial)
+    held: list[set[str]] = [set() for _ in layouts]
+    versions = [0] * len(layouts)
+    up = down = first = 0.0
+    for number in range(1, ROUNDS + 1):
+        encoder, updates = PlanEncoder(), []
+        for k, layout in enumerate(layouts):
+            plan = rule.plan(state, ClientSpec(k, layout, versions[k]))
+            received = _down(plan, encoder, held[k])
+            if number == 1:
+                first += received
+            else:
+                down += received
+                up += sum(header.nbytes for header in Ask(plan, number, k, wire=wire).headers().values())
+            versions[k] = plan.base_version
+            updates.append(ClientUpdate(k, _moved(plan, derive(number, "traffic", k)), 1.0, plan.base_version))
+        state = _merge(rule, state, updates, number)
+    counted = len(layouts) * (ROUNDS - 1)
+    return Traffic(up / counted, down / counted, first / len(layouts))
+
+
+def _down(plan: ClientPlan, encoder: PlanEncoder, held: set[str]) -> int:
+    size = sum(tensor.nbytes for tensor in trained_tensors(plan).values())
+    size += sum(
+        tensor.nbytes for base_update in plan.base_updates for tensor in flatten_base_update(base_update)[0].values()
+    )
+    frozen = encoder.frozen_digest(plan)
+    if frozen and frozen not in held:
+        held.add(frozen)
+        size += sum(tensor.nbytes for tensor in frozen_tensors(plan).values())
+    return size
+
+
+def _moved(plan: ClientPlan, seed: int) -> AdapterState:
+    """The plan's adapter with a little noise on what would be trained."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = plan.adapter.tensors(plan.trains)
+    noise = {name: 0.01 * torch.randn(value.shape, generator=generator) for name, value in trained.items()}
+    return plan.adapter.with_tensors({name: value + noise[name].to(value.dtype) for name, value in trained.items()})
+
+
+def _merge(rule: Aggregator, state: GlobalState, updates: Sequence[ClientUpdate], number: int) -> GlobalState:
+    return replace(rule.aggregate(state, iter(updates)), round=number)

@@ -1,0 +1,68 @@
+"""Where a rule and a method meet: the state before the first round, and a refusal where they do not go together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fedlora.aggregators import (
+    Aggregator,
+    Claim,
+    ClientPlan,
+    ClientSpec,
+    GlobalState,
+    catch_up,
+    names_claiming,
+)
+from fedlora.errors import RuleError
+from fedlora.model.base_model import Base
+from fedlora.model.peft_methods import Method
+from fedlora.rng import derive
+
+
+def first_state(rule: Aggregator, base: Base, seed: int) -> GlobalState:
+    """The state that a run starts from: the rule's own, and what the base gives up for the method's sake.
+
+    Raises:
+        RuleError: the rule cannot average what the method trains, or would throw its starting values away.
+        ModelError: see `Base.initial_adapter`.
+    """
+    require_method(rule, base.method)
+    adapter = base.initial_adapter(seed)
+    state = rule.init(adapter, seed=derive(seed, "rule"))
+    if base.method.start != "kaiming":
+        planned = rule.plan(state, ClientSpec(0, base.layout())).adapter.tensors(("A", "B"))
+        if any(not torch.equal(planned[name], value) for name, value in adapter.tensors(("A", "B")).items()):
+            raise RuleError(
+                f"{type(rule).__name__} draws its clients' A and B anew, and what method {base.method.name!r} starts "
+                "from would be lost: set adapter.method = 'lora', or choose a rule whose clients go on from the global "
+                "A and B, such as fedavg"
+            )
+    base_updates = base.initial_base_updates(adapter)
+    return replace(state, base_updates=base_updates) if base_updates else state
+
+
+def plan_for(rule: Aggregator, state: GlobalState, client: ClientSpec) -> ClientPlan:
+    """The rule's plan; a rule that leaves the base alone need not know that its method did not."""
+    plan = rule.plan(state, client)
+    if Claim.CHANGES_BASE in rule.claims:
+        return plan
+    return replace(
+        plan, base_version=state.base_version, base_updates=catch_up(state.base_updates, client.base_version)
+    )
+
+
+def require_method(rule: Aggregator, method: Method) -> None:
+    """Raise `RuleError` unless the rule can average what the method trains, as far as its claims say."""
+    if not method.pairs and Claim.ANY_TENSORS not in rule.claims:
+        raise RuleError(
+            f"{type(rule).__name__} averages pairs of A and B, and method {method.name!r} trains others "
+            f"({method.trains}): choose strategy {' or '.join(map(repr, names_claiming(Claim.ANY_TENSORS)))}, or set "
+            "adapter.method = 'lora'"
+        )
+    if method.magnitudes and Claim.CHANGES_BASE in rule.claims:
+        raise RuleError(
+            f"{type(rule).__name__} merges into the base, which magnitudes ({method.name!r}) do not survive: "
+            "set adapter.method = 'lora', or choose a rule that leaves the base alone, such as fedavg"
+        )

@@ -1,0 +1,75 @@
+"""User-level privacy from the config: the rule with clipping and noise around it, and what is refused early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedlora.aggregators import Aggregator, ClientPlan, load_aggregator
+from fedlora.config import ClientPrivacyConfig, RunConfig
+from fedlora.errors import PrivacyError
+from fedlora.privacy.server_dp import ServerDP
+from fedlora.training.dp_settings import calibrated
+
+
+def load_rule(config: RunConfig) -> Aggregator:
+    """The run's rule; under user-level privacy inside `ServerDP`, with noise for all planned rounds.
+
+    Raises:
+        ConfigError: the rule or one of its fields is unknown or wrong.
+        PrivacyError: it does not claim LINEAR, or epsilon is out of reach.
+    """
+    rule = load_aggregator(config.strategy.name, config.strategy.fields)
+    privacy = config.client_privacy
+    if privacy is None:
+        return rule
+    sigma, budget = privacy.noise_multiplier, privacy.budget
+    if budget is not None:
+        sigma = calibrated(budget, 1.0, config.rounds)
+    assert sigma is not None
+    return ServerDP(
+        rule,
+        noise_multiplier=sigma,
+        clip_norm=privacy.clip_norm,
+        minimum_cohort=privacy.minimum_cohort,
+        adaptive=privacy.adaptive_clipping,
+        quantile=privacy.quantile,
+        clip_lr=privacy.clip_lr,
+    )
+
+
+def require_cohort(privacy: ClientPrivacyConfig, clients: int, asked: int) -> None:
+    """Refuse a claim that means nothing for so few clients, and rounds that could never count.
+
+    Args:
+        privacy: of the config.
+        clients: of the federation.
+        asked: in each round.
+
+    Raises:
+        PrivacyError: delta is at least 1 / clients, or a round asks fewer than the smallest cohort.
+    """
+    if privacy.delta * clients >= 1:
+        raise PrivacyError(
+            f"privacy.delta {privacy.delta:g} protects nobody among {clients} clients: choose one far below "
+            f"1 / {clients}"
+        )
+    if asked < privacy.minimum_cohort:
+        raise PrivacyError(
+            f"privacy.minimum_cohort = {privacy.minimum_cohort}, but a round asks {asked} clients: every round would "
+            "be dropped; ask more (server.fraction, server.clients_per_round)"
+        )
+
+
+def require_one_start(plans: Iterable[ClientPlan]) -> None:
+    """Refuse clients that start from different adapters, such as those of other ranks: updates need a common mean.
+
+    Raises:
+        PrivacyError: two plans ask for tensors of other names or shapes.
+    """
+    shapes = [{name: t.shape for name, t in plan.adapter.tensors(plan.sends).items()} for plan in plans]
+    for number, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise PrivacyError(
+                f"client {number} starts from an adapter of another shape than client 0, and noise is added to a mean "
+                "of all: give all clients the same rank under privacy.unit = 'client'"
+            )

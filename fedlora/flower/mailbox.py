@@ -1,0 +1,117 @@
+"""Messages out and replies in, on a grid that loses some: a reply comes, or it is said why none will.
+
+Flower says NODE_UNAVAILABLE of a node that it misses, after a minute or so. A node that is back before that has lost
+the message that it had, and nobody says so: a question that is sent after the message and answered before it does. (A
+SuperNode works off its messages one at a time, in their order.)
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora.errors import ReplyError
+from fedlora.flower.bounded_pull import Allowed, pull_reply
+from fedlora.flower.identities import Identity, identities
+
+POLL_S = (0.02, 0.5)
+"""Shortest and longest pause between two looks for a reply."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message under way.
+
+    Args:
+        message_id: Flower's; None if the grid did not take it.
+        node_id: whom it is for.
+        at: when it was sent, on the monotonic clock.
+        allowed: what its reply may hold.
+    """
+
+    message_id: str | None
+    node_id: int
+    at: float
+    allowed: Allowed = field(default_factory=Allowed)
+
+
+class Mailbox:
+    """What goes between the server and its nodes.
+
+    Args:
+        grid: in-process, Ray or a SuperLink.
+        hello: the content of the question who a node is.
+        patience_s: after how long without a reply a node is asked whether it still has the message.
+        ttl_s: how long the grid keeps a message.
+    """
+
+    def __init__(self, grid: Grid, hello: RecordDict, *, patience_s: float, ttl_s: float) -> None:
+        self._grid, self._hello, self._patience_s, self._ttl_s = grid, hello, patience_s, ttl_s
+        self._longest_s = 0.0
+
+    def nodes(self) -> dict[int, Identity | None]:
+        """The nodes that the grid holds to be there, and who they are."""
+        return identities(self._grid)
+
+    def send(
+        self, content: RecordDict, node_id: int, kind: str, group: str = "", allowed: Allowed | None = None
+    ) -> Sent:
+        """Hand a message to the grid.
+
+        Args:
+            content: of the message.
+            node_id: whom it is for.
+            kind: its type, such as "train" or "query.hello".
+            group: the round, for the nodes' logs.
+            allowed: what the reply may hold; None: no arrays.
+        """
+        message = Message(content, node_id, kind, group_id=group, ttl=self._ttl_s)
+        message_id = next(iter(self._grid.push_messages([message])), None)
+        return Sent(message_id, node_id, time.monotonic(), allowed or Allowed())
+
+    def ask_hello(self, node_id: int) -> Sent:
+        """Ask a node who it is."""
+        return self.send(self._hello, node_id, f"{MessageType.QUERY}.hello")
+
+    def look(self, sent: Sent, patience_s: float | None = None) -> Message | None:
+        """The reply, or None if it is not there yet.
+
+        Args:
+            sent: the message.
+            patience_s: how long to wait for parts of a reply that is there in part; None: as long as for a node.
+
+        Raises:
+            ReplyError: the grid did not take the message, or the reply cannot be read.
+        """
+        if sent.message_id is None:
+            raise ReplyError("the grid did not take its message: it is too large, or the node is gone")
+        return pull_reply(self._grid, sent.message_id, sent.allowed, patience_s or self._patience_s)
+
+    def receive(self, sent: Sent, deadline: float) -> Message | None:
+        """Wait for a reply; None if it is not there at the deadline (on the monotonic clock).
+
+        Raises:
+            ReplyError: the grid did not take the message, the node lost it, or its reply cannot be read.
+        """
+        pause, question = POLL_S[0], None
+        while True:
+            answered = question is not None and self.look(question) is not None
+            reply = self.look(sent, max(deadline - time.monotonic(), self._patience_s))
+            if reply is not None:
+                self._longest_s = max(self._longest_s, time.monotonic() - sent.at)
+                return reply
+            if answered:
+                raise ReplyError("its node lost the message: it was started again in the middle of the round")
+            now = time.monotonic()
+            if now >= deadline:
+                return None
+            # Twice the longest so far: who is slow is not asked in every round.
+            if question is None and now - sent.at > max(self._patience_s, 2 * self._longest_s):
+                question = self.ask_hello(sent.node_id)
+                if question.message_id is None:
+                    question = None
+            time.sleep(min(pause, max(0.0, deadline - now)))
+            pause = min(2 * pause, POLL_S[1])

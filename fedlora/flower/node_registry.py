@@ -1,0 +1,179 @@
+"""Who is there: nodes say hello at the start, and whoever comes or comes back later takes part from the next round.
+
+A client is known by its number, a node by Flower's id. An authenticated node keeps its id; another one comes back under
+a new id, which takes the old one's place once the grid no longer holds that to be there.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from fedlora.config import RunConfig
+from fedlora.errors import ReplyError, RoundError
+from fedlora.federation.round_record import quorum_of
+from fedlora.flower import mailbox as post
+from fedlora.flower.identities import Bindings, Identity
+from fedlora.flower.mailbox import Mailbox, Sent
+from fedlora.flower.update_checks import Hello, check_hello
+from fedlora.progress import Progress
+from fedlora.sanitize import clean_text
+
+
+@dataclass
+class Node:
+    """What the server knows of one client.
+
+    Args:
+        client_id: its number in the partition.
+        node_id: Flower's id of the node.
+        rank: that it asked for; None: the config's.
+        num_examples: that it said it has; None: it did not say.
+        frozen: digest of the frozen parts that it holds.
+        base_version: of the base that it holds, with its digest.
+    """
+
+    client_id: int
+    node_id: int
+    rank: int | None = None
+    num_examples: int | None = None
+    frozen: str = ""
+    base_version: int = 0
+    base_digest: str = ""
+
+
+class NodeRegistry:
+    """The nodes of a run.
+
+    Args:
+        mail: to the nodes.
+        config: of the run.
+        expected: how many clients there are.
+        fingerprint: of the server's base model.
+        progress: is told who is refused, joins or returns.
+        bindings: which node may be which client.
+    """
+
+    def __init__(
+        self,
+        mail: Mailbox,
+        config: RunConfig,
+        expected: int,
+        fingerprint: str,
+        progress: Progress,
+        bindings: Bindings | None = None,
+    ) -> None:
+        self._mail, self._server, self._progress = mail, config.server, progress
+        self._max_rank = config.max_rank
+        self._bindings = bindings or Bindings(config.server.nodes)
+        self._who: dict[int, Identity | None] = {}
+        self._expected, self._fingerprint = expected, fingerprint
+        self.nodes: dict[int, Node] = {}
+        self._there: list[int] = []
+        self._asked: dict[int, Sent] = {}
+        self._refused: dict[int, str] = {}
+
+    @property
+    def turned_away(self) -> dict[int, str]:
+        """Flower's id of each node that does not take part -> why."""
+        return dict(self._refused)
+
+    def is_there(self, client_id: int) -> bool:
+        """Whether the grid held the client's node to be there at the last look."""
+        return self.nodes[client_id].node_id in self._there
+
+    def begin(self) -> None:
+        """Wait until all clients are there; after `server.node_timeout_s`, until a quorum of them is.
+
+        Raises:
+            RoundError: no node is there, or none can take part.
+        """
+        server, started = self._server, time.monotonic()
+        while True:
+            self.look()
+            waited = time.monotonic() - started
+            if len(self.nodes) == self._expected:
+                return
+            patient = waited < server.node_timeout_s
+            if not self._there and not patient:
+                raise RoundError(
+                    f"no node is there after {server.node_timeout_s:g} s: start the SuperNodes, "
+                    "or raise server.node_timeout_s"
+                )
+            if not patient and len(self.nodes) >= quorum_of(self._expected, server.quorum):
+                break
+            if not self._asked and (not patient or len(self._there) >= self._expected):
+                break
+            time.sleep(post.POLL_S[1])
+        if not self.nodes:
+            raise self.nobody()
+        self._progress.message(
+            f"only {len(self.nodes)} of {self._expected} clients are there; the run goes on without the others"
+        )
+
+    def nobody(self) -> RoundError:
+        """What to say where no node can take part."""
+        reasons = [f"node {node_id}: {why}" for node_id, why in self._refused.items()]
+        return RoundError(f"no node can take part; {'; '.join(reasons[:3])}")
+
+    def gather(self, number: int, needed: int) -> list[int]:
+        """Before a round: who has come since; waits, for `server.node_timeout_s` at most, only below the quorum.
+
+        Args:
+            number: of the round.
+            needed: how many clients must be there.
+
+        Returns:
+            The clients that take part from this round on.
+        """
+        before = {client_id: node.node_id for client_id, node in self.nodes.items()}
+        self.look()
+        for node_id in self._refused.keys() & set(self._there) - self._asked.keys():
+            self._asked[node_id] = self._mail.ask_hello(node_id)  # it may have been put right
+        end, said = time.monotonic() + self._server.node_timeout_s, False
+        while (there := sum(map(self.is_there, self.nodes))) < min(needed, len(self.nodes)):
+            if not said:
+                who = f"{there or 'no'} node{'s are' if there > 1 else ' is'} there, the quorum is {needed}"
+                self._progress.message(f"round {number}: {who}; waiting up to {self._server.node_timeout_s:g} s")
+                said = True
+            if time.monotonic() >= end:
+                break
+            time.sleep(post.POLL_S[1])
+            self.look()
+        return [client_id for client_id, node in self.nodes.items() if before.get(client_id) != node.node_id]
+
+    def look(self) -> None:
+        """Ask nodes that are new, and hear those that were asked; waits for nobody."""
+        self._who = self._mail.nodes()
+        self._there = list(self._who)
+        known = {node.node_id for node in self.nodes.values()}
+        for node_id in self._there:
+            if node_id not in known and node_id not in self._asked and node_id not in self._refused:
+                self._asked[node_id] = self._mail.ask_hello(node_id)
+        for node_id, sent in list(self._asked.items()):
+            try:
+                reply = self._mail.look(sent)
+                if reply is None and time.monotonic() - sent.at < self._server.deadline_s:
+                    continue
+                most = self._max_rank, self._server.max_examples
+                self._let_in(check_hello(reply, self._fingerprint, self._expected, *most), node_id)
+            except ReplyError as error:
+                self.refuse(node_id, str(error))
+            self._asked.pop(node_id, None)
+
+    def refuse(self, node_id: int, why: str) -> None:
+        """Leave a node out, until it is asked again before the next round."""
+        why = clean_text(why)
+        self.nodes = {k: node for k, node in self.nodes.items() if node.node_id != node_id}
+        if self._refused.get(node_id) != why:
+            self._progress.message(f"refused node {node_id}: {why}")
+        self._refused[node_id] = why
+
+    def _let_in(self, hello: Hello, node_id: int) -> None:
+        client_id = hello.client_id
+        old = self.nodes.get(client_id)
+        if old is not None and old.node_id in self._there and old.node_id != node_id:
+            raise ReplyError(f"client {client_id} is there already")
+        self._bindings.bind(client_id, self._who.get(node_id, Identity()))  # who has left since is nobody
+        self.nodes[client_id] = Node(client_id, node_id, hello.rank, hello.num_examples)
+        self._refused.pop(node_id, None)

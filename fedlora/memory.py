@@ -1,0 +1,35 @@
+"""How much memory this machine, or its GPU, has and has left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory that a GPU, the machine, or the container has in all: the same whatever else runs."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = 8 << 30
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        return min(total, int(limit)) if limit.isdecimal() else total
+    except OSError:
+        return total
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where a device's tensors go; a guess of 4 GiB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30

@@ -1,0 +1,188 @@
+"""The worker's process: one request at a time, on the main thread; the health service beside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+from collections.abc import Callable
+from concurrent import futures
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from filelock import FileLock, Timeout
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fedlora import __version__
+from fedlora.errors import WorkerError
+from fedlora.flower import client_app
+from fedlora.flower.local_grid import task_identity
+from fedlora.node_worker.frames import pack, unpack
+from fedlora.node_worker.socket import METHOD, SERVICE, UNLIMITED, VARIABLE, code_digest, make_folder
+from fedlora.node_worker.supervisor import stop_without_parent
+from fedlora.training.workspace import close_workspace
+
+logger = logging.getLogger(__name__)
+BROKEN = 70
+"""Exit status after an unexpected error: what the process holds may be half changed, so a fresh one takes over."""
+_SERVING, _STOPPING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass(frozen=True)
+class _Job:
+    frame: bytes
+    answer: futures.Future[bytes]
+
+
+class Worker:
+    """Serves one socket.
+
+    Args:
+        path: of the socket.
+        device: on which everything is computed, whatever configs say; None: as they say.
+        app: that answers the messages.
+
+    Raises:
+        WorkerError: the socket's folder is open to others, or a worker is there already.
+    """
+
+    def __init__(self, path: Path, device: str | None = None, app: ClientApp = client_app.app) -> None:
+        self._path, self._device, self._app = path.absolute(), device, app
+        self._stopping = False
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._threads = os.environ.get("OMP_NUM_THREADS")
+        make_folder(self._path)
+        self._lock = FileLock(f"{self._path}.lock", mode=0o600, thread_local=False)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise WorkerError(f"a worker serves {str(self._path)!r} already: stop it, or name another socket") from None
+        self._path.unlink(missing_ok=True)  # of one that was killed: nobody else holds the lock
+        os.environ.pop(VARIABLE, None)  # it does not ask itself
+        # Requests wait in their threads; the health service must never wait behind them.
+        pool = futures.ThreadPoolExecutor(max_workers=64)
+        self._server = grpc.server(pool, options=UNLIMITED)
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        service, method = METHOD.strip("/").split("/")
+        handler = grpc.unary_unary_rpc_method_handler(self._enqueue)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        try:
+            self._server.add_insecure_port(f"unix:{self._path}")
+            os.chmod(self._path, 0o600)
+        except (RuntimeError, OSError) as error:
+            self._lock.release()
+            raise WorkerError(f"socket {str(self._path)!r} cannot be opened: {error}") from None
+
+    def serve(self, ready: Callable[[str], object] = logger.info) -> int:
+        """Answer until `stop`.
+
+        Args:
+            ready: is told, once, that messages can come.
+
+        Returns:
+            The status with which to exit.
+        """
+        self._server.start()
+        for name in ("", SERVICE):
+            self._health.set(name, _SERVING)
+        ready(f"fedlora {__version__} serves {self._path}")
+        status = 0
+        try:
+            while status == 0 and not self._stopping:
+                if (job := self._jobs.get()) is not None:
+                    status = self._do(job)
+        finally:
+            for name in ("", SERVICE):
+                self._health.set(name, _STOPPING)
+            while not self._jobs.empty():
+                if (left := self._jobs.get()) is not None:
+                    left.answer.cancel()
+            self._server.stop(grace=5.0).wait()
+            self._path.unlink(missing_ok=True)
+            self._lock.release()
+        return status
+
+    def stop(self, *_: object) -> None:
+        """End `serve` when the present request is answered; a signal handler."""
+        self._stopping = True
+        self._jobs.put(None)
+
+    def _enqueue(self, frame: bytes, call: grpc.ServicerContext) -> bytes:
+        job = _Job(frame, futures.Future())
+        call.add_callback(job.answer.cancel)  # who asked is gone: not begun, it is never done
+        self._jobs.put(job)
+        try:
+            return job.answer.result()
+        except futures.CancelledError:
+            call.abort(grpc.StatusCode.UNAVAILABLE, "the worker is being stopped")
+        except WorkerError as error:
+            call.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except Exception as error:
+            call.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        raise AssertionError("abort raises")
+
+    def _do(self, job: _Job) -> int:
+        if not job.answer.set_running_or_notify_cancel():
+            return 0
+        try:
+            job.answer.set_result(self._answer(job.frame))
+        except WorkerError as error:
+            job.answer.set_exception(error)
+        except Exception as error:
+            logger.exception("a request failed; a fresh process has to take over")
+            job.answer.set_exception(error)
+            return BROKEN
+        return 0
+
+    def _answer(self, frame: bytes) -> bytes:
+        head, contents = unpack(frame)
+        if (head["fedlora"], head["code"]) != (__version__, code_digest()):
+            raise WorkerError(
+                f"the worker runs fedlora {__version__} (source {code_digest()}), the app fedlora {head['fedlora']} "
+                f"(source {head['code']}): restart the worker with the app's"
+            )
+        self._enter(head["folder"], head["threads"])
+        node_config, run_config = dict(head["node_config"]), dict(head["run_config"])
+        if self._device is not None:
+            node_config.pop("device", None)
+            run_config["set"] = f"runtime.device={self._device}"
+        context = Context(head["run_id"], head["node_id"], node_config, contents["state"], run_config)
+        with task_identity(head["run_id"], head["node_id"]):
+            reply = self._app(Message(contents["content"], head["node_id"], head["type"]), context)
+        return pack({}, content=reply.content, state=context.state)
+
+    def _enter(self, folder: str, threads: str | None) -> None:
+        """Take the app's place: its folder, for relative names of files, and its number of threads."""
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise WorkerError(f"the worker cannot enter the app's folder {folder!r} ({error.strerror})") from None
+        if threads != self._threads:
+            close_workspace()  # it was opened with another number
+            self._threads = threads
+            os.environ.pop("OMP_NUM_THREADS", None)
+            if threads is not None:
+                os.environ["OMP_NUM_THREADS"] = threads
+
+
+def run(path: Path, device: str | None = None, ready: Callable[[str], object] = logger.info) -> int:
+    """Serve until SIGTERM or SIGINT; the status with which to exit.
+
+    Args:
+        path: of the socket.
+        device: see `Worker`.
+        ready: see `Worker.serve`.
+
+    Raises:
+        WorkerError: see `Worker`.
+    """
+    worker = Worker(path, device)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, worker.stop)
+    stop_without_parent(worker.stop)
+    return worker.serve(ready)

@@ -1,0 +1,82 @@
+"""What a run depended on besides its config: versions, processor, threads, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora import __version__
+from fedlora.config import RunConfig
+
+PACKAGES = ("torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "opacus", "numpy", "safetensors")
+
+
+def describe_environment(config: RunConfig) -> dict[str, Any]:
+    """Facts for `environment.json`; no names of people, hosts or folders."""
+    return {
+        "fedlora": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: version_of(name) for name in PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": config.runtime.threads or torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "kernels": config.runtime.kernels,
+        "cohort": config.runtime.cohort,
+        "processes": config.runtime.processes,
+        "backend": config.runtime.backend,
+        "attention": config.runtime.attention,
+        "prefix_cache": config.runtime.prefix_cache,
+        "seed": config.seed,
+    }
+
+
+def version_of(name: str) -> str | None:
+    """An installed package's version; None where it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The processor's model name, on Linux from the kernel, elsewhere from Python."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of fedlora's own checkout, with "+changes" if files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        head = _git(here, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *command: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *command],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.stdout.strip()

@@ -1,0 +1,544 @@
+"""Everything that a run writes, in one folder.
+
+```
+runs/<name>/
+  config.toml           the resolved config, every key
+  environment.json      versions, processor, threads, processes, backend, kernels, attention, cohort, seed, commit
+  config_changes.json   which keys a resume changed, and from which round on; of a run that was resumed so
+  provenance.json       hashes of the base, tokenizer, class names and data (`fedlora.provenance`)
+  run-id                of a private run: the name by which privacy ledgers know it, for ever
+  privacy/              of a private run: what was asked of whom; a simulation's clients' ledgers, or the server's own
+  partition.json        sizes and label counts of the clients (not of a private run, where they are secret)
+  metrics.jsonl         one line a round; round 0 is the evaluation before training
+  checkpoints/          the last two states, <round>.safetensors
+  merges/               changes of the base, <since>-<version>.safetensors, each written once
+  adapter/              the final adapter, in PEFT's format; or adapter.unverified/, if it is not what was trained
+  outcomes.safetensors  what the last evaluation measured of each test example
+  result.json           written last: a run that has it is finished, until a resume asks for more rounds
+  tracking.json         under which id a tracker knows the run
+  report.html           all of it to read, made from the other files by `fedlora report`
+  baselines.json, samples.json, *.png
+  .lock                 held by the process that writes the run
+```
+
+A file appears whole or not at all. In a round the line of metrics is written first and the checkpoint after it, so
+that a checkpoint is never ahead of the metrics; a resume cuts the metrics back to its checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from fedlora.aggregators import BaseUpdate, GlobalState
+from fedlora.config import RunConfig, flat_keys, load_config
+from fedlora.errors import ConfigError, FedloraError, RunDirError, nearest_file
+from fedlora.files import locked, sync_folder, write_atomically
+from fedlora.privacy.disclosure import Disclosure
+from fedlora.progress import NoProgress, PlainProgress, Progress
+from fedlora.provenance import Provenance, in_words
+from fedlora.runs.config_changes import Change, changes_of, differs_in_more_than_machine, record, refused
+from fedlora.runs.environment import describe_environment
+from fedlora.sanitize import clean_text
+from fedlora.state_io import (
+    flatten_base_update,
+    flatten_state,
+    pack,
+    unflatten_base_update,
+    unflatten_state,
+    unpack,
+)
+
+__all__ = ["NoProgress", "PlainProgress", "Progress", "RunDir"]
+
+KEPT_CHECKPOINTS = 2
+"""The last one, and the one before it in case the last is lost to a bad disk."""
+
+Keep = Literal["all", "adapter", "metrics"]
+"""How much of a finished run stays on disk."""
+
+CHANGES = "config_changes.json"
+PROVENANCE = "provenance.json"
+PUT_BACK = "put back what it was made with, or name where that is now (--set model.name=... or data.source=...)"
+RESUME_CURE = f"{PUT_BACK}, or start a new run with --set name=..."
+
+
+def require_provenance(made: Provenance, found: Provenance, what: str, cure: str = RESUME_CURE) -> None:
+    """Raise `RunDirError` unless what a run was made with is what is found now.
+
+    Args:
+        made: as the run says.
+        found: now.
+        what: the run, for the message.
+        cure: what to do about it.
+    """
+    if changed := made.changed(found):
+        verb = "is" if len(changed) == 1 and changed[0] != "class_names" else "are"
+        raise RunDirError(f"{in_words(changed)} {verb} not what {what} was made with: {cure}")
+
+
+def unverified(folder: Path) -> Path:
+    """Where an export stays until it was loaded without us and compared, and where it is kept if it differs."""
+    return folder.with_name(f"{folder.name}.unverified")
+
+
+class RunDir:
+    """One run's folder. Make one with `create` or `open`.
+
+    Attributes:
+        measured: names of the figures over the test examples in a line of metrics.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self.measured: frozenset[str] = frozenset()
+        self._may = None if config.privacy is None else Disclosure(config.privacy.unit)
+        self._base_updates: dict[str, BaseUpdate] = {}  # what is known to be in merges/, by file name
+
+    @classmethod
+    def create(cls, config: RunConfig, root: str | Path | None = None, *, overwrite: bool = False) -> RunDir:
+        """Make the folder of a new run and write its config and environment.
+
+        Args:
+            config: resolved; its `name` is the folder's name.
+            root: the folder to make it in; None: `config.output`.
+            overwrite: remove an earlier run of that name first.
+
+        Raises:
+            RunDirError: the folder is there, with an earlier run or with something else.
+            ConfigError: the run's name cannot be a folder's name.
+        """
+        path = _path_of(config, root)
+        run = cls(path, config)
+        try:
+            run._make_way(overwrite)
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        try:
+            write_atomically(path / "config.toml", config.with_absolute_paths().to_toml().encode())
+            run.write_json("environment.json", describe_environment(config))
+            if config.privacy is not None:
+                write_atomically(path / "run-id", uuid.uuid4().hex.encode())
+        except OSError as error:  # half a folder would be in the way of the next start
+            shutil.rmtree(path, ignore_errors=True)
+            raise _unwritable(path, error) from None
+        return run
+
+    @classmethod
+    def check_free(cls, config: RunConfig, root: str | Path | None = None, *, overwrite: bool = False) -> None:
+        """Raise what `create` would raise of an earlier run, or of a place that cannot be written; changes nothing."""
+        path = _path_of(config, root)
+        try:
+            run = cls(path, config)
+            run._refuse_if_foreign() if overwrite else run._refuse_if_taken()
+            above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        if not above.is_dir():
+            raise _unwritable(path, NotADirectoryError(errno.ENOTDIR, f"{str(above)!r} is a file"))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise _unwritable(path, PermissionError(errno.EACCES, f"no permission to write {str(above)!r}"))
+
+    @classmethod
+    def open(cls, path: str | Path, config: RunConfig | None = None, *, same: bool = False) -> RunDir:
+        """A run that is there. Changes nothing in it.
+
+        Args:
+            path: of its folder.
+            config: what the caller means to go on with; must be the run's own, but for what a resume may change
+                (`fedlora.runs.config_changes`).
+            same: whether it may change nothing but where and how far the run goes, as for the runs of a sweep.
+
+        Raises:
+            RunDirError: there is no run, its config is another (the message says which keys differ), or it has done
+                more rounds than `config` asks for.
+        """
+        path = Path(path)
+        if not (path / "config.toml").is_file():
+            others = [str(found.parent) for found in path.parent.glob("*/config.toml")]
+            raise RunDirError(f"there is no run in {str(path)!r}; {nearest_file(path, others)}")
+        written = load_config(path / "config.toml")
+        if config is not None:
+            config = config.with_absolute_paths()
+            changed = (differs_in_more_than_machine if same else refused)(written, config)
+            if changed:
+                raise RunDirError(
+                    f"{str(path)!r} was started with another config: {_both(written, config, changed)}; "
+                    f"{_why_not(changed)}start a new run with --set name=..."
+                )
+        if config is not None and config.rounds != written.rounds and written.privacy and written.privacy.epsilon:
+            raise RunDirError(
+                f"the noise of {str(path)!r} was calibrated for {written.rounds} rounds: resume with rounds = "
+                f"{written.rounds}, or start a new run with --set name=..."
+            )
+        run = cls(path, config or written)
+        if config is not None and (done := run.rounds_done) > config.rounds:
+            raise RunDirError(
+                f"{str(path)!r} has done {done} rounds and rounds = {config.rounds}: give {done} or more, "
+                "or start a new run with --set name=..."
+            )
+        return run
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, this process alone writes the run.
+
+        Raises:
+            RunDirError: another one is at it.
+        """
+        try:
+            with locked(self.path / ".lock"):
+                yield
+        except BlockingIOError:
+            raise RunDirError(
+                f"another process is writing {str(self.path)!r}: wait for it, stop it, or choose --set name=..."
+            ) from None
+
+    @property
+    def rounds_done(self) -> int:
+        """How many rounds were completed."""
+        found, result = self._list_checkpoints(), self.read_json("result.json") or {"rounds": 0}
+        return max(int(result["rounds"]), int(found[-1].stem) if found else 0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end, that of the config it was opened with."""
+        return (self.path / "result.json").is_file() and self.rounds_done >= self.config.rounds
+
+    @property
+    def run_id(self) -> str:
+        """Under what name privacy ledgers know a private run, made with its folder.
+
+        Raises:
+            RunDirError: it is lost.
+        """
+        try:
+            return (self.path / "run-id").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RunDirError(
+                f"{str(self.path / 'run-id')!r} is missing, and without it nobody knows what this run has spent of its "
+                "privacy: restore it, or start a new run with --set name=..."
+            ) from None
+
+    @property
+    def privacy_dir(self) -> Path:
+        """Where the simulated clients' privacy ledgers are."""
+        return self.path / "privacy"
+
+    @property
+    def report(self) -> Path:
+        """Where the report goes, one HTML file."""
+        return self.path / "report.html"
+
+    @property
+    def adapter_dir(self) -> Path:
+        """Where the final adapter goes, in PEFT's format."""
+        return self.path / "adapter"
+
+    @property
+    def unverified(self) -> bool:
+        """Whether the run came to its end with an adapter that could not be verified."""
+        return self.finished and not self.adapter_dir.is_dir() and unverified(self.adapter_dir).is_dir()
+
+    # ------------------------------------------------------------------------------------------ small files
+
+    def write_json(self, name: str, value: object) -> Path:
+        """Write `value` to file `name`, indented, atomically.
+
+        Raises:
+            PrivacyError: a private run may not write it.
+        """
+        if self._may is not None:
+            self._may.require_json(name, value)
+        text = json.dumps(_plain(value), indent=2, allow_nan=False)
+        write_atomically(self.path / name, (text + "\n").encode())
+        return self.path / name
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote, or None where there is no such file."""
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunDirError(f"{str(self.path / name)!r} is damaged ({error}); remove it or the run") from None
+
+    @property
+    def changes(self) -> list[Change]:
+        """What resumes changed in the config, in the order of the rounds."""
+        return changes_of(self.read_json(CHANGES))
+
+    def note_environment(self, **facts: object) -> None:
+        """Add facts that are only known later, such as the kernels that were chosen."""
+        self.write_json("environment.json", {**(self.read_json("environment.json") or {}), **facts})
+
+    # ------------------------------------------------------------------------------------------ what it stands on
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the run was made with, as far as it says."""
+        return Provenance.read(self.read_json(PROVENANCE))
+
+    def pin(self, found: Provenance) -> None:
+        """Write what the run stands on, once; afterwards compare it.
+
+        Raises:
+            RunDirError: see `require`.
+        """
+        self.require(found)
+        self.write_json(PROVENANCE, {**found.known, **self.provenance.known})
+
+    def require(self, found: Provenance, cure: str = RESUME_CURE) -> None:
+        """Raise `RunDirError`, naming what changed, unless the run was made with what a command has found.
+
+        Args:
+            found: now; parts that it does not know are not compared.
+            cure: what to do about it.
+        """
+        require_provenance(self.provenance, found, repr(str(self.path)), cure)
+
+    # ------------------------------------------------------------------------------------------ metrics
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line and wait until it is on disk. Numbers that are not finite are written as null.
+
+        Raises:
+            PrivacyError: a private run may not write it.
+        """
+        if self._may is not None:
+            self._may.require_record(record, self.measured)
+        line = json.dumps(_plain(record), allow_nan=False) + "\n"
+        with self._metrics.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines, oldest first; a last line that a kill cut short is left out."""
+        try:
+            lines = self._metrics.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        lines.pop()  # what follows the last newline: nothing, or a line that was cut short
+        records: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                raise RunDirError(f"line {number} of {str(self._metrics)!r} is damaged: remove that line") from None
+        return records
+
+    def truncate_metrics(self, last_round: int) -> None:
+        """Forget the rounds after `last_round`, and a line that was cut short."""
+        kept = [record for record in self.read_metrics() if record["round"] <= last_round]
+        write_atomically(self._metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def save_checkpoint(self, state: GlobalState) -> Path:
+        """Write the state after a round; call it after that round's `append_metrics`.
+
+        Merges that are not on disk yet are written first, each to a file of its own; of the checkpoints the last two
+        are kept, and of the merges those that they name.
+        """
+        for base_update in state.base_updates:
+            name = _base_update_name(base_update.since, base_update.version)
+            if self._base_updates.get(name) is not base_update:
+                write_atomically(self.path / "merges" / name, pack(*flatten_base_update(base_update)))
+                self._base_updates[name] = base_update
+        path = self._checkpoints / f"{state.round:06d}.safetensors"
+        write_atomically(path, pack(*flatten_state(state, base_updates=False)))
+        self._clean()
+        return path
+
+    def latest_checkpoint(self) -> GlobalState | None:
+        """The newest state, or None before the first one. Changes nothing.
+
+        Raises:
+            RunDirError: a file is damaged; the message says which one to remove.
+        """
+        found = self._list_checkpoints()
+        if not found:
+            return None
+        tensors, meta = self._read(found[-1], "remove it to go on from the checkpoint before it")
+        return unflatten_state(tensors, meta, self._read_base_update)
+
+    def resume(self) -> GlobalState | None:
+        """Make the folder ready to go on: `latest_checkpoint`, the metrics cut back to its round, the config of now.
+
+        Returns:
+            The state to go on from, or None where no round was completed (start from the beginning).
+        """
+        state = self.latest_checkpoint()
+        if state is None and (self.path / "result.json").is_file():
+            raise RunDirError(
+                f"the checkpoints of {str(self.path)!r} were removed: it cannot go on, start a new run with "
+                "--set name=..."
+            )
+        done = -1 if state is None else state.round
+        self.truncate_metrics(done)
+        changes = record(self.changes, load_config(self.path / "config.toml"), self.config, max(done, 0))
+        if state is not None and (changes or self.changes):
+            self.write_json(CHANGES, [change.json for change in changes])
+        (self.path / "result.json").unlink(missing_ok=True)
+        write_atomically(self.path / "config.toml", self.config.with_absolute_paths().to_toml().encode())
+        resumed = (self.read_json("environment.json") or {}).get("resumed", [])
+        here = {"round": 0 if state is None else state.round, **describe_environment(self.config)}
+        self.note_environment(resumed=[*resumed, here])
+        return state
+
+    def slim(self, keep: Keep) -> None:
+        """Remove what a finished run needs no longer; it cannot go on to more rounds then.
+
+        Args:
+            keep: "all": everything; "adapter": no checkpoints; "metrics": no adapter either.
+        """
+        if keep == "all" or not self.finished:
+            return
+        names = ["checkpoints", "merges"]
+        if keep == "metrics":
+            names += ["adapter", unverified(self.adapter_dir).name]
+        for name in names:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def _list_checkpoints(self) -> list[Path]:
+        return sorted(path for path in self._checkpoints.glob("*.safetensors") if not path.name.startswith("."))
+
+    def _read(self, path: Path, cure: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        try:
+            return unpack(path.read_bytes())
+        except FileNotFoundError:
+            raise RunDirError(f"{str(path)!r} is missing; {cure}") from None
+        except RunDirError as error:
+            raise RunDirError(f"{str(path)!r} is damaged ({error}); {cure}") from None
+
+    def _read_base_update(self, since: int, version: int) -> BaseUpdate:
+        name = _base_update_name(since, version)
+        if name not in self._base_updates:
+            tensors, meta = self._read(self.path / "merges" / name, "start the run again with --overwrite")
+            self._base_updates[name] = unflatten_base_update(tensors, meta)
+        return self._base_updates[name]
+
+    def _clean(self) -> None:
+        found = self._list_checkpoints()
+        for path in found[:-KEPT_CHECKPOINTS]:
+            path.unlink()
+        sync_folder(self._checkpoints)
+        if not (self.path / "merges").is_dir():
+            return
+        named: set[str] = set()
+        for path in found[-KEPT_CHECKPOINTS:]:
+            _, meta = self._read(path, "remove it")
+            named.update(_base_update_name(entry["since"], entry["version"]) for entry in meta["merges"])
+        for path in (self.path / "merges").glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink()
+                self._base_updates.pop(path.name, None)
+
+    # ------------------------------------------------------------------------------------------ an earlier run
+
+    def discard_if_untrained(self) -> bool:
+        """Remove the folder of a new run that failed before its first round, so that the next start finds it free.
+
+        A folder is kept that holds a round, whatever became of it, or a privacy ledger.
+
+        Returns:
+            Whether it was removed.
+        """
+        try:
+            trained = any(record["round"] > 0 for record in self.read_metrics()) or self.rounds_done > 0
+        except (FedloraError, OSError, KeyError, TypeError, ValueError):
+            return False  # something stands there that cannot be read: not ours to judge
+        if trained or (self.privacy_dir.is_dir() and any(self.privacy_dir.iterdir())):
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        return True
+
+    def _make_way(self, overwrite: bool) -> None:
+        if not overwrite:
+            self._refuse_if_taken()
+        self._refuse_if_foreign()
+        if self.path.exists():
+            with self.writing():
+                shutil.rmtree(self.path)
+
+    def _refuse_if_foreign(self) -> None:
+        """Whatever is no run's is not touched, even where overwriting was asked for."""
+        path = self.path
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise RunDirError(f"{str(path)!r} is in the way and is no folder: choose another name with --set name=...")
+        if path.exists() and any(path.iterdir()) and not (path / "config.toml").is_file():
+            raise RunDirError(f"{str(path)!r} holds other files than a run's: choose another name with --set name=...")
+
+    def _refuse_if_taken(self) -> None:
+        path = self.path
+        self._refuse_if_foreign()
+        if not (path / "config.toml").is_file():
+            return
+        if (path / "result.json").is_file():
+            raise RunDirError(f"{str(path)!r} holds a finished run: --overwrite it, or choose --set name=...")
+        raise RunDirError(
+            f"{str(path)!r} holds an unfinished run: go on with --resume {path}, --overwrite it, "
+            "or choose --set name=..."
+        )
+
+
+def _path_of(config: RunConfig, root: str | Path | None) -> Path:
+    if config.name in ("", ".", "..") or any(mark in config.name for mark in ("/", "\\", "\0")):
+        raise ConfigError(f"name {config.name!r} must be a plain folder name: letters, digits, '-', '_' and '.'")
+    return Path(config.output if root is None else root) / config.name
+
+
+def _unwritable(path: Path, error: OSError) -> RunDirError:
+    return RunDirError(
+        f"the run's folder {clean_text(repr(str(path)), 300)} cannot be made: {error.strerror or error}; name another "
+        "place with --set output=... or --set name=..."
+    )
+
+
+def _base_update_name(since: int, version: int) -> str:
+    return f"{since:06d}-{version:06d}.safetensors"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN, no infinity and no numbers of numpy or torch."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+        return [_plain(inner) for inner in (value if isinstance(value, Sequence) else sorted(value))]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value) if isinstance(value, Path) else value
+
+
+def _why_not(changed: Sequence[str]) -> str:
+    if "partition.clients" in changed:
+        return "another number of clients divides all examples anew (only nodes with data of their own can join): "
+    return "resume with the config that it has, or "
+
+
+def _both(left: RunConfig, right: RunConfig, keys: Sequence[str]) -> str:
+    one, other = flat_keys(left), flat_keys(right)
+    return ", ".join(f"{key} was {one.get(key)!r} and is now {other.get(key)!r}" for key in keys)

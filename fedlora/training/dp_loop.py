@@ -1,0 +1,306 @@
+"""DP-SGD of many clients at once (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1 for each of them).
+
+Every example of a joint batch is given an adapter of its own, a copy of its client's: the same stacked layers that keep
+clients apart then give each example's gradient, all in one backward pass. Clipping, sums, noise and the division by the
+expected batch size are each client's own. The numbers are those of Opacus and `fedlora.privacy.dpsgd.PrivateStep`,
+which stays in charge where a base's layers have no stacked form.
+
+Batches are Poisson samples of unequal sizes, empty ones included; they, the noise and each example's dropout masks are
+drawn from the operating system's randomness. The company that an example keeps shows in its gradient by rounding
+alone, for which `fedlora.privacy.dpsgd.clipping_norm` leaves room.
+
+Shapes: b = examples of the joint batch, k = clients in it, p = trained entries of an adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.config import TrainConfig
+from fedlora.errors import PrivacyError
+from fedlora.model import Base
+from fedlora.privacy.dpsgd import noise, poisson_batches, secret_generator
+from fedlora.sanitize import clean_text
+from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.training.cohort import alike, note_alone, why_alone
+from fedlora.training.dp_settings import PrivateSettings, secret_seed, train_by_opacus, unshared_losses
+from fedlora.training.dropout_masks import Masks, Part, RowsError, Streams, example_parts, secret_masks
+from fedlora.training.job import TrainJob, TrainResult, learning_rate
+from fedlora.training.loop import Client, Loop, Outcome
+from fedlora.training.row_optimizer import put, take
+from fedlora.training.step_scheduler import Budget
+
+logger = logging.getLogger(__name__)
+
+
+@final
+class PrivateTogether(Loop):
+    """Private training; see `Loop`.
+
+    Args:
+        base: at the version to train on; its adapter is overwritten.
+        task: gives batches and losses.
+        examples: the whole training set.
+        work: jobs and configs of the clients.
+        settings: of each client.
+        budget: of one joint step; None: by the model's size.
+        generators: of each client's noise; None: seeded by the operating system. A test may bring its own.
+        samples: of each client; None: Poisson samples from the operating system's randomness. A test may bring its own.
+        masks: each example's stream of dropout masks; None: seeded by the operating system. A test may bring its own.
+
+    Attributes:
+        leaves: each example's own trained tensors in the step under way, [b, *shape] each; an audit attacks them.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        task: Task,
+        examples: Examples,
+        work: Sequence[tuple[TrainJob, TrainConfig]],
+        settings: Sequence[PrivateSettings],
+        *,
+        budget: Budget | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        samples: Sequence[Iterator[np.ndarray]] | None = None,
+        masks: Masks | None = None,
+    ) -> None:
+        super().__init__(base, task, examples, work, budget, synchronize=False)
+        self.leaves: list[Tensor] = []
+        self._masks = masks or secret_masks(base.device)
+        self._how: dict[int, PrivateSettings] = {}
+        self._noise: dict[int, torch.Generator] = {}
+        self._samples: dict[int, Iterator[np.ndarray]] = {}
+        self._parts: dict[int, list[np.ndarray]] = {}
+        self._sums: dict[int, Tensor] = {}
+        for number, (client, how) in enumerate(zip(self._clients, settings, strict=True)):
+            key = id(client)
+            self._how[key], self._parts[key] = how, []
+            self._noise[key] = generators[number] if generators else secret_generator(base.device)
+            plan, size = how.schedule, len(client.job.indices)
+            self._samples[key] = samples[number] if samples else poisson_batches(size, plan.sample_rate, plan.steps)
+
+    def _begin(self, client: Client) -> None:
+        client.steps = self._how[id(client)].schedule.steps
+
+    def _next_batch(self, client: Client) -> None:
+        """The next part of the client's sample; empty samples take their steps of noise on the way."""
+        key = id(client)
+        try:
+            while True:
+                while not self._parts[key]:
+                    if client.done == client.steps:
+                        client.outcome = self._ended(client)
+                        return
+                    sample = client.job.indices[next(self._samples[key])]
+                    size = self._how[key].physical_batch_size or max(1, len(sample))
+                    self._parts[key] = [sample[start : start + size] for start in range(0, len(sample), size)]
+                    self._sums[key] = self._values.new_zeros(self._columns.width)
+                    if not len(sample):
+                        self._step_with_noise(client)
+                client.chosen = self._parts[key].pop(0)
+                try:
+                    client.batch = self._task.collate(self._examples, client.chosen)
+                    return
+                except Exception as error:
+                    self._narrow(client, error)
+        except Exception as error:
+            self._fail(client, error)
+
+    def _narrow(self, client: Client, error: Exception) -> None:
+        """Go on without the example that cannot be computed: by halves, until it is alone, when it adds nothing.
+
+        A client that failed as a whole would let one example move all others' part in its update.
+        """
+        key, size = id(client), len(client.chosen)
+        if isinstance(error, PrivacyError | RowsError):  # of the model, whatever its examples
+            raise error
+        if size > 1:
+            self._parts[key][:0] = np.array_split(client.chosen, 2)
+            return
+        logger.warning("an example is left out of a private step: %s: %s", type(error).__name__, clean_text(error))
+        if not self._parts[key]:
+            self._step_with_noise(client)
+
+    def _alone_failed(self, client: Client, error: Exception) -> None:
+        try:
+            self._narrow(client, error)
+        except Exception as found:
+            self._fail(client, found)
+        else:
+            self._next_batch(client)
+
+    def _fail(self, client: Client, error: Exception) -> None:
+        client.outcome = veiled(error)
+
+    def _random(self, clients: list[Client]) -> tuple[Streams, int]:  # noqa: ARG002
+        return Streams(), secret_seed()
+
+    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:  # noqa: ARG002
+        chosen = np.concatenate([client.chosen for client in members])
+        return example_parts(joined, self._task.tokens(joined), self._masks(chosen))
+
+    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
+        return unshared_losses(self._task, self._base.model, batch, self._base.device)
+
+    def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
+        """Add each member's clipped gradients to its sum, and step with those whose sample is complete."""
+        owners = torch.repeat_interleave(torch.arange(len(members)), torch.tensor(sizes)).to(self._values.device)
+        rows = torch.tensor([client.row for client in members], device=self._values.device)[owners]
+        leaves = self.leaves = self._binding.bind(self._values[rows], rows.tolist(), [1] * len(rows))
+        losses = self._losses(batch)
+        if losses.shape != owners.shape:
+            raise ValueError(f"{list(losses.shape)} losses for {len(owners)} examples: they must be one for each")
+        found = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+        gradients = torch.cat([gradient.reshape(len(rows), -1) for gradient in found], dim=1)
+        sums = self._clipped_sums(gradients, owners, members)
+        for client, own in zip(members, sums, strict=True):
+            self._sums[id(client)] += own
+            try:
+                if not self._parts[id(client)]:
+                    self._step_with_noise(client)
+            except Exception as error:  # nobody else's step may be taken again
+                self._fail(client, error)
+
+    @torch.no_grad()
+    def _clipped_sums(
+        self, gradients: Float[Tensor, "b p"], owners: Tensor, members: list[Client]
+    ) -> Float[Tensor, "k p"]:
+        """The sum of each member's gradients, each clipped to the member's C; one that is not finite counts as 0."""
+        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+        if not bool(norms.isfinite().all()):
+            # One example's infinite or undefined gradient would make the whole sum so, whatever the noise.
+            gradients[~gradients.isfinite().all(dim=1)] = 0.0
+            norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+        limits = [self._how[id(client)].clipping_norm(self._base.dtype) for client in members]
+        most = norms.new_tensor(limits)[owners]
+        gradients.mul_((most / (norms + 1e-6)).clamp_(max=1.0)[:, None].to(gradients.dtype))
+        return gradients.new_zeros(len(members), gradients.shape[1]).index_add_(0, owners, gradients)
+
+    @torch.no_grad()
+    def _step_with_noise(self, client: Client) -> None:
+        how, rows = self._how[id(client)], [client.row]
+        gradient = self._sums.pop(id(client))[None]
+        own = client.job.adapter.tensors()
+        for column in self._columns.columns:  # padding of a smaller rank gets none, so that it stays zero
+            part = column.within(gradient[0], own[column.name].shape)
+            part += noise(how.noise_multiplier * how.max_grad_norm, part, self._noise[id(client)])
+        gradient /= how.schedule.expected_batch_size
+        values = take(self._values, rows)
+        before = values.clone() if client.done == 0 else None
+        self._add_proximal(rows, values, gradient)
+        rate = learning_rate(client.done, client.config)
+        self._optimizer.step(values, gradient, rows, [rate])
+        put(self._values, rows, values)
+        if before is not None and rate:
+            self._require_moved(client, before, values)
+        client.done += 1
+
+    def _require_moved(self, client: Client, before: Tensor, after: Tensor) -> None:
+        own = client.job.adapter.tensors()
+        for column in self._columns.columns:
+            if own[column.name].numel() and torch.equal(column.of(before), column.of(after)):
+                raise ValueError(f"{column.name!r} did not move in a noisy step")
+
+    def _ended(self, client: Client) -> Outcome:
+        row = self._values[client.row]
+        if not bool(torch.isfinite(row).all()):
+            return PrivacyError(
+                f"the adapter is not finite after private training: lower train.lr (now {client.config.lr:g})"
+            )
+        adapter = self._columns.read(row, client.job.adapter)
+        return TrainResult(adapter, 1, client.steps, 0, float("nan"), client.seconds, 0.0)
+
+
+def train_private(
+    base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig, settings: PrivateSettings
+) -> TrainResult:
+    """Train an adapter on one client's examples with DP-SGD, as `train_private_cohort` does.
+
+    Raises:
+        PrivacyError: training failed; why is in this process's log alone, since it may tell of the data.
+        TrainingError: nothing trains.
+        ModelError: the adapter does not fit the model.
+    """
+    (outcome,) = train_private_cohort(base, task, examples, [job], [config], [settings])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def train_private_cohort(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    jobs: Sequence[TrainJob],
+    configs: Sequence[TrainConfig],
+    settings: Sequence[PrivateSettings],
+    *,
+    budget: Budget | None = None,
+) -> list[Outcome]:
+    """Train many clients' adapters with DP-SGD, side by side where the base allows it; `check_model` comes first.
+
+    Batches, noise and dropout are drawn from the operating system's randomness, never from the run's seed: no two runs
+    are the same.
+
+    Args:
+        base: at the version to train on; its adapter is overwritten.
+        task: gives batches and losses.
+        examples: the whole training set.
+        jobs: what to train; without examples a client takes steps of noise alone, as far as anybody can tell.
+        configs: learning rate, optimiser, proximal term; `clip_norm` is not looked at.
+        settings: rates and noise of each.
+        budget: of one joint step; None: by the model's size.
+
+    Returns:
+        For each job the adapter, with `num_examples` 1 and no figure that depends on the data but the seconds; or an
+        error that tells nothing of the data.
+    """
+    outcomes: dict[int, Outcome] = {}
+    todo = alike(jobs, configs)
+    while todo:
+        part = todo.pop(0)
+        alone = why_alone(base) is not None
+        if len(part) > 1 and alone:
+            todo = [[number] for number in part] + todo
+            continue
+        if alone:
+            try:
+                (k,) = part
+                outcomes[k] = train_by_opacus(base, task, examples, jobs[k], configs[k], settings[k])
+            except Exception as error:
+                outcomes[k] = error
+            continue
+        work, how = [(jobs[k], configs[k]) for k in part], [settings[k] for k in part]
+        try:
+            found = PrivateTogether(base, task, examples, work, how, budget=budget).run()
+        except RowsError as error:
+            note_alone(base, str(error))
+            todo.insert(0, part)
+            continue
+        outcomes.update(zip(part, map(timeless, found), strict=True))
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+def timeless(outcome: Outcome) -> Outcome:
+    """Without the seconds of computing, which tell how many examples there were."""
+    return outcome if isinstance(outcome, Exception) else replace(outcome, examples_seen=0, compute_seconds=0.0)
+
+
+def veiled(error: Exception) -> PrivacyError:
+    """An error that tells nothing of the data: why training failed goes to this process's log alone."""
+    logger.warning("private training failed: %s: %s", type(error).__name__, clean_text(error))
+    logger.debug("private training failed", exc_info=error)
+    told = PrivacyError(
+        "private training failed; the reason may tell of the data and stays in this client's log: see there"
+    )
+    told.__cause__ = error
+    return told

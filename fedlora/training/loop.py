@@ -1,0 +1,381 @@
+"""The training loop: some clients with a common optimiser and common trained parts, until all of them are done.
+
+`Loop` is what plain and private training share; `Together` is plain training.
+
+Shapes: K = clients, k = those in one step, p = trained entries of an adapter, b = examples of a joint batch.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.config import TrainConfig
+from fedlora.errors import TrainingError
+from fedlora.model import Base, seeded
+from fedlora.progress import activity
+from fedlora.rng import derive
+from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.training.dropout_masks import Part, RowsError, Stream, Streams, Watch, drops_out
+from fedlora.training.job import TrainJob, TrainResult, batches, learning_rate, number_of_steps, to_device
+from fedlora.training.row_optimizer import Columns, FlatOptimizer, put, take
+from fedlora.training.stacked_lora import Alone, Stacked, cannot_stack, groups_of
+from fedlora.training.step_scheduler import Budget, Waiting, choose, step_budget
+
+CHECK_EVERY = 32  # steps between looks at the losses on a device where looking waits for all work to end
+
+Outcome: TypeAlias = TrainResult | Exception
+"""What came of one client: its result, or what it raised."""
+
+
+@dataclass
+class Client:
+    """One client on its way; `row` is its row in the matrices, and `stream` its masks' where it has one for itself."""
+
+    row: int
+    job: TrainJob
+    config: TrainConfig
+    stream: Stream | None = None
+    steps: int = 0
+    batches: Iterator[np.ndarray] = field(default_factory=lambda: iter(()))
+    chosen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    batch: Batch | None = None
+    done: int = 0
+    seen: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    compute: float = 0.0
+    outcome: Outcome | None = None
+
+
+class Binding(Protocol):
+    """How a model comes to use the adapters of a step: stacked, or one alone."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any, /) -> None: ...
+
+    def bind(self, values: Float[Tensor, "k p"], rows: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+        """Use these clients' adapters until the next call.
+
+        Args:
+            values: the trained entries.
+            rows: the clients' numbers.
+            sizes: rows of each in the batch.
+
+        Returns:
+            The tensors to differentiate by, in the order of the columns.
+        """
+        ...
+
+
+class Loop(ABC):
+    """One cohort on its way; how a step moves its clients is a subclass's.
+
+    Args:
+        base: at the version to train on; its adapter is overwritten.
+        task: gives batches and losses.
+        examples: the whole training set.
+        work: jobs and configs of the clients.
+        budget: of one joint step; None: by the model's size.
+        synchronize: wait for the device at each step.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        task: Task,
+        examples: Examples,
+        work: Sequence[tuple[TrainJob, TrainConfig]],
+        budget: Budget | None,
+        synchronize: bool,
+    ) -> None:
+        self._base, self._task, self._examples = base, task, examples
+        self._budget = budget or step_budget(base)
+        self._synchronize = synchronize
+        self._clients = [Client(row, job, config) for row, (job, config) in enumerate(work)]
+
+    def run(self) -> list[Outcome]:
+        """Train all clients to their ends.
+
+        Raises:
+            RowsError: of more than one client: they cannot go together through this model.
+        """
+        begin = time.perf_counter()
+        ready = [client for client in self._clients if self._prepared(client)]
+        if ready:
+            first = ready[0].job
+            if not self._base.write(first.adapter, first.trains):
+                error = TrainingError(f"nothing trains: the adapter has no tensor in {sorted(first.trains)}")
+                for client in ready:
+                    client.outcome = error
+            else:
+                self._train(ready)
+        overhead = (time.perf_counter() - begin - sum(client.seconds for client in ready)) / max(1, len(ready))
+        out: list[Outcome] = []
+        for client in self._clients:
+            assert client.outcome is not None
+            if isinstance(client.outcome, TrainResult):
+                seconds = client.seconds + max(0.0, overhead)
+                client.outcome = TrainResult(**{**vars(client.outcome), "seconds": seconds})
+            out.append(client.outcome)
+        return out
+
+    @abstractmethod
+    def _begin(self, client: Client) -> None:
+        """Set a client's steps and batches; raises what keeps it from training."""
+
+    @abstractmethod
+    def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
+        """Take a step with the members' batches, in this order, joined in `batch`."""
+
+    @abstractmethod
+    def _ended(self, client: Client) -> Outcome:
+        """What came of a client that has done its steps."""
+
+    @abstractmethod
+    def _random(self, clients: list[Client]) -> tuple[Streams | None, int]:
+        """What draws masks, if anything has to, and the seed of torch's default generators meanwhile."""
+
+    @abstractmethod
+    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:
+        """Whose masks are whose.
+
+        Args:
+            members: in the order of their rows.
+            own: the batch of each, on the CPU.
+            joined: all of them, on the CPU.
+        """
+
+    @abstractmethod
+    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
+        """The loss of each example."""
+
+    def _alone_failed(self, client: Client, error: Exception) -> None:
+        """A client's own step has failed."""
+        self._fail(client, error)
+
+    def _fail(self, client: Client, error: Exception) -> None:
+        """A client leaves because of what its training raised."""
+        client.outcome = error
+
+    def _prepared(self, client: Client) -> bool:
+        """Whether a client can begin."""
+        try:
+            self._base.require_fit(client.job.adapter)
+            self._begin(client)
+        except Exception as error:
+            client.outcome = error
+        return client.outcome is None
+
+    def _train(self, clients: list[Client]) -> None:
+        base = self._base
+        jobs = [client.job for client in clients]
+        for row, client in enumerate(clients):
+            client.row = row
+        like = torch.empty(0, dtype=base.adapter_dtype, device=base.device)
+        adapters = [job.adapter for job in jobs]
+        self._columns = Columns(adapters, base.tensor_names(jobs[0].trains))
+        self._values = self._columns.rows(adapters, like)
+        self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
+        self._anchor = self._values.clone() if any(self._mu) else None
+        self._optimizer = FlatOptimizer(len(jobs), self._columns.width, [client.config for client in clients], like)
+        self._streams, seed = self._random(clients)
+        base.train_mode(True)
+        with ExitStack() as stack:
+            stack.enter_context(seeded(seed, base.device))
+            if self._streams is not None:
+                stack.enter_context(self._streams)
+            alone = cannot_stack(base) is not None
+            binding: Binding = Alone(base, self._columns) if alone else Stacked(base, self._columns, jobs)
+            self._binding = stack.enter_context(binding)
+            for client in clients:
+                self._next_batch(client)
+            while active := [client for client in clients if client.outcome is None]:
+                waiting = [self._waiting(client) for client in active]
+                activity.info(
+                    "training: %d of %d steps of %d clients",
+                    sum(client.done for client in clients),
+                    sum(client.steps for client in clients),
+                    len(clients),
+                )
+                self._joint([active[place] for place in choose(waiting, self._budget)])
+
+    # ------------------------------------------------------------------------------------------ one step
+
+    def _joint(self, members: list[Client]) -> None:
+        """One step of some clients; if that fails, of each of them alone, to see whose fault it is."""
+        before = [(c.stream, c.stream.state) for c in members if c.stream and self._streams and len(members) > 1]
+        try:
+            self._step(members)
+        except Exception as error:
+            if isinstance(error, RowsError) and len(self._clients) > 1:
+                raise
+            if len(members) == 1:
+                self._alone_failed(members[0], error)
+                return
+            for stream, state in before:
+                stream.state = state
+            for client in members:
+                self._joint([client])
+
+    def _step(self, members: list[Client]) -> None:
+        begin = time.perf_counter()
+        members = sorted(members, key=lambda client: (-self._rows(client), client.row))
+        sizes = [self._rows(client) for client in members]
+        own = [client.batch for client in members if client.batch is not None]
+        joined = self._task.join(self._examples, own)
+        if self._streams is not None:
+            self._streams.tokens = self._task.tokens(joined)
+            self._streams.parts = self._mask_parts(members, own, joined)
+        batch = to_device(joined, self._base.device)
+        started = self._now()
+        self._move(members, batch, sizes)
+        computed = self._now() - started
+        total = sum(sizes)
+        weights = [size / total for size in sizes]
+        for client, weight in zip(members, weights, strict=True):
+            client.compute += computed * weight
+            if client.outcome is None:
+                self._next_batch(client)
+        taken = time.perf_counter() - begin
+        for client, weight in zip(members, weights, strict=True):
+            client.seconds += taken * weight
+            if isinstance(client.outcome, TrainResult):
+                client.outcome = TrainResult(**{**vars(client.outcome), "compute_seconds": client.compute})
+
+    @torch.no_grad()
+    def _add_proximal(self, rows: Sequence[int], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]) -> None:
+        """The gradient of (mu / 2) |w - w0|^2, FedProx's term (arXiv 1812.06127, equation (2)): mu (w - w0)."""
+        if self._anchor is not None:
+            mu = values.new_tensor([self._mu[row] for row in rows])
+            gradients.addcmul_(values - take(self._anchor, rows), mu[:, None])
+
+    # ------------------------------------------------------------------------------------------ batches and ends
+
+    def _next_batch(self, client: Client) -> None:
+        try:
+            client.chosen = next(client.batches)
+            client.batch = self._task.collate(self._examples, client.chosen)
+        except Exception as error:
+            self._fail(client, error)
+
+    def _rows(self, client: Client) -> int:
+        assert client.batch is not None
+        return len(next(iter(client.batch.values())))
+
+    def _waiting(self, client: Client) -> Waiting:
+        assert client.batch is not None
+        tokens = self._task.tokens(client.batch) or int(self._examples.lengths[client.chosen].max())
+        return Waiting(self._rows(client), tokens, client.steps - client.done)
+
+    def _now(self) -> float:
+        device = self._base.device
+        if self._synchronize and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif self._synchronize and device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+
+@final
+class TrainingLoop(Loop):
+    """Plain training; see `Loop`."""
+
+    def _begin(self, client: Client) -> None:
+        self._unseen: list[tuple[list[Client], Tensor]] = []
+        self._look_every = 1 if self._base.device.type == "cpu" else CHECK_EVERY
+        size = len(client.job.indices)
+        if not size:
+            raise TrainingError(
+                "the client has no examples: give it some, or leave it out (a larger min_size in [partition])"
+            )
+        client.steps = number_of_steps(size, client.config)
+        client.batches = batches(client.job.indices, client.config.batch_size, client.steps, client.job.seed)
+
+    def _random(self, clients: list[Client]) -> tuple[Streams | None, int]:
+        for client in clients:
+            client.stream = Stream(derive(client.job.seed, "dropout"), self._base.device)
+        return Streams() if drops_out(self._base.model) else None, derive(clients[0].job.seed, "dropout")
+
+    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:  # noqa: ARG002
+        parts, end = [], 0
+        for client, one in zip(members, own, strict=True):
+            assert client.stream is not None
+            parts.append(Part((end, end := end + self._rows(client)), self._task.tokens(one), client.stream))
+        return parts
+
+    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
+        """The loss of each example."""
+        if len(self._clients) == 1:
+            return self._task.losses(self._base.model, batch)
+        with Watch(self._base.device) as watch:
+            each = self._task.losses(self._base.model, batch)
+        if watch.drawn:
+            raise RowsError("it draws random numbers in a way that cannot be told apart by clients")
+        return each
+
+    def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
+        rows = [client.row for client in members]
+        values = take(self._values, rows)
+        leaves = self._binding.bind(values, rows, sizes)
+        each, counts = self._losses(batch), [len(client.chosen) for client in members]
+        shares = each.new_tensor([1 / count for count in counts for _ in range(count)])  # of an example in its mean
+        found = torch.autograd.grad(each, leaves, shares, materialize_grads=True)
+        gradients = torch.cat([gradient.reshape(len(members), -1) for gradient in found], dim=1)
+        self._add_proximal(rows, values, gradients)
+        if any(client.config.clip_norm is not None for client in members):
+            most = [c.config.clip_norm if c.config.clip_norm is not None else float("inf") for c in members]
+            norms = torch.linalg.vector_norm(gradients, dim=1)
+            gradients.mul_((values.new_tensor(most) / (norms + 1e-6)).clamp_(max=1.0)[:, None])
+        rates = [learning_rate(client.done, client.config) for client in members]
+        self._optimizer.step(values, gradients, rows, rates)
+        put(self._values, rows, values)
+        for client in members:
+            client.done += 1
+            client.seen += len(client.chosen)
+        means = [each.detach()[g.rows].reshape(g.size, -1).mean(1) for g in groups_of(counts)]
+        self._unseen.append((members, torch.cat(means)))
+        ended = any(client.done == client.steps for client in members)
+        if ended or sum(len(clients) for clients, _ in self._unseen) >= self._look_every:
+            self._look()
+
+    def _look(self) -> None:
+        """Take note of the losses so far; clients whose loss is not finite leave, and those that are done end."""
+        found = torch.cat([losses for _, losses in self._unseen]).tolist()
+        for client, loss in zip((client for members, _ in self._unseen for client in members), found, strict=True):
+            client.losses.append(loss)
+            if not np.isfinite(loss) and client.outcome is None:
+                client.outcome = TrainingError(
+                    f"the loss is not finite at step {len(client.losses)}: {_cure(client.config)}"
+                )
+            elif client.done == client.steps == len(client.losses) and client.outcome is None:
+                client.outcome = self._ended(client)
+        self._unseen.clear()
+
+    def _ended(self, client: Client) -> Outcome:
+        row = self._values[client.row]
+        if not bool(torch.isfinite(row).all()):
+            return TrainingError(f"the adapter is not finite after step {client.steps}: {_cure(client.config)}")
+        return TrainResult(
+            adapter=self._columns.read(row, client.job.adapter),
+            num_examples=len(client.job.indices),
+            steps=client.steps,
+            examples_seen=client.seen,
+            loss=float(np.mean(client.losses)),
+            seconds=client.seconds,
+            compute_seconds=client.compute,
+        )
+
+
+def _cure(config: TrainConfig) -> str:
+    clip = "" if config.clip_norm is not None else ", or set train.clip_norm (1.0 is usual)"
+    return f"lower train.lr (now {config.lr:g}){clip}"

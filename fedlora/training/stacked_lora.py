@@ -1,0 +1,309 @@
+"""Many clients' adapters in one model: each layer holds all of them and gives each client's rows its own.
+
+The frozen base sees one batch, the clients' rows one after the other. While `Stacked` is entered, an adapted layer
+computes  y = x W^T + s_k (x A_k^T) B_k^T  on client k's rows, with one batched product for all clients of as many rows;
+a trained head does the same with its dense weights. PEFT's layers stay where they are, with another `forward` on the
+instance, which is taken off again however training ends.
+
+Shapes: k = clients, n = rows of the joint batch, m = rows and tokens of one client, i = d_in, o = d_out, r = rank,
+*t = any dimensions between rows and features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.model import Base
+from fedlora.model.peft_tuners import ADAPTER
+from fedlora.speedups.linear_kernels import OneDnnLinear
+from fedlora.training.dropout_masks import RowsError
+from fedlora.training.job import TrainJob
+from fedlora.training.row_optimizer import Columns, take
+
+
+@dataclass(frozen=True)
+class Group:
+    """Clients that follow each other and have equally many rows.
+
+    Args:
+        clients: the first, and one after the last.
+        rows: the first, and one after the last.
+    """
+
+    clients: slice
+    rows: slice
+
+    @property
+    def size(self) -> int:
+        """How many clients."""
+        return int(self.clients.stop - self.clients.start)
+
+
+def groups_of(rows: Sequence[int]) -> tuple[Group, ...]:
+    """Groups of clients by their numbers of rows, in the order given."""
+    groups: list[Group] = []
+    first = begin = 0
+    for number, size in enumerate(rows):
+        if number + 1 == len(rows) or rows[number + 1] != size:
+            end = begin + size * (number + 1 - first)
+            groups.append(Group(slice(first, number + 1), slice(begin, end)))
+            first, begin = number + 1, end
+    return tuple(groups)
+
+
+@dataclass
+class Step:
+    """What the layers compute with at present.
+
+    Args:
+        groups: whose rows are whose.
+        tensors: stacked by name, [k, ...], names as in `AdapterState.tensors`.
+        scales: module name -> [k, 1, 1].
+    """
+
+    groups: tuple[Group, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def groups_in(self, x: Tensor) -> tuple[Group, ...]:
+        """The groups of a layer's input.
+
+        Raises:
+            RowsError: its first dimension is not the batch's rows.
+        """
+        if len(self.groups) == 1 and self.groups[0].size == 1:
+            return (Group(slice(0, 1), slice(0, x.shape[0])),)
+        if x.shape[0] != self.groups[-1].rows.stop:
+            raise RowsError(f"a layer sees {x.shape[0]} rows where the batch has {self.groups[-1].rows.stop}")
+        return self.groups
+
+
+@final
+class Stacked:
+    """A base whose layers hold many clients' adapters; a context manager.
+
+    Args:
+        base: for which `cannot_stack` finds no reason.
+        columns: of the trained tensors.
+        jobs: of all clients: what is not trained is taken from their adapters.
+    """
+
+    def __init__(self, base: Base, columns: Columns, jobs: Sequence[TrainJob]) -> None:
+        self.step = Step()
+        self._base, self._columns = base, columns
+        self._changed: list[nn.Module] = []
+        adapters = [job.adapter for job in jobs]
+        trained = {column.name for column in columns.columns}
+        self._kept = Columns(adapters, [name for name in base.tensor_names() if name not in trained])
+        like = torch.empty(0, dtype=base.adapter_dtype, device=base.device)
+        self._frozen = self._kept.rows(adapters, like)
+        self._scales = like.new_tensor([[adapter.pairs[name].scale for name in base.targets] for adapter in adapters])
+
+    def bind(self, values: Float[Tensor, "k p"], rows: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+        """See `fedlora.training.loop.Binding`."""
+        tensors = {c.name: c.of(values).detach().requires_grad_() for c in self._columns.columns}
+        leaves = list(tensors.values())
+        if self._kept.columns:
+            frozen = take(self._frozen, rows)
+            tensors |= {column.name: column.of(frozen) for column in self._kept.columns}
+        scales = take(self._scales, rows).T[:, :, None, None].unbind()
+        self.step = Step(groups_of(sizes), tensors, dict(zip(self._base.targets, scales, strict=True)))
+        return leaves
+
+    def __enter__(self) -> Stacked:
+        for name, layer in self._base.pair_layers.items():
+            self._set(layer, self._adapted(name, layer))
+        for name, head in self._base.head_modules.items():
+            for inner, module in head.named_modules(prefix=name):
+                if isinstance(module, nn.Linear):
+                    self._set(module, self._linear(inner))
+                elif module._parameters:
+                    self._set(module, self._norm(inner, module))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for module in self._changed:
+            del module.forward
+        self._changed.clear()
+        self.step = Step()
+
+    def _set(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        module.forward = forward
+        self._changed.append(module)
+
+    def _adapted(self, name: str, layer: Any) -> Callable[..., Tensor]:
+        dropout = layer.lora_dropout[ADAPTER]
+        plain = isinstance(dropout, nn.Identity)
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            step = self.step
+            out: Tensor = layer.base_layer(x, *args, **kwargs)
+            A, B = step.tensors[f"{name}:A"], step.tensors[f"{name}:B"]
+            inner = x if plain else dropout(x.to(A.dtype))
+            return add_pairs(out, inner, A, B, step.scales[name], step.groups_in(x))
+
+        return forward
+
+    def _linear(self, name: str) -> Callable[[Tensor], Tensor]:
+        def forward(x: Float[Tensor, "n *t i"]) -> Float[Tensor, "n *t o"]:
+            weight, bias = self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias")
+            parts = []
+            for group in self.step.groups_in(x):
+                own, w = x[group.rows].reshape(group.size, -1, x.shape[-1]), weight[group.clients].transpose(1, 2)
+                out = own @ w if bias is None else torch.baddbmm(bias[group.clients, None], own, w)
+                parts.append(out.view(*x[group.rows].shape[:-1], weight.shape[1]))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return forward
+
+    def _norm(self, name: str, module: Any) -> Callable[[Tensor], Tensor]:
+        def forward(x: Float[Tensor, "n *t i"]) -> Float[Tensor, "n *t i"]:
+            out = functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
+            weight, bias = self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias")
+            parts = []
+            for group in self.step.groups_in(x):
+                own = out[group.rows].reshape(group.size, -1, *module.normalized_shape) * weight[group.clients, None]
+                own = own if bias is None else own + bias[group.clients, None]
+                parts.append(own.view(x[group.rows].shape))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return forward
+
+
+@final
+class Alone:
+    """A base with one client's adapter in its own parameters, for layers that have no stacked form.
+
+    Args:
+        base: into which the client's adapter was written.
+        columns: of the trained tensors.
+    """
+
+    def __init__(self, base: Base, columns: Columns) -> None:
+        self._columns = columns
+        self._parameters = [base.parameters[column.name] for column in columns.columns]
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def bind(
+        self,
+        values: Float[Tensor, "1 p"],
+        rows: Sequence[int],  # noqa: ARG002
+        sizes: Sequence[int],  # noqa: ARG002
+    ) -> list[Tensor]:
+        """See `fedlora.training.loop.Binding`."""
+        for parameter, column in zip(self._parameters, self._columns.columns, strict=True):
+            parameter.data = column.of(values)[0]
+        return list(self._parameters)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for parameter in self._parameters:  # no views of the cohort's matrix are left behind
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def cannot_stack(base: Base) -> str | None:
+    """Why a base's adapters cannot be trained side by side, or None if they can."""
+    from peft.tuners.lora.layer import Linear
+
+    if not base.method.pairs or base.method.magnitudes:
+        return f"adapter.method {base.method.name!r} has no stacked form"
+    for name, layer in base.pair_layers.items():
+        if type(layer) is not Linear:
+            return f"{name} is adapted by {type(layer).__name__}, which has no stacked form"
+        if ADAPTER in layer.lora_variant or layer.lora_bias.get(ADAPTER, False):
+            return f"{name} has a variant of LoRA without a stacked form"
+        if "forward" in vars(layer):
+            return f"another library has replaced the forward of {name}"
+    for name, head in base.head_modules.items():
+        for inner, module in head.named_modules(prefix=name):
+            if not module._parameters:
+                continue
+            if type(module) not in (nn.Linear, OneDnnLinear, nn.LayerNorm):
+                return f"{inner} is trained in full, and {type(module).__name__} has no stacked form"
+            if "forward" in vars(module):
+                return f"another library has replaced the forward of {inner}"
+    return None
+
+
+def add_pairs(
+    out: Float[Tensor, "n *t o"],
+    x: Float[Tensor, "n *t i"],
+    A: Float[Tensor, "k r i"],
+    B: Float[Tensor, "k o r"],
+    scales: Float[Tensor, "k 1 1"],
+    groups: tuple[Group, ...],
+) -> Float[Tensor, "n *t o"]:
+    """out + s_k (x A_k^T) B_k^T on each client's rows, in `out`'s dtype; `out` itself may be overwritten."""
+    if out._is_view() or (out.requires_grad and out.is_leaf) or not out.is_contiguous():
+        out = out.clone()
+    added: Tensor = _AddPairs.apply(out, x, A, B, scales, groups)
+    return added
+
+
+class _AddPairs(torch.autograd.Function):
+    """One node for the whole pair: nothing is saved but the input, which the base layer holds too, and A x^T.
+
+    What has r entries a token is kept as [k, r, m]: CPU kernels are two to four times as slow on narrow rows. A
+    bfloat16 base has its pairs' products in bfloat16 too, as under autocast: summed in float32, and rounded once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, groups: tuple[Group, ...]
+    ) -> Tensor:
+        ctx.mark_dirty(out)
+        dtype = out.dtype if out.dtype == torch.bfloat16 else A.dtype
+        down, up = A.to(dtype), (B * scales).to(dtype)
+        inner = []
+        for group in groups:
+            h = torch.bmm(down[group.clients], _rows(x, group).to(dtype).transpose(1, 2))
+            ht, upt, target = h.transpose(1, 2), up[group.clients].transpose(1, 2), _rows(out, group)
+            if out.dtype == dtype:
+                target.baddbmm_(ht, upt)
+            else:
+                target.copy_(torch.bmm(ht, upt).add_(target))
+            inner.append(h)
+        ctx.groups = groups
+        ctx.save_for_backward(x, down, up, scales, *inner)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, up, scales, *inner = ctx.saved_tensors
+        _, wants_x, wants_A, wants_B, *_ = ctx.needs_input_grad
+        gradient = grads[0].contiguous()
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None
+        dA = torch.empty_like(down, dtype=scales.dtype, memory_format=torch.contiguous_format) if wants_A else None
+        dB = torch.empty_like(up, dtype=scales.dtype, memory_format=torch.contiguous_format) if wants_B else None
+        for group, h in zip(ctx.groups, inner, strict=True):
+            g, mine = _rows(gradient, group).to(down.dtype), group.clients
+            if dB is not None:
+                torch.mul(torch.bmm(h, g).transpose(1, 2), scales[mine], out=dB[mine])
+            if dA is None and dx is None:
+                continue
+            dh = torch.bmm(up[mine].transpose(1, 2), g.transpose(1, 2))
+            if dA is not None:
+                dA[mine] = torch.bmm(dh, _rows(x, group).to(down.dtype))
+            if dx is not None and dx.dtype == down.dtype:
+                torch.bmm(dh.transpose(1, 2), down[mine], out=_rows(dx, group))
+            elif dx is not None:
+                _rows(dx, group).copy_(torch.bmm(dh.transpose(1, 2), down[mine]))
+        return grads[0], dx, dA, dB, None, None
+
+
+def _rows(x: Tensor, group: Group) -> Float[Tensor, "k m f"]:
+    """A group's part of a tensor [n, *t, f], each client's rows and tokens together."""
+    return x[group.rows].reshape(group.size, -1, x.shape[-1])

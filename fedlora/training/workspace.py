@@ -1,0 +1,169 @@
+"""Everything that training and evaluation need, opened once per process: task, data, base model, kernels."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedlora.assets import Checkpoint
+from fedlora.config import RunConfig, settle
+from fedlora.errors import ConfigError
+from fedlora.model import Base, clear_cache, load_base
+from fedlora.progress import activity
+from fedlora.provenance import WORDS, Provenance, class_names_digest
+from fedlora.speedups.attention import AttentionReport, choose_attention
+from fedlora.speedups.linear_kernels import KernelReport, accelerate
+from fedlora.tasks import load_task
+from fedlora.tasks._base import Task
+from fedlora.training.cohort import note_alone
+from fedlora.training.fits import require_fit
+from fedlora.training.prefix import PrefixReport, choose_prefix
+from fedlora.training.runtime import pass_over_libraries, setup
+from fedlora.training.trial import Trial
+
+if TYPE_CHECKING:
+    from fedlora.data import FederatedData
+
+SECTIONS = ("seed", "model", "adapter", "task", "data", "partition", "runtime")
+"""The parts of a config that decide what is opened; two configs that differ elsewhere share it."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What client and server work on.
+
+    Args:
+        config: the run's.
+        task: what is learnt.
+        data: examples and the clients' shares.
+        base: the model with its adapter.
+        device: where it computes.
+        kernels: which kernels the frozen layers use, and why.
+        attention: how the model attends, and why.
+        prefix: whether the layers below the adapters are computed once for each example, and why.
+    """
+
+    config: RunConfig
+    task: Task
+    data: FederatedData
+    base: Base
+    device: torch.device
+    kernels: KernelReport
+    attention: AttentionReport
+    prefix: PrefixReport
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What this process trains and tests on, by hashes."""
+        return Provenance(
+            base=self.base.weights_digest,
+            class_names=class_names_digest(self.data.label_names),
+            train_data=self.data.train_digest or None,
+            test_data=self.data.test_digest or None,
+            **self.task.reads(Checkpoint.of(self.config.model)),
+        )
+
+    @property
+    def pins(self) -> Provenance:
+        """As much of `provenance` as may be written and said: of a private run no hash of training data.
+
+        Nor of test examples that were cut from the training source, since which those are depends on all of it.
+        """
+        config = self.config
+        if config.privacy is None:
+            return self.provenance
+        hidden = {"train_data"} | ({"test_data"} if config.data.test is None else set())
+        return self.provenance.only(WORDS.keys() - hidden)
+
+    @property
+    def settled(self) -> dict[str, str]:
+        """What each "auto" of `[runtime]` chose, as a config says it."""
+        return {
+            "kernels": self.kernels.mode,
+            "attention": self.attention.mode,
+            "prefix_cache": self.prefix.mode,
+        }
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What each "auto" of `[runtime]` chose, and why: facts for the run directory."""
+        timings = [asdict(timing) for timing in self.kernels.timings]
+        return {
+            **self.settled,
+            **({"kernels_measured": self.kernels.measured, "kernels_timings": timings} if timings else {}),
+            "kernels_why": self.kernels.reason,
+            "attention_why": self.attention.reason,
+            "prefix_cache_why": self.prefix.reason,
+        }
+
+
+_lock = threading.RLock()
+_open: dict[str, Workspace] = {}  # at most one, as with the base: as its config says it, and as "auto" chose
+
+
+def open_workspace(config: RunConfig) -> Workspace:
+    """The workspace of a config; the process keeps the last one, so that every later call costs microseconds.
+
+    Args:
+        config: a resolved config.
+    """
+    from fedlora.data import load_data
+
+    with _lock:
+        for workspace in _open.values():
+            if workspace.config is config:  # as clients of one process ask, each in its turn
+                return workspace
+        key = _key(config)
+        if key not in _open:
+            _open.clear()
+            device = setup(config.runtime)
+            task = load_task(config.task)
+            _require_hub_revision(config)
+            activity.info("reading %s", config.data.source)
+            data = load_data(config)
+            activity.info("loading %s", config.model.name)
+            pass_over_libraries()
+            base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
+            # What is found out on examples is written down, or ends the run: in a private run on public ones alone.
+            public, secret = ([data.test], [data.train]) if config.privacy else ([data.test, data.train], [])
+            require_fit(config, base, task, public)
+            activity.info("choosing how to compute")
+            trial = Trial(base, task, public)
+            kernels = accelerate(base.model, config.runtime.kernels)
+            attention = choose_attention(base.model, config.runtime.attention)
+            kernels, attention = trial.keep_equal(kernels, attention)
+            base.coupled = trial.coupled()
+            if (reason := trial.cannot_share()) is not None:
+                note_alone(base, reason)
+            task.check(base.model, public)
+            how = (attention.mode, torch.get_num_threads())
+            sets = public if secret else [data.train, data.test]
+            prefix = choose_prefix(base, task, sets, config.runtime.prefix_cache, how, secret=secret)
+            workspace = Workspace(config, task, data, base, device, kernels, attention, prefix)
+            _open[key] = _open[_key(settle(config, workspace.settled))] = workspace
+        _open[key] = replace(_open[key], config=config)
+        return _open[key]
+
+
+def _key(config: RunConfig) -> str:
+    # How many clients train at once, in how many processes and where, is asked of each run's own config.
+    alike = config.runtime.model_copy(update={"cohort": 1, "processes": 1, "backend": "processes"})
+    private = "" if config.privacy is None else "/private"
+    return config.model_copy(update={"runtime": alike}).digest(*SECTIONS) + private
+
+
+def _require_hub_revision(config: RunConfig) -> None:
+    if config.model.revision is not None and Path(Checkpoint.of(config.model).source).is_dir():
+        raise ConfigError(f"model.revision is for hub models, and {config.model.name!r} is a folder here: remove it")
+
+
+def close_workspace() -> None:
+    """Let go of the kept workspace and its base, so that their memory can be freed."""
+    with _lock:
+        _open.clear()
+        clear_cache()
