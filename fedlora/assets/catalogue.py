@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedlora.assets._archives import extract_zip
-from fedlora.assets._made import unpack_chitchat, unpack_digits, unpack_digits_vit, unpack_smollm2
+from fedlora.assets._made import unpack_chitchat, unpack_digits, unpack_digits_vit
 from fedlora.assets._package import Asset, Package
+from fedlora.assets.smollm2 import unpack_smollm2
 from fedlora.assets.vader import unpack_vader
 
 _MINILM_FILES = (
