@@ -11,7 +11,7 @@ FedloraError
 ├── ReplyError         one client's reply was refused (the round goes on above the quorum)
 ├── TrainingError      local training failed: a loss that is not finite, an empty client
 ├── RoundError         a round could not be completed: quorum missed, no node there
-│   └── CrewError      a process that trains clients of a simulation is gone
+│   └── PoolError      a process that trains clients of a simulation is gone
 ├── PrivacyError       a private run would not be private, or its budget is spent
 ├── WorkerError        a node's worker is not there, or could be somebody else's
 ├── DeployError        a federation's folders are in the way, incomplete or not usable
@@ -29,7 +29,16 @@ from pathlib import Path
 
 
 class FedloraError(Exception):
-    """Base of all errors that a user can cause and cure."""
+    """Base of all errors that a user can cause and cure.
+
+    Args:
+        message: One line that names the cure.
+        code: Stable name of what went wrong, such as "unknown-key", for programs and tests: wordings may change.
+    """
+
+    def __init__(self, message: str = "", *, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ConfigError(FedloraError):

@@ -315,7 +315,7 @@ def _cases() -> Iterator[Any]:
     yield pytest.param("text-classification", [*EXAMPLE, "wire.up=int8"], WHOLE, id="int8", marks=slow)
 
 
-@pytest.mark.parametrize(("task", "overrides", "changes"), _cases())
+@pytest.mark.parametrize(("task", "overrides", "changes"), list(_cases()))
 def test_a_simulation_writes_the_same_whatever_one_example_is(
     simulated: Any, everything: Everything, reviews: Rows, task: str, overrides: list[str], changes: Sequence[Any]
 ) -> None:

@@ -282,7 +282,9 @@ def test_trainable_layers_are_left_alone() -> None:
     assert [type(layer) for layer in model] == [OneDnnLinear, nn.Linear, nn.Linear]
 
 
-@pytest.mark.parametrize("unfrozen", [{"weight"}, {"bias"}, {"weight", "bias"}], ids=str)
+@pytest.mark.parametrize(
+    "unfrozen", [{"weight"}, {"bias"}, {"weight", "bias"}], ids=lambda names: "+".join(sorted(names))
+)
 def test_a_layer_unfrozen_later_learns(unfrozen: set[str]) -> None:
     model = frozen(nn.Linear(24, 40))
     plain = copy.deepcopy(model)
