@@ -1,28 +1,30 @@
 """Every key of a config: its type, default and meaning, for `fedlora config`, and as a JSON schema for editors.
 
-The words are those of the source: the string under a field, or its line in the class's "Args:". Nothing is said twice.
+Both come from pydantic's schema of the models. The meaning of a key is the string under its field; that of a rule's,
+partition's or task's field is its line in the class's "Args:".
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 
-from fedlora.config import OPEN_TABLES, RunConfig, Section
+from fedlora.config import OPEN_TABLES, RunConfig
 from fedlora.errors import ConfigError, nearest
 
 REQUIRED = "(must be given)"
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 OWN_RULE = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
 """Names such as "my_module:MyRule"."""
+ENTRY_DOC = "Which one; the other keys of the table are its fields."
+
+Schema = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Key:
 
 def keys() -> list[Key]:
     """All keys in the order of the tables."""
-    return list(_keys_of(RunConfig, "", RunConfig.model_json_schema()))
+    schema = json_schema()
+    return list(_keys_of(schema, "", schema))
 
 
 def find_keys(path: str) -> list[Key]:
@@ -76,25 +79,23 @@ def find_keys(path: str) -> list[Key]:
 def json_schema() -> dict[str, Any]:
     """A JSON schema of whole config files, with the entries that the open tables can name."""
     schema = RunConfig.model_json_schema()
-    for cls in _sections(RunConfig):
-        described = schema if cls is RunConfig else schema["$defs"][cls.__name__]
-        described["description"] = _first_paragraph(cls)
-        for name, doc in field_docs(cls).items():
-            described["properties"][name]["description"] = doc
     definitions = schema["$defs"]
     definitions.pop("OpenTable")
     for table in OPEN_TABLES:
-        default = RunConfig.model_fields[table].default.name
-        branches = [_branch(name, cls, definitions, name == default) for name, cls in entries(table).items()]
+        default = RunConfig.model_fields[table].default
+        branches = [
+            _branch(name, cls, definitions, default.fields if name == default.name else None)
+            for name, cls in entries(table).items()
+        ]
         if table == "strategy":
             own = {"name": {"type": "string", "pattern": OWN_RULE}}
             branches.append({"type": "object", "title": "a rule of your own", "properties": own, "required": ["name"]})
-        schema["properties"][table] = {"anyOf": branches}
-    return {"$schema": SCHEMA_DIALECT, **schema, "title": "A fedlora run"}
+        schema["properties"][table] = {"anyOf": branches, "default": {"name": default.name}}
+    return {"$schema": SCHEMA_DIALECT, **_in_one_line(schema), "title": "A fedlora run"}
 
 
 def entries(table: str) -> Mapping[str, type]:
-    """What an open table can name."""
+    """The classes that an open table can name, by name."""
     from fedlora.aggregators import rules
     from fedlora.partition import partitioners
     from fedlora.tasks import task_classes
@@ -104,140 +105,109 @@ def entries(table: str) -> Mapping[str, type]:
     return task_classes() if table == "task" else {name: partitioners.get(name) for name in partitioners}
 
 
-@cache
-def field_docs(cls: type) -> Mapping[str, str]:
-    """What the source says of a class's fields, inherited ones included; fields without words are left out."""
+def args_docs(cls: type) -> dict[str, str]:
+    """Field -> its line in the "Args:" of the class or of a base class."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if base.__module__.startswith(("builtins", "pydantic", "abc", "typing")):
-            continue
-        found.update(_args_section(inspect.cleandoc(base.__doc__ or "")))
-        found.update(_strings_under_fields(base))
-    return {name: doc[:1].upper() + doc[1:] for name, doc in found.items()}
+        section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(base.__doc__ or ""), re.MULTILINE)
+        body = textwrap.dedent(section[1]) if section else ""
+        for names, words in re.findall(r"^(\w+(?:, \w+)*): (.*(?:\n[ \t]+.*)*)", body, re.MULTILINE):
+            text = " ".join(words.split())
+            found |= dict.fromkeys(names.split(", "), text[:1].upper() + text[1:])
+    return found
 
 
-# ---------------------------------------------------------------------------------------------- the source's words
+def _branch(name: str, cls: Any, definitions: dict[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The open table's schema for one entry; definitions that it refers to are moved to the whole schema's.
+
+    Args:
+        name: the entry's name.
+        cls: its class, a dataclass.
+        definitions: of the whole schema.
+        defaults: if this entry is the table's default, the values of its fields that the default sets.
+    """
+    schema = TypeAdapter(cls).json_schema()
+    definitions.update(schema.pop("$defs", {}))
+    docs = args_docs(cls)
+    fields = {field.name: schema["properties"][field.name] for field in dataclasses.fields(cls) if field.init}
+    for field, described in fields.items():
+        described |= {"description": docs[field]} if field in docs else {}
+        described |= {"default": defaults[field]} if defaults and field in defaults else {}
+    required = [field for field in fields if field in schema.get("required", ())]
+    return {
+        "type": "object",
+        "title": name,
+        "description": inspect.cleandoc(cls.__doc__ or ""),
+        "properties": {"name": {"const": name}, **fields},
+        "required": ["name", *required] if defaults is None else [],
+        "additionalProperties": False,
+    }
 
 
-def _strings_under_fields(cls: type) -> Iterator[tuple[str, str]]:
-    try:
-        (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    except (OSError, TypeError, SyntaxError, ValueError):  # a class without a file, typed into a session
-        return
-    assert isinstance(node, ast.ClassDef)
-    for here, after in zip(node.body, node.body[1:], strict=False):
-        if isinstance(here, ast.AnnAssign) and isinstance(here.target, ast.Name) and isinstance(after, ast.Expr):
-            value = after.value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                yield here.target.id, " ".join(value.value.split())
+def _in_one_line(tree: Any) -> Any:
+    """A schema in which each description is its first paragraph, in one line."""
+    if isinstance(tree, list):
+        return [_in_one_line(value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        key: " ".join(value.partition("\n\n")[0].split())
+        if key == "description" and isinstance(value, str)
+        else _in_one_line(value)
+        for key, value in tree.items()
+    }
 
 
-def _args_section(doc: str) -> Iterator[tuple[str, str]]:
-    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", doc, flags=re.MULTILINE)
-    if section is None:
-        return
-    body = textwrap.dedent(section[1])
-    for names, words in re.findall(r"^(\w+(?:, \w+)*): (.*(?:\n[ \t]+.*)*)", body, flags=re.MULTILINE):
-        for name in names.split(", "):
-            yield name, " ".join(words.split())
+# ---------------------------------------------------------------------------------------------- the schema as keys
 
 
-def _first_paragraph(cls: type) -> str:
-    return " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
-
-
-# ---------------------------------------------------------------------------------------------- types in words
-
-
-def _sections(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    yield cls
-    for field in cls.model_fields.values():
-        for inner in _sections_in(field.annotation):
-            yield from _sections(inner)
-
-
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    """The tables that a field can hold: one, several to choose from, or none."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _sections_in(part)]
-
-
-def _keys_of(cls: type[BaseModel], prefix: str, schema: Mapping[str, Any]) -> Iterator[Key]:
-    docs = field_docs(cls)
-    here = schema if cls is RunConfig else schema["$defs"][cls.__name__]
+def _keys_of(table: Schema, prefix: str, whole: Schema) -> Iterator[Key]:
+    """The keys of a table, then those of the tables in it."""
     nested: list[Iterator[Key]] = []
-    for name, field in cls.model_fields.items():
-        path = prefix + name
-        inner = _sections_in(field.annotation)
-        if name in OPEN_TABLES and cls is RunConfig:
-            nested.append(_keys_of_open(name, field.default))
-        elif len(inner) > 1:
-            nested.append(_keys_of_several(inner, f"{path}.", schema))
-        elif inner and name != "profiles":
-            nested.append(_keys_of(inner[0], f"{path}.", schema))
+    for name, field in table["properties"].items():
+        path, doc, inner = prefix + name, field.get("description", ""), _tables_in(field, whole)
+        if len(inner) > 1:
+            nested.append(_keys_of_several(inner, path, field.get("default"), whole))
         elif inner:
-            yield Key(path, "array of tables", "none", docs.get(name, ""))
-            nested.append(_keys_of(inner[0], f"{path}.", schema))
+            if field.get("type") == "array":
+                yield Key(path, "array of tables", "none", doc)
+            nested.append(_keys_of(inner[0], f"{path}.", whole))
         else:
-            default = REQUIRED if field.is_required() else say(field.get_default())
-            yield Key(path, kind_of(here["properties"][name], schema), default, docs.get(name, ""))
+            default = REQUIRED if name in table.get("required", ()) else say(field.get("default"))
+            yield Key(path, kind_of(field, whole), default, doc)
     for several in nested:
         yield from several
 
 
-def _keys_of_several(classes: Sequence[type[Section]], prefix: str, schema: Mapping[str, Any]) -> Iterator[Key]:
-    """Of tables to choose from by their key "unit": what all have alike once, the rest for each."""
-    units = [get_args(cls.model_fields["unit"].annotation)[0] for cls in classes]
-    several = [(unit, list(_keys_of(cls, prefix, schema))) for unit, cls in zip(units, classes, strict=True)]
-    yield Key(f"{prefix}unit", f"one of: {', '.join(units)}", say(units[0]), field_docs(classes[0]).get("unit", ""))
-    common = [key for key in several[0][1] if all(key in found for _, found in several)]
-    yield from common
-    for unit, found in several:
-        yield from (
-            dataclasses.replace(key, entry=unit) for key in found if key not in common and key.path != f"{prefix}unit"
-        )
-
-
-def _keys_of_open(table: str, default: Any) -> Iterator[Key]:
-    found = entries(table)
-    more = ', or "module:Class"' if table == "strategy" else ""
-    kind = "one of: " + ", ".join(found) + more
-    yield Key(f"{table}.name", kind, say(default.name), "Which one; the other keys of the table are its fields.")
-    for name, cls in found.items():
-        schema = TypeAdapter(cls).json_schema()
-        docs = field_docs(cls)
-        for field in _init_fields(cls):
-            usual = REQUIRED if field.default is dataclasses.MISSING else say(field.default)
-            if default.name == name and field.name in default.fields:
-                usual = say(default.fields[field.name])
-            kind = kind_of(schema["properties"][field.name], schema)
-            yield Key(f"{table}.{field.name}", kind, usual, docs.get(field.name, ""), name)
-
-
-def _init_fields(cls: Any) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(cls) if field.init]
-
-
-def _branch(name: str, cls: Any, definitions: dict[str, Any], is_default: bool) -> dict[str, Any]:
-    """The open table's schema for one entry; definitions that it refers to are moved to the whole schema's."""
-    schema = TypeAdapter(cls).json_schema()
-    definitions.update(schema.pop("$defs", {}))
-    docs = field_docs(cls)
-    fields = {}
-    for field in _init_fields(cls):
-        fields[field.name] = schema["properties"][field.name]
-        if field.name in docs:
-            fields[field.name]["description"] = docs[field.name]
-    required = [field.name for field in _init_fields(cls) if field.default is dataclasses.MISSING]
-    return {
-        "type": "object",
-        "title": name,
-        "description": _first_paragraph(cls),
-        "properties": {"name": {"const": name}, **fields},
-        "required": [] if is_default else ["name", *required],
-        "additionalProperties": False,
+def _keys_of_several(
+    tables: Sequence[Schema], path: str, default: Mapping[str, Any] | None, whole: Schema
+) -> Iterator[Key]:
+    """Of tables to choose from by their key "name" or "unit"; what both units have in common once."""
+    chooser = "unit" if path == "privacy" else "name"
+    choices = {table["properties"][chooser].get("const"): table for table in tables}
+    own = choices.pop(None, None)
+    names = ", ".join(choices) + (', or "module:Class"' if own else "")
+    doc = tables[0]["properties"][chooser].get("description", ENTRY_DOC)
+    yield Key(f"{path}.{chooser}", f"one of: {names}", say((default or {chooser: next(iter(choices))})[chooser]), doc)
+    found = {
+        name: [key for key in _keys_of(table, f"{path}.", whole) if key.path != f"{path}.{chooser}"]
+        for name, table in choices.items()
     }
+    first, *others = found.values()
+    common = [key for key in first if all(key in other for other in others)] if chooser == "unit" else []
+    yield from common
+    for name, several in found.items():
+        yield from (dataclasses.replace(key, entry=name) for key in several if key not in common)
+
+
+def _tables_in(schema: Schema, whole: Schema) -> list[Schema]:
+    """The tables that a field can hold: one, several to choose from, or none."""
+    if "$ref" in schema:
+        return _tables_in(whole["$defs"][schema["$ref"].rpartition("/")[2]], whole)
+    if "properties" in schema:
+        return [schema]
+    parts = [*schema.get("anyOf", ()), *schema.get("oneOf", ()), schema.get("items") or {}]
+    return [table for part in parts if part for table in _tables_in(part, whole)]
 
 
 def kind_of(schema: Mapping[str, Any], whole: Mapping[str, Any]) -> str:

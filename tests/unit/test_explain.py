@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.errors import ConfigError
-from fedlora.explain import REQUIRED, entries, field_docs, find_keys, json_schema, keys
+from fedlora.explain import REQUIRED, args_docs, entries, find_keys, json_schema, keys
 
 jsonschema = pytest.importorskip("jsonschema", reason="the schema is checked with jsonschema: pip install jsonschema")
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -74,6 +74,8 @@ def test_a_key_of_an_open_table_is_found_for_each_entry_that_has_it() -> None:
     found = {key.entry: key for key in find_keys("partition.alpha")}
     assert set(found) == {"dirichlet", "quantity"}
     assert found["dirichlet"].default == "0.5"
+    clients = {key.entry: key.default for key in find_keys("partition.clients")}
+    assert (clients["iid"], clients["dirichlet"]) == ("8", REQUIRED)  # 8 is that of a config without [partition]
     assert find_keys("strategy.name")[0].kind.startswith("one of: " + ", ".join(entries("strategy")))
 
 
@@ -83,7 +85,7 @@ def test_a_table_stands_for_its_keys_and_a_wrong_name_for_the_nearest() -> None:
         find_keys("train.lrr")
 
 
-def test_words_come_from_strings_and_from_args_inherited_ones_too() -> None:
+def test_the_words_of_rules_come_from_args_inherited_ones_too() -> None:
     @dataclass
     class Base:
         """Something.
@@ -100,18 +102,24 @@ def test_words_come_from_strings_and_from_args_inherited_ones_too() -> None:
 
     @dataclass
     class Derived(Base):
-        """Args:
-        three: new.
+        """Something else.
+
+        Args:
+            three: a new one.
         """
 
         four: int = 0
-        """Below it,
-        on two lines."""
-        five: int = 0
 
-    assert field_docs(Base) == {"one": "Of both and more.", "two": "Of both and more.", "three": "Old."}
-    assert field_docs(Derived)["four"] == "Below it, on two lines."
-    assert "five" not in field_docs(Derived)
+    assert args_docs(Base) == {"one": "Of both and more.", "two": "Of both and more.", "three": "Old."}
+    assert args_docs(Derived) == {**args_docs(Base), "three": "A new one."}
+
+
+def test_words_on_several_lines_become_one() -> None:
+    (key,) = find_keys("privacy.epsilon")
+    assert key.doc == (
+        "Upper end after all rounds, for which the noise is calibrated; or `noise_multiplier`: the noise, whatever it "
+        "adds up to."
+    )
 
 
 # ---------------------------------------------------------------------------------------------- schema
