@@ -14,29 +14,30 @@ class ProfileConfig(Section):
     """One kind of device. What is left out is the run's own value, or takes no simulated time."""
 
     name: str
-    """For people; not used otherwise."""
+    """A name for the reader; it has no effect."""
     share: Annotated[float, Field(gt=0)] = 1.0
-    """Clients of this kind, relative to the other profiles' shares; dealt evenly along the clients' numbers."""
+    """Share of the clients with this profile, relative to the other profiles' shares; profiles are spread evenly over
+    the client numbers."""
     rank: PositiveInt | None = None
-    """Of its adapter; None: clients.ranks or adapter.rank."""
+    """Rank of the adapters of these clients. None: clients.ranks or adapter.rank."""
     steps: PositiveInt | None = None
-    """Instead of train.steps."""
+    """Optimiser steps of these clients in each round, instead of train.steps."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Instead of train.epochs."""
+    """Passes of these clients over their examples in each round, instead of train.epochs."""
     batch_size: PositiveInt | None = None
-    """Instead of train.batch_size."""
+    """Batch size of these clients, instead of train.batch_size."""
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Probability of being there when a round begins."""
+    """Probability that such a client is available when a round begins."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability of never answering, once asked."""
+    """Probability that such a client never replies after it was sampled."""
     examples_per_s: Annotated[float, Field(gt=0)] | None = None
-    """Training speed."""
+    """Training speed, in examples per second."""
     download_mbit_s: Annotated[float, Field(gt=0)] | None = None
-    """Speed of the link towards the client."""
+    """Bandwidth of the link to the client, in Mbit/s."""
     upload_mbit_s: Annotated[float, Field(gt=0)] | None = None
-    """Speed of the link towards the server."""
+    """Bandwidth of the link to the server, in Mbit/s."""
     latency_s: Annotated[float, Field(ge=0)] = 0.0
-    """Of the link, one way."""
+    """One-way latency of the link, in seconds."""
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> ProfileConfig:
@@ -49,9 +50,10 @@ class ClientsConfig(Section):
     """What the clients are like."""
 
     ranks: tuple[PositiveInt, ...] | None = None
-    """A rank for each client, repeated cyclically; None: adapter.rank for all."""
+    """Rank of each client's adapter; the list is repeated cyclically. None: adapter.rank for all."""
     profiles: tuple[ProfileConfig, ...] = ()
-    """Kinds of devices, each client one of them; empty: all the same, always there, no simulated time."""
+    """Kinds of devices; each client has one of them. Empty: all clients are alike and always available, and no time is
+    simulated."""
 
     @model_validator(mode="after")
     def _one_source_of_ranks(self) -> ClientsConfig:
@@ -82,18 +84,18 @@ class ServerConfig(Section):
     """The round."""
 
     fraction: Fraction = 1.0
-    """Share of the clients that are asked in a round."""
+    """Share of the clients that are sampled in each round."""
     clients_per_round: PositiveInt | None = None
-    """How many clients are asked; instead of `fraction`."""
+    """Number of clients that are sampled in each round, instead of `fraction`."""
     quorum: Fraction = 0.5
-    """Share of the asked clients whose replies a round needs."""
+    """Share of the sampled clients whose replies a round needs."""
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds after which a round goes on without the replies that are missing; also the longest that a
-    node may take to say hello. Clients in this process are computed when they are asked, and are never late."""
+    node may take to say hello. In a local simulation no client is ever late."""
     simulated_deadline_s: Annotated[float, Field(gt=0)] | None = None
     """Simulated seconds after which a round goes on without its stragglers (see clients.profiles)."""
     weighting: Literal["examples", "uniform"] = "examples"
-    """What a reply weighs in the mean: its number of examples, or all the same."""
+    """Weight of a client's update in the mean: its number of examples, or the same for all."""
     max_examples: PositiveInt = 10_000_000
     """Largest number of examples that a reply may claim."""
     max_weight_ratio: Annotated[float, Field(ge=1)] | Literal["off"] = 10.0
@@ -120,15 +122,15 @@ class ServerConfig(Section):
     """Seconds to wait at the start for all nodes to be there and say hello (then a quorum is enough), before a round
     for a quorum of them, and for a reply before its node is asked whether it still has the message."""
     max_failed_rounds: Annotated[int, Field(ge=0)] = 3
-    """How many rounds in a row may miss the quorum: each changes nothing, and the next one tries again."""
+    """How many rounds in a row may miss the quorum. Such a round changes nothing, and the next one tries again."""
 
 
 class WireConfig(Section):
     """What travels."""
 
     up: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Of what a client sends: its tensors as they are, or their changes in two bytes or one for a number. What the
-    server sends is never rounded, so that all train on the same."""
+    """Precision of what a client sends: its tensors in float32, or their changes in bfloat16 or int8. What the server
+    sends is never rounded, so that all clients train from the same values."""
 
 
 @lru_cache(maxsize=1 << 16)

@@ -17,10 +17,10 @@ class ModelConfig(Section):
     revision: str | None = None
     """A commit or tag of a hub model."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Of the frozen base; adapters are always trained in float32 (float64 with a float64 base)."""
+    """Data type of the frozen base; adapters are always trained in float32 (float64 with a float64 base)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of the base in training, everywhere the same; 0 turns it off, which adapters of low rank seldom miss and
-    `runtime.prefix_cache` needs. None: as the checkpoint says."""
+    """Dropout probability of the base in training, the same in all its layers. 0 turns it off, which rarely hurts
+    adapters of low rank and is needed by `runtime.prefix_cache`. None: as the checkpoint's config says."""
     trust_remote_code: bool = False
     """Whether Python code that comes with a hub model may run here."""
     ignore_mismatched_sizes: bool = False
@@ -34,26 +34,27 @@ class AdapterConfig(Section):
     method: str = "lora"
     """A LoRA variant or another of PEFT's methods; docs/methods.md says which goes with which rule."""
     rank: PositiveInt = 8
-    """Columns of B and rows of A: the larger, the more it can learn, and the more a client sends."""
+    """Number of columns of B and of rows of A. A larger rank can learn more, and each client sends more."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    """The change of the base is alpha / rank times B A."""
+    """The adapter changes a weight by (alpha / rank) B A."""
     alpha_scaling: Literal["fixed", "proportional"] = "fixed"
-    """For clients with a rank of their own: the same alpha for all, or alpha * rank / adapter.rank."""
+    """Alpha of clients with a rank of their own: "fixed" is adapter.alpha, "proportional" adapter.alpha times the
+    client's rank / adapter.rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that are zeroed in training."""
     options: dict[str, Any] = Field(default={})
-    """Other fields of PEFT's config, for a method that is no LoRA."""
+    """Other fields of PEFT's config, for methods other than LoRA."""
     targets: Names = ()
     """Module names (suffixes) to adapt; empty: PEFT's default for the architecture."""
     layers: Annotated[str, Field(pattern=r"^top:[1-9][0-9]*$")] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Of the targets those in some layers alone: their numbers from 0, or the uppermost as "top:2". What lies below
-    the lowest of them need not be computed again and again (`runtime.prefix_cache`). None: all."""
+    """Layers whose targets are adapted: their numbers, counted from 0, or the uppermost ones as "top:2". What lies
+    below the lowest of them need not be computed again in each step (`runtime.prefix_cache`). None: all layers."""
     rank_pattern: dict[str, PositiveInt] = Field(default={})
     """Module name (suffix or regular expression, as in PEFT) -> rank at adapter.rank; scaled for other client ranks."""
     alpha_pattern: dict[str, float] = Field(default={})
-    """The same for alpha."""
+    """Module name (suffix or regular expression, as in PEFT) -> alpha."""
     export_rank: PositiveInt | None = None
-    """Largest rank of the final adapter of rules that change the base; None: as large as it takes to be exact."""
+    """Largest rank of the exported adapter, for rules that change the base. None: as large as an exact export needs."""
     modules_to_save: Names | None = None
     """Dense modules trained beside the adapter; None: the task's head."""
 
@@ -77,9 +78,9 @@ class DataConfig(Section):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the source that becomes the test set, where `test` names none."""
     text: str = "text"
-    """Column with the text."""
+    """Name of the column with the text."""
     label: str = "label"
-    """Column with the class."""
+    """Name of the column with the class."""
     columns: dict[str, str] = Field(default={})
     """Role -> column of what a task needs besides text and label: prompt, answer, messages, image. A role that is not
     here is a column of its own name."""
@@ -88,36 +89,38 @@ class DataConfig(Section):
     group: str | None = None
     """Column whose groups are never split between training and test (document, patient)."""
     group_names: dict[str, str] = Field(default={})
-    """Value -> name for people, of the columns of domains, groups and natural clients: {"7" = "St. Mary's"}."""
+    """Value -> name to show in its place, for the columns of domains, groups and natural clients:
+    {"7" = "St. Mary's"}."""
     limit: PositiveInt | None = None
     """Use at most this many examples, drawn with the seed."""
     own: str | None = None
-    """On a node: the file that its own config names (`--node-config 'data="..."'`); never set in a run's config."""
+    """Set on nodes only: the file that the node's own config names (`--node-config 'data="..."'`). Never set it in a
+    run's config."""
 
 
 class TrainConfig(Section):
     """Local training in one round on one client."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the client's examples a round; neither this nor `steps`: one."""
+    """Passes over the client's examples in each round; 1 if neither this nor `steps` is given."""
     steps: PositiveInt | None = None
-    """Optimiser steps a round; give either this or `epochs`."""
+    """Optimiser steps in each round; give either this or `epochs`."""
     batch_size: PositiveInt = 16
-    """Examples of one step."""
+    """Number of examples in one optimiser step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Fresh on every client in every round."""
+    """Optimiser of local training; its state starts anew on every client in every round."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate of the adapter and the head."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of the optimiser, on all that is trained."""
+    """Weight decay of the optimiser, on all trained parameters."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of SGD."""
+    """Momentum of SGD."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Linear warm-up at the start of each round's local training."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest L2 norm of a step's gradient over all trained parameters."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
-    """FedProx's mu (Li et al. 2020, arXiv 1812.06127, equation (2))."""
+    """Weight mu of FedProx's proximal term (Li et al. 2020, arXiv 1812.06127, equation (2)); 0: none."""
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainConfig:

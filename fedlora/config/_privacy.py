@@ -16,14 +16,14 @@ class _Claim(Section):
     """What both units have."""
 
     epsilon: Annotated[float, Field(gt=0)] | None = None
-    """Upper end after all rounds, for which the noise is calibrated; or
-    `noise_multiplier`: the noise, whatever it adds up to."""
+    """Epsilon that all rounds together may spend; the noise is calibrated to it. Give either this or
+    `noise_multiplier`."""
     noise_multiplier: Annotated[float, Field(gt=0)] | None = None
-    """Standard deviation of the noise in units of what one example (one client) can change."""
+    """Standard deviation of the noise in units of the sensitivity to one example (one client)."""
     delta: Annotated[float, Field(gt=0, lt=1)]
-    """Well below 1 / the number of examples (of clients)."""
+    """Delta of the guarantee; choose it well below 1 / the number of examples (of clients)."""
     accountant: str = "prv"
-    """How steps are added up: prv (tight) or rdp (quick, a little more)."""
+    """How the privacy loss of the steps is composed: prv (tight) or rdp (faster, slightly larger epsilon)."""
 
     @model_validator(mode="after")
     def _one_source_of_noise(self) -> _Claim:
@@ -49,7 +49,7 @@ class ExamplePrivacyConfig(_Claim):
     max_grad_norm: Annotated[float, Field(gt=0)]
     """Each example's gradient is clipped to this L2 norm."""
     physical_batch_size: PositiveInt | None = None
-    """Most examples at once in memory; None: the whole batch."""
+    """Largest number of examples in memory at once. None: the whole batch."""
     public_examples: Counts
     """What each client declares in public as its number of examples (one for all, or several, dealt cyclically): rates
     and noise follow from it, never from the true number, which is secret. The claim holds whatever the true one is."""
@@ -84,7 +84,7 @@ class ClientPrivacyConfig(_Claim):
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the updates that adaptive clipping leaves as they are."""
     clip_lr: Annotated[float, Field(gt=0)] = 0.2
-    """How fast the clip norm moves under adaptive clipping."""
+    """Learning rate of the clip norm under adaptive clipping."""
 
 
 UNITS: dict[str, type[_Claim]] = {"example": ExamplePrivacyConfig, "client": ClientPrivacyConfig}

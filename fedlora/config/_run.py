@@ -29,10 +29,10 @@ class RuntimeConfig(Section):
     """How many processes share the clients of a simulated round, each with a base of its own; 1: the server's own and
     no other. "auto" starts one for each core or GPU where the run is long enough for it."""
     backend: Literal["processes", "ray"] = "processes"
-    """Where they are if there is more than one: processes of this machine, or actors on the machines of a Ray cluster
+    """Where several processes run: as processes of this machine, or actors on the machines of a Ray cluster
     (fedlora[ray]): the one that RAY_ADDRESS names or that runs here, else one of this machine for this run."""
     threads: PositiveInt | None = None
-    """Torch threads of a process; None: the cores, of which processes get equal shares. Results are bit-for-bit the
+    """Torch threads of each process. None: all cores, divided equally among the processes. Results are bit-for-bit the
     same only for the same number."""
     kernels: Literal["auto", "measure", "off", "onednn"] = "auto"
     """Kernels for the frozen base on a CPU: torch's own ("off") or oneDNN's. "auto" takes what was found faster on this
@@ -52,20 +52,20 @@ class TrackingConfig(Section):
     """Where the figures of each round go besides the run's folder."""
 
     name: Literal["tensorboard", "wandb", "mlflow", "trackio"]
-    """Whose: each is an extra of its own, such as fedlora[wandb]."""
+    """Which tracker to use; each needs an extra of its own, such as fedlora[wandb]."""
     project: Annotated[str, Field(min_length=1)] = "fedlora"
-    """Under which the tracker puts the run (an experiment of MLflow; TensorBoard has none)."""
+    """Project under which the tracker files the run (the experiment, in MLflow; not used by TensorBoard)."""
 
 
 class RunConfig(Section):
     """One run, complete: with the same versions and machine it gives the same bytes."""
 
     name: str = "run"
-    """Of the run's folder; if not given, the config file's name without ".toml"."""
+    """Name of the run's folder. Default: the config file's name without ".toml"."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of everything that is drawn, but for the noise of private runs."""
+    """Seed of every random draw except the noise of private runs."""
     rounds: PositiveInt = 10
-    """How often clients train and the server merges."""
+    """Number of rounds: clients train, the server aggregates."""
     output: str = "runs"
     """Folder in which the run directory `output/name` is made."""
     model: ModelConfig = ModelConfig()
