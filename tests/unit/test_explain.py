@@ -117,8 +117,8 @@ def test_the_words_of_rules_come_from_args_inherited_ones_too() -> None:
 def test_words_on_several_lines_become_one() -> None:
     (key,) = find_keys("privacy.epsilon")
     assert key.doc == (
-        "Upper end after all rounds, for which the noise is calibrated; or `noise_multiplier`: the noise, whatever it "
-        "adds up to."
+        "Epsilon that all rounds together may spend; the noise is calibrated to it. Give either this or "
+        "`noise_multiplier`."
     )
 
 
