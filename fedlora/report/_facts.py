@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig
-from fedlora.progress import lower_is_better, main_metric
+from fedlora.progress import format_metric, lower_is_better, main_metric
 from fedlora.runs.config_changes import Change
 from fedlora.runs.rundir import RunDir
 
@@ -57,7 +57,7 @@ class Facts:
             path=run.path,
             config=run.config,
             records=records,
-            metric=_metric(records),
+            metric=main_figure(records),
             **{
                 name: run.read_json(f"{name}.json") or {}
                 for name in ("partition", "baselines", "environment", "result")
@@ -70,12 +70,17 @@ class Facts:
     @cached_property
     def evaluated(self) -> list[Record]:
         """The lines that have the main figure."""
-        return [record for record in self.records if number(record.get(self.metric)) is not None]
+        return [record for record in self.records if self.value(record) is not None]
 
     @cached_property
     def rounds(self) -> list[Record]:
         """The lines of rounds of training."""
         return [record for record in self.records if record["round"] > 0]
+
+    @property
+    def done(self) -> int:
+        """The last round that is on record."""
+        return self.records[-1]["round"] if self.records else 0
 
     @cached_property
     def domains(self) -> list[str]:
@@ -89,9 +94,17 @@ class Facts:
         known = {int(k) for record in self.rounds for kind in PLACES for k in record.get(kind) or ()}
         return max(len(self.partition.get("sizes") or ()), max(known, default=-1) + 1)
 
-    def domain_value(self, record: Record, name: str) -> float | None:
-        """The main figure of one domain in one round."""
-        return number(((record.get("domains") or {}).get(name) or {}).get(self.metric))
+    def value(self, record: Record, domain: str | None = None) -> float | None:
+        """The main figure of a round, on the whole test set or on one domain."""
+        return main_value(record, self.metric, domain)
+
+    def show(self, record: Record, domain: str | None = None) -> str:
+        """The same as text."""
+        return format_metric(self.metric, self.value(record, domain))
+
+    def points(self, key: str) -> list[tuple[int, float]]:
+        """(round, value) of a figure in the rounds of training that have it."""
+        return [(record["round"], value) for record in self.rounds if (value := number(record.get(key))) is not None]
 
     def total(self, key: str) -> float:
         """The sum of a figure over all rounds."""
@@ -107,6 +120,12 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def main_value(record: Record, metric: str, domain: str | None = None) -> float | None:
+    """A figure of one round, on the whole test set or on one domain."""
+    of = record if domain is None else (record.get("domains") or {}).get(domain) or {}
+    return number(of.get(metric))
 
 
 def better(metric: str, one: float, other: float) -> bool:
@@ -126,15 +145,6 @@ def statuses(record: Record) -> dict[int, str]:
     return found
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """Linear between the sorted values."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
 def interval(facts: Facts, value: float) -> tuple[float, float] | None:
     """The 95% interval of a share of the test examples; None for other figures.
 
@@ -150,7 +160,8 @@ def interval(facts: Facts, value: float) -> tuple[float, float] | None:
     return middle - half, middle + half
 
 
-def _metric(records: Sequence[Record]) -> str:
+def main_figure(records: Sequence[Record]) -> str:
+    """The name of the figure that a run reports; its loss where it has no other."""
     name = main_metric(records[0]) if records else "accuracy"
     there = {key for record in records for key, value in record.items() if number(value) is not None}
     return name if name in there or "loss" not in there else "loss"

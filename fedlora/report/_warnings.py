@@ -31,10 +31,9 @@ def warnings(facts: Facts) -> list[str]:
 
 
 def _progress(facts: Facts) -> Iterator[str]:
-    done = facts.records[-1]["round"] if facts.records else 0
     if not facts.finished:
         yield (
-            f"The run stopped after round {done} of {facts.config.rounds}. "
+            f"The run stopped after round {facts.done} of {facts.config.rounds}. "
             f"Go on with: fedlora run --resume {facts.path}"
         )
     lost = [record["round"] for record in facts.rounds if record.get("lost")]
@@ -75,7 +74,7 @@ def _learning(facts: Facts) -> Iterator[str]:
             f"({format_metric(metric, end)}); adapter/ holds the last one."
         )
     if first["round"] == 0:
-        pairs = ((name, facts.domain_value(first, name), facts.domain_value(last, name)) for name in facts.domains)
+        pairs = ((name, facts.value(first, name), facts.value(last, name)) for name in facts.domains)
         worse = [n for n, old, new in pairs if old is not None and new is not None and better(metric, old, new)]
         if worse:
             yield f"Worse than before the training: {_list(worse)}."

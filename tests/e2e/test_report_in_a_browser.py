@@ -28,8 +28,12 @@ function probe(frame) {
     charts: shown.length, all: page.querySelectorAll('svg').length,
     outside: shown.filter(svg => box(svg).right > view.innerWidth || box(svg).left < 0).length,
     letters: Math.min(...letters), images: page.images.length, scripts: page.scripts.length,
-    lines: [...page.querySelectorAll('.wide path.line')].map(path => path.getTotalLength()),
-    cells: [...page.querySelectorAll('path.cell')].map(path => view.getComputedStyle(path).fill),
+    curves: [...page.querySelectorAll('#learning ~ figure path')].filter(path => {
+      const style = view.getComputedStyle(path);
+      return style.fill === 'none' && parseFloat(style.strokeWidth) > 1.5 && path.getBoundingClientRect().width > 0;
+    }).map(path => path.getTotalLength()),
+    fills: [...page.querySelectorAll('#participation ~ figure path:not(defs path)')]
+      .map(path => view.getComputedStyle(path).fill),
   };
 }
 """
@@ -83,8 +87,9 @@ def test_the_page_fits_its_screen_and_can_be_read(browser: str, tmp_path: Path, 
     light = [int(part) > 127 for part in re.findall(r"\d+", seen["background"])[:3]]
     assert light == [not dark] * 3
     assert [int(part) > 127 for part in re.findall(r"\d+", seen["ink"])[:3]] == [dark] * 3
-    assert min(seen["lines"]) > 100  # the curves are drawn, not only there
-    assert len(set(seen["cells"])) == 4
+    assert len(seen["curves"]) == 2  # of all texts and of the one domain
+    assert min(seen["curves"]) > 100  # they are drawn, not only there
+    assert len(set(seen["fills"]) - {"none", seen["background"]}) == 4  # a colour for each outcome of a client
 
 
 def test_texts_of_the_data_are_shown_and_not_run(browser: str, tmp_path: Path) -> None:

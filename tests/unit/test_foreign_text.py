@@ -16,7 +16,7 @@ from fedlora.compare import Table
 from fedlora.errors import DataError
 from fedlora.progress import PlainProgress
 from fedlora.report import plot_accuracy, plot_labels
-from fedlora.report._markup import text
+from fedlora.report.page import visible
 from fedlora.terminal import Terminal, outcome_table, samples_table
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\ud800\r\nround 9: client 0 answered [/] [link=x]$\\foo_$"
@@ -56,8 +56,8 @@ def test_tables(form: str) -> None:
 
 
 def test_a_report() -> None:
-    assert all(line.isprintable() for line in text(EVIL).split("\n"))  # in HTML a line break is a blank
-    assert text("def f():\n    return 1") == "def f():\n    return 1"
+    assert all(line.isprintable() for line in str(visible(EVIL)).split("\n"))  # in HTML a line break is a blank
+    assert visible("def f():\n    return 1") == "def f():\n    return 1"
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -10,7 +11,9 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,12 +21,12 @@ from report_runs import HOSTILE, make_run, records
 from scipy.stats import binomtest
 
 from fedlora.config import parse_config
-from fedlora.report._charts import Series, line_chart, nice_ticks
+from fedlora.report._client_charts import KINDS, participation_grid
 from fedlora.report._facts import Facts, interval, statuses
-from fedlora.report._markup import VOID, el
-from fedlora.report._style import DARK, KINDS, LIGHT
 from fedlora.report._warnings import warnings
-from fedlora.report.page import render_report, write_report
+from fedlora.report.figures import DARK, LIGHT, Chart
+from fedlora.report.line_charts import Line, line_chart
+from fedlora.report.page import render_report, visible, write_report
 from fedlora.runs.rundir import RunDir
 from fedlora.sanitize import clean_lines
 
@@ -47,7 +50,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
+        if tag != "meta":
             self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -82,6 +85,7 @@ def test_the_report_is_one_file_that_names_nothing_outside_it(tmp_path: Path) ->
     assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe", "object", "link", "base", "form")]
     assert all(href.startswith("#") for attributes in page.all("a") if (href := attributes["href"] or ""))
     assert not re.search(r"url\(|@import|src=|https?://", text)
+    assert all(str(a["href"]).startswith("#") for _, a in page.tags if "href" in a)
     (policy,) = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     assert "default-src 'none'" in str(policy)
 
@@ -153,7 +157,7 @@ def test_whatever_is_missing_leaves_its_section_out(tmp_path: Path, gone: str) -
 
 def test_many_clients_and_rounds_stay_readable_and_small(tmp_path: Path) -> None:
     text = write_report(make_run(tmp_path, rounds=250, clients=240)).read_text()
-    assert "A cell is 3 clients in 2 rounds" in text
+    assert "A cell is 4 clients in 3 rounds" in text
     assert len(text) < 1_500_000
 
 
@@ -176,21 +180,8 @@ def test_data_never_becomes_markup(tmp_path: Path) -> None:
 
 @settings(max_examples=50)
 @given(st.text())
-def test_an_element_gives_back_the_text_that_went_in(text: str) -> None:
-    class Reader(HTMLParser):
-        seen, value = "", ""
-
-        def handle_data(self, data: str) -> None:
-            self.seen += data
-
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            self.value = str(dict(attrs)["title"])
-
-    reader = Reader()
-    reader.feed(el("p", text, title=text).encode().decode())
-    reader.close()
-    assert reader.seen == clean_lines(text)
-    assert reader.value == clean_lines(text)
+def test_a_text_is_shown_as_it_is_but_for_what_cannot_be_seen(text: str) -> None:
+    assert Page(f"<p>{html.escape(str(visible(text)))}</p>").text == clean_lines(text)
 
 
 # ---------------------------------------------------------------------------------------------- for everybody
@@ -203,6 +194,7 @@ def test_pictures_tables_and_headings_speak(page: Page) -> None:
     assert all(a["aria-labelledby"] in ids for _, a in page.tags if "aria-labelledby" in a)
     pictures = page.all("svg")
     assert len(pictures) >= 10  # each of five charts for desks and for phones
+    assert len({a["aria-label"] for a in pictures}) == len(pictures) / 2
     assert all(a["role"] == "img" and len(str(a["aria-label"])) > 30 for a in pictures)
     tables = page.all("table")
     assert len(page.all("caption")) == len(tables)
@@ -324,31 +316,43 @@ def test_for_perplexity_less_is_better() -> None:
 # ---------------------------------------------------------------------------------------------- charts
 
 
-@given(st.floats(-1e9, 1e9), st.floats(0, 1e9), st.integers(2, 8))
-def test_ticks_are_even_and_hold_the_values(low: float, width: float, number: int) -> None:
-    ticks = nice_ticks(low, low + width, number)
-    tolerance = 1e-6 * max(abs(low), abs(low + width)) + 1e-150
-    assert ticks[0] <= low + tolerance
-    assert ticks[-1] >= low + width - tolerance
-    assert 2 <= len(ticks) <= 2 * number + 3
-    steps = [b - a for a, b in pairwise(ticks)]
-    assert max(steps) - min(steps) <= 1e-6 * max(abs(t) for t in ticks) + 1e-12
+def drawn(lines: list[Line]) -> list[tuple[list[list[float]], str]]:
+    """The lines of a chart as an SVG has them: the points of each, and the letters of its path."""
+    svg = ElementTree.fromstring(Chart(line_chart(lines), "label", "").svg(400))
+    paths = [p.get("d", "") for p in svg.iter("path") if "stroke-width: 1.8" in p.get("style", "")]
+    return [([list(map(float, p.split())) for p in re.split("[ML]", d)[1:]], re.sub("[^ML]", "", d)) for d in paths]
 
 
 def test_a_line_is_interrupted_where_it_has_no_value() -> None:
-    points = [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, 2.0)]
-    chart = line_chart(400, [Series("x", points)], "label", str)
-    (drawn,) = re.findall(r'd="([^"]*)" class="line', chart)
-    assert drawn.count("M") == 2
-    assert drawn.count("L") == 2
+    ((_, letters),) = drawn([Line("x", [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, 2.0)])])
+    assert letters == "MLML"
 
 
 def test_a_higher_value_is_drawn_higher() -> None:
-    chart = line_chart(400, [Series("x", [(0, 1.0), (1, 3.0), (2, 2.0)])], "label", str)
-    (drawn,) = re.findall(r'd="([^"]*)" class="line', chart)
-    (x0, y0), (x1, y1), (x2, y2) = [map(float, p.split()) for p in re.split("[ML]", drawn)[1:]]
+    ((((x0, y0), (x1, y1), (x2, y2)), _),) = drawn([Line("x", [(0, 1.0), (1, 3.0), (2, 2.0)])])
     assert x0 < x1 < x2
     assert y0 > y2 > y1  # SVG counts from the top
+
+
+def test_a_chart_has_the_colours_of_its_page_alone(page: Page) -> None:
+    styles = [str(a["style"]) for tag, a in page.tags if "style" in a]
+    assert {name for style in styles for name in re.findall(r"var\(--(\w+)\)", style)} <= set(LIGHT) == set(DARK)
+    assert any("var(--c0)" in style for style in styles)
+    assert not [style for style in styles if re.search(r"#|rgb|(?:fill|stroke): (?!none|var)", style)]
+
+
+def test_each_outcome_of_a_client_is_a_shape_of_its_own() -> None:
+    """In the grid every cell is drawn once, in the colour of what became of it."""
+    grid = np.array([[1, 1, 7], [7, 4, 1]])
+    svg = ElementTree.fromstring(Chart(participation_grid(grid, ["a", "b"], [1, 2, 3]), "label", "").svg(400))
+    shapes = {
+        p.get("style", ""): p.get("d", "")
+        for p in svg.iter("path")
+        if p.get("d", "").count("z") and "M" in p.get("d", "")
+    }
+    for place, runs in ((1, 2), (4, 1), (7, 2)):  # neighbours of one kind are one shape
+        colour = list(KINDS.values())[place][0]
+        assert max(d.count("z") for style, d in shapes.items() if f"fill: var(--{colour})" in style) == runs
 
 
 def test_the_page_of_a_run_is_what_its_facts_give(tmp_path: Path) -> None:
