@@ -77,7 +77,7 @@ def merged_weights(model: nn.Module, targets: Sequence[str]) -> dict[str, Tensor
         inner: nn.Module = layer.get_base_layer()
         before = {name: value.detach().clone() for name, value in inner.state_dict().items()}
         try:
-            layer.aggregate(adapter_names=[ADAPTER])
+            layer.merge(adapter_names=[ADAPTER])
             out |= {f"{target}.{name}": value.detach().cpu().clone() for name, value in inner.state_dict().items()}
         except (NotImplementedError, ValueError, RuntimeError) as error:
             raise ModelError(f"PEFT cannot merge this adapter into {target!r}: export the adapter instead") from error
