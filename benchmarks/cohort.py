@@ -39,9 +39,11 @@ from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
 from fedlora.model import Base, load_base
 from fedlora.model.dropout import set_dropout
-from fedlora.model.unread import restore_unread, skip_unread
 from fedlora.privacy.calibrate import Schedule
+from fedlora.speedups.activation_cache import prepare
 from fedlora.speedups.attention import choose_attention
+from fedlora.speedups.cache_choice import choose_cache
+from fedlora.speedups.last_layer import restore_unread, skip_unread
 from fedlora.speedups.linear_kernels import accelerate
 from fedlora.tasks import Examples, Task, load_task
 from fedlora.tasks._text import Tokens
@@ -49,7 +51,6 @@ from fedlora.training.cohort import train, train_cohort
 from fedlora.training.dp_loop import train_private_cohort
 from fedlora.training.dp_settings import PrivateSettings, train_by_opacus
 from fedlora.training.job import TrainJob, batches, rows_of
-from fedlora.training.prefix import choose_prefix, prepare
 from fedlora.training.runtime import keep_memory
 from fedlora.training.step_scheduler import step_budget
 
@@ -136,7 +137,7 @@ def main() -> None:
         accelerate(base.model, "onednn" if fast and args.dtype == "float32" else "off")
         choose_attention(base.model, "auto" if fast else "sdpa")
         if args.top is not None:
-            choose_prefix(base, task, [examples], "on" if fast else "off")
+            choose_cache(base, task, [examples], "on" if fast else "off")
             prepare(base, task, examples, rows_of(jobs, configs))  # in a run, the first round does that
 
     def loop() -> Any:

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedlora.model.prefix import Prefix, open_prefix
-from fedlora.model.unread import skip_unread
+from fedlora.speedups.activation_cache import ActivationCache
 from fedlora.speedups.attention import choose_attention
+from fedlora.speedups.cache_choice import open_cache
+from fedlora.speedups.last_layer import skip_unread
 from fedlora.speedups.linear_kernels import accelerate
 
 Batch = dict[str, Tensor]
@@ -98,7 +99,7 @@ def batches(options: argparse.Namespace, size: int, generator: torch.Generator) 
     return out
 
 
-def round_of(model: Any, given: list[Batch], prefix: Prefix | None, afresh: bool) -> Callable[[], None]:
+def round_of(model: Any, given: list[Batch], prefix: ActivationCache | None, afresh: bool) -> Callable[[], None]:
     """A step on each batch."""
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     together = {name: torch.cat([batch[name] for batch in given]) for name in given[0]}
@@ -135,7 +136,7 @@ def main() -> None:
                 model, targets = classifier(options, dtype, options.layers if "all" in arm else options.top, ours)
                 prefix = None
                 if "cache" in arm:
-                    prefix = open_prefix(model, targets, ("classifier",), {k: v[[1, 0]] for k, v in given[0].items()})
+                    prefix = open_cache(model, targets, ("classifier",), {k: v[[1, 0]] for k, v in given[0].items()})
                     prefix.clear(options.batches * size * options.tokens)
                 runs[arm] = round_of(model, given, prefix, "first" in arm)
             seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}

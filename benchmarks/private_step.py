@@ -53,7 +53,7 @@ def main() -> None:
             private.append(other)
     first, second = statistics.median(plain), statistics.median(private)
     print(
-        f"{args.steps} steps of batch {b}, kernels {workspace.kernels.mode}: plain {first:.3f} s, "
+        f"{args.steps} steps of batch {b}, kernels {workspace.speedups.kernels.mode}: plain {first:.3f} s, "
         f"private {second:.3f} s, ratio {second / first:.3f} "
         f"(single pairs {min(q / p for p, q in zip(plain, private, strict=True)):.3f} to "
         f"{max(q / p for p, q in zip(plain, private, strict=True)):.3f})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,9 @@ from fedlora.model import load_adapted
 from fedlora.model.fingerprint import fingerprint
 from fedlora.provenance import Provenance, class_names_digest
 from fedlora.runs.rundir import PUT_BACK, RunDir, require_provenance
+from fedlora.speedups.trial import find_coupling
 from fedlora.tasks import Examples, Task, load_task
 from fedlora.training.runtime import setup
-from fedlora.training.trial import find_coupling
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,6 +75,10 @@ class Adapted:
     def train_mode(self, training: bool) -> None:
         """Dropout on or off."""
         self.model.train(training)
+
+    def uncached(self) -> AbstractContextManager[None]:
+        """Nothing is kept of such a model."""
+        return nullcontext()
 
 
 def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = None) -> Source:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,18 @@ from fedlora.model.lora_init import STARTS, residual
 from fedlora.model.peft_methods import Method
 from fedlora.model.peft_tuners import ADAPTER, frozen_digest, magnitudes, tensors_digest, trained_tensors
 from fedlora.model.plain import Recipe
-from fedlora.model.prefix import Prefix
 from fedlora.model.targets import check_patterns, ends_with, is_transposed, linear_shape, matching, suffixes
 from fedlora.rng import derive
+
+
+class Cache(Protocol):
+    """Keeps results of a base's frozen weights."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """While it lasts, the model computes everything anew, and nothing of it is kept."""
+
+    def rebased(self, changed: Set[str]) -> None:
+        """Hear of the layers whose weights are not the pristine ones; may raise `ModelError`."""
 
 
 @final
@@ -58,9 +68,10 @@ class Base:
         dtype: of the frozen weights.
         adapter_dtype: of all that is trained: float64 for a float64 base, float32 for any other.
         weights: the versions of the frozen weights.
-        prefix: keeps what the layers below the adapters compute, if anybody has opened one.
+        cache: keeps results of the frozen weights, if whoever opened the base has given it one.
         attention: transformers' name of the attention that the model was loaded with.
         coupled: why an example's result depends on the examples beside it, if whoever opened the base has found so.
+        alone: why clients cannot train side by side, if they were tried together in vain.
         config: the model's table of the run's config.
         adapter_config: the adapter's table.
         task_type: PEFT's name of the task, for exports.
@@ -100,9 +111,10 @@ class Base:
         self.targets, self.heads = tuple(targets), tuple(heads)
         self.random, self.notes = tuple(frozen), tuple(notes)
         self.weights = BaseWeights(plain)
-        self.prefix: Prefix | None = None
+        self.cache: Cache | None = None
         self.attention: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
         self.coupled: str | None = None
+        self.alone: str | None = None
         self._drawn, self._fingerprint = frozenset(drawn), fingerprint
         self._plain_names, self._seed = frozenset(plain_names), seed
         self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets} if method.pairs else {}
@@ -332,16 +344,19 @@ class Base:
     def rebase(self, base_version: int, base_updates: Sequence[BaseUpdate]) -> None:
         """Bring the frozen weights to a version; see `BaseWeights.rebase`."""
         self.weights.rebase(base_version, base_updates)
-        if self.prefix is not None and not self.weights.changed <= set(self.targets):
-            odd = min(self.weights.changed - set(self.targets))
-            raise ModelError(f"a merge changed {odd!r}, below the adapters: set runtime.prefix_cache = 'off'")
+        if self.cache is not None:
+            self.cache.rebased(self.weights.changed)
+
+    def uncached(self) -> AbstractContextManager[None]:
+        """While it lasts, the model computes everything anew, and nothing of it is kept."""
+        return nullcontext() if self.cache is None else self.cache.aside()
 
     def discard(self) -> None:
         """Free the memory of all weights. The base is of no use afterwards; let go of what keeps it, too."""
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             tensor.data = tensor.data.new_empty(0)
         self.weights.discard()
-        self.prefix = None
+        self.cache = None
 
     @property
     def weight_bytes(self) -> int:

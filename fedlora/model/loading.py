@@ -31,7 +31,6 @@ from fedlora.model.peft_methods import Method, find_method, peft_type, tuner_fie
 from fedlora.model.peft_tuners import ADAPTER
 from fedlora.model.plain import Recipe, quiet_transformers
 from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape, resolve_heads, resolve_targets
-from fedlora.model.unread import skip_unread
 from fedlora.rng import derive
 
 
@@ -141,7 +140,6 @@ def _load(
         plain_names = frozenset(model.state_dict())
         with seeded(derive(config.seed, "tuner"), torch.device("cpu")):
             peft_model = _inject(model, method, config.adapter, targets, heads)
-    skip_unread(model)
     for name in targets:  # PEFT wrapped these; what follows merges is the layer inside
         plain[name] = model.get_submodule(name).get_base_layer()  # type: ignore[operator]
     commit = getattr(model.config, "_commit_hash", None)

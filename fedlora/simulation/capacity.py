@@ -120,7 +120,7 @@ def process_count(workspace: Workspace, asked: int, cluster: Sequence[Machine] =
     if (work := _work(workspace, asked)) < WORTH_PROCESSES:
         return chosen(1, f"the training's {work:.0e} operations are done sooner than others would be ready")
     # A process keeps the prefixes of the clients that it meets: its share where all are asked, in time all otherwise.
-    kept, all_asked = workspace.prefix.nbytes, asked == len(workspace.data.clients)
+    kept, all_asked = workspace.speedups.cache.nbytes, asked == len(workspace.data.clients)
     each = PROCESS_BYTES + _base_bytes(workspace.base) + (0 if all_asked else kept)
     held = max(1, len(cluster)) * int((total_bytes(torch.device("cpu")) / 2 - (kept if all_asked else 0)) / each)
     processes = max(1, min(places, asked, held))

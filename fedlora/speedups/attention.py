@@ -113,7 +113,7 @@ def attend(
     Args:
         module: the model's attention layer; its `is_causal` counts where the argument is None.
         query: Q.
-        key: K; for the first token's query alone also [b, s * h, 1, d], see `fedlora.model.unread`.
+        key: K; for the first token's query alone also [b, s * h, 1, d], see `fedlora.speedups.last_layer`.
         value: V, likewise.
         attention_mask: broadcast to [b, h, t, s]: bool, True where a query may look, or added to the scores.
         dropout: probability, 0 outside of training.

@@ -7,10 +7,11 @@ Shapes: b = examples in a batch, t = tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -92,6 +93,28 @@ class Sample:
     prompt: str
     reference: str
     generated: str
+
+
+class Measurable(Protocol):
+    """What can be evaluated: a `Base` with the adapter that was written to it last, or a model with a fixed one."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model with its adapter."""
+
+    @property
+    def coupled(self) -> str | None:
+        """Why an example's result depends on the examples beside it, if it does."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def train_mode(self, training: bool) -> None:
+        """Dropout on or off."""
+
+    def uncached(self) -> AbstractContextManager[None]:
+        """While it lasts, the model computes everything anew."""
 
 
 class Task(ABC):
@@ -247,3 +270,21 @@ def _joined(tensors: Sequence[Tensor], fill: int | None) -> Tensor:
 
 
 tasks: Registry[Task] = Registry("task")
+
+
+def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Positions cut into batches of like length: longest times count at most `batch_tokens`, one example at least."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for end in range(1, len(order) + 1):
+        # Ascending lengths: the next example would be the longest of the batch.
+        if end == len(order) or int(lengths[order[end]]) * (end + 1 - start) > batch_tokens:
+            yield order[start:end]
+            start = end
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch where the model is."""
+    if device.type == "cpu":
+        return batch
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from fedlora.config import TrainConfig
 from fedlora.model import Base
+from fedlora.speedups.activation_cache import prepare
 from fedlora.tasks._base import Examples, Task
 from fedlora.training.dropout_masks import RowsError
 from fedlora.training.job import TrainJob, TrainResult, rows_of
 from fedlora.training.loop import Outcome, TrainingLoop
-from fedlora.training.prefix import prepare
 from fedlora.training.stacked_lora import cannot_stack
 from fedlora.training.step_scheduler import Budget
-
-_alone: WeakKeyDictionary[Base, str] = WeakKeyDictionary()  # bases on which clients were tried together in vain
 
 
 def train(
@@ -76,7 +73,7 @@ def train_cohort(
     Returns:
         An outcome for each job, in their order.
     """
-    if base.prefix is not None:
+    if base.cache is not None:
         prepare(base, task, examples, rows_of(jobs, configs))
     outcomes: dict[int, Outcome] = {}
     todo = alike(jobs, configs)
@@ -91,7 +88,7 @@ def train_cohort(
         except RowsError as error:
             if len(part) == 1:
                 raise
-            note_alone(base, str(error))
+            base.alone = str(error)
             todo.insert(0, part)
     return [outcomes[number] for number in range(len(jobs))]
 
@@ -104,16 +101,6 @@ def alike(jobs: Sequence[TrainJob], configs: Sequence[TrainConfig]) -> list[list
     return list(found.values())
 
 
-def note_alone(base: Base, reason: str) -> None:
-    """From now on clients go one by one through this base."""
-    _alone[base] = reason
-
-
 def why_alone(base: Base) -> str | None:
     """Why clients go one by one through a base, or None where they go together as far as is known."""
-    return _alone.get(base) or base.coupled or cannot_stack(base)
-
-
-def forget(base: Base) -> None:
-    """Try clients together again on a base on which that failed."""
-    _alone.pop(base, None)
+    return base.alone or base.coupled or cannot_stack(base)

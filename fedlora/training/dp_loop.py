@@ -30,7 +30,7 @@ from fedlora.model import Base
 from fedlora.privacy.dpsgd import noise, poisson_batches, secret_generator
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
-from fedlora.training.cohort import alike, note_alone, why_alone
+from fedlora.training.cohort import alike, why_alone
 from fedlora.training.dp_settings import PrivateSettings, secret_seed, train_by_opacus, unshared_losses
 from fedlora.training.dropout_masks import Masks, Part, RowsError, Streams, example_parts, secret_masks
 from fedlora.training.job import TrainJob, TrainResult, learning_rate
@@ -283,7 +283,7 @@ def train_private_cohort(
         try:
             found = PrivateTogether(base, task, examples, work, how, budget=budget).run()
         except RowsError as error:
-            note_alone(base, str(error))
+            base.alone = str(error)
             todo.insert(0, part)
             continue
         outcomes.update(zip(part, map(timeless, found), strict=True))

@@ -28,10 +28,10 @@ from fedlora.privacy.calibrate import Schedule, noise_multiplier_for, schedule
 from fedlora.privacy.dpsgd import PrivateStep, clipping_norm, poisson_batches
 from fedlora.privacy.preflight import preflight
 from fedlora.sanitize import clean_text
-from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.tasks._base import Batch, Examples, Task, to_device
 from fedlora.training.dropout_masks import Masks, RowsError, Stream, Streams, Watch, example_parts, secret_masks
-from fedlora.training.independence import company_of, computed
-from fedlora.training.job import TrainJob, TrainResult, learning_rate, to_device
+from fedlora.training.independence import company_of
+from fedlora.training.job import TrainJob, TrainResult, learning_rate
 
 logger = logging.getLogger(__name__)
 _passed: WeakKeyDictionary[Base, set[frozenset[Part]]] = WeakKeyDictionary()
@@ -133,7 +133,7 @@ def check_model(base: Base, task: Task, examples: Examples, job: TrainJob) -> No
     def losses(model: torch.nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
         return masked_losses(task, model, batch, own(np.asarray(rows)), base.device)
 
-    with computed(base):
+    with base.uncached():
         preflight(base.model, losses, together, alone)
     done.add(job.trains)
 

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from fedlora.errors import DataError, nearest
 from fedlora.progress import activity
-from fedlora.tasks._base import Examples, Task
-from fedlora.training.job import to_device
+from fedlora.tasks._base import Examples, Measurable, Task, length_batches, to_device
 
 CPU_TOKENS = 2048
 DEVICE_TOKENS = 16384
-
-
-class Measurable(Protocol):
-    """What can be evaluated: a `Base` with the adapter that was written to it last, or a model with a fixed one."""
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The model with its adapter."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    def train_mode(self, training: bool) -> None:
-        """Dropout on or off."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,7 @@ def evaluate(
         raise DataError(f"the examples have no column {domain_column!r}; {nearest(domain_column, examples.columns)}")
     budget = batch_tokens or (CPU_TOKENS if base.device.type == "cpu" else DEVICE_TOKENS)
     measures: dict[str, np.ndarray] = {}
-    if getattr(base, "coupled", None) is not None:
+    if base.coupled is not None:
         budget = 1  # each example alone: what its batch holds would show in its result
     base.train_mode(False)
     done = 0
@@ -103,14 +85,3 @@ def evaluate(
             inside = column == domain
             domains[str(domain)] = task.summarise({name: every[inside] for name, every in measures.items()})
     return Evaluation(task.summarise(measures), domains, measures)
-
-
-def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Positions cut into batches of like length: longest times count at most `batch_tokens`, one example at least."""
-    order = np.argsort(lengths, kind="stable")
-    start = 0
-    for end in range(1, len(order) + 1):
-        # Ascending lengths: the next example would be the longest of the batch.
-        if end == len(order) or int(lengths[order[end]]) * (end + 1 - start) > batch_tokens:
-            yield order[start:end]
-            start = end

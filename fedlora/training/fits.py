@@ -17,9 +17,8 @@ from fedlora.errors import ConfigError, DataError, FedloraError, ModelError
 from fedlora.model import Base
 from fedlora.model.reach import embedding_rows, position_limit
 from fedlora.sanitize import clean_text
-from fedlora.tasks._base import Examples, Task
+from fedlora.tasks._base import Examples, Task, to_device
 from fedlora.tasks._text import Tokens, load_tokenizer
-from fedlora.training.job import to_device
 
 
 def require_fit(config: RunConfig, base: Base, task: Task, sets: Sequence[Examples]) -> None:

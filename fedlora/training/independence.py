@@ -7,19 +7,12 @@ was cut out of a padded batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from fedlora.model import Base
 from fedlora.tasks._base import Batch, Examples, Task
 
 FEW = 4  # tokens that a shortened example keeps at least
-
-
-def computed(base: Base) -> AbstractContextManager[None]:
-    """While it lasts, the base computes all of its layers: what an invented example gives shall not be kept."""
-    return nullcontext() if base.prefix is None else base.prefix.aside()
 
 
 def company_of(task: Task, examples: Examples, indices: Sequence[int] | np.ndarray = ()) -> tuple[Batch, list[Batch]]:

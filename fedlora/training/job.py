@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from fedlora.adapter import AdapterState, Part
 from fedlora.config import TrainConfig
 from fedlora.rng import derive
-from fedlora.tasks._base import Batch
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,3 @@ def rows_of(jobs: Sequence[TrainJob], configs: Sequence[TrainConfig]) -> np.ndar
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The rate of one step (from 0): linear warm-up to lr, which step `warmup_steps` is the first to have."""
     return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch where the model is."""
-    if device.type == "cpu":
-        return batch
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -24,9 +24,9 @@ from fedlora.errors import TrainingError
 from fedlora.model import Base, seeded
 from fedlora.progress import activity
 from fedlora.rng import derive
-from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.tasks._base import Batch, Examples, Task, to_device
 from fedlora.training.dropout_masks import Part, RowsError, Stream, Streams, Watch, drops_out
-from fedlora.training.job import TrainJob, TrainResult, batches, learning_rate, number_of_steps, to_device
+from fedlora.training.job import TrainJob, TrainResult, batches, learning_rate, number_of_steps
 from fedlora.training.row_optimizer import Columns, FlatOptimizer, put, take
 from fedlora.training.stacked_lora import Alone, Stacked, cannot_stack, groups_of
 from fedlora.training.step_scheduler import Budget, Waiting, choose, step_budget
@@ -195,7 +195,7 @@ class Loop(ABC):
             if self._streams is not None:
                 stack.enter_context(self._streams)
             alone = cannot_stack(base) is not None
-            binding: Binding = Alone(base, self._columns) if alone else Stacked(base, self._columns, jobs)
+            binding: Binding = Alone(base, self._columns) if alone else Stacked(base, self._columns, adapters)
             self._binding = stack.enter_context(binding)
             for client in clients:
                 self._next_batch(client)

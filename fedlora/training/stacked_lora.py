@@ -21,11 +21,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.adapter import AdapterState
 from fedlora.model import Base
 from fedlora.model.peft_tuners import ADAPTER
 from fedlora.speedups.linear_kernels import OneDnnLinear
+from fedlora.speedups.trial import Trial, gap
 from fedlora.training.dropout_masks import RowsError
-from fedlora.training.job import TrainJob
 from fedlora.training.row_optimizer import Columns, take
 
 
@@ -93,14 +94,13 @@ class Stacked:
     Args:
         base: for which `cannot_stack` finds no reason.
         columns: of the trained tensors.
-        jobs: of all clients: what is not trained is taken from their adapters.
+        adapters: of all clients, from which what is not trained is taken.
     """
 
-    def __init__(self, base: Base, columns: Columns, jobs: Sequence[TrainJob]) -> None:
+    def __init__(self, base: Base, columns: Columns, adapters: Sequence[AdapterState]) -> None:
         self.step = Step()
         self._base, self._columns = base, columns
         self._changed: list[nn.Module] = []
-        adapters = [job.adapter for job in jobs]
         trained = {column.name for column in columns.columns}
         self._kept = Columns(adapters, [name for name in base.tensor_names() if name not in trained])
         like = torch.empty(0, dtype=base.adapter_dtype, device=base.device)
@@ -235,6 +235,39 @@ def cannot_stack(base: Base) -> str | None:
                 return f"{inner} is trained in full, and {type(module).__name__} has no stacked form"
             if "forward" in vars(module):
                 return f"another library has replaced the forward of {inner}"
+    return None
+
+
+def cannot_share(trial: Trial) -> str | None:
+    """Why two clients' adapters cannot be in a model at once, or None where they can, or where nothing can be told.
+
+    Args:
+        trial: on the model, whose adapter is overwritten: the adapters of both in one batch must give each example what
+            its own client's adapter gives it.
+    """
+    base = trial.base
+    if trial.plain is None or (reason := cannot_stack(base)) is not None:
+        return None if trial.plain is None else reason
+    wanted = []
+    for row, adapter in enumerate(trial.adapters):
+        base.write(adapter, frozenset())
+        found = trial.attempt("pair")
+        if found is None:
+            return None
+        wanted.append(found[row])
+    columns = Columns(trial.adapters, base.tensor_names())
+    values = columns.rows(trial.adapters, torch.empty(0, dtype=base.adapter_dtype, device=base.device))
+    name = type(base.model).__name__
+    try:
+        with Stacked(base, columns, trial.adapters) as stacked:
+            stacked.bind(values, [0, 1], [1, 1])
+            together = trial.states("pair")
+    except RowsError as error:
+        return str(error)
+    except Exception as error:
+        return f"two clients' adapters in {name} fail ({type(error).__name__})"
+    if any(gap(together[row], wanted[row]) > trial.limit for row in range(2)):
+        return f"two clients' adapters in {name} give other results than each alone"
     return None
 
 

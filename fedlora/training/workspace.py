@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,13 @@ from fedlora.errors import ConfigError
 from fedlora.model import Base, clear_cache, load_base
 from fedlora.progress import activity
 from fedlora.provenance import WORDS, Provenance, class_names_digest
-from fedlora.speedups.attention import AttentionReport, choose_attention
-from fedlora.speedups.linear_kernels import KernelReport, accelerate
+from fedlora.speedups import Speedups, install
+from fedlora.speedups.trial import Trial
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
-from fedlora.training.cohort import note_alone
 from fedlora.training.fits import require_fit
-from fedlora.training.prefix import PrefixReport, choose_prefix
 from fedlora.training.runtime import pass_over_libraries, setup
-from fedlora.training.trial import Trial
+from fedlora.training.stacked_lora import cannot_share
 
 if TYPE_CHECKING:
     from fedlora.data import FederatedData
@@ -43,9 +41,7 @@ class Workspace:
         data: examples and the clients' shares.
         base: the model with its adapter.
         device: where it computes.
-        kernels: which kernels the frozen layers use, and why.
-        attention: how the model attends, and why.
-        prefix: whether the layers below the adapters are computed once for each example, and why.
+        speedups: what makes the base faster.
     """
 
     config: RunConfig
@@ -53,9 +49,7 @@ class Workspace:
     data: FederatedData
     base: Base
     device: torch.device
-    kernels: KernelReport
-    attention: AttentionReport
-    prefix: PrefixReport
+    speedups: Speedups
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -82,24 +76,13 @@ class Workspace:
 
     @property
     def settled(self) -> dict[str, str]:
-        """What each "auto" of `[runtime]` chose, as a config says it."""
-        return {
-            "kernels": self.kernels.mode,
-            "attention": self.attention.mode,
-            "prefix_cache": self.prefix.mode,
-        }
+        """See `Speedups.settled`."""
+        return self.speedups.settled
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What each "auto" of `[runtime]` chose, and why: facts for the run directory."""
-        timings = [asdict(timing) for timing in self.kernels.timings]
-        return {
-            **self.settled,
-            **({"kernels_measured": self.kernels.measured, "kernels_timings": timings} if timings else {}),
-            "kernels_why": self.kernels.reason,
-            "attention_why": self.attention.reason,
-            "prefix_cache_why": self.prefix.reason,
-        }
+        """See `Speedups.choices`."""
+        return self.speedups.choices
 
 
 _lock = threading.RLock()
@@ -134,17 +117,9 @@ def open_workspace(config: RunConfig) -> Workspace:
             require_fit(config, base, task, public)
             activity.info("choosing how to compute")
             trial = Trial(base, task, public)
-            kernels = accelerate(base.model, config.runtime.kernels)
-            attention = choose_attention(base.model, config.runtime.attention)
-            kernels, attention = trial.keep_equal(kernels, attention)
-            base.coupled = trial.coupled()
-            if (reason := trial.cannot_share()) is not None:
-                note_alone(base, reason)
-            task.check(base.model, public)
-            how = (attention.mode, torch.get_num_threads())
-            sets = public if secret else [data.train, data.test]
-            prefix = choose_prefix(base, task, sets, config.runtime.prefix_cache, how, secret=secret)
-            workspace = Workspace(config, task, data, base, device, kernels, attention, prefix)
+            speedups = install(trial, config.runtime, public if secret else [data.train, data.test], secret)
+            base.alone = cannot_share(trial) or base.alone
+            workspace = Workspace(config, task, data, base, device, speedups)
             _open[key] = _open[_key(settle(config, workspace.settled))] = workspace
         _open[key] = replace(_open[key], config=config)
         return _open[key]

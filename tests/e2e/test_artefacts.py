@@ -16,7 +16,7 @@ from fedlora.flower import run_local
 from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
 from fedlora.tasks import load_task
-from fedlora.training.evaluate import length_batches
+from fedlora.tasks._base import length_batches
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny_classifiers import TEXT, classifier, inputs_of
 from torch import Tensor, nn
 
-from fedlora.model.prefix import ROUNDING, Prefix, UnfitError, open_prefix
+from fedlora.speedups.activation_cache import ActivationCache, UnfitError
+from fedlora.speedups.cache_choice import ROUNDING, open_cache
 
 TARGETS = {
     "Bert": ("query", "value"),
@@ -41,8 +42,10 @@ def adapted(
     return model, targets
 
 
-def opened(model: nn.Module, targets: tuple[str, ...], inputs: dict[str, Tensor], capacity: int = 1000) -> Prefix:
-    prefix = open_prefix(model, targets, (), {n: v[[1, 0]] for n, v in inputs.items()})
+def opened(
+    model: nn.Module, targets: tuple[str, ...], inputs: dict[str, Tensor], capacity: int = 1000
+) -> ActivationCache:
+    prefix = open_cache(model, targets, (), {n: v[[1, 0]] for n, v in inputs.items()})
     prefix.clear(capacity)
     return prefix
 
@@ -155,7 +158,7 @@ def test_company_shows_in_no_bit_or_is_not_kept(kind: str) -> None:
     assert prefix.fills == 9
     together = outcome(model, inputs)
     prefix.clear(1000)
-    prefix.company = False
+    prefix.grouped = False
     for a, b in zip(outcome(model, inputs), together, strict=True):
         assert torch.equal(a, b)
 
@@ -164,7 +167,7 @@ def test_company_that_shows_is_avoided() -> None:
     model, targets = adapted("Bert", torch.float32)
     lower: Any = model.get_submodule("bert.encoder.layer.0.output.dense")
     handle = lower.register_forward_hook(lambda _m, _a, out: out + 1e-4 * len(out))
-    assert not opened(model, targets, inputs_of("Bert", "right")).company
+    assert not opened(model, targets, inputs_of("Bert", "right")).grouped
     handle.remove()
 
 
@@ -223,9 +226,9 @@ def test_what_cannot_be_kept_says_why() -> None:
             opened(model, targets, inputs)
     model, targets = adapted("Bert")
     with pytest.raises(UnfitError, match="trained too"):
-        open_prefix(model, targets, ("bert.embeddings",), inputs)
+        open_cache(model, targets, ("bert.embeddings",), inputs)
     with pytest.raises(UnfitError, match="more than token ids"):
-        open_prefix(model, targets, (), {**inputs, "position_ids": inputs["input_ids"]})
+        open_cache(model, targets, (), {**inputs, "position_ids": inputs["input_ids"]})
     noisy: Any = model.get_submodule("bert.encoder.layer.0.output.LayerNorm")
     noisy.register_forward_hook(lambda module, _args, out: out + 1e-3 * torch.randn(()) if module.training else out)
     with pytest.raises(UnfitError, match="something else in training"):

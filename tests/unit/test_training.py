@@ -22,8 +22,8 @@ from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, Run
 from fedlora.errors import ConfigError, DataError, TrainingError
 from fedlora.model import Base, load_base
 from fedlora.tasks import Examples, Table, Task, load_task
+from fedlora.tasks._base import length_batches
 from fedlora.training import TrainJob, TrainResult, describe, evaluate, open_workspace, setup, train
-from fedlora.training.evaluate import length_batches
 from fedlora.training.job import batches, learning_rate, number_of_steps
 from fedlora.training.runtime import keep_memory
 from fedlora.training.workspace import close_workspace
@@ -366,7 +366,7 @@ def test_server_and_clients_share_one_workbench(tiny_bert: Path, tiny_csv: Path)
     assert client.data is server.data
     assert client.config.train.lr == 0.5
     assert models.cache_info().loads == loads
-    assert server.kernels.mode == "off"
+    assert server.speedups.kernels.mode == "off"
     assert open_workspace(client.config) is client
     assert open_workspace(server.config).config is server.config
     other = open_workspace(parse_config(text, ["adapter.rank=2"]))

@@ -20,13 +20,13 @@ from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
 from fedlora.model import Base, load_base, seeded
 from fedlora.model.dropout import set_dropout
-from fedlora.model.unread import restore_unread, skip_unread
 from fedlora.speedups.attention import choose_attention
+from fedlora.speedups.last_layer import restore_unread, skip_unread
 from fedlora.tasks import Examples, Table, Task, load_task
 from fedlora.tasks._text import Tokens
 from fedlora.tasks.image_classification import Pixels
 from fedlora.training import TrainJob, TrainResult, train, train_cohort
-from fedlora.training.cohort import forget, why_alone
+from fedlora.training.cohort import why_alone
 from fedlora.training.job import batches
 from fedlora.training.row_optimizer import FlatOptimizer
 from fedlora.training.stacked_lora import add_pairs, groups_of
@@ -362,7 +362,7 @@ def test_a_model_that_mixes_clients_is_noticed(
     found = together(base, task, examples, clients)
     assert why_alone(base) is not None
     assert all(gap(one.adapter, other.adapter) == 0 for one, other in zip(alone, found, strict=True))
-    forget(base)
+    base.alone = None
 
 
 # ---------------------------------------------------------------------------------------------- failures

@@ -16,13 +16,13 @@ from fedlora.aggregators import BaseUpdate
 from fedlora.config import TrainConfig, parse_config
 from fedlora.errors import ModelError
 from fedlora.privacy.calibrate import Schedule
+from fedlora.speedups import cache_choice
+from fedlora.speedups.activation_cache import ActivationCache, prepare
 from fedlora.training import TrainJob, evaluate, open_workspace, train
-from fedlora.training import prefix as prefixes
 from fedlora.training.cohort import train_cohort
 from fedlora.training.dp_loop import train_private
 from fedlora.training.dp_settings import PrivateSettings, check_model
 from fedlora.training.job import rows_of
-from fedlora.training.prefix import prepare
 from fedlora.training.workspace import Workspace, close_workspace
 
 HOW = TrainConfig(steps=4, batch_size=6, lr=1e-2)
@@ -72,7 +72,7 @@ def test_training_and_evaluation_are_the_same_with_and_without(tiny_bert: Path, 
     found = {}
     for mode in ("on", "off"):
         workspace = bench_of(tiny_bert, tiny_csv, f"runtime.prefix_cache={mode}")
-        assert workspace.prefix.mode == mode
+        assert workspace.speedups.cache.mode == mode
         one = train(workspace.base, workspace.task, workspace.data.train, job(workspace), HOW).adapter
         jobs = [job(workspace, seed) for seed in (0, 3)]
         many = train_cohort(workspace.base, workspace.task, workspace.data.train, jobs, [HOW, HOW])
@@ -85,13 +85,13 @@ def test_training_and_evaluation_are_the_same_with_and_without(tiny_bert: Path, 
         ).adapter
         found[mode] = (one, many[0].adapter, many[1].adapter, figures, quiet)  # type: ignore[union-attr]
         if mode == "on":
-            prefix = workspace.base.prefix
-            assert prefix is not None
+            prefix = workspace.base.cache
+            assert isinstance(prefix, ActivationCache)
             # 23 rows in training, and the test set: each text once, whoever looks at it.
             assert prefix.fills <= 23 + len(workspace.data.test)
             assert prefix.hits > prefix.fills
         else:
-            assert workspace.base.prefix is None
+            assert workspace.base.cache is None
     on, off = found["on"], found["off"]
     assert max(gap(on[k], off[k]) for k in (0, 1, 2)) < 1e-10
     assert gap(on[4], off[4]) < 1e-6  # the noise, which is never the same
@@ -113,9 +113,9 @@ def test_where_it_cannot_be_the_reason_is_told(
     import re
 
     workspace = bench_of(tiny_bert, tiny_csv, *overrides)
-    assert workspace.prefix.mode == "off"
-    assert re.search(words, workspace.prefix.reason)
-    assert workspace.choices["prefix_cache_why"] == workspace.prefix.reason
+    assert workspace.speedups.cache.mode == "off"
+    assert re.search(words, workspace.speedups.cache.reason)
+    assert workspace.choices["prefix_cache_why"] == workspace.speedups.cache.reason
     if "runtime.prefix_cache=off" not in overrides:
         with pytest.raises(ModelError, match=words):
             bench_of(tiny_bert, tiny_csv, *overrides, "runtime.prefix_cache=on")
@@ -124,42 +124,42 @@ def test_where_it_cannot_be_the_reason_is_told(
 def test_packed_rows_are_no_examples(tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = bench_of(tiny_bert, tiny_csv)
     monkeypatch.setattr(type(workspace.task), "rows_are_examples", False)
-    report = prefixes.choose_prefix(workspace.base, workspace.task, [workspace.data.train], "auto")
-    assert (report.mode, workspace.base.prefix) == ("off", None)
+    report = cache_choice.choose_cache(workspace.base, workspace.task, [workspace.data.train], "auto")
+    assert (report.mode, workspace.base.cache) == ("off", None)
     assert "packed" in report.reason
 
 
 def test_memory_decides(tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = bench_of(tiny_bert, tiny_csv)
     tokens = int(workspace.data.train.lengths.sum() + workspace.data.test.lengths.sum())
-    assert f"{tokens} tokens" in workspace.prefix.reason
+    assert f"{tokens} tokens" in workspace.speedups.cache.reason
     needed = tokens * 32 * 8
     close_workspace()
-    monkeypatch.setattr(prefixes, "total_bytes", lambda _device: 8 * needed - 8)
+    monkeypatch.setattr(cache_choice, "total_bytes", lambda _device: 8 * needed - 8)
     workspace = bench_of(tiny_bert, tiny_csv)
-    assert workspace.prefix.mode == "off"
-    assert "an eighth of the memory" in workspace.prefix.reason
-    assert bench_of(tiny_bert, tiny_csv, "runtime.prefix_cache=on").prefix.mode == "on"
+    assert workspace.speedups.cache.mode == "off"
+    assert "an eighth of the memory" in workspace.speedups.cache.reason
+    assert bench_of(tiny_bert, tiny_csv, "runtime.prefix_cache=on").speedups.cache.mode == "on"
     close_workspace()
-    monkeypatch.setattr(prefixes, "total_bytes", lambda _device: 8 * needed)
-    assert bench_of(tiny_bert, tiny_csv).prefix.mode == "on"
+    monkeypatch.setattr(cache_choice, "total_bytes", lambda _device: 8 * needed)
+    assert bench_of(tiny_bert, tiny_csv).speedups.cache.mode == "on"
 
 
 def test_runs_on_the_same_base_share_what_is_kept(tiny_bert: Path, tiny_csv: Path) -> None:
     workspace = bench_of(tiny_bert, tiny_csv)
     evaluate(workspace.base, workspace.task, workspace.data.test)
-    prefix: Any = workspace.base.prefix
+    prefix: Any = workspace.base.cache
     fills = prefix.fills
     again = bench_of(tiny_bert, tiny_csv, "partition.clients=3")
     assert again.base is workspace.base
-    assert again.base.prefix is prefix
+    assert again.base.cache is prefix
     evaluate(again.base, again.task, again.data.test)
     assert prefix.fills == fills
     kernel = "runtime.kernels=onednn"  # of no layer in float64
-    assert bench_of(tiny_bert, tiny_csv, kernel).base.prefix is prefix
+    assert bench_of(tiny_bert, tiny_csv, kernel).base.cache is prefix
     other: Any = bench_of(tiny_bert, tiny_csv, "runtime.attention=eager").base  # other bits
     assert other is workspace.base
-    assert other.prefix is not prefix
+    assert other.cache is not prefix
     assert len(other.model._forward_pre_hooks) == 1
 
 
@@ -180,7 +180,7 @@ def test_preparing_changes_no_bit(tiny_bert: Path, tiny_csv: Path, monkeypatch: 
         if not prepared:
             monkeypatch.setattr("fedlora.training.cohort.prepare", lambda *_: None)
         workspace = bench_of(tiny_bert, tiny_csv, "model.dtype=float32")
-        prefix: Any = workspace.base.prefix
+        prefix: Any = workspace.base.cache
         before = prefix.fills
         if prepared:
             prepare(workspace.base, workspace.task, workspace.data.train, np.array([3, 3, 5, 4]))
@@ -188,7 +188,7 @@ def test_preparing_changes_no_bit(tiny_bert: Path, tiny_csv: Path, monkeypatch: 
         start = job(workspace)
         start = replace(start, adapter=workspace.base.initial_adapter(1))
         results.append(train(workspace.base, workspace.task, workspace.data.train, start, HOW).adapter)
-        assert prefix.company
+        assert prefix.grouped
         assert prefix.fills <= before + len(start.indices)
     assert gap(*results) == 0
 
@@ -197,7 +197,7 @@ def test_what_is_prepared_is_what_the_batches_hold(tiny_bert: Path, tiny_csv: Pa
     workspace = bench_of(tiny_bert, tiny_csv)
     jobs = [job(workspace, 0), job(workspace, 3)]
     prepare(workspace.base, workspace.task, workspace.data.train, rows_of(jobs, [HOW, HOW]))
-    prefix: Any = workspace.base.prefix
+    prefix: Any = workspace.base.cache
     fills, size = prefix.fills, prefix.size
     train_cohort(workspace.base, workspace.task, workspace.data.train, jobs, [HOW, HOW])
     assert (prefix.fills, prefix.size) == (fills, size)

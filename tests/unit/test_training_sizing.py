@@ -44,7 +44,7 @@ def workspace(config: RunConfig, sizes: tuple[int, ...] = (40, 80), tokens: int 
     train = SimpleNamespace(lengths=np.full(sum(sizes), tokens))
     return SimpleNamespace(
         config=config,
-        prefix=SimpleNamespace(nbytes=0),
+        speedups=SimpleNamespace(cache=SimpleNamespace(nbytes=0)),
         base=_Base(),
         task=object(),
         data=SimpleNamespace(clients=clients, train=train),
@@ -144,10 +144,10 @@ def test_on_a_cluster_of_gpus_each_has_one() -> None:
 
 def test_kept_prefixes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = workspace(settled(rounds=LONG), sizes=(40,) * 10)
-    mine.prefix.nbytes = 2 << 30
+    mine.speedups.cache.nbytes = 2 << 30
     assert process_count(mine, 10).processes == 2  # of 4 GiB one cache that all share out
     assert process_count(mine, 9).processes == 1  # or one for each
-    mine.prefix.nbytes = 0
+    mine.speedups.cache.nbytes = 0
     assert process_count(mine, 9).processes == 4
 
 

@@ -16,7 +16,7 @@ from fedlora.config import TrainConfig, parse_config
 from fedlora.errors import FedloraError, ModelError
 from fedlora.simulation.capacity import cohort_size
 from fedlora.training import TrainJob, evaluate, open_workspace, train
-from fedlora.training.cohort import forget, train_cohort, why_alone
+from fedlora.training.cohort import train_cohort, why_alone
 from fedlora.training.workspace import Workspace, close_workspace
 
 
@@ -113,7 +113,7 @@ def test_what_does_not_look_at_padding_trains_in_company(dtype: str, tiny_bert: 
     workspace = bench_of(tiny_bert, tiny_csv, f"model.dtype={dtype}")
     assert workspace.base.coupled is None
     assert why_alone(workspace.base) is None
-    assert workspace.attention.mode == "auto"
+    assert workspace.speedups.attention.mode == "auto"
 
 
 def test_layers_that_do_not_see_rows_first_are_found_at_the_start(
@@ -126,7 +126,7 @@ def test_layers_that_do_not_see_rows_first_are_found_at_the_start(
     )  # fmt: skip
     workspace = bench_of(folder, tiny_csv, "adapter.targets=['query_proj','key_proj']")
     assert "rows" in (why_alone(workspace.base) or "")
-    forget(workspace.base)
+    workspace.base.alone = None
     assert why_alone(workspace.base) is None
 
 
@@ -144,7 +144,7 @@ def test_an_attention_that_changes_the_model_is_taken_back(
 
     monkeypatch.setattr(fedlora.speedups.attention, "attend", other)
     workspace = bench_of(tiny_bert, tiny_csv)
-    assert workspace.attention.mode == "sdpa"
+    assert workspace.speedups.attention.mode == "sdpa"
     assert "changes what" in workspace.choices["attention_why"]
     workspace.base.write(workspace.base.initial_adapter(0))
     assert evaluate(workspace.base, workspace.task, workspace.data.test).overall == figures
@@ -165,7 +165,7 @@ def test_a_model_whose_other_rows_are_read_keeps_them(
     workspace = bench_of(tiny_bert, tiny_csv)
     layers: Any = workspace.base.model.get_submodule("bert.encoder.layer")
     assert not any(module._forward_pre_hooks for module in layers[-1].modules())
-    assert workspace.attention.mode == "auto"
+    assert workspace.speedups.attention.mode == "auto"
     assert "padded" in (workspace.base.coupled or "")
 
 

@@ -9,8 +9,8 @@ import torch
 from tiny_classifiers import classifier, inputs_of
 from torch import Tensor, nn
 
-from fedlora.model.unread import PLACES, restore_unread, skip_unread
 from fedlora.speedups.attention import Mode, choose_attention
+from fedlora.speedups.last_layer import PLACES, restore_unread, skip_unread
 
 ALL_TOKENS = {
     "Bert": {"attention.self.key", "attention.self.value"},

@@ -1,9 +1,9 @@
 """A model is tried out once, when it is opened: what makes it faster must leave what it computes as it is.
 
 No list of architectures can be complete, so each feature that relies on a property of the model is tried on two real
-examples of different lengths, in a handful of forward passes: kernels, attention and what `fedlora.model.unread` leaves
-out against the model as transformers loads it; an example in a padded batch against the example alone; adapters of two
-clients in one batch against each client's own. What does not hold is switched off, with the reason.
+examples of different lengths, in a handful of forward passes: kernels, attention and the last layer's left-out work
+against the model as transformers loads it; an example in a padded batch against the example alone. What does not hold
+is switched off, with the reason.
 
 Shapes: b = examples in a batch, t = tokens, d = hidden size or classes.
 """
@@ -23,17 +23,12 @@ from torch import Tensor, nn
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.errors import ModelError
 from fedlora.model import Base, seeded
-from fedlora.model.unread import restore_unread, skip_unread
 from fedlora.privacy.preflight import widened
 from fedlora.sanitize import clean_text
 from fedlora.speedups.attention import AttentionReport, set_attention
+from fedlora.speedups.last_layer import restore_unread, skip_unread
 from fedlora.speedups.linear_kernels import KernelReport, restore
-from fedlora.tasks._base import Batch, Examples, Task
-from fedlora.training.dropout_masks import RowsError
-from fedlora.training.evaluate import Measurable
-from fedlora.training.job import TrainJob, to_device
-from fedlora.training.row_optimizer import Columns
-from fedlora.training.stacked_lora import Stacked, cannot_stack
+from fedlora.tasks._base import Batch, Examples, Measurable, Task, to_device
 
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Relative: what two ways to compute the same may differ by (layers that compute in float32 whatever their input round
@@ -56,38 +51,46 @@ class Trial:
         base: at any version; its adapter is overwritten, its mode left as it is.
         task: gives batches.
         sets: examples; the first set that has two lengths is taken.
+
+    Attributes:
+        base: that is tried.
+        task: likewise.
+        sets: all examples that may be looked at.
+        adapters: two clients', which change what the model computes where the method has pairs.
+        plain: what the model gives for both examples, with the first adapter; None where it fails.
+        limit: relative difference that two ways to compute the same may have.
     """
 
     def __init__(self, base: Base, task: Task, sets: Sequence[Examples]) -> None:
-        self._base, self._task = base, task
+        self.base, self.task, self.sets = base, task, sets
         restore(base.model)
         restore_unread(base.model)
         set_attention(base.model, base.attention)
         self._batches = _batches(task, sets)
         self._left = any(len(examples) and task.pads_left(examples) for examples in sets)
-        self._adapters = _two_adapters(base)
-        base.write(self._adapters[0], frozenset())
-        self._plain = self._quietly("pair")
+        self.adapters = _two_adapters(base)
+        base.write(self.adapters[0], frozenset())
+        self.plain = self.attempt("pair")
         if self._batches:
             self._refuse_failing()
         self._rounding = ROUNDING.get(base.dtype)
-        self._limit = self._rounding or self._own_rounding()
+        self.limit = self._rounding or self._own_rounding()
 
     def _refuse_failing(self) -> None:
         """A model that fails on the shortest example alone, or cannot be trained on it, fails on all, or its data do.
 
         Whoever owns a single example on which it fails meets the error in its own batch.
         """
-        base, doing = self._base, "compute"
+        base, doing = self.base, "compute"
         batch = to_device(self._batches["alone"], base.device)
         try:
-            if self._plain is None:
-                self._states("alone")
+            if self.plain is None:
+                self.states("alone")
             doing = "be trained on"
-            parameters = base.write(self._adapters[0])
+            parameters = base.write(self.adapters[0])
             with seeded(0, base.device), torch.enable_grad():
                 base.train_mode(True)
-                loss = self._task.losses(base.model, batch).sum()
+                loss = self.task.losses(base.model, batch).sum()
                 if parameters:
                     torch.autograd.grad(loss, parameters, allow_unused=True)
         except Exception as error:
@@ -98,7 +101,7 @@ class Trial:
             ) from error
         finally:
             base.train_mode(False)
-            base.write(self._adapters[0], frozenset())
+            base.write(self.adapters[0], frozenset())
 
     # ------------------------------------------------------------------------------------------ speed-ups
 
@@ -115,15 +118,15 @@ class Trial:
         Raises:
             ModelError: the config asked for something that changes them.
         """
-        model = self._base.model
+        model = self.base.model
         skip_unread(model)
-        if self._plain is None or self._same():
+        if self.plain is None or self._same():
             return kernels, attention
         restore_unread(model)
         if self._same():
             return kernels, attention
         name = type(model).__name__
-        set_attention(model, self._base.attention)
+        set_attention(model, self.base.attention)
         found = f"another attention than its own changes what {name} computes"
         attention = self._taken_back(attention, found, "attention")
         if not self._same():
@@ -133,7 +136,7 @@ class Trial:
         return kernels, attention
 
     def _taken_back(self, report: AttentionReport, found: str, key: str) -> AttentionReport:
-        kept: Any = "sdpa" if self._base.attention == "sdpa" else "eager"
+        kept: Any = "sdpa" if self.base.attention == "sdpa" else "eager"
         return replace(report, mode=kept, reason=self._refused(report.reason, found, key))
 
     def _refused(self, reason: str, found: str, key: str) -> str:
@@ -142,10 +145,10 @@ class Trial:
         return found
 
     def _same(self) -> bool:
-        found = self._quietly("pair")
-        return found is not None and self._plain is not None and gap(found, self._plain) <= self._limit
+        found = self.attempt("pair")
+        return found is not None and self.plain is not None and gap(found, self.plain) <= self.limit
 
-    # ------------------------------------------------------------------------------------------ company
+    # ------------------------------------------------------------------------------------------ padding
 
     def coupled(self) -> str | None:
         """Why an example's result depends on those beside it, or None where it does not; see `coupling`.
@@ -153,54 +156,28 @@ class Trial:
         Raises:
             ModelError: its batches must be padded on the left.
         """
-        if self._plain is None:
+        if self.plain is None:
             return None
-        self._base.write(self._adapters[0], frozenset())
-        return coupling(self._base, self._task, self._batches, self._rounding, left=self._left)
-
-    def cannot_share(self) -> str | None:
-        """Why the adapters of several clients cannot be in the model at once, or None where they can."""
-        base = self._base
-        if self._plain is None or (reason := cannot_stack(base)) is not None:
-            return None if self._plain is None else reason
-        wanted = []
-        for row, adapter in enumerate(self._adapters):
-            base.write(adapter, frozenset())
-            found = self._quietly("pair")
-            if found is None:
-                return None
-            wanted.append(found[row])
-        jobs = [TrainJob(adapter, frozenset(), np.empty(0, np.int64), 0) for adapter in self._adapters]
-        columns = Columns(self._adapters, base.tensor_names())
-        values = columns.rows(self._adapters, torch.empty(0, dtype=base.adapter_dtype, device=base.device))
-        name = type(base.model).__name__
-        try:
-            with Stacked(base, columns, jobs) as stacked:
-                stacked.bind(values, [0, 1], [1, 1])
-                together = self._states("pair")
-        except RowsError as error:
-            return str(error)
-        except Exception as error:
-            return f"two clients' adapters in {name} fail ({type(error).__name__})"
-        if any(gap(together[row], wanted[row]) > self._limit for row in range(2)):
-            return f"two clients' adapters in {name} give other results than each alone"
-        return None
+        self.base.write(self.adapters[0], frozenset())
+        return coupling(self.base, self.task, self._batches, self._rounding, left=self._left)
 
     # ------------------------------------------------------------------------------------------ forward passes
 
     def _own_rounding(self) -> float:
         """What a model in a narrow dtype may move by: some times its distance from the same model in a wide one."""
-        with widened(self._base.model):
-            wide = self._quietly("pair")
-        if wide is None or self._plain is None:
+        with widened(self.base.model):
+            wide = self.attempt("pair")
+        if wide is None or self.plain is None:
             return NARROW
-        return min(0.5, max(NARROW, 3 * gap(self._plain, wide)))
+        return min(0.5, max(NARROW, 3 * gap(self.plain, wide)))
 
-    def _quietly(self, which: str) -> Tensor | None:
-        return _quietly(self._base, self._task, self._batches, which)
+    def attempt(self, which: str) -> Tensor | None:
+        """`states` of one of the batches "alone", "pair" and "other"; None where the model fails."""
+        return _attempt(self.base, self.task, self._batches, which)
 
-    def _states(self, which: str) -> Float[Tensor, "b *t d"]:
-        return states(self._base, self._task, self._batches[which])
+    def states(self, which: str) -> Float[Tensor, "b *t d"]:
+        """`states` of one of the batches."""
+        return states(self.base, self.task, self._batches[which])
 
 
 def find_coupling(base: Measurable, task: Task, examples: Examples) -> str | None:
@@ -231,10 +208,10 @@ def coupling(
         return None
     name = type(base.model).__name__
     with widened(base.model) if rounding is None else nullcontext(rounding) as limit:
-        alone, beside, other = (_quietly(base, task, batches, which) for which in ("alone", "pair", "other"))
+        alone, beside, other = (_attempt(base, task, batches, which) for which in ("alone", "pair", "other"))
     if alone is None and rounding is None:  # some kernels (of experts) are for narrow dtypes alone
         limit = COARSE
-        alone, beside, other = (_quietly(base, task, batches, which) for which in ("alone", "pair", "other"))
+        alone, beside, other = (_attempt(base, task, batches, which) for which in ("alone", "pair", "other"))
     if alone is None or beside is None or other is None:
         return None if alone is None else f"{name} fails on one example beside another"
     if not all(bool(found.isfinite().all()) for found in (alone, beside, other)):
@@ -262,7 +239,7 @@ def gap(found: Tensor, wanted: Tensor, shape: torch.Size | None = None) -> float
     return difference if np.isfinite(difference) else float("inf")
 
 
-def _quietly(base: Measurable, task: Task, batches: Mapping[str, Batch], which: str) -> Tensor | None:
+def _attempt(base: Measurable, task: Task, batches: Mapping[str, Batch], which: str) -> Tensor | None:
     try:
         return states(base, task, batches[which])
     except Exception:
@@ -274,7 +251,7 @@ def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"
 
     Without dropout; states at padding are zero, which nobody looks at.
     """
-    model, prefix = base.model, getattr(base, "prefix", None)
+    model = base.model
     head = getattr(model, "get_output_embeddings", lambda: None)()
     seen: list[Tensor] = []
 
@@ -286,8 +263,8 @@ def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"
     base.train_mode(False)
     handle = None if head is None else head.register_forward_pre_hook(stop)
     try:
-        with torch.inference_mode(), nullcontext() if prefix is None else prefix.aside():
-            inputs = model_inputs(model, task, to_device(batch, base.device))
+        with torch.inference_mode(), base.uncached():
+            inputs = model_inputs(base, task, batch)
             found: Tensor = model(**inputs).logits
     except _ReachedError:
         (found,) = seen
@@ -302,18 +279,18 @@ def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"
     return found
 
 
-def model_inputs(model: nn.Module, task: Task, batch: Batch) -> dict[str, Tensor]:
-    """What a task calls the model with, but for "labels"."""
+def model_inputs(base: Measurable, task: Task, batch: Batch) -> dict[str, Tensor]:
+    """What a task calls the model with for a batch on the CPU, but for "labels"."""
     found: dict[str, Any] = {}
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.update(kwargs, **{"": args} if args else {})
         raise _ReachedError
 
-    handle = model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    handle = base.model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         with torch.no_grad():
-            task.losses(model, batch)
+            task.losses(base.model, to_device(batch, base.device))
     except _ReachedError:
         pass
     finally:
@@ -343,7 +320,7 @@ def _two_adapters(base: Base) -> tuple[AdapterState, AdapterState]:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=base.adapter_dtype) * (0.3 / shape[1] ** 0.5)
+        return torch.randn(shape, generator=generator, dtype=base.adapter_dtype) * (0.3 / float(shape[1] ** 0.5))
 
     def adapter() -> AdapterState:
         pairs = {
