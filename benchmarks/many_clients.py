@@ -48,10 +48,10 @@ def measure(model: Path, asked: int, aggregation_error: bool, processes: int) ->
     """One round with so many clients; in a process of its own, whose peak it reads."""
     import psutil
 
+    from fedlora.callbacks import Callback
     from fedlora.config import parse_config
-    from fedlora.flower import run_local
-    from fedlora.progress import NoProgress
     from fedlora.runs.rundir import RunDir
+    from fedlora.simulation.run import run_simulation
     from fedlora.training import open_workspace
 
     config = parse_config(
@@ -79,12 +79,12 @@ def measure(model: Path, asked: int, aggregation_error: bool, processes: int) ->
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: reading the corpus takes more than a round
     before, peaks = status("VmRSS"), [0.0]
 
-    class Peaks(NoProgress):
-        def round_ended(self, record: Mapping[str, Any]) -> None:  # noqa: ARG002
+    class Peaks(Callback):
+        def round_ended(self, record: Mapping[str, Any]) -> None:
             peaks.append(sum(status("VmHWM", child.pid) for child in psutil.Process().children()))
 
     with tempfile.TemporaryDirectory() as folder:
-        run_local(config, RunDir.create(config, folder), Peaks())
+        run_simulation(config, RunDir.create(config, folder), Peaks())
     peak = status("VmHWM") + max(peaks)
     return {"asked": asked or clients, "clients": clients, "opened_mb": before, "peak_mb": peak}
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 
+from fedlora.callbacks import Callback
 from fedlora.config import parse_config
-from fedlora.flower import run_local
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         name="overhead",
     )
     with tempfile.TemporaryDirectory() as folder:
-        outcome = run_local(config, RunDir.create(config, folder), NoProgress())
+        outcome = run_simulation(config, RunDir.create(config, folder), Callback())
     inside = total = 0.0
     print(f"{args.clients} clients, {args.steps} steps of batch {args.batch_size}, rule {args.strategy}")
     for record in outcome.records[2:]:

@@ -22,17 +22,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+from fedlora.flower.wire import WIRES, decode_change, encode_change
 from flwr.app import Array
 from torch import Tensor
 
 from fedlora.adapter import AdapterState, PairShape, fresh_pairs
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, load_config
-from fedlora.flower import client_app, run_local
+from fedlora.flower import client_app
 from fedlora.flower import update_checks as validate
 from fedlora.flower.messages import ReceivedPlan, encode_upload
-from fedlora.flower.wire import WIRES, decode_change, encode_change
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 
 ARMS = ("float32", "bfloat16", "int8", "[int8, residual kept]", "[int8, values]", "[bfloat16, values]")
 
@@ -81,7 +82,7 @@ def measure(config: RunConfig, arm: str) -> dict[str, float]:
         mock.patch.object(client_app, "encode_upload", upload),
         mock.patch.object(validate, "decode_change", upload.decode),
     ):
-        last = run_local(config, RunDir.create(config, folder), NoProgress()).records[-1]
+        last = run_simulation(config, RunDir.create(config, folder), Callback()).records[-1]
     return {
         "bytes": statistics.mean(upload.bytes),
         "error": statistics.mean(upload.errors),

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.errors import ConfigError, ExportError
-from fedlora.progress import Progress
 from fedlora.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def run(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
     **changes: Any,
 ) -> Run:
     """Train a federation in this process, and write everything to the folder `output`/`name` of its config.
@@ -159,7 +159,7 @@ def run(
 
 def train(
     config: RunConfig,
-    progress: Progress,
+    progress: Callback,
     *,
     folder: RunDir | None = None,
     overwrite: bool = False,
@@ -198,14 +198,14 @@ def train(
     require_tracker(config)
     before = None if replay is None else RunDir.open(replay)
     if before is not None:
-        from fedlora.flower.local import as_begun
-        from fedlora.flower.replay import require_rounds
+        from fedlora.simulation.replay import require_rounds
+        from fedlora.simulation.run import as_begun
 
         require_rounds(before.read_metrics(), config.rounds)
         config = as_begun(config, before)
     workspace = open_workspace(config)  # before an earlier run is removed: the config may turn out to be wrong
 
-    from fedlora.flower import refuse_early, run_local
+    from fedlora.simulation.run import refuse_early, run_simulation
 
     if before is not None:
         before.require(workspace.pins)
@@ -215,7 +215,7 @@ def train(
         if config.privacy is None:  # label counts are the clients' own
             draw_labels(workspace.data, folder.path / "labels.png")
         again = None if before is None else before.read_metrics()
-        run_local(config, folder, progress, resume=resume, replay=again)
+        run_simulation(config, folder, progress, resume=resume, replay=again)
     except Exception:
         if not resume:
             folder.discard_if_untrained()

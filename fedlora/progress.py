@@ -6,8 +6,9 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.sanitize import clean_text
 
@@ -45,46 +46,8 @@ class Watcher(logging.Handler):
         self._tell(record.getMessage())
 
 
-class Progress(Protocol):
-    """What a run tells while it goes on. Calls come from one thread, in the order of the run."""
-
-    def started(self, config: RunConfig, clients: int, rounds: int) -> None:
-        """The run begins (or goes on) with so many clients, up to round `rounds`."""
-
-    def round_started(self, number: int, asked: Sequence[int]) -> None:
-        """A round begins; these clients are asked."""
-
-    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
-        """One client answered; if it was refused, or is missing, `note` says why."""
-
-    def round_ended(self, record: Mapping[str, Any]) -> None:
-        """A round is over (round 0: the evaluation before training); this is its line of metrics."""
-
-    def message(self, text: str) -> None:
-        """Anything else worth a line."""
-
-
 LONGEST_LINE = 2000
 """Characters of one message; what is longer was not written to be read in a line."""
-
-
-class NoProgress:
-    """Tells nobody."""
-
-    def started(self, config: RunConfig, clients: int, rounds: int) -> None:
-        """Do nothing."""
-
-    def round_started(self, number: int, asked: Sequence[int]) -> None:
-        """Do nothing."""
-
-    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
-        """Do nothing."""
-
-    def round_ended(self, record: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def message(self, text: str) -> None:
-        """Do nothing."""
 
 
 def _to_stdout(line: str) -> None:
@@ -92,7 +55,7 @@ def _to_stdout(line: str) -> None:
     sys.stdout.flush()
 
 
-class PlainProgress:
+class PlainProgress(Callback):
     """One line a round, for logs and for servers.
 
     Args:
@@ -108,9 +71,6 @@ class PlainProgress:
     def started(self, config: RunConfig, clients: int, rounds: int) -> None:
         """One line on what runs."""
         self._write(headline(config, clients, rounds))
-
-    def round_started(self, number: int, asked: Sequence[int]) -> None:
-        """Nothing: the line comes at the end of the round."""
 
     def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
         """A line for a reply that was not used."""

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedlora.callbacks import Callback
 from fedlora.progress import (
     LONGEST_LINE,
     Columns,
@@ -41,8 +42,8 @@ MOST_MARKS = 100
 """Above this many clients they are counted instead of drawn."""
 
 
-class Terminal:
-    """A `Progress` for people.
+class Terminal(Callback):
+    """Shows a run to people.
 
     Use it as a context manager, so that the terminal is left in order whatever happens.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
-from fedlora.flower import client_app, run_local
-from fedlora.flower.server_app import RunOutcome
-from fedlora.progress import NoProgress
+from fedlora.federation.run import RunOutcome
+from fedlora.flower import client_app
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
 
 
-class _Cut(NoProgress):
+class _Cut(Callback):
     def __init__(self, number: int) -> None:
         self.number = number
 
@@ -24,7 +25,7 @@ class _Cut(NoProgress):
 def cut(rundir: RunDir, number: int, *, resume: bool = False) -> None:
     """Run, and be killed when round `number` has begun."""
     with pytest.raises(KeyboardInterrupt):
-        run_local(rundir.config, rundir, _Cut(number), resume=resume)
+        run_simulation(rundir.config, rundir, _Cut(number), resume=resume)
 
 
 def forget(config: RunConfig) -> None:
@@ -38,4 +39,4 @@ def cut_and_resumed(config: RunConfig, number: int) -> RunOutcome:
     rundir = RunDir.create(config)
     cut(rundir, number)
     forget(config)
-    return run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    return run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True)

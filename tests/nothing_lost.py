@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlora.progress import NoProgress
+from fedlora.callbacks import Callback
 from fedlora.runs.rundir import RunDir
 
 LeftOut = Mapping[tuple[int, int], str]
@@ -32,7 +32,7 @@ def require_nothing_lost(rundir: RunDir, left_out: LeftOut) -> None:
             assert records[number]["refused"][str(client_id)] == why
 
 
-class Witness(NoProgress):
+class Witness(Callback):
     """Sees, whenever a round is said to have ended, that nothing of it is lost."""
 
     def __init__(self, rundir: RunDir) -> None:

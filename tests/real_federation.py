@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 from nothing_lost import require_nothing_lost
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
 from fedlora.deploy import FederationPlan, write_project
-from fedlora.flower import run_local
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -161,10 +161,10 @@ class Run:
         return {(int(number), int(client_id)): why.strip() for number, client_id, why in found}
 
     def simulate(self, **how: Any) -> Path:
-        """The folder of its simulation; `how` is for `run_local`."""
+        """The folder of its simulation; `how` is for `run_simulation`."""
         output, name = str(self.federation.folder), f"{self.config.name}-simulated"
         config = self.config.model_copy(update={"output": output, "name": name})
-        return run_local(config, RunDir.create(config), NoProgress(), **how).rundir.path
+        return run_simulation(config, RunDir.create(config), Callback(), **how).rundir.path
 
     def require_equal(self, simulated: Path) -> None:
         """The bytes of the adapter are those of the simulation."""

@@ -1,4 +1,4 @@
-"""fedlora's arm: `run_local`, held between rounds.
+"""fedlora's arm: `run_simulation`, held between rounds.
 
 Started by peers.py: `python peer_ours.py FOLDER PROCESSES KERNELS DTYPE`. A round is a whole one: plans, messages,
 checks, merge, metrics, checkpoint.
@@ -14,11 +14,11 @@ from typing import Any
 
 from peer_client import turns
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, load_config
-from fedlora.flower import run_local
 from fedlora.model import save_adapter
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
 
 
@@ -26,7 +26,7 @@ class EndError(Exception):
     """The benchmark has seen enough."""
 
 
-class Turns(NoProgress):
+class Turns(Callback):
     """Holds the run at the end of a turn until the benchmark asks for the next."""
 
     def __init__(self, config: RunConfig, rundir: RunDir) -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         rundir = RunDir.create(config, place)
         try:
-            run_local(config, rundir, Turns(config, rundir))
+            run_simulation(config, rundir, Turns(config, rundir))
         except EndError:
             return
 

@@ -49,7 +49,7 @@ class Turns(TrainingProcessCallback):
         self._left = 0
         self.round = 1
 
-    def on_train_begin(self, *, model: Any) -> Metrics:  # noqa: ARG002
+    def on_train_begin(self, *, model: Any) -> Metrics:
         self._next()
         return Metrics()
 

@@ -77,22 +77,22 @@ class Silent(Probe):
         self.values: dict[int, list[Tensor]] = {}
         self.look: Callable[[], Tensor] | None = None
 
-    def collate(self, examples: Examples, indices: np.ndarray) -> Batch:  # noqa: ARG002
+    def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
         """The numbers alone; the sample is noted."""
         numbers = np.asarray(indices)
         for client in np.unique(numbers // self._n):
             self.samples.setdefault(int(client), []).append(numbers[numbers // self._n == client] % self._n)
         return {NUMBER: torch.from_numpy(numbers)}
 
-    def tokens(self, batch: Batch) -> int | None:  # noqa: ARG002
+    def tokens(self, batch: Batch) -> int | None:
         """One: the model is not asked."""
         return 1
 
-    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:  # noqa: ARG002
+    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:
         """All numbers after each other."""
         return {NUMBER: torch.cat([batch[NUMBER] for batch in batches])}
 
-    def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+    def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Zeros [b] that depend on nothing trained."""
         numbers = batch[NUMBER]
         if self.look is not None:

@@ -305,7 +305,7 @@ class _CanaryTask:
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
         return {**self._task.collate(examples, indices % len(examples)), "canary": torch.from_numpy(indices)}
 
-    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:  # noqa: ARG002
+    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:
         (only,) = batches
         return only
 

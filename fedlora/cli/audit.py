@@ -50,9 +50,9 @@ def audit(
             workspace = open_workspace(config)
 
         from fedlora.audit.run_audit import attack, check
-        from fedlora.flower import refuse_early
-        from fedlora.flower.servable import clients_wanted
+        from fedlora.federation.checks import clients_wanted
         from fedlora.privacy.checks import FALSE_ALARM
+        from fedlora.simulation.run import refuse_early
 
         refuse_early(config, workspace)
         asked = clients_wanted(config, len(workspace.data.clients))

@@ -1,7 +1,7 @@
 """Keys that say something which another key's value leaves without effect: refused, so that nobody counts on them.
 
 What depends on the model, the data or a rule is refused where these are known (`fedlora.model.peft_methods`,
-`fedlora.data`, `fedlora.flower.servable`, the entries of the registries). Only values other than the defaults are
+`fedlora.data`, `fedlora.federation.checks`, the entries of the registries). Only values other than the defaults are
 looked at, since a run's own config.toml writes every key.
 """
 

@@ -9,9 +9,8 @@ import torch
 
 from fedlora.adapter import AdapterState, Layout
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState
-from fedlora.flower.messages import Ask, PlanEncoder, frozen_tensors, trained_tensors
+from fedlora.federation.protocol import FrozenDigest, TrainRequest, request_tensors
 from fedlora.rng import derive
-from fedlora.state_io import flatten_base_update
 
 ROUNDS = 3
 """The first is not counted: in it every client gets what is sent only once. Rules may alternate, so two are."""
@@ -51,15 +50,15 @@ def measure_traffic(
     versions = [0] * len(layouts)
     up = down = first = 0.0
     for number in range(1, ROUNDS + 1):
-        encoder, updates = PlanEncoder(), []
+        digest, updates = FrozenDigest(), []
         for k, layout in enumerate(layouts):
             plan = rule.plan(state, ClientSpec(k, layout, versions[k]))
-            received = _down(plan, encoder, held[k])
+            received = _down(plan, digest, held[k])
             if number == 1:
                 first += received
             else:
                 down += received
-                up += sum(header.nbytes for header in Ask(plan, number, k, wire=wire).headers().values())
+                up += TrainRequest(plan, number, k, wire=wire).reply_nbytes
             versions[k] = plan.base_version
             updates.append(ClientUpdate(k, _moved(plan, derive(number, "traffic", k)), 1.0, plan.base_version))
         state = _merge(rule, state, updates, number)
@@ -67,16 +66,11 @@ def measure_traffic(
     return Traffic(up / counted, down / counted, first / len(layouts))
 
 
-def _down(plan: ClientPlan, encoder: PlanEncoder, held: set[str]) -> int:
-    size = sum(tensor.nbytes for tensor in trained_tensors(plan).values())
-    size += sum(
-        tensor.nbytes for base_update in plan.base_updates for tensor in flatten_base_update(base_update)[0].values()
-    )
-    frozen = encoder.frozen_digest(plan)
-    if frozen and frozen not in held:
-        held.add(frozen)
-        size += sum(tensor.nbytes for tensor in frozen_tensors(plan).values())
-    return size
+def _down(plan: ClientPlan, digest: FrozenDigest, held: set[str]) -> int:
+    frozen = digest(plan)
+    tensors = request_tensors(plan, with_frozen=frozen not in held)
+    held.add(frozen)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _moved(plan: ClientPlan, seed: int) -> AdapterState:

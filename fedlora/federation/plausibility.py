@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Any
 
@@ -23,6 +24,19 @@ UPDATE_NORM = "update_norm"
 """Figure of a client in the metrics: the L2 norm of what it changed."""
 LOSS_RATIO = 1000.0
 """A loss above so many times the clients' median (of which at least 1 counts) is no loss of this model."""
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """What is known before a round begins.
+
+    Args:
+        median_change: Of the clients in the rounds before; None: it is not known.
+        claims: Client -> examples that it said it has, of all clients.
+    """
+
+    median_change: float | None = None
+    claims: Mapping[int, int] = field(default_factory=dict)
 
 
 def median_change(records: Iterable[Mapping[str, Any]]) -> float | None:

@@ -1,51 +1,54 @@
-"""The books of one round: who was asked, what became of each, and what it cost."""
+"""Record of one round: the clients that were sampled, the outcome of each, and the traffic."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora.adapter import DeltaSum
 from fedlora.errors import RoundError
+from fedlora.federation.client_pool import ClientReply, PartialAggregate
 from fedlora.federation.plausibility import no_losses
 from fedlora.federation.simulated_devices import SimulatedDevices
 
 
 @dataclass
-class Round:
-    """The books of one round.
+class RoundRecord:
+    """Record of one round.
 
     Args:
-        number: of the round, from 1.
-        asked: clients that were sent a plan.
-        offline: clients that were not there to be asked (simulated devices).
-        answered: clients whose reply was folded in.
-        refused: clients whose reply was not, and why.
-        missing: clients without a reply at the deadline.
-        dropped: clients that dropped out (simulated devices).
-        late: clients that missed the simulated deadline.
-        spent: of the refused, those whose privacy budget is spent.
-        lost: whether too few answered, so that the round changed nothing.
-        simulated_s: client -> simulated seconds until its reply.
-        median_change: of the clients in the rounds before (`fedlora.federation.plausibility`); None: it is not known.
-        claims: client -> examples that its node said it has, of all nodes.
-        doubted: clients whose loss is left out of the mean.
+        number: Of the round, from 1.
+        asked: Clients that were sent a request.
+        offline: Clients that were not there to be asked (simulated devices).
+        measures_error: Whether the sum of the ideal update is kept, to measure the aggregation error.
+
+    Attributes:
+        answered: Clients whose reply was aggregated.
+        refused: Clients whose reply was not, and why.
+        missing: Clients without a reply at the deadline.
+        dropped: Clients that dropped out (simulated devices).
+        late: Clients that missed the simulated deadline.
+        spent: Of the refused, those whose privacy budget is spent.
+        lost: Whether too few answered, so that the round changed nothing.
+        simulated_s: Client -> simulated seconds until its reply.
+        doubted: Clients whose loss is left out of the mean.
+        clients: Client -> its figures.
+        ideal: Sum over the updates of n_k s_k B_k A_k; `weight` is the sum of n_k.
     """
 
     number: int
-    asked: list[int]
+    asked: Sequence[int]
+    offline: list[int] = field(default_factory=list)
+    measures_error: bool = False
     answered: list[int] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
     missing: list[int] = field(default_factory=list)
-    offline: list[int] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
     spent: list[int] = field(default_factory=list)
     lost: bool = False
-    median_change: float | None = None
-    claims: Mapping[int, int] = field(default_factory=dict)
     doubted: list[int] = field(default_factory=list)
     simulated_s: dict[int, float] = field(default_factory=dict)
     bytes_up: int = 0
@@ -54,32 +57,31 @@ class Round:
     ideal: DeltaSum = field(default_factory=DeltaSum)
     weight: float = 0.0
 
-    def add(self, shares: Sequence[Round]) -> None:
-        """Take over what became of some of the asked, from the books of those who asked them.
+    def add(self, reply: ClientReply) -> None:
+        """Write down the outcome of one client."""
+        client_id, failure = reply.client_id, reply.failure
+        self.bytes_down += reply.bytes_down
+        self.bytes_up += reply.bytes_up
+        if reply.simulated_s is not None:
+            self.simulated_s[client_id] = reply.simulated_s
+        if failure is None:
+            self.answered.append(client_id)
+            self.clients[client_id] = dict(reply.figures)
+            if reply.update is not None and self.measures_error:
+                self.ideal.add(reply.update.adapter.pairs, reply.update.num_examples)
+                self.weight += reply.update.num_examples
+        elif failure.kind in ("refused", "spent"):
+            self.refused[client_id] = failure.why
+            if failure.kind == "spent":
+                self.spent.append(client_id)
+        else:
+            outcomes = {"missing": self.missing, "dropped": self.dropped, "late": self.late}
+            outcomes[failure.kind].append(client_id)
 
-        Args:
-            shares: of clients that come after all those that stand here; only theirs have to be put in order.
-        """
-        for ours, *theirs in zip(self._lists(), *(share._lists() for share in shares), strict=True):
-            ours.extend(sorted(client_id for some in theirs for client_id in some))
-        for table, *others in zip(self._tables(), *(share._tables() for share in shares), strict=True):
-            table.update(sorted(row for other in others for row in other.items()))
-        for share in shares:
-            self.add_cost(share)
-            self.ideal.extend(share.ideal)
-            self.weight += share.weight
-
-    def add_cost(self, share: Round) -> None:
-        """Take over what some of the asked cost, whatever they answered."""
-        self.bytes_up += share.bytes_up
-        self.bytes_down += share.bytes_down
-        self.spent.extend(sorted(share.spent))
-
-    def _lists(self) -> tuple[list[int], ...]:
-        return self.answered, self.missing, self.dropped, self.late
-
-    def _tables(self) -> tuple[dict[int, Any], ...]:
-        return self.refused, self.simulated_s, self.clients
+    def add_partial(self, partial: PartialAggregate) -> None:
+        """Take over the ideal sum of clients whose outcomes are written down already."""
+        self.ideal.extend(partial.ideal)
+        self.weight += partial.weight
 
     def mean(self, metric: str) -> float | None:
         """The mean of a client metric, weighted by examples."""
@@ -112,11 +114,11 @@ class Round:
         return len(self.answered) < quorum_of(len(self.asked), share) <= there or not self.asked
 
     def outcome(self) -> dict[str, Any]:
-        """What a line of metrics says of the clients."""
+        """The clients' part of a line of metrics."""
         return {
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
-            "asked": self.asked,
+            "asked": list(self.asked),
             "answered": self.answered,
             "refused": {str(k): why for k, why in self.refused.items()},
             "missing": self.missing,

@@ -13,6 +13,9 @@ import numpy as np
 
 from fedlora.config import ClientsConfig, ProfileConfig, RunConfig
 from fedlora.rng import derive
+from fedlora.training.dp_settings import private_settings
+from fedlora.training.job import examples_of
+from fedlora.training.workspace import Workspace
 
 BITS = 8e-6
 """Megabits in a byte."""
@@ -76,3 +79,18 @@ class SimulatedDevices:
 
     def _draw(self, what: str, round_number: int, client_id: int) -> float:
         return float(np.random.default_rng(derive(self.seed, what, round_number, client_id)).random())
+
+
+def examples_to_tell(workspace: Workspace, client_id: int) -> int:
+    """Examples that a client trains on in a round, where something that is written down goes by them.
+
+    A private run goes by what is public: its plan, or the number of examples where weights go by that.
+    """
+    config = workspace.config
+    if config.example_privacy is not None:
+        plan = private_settings(config, client_id).schedule
+        return round(plan.steps * plan.expected_batch_size)
+    train = config.train_of(client_id)
+    if config.client_privacy is not None and config.server.weighting == "uniform":
+        return (train.steps or 1) * train.batch_size
+    return examples_of(len(workspace.data.clients[client_id]), train)

@@ -1,4 +1,4 @@
-"""The only place that imports flwr."""
+"""The only place that imports flwr, with `fedlora.node_worker`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fedlora.flower.flower_clients import FlowerClients
     from fedlora.flower.flower_strategy import FedLoraStrategy, evaluate_fn, initial_arrays
-    from fedlora.flower.local import run_local
-    from fedlora.flower.servable import refuse_early
-    from fedlora.flower.server_app import RunOutcome
 
-__all__ = ["FedLoraStrategy", "RunOutcome", "evaluate_fn", "initial_arrays", "refuse_early", "run_local"]
+__all__ = ["FedLoraStrategy", "FlowerClients", "evaluate_fn", "initial_arrays"]
 
 _HOME = {
     "FedLoraStrategy": "flower_strategy",
-    "RunOutcome": "server_app",
+    "FlowerClients": "flower_clients",
     "evaluate_fn": "flower_strategy",
     "initial_arrays": "flower_strategy",
-    "refuse_early": "servable",
-    "run_local": "local",
 }
 
 

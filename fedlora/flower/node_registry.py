@@ -7,39 +7,34 @@ a new id, which takes the old one's place once the grid no longer holds that to 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError
+from fedlora.federation.client_pool import ClientInfo
+from fedlora.federation.planner import Held
 from fedlora.federation.round_record import quorum_of
 from fedlora.flower import mailbox as post
 from fedlora.flower.identities import Bindings, Identity
 from fedlora.flower.mailbox import Mailbox, Sent
 from fedlora.flower.update_checks import Hello, check_hello
-from fedlora.progress import Progress
 from fedlora.sanitize import clean_text
 
 
-@dataclass
+@dataclass(frozen=True)
 class Node:
-    """What the server knows of one client.
+    """What the server knows of one client's node.
 
     Args:
-        client_id: its number in the partition.
         node_id: Flower's id of the node.
-        rank: that it asked for; None: the config's.
-        num_examples: that it said it has; None: it did not say.
-        frozen: digest of the frozen parts that it holds.
-        base_version: of the base that it holds, with its digest.
+        info: Of the client.
+        held: What it holds from earlier rounds; changed in place.
     """
 
-    client_id: int
     node_id: int
-    rank: int | None = None
-    num_examples: int | None = None
-    frozen: str = ""
-    base_version: int = 0
-    base_digest: str = ""
+    info: ClientInfo
+    held: Held = field(default_factory=Held)
 
 
 class NodeRegistry:
@@ -50,7 +45,7 @@ class NodeRegistry:
         config: of the run.
         expected: how many clients there are.
         fingerprint: of the server's base model.
-        progress: is told who is refused, joins or returns.
+        say: told who is refused.
         bindings: which node may be which client.
     """
 
@@ -60,10 +55,10 @@ class NodeRegistry:
         config: RunConfig,
         expected: int,
         fingerprint: str,
-        progress: Progress,
+        say: Callable[[str], None],
         bindings: Bindings | None = None,
     ) -> None:
-        self._mail, self._server, self._progress = mail, config.server, progress
+        self._mail, self._server, self._say = mail, config.server, say
         self._max_rank = config.max_rank
         self._bindings = bindings or Bindings(config.server.nodes)
         self._who: dict[int, Identity | None] = {}
@@ -107,26 +102,20 @@ class NodeRegistry:
             time.sleep(post.POLL_S[1])
         if not self.nodes:
             raise self.nobody()
-        self._progress.message(
-            f"only {len(self.nodes)} of {self._expected} clients are there; the run goes on without the others"
-        )
+        self._say(f"only {len(self.nodes)} of {self._expected} clients are there; the run goes on without the others")
 
     def nobody(self) -> RoundError:
         """What to say where no node can take part."""
         reasons = [f"node {node_id}: {why}" for node_id, why in self._refused.items()]
         return RoundError(f"no node can take part; {'; '.join(reasons[:3])}")
 
-    def gather(self, number: int, needed: int) -> list[int]:
+    def gather(self, number: int, needed: int) -> None:
         """Before a round: who has come since; waits, for `server.node_timeout_s` at most, only below the quorum.
 
         Args:
             number: of the round.
             needed: how many clients must be there.
-
-        Returns:
-            The clients that take part from this round on.
         """
-        before = {client_id: node.node_id for client_id, node in self.nodes.items()}
         self.look()
         for node_id in self._refused.keys() & set(self._there) - self._asked.keys():
             self._asked[node_id] = self._mail.ask_hello(node_id)  # it may have been put right
@@ -134,13 +123,12 @@ class NodeRegistry:
         while (there := sum(map(self.is_there, self.nodes))) < min(needed, len(self.nodes)):
             if not said:
                 who = f"{there or 'no'} node{'s are' if there > 1 else ' is'} there, the quorum is {needed}"
-                self._progress.message(f"round {number}: {who}; waiting up to {self._server.node_timeout_s:g} s")
+                self._say(f"round {number}: {who}; waiting up to {self._server.node_timeout_s:g} s")
                 said = True
             if time.monotonic() >= end:
                 break
             time.sleep(post.POLL_S[1])
             self.look()
-        return [client_id for client_id, node in self.nodes.items() if before.get(client_id) != node.node_id]
 
     def look(self) -> None:
         """Ask nodes that are new, and hear those that were asked; waits for nobody."""
@@ -166,7 +154,7 @@ class NodeRegistry:
         why = clean_text(why)
         self.nodes = {k: node for k, node in self.nodes.items() if node.node_id != node_id}
         if self._refused.get(node_id) != why:
-            self._progress.message(f"refused node {node_id}: {why}")
+            self._say(f"refused node {node_id}: {why}")
         self._refused[node_id] = why
 
     def _let_in(self, hello: Hello, node_id: int) -> None:
@@ -175,5 +163,5 @@ class NodeRegistry:
         if old is not None and old.node_id in self._there and old.node_id != node_id:
             raise ReplyError(f"client {client_id} is there already")
         self._bindings.bind(client_id, self._who.get(node_id, Identity()))  # who has left since is nobody
-        self.nodes[client_id] = Node(client_id, node_id, hello.rank, hello.num_examples)
+        self.nodes[client_id] = Node(node_id, ClientInfo(client_id, hello.rank, hello.num_examples))
         self._refused.pop(node_id, None)

@@ -1,61 +1,30 @@
-"""Nothing that a client sends touches a tensor before it passed these checks, in this order.
+"""Nothing that a node sends touches a tensor before it passed these checks, in this order.
 
-1. the reply is no error; 2. its keys are exactly those that were asked for; 3. it is not larger than it can be;
-4. each header fits (serialisation, dtype, shape as asked, length of the body); 5. every value is finite, and is one
-that the wire format can make;
-6. the norm is below the cap; 7. the weight is a whole number in [1, the declared maximum];
-8. it was trained on the base that was asked for.
+1. the reply is no error; 2. its records and the keys of its tensors are exactly those that were asked for; 3. it is not
+larger than it can be; 4. each header fits (serialisation, dtype, shape as asked, length of the body); 5. it is for the
+round and the base that were asked for, and holds codes that the wire format can make.
+
+Which values are used is decided by `fedlora.federation.screen`, in simulations too.
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlora import __version__
 from fedlora.errors import ReplyError
-from fedlora.flower.messages import Ask, decode_head
-from fedlora.flower.wire import decode_change
+from fedlora.federation.protocol import TrainRequest
+from fedlora.flower.messages import decode_head
 from fedlora.sanitize import clean_text
+from fedlora.wire_formats import Header, decode_change
 
 RECORDS = {"reply": ConfigRecord, "update": ArrayRecord, "metrics": MetricRecord}
 """What the reply of a client that has trained holds."""
-METRICS = frozenset(("loss", "steps", "seconds", "compute_seconds", "examples_seen"))
-
-LARGEST_FIGURES = {"steps": 1e9, "seconds": 1e8, "compute_seconds": 1e10, "examples_seen": 1e12}
-"""Counts and times are not negative, and smaller than that; a loss may be any finite number."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a reply may at most be.
-
-    Args:
-        max_examples: largest number of examples that a client may claim.
-        max_norm: largest L2 norm over all tensors together; None: no cap.
-        metrics: figures that it may carry beside the number of examples.
-    """
-
-    max_examples: int
-    max_norm: float | None = None
-    metrics: frozenset[str] = METRICS
-
-
-@dataclass(frozen=True)
-class Valid:
-    """A reply that passed; `change` is the L2 norm of what the client changed."""
-
-    tensors: Mapping[str, Tensor]
-    change: float
-    num_examples: int
-    metrics: Mapping[str, float]
 
 
 def check_head(reply: Message, kinds: Sequence[str] = ("update", "need")) -> dict[str, Any]:
@@ -125,78 +94,57 @@ def check_hello(reply: Message | None, fingerprint: str, clients: int, max_rank:
     return Hello(client_id, rank, count)
 
 
-def check_update(content: RecordDict, ask: Ask, limits: Limits) -> Valid:
-    """Checks 2 to 8.
+def check_update(content: RecordDict, request: TrainRequest) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Checks 2 to 5.
+
+    Args:
+        content: Of a reply whose head was checked.
+        request: That it answers.
+
+    Returns:
+        The tensors, decoded, and the figures that the client reports.
 
     Raises:
         ReplyError: naming the first check that failed.
     """
-    manifest = ask.headers()
     head = decode_head(content)
     if {name: type(record) for name, record in content.items()} != RECORDS:
-        raise ReplyError("the reply does not hold exactly the records reply, update and metrics")
-    arrays = cast("ArrayRecord", content["update"])
-    if odd := set(arrays) ^ set(manifest):
-        name = min(odd)
-        raise ReplyError(f"tensor {clean_text(name, 80)!r} {'was not asked for' if name in arrays else 'is missing'}")
-    size = sum(len(array.data) for array in arrays.values())
-    if size > (cap := sum(header.nbytes for header in manifest.values())):
-        raise ReplyError(f"the reply has {size} bytes of tensors, {cap} were asked for")
-    for name, header in manifest.items():
-        array = arrays[name]
-        if array.stype != header.stype:
-            raise ReplyError(f"tensor {name!r} is serialised as {clean_text(array.stype, 40)!r}, not {header.stype!r}")
-        if array.dtype != header.dtype:
-            raise ReplyError(f"tensor {name!r} is of type {clean_text(array.dtype, 40)!r}, not {header.dtype!r}")
-        if tuple(array.shape) != header.shape or not all(type(side) is int for side in array.shape):
-            raise ReplyError(f"tensor {name!r} has shape {clean_text(tuple(array.shape)[:8], 80)}, not {header.shape}")
-        if len(array.data) != header.nbytes:
-            raise ReplyError(f"tensor {name!r} has {len(array.data)} bytes, not {header.nbytes}")
-    starts = ask.starts()
-    tensors = {name: decode_change(arrays[name], start) for name, start in starts.items()}
-    change = l2_norm(tensor - starts[name].to(tensor.device, tensor.dtype) for name, tensor in tensors.items())
-    if not math.isfinite(change):  # also for changes beyond float32, or whose squares are beyond float64
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise ReplyError(f"tensor {name!r} holds values that are not finite: lower the client's learning rate")
-    if limits.max_norm is not None and not (norm := l2_norm(tensors.values())) <= limits.max_norm:
-        raise ReplyError(f"the update's norm {norm:.4g} is above server.max_norm = {limits.max_norm:g}")
-    weight, metrics = _metrics(cast("MetricRecord", content["metrics"]), limits)
-    if type(head.get("round")) is not int or head["round"] != ask.round:
-        raise ReplyError(f"the reply is for round {clean_text(head.get('round'), 20)}, not {ask.round}")
-    if head.get("base_digest") != ask.base_digest:
-        raise ReplyError("the update was trained on another version of the base")
-    return Valid(tensors, change, weight, metrics)
-
-
-def l2_norm(tensors: Iterable[Tensor]) -> float:
-    """The L2 norm over all entries of some tensors, summed in float64; infinite where float64 is too small."""
-    entries = [tensor.reshape(-1) for tensor in tensors]
-    if not entries:
-        return 0.0
-    norm = float(torch.linalg.vector_norm(torch.cat(entries), dtype=torch.float64))
-    return norm if math.isfinite(norm) else math.inf
-
-
-def _metrics(record: MetricRecord, limits: Limits) -> tuple[int, dict[str, float]]:
-    weight = record.get("num_examples")
-    if not isinstance(weight, int) or isinstance(weight, bool):
-        raise ReplyError(f"num_examples must be a whole number, not {clean_text(weight, 40)!r}")
-    if not 1 <= weight <= limits.max_examples:
         raise ReplyError(
-            f"num_examples {weight} is not within 1 and {limits.max_examples}, the smaller of server.max_examples and "
-            "what the partition gives it"
+            "the reply does not hold exactly the records reply, update and metrics", code="unexpected-records"
         )
-    if odd := set(record) - limits.metrics - {"num_examples"}:
-        raise ReplyError(f"metric {clean_text(min(odd), 40)!r} was not asked for")
-    metrics: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, list) or not abs(value) <= sys.float_info.max:
-            raise ReplyError(f"metric {name!r} is no finite number")
-        if name in LARGEST_FIGURES and not 0 <= value <= LARGEST_FIGURES[name]:
-            raise ReplyError(f"metric {name!r} is {value:g}, which no client measures")
-        metrics[name] = float(value)
-    return weight, metrics
+    arrays = cast("ArrayRecord", content["update"])
+    if odd := set(arrays) ^ set(request.headers):
+        name = min(odd)
+        what = "was not asked for" if name in arrays else "is missing"
+        raise ReplyError(f"tensor {clean_text(name, 80)!r} {what}", code="unexpected-tensors")
+    size = sum(len(array.data) for array in arrays.values())
+    if size > (cap := request.reply_nbytes):
+        raise ReplyError(f"the reply has {size} bytes of tensors, {cap} were asked for", code="reply-too-large")
+    for name, header in request.headers.items():
+        _require_header(name, arrays[name], header)
+    if type(head.get("round")) is not int or head["round"] != request.round:
+        theirs = clean_text(head.get("round"), 20)
+        raise ReplyError(f"the reply is for round {theirs}, not {request.round}", code="other-round")
+    if head.get("base_digest") != request.base_digest:
+        raise ReplyError("the update was trained on another version of the base", code="other-base")
+    tensors = {
+        name: decode_change(header, arrays[name].data, request.starts[name]) for name, header in request.headers.items()
+    }
+    return tensors, dict(cast("MetricRecord", content["metrics"]))
+
+
+def _require_header(name: str, array: Array, header: Header) -> None:
+    if array.stype != header.stype:
+        problem = f"is serialised as {clean_text(array.stype, 40)!r}, not {header.stype!r}"
+    elif array.dtype != header.dtype:
+        problem = f"is of type {clean_text(array.dtype, 40)!r}, not {header.dtype!r}"
+    elif tuple(array.shape) != header.shape or not all(type(side) is int for side in array.shape):
+        problem = f"has shape {clean_text(tuple(array.shape)[:8], 80)}, not {header.shape}"
+    elif len(array.data) != header.nbytes:
+        problem = f"has {len(array.data)} bytes, not {header.nbytes}"
+    else:
+        return
+    raise ReplyError(f"tensor {name!r} {problem}", code="unexpected-header")
 
 
 def error_text(reply: Message) -> str:

@@ -68,6 +68,7 @@ class Base:
         dtype: of the frozen weights.
         adapter_dtype: of all that is trained: float64 for a float64 base, float32 for any other.
         weights: the versions of the frozen weights.
+        history: the last version that `fedlora.model.base_history` made, and its digest.
         cache: keeps results of the frozen weights, if whoever opened the base has given it one.
         attention: transformers' name of the attention that the model was loaded with.
         coupled: why an example's result depends on the examples beside it, if whoever opened the base has found so.
@@ -111,6 +112,7 @@ class Base:
         self.targets, self.heads = tuple(targets), tuple(heads)
         self.random, self.notes = tuple(frozen), tuple(notes)
         self.weights = BaseWeights(plain)
+        self.history: tuple[int, str] = (0, "")
         self.cache: Cache | None = None
         self.attention: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
         self.coupled: str | None = None

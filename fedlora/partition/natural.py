@@ -38,7 +38,7 @@ class Natural(Partitioner):
         """The column of the clients."""
         return (self.column,)
 
-    def assign(self, info: PartitionInput, seed: int) -> Mapping[str, np.ndarray]:  # noqa: ARG002 nothing is drawn
+    def assign(self, info: PartitionInput, seed: int) -> Mapping[str, np.ndarray]:
         """See `Partitioner.assign`."""
         groups = groups_of(column_of(info, self.column))
         clients = {name: rows for name, rows in groups.items() if len(rows) >= self.min_size}

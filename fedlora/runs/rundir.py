@@ -43,7 +43,6 @@ from fedlora.config import RunConfig, flat_keys, load_config
 from fedlora.errors import ConfigError, FedloraError, RunDirError, nearest_file
 from fedlora.files import locked, sync_folder, write_atomically
 from fedlora.privacy.disclosure import Disclosure
-from fedlora.progress import NoProgress, PlainProgress, Progress
 from fedlora.provenance import Provenance, in_words
 from fedlora.runs.config_changes import Change, changes_of, differs_in_more_than_machine, record, refused
 from fedlora.runs.environment import describe_environment
@@ -56,8 +55,6 @@ from fedlora.state_io import (
     unflatten_state,
     unpack,
 )
-
-__all__ = ["NoProgress", "PlainProgress", "Progress", "RunDir"]
 
 KEPT_CHECKPOINTS = 2
 """The last one, and the one before it in case the last is lost to a bad disk."""

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from fedlora.aggregators import rule_class
+from fedlora.federation.simulated_devices import examples_to_tell
 from fedlora.memory import total_bytes
 from fedlora.model import Base
 from fedlora.partition import partitioners
 from fedlora.simulation.machines import Machine, most_threads, room
 from fedlora.simulation.processes import with_threads
 from fedlora.training.cohort import why_alone
-from fedlora.training.dp_settings import private_settings
 from fedlora.training.job import examples_of
 from fedlora.training.runtime import own_cores, usable_cores
 from fedlora.training.step_scheduler import step_budget
@@ -164,21 +164,6 @@ def modules_of(workspace: Workspace) -> list[str]:
     if config.partition.name in partitioners:  # not where nodes bring their own data
         classes.append(partitioners.get(config.partition.name))
     return sorted({cls.__module__ for cls in classes})
-
-
-def examples_to_tell(workspace: Workspace, client_id: int) -> int:
-    """Examples that a client trains on in a round, where something that is written down goes by them.
-
-    A private run goes by what is public: its plan, or the number of examples where weights go by that.
-    """
-    config = workspace.config
-    if config.example_privacy is not None:
-        plan = private_settings(config, client_id).schedule
-        return round(plan.steps * plan.expected_batch_size)
-    train = config.train_of(client_id)
-    if config.client_privacy is not None and config.server.weighting == "uniform":
-        return (train.steps or 1) * train.batch_size
-    return examples_of(len(workspace.data.clients[client_id]), train)
 
 
 def lengths_to_tell(workspace: Workspace) -> np.ndarray:

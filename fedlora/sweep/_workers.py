@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import FedloraError
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import Keep, RunDir
 from fedlora.simulation.processes import ONE_THREAD, Child, Pipe
 from fedlora.unexpected import describe_exception
@@ -70,7 +70,7 @@ def attempt(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> s
 
 def complete(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> None:
     """One run to its end: from the beginning, or from where it was stopped."""
-    from fedlora.flower import refuse_early, run_local
+    from fedlora.simulation.run import refuse_early, run_simulation
     from fedlora.training import open_workspace
 
     path = Path(config.output) / config.name
@@ -81,14 +81,14 @@ def complete(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> 
     refuse_early(config, open_workspace(config))
     run = RunDir.open(path, config, same=True) if there else RunDir.create(config)
     try:
-        run_local(config, run, _Rounds(on_round), resume=there)
+        run_simulation(config, run, _Rounds(on_round), resume=there)
     except Exception:
         run.discard_if_untrained()
         raise
     run.slim(keep)
 
 
-class _Rounds(NoProgress):
+class _Rounds(Callback):
     """Tells of rounds and of nothing else."""
 
     def __init__(self, on_round: Callable[[int], None]) -> None:

@@ -46,7 +46,7 @@ class Screen:
         """There is more to do than it seemed."""
         self._runs, self._rounds = self._runs + runs, self._rounds + rounds
 
-    def round_ended(self, name: str, number: int) -> None:  # noqa: ARG002
+    def round_ended(self, name: str, number: int) -> None:
         """Move on."""
         self._rounds_done += number > 0
         self._update()

@@ -135,7 +135,7 @@ class Task(ABC):
         """Whether row i of every tensor of a batch belongs to example i; gradients taken example by example need it."""
         return True
 
-    def pads_left(self, examples: Examples) -> bool:  # noqa: ARG002
+    def pads_left(self, examples: Examples) -> bool:
         """Whether the model's tokeniser pads on the left; batches are padded on the right all the same."""
         return False
 
@@ -158,7 +158,7 @@ class Task(ABC):
             keep: raw columns to carry along in `Examples.columns`.
         """
 
-    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:  # noqa: ARG002
+    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
         """Hashes of what the task reads of a checkpoint beside its weights, by the names of `Provenance`'s fields.
 
         Args:
@@ -189,7 +189,7 @@ class Task(ABC):
         """Some examples as arguments of the model's own forward, for comparison with the model loaded elsewhere."""
         return {name: value for name, value in self.collate(examples, indices).items() if name != "labels"}
 
-    def padding(self, examples: Examples) -> Mapping[str, int]:  # noqa: ARG002
+    def padding(self, examples: Examples) -> Mapping[str, int]:
         """The tensors of a batch that are padded, [rows, tokens], with what fills their shorter rows."""
         return {}
 
@@ -218,7 +218,7 @@ class Task(ABC):
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
         """What evaluation needs of each example, for `summarise`."""
 
-    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:  # noqa: ARG002
+    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
         """The same examples with noise in the inputs of some: `partition.feature_noise` of one client.
 
         Args:
@@ -234,12 +234,12 @@ class Task(ABC):
 
     def samples(
         self,
-        model: torch.nn.Module,  # noqa: ARG002
-        examples: Examples,  # noqa: ARG002
-        indices: Sequence[int] | np.ndarray,  # noqa: ARG002
-        model_path: str | Path | Checkpoint,  # noqa: ARG002
+        model: torch.nn.Module,
+        examples: Examples,
+        indices: Sequence[int] | np.ndarray,
+        model_path: str | Path | Checkpoint,
         *,
-        new_tokens: int = 32,  # noqa: ARG002
+        new_tokens: int = 32,
     ) -> tuple[Sample, ...]:
         """What the model says to the prompts of some examples; () for a task whose model says nothing.
 

@@ -128,7 +128,7 @@ class CausalLM(Task):
             columns={name: np.asarray(table.columns[name]) for name in keep},
         )
 
-    def model_kwargs(self, examples: Examples) -> dict[str, Any]:  # noqa: ARG002
+    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
         """Nothing: the model is taken as it is."""
         return {}
 

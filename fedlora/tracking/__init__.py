@@ -6,15 +6,15 @@ so once and goes on without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, final
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
-from fedlora.progress import Progress
 from fedlora.runs.rundir import RunDir
 from fedlora.sanitize import clean_text
 from fedlora.tracking._base import Tracker, figures_of
@@ -40,38 +40,44 @@ def require_tracker(config: RunConfig) -> None:
 
 
 @contextmanager
-def tracked(progress: Progress, config: RunConfig, rundir: RunDir) -> Iterator[Progress]:
-    """Inside, what is told to the result is also told to the config's tracker, if it names one.
+def tracked(told: Callback, config: RunConfig, rundir: RunDir) -> Iterator[list[Callback]]:
+    """Inside, the result holds a callback for the config's tracker, if it names one.
+
+    Args:
+        told: Told where the tracker is, and once if it fails.
+        config: Of the run.
+        rundir: Of the run.
 
     Raises:
         ConfigError: the tracker's package is missing.
     """
     if config.tracking is None:
-        yield progress
+        yield []
         return
     require_tracker(config)
     known: dict[str, str] = rundir.read_json(NOTES) or {}
-    both = _Both(progress)
-    with both.guarded():
+    tracking = _Tracking(told)
+    with tracking.guarded():
         tracker = _class(config.tracking.name)(config, rundir.path, known.get(config.tracking.name))
-        both.tracker = tracker
+        tracking.tracker = tracker
         rundir.write_json(NOTES, {**known, config.tracking.name: tracker.run_id or config.name})
-        progress.message(f"tracking: {tracker.where}")
+        told.message(f"tracking: {tracker.where}")
     ok = False
     try:
-        yield both
+        yield [tracking]
         ok = True
     finally:
-        if both.tracker is not None:
-            with both.guarded():
-                both.tracker.close(ok=ok)
+        if tracking.tracker is not None:
+            with tracking.guarded():
+                tracking.tracker.close(ok=ok)
 
 
-class _Both:
-    """A `Progress` that passes everything on, and the rounds to a tracker too."""
+@final
+class _Tracking(Callback):
+    """Passes the figures of each round to a tracker."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, told: Callback) -> None:
+        self._told = told
         self.tracker: Tracker | None = None
 
     @contextmanager
@@ -82,30 +88,13 @@ class _Both:
         except Exception as error:
             self.tracker = None
             words = clean_text(error, 300)
-            self._progress.message(f"tracking stopped: {type(error).__name__}: {words}; the run goes on without it")
-
-    def started(self, config: RunConfig, clients: int, rounds: int) -> None:
-        """Passed on."""
-        self._progress.started(config, clients, rounds)
-
-    def round_started(self, number: int, asked: Sequence[int]) -> None:
-        """Passed on."""
-        self._progress.round_started(number, asked)
-
-    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
-        """Passed on."""
-        self._progress.reply(number, client_id, ok, note)
+            self._told.message(f"tracking stopped: {type(error).__name__}: {words}; the run goes on without it")
 
     def round_ended(self, record: Mapping[str, Any]) -> None:
-        """Passed on, and logged."""
-        self._progress.round_ended(record)
+        """Log the round's figures."""
         if self.tracker is not None:
             with self.guarded():
                 self.tracker.log(figures_of(record), int(record["round"]))
-
-    def message(self, text: str) -> None:
-        """Passed on."""
-        self._progress.message(text)
 
 
 def _class(name: str) -> type[Tracker]:

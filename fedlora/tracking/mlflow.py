@@ -20,7 +20,7 @@ class MLflow(Tracker):
 
     package = "mlflow"
 
-    def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:  # noqa: ARG002
+    def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
         import mlflow
         from mlflow.entities import Param
 

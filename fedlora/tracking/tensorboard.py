@@ -31,6 +31,6 @@ class TensorBoard(Tracker):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self, *, ok: bool) -> None:  # noqa: ARG002
+    def close(self, *, ok: bool) -> None:
         """See `Tracker.close`."""
         self._writer.close()

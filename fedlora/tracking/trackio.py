@@ -18,7 +18,7 @@ class Trackio(Tracker):
 
     package = "trackio"
 
-    def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:  # noqa: ARG002
+    def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
         import trackio
 
         assert config.tracking is not None
@@ -40,7 +40,7 @@ class Trackio(Tracker):
         """See `Tracker.log`."""
         self._run.log(dict(figures), step=step)
 
-    def close(self, *, ok: bool) -> None:  # noqa: ARG002
+    def close(self, *, ok: bool) -> None:
         """See `Tracker.close`."""
         with redirect_stdout(io.StringIO()):
             self._run.finish()

@@ -141,10 +141,10 @@ class PrivateTogether(Loop):
     def _fail(self, client: Client, error: Exception) -> None:
         client.outcome = veiled(error)
 
-    def _random(self, clients: list[Client]) -> tuple[Streams, int]:  # noqa: ARG002
+    def _random(self, clients: list[Client]) -> tuple[Streams, int]:
         return Streams(), secret_seed()
 
-    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:  # noqa: ARG002
+    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:
         chosen = np.concatenate([client.chosen for client in members])
         return example_parts(joined, self._task.tokens(joined), self._masks(chosen))
 

@@ -306,7 +306,7 @@ class TrainingLoop(Loop):
             client.stream = Stream(derive(client.job.seed, "dropout"), self._base.device)
         return Streams() if drops_out(self._base.model) else None, derive(clients[0].job.seed, "dropout")
 
-    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:  # noqa: ARG002
+    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:
         parts, end = [], 0
         for client, one in zip(members, own, strict=True):
             assert client.stream is not None

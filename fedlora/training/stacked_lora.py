@@ -199,8 +199,8 @@ class Alone:
     def bind(
         self,
         values: Float[Tensor, "1 p"],
-        rows: Sequence[int],  # noqa: ARG002
-        sizes: Sequence[int],  # noqa: ARG002
+        rows: Sequence[int],
+        sizes: Sequence[int],
     ) -> list[Tensor]:
         """See `fedlora.training.loop.Binding`."""
         for parameter, column in zip(self._parameters, self._columns.columns, strict=True):

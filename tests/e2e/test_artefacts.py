@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.callbacks import Callback
 from fedlora.config import load_config
 from fedlora.data import FederatedData, load_data
-from fedlora.flower import run_local
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.tasks import load_task
 from fedlora.tasks._base import length_batches
 
@@ -53,7 +53,7 @@ def test_adapter_and_merged_model_are_as_good_as_the_run_says(
             "runtime.threads=1",
         ],
     )
-    outcome = run_local(config, RunDir.create(config), NoProgress())
+    outcome = run_simulation(config, RunDir.create(config), Callback())
     said = outcome.records[-1]["accuracy"]
     data = load_data(config)
     plain = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)

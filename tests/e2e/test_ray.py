@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedlora.callbacks import Callback
 from fedlora.config import load_config
-from fedlora.flower import run_local
 from fedlora.flower.peft_records import own_name
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.training import open_workspace
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def test_ray_reaches_the_same_adapter(tiny_bert: Path, tiny_csv: Path, tmp_path:
     assert (ray / "result.json").is_file(), printed[-6000:]
     # A client on Ray trains alone; in company its products have other shapes, and round differently.
     config = load_config(file, ["name=local", "runtime.cohort=1"])
-    local = run_local(config, RunDir.create(config), NoProgress()).rundir.path
+    local = run_simulation(config, RunDir.create(config), Callback()).rundir.path
     weights = "adapter/adapter_model.safetensors"
     assert (ray / weights).read_bytes() == (local / weights).read_bytes()
 
@@ -119,7 +119,7 @@ def test_ray_spends_what_the_engine_spends(tiny_bert: Path, tiny_csv: Path, tmp_
     ray = RunDir.open(tmp_path / "runs" / "ray")
     assert (ray.path / "result.json").is_file(), printed[-6000:]
     config = load_config(file, ["name=local"])
-    local = run_local(config, RunDir.create(config), NoProgress()).rundir
+    local = run_simulation(config, RunDir.create(config), Callback()).rundir
     on_machine, in_process = (where.read_json("result.json")["privacy"] for where in (ray, local))
     assert on_machine == in_process
     assert on_machine["epsilon"] == pytest.approx(4.0, rel=0.01)
@@ -181,7 +181,7 @@ def test_somebody_elses_server_app_on_flowers_simulation(
     printed = on_ray(file, tmp_path, flower_home, f"out='{out}'", f"strategy='{strategy}'", app=app)
     assert out.is_file(), printed[-6000:]
     config = load_config(file, ["name=local", "runtime.cohort=1"])
-    run = run_local(config, RunDir.create(config), NoProgress())
+    run = run_simulation(config, RunDir.create(config), Callback())
     expected = run.state.adapter.tensors()
     found = {own_name(name): value for name, value in load_file(out).items()}
     assert found.keys() == expected.keys()

@@ -13,20 +13,20 @@ import torch
 from interrupted import cut
 
 from fedlora.aggregators import load_aggregator
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, RoundError
 from fedlora.federation.load_rule import load_rule
-from fedlora.flower import client_app, refuse_early, run_local
-from fedlora.flower.asking import Asker
-from fedlora.flower.local_grid import LocalGrid
-from fedlora.flower.server_app import RunOutcome
-from fedlora.flower.strategy import Federation
+from fedlora.federation.run import RunOutcome
+from fedlora.federation.server import Federation
+from fedlora.flower import client_app, refuse_early, run_simulation
+from fedlora.flower.flower_clients import Asker
 from fedlora.privacy import server_dp as central_module
 from fedlora.privacy.accounting import Entry
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.server_dp import CLIP
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -52,12 +52,12 @@ def central(tiny_config: MakeConfig) -> MakeConfig:
     return make
 
 
-def run(config: RunConfig, progress: NoProgress | None = None) -> RunOutcome:
-    return run_local(config, RunDir.create(config, overwrite=True), progress or NoProgress())
+def run(config: RunConfig, progress: Callback | None = None) -> RunOutcome:
+    return run_simulation(config, RunDir.create(config, overwrite=True), progress or Callback())
 
 
 def resume(rundir: RunDir) -> RunOutcome:
-    return run_local(rundir.config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    return run_simulation(rundir.config, RunDir.open(rundir.path), Callback(), resume=True)
 
 
 def claim(outcome: RunOutcome) -> dict[str, Any]:
@@ -159,15 +159,15 @@ def test_even_the_trusted_server_is_told_no_figure_but_what_weights_need(
     central: MakeConfig, monkeypatch: pytest.MonkeyPatch, weighting: str
 ) -> None:
     sent: list[dict[str, Any]] = []
-    real = LocalGrid._pull
+    real = LoopbackGrid._pull
 
-    def pull(self: LocalGrid, key: str) -> Any:
+    def pull(self: LoopbackGrid, key: str) -> Any:
         reply = real(self, key)
         if "metrics" in reply.content:
             sent.append(dict(reply.content.metric_records["metrics"]))
         return reply
 
-    monkeypatch.setattr(LocalGrid, "_pull", pull)
+    monkeypatch.setattr(LoopbackGrid, "_pull", pull)
     config = central("rounds=1", "train.clip_norm=1.0", f"server.weighting={weighting}")
     run(config)
     sizes = [len(rows) for rows in open_workspace(config).data.clients]
@@ -244,7 +244,7 @@ def test_a_rule_without_noise_cannot_slip_in(central: MakeConfig, tmp_path: Path
     config = central()
     rundir = RunDir.create(config)
     with pytest.raises(PrivacyError, match="load_rule"):
-        Federation(None, config, load_aggregator("fedavg", {}), open_workspace(config), rundir, NoProgress())  # type: ignore[arg-type]
+        Federation(None, config, load_aggregator("fedavg", {}), open_workspace(config), rundir, Callback())  # type: ignore[arg-type]
     assert load_rule(config).entry() == Entry(1.0, Z, 1)  # type: ignore[attr-defined]
 
 
@@ -306,7 +306,7 @@ def test_figures_without_their_checkpoint_count_twice(central: MakeConfig, monke
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "save_checkpoint", save)
         with pytest.raises(KeyboardInterrupt):
-            run_local(rundir.config, rundir, NoProgress())
+            run_simulation(rundir.config, rundir, Callback())
     outcome = resume(rundir)
     assert ledger(rundir).entries() == (Entry(1.0, Z, ROUNDS + 1),)
     assert claim(outcome)["epsilon"] == ledger(rundir).epsilon(DELTA)
@@ -326,5 +326,5 @@ def test_a_budget_that_was_spent_elsewhere_ends_the_run(central: MakeConfig) -> 
     with ledger(rundir).spend(load_rule(config).entry(), run="earlier", round=1) as attempt:  # type: ignore[attr-defined]
         attempt.release()
     with pytest.raises((PrivacyError, RoundError), match="privacy budget spent"):
-        run_local(config, rundir, NoProgress())
+        run_simulation(config, rundir, Callback())
     assert rundir.read_metrics()[-1]["round"] == ROUNDS - 1

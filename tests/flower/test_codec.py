@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fedlora.flower.wire import STYPE
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, fresh_pairs
@@ -24,7 +25,6 @@ from fedlora.flower.messages import (
     payload_bytes,
     to_array,
 )
-from fedlora.flower.wire import STYPE
 
 
 def adapter(seed: int = 0, rank: int = 3) -> AdapterState:

@@ -13,19 +13,19 @@ import pytest
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import Claim, names_claiming, rules
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
-from fedlora.flower import run_local
-from fedlora.flower.server_app import RunOutcome
+from fedlora.federation.run import RunOutcome
 from fedlora.privacy import dpsgd
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.training import loop as together
 
 MakeConfig = Callable[..., RunConfig]
 
 
 def run(config: RunConfig) -> RunOutcome:
-    return run_local(config, RunDir.create(config, overwrite=True), NoProgress())
+    return run_simulation(config, RunDir.create(config, overwrite=True), Callback())
 
 
 def gap(one: AdapterState, other: AdapterState) -> float:
@@ -142,6 +142,6 @@ def test_the_size_of_the_cohort_is_recorded_and_kept(tiny_config: MakeConfig) ->
     assert facts["cohort"] == 4
     assert "tokens in a step of" in facts["cohort_why"]
     outcome.rundir.note_environment(cohort=2)
-    run_local(tiny_config("rounds=2"), outcome.rundir, NoProgress(), resume=True)
+    run_simulation(tiny_config("rounds=2"), outcome.rundir, Callback(), resume=True)
     again = outcome.rundir.read_json("environment.json")
     assert (again["cohort"], again["cohort_why"]) == (2, "asked for")

@@ -14,14 +14,14 @@ import torch
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientUpdate, GlobalState
+from fedlora.callbacks import Callback
 from fedlora.errors import PoolError
 from fedlora.federation.round_record import Round
-from fedlora.flower.crew import AHEAD, WorkerPool
 from fedlora.flower.node_registry import Node
-from fedlora.flower.share import Asked, AskThese, Begin, Failed, GiveSums, Stand, serve
-from fedlora.flower.sums import RunningSums
-from fedlora.progress import NoProgress
+from fedlora.simulation.partial_aggregates import RunningSums
+from fedlora.simulation.pool_worker import Asked, AskThese, Begin, Failed, GiveSums, Stand, serve
 from fedlora.simulation.processes import Pipe
+from fedlora.simulation.worker_pool import AHEAD, WorkerPool
 
 STATE = GlobalState(AdapterState(dense={"x": torch.zeros(2)}))
 Answer = Callable[[AskThese], Any]
@@ -115,7 +115,7 @@ def ask(
     crew: WorkerPool, asked: Sequence[int], books: Round | None = None, there: dict[int, Node] | None = None
 ) -> list[Any]:
     books = books or Round(1, list(asked))
-    return list(crew.updates(STATE, "", books, there or nodes(), NoProgress()))
+    return list(crew.updates(STATE, "", books, there or nodes(), Callback()))
 
 
 def test_updates_come_in_the_order_of_the_clients(make: Make) -> None:
@@ -143,7 +143,7 @@ def test_a_round_begins_like_the_one_before_it(make: Make) -> None:
 
 def test_no_more_is_under_way_than_a_few_waves(make: Make) -> None:
     children = [Thread(), Thread()]
-    updates = make(children, cohort=1).updates(STATE, "", Round(1, list(range(20))), nodes(), NoProgress())
+    updates = make(children, cohort=1).updates(STATE, "", Round(1, list(range(20))), nodes(), Callback())
     for taken in range(1, 7):
         next(updates)
         time.sleep(0.02)
@@ -190,7 +190,7 @@ def test_one_sum_of_each_process_weighs_what_its_clients_weigh(make: Make) -> No
 def test_a_round_that_was_broken_off_leaves_nothing_to_the_next(make: Make, sums: bool, taken: int) -> None:
     children, books = [Thread(sums=sums), Thread(sums=sums)], Round(1, list(range(12)))
     crew = make(children, cohort=1, sums=sums)
-    broken = crew.updates(STATE, "", books, nodes(), NoProgress())
+    broken = crew.updates(STATE, "", books, nodes(), Callback())
     for _ in range(taken):
         next(broken)
     broken.close()

@@ -17,13 +17,13 @@ import pytest
 from interrupted import cut
 
 from fedlora.adapter import AdapterState
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import PoolError
-from fedlora.flower import run_local
-from fedlora.flower.server_app import RunOutcome
+from fedlora.federation.run import RunOutcome
 from fedlora.partition import partitioners
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.state_io import same_state
 
 MakeConfig = Callable[..., RunConfig]
@@ -44,7 +44,7 @@ CASES = {
 
 
 def run(config: RunConfig) -> RunOutcome:
-    return run_local(config, RunDir.create(config, overwrite=True), NoProgress())
+    return run_simulation(config, RunDir.create(config, overwrite=True), Callback())
 
 
 def gap(one: AdapterState, other: AdapterState) -> float:
@@ -84,7 +84,7 @@ def test_the_same_again_is_the_same_to_the_byte_and_so_is_a_resume(tiny_config: 
     config = tiny_config(*settings, name="cut")
     rundir = RunDir.create(config)
     cut(rundir, 2)
-    assert same_state(run_local(config, rundir, NoProgress(), resume=True).state, whole.state)
+    assert same_state(run_simulation(config, rundir, Callback(), resume=True).state, whole.state)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_a_private_run_claims_what_it_claims_in_one_process(tiny_config: MakeCon
     assert ledgers[0]
 
 
-class _Kills(NoProgress):
+class _Kills(Callback):
     """Kills one of this process's children when round 2 begins."""
 
     def round_started(self, number: int, asked: object) -> None:
@@ -120,10 +120,10 @@ def test_a_killed_process_costs_its_round_and_nothing_else(tiny_config: MakeConf
     config = tiny_config(*settings, name="killed")
     rundir = RunDir.create(config)
     with pytest.raises(PoolError, match=r"ended with status -9.*resume the run"):
-        run_local(config, rundir, _Kills())
+        run_simulation(config, rundir, _Kills())
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1]
     assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
-    assert same_state(run_local(config, rundir, NoProgress(), resume=True).state, whole.state)
+    assert same_state(run_simulation(config, rundir, Callback(), resume=True).state, whole.state)
 
 
 MODULE = """
@@ -154,16 +154,16 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from fedlora.config import load_config
-from fedlora.flower import run_local
-from fedlora.progress import NoProgress
+from fedlora.simulation.run import run_simulation
+from fedlora.callbacks import Callback
 from fedlora.runs.rundir import RunDir
 
-class Says(NoProgress):
+class Says(Callback):
     def round_ended(self, record):
         print(record["round"], flush=True)
 
 config = load_config(sys.argv[1])
-run_local(config, RunDir.create(config), Says())
+run_simulation(config, RunDir.create(config), Says())
 """
 
 
@@ -196,6 +196,6 @@ def test_a_resumed_run_keeps_its_processes(tiny_config: MakeConfig) -> None:
     cut(rundir, 2)
     assert rundir.read_json("environment.json")["processes"] == 1
     rundir.note_environment(processes=2)  # as if "auto" had found work enough
-    run_local(rundir.config, rundir, NoProgress(), resume=True)
+    run_simulation(rundir.config, rundir, Callback(), resume=True)
     again = rundir.read_json("environment.json")
     assert (again["processes"], again["processes_why"]) == (2, "asked for")

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
-from fedlora.flower import client_app, run_local
-from fedlora.flower.server_app import RunOutcome
-from fedlora.progress import NoProgress
+from fedlora.federation.run import RunOutcome
+from fedlora.flower import client_app
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 
 MakeConfig = Callable[..., RunConfig]
 
 
 def run(config: RunConfig) -> RunOutcome:
-    return run_local(config, RunDir.create(config, overwrite=True), NoProgress())
+    return run_simulation(config, RunDir.create(config, overwrite=True), Callback())
 
 
 def profiles(*tables: str) -> str:

@@ -13,14 +13,14 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, Result
 
 from fedlora.aggregators import load_aggregator
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import RuleError
-from fedlora.flower import FedLoraStrategy, client_app, evaluate_fn, initial_arrays, run_local
+from fedlora.flower import FedLoraStrategy, client_app, evaluate_fn, initial_arrays, run_simulation
 from fedlora.flower.flower_strategy import TRAINS
-from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.peft_records import own_name, peft_name
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 from fedlora.training import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -53,7 +53,7 @@ def step(message: Message, context: Context) -> Message:
 def start(strategy: FedAvg, app: ClientApp, config: RunConfig, rounds: int = 2, **run_config: Any) -> Result:
     nodes = [{"partition-id": k, "num-partitions": 4} for k in range(4)]
     with task_identity(run_id=1):
-        grid = LocalGrid(app, nodes, {"toml": config.to_toml(), **run_config})
+        grid = LoopbackGrid(app, nodes, {"toml": config.to_toml(), **run_config})
         return strategy.start(grid, initial_arrays(config), num_rounds=rounds, evaluate_fn=evaluate_fn(config))
 
 
@@ -70,7 +70,7 @@ def config(tiny_config: MakeConfig) -> RunConfig:
 @pytest.mark.parametrize("rule", ["fedavg", "fair", "ffa"])
 def test_our_strategy_and_our_client_reach_what_a_run_reaches(config: RunConfig, rule: str) -> None:
     config = config.model_copy(update={"strategy": config.strategy.model_copy(update={"name": rule})})
-    run = run_local(config, RunDir.create(config), NoProgress())
+    run = run_simulation(config, RunDir.create(config), Callback())
     result = start(FedLoraStrategy(rule, alpha=config.adapter.alpha, fraction_evaluate=0.0), client_app.app, config)
     expected = run.state.adapter.tensors()
     found = final(result)
@@ -82,7 +82,7 @@ def test_our_strategy_and_our_client_reach_what_a_run_reaches(config: RunConfig,
 
 
 def test_flowers_fedavg_with_our_client_is_our_fedavg(config: RunConfig) -> None:
-    run = run_local(config, RunDir.create(config), NoProgress())
+    run = run_simulation(config, RunDir.create(config), Callback())
     found = final(start(FedAvg(fraction_evaluate=0.0), client_app.app, config))
     for name, value in run.state.adapter.tensors().items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
@@ -140,7 +140,7 @@ def test_the_messages_config_is_heeded(config: RunConfig) -> None:
 
     nodes = [{"partition-id": k, "num-partitions": 4} for k in range(4)]
     with task_identity(run_id=1):
-        grid = LocalGrid(client_app.app, nodes, {"toml": config.to_toml()})
+        grid = LoopbackGrid(client_app.app, nodes, {"toml": config.to_toml()})
         strategy = FedAvg(fraction_evaluate=0.0)
         arrays = initial_arrays(config)
         still = strategy.start(grid, arrays, num_rounds=1, train_config=ConfigRecord({"lr": 1e-12}))

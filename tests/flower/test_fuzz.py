@@ -24,14 +24,14 @@ from nothing_lost import Witness
 from fedlora import __version__
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
-from fedlora.flower import run_local
-from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.messages import Ask, PlanEncoder, decode_plan, encode_note, encode_update, encode_upload
 from fedlora.flower.update_checks import LARGEST_FIGURES, Limits, Valid, check_head, check_hello, check_update
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 
 G = torch.Generator().manual_seed(0)
 PAIR = LoraPair(torch.randn(2, 3, generator=G), torch.randn(4, 2, generator=G), 2.0)
@@ -306,7 +306,7 @@ def test_errors_of_any_text_are_refused_in_one_line() -> None:
 def test_a_hostile_client_changes_nothing_and_is_named_in_each_round(
     tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, hostile = LocalGrid._answer, 4
+    real, hostile = LoopbackGrid._answer, 4
     changes: list[Callable[[RecordDict], object]] = [
         lambda content: content.pop("metrics"),
         lambda content: content.array_records["update"].popitem(),
@@ -316,7 +316,7 @@ def test_a_hostile_client_changes_nothing_and_is_named_in_each_round(
     settings = ("rounds=4", "wire.up=int8", "server.evaluate_every=4", "runtime.cohort=1")
     configs = [tiny_config(*settings, name=name) for name in "ab"]
 
-    def answer(self: LocalGrid, message: Message) -> Message:
+    def answer(self: LoopbackGrid, message: Message) -> Message:
         reply = real(self, message)
         if message.metadata.dst_node_id == hostile and message.metadata.message_type == "train":
             if mode == "away":
@@ -325,12 +325,12 @@ def test_a_hostile_client_changes_nothing_and_is_named_in_each_round(
             changes[int(message.metadata.group_id) - 1](reply.content)
         return reply
 
-    monkeypatch.setattr(LocalGrid, "_answer", answer)
+    monkeypatch.setattr(LoopbackGrid, "_answer", answer)
     mode = "hostile"
     witness = Witness(RunDir.create(configs[0]))
-    outcomes = [run_local(configs[0], witness.rundir, witness)]
+    outcomes = [run_simulation(configs[0], witness.rundir, witness)]
     mode = "away"
-    outcomes += [run_local(configs[1], RunDir.create(configs[1]), NoProgress())]
+    outcomes += [run_simulation(configs[1], RunDir.create(configs[1]), Callback())]
     assert [list(record["refused"]) for record in outcomes[0].records[1:]] == [["2"]] * 4
     assert [*witness.left_out] == [(number, 2) for number in (1, 2, 3, 4)]
     one, other = (outcome.adapter.tensors() for outcome in outcomes)

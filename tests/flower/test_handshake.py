@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.callbacks import Callback
 from fedlora.config import DataConfig, OpenTable, RunConfig
 from fedlora.errors import ReplyError, RoundError
-from fedlora.flower import client_app, run_local
+from fedlora.flower import client_app
 from fedlora.flower.handshake import TABLES, question, require_same_config, require_same_ground
-from fedlora.progress import NoProgress
 from fedlora.provenance import DATA, WORDS, Provenance
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.training import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -59,7 +60,7 @@ def test_a_node_with_another_config_does_not_take_part(
     config, other = tiny_config(), tiny_config("train.steps=9")
     monkeypatch.setattr(client_app, "config_of", lambda context: other)
     with pytest.raises(RoundError, match=r"no node can take part.*\[train\] differ: give server and nodes the same"):
-        run_local(config, RunDir.create(config), NoProgress())
+        run_simulation(config, RunDir.create(config), Callback())
 
 
 # ---------------------------------------------------------------------------------------------- what it stands on
@@ -124,4 +125,4 @@ def test_a_node_with_another_tokenizer_does_not_take_part(
     config, other = tiny_config(), tiny_config(f"model.name={tmp_path / 'bert'}")
     monkeypatch.setattr(client_app, "config_of", lambda context: other)
     with pytest.raises(RoundError, match=r"no node can take part.*the tokenizer on this node is not the server's"):
-        run_local(config, RunDir.create(config), NoProgress())
+        run_simulation(config, RunDir.create(config), Callback())

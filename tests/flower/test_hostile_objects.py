@@ -28,14 +28,14 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError
+from fedlora.federation.run import RunOutcome, serve
 from fedlora.flower import client_app
 from fedlora.flower import mailbox as post
 from fedlora.flower.bounded_pull import Allowed, pull_reply
-from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.messages import Ask, encode_note, encode_update
-from fedlora.flower.server_app import RunOutcome, run_rounds
 from fedlora.flower.update_checks import Limits, check_head, check_update
 from fedlora.runs.rundir import RunDir
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 
 MakeConfig = Callable[..., RunConfig]
 LIMITS = Limits(max_examples=1000)
@@ -175,7 +175,7 @@ def test_a_failure_of_the_servers_own_link_is_no_nodes_fault(error: Exception, c
 # ------------------------------------------------------------------------------------------------ in a run
 
 
-class Patched(LocalGrid):
+class Patched(LoopbackGrid):
     """A grid that inflates a node's replies as Flower's do, from objects that the node may have changed.
 
     Args:
@@ -216,11 +216,11 @@ class Lines(Witness):
         self.lines.append(text)
 
 
-def run(config: RunConfig, grid: LocalGrid) -> tuple[RunOutcome, list[str]]:
+def run(config: RunConfig, grid: LoopbackGrid) -> tuple[RunOutcome, list[str]]:
     rundir = RunDir.create(config, overwrite=True)
     said = Lines(rundir)
     with task_identity(1):
-        return run_rounds(grid, config, rundir, said, resume=False), said.lines
+        return serve(grid, config, rundir, said, resume=False), said.lines
 
 
 def body_of(kind: str, body: bytes) -> Callable[[Thing], object]:

@@ -12,16 +12,16 @@ from cryptography.hazmat.primitives import serialization
 from flwr.proto.node_pb2 import NodeInfo
 from nothing_lost import Witness
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.deploy.keys import make_node_key
 from fedlora.errors import ReplyError, RoundError
-from fedlora.flower import client_app, identities, run_local
+from fedlora.federation.run import RunOutcome, serve
+from fedlora.flower import client_app, identities, run_simulation
 from fedlora.flower import mailbox as post
 from fedlora.flower.identities import Bindings, Identity, fingerprint
-from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.server_app import RunOutcome, run_rounds
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 
 MakeConfig = Callable[..., RunConfig]
 A, B, C = (Identity(name, f"SHA256:{name}") for name in ("site-a", "site-b", "site-c"))
@@ -88,7 +88,7 @@ def test_a_fingerprint_is_what_openssh_shows(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ in a run
 
 
-class Registered(LocalGrid):
+class Registered(LoopbackGrid):
     """A grid whose nodes 2, 3, ... are registered with the keys of `KEYS`.
 
     Args:
@@ -123,10 +123,10 @@ def over_a_superlink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(post, "POLL_S", (0.001, 0.002))
 
 
-def run(config: RunConfig, grid: LocalGrid, rundir: RunDir, **how: Any) -> tuple[RunOutcome, list[str]]:
+def run(config: RunConfig, grid: LoopbackGrid, rundir: RunDir, **how: Any) -> tuple[RunOutcome, list[str]]:
     said = Lines(rundir)
     with task_identity(1):
-        return run_rounds(grid, config, rundir, said, **{"resume": False, **how}), said.lines
+        return serve(grid, config, rundir, said, **{"resume": False, **how}), said.lines
 
 
 def test_an_impostor_that_is_first_takes_nobodys_place(tiny_config: MakeConfig) -> None:
@@ -167,6 +167,6 @@ def test_nobody_who_is_pinned_ends_in_words(tiny_config: MakeConfig) -> None:
 
 def test_a_simulation_knows_its_nodes_whatever_the_config_says(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=1", "train.steps=1", "server.nodes=['w','x','y','z']")
-    outcome = run_local(config, RunDir.create(config), NoProgress())
+    outcome = run_simulation(config, RunDir.create(config), Callback())
     assert outcome.records[1]["answered"] == [0, 1, 2, 3]
     assert not (outcome.rundir.path / "nodes.json").exists()

@@ -10,12 +10,11 @@ from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig
 from torch import nn
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
-from fedlora.flower import run_local
 from fedlora.flower.app_config import config_of
-from fedlora.flower.local import as_begun
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import as_begun, run_simulation
 from fedlora.speedups.linear_kernels import KernelReport, ShapeTiming
 from fedlora.training import close_workspace
 from fedlora.training import workspace as workbench
@@ -50,7 +49,7 @@ def test_the_clients_of_a_run_are_told_what_was_chosen_for_it(
     monkeypatch.setattr(workbench, "accelerate", choose)
     config = tiny_config("runtime.kernels=auto", "rounds=1")
     rundir = RunDir.create(config)
-    run_local(config, rundir, NoProgress())
+    run_simulation(config, rundir, Callback())
     assert measured == ["auto"]  # the server's and the clients' config are one workbench
     facts = rundir.read_json("environment.json")
     assert (facts["kernels"], facts["kernels_measured"]) == ("off", "2026-01-01 00:00")
@@ -85,11 +84,11 @@ def test_a_resume_with_another_learning_rate_changes_the_rounds_to_come_alone(
 ) -> None:
     config = tiny_config("rounds=2")
     rundir = RunDir.create(config)
-    run_local(config, rundir, NoProgress())
+    run_simulation(config, rundir, Callback())
     before, state = rundir.read_metrics(), rundir.latest_checkpoint()
     assert state is not None
     changed = tiny_config("rounds=3", "train.lr=1e-9", "train.clip_norm=1.0", "server.max_norm=1e6")
-    outcome = run_local(changed, RunDir.open(rundir.path), NoProgress(), resume=True)
+    outcome = run_simulation(changed, RunDir.open(rundir.path), Callback(), resume=True)
     assert outcome.records[:3] == before
     moved = (outcome.state.adapter.tensors()[name] - value for name, value in state.adapter.tensors().items())
     assert max(float(change.abs().max()) for change in moved) < 1e-6

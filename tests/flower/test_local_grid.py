@@ -8,7 +8,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 
 app = ClientApp()
 
@@ -27,17 +27,17 @@ def _train(message: Message, context: Context) -> Message:
 
 
 @pytest.fixture
-def grid() -> LocalGrid:
-    return LocalGrid(app, [{"partition-id": k} for k in range(3)], {"k": 1})
+def grid() -> LoopbackGrid:
+    return LoopbackGrid(app, [{"partition-id": k} for k in range(3)], {"k": 1})
 
 
-def ask(grid: LocalGrid, node: int, x: int = 0) -> tuple[Message, list[Message]]:
+def ask(grid: LoopbackGrid, node: int, x: int = 0) -> tuple[Message, list[Message]]:
     with task_identity(1):
         message = Message(RecordDict({"q": ConfigRecord({"x": x})}), node, "train")
         return message, list(grid.pull_messages(grid.push_messages([message])))
 
 
-def test_each_node_answers_for_itself_and_keeps_its_state(grid: LocalGrid) -> None:
+def test_each_node_answers_for_itself_and_keeps_its_state(grid: LoopbackGrid) -> None:
     nodes = list(grid.get_node_ids())
     for turn in (1, 2):
         for number, node in enumerate(nodes):
@@ -47,18 +47,18 @@ def test_each_node_answers_for_itself_and_keeps_its_state(grid: LocalGrid) -> No
             assert message.content.config_records["q"]["x"] == 0
 
 
-def test_an_exception_becomes_an_error_reply(grid: LocalGrid) -> None:
+def test_an_exception_becomes_an_error_reply(grid: LoopbackGrid) -> None:
     _, (reply,) = ask(grid, 2, x=13)
     assert reply.has_error()
     assert "ValueError: unlucky" in str(reply.error.reason)
 
 
-def test_an_unknown_node_is_unavailable(grid: LocalGrid) -> None:
+def test_an_unknown_node_is_unavailable(grid: LoopbackGrid) -> None:
     _, (reply,) = ask(grid, 99)
     assert reply.has_error()
 
 
-def test_what_is_left_of_a_round_that_was_broken_off_is_not_trained_with_the_next(grid: LocalGrid) -> None:
+def test_what_is_left_of_a_round_that_was_broken_off_is_not_trained_with_the_next(grid: LoopbackGrid) -> None:
     trained: list[list[int]] = []
 
     def together(contents: Sequence[RecordDict], contexts: Sequence[Context]) -> list[RecordDict | Exception]:
@@ -74,7 +74,7 @@ def test_what_is_left_of_a_round_that_was_broken_off_is_not_trained_with_the_nex
     assert trained == [[2, 3]]
 
 
-def test_a_reply_is_handed_out_once(grid: LocalGrid) -> None:
+def test_a_reply_is_handed_out_once(grid: LoopbackGrid) -> None:
     with task_identity(1):
         ids = list(grid.push_messages([Message(RecordDict({"q": ConfigRecord({"x": 0})}), 2, "train")]))
         assert len(list(grid.pull_messages(ids))) == 1

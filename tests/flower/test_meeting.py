@@ -10,14 +10,15 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from nothing_lost import Witness
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError
-from fedlora.flower import client_app, run_local
+from fedlora.federation.run import RunOutcome, serve
+from fedlora.flower import client_app
 from fedlora.flower import mailbox as post
-from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.server_app import RunOutcome, run_rounds
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -49,7 +50,7 @@ class Story(Witness):
         self.lines.append(text)
 
 
-class Moving(LocalGrid):
+class Moving(LoopbackGrid):
     """A grid with all messages under way at once, whose nodes come and go; node 2 + k is client k at the start."""
 
     window = None  # type: ignore[assignment]
@@ -95,7 +96,7 @@ def tell(config: RunConfig, grid: Moving, **chapters: Callable[[Moving], None]) 
     rundir = RunDir.create(config, overwrite=True)
     story = Story(rundir, grid, {int(name[1:]): does for name, does in chapters.items()})
     with task_identity(1):
-        outcome = run_rounds(grid, config, rundir, story, resume=False)
+        outcome = serve(grid, config, rundir, story, resume=False)
     assert story.rounds == list(range(config.rounds + 1))
     return outcome, story.lines
 
@@ -178,7 +179,7 @@ def test_a_node_that_asks_for_a_rank_trains_at_it(tiny_config: MakeConfig) -> No
     ranked = tiny_config(
         "strategy.name=flora", "rounds=1", "runtime.cohort=1", "clients.ranks=[4,2,4,4]", name="ranked"
     )
-    assert same(outcome, run_local(ranked, RunDir.create(ranked), NoProgress()))
+    assert same(outcome, run_simulation(ranked, RunDir.create(ranked), Callback()))
 
 
 def test_nobody_waits_for_a_node_that_starts_no_app(tiny_config: MakeConfig) -> None:
@@ -250,7 +251,7 @@ def test_a_late_reply_is_dropped(tiny_config: MakeConfig) -> None:
 
     outcome, _ = tell(late, grid, r2=comes)
     assert outcome.records[1]["missing"] == [1]
-    replayed = run_local(never, RunDir.create(never), NoProgress(), replay=outcome.records)
+    replayed = run_simulation(never, RunDir.create(never), Callback(), replay=outcome.records)
     assert answered(outcome) == [[0, 2, 3], [0, 1, 2, 3]]
     assert same(outcome, replayed)
 
@@ -283,7 +284,7 @@ def test_a_lost_round_is_like_a_round_of_nobody_for_the_adapter(tiny_config: Mak
     config = tiny_config("rounds=3", "server.node_timeout_s=0.02", "server.quorum=0.75")
     outcome, _ = tell(config, Moving(config), r2=leave(2, 3), r3=back(2, 3))
     again = tiny_config("rounds=3", "server.quorum=0.75", name="again")
-    assert same(outcome, run_local(again, RunDir.create(again), NoProgress(), replay=outcome.records))
+    assert same(outcome, run_simulation(again, RunDir.create(again), Callback(), replay=outcome.records))
 
 
 def test_too_many_lost_rounds_end_the_run_with_everything_written(tiny_config: MakeConfig) -> None:
@@ -306,9 +307,9 @@ def test_after_too_many_lost_rounds_a_resume_goes_on_where_it_stopped(tiny_confi
     lines = RunDir.open(path).read_metrics()
     assert [record["round"] for record in lines] == [0, 1, 2, 3]
     assert set(lines[-1]["refused"]) == {"0", "1", "2", "3"}
-    resumed = run_local(config, RunDir.open(path), NoProgress(), resume=True)
+    resumed = run_simulation(config, RunDir.open(path), Callback(), resume=True)
     assert answered(resumed) == [[0, 1, 2, 3]] * 4
-    assert same(resumed, run_local(whole, RunDir.create(whole), NoProgress()))
+    assert same(resumed, run_simulation(whole, RunDir.create(whole), Callback()))
 
 
 def test_a_last_round_without_quorum_is_no_end(tiny_config: MakeConfig) -> None:
@@ -323,7 +324,7 @@ def test_that_no_node_is_there_is_said_at_once(tiny_config: MakeConfig) -> None:
     grid = Moving(config)
     story = Story(RunDir.create(config), grid, {2: leave(2, 3, 4, 5)})
     with task_identity(1), pytest.raises(RoundError):
-        run_rounds(grid, config, story.rundir, story, resume=False)
+        serve(grid, config, story.rundir, story, resume=False)
     assert story.lines[-1] == "round 2: no node is there, the quorum is 2; waiting up to 0.05 s"
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from interrupted import cut_and_resumed
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, RuleError
 from fedlora.evaluation.baselines import centralised
-from fedlora.flower import refuse_early, run_local
-from fedlora.flower.server_app import RunOutcome
+from fedlora.federation.run import RunOutcome
 from fedlora.model.peft_methods import METHODS
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import refuse_early, run_simulation
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -33,7 +33,7 @@ RATES = dict.fromkeys(("ia3", "vera", "vblora", "c3a", "road", "hira"), 0.05)
 
 
 def run(config: RunConfig, **kwargs: object) -> RunOutcome:
-    return run_local(config, RunDir.create(config, overwrite=True), NoProgress(), **kwargs)  # type: ignore[arg-type]
+    return run_simulation(config, RunDir.create(config, overwrite=True), Callback(), **kwargs)  # type: ignore[arg-type]
 
 
 def keys(method: str, *more: str) -> list[str]:

@@ -12,15 +12,15 @@ from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 
 from fedlora.api import train
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
 from fedlora.data import load_data
 from fedlora.errors import ConfigError, DataError, FedloraError, RoundError, RunDirError
-from fedlora.flower import client_app, refuse_early, run_local
+from fedlora.federation.run import RunOutcome, serve
+from fedlora.flower import client_app, refuse_early, run_simulation
 from fedlora.flower.app_config import NODE_KEYS, config_of
-from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.server_app import RunOutcome, run_rounds
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -77,9 +77,9 @@ def configs(tiny_bert: Path, files: Path, tmp_path: Path) -> Callable[..., tuple
 
 
 def federate(config: RunConfig, nodes: list[dict[str, Any]]) -> RunOutcome:
-    grid = LocalGrid(client_app.app, nodes, {"toml": config.to_toml()})
+    grid = LoopbackGrid(client_app.app, nodes, {"toml": config.to_toml()})
     with task_identity(1):
-        return run_rounds(grid, config, RunDir.create(config), NoProgress(), resume=False)
+        return serve(grid, config, RunDir.create(config), Callback(), resume=False)
 
 
 def weights(outcome: RunOutcome) -> bytes:
@@ -90,7 +90,7 @@ def test_files_of_their_own_give_the_bytes_of_one_file_that_was_divided(configs:
     own, one = configs()
     nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("ab")]
     deployed = federate(own, nodes)
-    simulated = run_local(one, RunDir.create(one), NoProgress())
+    simulated = run_simulation(one, RunDir.create(one), Callback())
     assert [row["num_examples"] for row in deployed.records[1]["clients"].values()] == [70, 50]
     assert weights(deployed) == weights(simulated)
     assert deployed.records[-1]["accuracy"] == simulated.records[-1]["accuracy"]
@@ -103,9 +103,9 @@ def test_a_node_more_may_join_when_a_run_goes_on(configs: Any, files: Path) -> N
     first = federate(own, nodes[:2])
     three = own.partition.model_copy(update={"clients": 3})
     more = own.model_copy(update={"rounds": 2, "partition": three})
-    grid = LocalGrid(client_app.app, nodes, {"toml": more.to_toml()})
+    grid = LoopbackGrid(client_app.app, nodes, {"toml": more.to_toml()})
     with task_identity(1):
-        outcome = run_rounds(grid, more, RunDir.open(first.rundir.path, more), NoProgress(), resume=True)
+        outcome = serve(grid, more, RunDir.open(first.rundir.path, more), Callback(), resume=True)
     assert [record.get("answered") for record in outcome.records] == [None, [0, 1], [0, 1, 2]]
     (change,) = RunDir.open(first.rundir.path).changes
     assert str(change) == "partition.clients from 2 to 3 at round 2"
@@ -207,13 +207,13 @@ def test_every_key_of_a_node_config_is_in_the_deployment_page() -> None:
 
 def test_a_replay_has_the_updates_of_the_run_and_its_bytes(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=3", "runtime.cohort=1")
-    run = run_local(config, RunDir.create(config), NoProgress())
+    run = run_simulation(config, RunDir.create(config), Callback())
     records = [dict(record) for record in run.records]
     again = tiny_config("rounds=3", "runtime.cohort=1", name="again")
-    assert weights(run) == weights(run_local(again, RunDir.create(again), NoProgress(), replay=records))
+    assert weights(run) == weights(run_simulation(again, RunDir.create(again), Callback(), replay=records))
     records[2]["answered"] = [0, 2, 3]
     other = tiny_config("rounds=3", "runtime.cohort=1", name="other")
-    replayed = run_local(other, RunDir.create(other), NoProgress(), replay=records)
+    replayed = run_simulation(other, RunDir.create(other), Callback(), replay=records)
     assert [record["answered"] for record in replayed.records[1:]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
     assert "did not answer in the run that is replayed" in replayed.records[2]["refused"]["1"]
     assert weights(run) != weights(replayed)
@@ -224,18 +224,18 @@ def test_a_replay_that_cannot_be_the_run_says_so(tiny_config: MakeConfig) -> Non
     records = [{"round": 0}, {"round": 1, "answered": [0, 2, 9]}]
     expected = r"round 1 of the replay has updates of clients \[0, 2\], and the run had those of \[0, 2, 9\]"
     with pytest.raises(RoundError, match=expected):
-        run_local(config, RunDir.create(config), NoProgress(), replay=records)
+        run_simulation(config, RunDir.create(config), Callback(), replay=records)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_replay_of_more_or_fewer_rounds_trains_and_removes_nothing(rounds: int, tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=2")
     folder = RunDir.create(config)
-    run_local(config, folder, NoProgress())
+    run_simulation(config, folder, Callback())
     before = folder.read_metrics()
     again = tiny_config(f"rounds={rounds}")
     with pytest.raises(ConfigError, match="--set rounds=2"):
-        train(again, NoProgress(), overwrite=True, replay=folder.path)
+        train(again, Callback(), overwrite=True, replay=folder.path)
     assert folder.read_metrics() == before
 
 
@@ -244,15 +244,15 @@ def test_no_node_weighs_more_than_its_claim_beside_the_others(
     lie: bool, configs: Any, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten million claimed examples beside 70 and 50 weigh as ten times 70; what honest nodes have counts in full."""
-    real = LocalGrid._answer
+    real = LoopbackGrid._answer
 
-    def answer(self: LocalGrid, message: Message) -> Message:
+    def answer(self: LoopbackGrid, message: Message) -> Message:
         reply = real(self, message)
         if lie and message.metadata.dst_node_id == 4 and "metrics" in reply.content:
             reply.content.metric_records["metrics"]["num_examples"] = 10_000_000
         return reply
 
-    monkeypatch.setattr(LocalGrid, "_answer", answer)
+    monkeypatch.setattr(LoopbackGrid, "_answer", answer)
     own = parse_config(configs("rounds=1")[0].to_toml(), ["partition.clients=3"])
     nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("aba")]
     clients = federate(own, nodes).records[1]["clients"]

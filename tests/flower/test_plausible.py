@@ -13,6 +13,7 @@ from flwr.app import Array, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError, RuleError
 from fedlora.federation.plausibility import (
@@ -23,11 +24,11 @@ from fedlora.federation.plausibility import (
     median_change,
     no_losses,
 )
-from fedlora.flower import client_app, run_local
-from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.server_app import RunOutcome, run_rounds
-from fedlora.progress import NoProgress
+from fedlora.federation.run import RunOutcome, serve
+from fedlora.flower import client_app
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 
 MakeConfig = Callable[..., RunConfig]
 positive = st.floats(1e-6, 1e6)
@@ -104,15 +105,15 @@ def lying(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RecordDict, in
     """Client 2's replies are changed by a function of their content and the round."""
 
     def install(change: Callable[[RecordDict, int], object]) -> None:
-        real = LocalGrid._answer
+        real = LoopbackGrid._answer
 
-        def answer(self: LocalGrid, message: Message) -> Message:
+        def answer(self: LoopbackGrid, message: Message) -> Message:
             reply = real(self, message)
             if message.metadata.dst_node_id == 4 and message.metadata.message_type == "train":
                 change(reply.content, int(message.metadata.group_id))
             return reply
 
-        monkeypatch.setattr(LocalGrid, "_answer", answer)
+        monkeypatch.setattr(LoopbackGrid, "_answer", answer)
 
     return install
 
@@ -133,7 +134,7 @@ def metrics(**values: Any) -> Callable[[RecordDict, int], object]:
 
 
 def run(config: RunConfig, **how: Any) -> RunOutcome:
-    return run_local(config, RunDir.create(config, overwrite=True), NoProgress(), **how)
+    return run_simulation(config, RunDir.create(config, overwrite=True), Callback(), **how)
 
 
 def weights(outcome: RunOutcome) -> bytes:
@@ -161,7 +162,7 @@ def test_the_bound_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     assert list(whole.records[3]["refused"]) == ["2"]
     first = run(tiny_config("runtime.cohort=1", "rounds=2", name="parts"))
     more = tiny_config("runtime.cohort=1", name="parts")
-    rest = run_local(more, RunDir.open(first.rundir.path, more), NoProgress(), resume=True)
+    rest = run_simulation(more, RunDir.open(first.rundir.path, more), Callback(), resume=True)
     assert rest.records[3]["refused"] == whole.records[3]["refused"]
     assert weights(rest) == weights(whole)
 
@@ -213,8 +214,8 @@ def federate(config: RunConfig, **ranks: int) -> RunOutcome:
     """Nodes of which some ask for a rank in their own config: k3=17 is client 3."""
     nodes = [{"partition-id": k, **({"rank": ranks[f"k{k}"]} if f"k{k}" in ranks else {})} for k in range(4)]
     with task_identity(1):
-        grid = LocalGrid(client_app.app, nodes, {"toml": config.to_toml()})
-        return run_rounds(grid, config, RunDir.create(config, overwrite=True), NoProgress(), resume=False)
+        grid = LoopbackGrid(client_app.app, nodes, {"toml": config.to_toml()})
+        return serve(grid, config, RunDir.create(config, overwrite=True), Callback(), resume=False)
 
 
 CENTRAL = ("privacy.unit=client", "privacy.noise_multiplier=1", "privacy.delta=1e-3", "privacy.clip_norm=1",

@@ -12,17 +12,18 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from flwr.app.user_config import UserConfig
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
-from fedlora.flower import client_app, run_local
-from fedlora.flower.local_grid import LocalGrid, task_identity
+from fedlora.federation.client_ledger import ledger_path
+from fedlora.federation.example_account import Spending
+from fedlora.federation.run import RunOutcome, serve
+from fedlora.flower import client_app
 from fedlora.flower.messages import from_array, to_array
-from fedlora.flower.node_account import ledger_path
-from fedlora.flower.server_app import RunOutcome, run_rounds
-from fedlora.flower.spending import Spending
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.ledger import Attempt, Ledger
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 
 MakeConfig = Callable[..., RunConfig]
 DELTA, ROUNDS = 1e-3, 3
@@ -66,12 +67,12 @@ def deploy(
     run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
     if folder is not None:
         run_config["ledger-dir"] = str(folder)
-    grid = LocalGrid(client_app.app, nodes, run_config, run_id)
+    grid = LoopbackGrid(client_app.app, nodes, run_config, run_id)
     with task_identity(run_id):
         if rundir is None:
-            return run_rounds(grid, config, RunDir.create(config), NoProgress(), resume=False, ledgers=folder)
+            return serve(grid, config, RunDir.create(config), Callback(), resume=False, ledgers=folder)
         again = RunDir.open(rundir.path, config)
-        return run_rounds(grid, config, again, NoProgress(), resume=True, ledgers=folder)
+        return serve(grid, config, again, Callback(), resume=True, ledgers=folder)
 
 
 def claim(outcome: RunOutcome) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def test_an_empty_folder_of_ledgers_makes_no_claim_smaller(private: MakeConfig, 
 
 
 def test_ledgers_that_get_lost_make_no_claim_smaller(private: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = claim(run_local(private(name="whole"), RunDir.create(private(name="whole")), NoProgress()))
+    whole = claim(run_simulation(private(name="whole"), RunDir.create(private(name="whole")), Callback()))
     assert whole["source"] == "ledgers"
     real = RunDir.save_checkpoint
 
@@ -129,7 +130,7 @@ def test_ledgers_that_get_lost_make_no_claim_smaller(private: MakeConfig, monkey
         return real(self, state)
 
     monkeypatch.setattr(RunDir, "save_checkpoint", loses)
-    found = claim(run_local(private(), RunDir.create(private()), NoProgress()))
+    found = claim(run_simulation(private(), RunDir.create(private()), Callback()))
     assert found["epsilon"] == whole["epsilon"]
     assert found["source"] == "plan"
 
@@ -150,7 +151,7 @@ def test_ledgers_of_others_in_the_same_folder_are_not_this_runs(private: MakeCon
 def test_where_the_record_of_what_was_asked_is_lost_no_claim_is_made(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = run_local(private(), RunDir.create(private()), NoProgress())
+    outcome = run_simulation(private(), RunDir.create(private()), Callback())
     (outcome.rundir.privacy_dir / "asked.jsonl").unlink()
     found = Spending(private(), outcome.rundir).summary(outcome.records)
     assert found["epsilon"] is None
@@ -192,7 +193,7 @@ def test_a_lost_ledger_of_the_server_makes_no_claim_smaller(
         "privacy.unit=client", "privacy.noise_multiplier=2", f"privacy.delta={DELTA}", "privacy.clip_norm=0.1",
         "privacy.accountant=rdp",
     )  # fmt: skip
-    whole = claim(run_local(config, RunDir.create(config), NoProgress()))
+    whole = claim(run_simulation(config, RunDir.create(config), Callback()))
     real = RunDir.save_checkpoint
 
     def loses(self: RunDir, state: Any) -> Any:
@@ -201,7 +202,9 @@ def test_a_lost_ledger_of_the_server_makes_no_claim_smaller(
         return real(self, state)
 
     monkeypatch.setattr(RunDir, "save_checkpoint", loses)
-    assert claim(run_local(config, RunDir.create(config, overwrite=True), NoProgress()))["epsilon"] == whole["epsilon"]
+    assert (
+        claim(run_simulation(config, RunDir.create(config, overwrite=True), Callback()))["epsilon"] == whole["epsilon"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ a server that dies

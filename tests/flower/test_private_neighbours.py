@@ -23,25 +23,26 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
-from fedlora.flower import client_app, run_local
-from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.server_app import run_rounds
+from fedlora.flower import client_app
+from fedlora.flower.server_app import serve
 from fedlora.model import clear_cache
 from fedlora.privacy import server_dp as central
-from fedlora.progress import NoProgress
 from fedlora.rng import derive
 from fedlora.runs import environment
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation import capacity as sizing
+from fedlora.simulation.run import run_simulation
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 from fedlora.training.job import TrainResult
 from fedlora.training.workspace import close_workspace, open_workspace
 
 Rows = list[dict[str, str]]
 OWN_LOGS = (
     "fedlora.flower.client_app",
-    "fedlora.flower.discretion",
-    "fedlora.flower.node_account",
+    "fedlora.federation.discretion",
+    "fedlora.federation.client_ledger",
     "fedlora.data",
     "fedlora.training",
     "fedlora.activity",
@@ -167,7 +168,7 @@ def fixed_adapter(asked: Any) -> Any:
     return asked.start.with_tensors(moved)
 
 
-class Told(NoProgress):
+class Told(Callback):
     """All that is told while a run goes on."""
 
     def __init__(self) -> None:
@@ -200,9 +201,9 @@ class Everything:
         clear_cache()
         numbers, told = count(1), Told()
         found: dict[str, Any] = {}
-        real = LocalGrid._pull
+        real = LoopbackGrid._pull
 
-        def pull(grid: LocalGrid, key: str) -> Message:
+        def pull(grid: LoopbackGrid, key: str) -> Message:
             message = real(grid, key)
             found[f"message {len(found)}"] = (
                 str(message.error)
@@ -221,7 +222,7 @@ class Everything:
         self._log.clear()
         with self._patch.context() as patch, self._log.at_level(logging.INFO):
             patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=next(numbers)))
-            patch.setattr(LocalGrid, "_pull", pull)
+            patch.setattr(LoopbackGrid, "_pull", pull)
             run(RunDir.create(config), told)
         found |= {
             str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
@@ -294,7 +295,7 @@ def simulated(
 
 
 def simulate(config: RunConfig) -> Callable[[RunDir, Told], Any]:
-    return lambda rundir, told: run_local(config, rundir, told)
+    return lambda rundir, told: run_simulation(config, rundir, told)
 
 
 def _cases() -> Iterator[Any]:
@@ -409,8 +410,8 @@ def deploy(config: RunConfig, nodes: list[dict[str, Any]]) -> Callable[[RunDir, 
             Path(node["ledger"]).unlink(missing_ok=True)
             Path(node["ledger"] + ".answer").unlink(missing_ok=True)
         with task_identity(1):
-            grid = LocalGrid(client_app.app, nodes, {"toml": config.to_toml()})
-            run_rounds(grid, config, rundir, told, resume=False)
+            grid = LoopbackGrid(client_app.app, nodes, {"toml": config.to_toml()})
+            serve(grid, config, rundir, told, resume=False)
 
     return run
 

@@ -15,18 +15,19 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from interrupted import cut
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import DataError, PrivacyError, ReplyError, RoundError, RunDirError
-from fedlora.flower import client_app, run_local
-from fedlora.flower.local_grid import LocalGrid, task_identity
-from fedlora.flower.node_account import account_of, ledger_path
-from fedlora.flower.server_app import RunOutcome
-from fedlora.flower.spending import Spending
+from fedlora.federation.client_ledger import account_of, ledger_path
+from fedlora.federation.example_account import Spending
+from fedlora.federation.run import RunOutcome
+from fedlora.flower import client_app
 from fedlora.privacy.accounting import Entry
 from fedlora.privacy.ledger import Ledger
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.terminal import totals
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 
 MakeConfig = Callable[..., RunConfig]
 Q, SIGMA, STEPS, ROUNDS, DELTA = 0.25, 1.5, 2, 3, 1e-3
@@ -54,12 +55,12 @@ def private(tiny_config: MakeConfig) -> MakeConfig:
     return make
 
 
-def run(config: RunConfig, progress: NoProgress | None = None) -> RunOutcome:
-    return run_local(config, RunDir.create(config, overwrite=True), progress or NoProgress())
+def run(config: RunConfig, progress: Callback | None = None) -> RunOutcome:
+    return run_simulation(config, RunDir.create(config, overwrite=True), progress or Callback())
 
 
-def resume(rundir: RunDir, progress: NoProgress | None = None) -> RunOutcome:
-    return run_local(rundir.config, RunDir.open(rundir.path), progress or NoProgress(), resume=True)
+def resume(rundir: RunDir, progress: Callback | None = None) -> RunOutcome:
+    return run_simulation(rundir.config, RunDir.open(rundir.path), progress or Callback(), resume=True)
 
 
 def claim(outcome: RunOutcome) -> dict[str, Any]:
@@ -70,17 +71,17 @@ def claim(outcome: RunOutcome) -> dict[str, Any]:
 def replies(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
     """Everything that the clients send, as it leaves them."""
     sent: list[Message] = []
-    real = LocalGrid._pull
+    real = LoopbackGrid._pull
 
-    def pull(self: LocalGrid, key: str) -> Message:
+    def pull(self: LoopbackGrid, key: str) -> Message:
         sent.append(real(self, key))
         return sent[-1]
 
-    monkeypatch.setattr(LocalGrid, "_pull", pull)
+    monkeypatch.setattr(LoopbackGrid, "_pull", pull)
     return sent
 
 
-class Says(NoProgress):
+class Says(Callback):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -251,7 +252,7 @@ def test_a_client_whose_budget_is_spent_is_not_asked_again(private: MakeConfig) 
     entry = client_app.private_settings(config, 0).entry
     with Ledger(ledger_path(rundir.privacy_dir, 1), session="x").spend(entry, run="earlier", round=1) as attempt:
         attempt.release()
-    outcome = run_local(config, rundir, NoProgress())
+    outcome = run_simulation(config, rundir, Callback())
     first, second, last = outcome.records[1:]
     assert (first["answered"], first["spent"], second["spent"]) == ([0, 1, 2, 3], [], [])
     assert "privacy budget is spent: its ledger stands at epsilon 3.99" in last["refused"]["1"]
@@ -264,7 +265,7 @@ def test_a_client_whose_budget_is_spent_is_not_asked_again(private: MakeConfig) 
         for number in range(spent_before):
             with ledger.spend(entry, run="earlier", round=number) as attempt:
                 attempt.release()
-    records = run_local(later.config, later, NoProgress()).records
+    records = run_simulation(later.config, later, Callback()).records
     assert [record["asked"] for record in records[1:]] == [[0, 1, 2, 3], [0, 2, 3], [2, 3]]
     assert [record["spent"] for record in records[1:]] == [[1], [0, 1], [0, 1]]
 
@@ -277,7 +278,7 @@ def test_a_run_whose_budgets_are_all_spent_ends_with_a_clear_line(private: MakeC
         with Ledger(ledger_path(rundir.privacy_dir, k), session="x").spend(entry, run="earlier", round=1) as attempt:
             attempt.release()
     with pytest.raises(RoundError, match=r"round 3: 0 of 4 clients answered.*its privacy budget is spent"):
-        run_local(config, rundir, NoProgress())
+        run_simulation(config, rundir, Callback())
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1, 2, 3]
     assert len(rundir.read_metrics()[-1]["refused"]) == 4
     assert rundir.rounds_done == 2  # what nobody answered is no round that was done
@@ -322,7 +323,7 @@ def test_a_run_killed_in_the_middle_of_a_round_spends_what_an_uninterrupted_one_
     rundir = RunDir.create(private(noise="epsilon=4", name="cut"))
     killed_after.append(6)  # the second client of round 2
     with pytest.raises(KeyboardInterrupt):
-        run_local(rundir.config, rundir, NoProgress())
+        run_simulation(rundir.config, rundir, Callback())
     killed_after.append(3)  # again, in the round that is repeated
     with pytest.raises(KeyboardInterrupt):
         resume(rundir)
@@ -345,7 +346,7 @@ def test_figures_that_were_written_before_the_checkpoint_count_twice(
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "save_checkpoint", save)
         with pytest.raises(KeyboardInterrupt):
-            run_local(rundir.config, rundir, NoProgress())
+            run_simulation(rundir.config, rundir, Callback())
     assert rundir.read_metrics()[-1]["round"] == 2
     outcome = resume(rundir)
     entries = Ledger(ledger_path(rundir.privacy_dir, 0)).entries()
@@ -364,7 +365,7 @@ def test_a_failed_client_has_spent_even_if_its_round_is_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(client_app, "run_plans_privately", raises)
         with pytest.raises(RoundError):
-            run_local(rundir.config, rundir, NoProgress())
+            run_simulation(rundir.config, rundir, Callback())
     resume(rundir)
     assert Ledger(ledger_path(rundir.privacy_dir, 0)).entries() == (Entry(Q, SIGMA, STEPS * (ROUNDS + 1)),)
 
@@ -406,7 +407,7 @@ def test_more_rounds_are_refused_where_the_noise_was_calibrated_for_fewer(privat
         RunDir.open(calibrated.path, private("rounds=4", noise="epsilon=4"))
     fixed = run(private(name="fixed")).rundir
     more = private("rounds=4", name="fixed")
-    outcome = run_local(more, RunDir.open(fixed.path, more), NoProgress(), resume=True)
+    outcome = run_simulation(more, RunDir.open(fixed.path, more), Callback(), resume=True)
     assert Ledger(ledger_path(fixed.privacy_dir, 0)).entries() == (Entry(Q, SIGMA, STEPS * 4),)
     assert outcome.state.round == 4
 
@@ -421,7 +422,7 @@ def context(node: dict[str, Any], run_config: dict[str, Any]) -> Context:
 def test_a_node_without_a_ledger_trains_nothing(private: MakeConfig) -> None:
     with pytest.raises(PrivacyError, match=r"--node-config 'ledger="):
         account_of(context({}, {}), 0, "0" * 32)
-    grid = LocalGrid(client_app.app, [{"partition-id": 0}], {"toml": private().to_toml()})
+    grid = LoopbackGrid(client_app.app, [{"partition-id": 0}], {"toml": private().to_toml()})
     with task_identity(run_id=1):
         question = Message(RecordDict({"hello": ConfigRecord({})}), 2, "query.hello")
         (reply,) = grid.send_and_receive([question])
@@ -450,7 +451,7 @@ def test_a_real_node_writes_that_its_update_leaves(private: MakeConfig, monkeypa
     config = private()
     rundir = RunDir.create(config)
     folder = rundir.path / "nodes"
-    run_local(config, rundir, NoProgress())
+    run_simulation(config, rundir, Callback())
     events = [json.loads(line)["event"] for line in (folder / "0.jsonl").read_text().splitlines()]
     assert events == ["started", "released"] * ROUNDS
 

@@ -14,15 +14,15 @@ import psutil
 import pytest
 import torch
 
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError, PoolError, PrivacyError
-from fedlora.flower import ray_crew, run_local
-from fedlora.flower.ray_crew import Actor, Cluster, require_ray
-from fedlora.flower.server_app import RunOutcome
-from fedlora.progress import NoProgress
+from fedlora.federation.run import RunOutcome
+from fedlora.flower import ray_crew, run_simulation
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation import processes
 from fedlora.simulation.machines import Machine, most_threads, room
+from fedlora.simulation.ray_pool import Actor, Cluster, require_ray
 from fedlora.state_io import same_state
 
 MakeConfig = Callable[..., RunConfig]
@@ -31,7 +31,7 @@ RAY = (*TWO, "runtime.backend=ray")
 
 
 def run(config: RunConfig) -> RunOutcome:
-    return run_local(config, RunDir.create(config), NoProgress())
+    return run_simulation(config, RunDir.create(config), Callback())
 
 
 def actors() -> list[psutil.Process]:
@@ -105,7 +105,7 @@ def test_an_actor_says_what_serve_says(monkeypatch: pytest.MonkeyPatch, tmp_path
         for _ in range(2):
             pipe.tell({"heard": pipe.hear()})
 
-    monkeypatch.setattr("fedlora.flower.share.serve", twice)
+    monkeypatch.setattr("fedlora.simulation.pool_worker.serve", twice)
     actor = Actor([], str(tmp_path))
     (tmp_path / "run-id").write_text("7")
     assert actor.begin(tmp_path / "run-id")[2] == b"7"
@@ -144,7 +144,7 @@ def test_ray_comes_to_what_processes_do_to_the_byte(tiny_config: MakeConfig, clu
     until(lambda: not actors(), "an actor outlived its run")
 
 
-class _At2(NoProgress):
+class _At2(Callback):
     """Does something when round 2 begins."""
 
     def __init__(self, act: Callable[[], None]) -> None:
@@ -166,17 +166,17 @@ def test_a_killed_actor_costs_its_round_and_nothing_else(tiny_config: MakeConfig
         os.kill(actors()[0].pid, signal.SIGKILL)
 
     with pytest.raises(PoolError, match=r"worker process has died.*resume the run.*lower runtime\.processes"):
-        run_local(config, rundir, _At2(kill))
+        run_simulation(config, rundir, _At2(kill))
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1]
     until(lambda: not actors(), "an actor outlived its run")
-    assert same_state(run_local(config, rundir, NoProgress(), resume=True).state, whole.state)
+    assert same_state(run_simulation(config, rundir, Callback(), resume=True).state, whole.state)
 
 
 @pytest.mark.nightly
 def test_an_actor_has_the_threads_of_its_choice(tiny_config: MakeConfig, cluster: Any) -> None:
     seen: list[dict[str, str]] = []
     config = tiny_config(*RAY, "runtime.threads=2")
-    run_local(config, RunDir.create(config), _At2(lambda: seen.extend(actor.environ() for actor in actors())))
+    run_simulation(config, RunDir.create(config), _At2(lambda: seen.extend(actor.environ() for actor in actors())))
     assert [variables["OMP_NUM_THREADS"] for variables in seen] == ["2", "2"]
     assert [variables["OMP_WAIT_POLICY"] for variables in seen] == ["PASSIVE", "PASSIVE"]
 
@@ -212,11 +212,13 @@ def _on_a_ray_of_its_own(pipe: processes.Pipe) -> None:
     import ray
 
     config = pipe.hear()
-    run_local(config, RunDir.create(config), _At2(lambda: pipe.tell(("during", ray.is_initialized(), len(actors())))))
+    run_simulation(
+        config, RunDir.create(config), _At2(lambda: pipe.tell(("during", ray.is_initialized(), len(actors()))))
+    )
     pipe.tell(("after", ray.is_initialized(), len(_rays())))
     config = config.model_copy(update={"name": "fails"})
     try:
-        run_local(config, RunDir.create(config), _At2(_fail))
+        run_simulation(config, RunDir.create(config), _At2(_fail))
     except ZeroDivisionError:
         pipe.tell(("after a failure", ray.is_initialized(), len(_rays())))
 

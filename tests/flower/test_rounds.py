@@ -15,20 +15,21 @@ from interrupted import cut_and_resumed
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import equivalent_adapter
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError, RuleError, TrainingError
-from fedlora.flower import client_app, run_local
-from fedlora.flower.following import digest_of
-from fedlora.flower.server_app import RunOutcome
-from fedlora.progress import NoProgress
+from fedlora.federation.run import RunOutcome
+from fedlora.flower import client_app
+from fedlora.model.base_history import digest_of
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 
 
 def run(config: RunConfig, **kwargs: Any) -> RunOutcome:
-    return run_local(config, RunDir.create(config, overwrite=True), NoProgress(), **kwargs)
+    return run_simulation(config, RunDir.create(config, overwrite=True), Callback(), **kwargs)
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:
@@ -97,12 +98,12 @@ def test_a_client_that_forgot_what_it_held_is_sent_everything(tiny_config: MakeC
     # A client that is asked again trains alone: other company, other roundings.
     expected = run(tiny_config("strategy.name=ffa", "runtime.cohort=1", name="keeps"))
 
-    class Forgets(NoProgress):
+    class Forgets(Callback):
         def round_started(self, number: int, asked: object) -> None:
             client_app.frozen_store.__init__()  # type: ignore[misc]
 
     config = tiny_config("strategy.name=ffa", "runtime.cohort=1", name="forgets")
-    outcome = run_local(config, RunDir.create(config), Forgets())
+    outcome = run_simulation(config, RunDir.create(config), Forgets())
     assert same(outcome.adapter, expected.adapter)
     assert outcome.records[2]["bytes_down"] > expected.records[2]["bytes_down"]
 
@@ -113,14 +114,14 @@ def test_flora_clients_that_join_late_or_restart_train_on_the_same_base(tiny_con
 
     held: list[str] = []
 
-    class Restarts(NoProgress):
+    class Restarts(Callback):
         def round_started(self, number: int, asked: object) -> None:
             held.append(digest_of(workspace.base))
             workspace.base.rebase(0, ())
 
     config = tiny_config(*settings, name="restarts")
     workspace = open_workspace(config)
-    outcome = run_local(config, RunDir.create(config), Restarts())
+    outcome = run_simulation(config, RunDir.create(config), Restarts())
     assert same(outcome.adapter, expected.adapter)
     assert "" not in held[1:], "no client's base had changed when it was restarted"
 
@@ -147,7 +148,7 @@ def test_mixed_ranks_are_refused_before_anything_is_trained(tiny_config: MakeCon
     config = tiny_config("clients.ranks=[4,2]")
     rundir = RunDir.create(config)
     with pytest.raises(RuleError, match=r"flora"):
-        run_local(config, rundir, NoProgress())
+        run_simulation(config, rundir, Callback())
     assert rundir.read_metrics() == []
 
 
@@ -193,17 +194,17 @@ def test_below_the_quorum_the_run_stops_and_the_directory_stays(tiny_config: Mak
     config = tiny_config("server.max_failed_rounds=0")
     rundir = RunDir.create(config)
 
-    class Breaks(NoProgress):
+    class Breaks(Callback):
         def round_started(self, number: int, asked: object) -> None:
             if number == 2:
                 failing.update({0, 1, 2})
 
     with pytest.raises(RoundError, match=r"round 2: 1 of 4 clients answered, the quorum is 2; client 0: .*--resume"):
-        run_local(config, rundir, Breaks())
+        run_simulation(config, rundir, Breaks())
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1, 2]
     assert set(rundir.read_metrics()[-1]["refused"]) == {"0", "1", "2"}
     failing.clear()
-    resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    resumed = run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True)
     assert resumed.state.round == 3
 
 
@@ -254,7 +255,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_accuracy(tiny_config: MakeCon
 
 
 def test_a_config_that_cannot_work_is_refused_before_an_earlier_run_is_removed(tiny_config: MakeConfig) -> None:
-    from fedlora.flower import refuse_early
+    from fedlora.simulation.run import refuse_early
 
     for override, error in (("clients.ranks=[4,2]", RuleError), ("server.clients_per_round=9", RoundError)):
         config = tiny_config(override)
@@ -274,5 +275,5 @@ def test_a_merge_that_overflows_is_named_and_not_kept(tiny_config: MakeConfig, m
     config = tiny_config("strategy.name=flora", "adapter.alpha=64", "server.max_norm_ratio=off")
     rundir = RunDir.create(config)
     with pytest.raises(RoundError, match=r"round 1: the merged .* is not finite.*server\.max_norm"):
-        run_local(config, rundir, NoProgress())
+        run_simulation(config, rundir, Callback())
     assert [record["round"] for record in rundir.read_metrics()] == [0]

@@ -19,17 +19,18 @@ from nothing_lost import Witness
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate, ClientPlan, GlobalState
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError, RunDirError
 from fedlora.federation.round_record import quorum_of
-from fedlora.flower import client_app, run_local
+from fedlora.federation.run import RunOutcome, serve
+from fedlora.flower import client_app
 from fedlora.flower import mailbox as post
-from fedlora.flower.following import can_follow, digest_of, next_digest
-from fedlora.flower.local_grid import LocalGrid, task_identity
 from fedlora.flower.messages import Ask, PlanEncoder, decode_plan, digest
-from fedlora.flower.server_app import RunOutcome, run_rounds
-from fedlora.progress import NoProgress
+from fedlora.model.base_history import can_follow, digest_of, next_digest
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -51,7 +52,7 @@ class Heard(Witness):
         self.lines.append(text)
 
 
-class Troubled(LocalGrid):
+class Troubled(LoopbackGrid):
     """A grid on which all messages are under way at once, as on a real one; subclasses make the trouble."""
 
     window = None  # type: ignore[assignment]
@@ -83,10 +84,10 @@ class Troubled(LocalGrid):
         return message.metadata.dst_node_id - 2
 
 
-def federate(config: RunConfig, grid: LocalGrid | None = None, heard: Heard | None = None) -> RunOutcome:
+def federate(config: RunConfig, grid: LoopbackGrid | None = None, heard: Heard | None = None) -> RunOutcome:
     heard = heard or Heard(config)
     with task_identity(1):
-        outcome = run_rounds(grid or Troubled(config), config, heard.rundir, heard, resume=False)
+        outcome = serve(grid or Troubled(config), config, heard.rundir, heard, resume=False)
     assert heard.rounds == list(range(config.rounds + 1))
     return outcome
 
@@ -138,7 +139,7 @@ class EmptyAtFirst(Troubled):
 @pytest.mark.parametrize("grid", [Late, Twice, Misdelivers, EmptyAtFirst])
 def test_how_replies_arrive_changes_no_bit(tiny_config: MakeConfig, grid: type[Troubled]) -> None:
     config = tiny_config("rounds=2", "runtime.cohort=1")
-    plain = run_local(config, RunDir.create(config), NoProgress())
+    plain = run_simulation(config, RunDir.create(config), Callback())
     troubled = federate(tiny_config("rounds=2", "runtime.cohort=1", name="troubled"), grid(config))
     assert same(plain.adapter, troubled.adapter)
     assert [r["answered"] for r in troubled.records[1:]] == [[0, 1, 2, 3]] * 2
@@ -286,14 +287,14 @@ def test_the_encoder_holds_no_more_than_the_plans_under_way() -> None:
 def test_ffa_with_mixed_ranks_sends_each_client_its_a_once(tiny_config: MakeConfig) -> None:
     settings = ("strategy.name=ffa", "clients.ranks=[4,2,1,3]", "rounds=4", "runtime.cohort=1")
     config = tiny_config(*settings)
-    outcome = run_local(config, RunDir.create(config), NoProgress())
+    outcome = run_simulation(config, RunDir.create(config), Callback())
 
-    class Forgets(NoProgress):
+    class Forgets(Callback):
         def round_started(self, number: int, asked: object) -> None:
             client_app.frozen_store.__init__()  # type: ignore[misc]
 
     forgetful = tiny_config(*settings, name="forgetful")
-    again = run_local(forgetful, RunDir.create(forgetful), Forgets())
+    again = run_simulation(forgetful, RunDir.create(forgetful), Forgets())
     assert same(outcome.adapter, again.adapter)
     first, *others = [record["bytes_down"] for record in outcome.records[1:]]
     frozen = outcome.state.adapter.nbytes(("A",)) * (4 + 2 + 1 + 3) // 4
@@ -364,7 +365,7 @@ def test_a_run_that_stopped_in_its_first_round_has_one_line_for_round_0(tiny_con
     config = tiny_config("rounds=1")
     rundir = RunDir.create(config)
     cut(rundir, 1)
-    resumed = run_local(config, RunDir.open(rundir.path), NoProgress(), resume=True)
+    resumed = run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True)
     assert [record["round"] for record in resumed.records] == [0, 1]
 
 
@@ -375,26 +376,26 @@ def test_a_run_that_goes_on_to_more_rounds_ends_as_one_that_had_them(
 ) -> None:
     settings = (f"strategy.name={rule}", "server.fraction=0.5")
     whole = tiny_config(*settings, "rounds=4", name="whole")
-    expected = run_local(whole, RunDir.create(whole), NoProgress())
+    expected = run_simulation(whole, RunDir.create(whole), Callback())
     few, more = (tiny_config(*settings, f"rounds={rounds}", name="more") for rounds in (2, 4))
     rundir = RunDir.create(few)
     if finished:
-        run_local(few, rundir, NoProgress())
+        run_simulation(few, rundir, Callback())
     else:
         cut(rundir, 2)
-    outcome = run_local(more, RunDir.open(rundir.path), NoProgress(), resume=True)
+    outcome = run_simulation(more, RunDir.open(rundir.path), Callback(), resume=True)
     assert same(outcome.adapter, expected.adapter)
     assert [record["round"] for record in outcome.records] == [0, 1, 2, 3, 4]
     assert RunDir.open(rundir.path).config == more
     assert RunDir.open(rundir.path).finished
     with pytest.raises(RunDirError, match="has done 4 rounds"):
-        run_local(few, RunDir.open(rundir.path), NoProgress(), resume=True)
+        run_simulation(few, RunDir.open(rundir.path), Callback(), resume=True)
     assert RunDir.open(rundir.path).finished  # and nothing was undone
 
 
 def test_resuming_with_another_config_is_refused_in_python_too(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = tiny_config("rounds=1")
     rundir = RunDir.create(config)
-    run_local(config, rundir, NoProgress())
+    run_simulation(config, rundir, Callback())
     with pytest.raises(RunDirError, match=r"adapter\.rank was 4 and is now 2"):
-        run_local(tiny_config("rounds=2", "adapter.rank=2"), rundir, NoProgress(), resume=True)
+        run_simulation(tiny_config("rounds=2", "adapter.rank=2"), rundir, Callback(), resume=True)

@@ -13,9 +13,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.errors import ReplyError
-from fedlora.flower.local_grid import task_identity
 from fedlora.flower.messages import Ask, encode_note, encode_update, to_array
 from fedlora.flower.update_checks import Limits, check_head, check_update
+from fedlora.testing.loopback_grid import task_identity
 
 PLAN = ClientPlan(AdapterState({"m": LoraPair(torch.ones(4, 8), torch.ones(6, 4), 2.0)}, {"head": torch.zeros(2)}))
 ASK = Ask(PLAN, 5, 1, "base")

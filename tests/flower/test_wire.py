@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fedlora.flower.wire import BF16_STYPE, INT8_STYPE, STYPE, WIRES, decode_change, encode_change, header_of, to_array
 from flwr.app import Array, ConfigRecord, RecordDict
 from interrupted import cut_and_resumed
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan, load_aggregator
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
 from fedlora.evaluation.traffic import measure_traffic
-from fedlora.flower import run_local
+from fedlora.federation.run import RunOutcome
 from fedlora.flower.messages import Ask, PlanEncoder, decode_plan, encode_update, encode_upload
-from fedlora.flower.server_app import RunOutcome
 from fedlora.flower.update_checks import Limits, check_update
-from fedlora.flower.wire import BF16_STYPE, INT8_STYPE, STYPE, WIRES, decode_change, encode_change, header_of, to_array
-from fedlora.progress import NoProgress
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -30,7 +30,7 @@ LOSSY = ("bfloat16", "int8")
 
 
 def run(config: RunConfig) -> RunOutcome:
-    return run_local(config, RunDir.create(config, overwrite=True), NoProgress())
+    return run_simulation(config, RunDir.create(config, overwrite=True), Callback())
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:

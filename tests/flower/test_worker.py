@@ -24,7 +24,6 @@ from fedlora.config import RunConfig
 from fedlora.deploy import Guard
 from fedlora.errors import WorkerError
 from fedlora.flower import client_app
-from fedlora.flower.local_grid import task_identity
 from fedlora.flower.messages import Ask, PlanEncoder, decode_head
 from fedlora.node_worker import client, server, supervisor
 from fedlora.node_worker import node_app as node_app_module
@@ -35,6 +34,7 @@ from fedlora.node_worker.server import BROKEN, Worker
 from fedlora.node_worker.socket import code_digest, make_folder, named_by, require_own
 from fedlora.node_worker.supervisor import supervise
 from fedlora.privacy.ledger import Ledger
+from fedlora.testing.loopback_grid import task_identity
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -441,7 +441,7 @@ ONE_MESSAGE = """
 import logging, sys
 from pathlib import Path
 from flwr.app import Context, Message
-from fedlora.flower.local_grid import task_identity
+from fedlora.testing.loopback_grid import task_identity
 from fedlora.node_worker.node_app import app
 from fedlora.node_worker.frames import pack, unpack
 

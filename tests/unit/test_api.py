@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 import fedlora
+from fedlora.callbacks import Callback
 from fedlora.cli import app
-from fedlora.progress import NoProgress
 
 NAMES = {
     *("AdapterState", "Aggregator", "Claim", "ClientPlan", "ClientUpdate", "FedloraError", "GlobalState", "LoraPair"),
@@ -34,7 +34,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
 
 
 def test_a_run_is_the_command_lines_run(tiny_toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = fedlora.run(tiny_toml, name="mine", rounds=1, train={"lr": 0.01}, progress=NoProgress())
+    mine = fedlora.run(tiny_toml, name="mine", rounds=1, train={"lr": 0.01}, progress=Callback())
     assert capsys.readouterr().out == ""
     words = ["run", str(tiny_toml), "--set", "name=theirs", "--set", "rounds=1", "--set", "train.lr=0.01", "-q"]
     done = CliRunner().invoke(app, words)
@@ -53,7 +53,7 @@ def test_a_run_is_the_command_lines_run(tiny_toml: Path, capsys: pytest.CaptureF
 
 
 def test_what_a_run_left_is_looked_at_and_used(tiny_toml: Path) -> None:
-    run = fedlora.run(tiny_toml, progress=NoProgress())
+    run = fedlora.run(tiny_toml, progress=Callback())
     metrics = run.metrics
     assert metrics.index.tolist() == [0, 1, 2]
     assert {"accuracy", "domains.films.accuracy", "train_loss"} <= set(metrics.columns)
@@ -69,14 +69,14 @@ def test_what_a_run_left_is_looked_at_and_used(tiny_toml: Path) -> None:
 
 
 def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:
-    fedlora.run(tiny_toml, rounds=1, progress=NoProgress())
+    fedlora.run(tiny_toml, rounds=1, progress=Callback())
     with pytest.raises(fedlora.FedloraError, match="--overwrite"):
-        fedlora.run(tiny_toml, rounds=2, progress=NoProgress())
-    longer = fedlora.run(tiny_toml, rounds=2, resume=True, progress=NoProgress())
-    whole = fedlora.run(tiny_toml, name="whole", progress=NoProgress())
+        fedlora.run(tiny_toml, rounds=2, progress=Callback())
+    longer = fedlora.run(tiny_toml, rounds=2, resume=True, progress=Callback())
+    whole = fedlora.run(tiny_toml, name="whole", progress=Callback())
     assert longer.metrics["accuracy"].tolist() == whole.metrics["accuracy"].tolist()
     config = fedlora.load_config(tiny_toml, ["name=again", "rounds=1"])
-    assert fedlora.run(config, strategy={"name": "ffa"}, progress=NoProgress()).config.strategy.name == "ffa"
+    assert fedlora.run(config, strategy={"name": "ffa"}, progress=Callback()).config.strategy.name == "ffa"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:
 )
 def test_a_wrong_key_is_one_line(tiny_toml: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(fedlora.FedloraError, match=words):
-        fedlora.run(tiny_toml, progress=NoProgress(), **changes)
+        fedlora.run(tiny_toml, progress=Callback(), **changes)
     assert not (tiny_toml.parent / "runs").exists()
 
 

@@ -242,7 +242,7 @@ def test_an_error_that_is_a_bug_is_not_hidden(cli: Cli, tiny_toml: Path, monkeyp
         raise ZeroDivisionError
 
     monkeypatch.setenv("FEDLORA_CACHE", str(tiny_toml.parent))
-    monkeypatch.setattr(fedlora.flower, "run_local", broken, raising=False)
+    monkeypatch.setattr(fedlora.flower, "run_simulation", broken, raising=False)
     result = cli("run", tiny_toml)
     (log,) = (tiny_toml.parent / "errors").glob("*.log")
     assert "unexpected ZeroDivisionError" in result.stderr

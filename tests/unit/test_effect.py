@@ -85,7 +85,7 @@ def test_fields_of_registries_are_refused_too() -> None:
 def test_what_only_data_and_model_tell_is_refused_before_a_run_is_made(
     overrides: list[str], words: str, tiny_toml: Path, tmp_path: Path
 ) -> None:
-    from fedlora.flower import refuse_early
+    from fedlora.simulation.run import refuse_early
     from fedlora.training import open_workspace
 
     config = load_config(tiny_toml, ["train.steps=", "train.batch_size=2", *overrides])

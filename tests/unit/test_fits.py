@@ -18,8 +18,8 @@ from fedlora.assets import Checkpoint
 from fedlora.cli import app
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import AssetError, ConfigError, DataError, FedloraError, ModelError
-from fedlora.flower import refuse_early
 from fedlora.model.reach import embedding_rows, longest_text, position_limit
+from fedlora.simulation.run import refuse_early
 from fedlora.tasks._base import Table
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.training import open_workspace

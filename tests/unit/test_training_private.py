@@ -14,10 +14,10 @@ import torch
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import OpenTable, RunConfig, TrainConfig, parse_config
 from fedlora.errors import PrivacyError
-from fedlora.flower import refuse_early
 from fedlora.model import Base
 from fedlora.privacy.accounting import Entry, epsilon
 from fedlora.privacy.calibrate import Schedule
+from fedlora.simulation.run import refuse_early
 from fedlora.tasks import load_task
 from fedlora.training import dp_settings as module
 from fedlora.training import open_workspace

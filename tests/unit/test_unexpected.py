@@ -14,12 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 import fedlora.flower
+from fedlora.callbacks import Callback
 from fedlora.cli import app
 from fedlora.config import load_config
 from fedlora.errors import RunDirError
-from fedlora.flower import client_app, run_local
-from fedlora.progress import NoProgress
+from fedlora.flower import client_app
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.unexpected import KEPT_LOGS, describe_exception, keep_traceback
 
 
@@ -173,7 +174,7 @@ def test_a_fault_of_the_program_ends_a_simulation_and_frees_its_place(broken: Pa
 def test_a_run_that_has_trained_keeps_its_folder(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(tiny_toml)
     run = RunDir.create(config)
-    evaluate = fedlora.flower.strategy.evaluate
+    evaluate = fedlora.federation.server.evaluate
     calls = []
 
     def fail_later(*args: object, **options: object) -> object:
@@ -182,13 +183,13 @@ def test_a_run_that_has_trained_keeps_its_folder(tiny_toml: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, "No space left on device")
         return evaluate(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fedlora.flower.strategy.evaluate", fail_later)
+    monkeypatch.setattr("fedlora.federation.server.evaluate", fail_later)
     with pytest.raises(OSError, match="No space"):
-        run_local(config, run, NoProgress())
+        run_simulation(config, run, Callback())
     assert not run.discard_if_untrained()
     assert run.rounds_done == 1
     monkeypatch.undo()
-    assert len(run_local(config, RunDir.open(run.path, config), NoProgress(), resume=True).records) == 3
+    assert len(run_simulation(config, RunDir.open(run.path, config), Callback(), resume=True).records) == 3
 
 
 def test_a_privacy_ledger_is_never_discarded(tiny_toml: Path) -> None:

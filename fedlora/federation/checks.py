@@ -13,7 +13,6 @@ from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.initial_state import first_state, plan_for
 from fedlora.federation.load_rule import load_rule, require_cohort, require_one_start
-from fedlora.flower.ray_crew import require_ray
 from fedlora.training.dp_settings import check_model, private_settings
 from fedlora.training.fits import require_fit_of_any
 from fedlora.training.job import TrainJob, number_of_steps
@@ -24,7 +23,7 @@ def refuse_early(config: RunConfig, workspace: Workspace) -> None:
     """Raise for a config whose rule cannot serve its clients, before a run directory is made or an old one removed.
 
     Raises:
-        ConfigError: the rule or one of its fields is unknown or wrong, the data are the nodes' own, or Ray is missing.
+        ConfigError: the rule or one of its fields is unknown or wrong, or the data are the nodes' own.
         RuleError: the rule refuses a client's rank.
         RoundError: more clients are asked for than there are.
         PrivacyError: a private run would not be private with this model or task, or within this epsilon.
@@ -34,7 +33,6 @@ def refuse_early(config: RunConfig, workspace: Workspace) -> None:
             "the nodes bring their own data, of which nothing is here: start the run with flwr run, or simulate it "
             "with data.source and a partition"
         )
-    require_ray(config)
     rule = load_rule(config)
     state = first_state(rule, workspace.base, config.seed)
     clients = range(len(workspace.data.clients))

@@ -6,13 +6,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flwr.app import RecordDict
-
 from fedlora.config import RunConfig
 from fedlora.data.own import require_readable
 from fedlora.errors import FedloraError, PrivacyError, ReplyError
-from fedlora.flower.messages import decode_head
-from fedlora.privacy.disclosure import WITHHELD, Disclosure
+from fedlora.privacy.disclosure import WITHHELD
 from fedlora.sanitize import clean_text
 
 logger = logging.getLogger(__name__)
@@ -45,19 +42,3 @@ def looking_at_data(config: RunConfig) -> Iterator[None]:
         except FedloraError as told:
             raise ReplyError(str(told)) from error
         raise withheld(error) from error
-
-
-def may_leave(content: RecordDict, config: RunConfig) -> RecordDict:
-    """The content of a reply, looked over before it leaves a private client.
-
-    Args:
-        content: of the reply.
-        config: as the client reads it.
-
-    Raises:
-        PrivacyError: it says more than it may.
-    """
-    if config.privacy is not None:
-        figures = tuple(content.metric_records.get("metrics", ()))
-        Disclosure(config.privacy.unit).require_reply(decode_head(content), figures)
-    return content

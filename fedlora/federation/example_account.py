@@ -3,9 +3,9 @@
 Clients keep the ledgers. The server keeps a record of its own of whom it asked for what, `privacy/asked.jsonl` in the
 run directory: a line is on the disk before the first client of a round is asked, so that no crash makes it forget. A
 round that is asked for again on the same state with the same config is the same question, which a client answers once
-(see `fedlora.flower.node_account`); each client also states how many attempts its ledger counts for this run. What a
-run claims is the largest epsilon over what it asked, what clients stated, and the ledgers that it can read: never less
-than what it asked for.
+(see `fedlora.federation.client_ledger`); each client also states how many attempts its ledger counts for this run.
+What a run claims is the largest epsilon over what it asked, what clients stated, and the ledgers that it can read:
+never less than what it asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -21,14 +22,15 @@ from typing import Any, final
 from fedlora.aggregators import GlobalState
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, ReplyError
-from fedlora.flower.messages import digest
-from fedlora.flower.node_account import ledger_path, plan_config
+from fedlora.federation.client_ledger import ledger_path, plan_config
+from fedlora.federation.client_pool import RoundRequest
 from fedlora.privacy._file import Appender
 from fedlora.privacy.accounting import Entry, epsilon, merged, statement
 from fedlora.privacy.ledger import Ledger
 from fedlora.runs.rundir import RunDir
 from fedlora.state_io import flatten_base_update, flatten_state
 from fedlora.training.dp_settings import PrivateSettings, private_settings, require_privacy
+from fedlora.wire_formats import tensors_digest
 
 _TORN = b'{"event": "torn"}'
 """A line that stands for the one above it, which a crash cut short."""
@@ -72,7 +74,7 @@ class _Question:
 
 
 @final
-class Spending:
+class ExampleLevelAccount:
     """What the server knows of the clients' spending in a run with privacy.unit = "example".
 
     Args:
@@ -86,7 +88,7 @@ class Spending:
     """
 
     def __init__(self, config: RunConfig, rundir: RunDir, folder: Path | None = None) -> None:
-        self._config, self._folder, self._run = config, folder, rundir.run_id
+        self._config, self._folder, self._rundir, self._run = config, folder, rundir, rundir.run_id
         # The in-process engine's: whatever lacks there is lost, and not kept by somebody else.
         self._ours = folder is not None and folder.resolve() == rundir.privacy_dir.resolve()
         self._path = rundir.privacy_dir / "asked.jsonl"
@@ -104,11 +106,13 @@ class Spending:
             for question in questions[number]:
                 self._note(question)
             if number in records:
-                self.settle(records[number])
+                self._settle(records[number])
+        kept = [record for number, record in records.items() if number <= rundir.rounds_done]
+        self._spent: set[int] = set(kept[-1].get("spent", ())) if kept else set()
 
     # ------------------------------------------------------------------------------------------ before and in a run
 
-    def prepare(self, rundir: RunDir) -> None:
+    def prepare(self) -> None:
         """Before a resume cuts anything back: all completed rounds are on record, and what was written counts.
 
         Metrics are written before the checkpoint: a line without one may have been read, and its round is repeated
@@ -121,7 +125,7 @@ class Spending:
             "which was completed: restore it from a backup, or start a new run with --set name=...; without it nobody "
             "knows what was spent"
         )
-        written = {record["round"] for record in rundir.read_metrics() if record.get("asked")}
+        written = {record["round"] for record in self._rundir.read_metrics() if record.get("asked")}
         if lacking := written - self._latest.keys():
             raise PrivacyError(f"{str(self._path)!r} lacks round {min(lacking)}, {cure}")
         if self._folder is None or not (self._ours or self._known_here()):
@@ -130,23 +134,18 @@ class Spending:
             ledger = Ledger(ledger_path(self._folder, client_id))
             if lacking := rounds - ledger.rounds(self._run):
                 raise PrivacyError(f"privacy ledger {str(ledger.path)!r} lacks round {min(lacking)}, {cure}")
-        state = rundir.latest_checkpoint()
+        state = self._rundir.latest_checkpoint()
         done = -1 if state is None else state.round
         for number in sorted(n for n in written if n > done):
             for path in sorted(self._folder.glob("client-*.jsonl")):
                 Ledger(path).seen(self._run, number)
 
-    def ask(self, number: int, clients: Sequence[int], state: GlobalState, base_digest: str) -> None:
-        """Write down, before they are asked, who is asked for a private round; on the disk when it returns.
-
-        Args:
-            number: of the round.
-            clients: that are asked.
-            state: on which they train.
-            base_digest: names the state's base.
-        """
-        entries = {client_id: private_settings(self._config, client_id).entry for client_id in clients}
-        question = _Question((number, self._digest(state, base_digest)), base_digest, entries)
+    @contextmanager
+    def round(self, request: RoundRequest) -> Iterator[None]:
+        """Write down, before they are asked, who is asked for a private round; on the disk before anything else."""
+        entries = {client_id: private_settings(self._config, client_id).entry for client_id in request.clients}
+        key = request.number, self._digest(request.state, request.base_digest)
+        question = _Question(key, request.base_digest, entries)
         appender = Appender(self._path)
         try:
             data = appender.read()
@@ -154,6 +153,11 @@ class Spending:
         finally:
             appender.close()
         self._note(question)
+        yield
+
+    def solvent(self, clients: Iterable[int]) -> list[int]:
+        """Those that have not said that their budget is spent."""
+        return sorted(set(clients) - self._spent)
 
     def base_of(self, state: GlobalState) -> str | None:
         """How a state's base was named when its next round was asked for before; None if it was not.
@@ -166,12 +170,18 @@ class Spending:
                 return base
         return None
 
-    def settle(self, record: Mapping[str, Any]) -> None:
-        """Take note of what became of a round's clients.
+    def settle(self, record: Mapping[str, Any], spent: Sequence[int]) -> dict[str, Any]:
+        """Take note of the outcome of a round.
 
         Args:
-            record: the round's line of metrics.
+            record: Its line of metrics so far.
+            spent: Clients that said that their budget is spent.
         """
+        self._spent.update(spent)
+        self._settle(record)
+        return {"spent": sorted(self._spent), "epsilon": self.largest()}
+
+    def _settle(self, record: Mapping[str, Any]) -> None:
         key = self._latest.get(record["round"])
         if key is not None:  # devices that dropped out or would be late were never sent the plan
             for client_id in (*record.get("dropped", ()), *record.get("late", ())):
@@ -233,7 +243,7 @@ class Spending:
         tensors, meta = flatten_state(state, base_updates=False)
         for base_update in state.base_updates[-1:]:  # the one that no compaction touches
             tensors |= flatten_base_update(base_update, "merge/")[0]
-        facts = [meta["adapter"], state.base_version, base, digest(tensors), plan_config(self._config)]
+        facts = [meta["adapter"], state.base_version, base, tensors_digest(tensors), plan_config(self._config)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _note(self, question: _Question) -> None:

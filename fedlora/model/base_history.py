@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from weakref import WeakKeyDictionary
 
 from fedlora.aggregators import BaseUpdate, GlobalState, base_update_chain
-from fedlora.flower.messages import digest
-from fedlora.model import Base
+from fedlora.model.base_model import Base
 from fedlora.state_io import flatten_base_update
-
-_digests: WeakKeyDictionary[Base, tuple[int, str]] = WeakKeyDictionary()
+from fedlora.wire_formats import tensors_digest
 
 
 def digest_of(base: Base) -> str:
     """Identity of the base's present weights: "" for the pristine ones, "?" for those that `follow` did not make."""
-    version, known = _digests.get(base, (0, ""))
+    version, known = base.history
     if base.base_version == 0:
         return ""
     return known if version == base.base_version else "?"
@@ -42,23 +39,21 @@ def follow(base: Base, base_updates: Sequence[BaseUpdate], version: int, target:
     if digest_of(base) != since:
         base.rebase(0, ())
     base.rebase(version, base_updates)
-    _digests[base] = (version, target)
+    base.history = (version, target)
 
 
-def show(base: Base, state: GlobalState, target: str, digests: Mapping[int, str]) -> None:
-    """Bring the base to a state's version by the shortest way, and write the state's adapter to it.
+def bring_to(base: Base, state: GlobalState, digests: Mapping[int, str]) -> None:
+    """Bring the base to a state's version by the shortest way.
 
     Args:
-        base: changed in place.
-        state: with all changes so far.
-        target: digest of its base.
-        digests: by version, as this run has made them.
+        base: Changed in place; its adapter stays as it is.
+        state: With all changes so far.
+        digests: Of the base by version, as this run has made them.
     """
     here = base.base_version if digest_of(base) == digests.get(base.base_version) else 0
     chain = base_update_chain(state.base_updates, here)
     since = digests[here] if not chain or chain[0].since == here else ""
-    follow(base, chain, state.base_version, target, since)
-    base.write(state.adapter)
+    follow(base, chain, state.base_version, digests[state.base_version], since)
 
 
 def next_digest(before: str, old: GlobalState, new: GlobalState) -> str:
@@ -72,6 +67,6 @@ def next_digest(before: str, old: GlobalState, new: GlobalState) -> str:
 def chain_digest(before: str, base_updates: Sequence[BaseUpdate]) -> str:
     """Extend a digest by changes; "" stays "" if there are none."""
     for base_update in base_updates:
-        added = digest(flatten_base_update(base_update)[0])
+        added = tensors_digest(flatten_base_update(base_update)[0])
         before = hashlib.sha256(f"{before}/{added}".encode()).hexdigest()
     return before

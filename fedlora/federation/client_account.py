@@ -8,19 +8,22 @@ of the first attempt nothing is on the disk, so that it counts once (see `fedlor
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
+from fedlora.aggregators import GlobalState
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError
+from fedlora.federation.client_pool import RoundRequest
 from fedlora.privacy.accounting import epsilon, statement
 from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.privacy.server_dp import ServerDP
 from fedlora.runs.rundir import RunDir
 
 
-class ServerLedger:
+@final
+class ClientLevelAccount:
     """What the server has spent of its clients' privacy.
 
     Args:
@@ -31,42 +34,47 @@ class ServerLedger:
 
     def __init__(self, config: RunConfig, rule: ServerDP, rundir: RunDir) -> None:
         assert config.client_privacy is not None
-        self._privacy, self._weighting, self._rule, self._run = (
-            config.client_privacy,
-            config.server.weighting,
-            rule,
-            rundir.run_id,
-        )
+        self._privacy, self._weighting = config.client_privacy, config.server.weighting
+        self._rule, self._rundir, self._run = rule, rundir, rundir.run_id
         # A session is one process's go at the run: what an earlier one began and did not write down, nobody saw.
         self._ledger = Ledger(rundir.privacy_dir / "server.jsonl", unit="client", session=uuid.uuid4().hex)
         self._attempt: Attempt | None = None
 
-    def prepare(self, rundir: RunDir) -> None:
+    def prepare(self) -> None:
         """Before a resume cuts anything back: completed rounds are in the ledger, and what was written counts.
 
         Raises:
             PrivacyError: the ledger lacks a completed round.
         """
-        state = rundir.latest_checkpoint()
+        state = self._rundir.latest_checkpoint()
         done = -1 if state is None else state.round
-        written = {r["round"] for r in rundir.read_metrics() if r["round"] and not _changed_nothing(r)}
+        written = {r["round"] for r in self._rundir.read_metrics() if r["round"] and not _changed_nothing(r)}
         if lacking := written - self._ledger.rounds(self._run):
             raise PrivacyError(
                 f"privacy ledger {str(self._ledger.path)!r} lacks round {min(lacking)}, which was completed: restore "
-                "it from a backup, or start a new run with --set name=...; without it nobody knows what was spent"
+                "it from a backup, or start a new run with --set name=...; without it nobody knows what was spent",
+                code="ledger-lacks-round",
             )
         for number in sorted(n for n in written if n > done):
             self._ledger.seen(self._run, number)
 
+    def base_of(self, state: GlobalState) -> str | None:
+        """Not known."""
+        return None
+
+    def solvent(self, clients: Iterable[int]) -> list[int]:
+        """All: the budget is the server's."""
+        return sorted(clients)
+
     @contextmanager
-    def round(self, number: int) -> Iterator[None]:
-        """Inside, the clients are asked, and what they send is merged and written down.
+    def round(self, request: RoundRequest) -> Iterator[None]:
+        """Inside, the clients are asked, and what they send is aggregated and written down.
 
         Raises:
             PrivacyError: the budget does not allow the round.
         """
         with self._ledger.spend(
-            self._rule.entry(), run=self._run, round=number, budget=self._privacy.budget
+            self._rule.entry(), run=self._run, round=request.number, budget=self._privacy.budget
         ) as self._attempt:
             try:
                 yield
@@ -75,11 +83,12 @@ class ServerLedger:
             finally:
                 self._attempt = None
 
-    def settle(self, record: Mapping[str, Any]) -> dict[str, float]:
+    def settle(self, record: Mapping[str, Any], spent: Sequence[int] = ()) -> dict[str, Any]:
         """The round's figures for its line of metrics; a round that changed nothing is taken off the account.
 
         Args:
-            record: its line of metrics so far.
+            record: Its line of metrics so far.
+            spent: Nobody.
         """
         if _changed_nothing(record) and self._attempt is not None:
             self._attempt.void("the round changed nothing: too few replies")

@@ -1,5 +1,7 @@
 """How one tensor travels: raw bytes with a declared dtype and shape; no pickle, no NumPy container.
 
+Who carries the bytes (Flower's messages, or nobody in a simulation) is not known here.
+
 What a server sends is never rounded: all clients train on one base and one state, to the byte. What a client sends may
 be (`[wire] up`): then it is the *change* from the tensor that the server sent that is rounded, since it is small, both
 sides know the start exactly, and a small step is not lost beside a large value.
@@ -14,13 +16,13 @@ A tensor that a format would not make smaller (a half-precision one in bfloat16,
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from flwr.app import Array
 from torch import Tensor
 
 from fedlora.errors import ReplyError
@@ -70,57 +72,81 @@ def header_of(wire: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Header:
     return formed if formed.nbytes < raw.nbytes else raw
 
 
-def to_array(tensor: Tensor) -> Array:
-    """One tensor as raw little-endian bytes with its dtype and shape."""
-    return Array(_NAMES[tensor.dtype], tuple(tensor.shape), STYPE, _bytes(tensor.detach().cpu()))
+def raw_header(tensor: Tensor) -> Header:
+    """The header of a tensor that travels as it is."""
+    return header_of("float32", tensor.dtype, tuple(tensor.shape))
 
 
-def from_array(array: Array) -> Tensor:
-    """The tensor of a raw array whose header was checked; the result owns its memory."""
-    return _tensor(array.data, DTYPES[array.dtype]).reshape(array.shape)
+def raw_bytes(tensor: Tensor) -> bytes:
+    """A tensor as little-endian bytes."""
+    return _bytes(tensor.detach().cpu())
 
 
-def encode_change(tensor: Tensor, start: Tensor, wire: str, seed: int) -> Array:
-    """A trained tensor for the way up.
+def from_raw(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `raw_bytes`; the result owns its memory."""
+    return _tensor(data, DTYPES[dtype]).reshape(shape)
+
+
+def encode_change(tensor: Tensor, start: Tensor, wire: str, seed: int) -> bytes:
+    """The body of a trained tensor for the way up; its header is that of `header_of`.
 
     Args:
-        tensor: after training.
-        start: the same tensor before it, as the server sent it.
-        wire: one of `WIRES`.
-        seed: of the random rounding.
+        tensor: After training.
+        start: The same tensor before it, as the server sent it.
+        wire: One of `WIRES`.
+        seed: Of the random rounding.
     """
     header = header_of(wire, tensor.dtype, tuple(tensor.shape))
     if header.stype == STYPE:
-        return to_array(tensor)
+        return raw_bytes(tensor)
     tensor, start = tensor.detach().cpu(), start.detach().cpu()
     change = tensor.to(_wide(start)) - start.to(_wide(start))
     if header.stype == BF16_STYPE:
-        data = _bytes(change.to(torch.bfloat16))
-    else:
-        rows = quantise(change, torch.Generator().manual_seed(seed))
-        data = _bytes(rows.steps) + _bytes(rows.codes)
-    return Array(header.dtype, header.shape, header.stype, data)
+        return _bytes(change.to(torch.bfloat16))
+    rows = quantise(change, torch.Generator().manual_seed(seed))
+    return _bytes(rows.steps) + _bytes(rows.codes)
 
 
-def decode_change(array: Array, start: Tensor) -> Tensor:
-    """The trained tensor of an array whose header was checked, in the dtype of its start.
+def decode_change(header: Header, data: bytes, start: Tensor) -> Tensor:
+    """The trained tensor of a body whose header was checked, in the dtype of its start.
 
     Raises:
         ReplyError: the codes are none that `encode_change` makes.
     """
-    if array.stype == STYPE:
-        return from_array(array)
-    shape, start = tuple(array.shape), start.detach().cpu()
-    if array.stype == BF16_STYPE:
-        change = _tensor(array.data, torch.bfloat16).reshape(shape)
+    shape = header.shape
+    if header.stype == STYPE:
+        return from_raw(data, header.dtype, shape)
+    start = start.detach().cpu()
+    if header.stype == BF16_STYPE:
+        change = _tensor(data, torch.bfloat16).reshape(shape)
     else:
         count, width = row_shape(shape)
-        steps = _tensor(array.data[: _STEP * count], torch.float32)
-        codes = _tensor(array.data[_STEP * count :], torch.int8).reshape(count, width)
+        steps = _tensor(data[: _STEP * count], torch.float32)
+        codes = _tensor(data[_STEP * count :], torch.int8).reshape(count, width)
         if bool((steps < 0).any()) or bool((codes < -LARGEST).any()):
-            raise ReplyError("its int8 codes are none that a client makes: a negative step, or a code of -128")
+            raise ReplyError(
+                "its int8 codes are none that a client makes: a negative step, or a code of -128", code="invalid-codes"
+            )
         change = dequantise(Rows(steps, codes), shape)
     return (start.to(_wide(start)) + change.to(_wide(start))).to(start.dtype)
+
+
+def as_received(tensor: Tensor, start: Tensor, wire: str, seed: int) -> Tensor:
+    """What the server would receive of a trained tensor: the tensor after `encode_change` and `decode_change`."""
+    header = header_of(wire, tensor.dtype, tuple(tensor.shape))
+    if header.stype == STYPE:
+        return tensor.detach().cpu()
+    return decode_change(header, encode_change(tensor, start, wire, seed), start)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name}\0{_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(raw_bytes(tensor))
+    return sha.hexdigest()
 
 
 def _wide(start: Tensor) -> torch.dtype:

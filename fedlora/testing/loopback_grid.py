@@ -1,4 +1,4 @@
-"""Flower's `Grid` without processes: the ClientApp runs here, when a reply is pulled; train messages run together.
+"""Flower's `Grid` without processes, for tests: the ClientApp runs here, when a reply is pulled.
 
 The same ServerApp and ClientApp objects run on this grid, on Ray and on a SuperLink. Each side gets its own copy of a
 message (array bodies are immutable bytes and are shared). A client's exception becomes an error reply, as in Flower.
@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -23,12 +23,12 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.errors import FedloraError, in_words
+from fedlora.errors import in_words
 
 logger = logging.getLogger(__name__)
 
 
-class LocalGrid(Grid):
+class LoopbackGrid(Grid):
     """A grid of virtual nodes in this process.
 
     Args:
@@ -37,16 +37,6 @@ class LocalGrid(Grid):
         run_config: the run's config, as both apps see it.
         run_id: any positive number.
     """
-
-    window: int = 1
-    """How many messages are worth having under way at once: the caller keeps memory flat by not pushing more."""
-    together: Callable[[Sequence[RecordDict], Sequence[Context]], Sequence[RecordDict | Exception]] | None = None
-    """Answers up to `window` waiting train messages at once, each with its reply's content or with what its app has
-    raised; None: the ClientApp answers one after the other."""
-    unexpected: Exception | None = None
-    """The first exception of a client that is no `FedloraError`: a fault of the program, of which the run should end.
-    On a real grid such a client is left out; here all clients are one program, and the rounds without it would be
-    another experiment."""
 
     def __init__(
         self,
@@ -111,39 +101,8 @@ class LocalGrid(Grid):
 
     def _pull(self, key: str) -> Message:
         if key not in self._answers:
-            keys = self._companions(key)
-            messages = [self._waiting.pop(other) for other in keys]
-            answers = [self._answer(messages[0])] if len(keys) == 1 else self._answer_together(messages)
-            self._answers.update(zip(keys, answers, strict=True))
+            self._answers[key] = self._answer(self._waiting.pop(key))
         return self._answers.pop(key)
-
-    def _companions(self, key: str) -> list[str]:
-        """This message, and those that are to be answered with it: train messages of other nodes that wait."""
-        if self.together is None or not self._trains(self._waiting[key]):
-            return [key]
-        metadata = self._waiting[key].metadata
-        nodes: dict[int, str] = {metadata.dst_node_id: key}
-        for other, message in self._waiting.items():
-            # Nobody pulls what is left of a round that was broken off.
-            same_round = message.metadata.group_id == metadata.group_id
-            if len(nodes) < self.window and same_round and self._trains(message):
-                nodes.setdefault(message.metadata.dst_node_id, other)
-        return list(nodes.values())
-
-    def _trains(self, message: Message) -> bool:
-        return message.metadata.message_type == MessageType.TRAIN and message.metadata.dst_node_id in self._contexts
-
-    def _answer_together(self, messages: Sequence[Message]) -> list[Message]:
-        assert self.together is not None
-        contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
-        found = self.together([message.content for message in messages], contexts)
-        return [self._reply(*pair) for pair in zip(messages, found, strict=True)]  # made for these replies alone
-
-    def _reply(self, message: Message, found: RecordDict | Exception) -> Message:
-        with task_identity(self._run.run_id, message.metadata.dst_node_id):
-            if isinstance(found, Exception):
-                return self._raised(found, message)
-            return Message(found, reply_to=message)
 
     def _answer(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
@@ -159,16 +118,7 @@ class LocalGrid(Grid):
     def _raised(self, error: Exception, message: Message) -> Message:
         """A client's failure as a reply that names it, as on any other grid."""
         logger.debug("client on node %s failed", message.metadata.dst_node_id, exc_info=error)
-        if self.unexpected is None and not isinstance(error, FedloraError):
-            self.unexpected = error
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, in_words(error)), reply_to=message)
-
-
-def raise_unexpected(grid: Grid) -> None:
-    """Raise what a simulated client has raised and nobody foresaw."""
-    error = getattr(grid, "unexpected", None)
-    if error is not None:
-        raise error
 
 
 @contextlib.contextmanager

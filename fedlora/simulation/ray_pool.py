@@ -1,7 +1,7 @@
-"""The processes of a crew as actors of a Ray cluster, on as many machines and GPUs as it has.
+"""The processes of a worker pool as actors of a Ray cluster, on as many machines and GPUs as it has.
 
-An actor does what a process does, `fedlora.flower.share.serve`, and is talked to by two calls that carry bytes. Of Ray
-nothing else is used: no object outlives a call, and an actor that dies is not started again.
+An actor does what a process does, `fedlora.simulation.pool_worker.serve`, and is talked to by two calls that carry
+bytes. Of Ray nothing else is used: no object outlives a call, and Ray does not start an actor that dies again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,6 +31,8 @@ from fedlora.simulation.processes import Channel, pack, variables
 
 PATIENCE_S = 180.0
 """Until all actors are there: libraries are read from a disk, and others may hold the CPUs for a while."""
+REPLACED_WITHIN_S = 60.0
+"""Until an actor that takes a dead one's place is there; after that another stands in."""
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -82,7 +84,7 @@ class Actor:
         return self._answers.get()
 
     def _serve(self) -> None:
-        from fedlora.flower.share import serve
+        from fedlora.simulation.pool_worker import serve
 
         try:
             serve(_Inside(self._jobs, self._answers))
@@ -182,60 +184,81 @@ class Cluster:
     machines: Sequence[Machine]
 
     @contextmanager
-    def helpers(
+    def actors(
         self, environments: Sequence[Mapping[str, str]], threads: int, *, gpu: bool, file: Path | None
-    ) -> Iterator[list[RayHelper]]:
-        """Actors for a crew, one for each environment; they end with the context.
+    ) -> Iterator[Callable[[int], RayHelper]]:
+        """Inside, the result gives the actor of a place, or starts another in its stead; all end with the context.
 
         Args:
-            environments: variables that each has besides its machine's.
-            threads: of each: so many CPUs of the cluster.
-            gpu: whether each has a GPU of its own, too.
-            file: by which a machine shows that it sees the run's folder; None: it need not.
+            environments: Variables of each place's actor besides its machine's.
+            threads: Of each: so many CPUs of the cluster.
+            gpu: Whether each has a GPU of its own, too.
+            file: By which a machine shows that it sees the run's folder; None: it need not.
 
         Raises:
             ConfigError: the cluster is too small.
-            CrewError: an actor did not start, or has other versions.
+            PoolError: an actor did not start, or has other versions.
             PrivacyError: a machine does not see the run's folder.
         """
-        import ray
-
         if (most := room(self.machines, threads, gpus=gpu)) < len(environments):
             each = f"{threads} CPUs" + " and a GPU" * gpu
             raise ConfigError(
                 f"Ray has room for {most} actors of {each}, and the run wants {len(environments)}: lower "
-                "runtime.processes or runtime.threads, or add machines to the cluster"
+                "runtime.processes or runtime.threads, or add machines to the cluster",
+                code="cluster-too-small",
             )
-        remote = ray.remote(Actor)
         helpers: list[RayHelper] = []
+        unused: dict[int, RayHelper] = {}
+
+        def started(place: int) -> RayHelper:
+            helpers.append(_started(environments[place], threads, gpu=gpu))
+            return helpers[-1]
+
+        def hire(place: int) -> RayHelper:
+            if place in unused:
+                return unused.pop(place)
+            helper = started(place)
+            try:
+                _meet([helper], file, REPLACED_WITHIN_S)
+            except PoolError:
+                helper.end()
+                raise
+            return helper
+
         try:
-            for environment in environments:
-                theirs = {name: value for name, value in environment.items() if name != "CUDA_VISIBLE_DEVICES"}
-                options: dict[str, Any] = {
-                    "num_cpus": threads,
-                    "num_gpus": int(gpu),
-                    "max_concurrency": 2,  # one call of tell beside one of hear
-                    "scheduling_strategy": "SPREAD",
-                    "runtime_env": {"env_vars": theirs},  # which GPU, Ray says itself
-                }
-                helpers.append(RayHelper(remote.options(**options).remote(sys.path, str(Path.cwd()))))
-            _meet(helpers, file)
-            yield helpers
+            unused |= {place: started(place) for place in range(len(environments))}
+            _meet(helpers, file, PATIENCE_S)
+            yield hire
         finally:
             for helper in helpers:
                 helper.end()
 
 
-def _meet(helpers: Sequence[RayHelper], file: Path | None) -> None:
+def _started(environment: Mapping[str, str], threads: int, *, gpu: bool) -> RayHelper:
+    """An actor that is on its way."""
+    import ray
+
+    theirs = {name: value for name, value in environment.items() if name != "CUDA_VISIBLE_DEVICES"}
+    options: dict[str, Any] = {
+        "num_cpus": threads,
+        "num_gpus": int(gpu),
+        "max_concurrency": 2,  # one call of tell beside one of hear
+        "scheduling_strategy": "SPREAD",
+        "runtime_env": {"env_vars": theirs},  # which GPU, Ray says itself
+    }
+    return RayHelper(ray.remote(Actor).options(**options).remote(sys.path, str(Path.cwd())))
+
+
+def _meet(helpers: Sequence[RayHelper], file: Path | None, patience_s: float) -> None:
     """Wait until all are there, and see that they are what the driver is."""
     import ray
     from ray.exceptions import RayError
 
     greetings = [helper.actor.begin.remote(file) for helper in helpers]
-    late = ray.wait(greetings, num_returns=len(greetings), timeout=PATIENCE_S)[1]
+    late = ray.wait(greetings, num_returns=len(greetings), timeout=patience_s)[1]
     if late:
         raise PoolError(
-            f"{len(late)} of {len(greetings)} actors found no room on Ray in {PATIENCE_S:g} s: others use it; lower "
+            f"{len(late)} of {len(greetings)} actors found no room on Ray in {patience_s:g} s: others use it; lower "
             "runtime.processes, or resume the run later"
         )
     for greeting in greetings:

@@ -1,0 +1,291 @@
+"""What a client does in a round: train what it was asked for on its own examples, and say what may be said of it.
+
+Many clients of one process train together where they can (`fedlora.training.cohort`). In a private run nothing leaves a
+client but what is on the list of `fedlora.privacy.disclosure`: no number of examples, no loss, no seconds, and of
+errors only those that cannot tell of the data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from fedlora.adapter import AdapterState
+from fedlora.config import RunConfig
+from fedlora.errors import (
+    AssetError,
+    ConfigError,
+    FedloraError,
+    ModelError,
+    PrivacyError,
+    ReplyError,
+    RuleError,
+    TrainingError,
+    in_words,
+)
+from fedlora.federation.client_ledger import Account
+from fedlora.federation.client_pool import Failure
+from fedlora.federation.discretion import withheld
+from fedlora.federation.protocol import TrainRequest, update_head
+from fedlora.model.base_history import follow
+from fedlora.privacy.disclosure import Disclosure
+from fedlora.privacy.ledger import Attempt
+from fedlora.rng import derive
+from fedlora.sanitize import clean_text
+from fedlora.training.cohort import train_cohort
+from fedlora.training.dp_loop import train_private_cohort
+from fedlora.training.dp_settings import PrivateSettings, check_model, private_settings
+from fedlora.training.job import TrainJob, TrainResult
+from fedlora.training.loop import Outcome
+from fedlora.training.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+TELLS_NOTHING = (AssetError, ConfigError, ModelError, PrivacyError, ReplyError, RuleError)
+"""Errors of the config, the model and the messages: a private client sends their text, unless its data had been looked
+at when they were raised (`looking_at_data`)."""
+
+
+@dataclass(frozen=True)
+class TrainedReply:
+    """What a client that has trained sends.
+
+    Args:
+        request: That it answers.
+        tensors: The parts that were asked for, after training.
+        figures: "num_examples" and what else it reports.
+    """
+
+    request: TrainRequest
+    tensors: Mapping[str, Tensor]
+    figures: Mapping[str, float]
+
+
+Answer = TrainedReply | Failure | Exception
+"""What comes of one client: a reply, a failure in words that may leave it, or an exception that nobody foresaw."""
+
+
+def answer(
+    workspace: Workspace, requests: Sequence[TrainRequest], account: Callable[[TrainRequest], Account]
+) -> list[Answer]:
+    """Train what some requests ask for, together where the model allows it.
+
+    Args:
+        workspace: Of these clients, with the config as they read it.
+        requests: On one version of the base.
+        account: Opens the ledger of a request's client, in a run with example-level privacy.
+
+    Returns:
+        For each request its answer.
+    """
+    config = workspace.config
+    if config.example_privacy is not None:
+        return _answer_privately(workspace, requests, account)
+    answers: list[Answer] = []
+    for request, outcome in zip(requests, _trained(workspace, requests), strict=True):
+        try:
+            if isinstance(outcome, Exception) and config.client_privacy is not None:
+                outcome = _unchanged(workspace, request, outcome)
+            if isinstance(outcome, Exception):
+                raise outcome
+            answers.append(_reply(request, outcome.adapter, _figures(outcome, config), config))
+        except Exception as error:
+            answers.append(failure_of(error, config))
+    return answers
+
+
+def failure_of(error: Exception, config: RunConfig | None) -> Failure | Exception:
+    """What a client says of an error: its text, or in a private run no more than that it failed.
+
+    Args:
+        error: Any.
+        config: As the client reads it; None where it cannot be read.
+
+    Returns:
+        The error itself if it is none of fedlora's and the run is not private: a fault of the program.
+    """
+    if config is not None and config.privacy is not None and not isinstance(error, TELLS_NOTHING):
+        error = withheld(error)
+    return Failure("refused", str(error)) if isinstance(error, FedloraError) else error
+
+
+def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
+    """Positions of a client's examples in the training set.
+
+    Raises:
+        TrainingError: there is no such client.
+    """
+    clients = workspace.data.clients
+    if not 0 <= client_id < len(clients):
+        raise TrainingError(
+            f"there is no client {client_id}: the partition has {len(clients)}, numbered from 0", code="no-such-client"
+        )
+    return clients[client_id]
+
+
+def _reply(
+    request: TrainRequest, trained: AdapterState, figures: Mapping[str, float], config: RunConfig
+) -> TrainedReply:
+    if config.privacy is not None:
+        head = update_head(request.round, request.base_digest)
+        Disclosure(config.privacy.unit).require_reply(head, tuple(figures))
+    return TrainedReply(request, trained.tensors(request.plan.sends), figures)
+
+
+def _unchanged(workspace: Workspace, request: TrainRequest, error: Exception) -> TrainResult:
+    """What a client sends whose training failed, where all that it holds is protected: an update that changes nothing.
+
+    That it failed may depend on its data; the server would leave it out and write down that it did.
+    """
+    k = request.client_id
+    logger.warning("client %d failed, and its update changes nothing: %s", k, clean_text(in_words(error)))
+    logger.debug("a private client failed", exc_info=error)
+    held = len(workspace.data.clients[k]) if k < len(workspace.data.clients) else 0
+    return TrainResult(request.plan.adapter, max(1, held), 0, 0, float("nan"), 0.0, 0.0)
+
+
+def _figures(result: TrainResult, config: RunConfig) -> dict[str, float]:
+    if config.client_privacy is not None:
+        return {"num_examples": 1 if config.server.weighting == "uniform" else result.num_examples}
+    return {
+        "num_examples": result.num_examples,
+        "examples_seen": float(result.examples_seen),
+        "loss": result.loss,
+        "steps": float(result.steps),
+        "seconds": result.seconds,
+        "compute_seconds": result.compute_seconds,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def _trained(
+    workspace: Workspace, requests: Sequence[TrainRequest], settings: Sequence[PrivateSettings] | None = None
+) -> list[Outcome]:
+    """What came of the clients' training.
+
+    Args:
+        workspace: Of the clients.
+        requests: On one version of the base.
+        settings: Of DP-SGD, one for each; a client without examples trains on noise alone then. None: no DP-SGD.
+    """
+    jobs: dict[int, TrainJob] = {}
+    outcomes: dict[int, Outcome] = {}
+    for number, request in enumerate(requests):
+        try:
+            indices = examples_of_client(workspace, request.client_id)
+            if settings is None and not len(indices):
+                raise TrainingError(
+                    f"client {request.client_id} has no examples: give it some, or lower partition.clients",
+                    code="no-examples",
+                )
+            jobs[number] = _job(workspace, request, indices)
+        except Exception as error:
+            outcomes[number] = error
+    if jobs:
+        configs = [workspace.config.train_of(requests[number].client_id) for number in jobs]
+        on = (workspace.base, workspace.task, workspace.data.train, list(jobs.values()), configs)
+        try:
+            if settings is None:
+                results = train_cohort(*on)
+            else:
+                results = train_private_cohort(*on, [settings[number] for number in jobs])
+        except Exception as error:  # what stopped all of them came of each
+            results = [error] * len(jobs)
+        outcomes |= dict(zip(jobs, results, strict=True))
+    return [outcomes[number] for number in range(len(requests))]
+
+
+def _job(workspace: Workspace, request: TrainRequest, indices: np.ndarray) -> TrainJob:
+    """What a request asks, on a base that is brought to its version."""
+    plan, config = request.plan, workspace.config
+    follow(workspace.base, plan.base_updates, plan.base_version, request.base_digest, request.since_digest)
+    return TrainJob(
+        adapter=plan.adapter,
+        trains=plan.trains,
+        indices=indices,
+        seed=derive(config.seed, "train", request.round, request.client_id),
+        proximal_mu=max(plan.proximal_mu, config.train.proximal_mu),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ DP-SGD
+
+
+@dataclass(frozen=True)
+class _Attempted:
+    """A private client's attempt at a round, open in its ledger."""
+
+    account: Account
+    settings: PrivateSettings
+    attempt: Attempt
+
+
+def _answer_privately(
+    workspace: Workspace, requests: Sequence[TrainRequest], account: Callable[[TrainRequest], Account]
+) -> list[Answer]:
+    """Each client's ledger says that it spends before anybody's data are touched, and is held until all have trained.
+
+    A client whose budget does not allow the round answers that it is spent.
+    """
+    config = workspace.config
+    answers: dict[int, Answer] = {}
+    with ExitStack() as ledgers:
+        attempts: dict[int, _Attempted] = {}
+        for number, request in enumerate(requests):
+            try:
+                settings, own = private_settings(config, request.client_id), account(request)
+                if (spent := _spent(own, settings, request.round)) is not None:
+                    answers[number] = spent
+                    continue
+                # Test examples are public; on a node with data of its own they are invented ones.
+                nothing = _job(workspace, request, np.empty(0, np.int64))
+                check_model(workspace.base, workspace.task, workspace.data.test, nothing)
+                attempt = own.ledger.spend(settings.entry, run=own.run, round=request.round, budget=settings.budget)
+                attempts[number] = _Attempted(own, settings, ledgers.enter_context(attempt))
+            except Exception as error:
+                answers[number] = failure_of(error, config)
+        outcomes = _trained(workspace, [requests[n] for n in attempts], [one.settings for one in attempts.values()])
+        for (number, one), outcome in zip(attempts.items(), outcomes, strict=True):
+            try:
+                if isinstance(outcome, Exception):
+                    one.attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
+                    raise outcome if isinstance(outcome, PrivacyError) else withheld(outcome)
+                reply = _reply(requests[number], outcome.adapter, _private_figures(outcome, one), config)
+                if one.account.release is not None:
+                    one.account.release(reply, one.attempt)
+                answers[number] = reply
+            except Exception as error:
+                answers[number] = failure_of(error, config)
+    return [answers[number] for number in range(len(requests))]
+
+
+def _spent(account: Account, settings: PrivateSettings, number: int) -> Failure | None:
+    """What a client answers whose budget does not allow the round; None where it does."""
+    entry, budget = settings.entry, settings.budget
+    if budget is None or account.ledger.affords(entry, budget, run=account.run, round=number):
+        return None
+    epsilon = account.ledger.epsilon(budget.delta, budget.accountant)
+    why = (
+        f"its privacy budget is spent: its ledger stands at epsilon {epsilon:.3f}, and one more round would pass "
+        f"{budget.epsilon:g}"
+    )
+    return Failure("spent", why)
+
+
+def _private_figures(result: TrainResult, one: _Attempted) -> dict[str, float]:
+    entry = one.settings.entry
+    return {
+        "num_examples": 1,
+        "steps": float(result.steps),
+        "sample_rate": entry.sample_rate,
+        "noise_multiplier": entry.noise_multiplier,
+        "max_grad_norm": one.settings.max_grad_norm,
+        "attempts": float(one.account.ledger.attempts(one.account.run)),
+    }

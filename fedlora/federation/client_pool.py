@@ -1,0 +1,154 @@
+"""The seam of a round: a pool of clients that can be asked to train, wherever they are.
+
+`LocalClients` trains them in this process, `fedlora.simulation` in several processes or on a Ray cluster, and
+`fedlora.flower.FlowerClients` sends Flower messages to nodes. The server's loop knows none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+from fedlora.adapter import DeltaSum
+from fedlora.aggregators import ClientUpdate, GlobalState
+from fedlora.federation.plausibility import Expectations
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What is known of a client that can be asked.
+
+    Args:
+        client_id: Its number in the partition.
+        rank: That it asked for; None: the config's.
+        num_examples: That it said it has; None: it did not say.
+    """
+
+    client_id: int
+    rank: int | None = None
+    num_examples: int | None = None
+
+
+@dataclass(frozen=True)
+class RoundRequest:
+    """A round's work.
+
+    Args:
+        number: Of the round, from 1.
+        clients: Those that were sampled, in ascending order.
+        state: On which they train.
+        digests: Identity of the base weights by version, as this run has made them ("" for the pristine ones).
+        expected: What replies are held against.
+    """
+
+    number: int
+    clients: Sequence[int]
+    state: GlobalState
+    digests: Mapping[int, str] = field(default_factory=lambda: {0: ""})
+    expected: Expectations = field(default_factory=Expectations)
+
+    @property
+    def base_digest(self) -> str:
+        """Identity of the base weights on which the clients train."""
+        return self.digests[self.state.base_version]
+
+
+FailureKind = Literal["refused", "missing", "spent", "dropped", "late"]
+"""A reply that was refused, none before the deadline, a privacy budget that is spent, a simulated device that dropped
+out, and one that would have missed the simulated deadline."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no update of a client."""
+
+    kind: FailureKind
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class ClientReply:
+    """The outcome of one client in a round.
+
+    Args:
+        client_id: Whose.
+        update: What it sent; None where it failed, or where a `PartialAggregate` has it.
+        failure: Why it is left out of the round.
+        figures: What is written down of it, with its weight as "num_examples" or "weight".
+        bytes_down: That were sent to it.
+        bytes_up: That came back.
+        simulated_s: Simulated seconds until its reply.
+    """
+
+    client_id: int
+    update: ClientUpdate | None = None
+    failure: Failure | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    simulated_s: float | None = None
+
+    def failed(self, failure: Failure, *, bytes_up: int = 0) -> ClientReply:
+        """This client, which is left out of the round."""
+        return replace(self, failure=failure, bytes_up=self.bytes_up + bytes_up)
+
+    def with_bytes(self, *, up: int, down: int = 0) -> ClientReply:
+        """This client, with more traffic."""
+        return replace(self, bytes_up=self.bytes_up + up, bytes_down=self.bytes_down + down)
+
+    def trained(self, update: ClientUpdate, figures: Mapping[str, float], *, bytes_up: int = 0) -> ClientReply:
+        """This client, whose update is used."""
+        if self.simulated_s is not None:
+            figures = {**figures, "simulated_seconds": self.simulated_s}
+        return replace(self, update=update, figures=figures, bytes_up=self.bytes_up + bytes_up)
+
+
+@dataclass(frozen=True)
+class PartialAggregate:
+    """Updates of several clients as weighted means, for a rule that claims LINEAR.
+
+    Args:
+        updates: One for each layout and each start of what is not sent.
+        ideal: Sum over the clients of n_k s_k B_k A_k, where the aggregation error is measured.
+        weight: Sum of their n_k.
+    """
+
+    updates: Sequence[ClientUpdate]
+    ideal: DeltaSum = field(default_factory=DeltaSum)
+    weight: float = 0.0
+
+
+Reply = ClientReply | PartialAggregate
+
+
+class ClientPool(Protocol):
+    """Clients that can be asked."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Who is there and does not take part -> why."""
+        ...
+
+    def available(self, round_number: int, needed: int) -> Mapping[int, ClientInfo]:
+        """The clients that can be asked, by number; another object for one that came back as another node.
+
+        Args:
+            round_number: 0 before the first round of a run, or of a resumed one.
+            needed: How many must be there before a round begins; the pool may wait for them.
+
+        Raises:
+            RoundError: nobody is there, or nobody can take part.
+        """
+        ...
+
+    def leave_out(self, client_id: int, why: str) -> None:
+        """A client cannot be served: it is not available until it has changed."""
+        ...
+
+    def train(self, request: RoundRequest) -> Generator[Reply, None, None]:
+        """Ask the sampled clients; yield the outcome of each in their order, and partial aggregates last.
+
+        A caller that has seen enough closes the generator: nobody else is asked, and what is under way ends.
+        """
+        ...

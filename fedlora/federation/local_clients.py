@@ -1,0 +1,132 @@
+"""Clients that train in this process, without messages.
+
+What the wire would do to numbers is applied, and the bytes that it would carry are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import final
+
+from fedlora.aggregators import Aggregator
+from fedlora.config import RunConfig
+from fedlora.data.own import brought_by_nodes
+from fedlora.errors import ReplyError
+from fedlora.federation.client import Answer, answer
+from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
+from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, RoundRequest
+from fedlora.federation.planner import Held, Planned, Planner
+from fedlora.federation.protocol import FIGURE_BYTES, head_nbytes, note_head, update_head
+from fedlora.federation.screen import Screen
+from fedlora.model.base_history import bring_to
+from fedlora.sanitize import clean_text
+from fedlora.training.workspace import Workspace
+
+
+@final
+class LocalClients:
+    """A pool of all clients of a partition, of which so many train at once; see `fedlora.federation.client_pool`.
+
+    Args:
+        config: Of the run.
+        rule: That plans.
+        workspace: Model, task and data of all clients.
+        cohort: How many clients train together.
+        run: Id of a private run's directory.
+        ledgers: Where private clients keep their ledgers.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rule: Aggregator,
+        workspace: Workspace,
+        cohort: int = 1,
+        run: str = "",
+        ledgers: LedgerPlace = NOWHERE,
+    ) -> None:
+        self._config, self._workspace, self._cohort = config, workspace, cohort
+        self._planner = Planner(config, rule, workspace, run)
+        self._screen = Screen(config, workspace)
+        self._ledgers = ledgers
+        self._held: dict[int, Held] = {}
+        self._clients = clients_of(workspace)
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Nobody: a client that cannot be served ends the run at its start."""
+        return {}
+
+    def available(self, round_number: int, needed: int) -> Mapping[int, ClientInfo]:
+        """All clients of the partition, in every round."""
+        return self._clients
+
+    def leave_out(self, client_id: int, why: str) -> None:
+        """Raise `ReplyError`: all clients have the run's own config."""
+        raise ReplyError(f"client {client_id}: {why}", code="client-cannot-be-served")
+
+    def train(self, request: RoundRequest) -> Generator[ClientReply, None, None]:
+        """Train the sampled clients, a cohort at a time.
+
+        Raises:
+            Exception: a client met an error that is none of fedlora's: a fault of the program, which ends the run.
+                Without the client the rounds would be another experiment.
+        """
+        for first in range(0, len(request.clients), self._cohort):
+            group = request.clients[first : first + self._cohort]
+            held = [self._held.setdefault(client_id, Held()) for client_id in group]
+            yield from self.train_together(request, [self._clients[k] for k in group], held)
+
+    def train_together(
+        self, request: RoundRequest, clients: Sequence[ClientInfo], held: Sequence[Held]
+    ) -> list[ClientReply]:
+        """Train some clients as one cohort.
+
+        Args:
+            request: The round's.
+            clients: At most a cohort of them.
+            held: What each holds; changed in place.
+
+        Returns:
+            The outcome of each, in their order.
+        """
+        bring_to(self._workspace.base, request.state, request.digests)
+        planned = [self._planner.request(request, *pair) for pair in zip(clients, held, strict=True)]
+        asked = [one.request for one in planned if one.failure is None]
+        answers = iter(
+            answer(self._workspace, asked, lambda one: self._ledgers.open(one.client_id, one.run)) if asked else ()
+        )
+        return [
+            self._outcome(request, one, knows, one.failure or next(answers))
+            for one, knows in zip(planned, held, strict=True)
+        ]
+
+    def _outcome(self, request: RoundRequest, planned: Planned, held: Held, found: Answer) -> ClientReply:
+        """What is written down of a client, and its update as the server would have received it."""
+        client_id = planned.request.client_id
+        sent = ClientReply(client_id, bytes_down=planned.nbytes, simulated_s=planned.simulated_s)
+        if found is planned.failure and planned.failure is not None:
+            return sent.failed(planned.failure)
+        if isinstance(found, Failure):
+            kind = "spent" if found.kind == "spent" else "error"
+            why = clean_text(found.why)
+            return sent.failed(Failure(found.kind, why), bytes_up=head_nbytes(note_head(kind, error=why)))
+        if isinstance(found, Exception):
+            raise found
+        head = update_head(planned.request.round, planned.request.base_digest)
+        nbytes = planned.request.reply_nbytes + head_nbytes(head) + FIGURE_BYTES * len(found.figures)
+        try:
+            received = planned.request.as_received(found.tensors, self._config.seed)
+            admitted = self._screen.admit(planned.request, received, found.figures, request.expected)
+        except ReplyError as error:
+            return sent.failed(Failure("refused", clean_text(error)), bytes_up=nbytes)
+        planned.received_by(held)
+        return sent.trained(admitted.update, admitted.figures, bytes_up=nbytes)
+
+
+def clients_of(workspace: Workspace) -> dict[int, ClientInfo]:
+    """All clients of a partition."""
+    shares = workspace.data.clients
+    if workspace.config.privacy is not None or brought_by_nodes(workspace.config):
+        return {client_id: ClientInfo(client_id) for client_id in range(len(shares))}
+    return {client_id: ClientInfo(client_id, num_examples=len(share)) for client_id, share in enumerate(shares)}

@@ -1,0 +1,115 @@
+"""From the global state to what one client is asked: the rule's plan, cut to what the client does not hold yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, GlobalState
+from fedlora.config import RunConfig
+from fedlora.federation.client_pool import ClientInfo, Failure, RoundRequest
+from fedlora.federation.initial_state import plan_for
+from fedlora.federation.protocol import FrozenDigest, TrainRequest, request_nbytes
+from fedlora.federation.simulated_devices import SimulatedDevices, examples_to_tell
+from fedlora.training.workspace import Workspace
+
+
+@dataclass
+class Held:
+    """What a client holds from earlier rounds, as far as is known.
+
+    Args:
+        frozen: Digest of the frozen parts.
+        base_version: Of the base, with its digest.
+        base_digest: See `base_version`.
+    """
+
+    frozen: str = ""
+    base_version: int = 0
+    base_digest: str = ""
+
+    def forget(self) -> None:
+        """The client turned out to hold nothing."""
+        self.frozen, self.base_version, self.base_digest = "", 0, ""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request that is ready to be sent.
+
+    Args:
+        request: What is asked.
+        frozen: Digest of the plan's frozen parts.
+        with_frozen: Whether they travel.
+        nbytes: Of the request.
+        simulated_s: Simulated seconds until its reply; None: no device is simulated.
+        failure: Why the simulated device will not answer; it is not asked then.
+    """
+
+    request: TrainRequest
+    frozen: str
+    with_frozen: bool
+    nbytes: int
+    simulated_s: float | None = None
+    failure: Failure | None = None
+
+    def received_by(self, held: Held) -> None:
+        """Note that the client holds now what it was sent."""
+        held.frozen = self.frozen
+        held.base_version, held.base_digest = self.request.plan.base_version, self.request.base_digest
+
+
+@final
+class Planner:
+    """Plans for the clients of a run.
+
+    Args:
+        config: Of the run.
+        rule: That plans.
+        workspace: With the base model and, for simulated devices, the partition.
+        run: Id of a private run's directory.
+    """
+
+    def __init__(self, config: RunConfig, rule: Aggregator, workspace: Workspace, run: str = "") -> None:
+        self._config, self._rule, self._workspace, self._run = config, rule, workspace, run
+        self._devices = SimulatedDevices.of(config)
+        self._frozen = FrozenDigest()
+
+    def plan(self, state: GlobalState, client: ClientInfo, base_version: int = 0) -> ClientPlan:
+        """What the rule asks of a client that holds some version of the base.
+
+        Raises:
+            RuleError: the rule cannot serve the client.
+        """
+        layout = self._workspace.base.layout(client.rank or self._config.clients.rank_of(client.client_id))
+        return plan_for(self._rule, state, ClientSpec(client.client_id, layout, base_version))
+
+    def request(self, asked: RoundRequest, client: ClientInfo, held: Held) -> Planned:
+        """What a client is asked in a round."""
+        plan = self.plan(asked.state, client, held.base_version)
+        since = held.base_digest if plan.base_updates and plan.base_updates[0].since == held.base_version else ""
+        if not plan.base_updates:
+            since = asked.base_digest
+        wire = self._config.wire.up
+        request = TrainRequest(plan, asked.number, client.client_id, asked.base_digest, since, wire=wire, run=self._run)
+        frozen = self._frozen(plan)
+        with_frozen = held.frozen != frozen
+        nbytes = request_nbytes(request, frozen, with_frozen=with_frozen)
+        planned = Planned(request, frozen, with_frozen, nbytes)
+        return planned if not self._devices.simulated else self._simulated(planned)
+
+    def _simulated(self, planned: Planned) -> Planned:
+        """With what the client's simulated device makes of it."""
+        request = planned.request
+        seconds = self._devices.seconds(
+            request.client_id,
+            bytes_down=planned.nbytes,
+            examples=examples_to_tell(self._workspace, request.client_id),
+            bytes_up=request.reply_nbytes,
+        )
+        failure = None
+        if self._devices.drops_out(request.round, request.client_id):
+            failure = Failure("dropped")
+        elif self._devices.too_late(seconds):
+            failure = Failure("late")
+        return Planned(request, planned.frozen, planned.with_frozen, planned.nbytes, seconds, failure)

@@ -1,0 +1,133 @@
+"""A whole run on a pool of clients: its folder, its rounds, and what it leaves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapter import AdapterState
+from fedlora.aggregators import Aggregator, GlobalState, equivalent_adapter
+from fedlora.callbacks import Callback, Callbacks
+from fedlora.config import RunConfig, overruled
+from fedlora.data.describe import describe_partition
+from fedlora.data.own import brought_by_nodes
+from fedlora.errors import ExportError, FedloraError
+from fedlora.federation.client_pool import ClientPool
+from fedlora.federation.privacy_account import PrivacyAccount, open_account
+from fedlora.federation.run_files import RunFiles
+from fedlora.federation.server import FederatedServer
+from fedlora.provenance import MODEL
+from fedlora.report import write_report
+from fedlora.runs.rundir import PROVENANCE, RunDir
+from fedlora.tracking import tracked
+from fedlora.training.export import export_adapter
+from fedlora.training.runtime import describe
+from fedlora.training.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a finished run leaves.
+
+    Args:
+        state: After the last round.
+        adapter: The exported adapter, equivalent to `state` on the original base.
+        records: Lines of metrics.jsonl.
+        rundir: The folder.
+        refusal: Why the exported adapter was not verified, and where it is kept; None: it was.
+    """
+
+    state: GlobalState
+    adapter: AdapterState
+    records: list[dict[str, Any]]
+    rundir: RunDir
+    refusal: ExportError | None = None
+
+
+def run_federation(
+    pool: ClientPool,
+    config: RunConfig,
+    rule: Aggregator,
+    workspace: Workspace,
+    rundir: RunDir,
+    callbacks: Sequence[Callback],
+    *,
+    resume: bool,
+    ledgers: Path | None = None,
+) -> RunOutcome:
+    """All that is left of a run, and its artefacts.
+
+    Args:
+        pool: The clients.
+        config: Of the run.
+        rule: That aggregates.
+        workspace: The server's.
+        rundir: The folder, which this call alone writes.
+        callbacks: Told what happens, after the folder was written.
+        resume: Go on from the last checkpoint.
+        ledgers: Of a private simulation: the folder with the clients' ledgers.
+
+    Raises:
+        ExportError: all rounds are done, and the adapter does not say without us what it said in training.
+        FedloraError: of any other kind; the run directory is then as it was after the last finished round.
+    """
+    account = open_account(config, rule, rundir, ledgers)
+    told = Callbacks(*callbacks)
+    with rundir.writing():
+        if resume:
+            account.prepare()
+            if rundir.rounds_done and not rundir.provenance.known:
+                told.message(
+                    f"{rundir.path / PROVENANCE} is missing: whether base and data are still those that the run was "
+                    "made with is not known"
+                )
+        rundir.pin(workspace.pins)
+        state = rundir.resume() if resume else None
+        rundir.note_environment(**describe(), **workspace.choices, new_weights=workspace.base.notes)
+        for note in (*overruled(config), *workspace.base.notes):
+            told.message(note)
+        if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
+            rundir.write_json("partition.json", describe_partition(workspace.data))
+        with tracked(told, config, rundir) as trackers:
+            everybody = Callbacks(RunFiles(rundir, workspace, config.rounds), *callbacks, *trackers)
+            server = FederatedServer(pool, config, rule, workspace, account, everybody, str(rundir.path))
+            state = server.run(state, rundir.read_metrics())
+            outcome = _finish(state, config, workspace, rundir, account)
+    claim = (rundir.read_json("result.json") or {}).get("privacy")
+    if claim is not None:
+        told.message(claim["statement"])
+    try:
+        write_report(rundir)
+    except (FedloraError, OSError) as error:  # the run is complete without it
+        told.message(f"no report: {error}; try again with: fedlora report {rundir.path}")
+    if outcome.refusal is not None:
+        raise outcome.refusal
+    return outcome
+
+
+def _finish(
+    state: GlobalState, config: RunConfig, workspace: Workspace, rundir: RunDir, account: PrivacyAccount
+) -> RunOutcome:
+    """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
+    adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
+    refusal: ExportError | None = None
+    checked: dict[str, Any] = {}
+    facts: dict[str, Any] = {
+        "strategy": config.strategy.name,
+        "rounds": str(state.round),
+        "base": config.model.name,
+        "provenance": workspace.pins.only(MODEL).known,
+    }
+    try:
+        checked["logits_difference"] = export_adapter(workspace, state, adapter, error, rundir.adapter_dir, facts)
+    except ExportError as unlike:  # what was measured is told all the same
+        refusal, checked["error"] = unlike, str(unlike)
+    records = rundir.read_metrics()
+    last = {key: value for key, value in records[-1].items() if key not in ("clients", "asked", "answered")}
+    claim = account.summary(records)
+    result = {"rounds": state.round, "relative_error": error, "export": checked, "last": last}
+    rundir.write_json("result.json", result | ({"privacy": claim} if claim else {}))
+    return RunOutcome(state, adapter, records, rundir, refusal)

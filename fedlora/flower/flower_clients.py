@@ -1,0 +1,192 @@
+"""Clients on a Flower grid: a request goes out to each as a message, its reply is checked, and what is valid is used.
+
+Replies are pulled in the order of the clients' numbers, whatever order they arrive in (the grid keeps the others), and
+handed on one at a time: memory does not grow with the clients, and every pool adds the same numbers in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from fedlora.aggregators import Aggregator
+from fedlora.config import RunConfig
+from fedlora.errors import ReplyError
+from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, RoundRequest
+from fedlora.federation.planner import Planned, Planner
+from fedlora.federation.screen import Screen
+from fedlora.flower import handshake
+from fedlora.flower.bounded_pull import Allowed
+from fedlora.flower.identities import Bindings, Identity
+from fedlora.flower.mailbox import Mailbox, Sent
+from fedlora.flower.messages import RequestEncoder, payload_bytes
+from fedlora.flower.node_registry import Node, NodeRegistry
+from fedlora.flower.update_checks import check_head, check_update
+from fedlora.privacy.disclosure import REFUSED
+from fedlora.runs.rundir import RunDir
+from fedlora.sanitize import clean_text
+from fedlora.training.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+NODES_FILE = "nodes.json"
+"""In a run's folder: which node is which client, by its key."""
+
+
+@dataclass
+class _Asked:
+    """A client that was sent a request.
+
+    Args:
+        planned: What was asked.
+        node: Whom.
+        sent: The message.
+        reply: What is known of the outcome so far.
+    """
+
+    planned: Planned
+    node: Node
+    sent: Sent
+    reply: ClientReply
+
+    def count(self, message: Message) -> None:
+        """Add the bytes of a reply, whether it can be used or not."""
+        if not message.has_error():
+            self.reply = self.reply.with_bytes(up=payload_bytes(message.content))
+
+
+@final
+class FlowerClients:
+    """A pool of the nodes of a grid; see `fedlora.federation.client_pool`.
+
+    Args:
+        grid: Of Flower's simulation or a SuperLink.
+        config: Of the run.
+        rule: That plans.
+        workspace: The server's.
+        rundir: Remembers which node is which client.
+        say: Told who is refused.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        config: RunConfig,
+        rule: Aggregator,
+        workspace: Workspace,
+        rundir: RunDir,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._rundir = config, rundir
+        self._planner = Planner(config, rule, workspace, "" if config.example_privacy is None else rundir.run_id)
+        self._screen = Screen(config, workspace)
+        hello = handshake.question(config, workspace.pins)
+        self.mail = Mailbox(grid, hello, patience_s=config.server.node_timeout_s, ttl_s=config.server.deadline_s + 60.0)
+        known = {int(k): Identity(**row) for k, row in (rundir.read_json(NODES_FILE) or {}).items()}
+        bindings = Bindings(config.server.nodes, known, self._remember)
+        everybody, fingerprint = len(workspace.data.clients), workspace.base.fingerprint
+        self.registry = NodeRegistry(self.mail, config, everybody, fingerprint, say, bindings)
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Flower's id of each node that does not take part -> why."""
+        return {str(node_id): why for node_id, why in self.registry.turned_away.items()}
+
+    def available(self, round_number: int, needed: int) -> Mapping[int, ClientInfo]:
+        """The clients whose nodes have said hello."""
+        if round_number == 0:
+            self.registry.begin()
+        else:
+            self.registry.gather(round_number, needed)
+        return {client_id: node.info for client_id, node in self.registry.nodes.items()}
+
+    def leave_out(self, client_id: int, why: str) -> None:
+        """Refuse a client's node, until it is asked again before the next round."""
+        self.registry.refuse(self.registry.nodes[client_id].node_id, why)
+
+    def train(self, request: RoundRequest) -> Generator[ClientReply, None, None]:
+        """Send all requests, then wait for each reply until the round's deadline."""
+        encoder = RequestEncoder()
+        deadline = time.monotonic() + self._config.server.deadline_s
+        asked: list[_Asked | ClientReply] = [self._ask(request, client_id, encoder) for client_id in request.clients]
+        for one in asked:
+            yield one if isinstance(one, ClientReply) else self._outcome(request, one, encoder, deadline)
+
+    # ------------------------------------------------------------------------------------------------ asking
+
+    def _ask(self, request: RoundRequest, client_id: int, encoder: RequestEncoder) -> _Asked | ClientReply:
+        """Send a client its request; its outcome, where it is not asked."""
+        if not self.registry.is_there(client_id):
+            return ClientReply(client_id).failed(Failure("refused", "its node is not there"))
+        node = self.registry.nodes[client_id]
+        return self._send(request, node, encoder)
+
+    def _send(self, request: RoundRequest, node: Node, encoder: RequestEncoder) -> _Asked | ClientReply:
+        planned = self._planner.request(request, node.info, node.held)
+        content = encoder.encode(planned)
+        client_id = node.info.client_id
+        reply = ClientReply(client_id, bytes_down=payload_bytes(content), simulated_s=planned.simulated_s)
+        if planned.failure is not None:
+            return reply.failed(planned.failure)
+        allowed = Allowed({name: header.nbytes for name, header in planned.request.headers.items()})
+        sent = self.mail.send(content, node.node_id, MessageType.TRAIN, str(request.number), allowed)
+        return _Asked(planned, node, sent, reply)
+
+    # ------------------------------------------------------------------------------------------------ replies
+
+    def _outcome(self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder, deadline: float) -> ClientReply:
+        """Wait for one client's reply, and check it."""
+        try:
+            message = self._receive(asked, deadline)
+            if message is not None and check_head(message, self._kinds)["kind"] == "need":
+                asked.node.held.forget()
+                again = self._send(request, asked.node, encoder)
+                if isinstance(again, ClientReply):  # with everything it would be too late
+                    return again
+                again.reply = again.reply.with_bytes(up=asked.reply.bytes_up, down=asked.reply.bytes_down)
+                asked = again
+                message = self._receive(asked, deadline)
+                if message is not None and check_head(message, self._kinds)["kind"] == "need":
+                    raise ReplyError("it asks for parts that it was just sent", code="needs-what-it-has")
+            if message is None:
+                return asked.reply.failed(Failure("missing", "no reply before the deadline"))
+            head = check_head(message, self._kinds)
+            if head["kind"] == "spent":
+                why = clean_text(head.get("error", "its privacy budget is spent"))
+                return asked.reply.failed(Failure("spent", why))
+            tensors, figures = self._checked(message, asked)
+            admitted = self._screen.admit(asked.planned.request, tensors, figures, request.expected)
+        except ReplyError as error:
+            return asked.reply.failed(Failure("refused", clean_text(error)))
+        asked.planned.received_by(asked.node.held)
+        return asked.reply.trained(admitted.update, admitted.figures)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """Replies that a client may send."""
+        return ("update", "need") if self._config.example_privacy is None else ("update", "need", "spent")
+
+    def _receive(self, asked: _Asked, deadline: float) -> Message | None:
+        message = self.mail.receive(asked.sent, deadline)
+        if message is not None:
+            asked.count(message)
+        return message
+
+    def _checked(self, message: Message, asked: _Asked) -> tuple[Mapping[str, Any], Mapping[str, object]]:
+        """`check_update`; under user-level privacy a refusal does not say what the values were."""
+        try:
+            return check_update(message.content, asked.planned.request)
+        except ReplyError as error:
+            if self._config.client_privacy is None:
+                raise
+            logger.debug("client %d: %s", asked.node.info.client_id, error)
+            raise ReplyError(REFUSED, code=error.code) from None
+
+    def _remember(self, known: Mapping[int, Identity]) -> None:
+        self._rundir.write_json(NODES_FILE, {str(k): asdict(node) for k, node in sorted(known.items())})

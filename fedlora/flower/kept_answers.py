@@ -1,0 +1,86 @@
+"""The last answer that a private client released, kept beside its ledger; see `fedlora.federation.client_ledger`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedlora.errors import RunDirError
+from fedlora.files import write_atomically
+from fedlora.privacy.ledger import Ledger
+from fedlora.state_io import pack, unpack
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeptAnswer:
+    """The last answer of a client, in one file beside its ledger.
+
+    Args:
+        path: of the file.
+    """
+
+    path: Path
+
+    def find(self, plan: str, ledger: Ledger) -> RecordDict | None:
+        """The answer to a plan, with a line in the ledger that it is sent; None if it has to be computed.
+
+        Args:
+            plan: its digest (`fedlora.flower.messages.request_digest`).
+            ledger: in which the attempt that made the answer must count.
+
+        Raises:
+            PrivacyError: the ledger is damaged or in use.
+        """
+        try:
+            tensors, meta = unpack(self.path.read_bytes())
+            if meta["plan"] != plan:
+                return None
+            content = _unpacked(tensors, meta)
+            attempt = str(meta["attempt"])
+        except FileNotFoundError:
+            return None
+        except (RunDirError, OSError, KeyError, TypeError, ValueError) as error:
+            logger.warning("the kept answer %s cannot be read (%s): what is asked again counts again", self.path, error)
+            return None
+        return content if ledger.reissue(attempt) else None
+
+    def keep(self, plan: str, attempt: str, content: RecordDict) -> None:
+        """Replace what was kept; on the disk when it returns. Call it before the attempt is released.
+
+        Args:
+            plan: digest of the plan that is answered.
+            attempt: `Attempt.name` of the one that made the answer.
+            content: the answer.
+        """
+        tensors, meta = _packed(content)
+        write_atomically(self.path, pack(tensors, {**meta, "plan": plan, "attempt": attempt}))
+
+
+def _packed(content: RecordDict) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The records of an update as named bytes and JSON."""
+    arrays = cast("ArrayRecord", content["update"])
+    bodies = {name: np.frombuffer(bytearray(array.data), np.uint8) for name, array in arrays.items()}
+    tensors = {f"body/{name}": torch.from_numpy(body) for name, body in bodies.items()}
+    meta = {
+        "reply": dict(cast("ConfigRecord", content["reply"])),
+        "arrays": {name: [array.dtype, list(array.shape), array.stype] for name, array in arrays.items()},
+        "metrics": dict(cast("MetricRecord", content["metrics"])),
+    }
+    return tensors, meta
+
+
+def _unpacked(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> RecordDict:
+    arrays = ArrayRecord()
+    for name, (dtype, shape, stype) in meta["arrays"].items():
+        arrays[name] = Array(dtype, tuple(shape), stype, tensors[f"body/{name}"].numpy().tobytes())
+    reply, metrics = ConfigRecord(meta["reply"]), MetricRecord(meta["metrics"])
+    return RecordDict({"reply": reply, "update": arrays, "metrics": metrics})

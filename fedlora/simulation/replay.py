@@ -1,0 +1,77 @@
+"""A run again, in which each round's updates come from the clients that answered then.
+
+Clients that are killed, or are late, make a deployed run another one than its simulation. Which of them answered is in
+its metrics: with the same ones in each round the simulation has the same updates, and must end with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, final
+
+from fedlora.errors import ConfigError, RoundError
+from fedlora.federation.client_pool import ClientInfo, ClientPool, ClientReply, Failure, Reply, RoundRequest
+
+
+def answered_in(records: Iterable[Mapping[str, Any]]) -> dict[int, frozenset[int]]:
+    """Round -> the clients whose update was aggregated, by a run's lines of metrics."""
+    return {int(record["round"]): frozenset(record["answered"]) for record in records if "answered" in record}
+
+
+@final
+class ReplayPool:
+    """A pool in which those clients answer that answered before; the others are left out of the round.
+
+    Args:
+        pool: That trains.
+        answered: Round -> those clients.
+    """
+
+    def __init__(self, pool: ClientPool, answered: Mapping[int, frozenset[int]]) -> None:
+        self._pool, self._answered = pool, answered
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """See `ClientPool`."""
+        return self._pool.left_out
+
+    def available(self, round_number: int, needed: int) -> Mapping[int, ClientInfo]:
+        """See `ClientPool`."""
+        return self._pool.available(round_number, needed)
+
+    def leave_out(self, client_id: int, why: str) -> None:
+        """See `ClientPool`."""
+        self._pool.leave_out(client_id, why)
+
+    def train(self, request: RoundRequest) -> Generator[Reply, None, None]:
+        """Train the clients that answered in this round."""
+        answered = self._answered.get(request.number, frozenset())
+        for client_id in request.clients:
+            if client_id not in answered:
+                yield ClientReply(client_id).failed(Failure("refused", "it did not answer in the run that is replayed"))
+        yield from self._pool.train(replace(request, clients=[k for k in request.clients if k in answered]))
+
+
+def require_rounds(before: Iterable[Mapping[str, Any]], rounds: int) -> None:
+    """Raise `ConfigError` where a replay would have more or fewer rounds than the run has, before it is trained."""
+    last = max(answered_in(before), default=0)
+    if rounds != last:
+        raise ConfigError(
+            f"a replay has the rounds of its run, which are {last}, and the config asks for {rounds}: "
+            f"replay it with --set rounds={last}",
+            code="replay-rounds-differ",
+        )
+
+
+def require_same(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `RoundError` where the replay aggregated other clients than the run: a client failed that did not then."""
+    then, now = answered_in(before), answered_in(after)
+    for number in sorted(then.keys() | now.keys()):
+        if then.get(number) != now.get(number):
+            here, there = sorted(now.get(number, ())), sorted(then.get(number, ()))
+            raise RoundError(
+                f"round {number} of the replay has updates of clients {here}, and the run had those of {there}: "
+                "replay it with the run's config and data",
+                code="replay-differs",
+            )

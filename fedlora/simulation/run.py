@@ -1,0 +1,145 @@
+"""A federation on this machine, or on a Ray cluster: one call."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fedlora.aggregators import Aggregator
+from fedlora.callbacks import Callback, Callbacks
+from fedlora.config import RunConfig, settle
+from fedlora.federation import checks
+from fedlora.federation.checks import clients_wanted
+from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
+from fedlora.federation.client_pool import ClientPool
+from fedlora.federation.load_rule import load_rule
+from fedlora.federation.local_clients import LocalClients, clients_of
+from fedlora.federation.run import RunOutcome, run_federation
+from fedlora.runs.rundir import RunDir
+from fedlora.simulation.capacity import (
+    ProcessChoice,
+    cohort_size,
+    expected_tokens,
+    modules_of,
+    process_count,
+)
+from fedlora.simulation.partial_aggregates import sums_suffice
+from fedlora.simulation.pool_worker import Begin
+from fedlora.simulation.ray_pool import Cluster, open_cluster, require_ray
+from fedlora.simulation.replay import ReplayPool, answered_in, require_same
+from fedlora.simulation.worker_pool import WorkerPool, child_processes
+from fedlora.training.step_scheduler import step_budget
+from fedlora.training.workspace import Workspace, open_workspace
+
+
+def refuse_early(config: RunConfig, workspace: Workspace) -> None:
+    """Raise for a config that cannot be simulated, before a run directory is made or an old one removed.
+
+    Raises:
+        ConfigError: Ray is asked for and missing.
+        FedloraError: see `fedlora.federation.checks.refuse_early`.
+    """
+    require_ray(config)
+    checks.refuse_early(config, workspace)
+
+
+def run_simulation(
+    config: RunConfig,
+    rundir: RunDir,
+    *callbacks: Callback,
+    resume: bool = False,
+    replay: Sequence[Mapping[str, Any]] | None = None,
+) -> RunOutcome:
+    """Run a federation in this process, and in others of its own where that is worth it.
+
+    Args:
+        config: Of the run.
+        rundir: Where it is written.
+        callbacks: Told what happens.
+        resume: Go on from the run directory's last checkpoint; `config` may ask for more rounds than it did then.
+        replay: Lines of metrics of a run: in each round only those clients answer that did then.
+
+    Raises:
+        FedloraError: of any kind; the run directory stays intact.
+    """
+    if resume:
+        rundir = RunDir.open(rundir.path, config)  # refuses a config that is not the run's
+        config = as_begun(config, rundir)
+    require_ray(config)
+    workspace, rule = open_workspace(config), load_rule(config)
+    ledgers = NOWHERE
+    if config.example_privacy is not None:
+        # A session is one call: a round that an earlier one began and did not complete was seen by nobody.
+        ledgers = LedgerPlace(folder=rundir.privacy_dir.resolve(), session=uuid.uuid4().hex)
+    with _pool(config, rule, workspace, rundir, ledgers, replay, Callbacks(*callbacks)) as pool:
+        outcome = run_federation(
+            pool, config, rule, workspace, rundir, callbacks, resume=resume, ledgers=ledgers.folder
+        )
+    if replay is not None:
+        require_same(replay, outcome.records)
+    return outcome
+
+
+@contextmanager
+def _pool(
+    config: RunConfig,
+    rule: Aggregator,
+    workspace: Workspace,
+    rundir: RunDir,
+    ledgers: LedgerPlace,
+    replay: Sequence[Mapping[str, Any]] | None,
+    told: Callback,
+) -> Iterator[ClientPool]:
+    """The clients of a run, in as many processes as it is worth."""
+    run = "" if config.example_privacy is None else rundir.run_id
+    if replay is not None:  # one client at a time, as on machines of their own: to the byte
+        yield ReplayPool(LocalClients(config, rule, workspace, 1, run, ledgers), answered_in(replay))
+        return
+    asked = clients_wanted(config, len(workspace.data.clients))
+    with _cluster(config) as cluster:
+        choice = process_count(workspace, asked, cluster.machines if cluster else ())
+        cohort = cohort_size(workspace, asked, choice.processes)
+        facts: dict[str, Any] = {"processes": choice.processes, "processes_why": choice.reason}
+        facts["step_tokens"] = step_budget(workspace.base).tokens
+        rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
+        if choice.processes == 1:
+            yield LocalClients(config, rule, workspace, cohort.clients, run, ledgers)
+            return
+        begin = Begin(_of_a_worker(workspace, choice), cohort.clients, run, ledgers, modules_of(workspace))
+        environments = [
+            choice.environment(place, spread=":" not in config.runtime.device) for place in range(choice.processes)
+        ]
+        if cluster is None:
+            workers: Any = child_processes(environments)
+        else:
+            gpu = workspace.base.device.type == "cuda"
+            seen = (rundir.path / "run-id").resolve() if config.example_privacy is not None else None
+            workers = cluster.actors(environments, choice.threads, gpu=gpu, file=seen)
+        with workers as hire:
+            work, sums = expected_tokens(workspace), sums_suffice(rule)
+            clients = clients_of(workspace)
+            yield WorkerPool(hire, choice.processes, begin, clients, work, sums=sums, say=told.message)
+
+
+@contextmanager
+def _cluster(config: RunConfig) -> Iterator[Cluster | None]:
+    if config.runtime.backend == "ray" and config.runtime.processes != 1:
+        with open_cluster() as cluster:
+            yield cluster
+    else:
+        yield None
+
+
+def _of_a_worker(workspace: Workspace, choice: ProcessChoice) -> RunConfig:
+    """The config of one process: its share of the machine or of a cluster, and what "auto" chose here."""
+    theirs: dict[str, Any] = {**workspace.settled, "processes": 1, "threads": choice.threads, "backend": "processes"}
+    if workspace.config.runtime.backend == "ray":
+        theirs["device"] = workspace.base.device.type  # another machine might choose another; an actor has one GPU
+    return workspace.config.model_copy(update={"runtime": workspace.config.runtime.model_copy(update=theirs)})
+
+
+def as_begun(config: RunConfig, rundir: RunDir) -> RunConfig:
+    """With what "auto" chose when a run began, for a resume or a replay: another choice would round differently."""
+    return settle(config, rundir.read_json("environment.json") or {})
