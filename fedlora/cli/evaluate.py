@@ -14,7 +14,8 @@ from fedlora.cli.compare import Form
 from fedlora.errors import ConfigError, PrivacyError
 
 if TYPE_CHECKING:
-    from fedlora.compare import Table
+    import pandas as pd
+
     from fedlora.evaluation.pretrained_adapter import Source
 
 Show = Callable[[str, float | None], str]
@@ -42,7 +43,7 @@ def evaluate(
 ) -> None:
     """Measure an adapter: overall and by domain, or client by client."""
     with errors_in_one_line(debug):
-        from fedlora.compare import require_format
+        from fedlora.compare import render_table, require_format
         from fedlora.evaluation.pretrained_adapter import find_adapter
         from fedlora.progress import format_metric
 
@@ -52,32 +53,33 @@ def evaluate(
             raise ConfigError("--examples is for --clients: give both, or data.limit with --set")
         source = find_adapter(adapter, overrides or [], data)
         show = _digits if form == "csv" else format_metric
-        tables = _by_client(source, data, examples, show) if clients else [_by_domain(source, data, show)]
-        typer.echo("\n".join(table.render(form) for table in tables), nl=False)
+        tables = _by_client(source, data, examples, show) if clients else {"": _by_domain(source, data, show)}
+        typer.echo("\n".join(render_table(table, form, title) for title, table in tables.items()), nl=False)
 
 
 def _digits(_name: str, value: float | None) -> str:
     return "" if value is None else repr(value)
 
 
-def _by_domain(source: Source, data: Path | None, show: Show) -> Table:
+def _by_domain(source: Source, data: Path | None, show: Show) -> pd.DataFrame:
     """A row for all examples and one for each domain."""
+    import pandas as pd
+
     from fedlora.api import figures_of
-    from fedlora.compare import Table
     from fedlora.data import column_roles
 
     found = figures_of(source, data)
     names = [name for name in found["all"] if name != "examples"]
     rows = [[label, str(row["examples"]), *(show(name, row[name]) for name in names)] for label, row in found.items()]
     domain = column_roles(source.config.data).get("domain") if len(found) > 1 else None
-    return Table("", [domain or "", "examples", *names], rows)
+    return pd.DataFrame(rows, columns=[domain or "", "examples", *names], dtype=object)
 
 
-def _by_client(source: Source, data: Path | None, most: int | None, show: Show) -> list[Table]:
-    """A row for each client, and their distribution."""
+def _by_client(source: Source, data: Path | None, most: int | None, show: Show) -> dict[str, pd.DataFrame]:
+    """Title -> table: a row for each client, and their distribution."""
     import numpy as np
+    import pandas as pd
 
-    from fedlora.compare import Table
     from fedlora.data.describe import main_domains
     from fedlora.evaluation.pretrained_adapter import data_for, load_for
     from fedlora.fairness import fairness
@@ -121,5 +123,7 @@ def _by_client(source: Source, data: Path | None, most: int | None, show: Show) 
         "best 10%": show(task.metric, spread.best_decile),
         "Gini": "-" if math.isnan(spread.gini) else show("gini", spread.gini),
     }
-    over = Table(f"over {len(values)} clients, each counting alike", list(figures), [list(figures.values())])
-    return [Table(f"{few}on their own training examples", header, rows), over]
+    return {
+        f"{few}on their own training examples": pd.DataFrame(rows, columns=header, dtype=object),
+        f"over {len(values)} clients, each counting alike": pd.DataFrame([figures]),
+    }

@@ -26,7 +26,9 @@ def spectrum(
 ) -> None:
     """Show each layer's update: its size, its effective rank, and the new singular vectors that it brings."""
     with errors_in_one_line(debug):
-        from fedlora.compare import Table, require_format
+        import pandas as pd
+
+        from fedlora.compare import render_table, require_format
         from fedlora.evaluation.pretrained_adapter import find_adapter, load_for
         from fedlora.model import changed_weights
         from fedlora.spectrum import spectrum as look
@@ -46,4 +48,4 @@ def spectrum(
         if not rows:
             raise ConfigError(f"{str(adapter)!r} changes no linear layer: there is no spectrum to show")
         header = ["layer", "|D| / |W0|", "effective rank", f"new of the first {top}"]
-        typer.echo(Table("", header, rows).render(form), nl=False)
+        typer.echo(render_table(pd.DataFrame(rows, columns=header), form), nl=False)

@@ -1,13 +1,11 @@
 """Runs side by side: `fedlora compare`."""
 
-from fedlora.compare._bootstrap import Difference, difference
-from fedlora.compare._cases import compare_cases
-from fedlora.compare._comparison import Comparison, compare, mean_and_deviation
-from fedlora.compare._ground import silently_changed
-from fedlora.compare._groups import Group, differences, group_runs
+from fedlora.compare._comparison import Comparison, compare, compare_cases
+from fedlora.compare._difference import Difference, difference
+from fedlora.compare._groups import Group, differing_keys, group_runs, silently_changed
 from fedlora.compare._plot import plot_curves
-from fedlora.compare._reading import Run, read_run, read_runs
-from fedlora.compare._tables import FORMATS, Table, require_format
+from fedlora.compare._runs import Run, read_run, read_runs
+from fedlora.compare._tables import FORMATS, render_table, require_format
 
 __all__ = [
     "FORMATS",
@@ -15,16 +13,15 @@ __all__ = [
     "Difference",
     "Group",
     "Run",
-    "Table",
     "compare",
     "compare_cases",
     "difference",
-    "differences",
+    "differing_keys",
     "group_runs",
-    "mean_and_deviation",
     "plot_curves",
     "read_run",
     "read_runs",
+    "render_table",
     "require_format",
     "silently_changed",
 ]

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from fedlora.compare._bootstrap import Difference, difference
-from fedlora.compare._ground import in_pairs
-from fedlora.compare._groups import Group, differences, group_runs
-from fedlora.compare._reading import Run, read_runs
-from fedlora.compare._tables import Table, require_format
+import pandas as pd
+
+from fedlora.compare._difference import Difference, difference
+from fedlora.compare._groups import Group, differing_keys, group_runs, silently_changed
+from fedlora.compare._runs import Run, read_runs
+from fedlora.compare._tables import render_table, require_format
 from fedlora.errors import ConfigError, nearest
 from fedlora.progress import format_bytes, format_metric, format_seconds
 from fedlora.provenance import in_words
 from fedlora.sanitize import clean_text
 
-
-@dataclass(frozen=True, eq=False)
-class Column:
-    """One figure of all groups.
-
-    Args:
-        title: over the column.
-        values: of each group's runs, in the order of its seeds; None where a run has no such figure.
-        show: a group's values as a cell.
-        unit: of the values, for tables of plain numbers.
-    """
-
-    title: str
-    values: Sequence[Sequence[float | None]]
-    show: Callable[[Sequence[float | None]], str]
-    unit: str = ""
+SHOW: Mapping[str, Callable[[float], str]] = {
+    "sent": format_bytes,
+    "received": format_bytes,
+    "bytes": format_bytes,
+    "rounds": "{:.3g}".format,
+    "aggregation": "{:.2g}".format,
+    "epsilon": "{:.3g}".format,
+    "time": format_seconds,
+}
+"""First word of a cost's name -> its mean as a cell."""
+UNITS = {"sent": "bytes", "received": "bytes", "bytes": "bytes", "time": "seconds"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +40,13 @@ class Comparison:
         groups: settings with their runs.
         reference: the group that the others are measured against.
         differences: label -> the group's difference to the reference; without the reference.
-        configuration: key -> its value in each group, of the keys that differ.
         notes: a line on each thing that the reader must know: runs that were left out, other test examples.
-        reach: the value of the main figure whose price is asked for, or None.
+        reach: a value of the main figure; the tables tell what it took to get there. None: they do not.
     """
 
     groups: Sequence[Group]
     reference: Group
     differences: Mapping[str, Difference]
-    configuration: Mapping[str, Sequence[str]]
     notes: Sequence[str]
     reach: float | None = None
 
@@ -69,95 +63,81 @@ class Comparison:
         """
         require_format(form)
         if form == "csv":
-            return self.raw().csv()
-        tables = [table.render(form) for table in (self.figures(), self.verdicts(), self.settings()) if table.rows]
+            return render_table(self.raw(), form)
+        unit = " in points" if _is_share(self.metric) else ""
+        title = f"against {self.reference.label}: difference of the final {self.metric}{unit}, with a 95% interval"
+        settings = differing_keys(self.groups).rename_axis("key").reset_index()
+        tables = {"": self.figures(), title: self.verdicts(), "what differs in the configs": settings}
         mark = {"text": "note: ", "markdown": "Note: ", "latex": "% Note: "}[form]
-        return "\n".join([*tables, *(f"{mark}{clean_text(note)}\n" for note in self.notes)])
+        notes = [f"{mark}{clean_text(note)}\n" for note in self.notes]
+        return "\n".join([render_table(table, form, title) for title, table in tables.items() if len(table)] + notes)
 
-    # ------------------------------------------------------------------------------------------ the tables
-
-    def columns(self) -> list[Column]:
-        """The figures that any of the groups has."""
-        metric = self.metric
-        shown = [
-            Column(metric, self._of(lambda run: run.final), lambda values: _spread(metric, values)),
-            Column(f"best {metric}", self._of(lambda run: run.best), lambda values: _spread(metric, values)),
-            Column("worst domain", self._of(lambda run: run.worst_domain), lambda values: _spread(metric, values)),
-            Column("sent", self._of(lambda run: run.total("bytes_up")), _mean(format_bytes), "bytes"),
-            Column("received", self._of(lambda run: run.total("bytes_down")), _mean(format_bytes), "bytes"),
-        ]
-        if (reach := self.reach) is not None:
-            to = format_metric(metric, reach)
-            shown += [
-                Column(f"bytes to {to}", self._of(lambda run: _bytes(run, reach)), _all_or_few(format_bytes), "bytes"),
-                Column(f"rounds to {to}", self._of(lambda run: _round(run, reach)), _all_or_few("{:.3g}".format)),
-            ]
-        shown += [
-            Column("aggregation error", self._of(lambda run: run.mean("aggregation_error")), _mean("{:.2g}".format)),
-            Column("epsilon", self._of(lambda run: run.epsilon), _mean("{:.3g}".format)),
-            Column("time", self._of(lambda run: run.total("seconds") or None), _mean(format_seconds), "seconds"),
-        ]
+    def runs(self) -> pd.DataFrame:
+        """The figures of each run, NaN where it has no such figure; the index is the setting."""
+        rows = {(group.label, run.seed): _figures(run, self.reach) for group in self.groups for run in group.runs}
+        table = pd.DataFrame(list(rows.values()), index=[label for label, _ in rows], dtype=float)
         asked = " to "  # what was asked for has its column even where nobody got there
-        return [c for c in shown if asked in c.title or any(value is not None for row in c.values for value in row)]
+        return table[[name for name in table if name == self.metric or asked in name or table[name].notna().any()]]
 
-    def figures(self) -> Table:
-        """A row for each group: mean, and sample standard deviation over its seeds."""
-        columns = self.columns()
-        rows = [
-            [group.label, str(len(group.runs)), *(column.show(column.values[k]) for column in columns)]
-            for k, group in enumerate(self.groups)
-        ]
-        return Table("", ["setting", "seeds", *(column.title for column in columns)], rows)
+    def figures(self) -> pd.DataFrame:
+        """A row for each group as text: mean, and sample standard deviation over its seeds."""
+        runs = self.runs()
+        seeds = {"seeds": [str(len(group.runs)) for group in self.groups]}
+        cells = {name: runs[name].groupby(level=0, sort=False).agg(self._shown) for name in runs}
+        return pd.DataFrame(seeds | cells, index=runs.index.unique()).rename_axis("setting").reset_index()
 
-    def verdicts(self) -> Table:
-        """A row for each group but the reference."""
+    def verdicts(self) -> pd.DataFrame:
+        """A row for each group but the reference, as text."""
         rows = []
         for label, found in self.differences.items():
             interval = "-" if math.isnan(found.low) else f"{self._points(found.low)} to {self._points(found.high)}"
-            rows.append([label, self._points(found.mean), interval, self._verdict(found), found.why])
-        unit = " in points" if _is_share(self.metric) else ""
-        title = f"against {self.reference.label}: difference of the final {self.metric}{unit}, with a 95% interval"
-        return Table(title, ["setting", "difference", "interval", "verdict", "from"], rows)
+            verdict = found.verdict
+            if verdict == "undecided" and interval != "-":
+                verdict = f"{len(found.seeds)} seed{'s' * (len(found.seeds) > 1)} cannot decide"
+            rows.append((label, self._points(found.mean), interval, verdict, found.why))
+        return pd.DataFrame(rows, columns=["setting", "difference", "interval", "verdict", "from"])
 
-    def settings(self) -> Table:
-        """A row for each key in which the configs differ."""
-        rows = [[key, *values] for key, values in self.configuration.items()]
-        return Table("what differs in the configs", ["key", *(group.label for group in self.groups)], rows)
+    def raw(self) -> pd.DataFrame:
+        """A row for each group: mean and standard deviation of each figure, differences, and the keys that differ."""
+        runs = self.runs()
+        groups = runs.groupby(level=0, sort=False)
+        table = pd.DataFrame({"seeds": {g.label: " ".join(str(run.seed) for run in g.runs) for g in self.groups}})
+        for name in runs:
+            unit = UNITS.get(name.split()[0])
+            title = f"{name} ({unit})" if unit else name
+            table[f"{title} mean"] = groups[name].agg(lambda values: values.mean(skipna=False))
+            table[f"{title} sd"] = groups[name].agg(lambda values: values.std(skipna=False))
+        found = {"difference": "mean", "difference low": "low", "difference high": "high"}
+        for title, field in found.items():
+            table[title] = pd.Series(
+                {label: getattr(one, field) for label, one in self.differences.items()}, dtype=float
+            )
+        table["verdict"] = [
+            self.differences[g.label].verdict if g is not self.reference else "reference" for g in self.groups
+        ]
+        return table.join(differing_keys(self.groups).T).rename_axis("setting").reset_index()
 
-    def raw(self) -> Table:
-        """Numbers with all their digits: mean and standard deviation of each figure, differences, differing keys."""
-        header = ["setting", "seeds"]
-        rows = [[group.label, " ".join(str(run.seed) for run in group.runs)] for group in self.groups]
-        for column in self.columns():
-            name = f"{column.title} ({column.unit})" if column.unit else column.title
-            header += [f"{name} mean", f"{name} sd"]
-            for row, values in zip(rows, column.values, strict=True):
-                row += [_digits(value) for value in mean_and_deviation([] if None in values else values)]
-        header += ["difference", "difference low", "difference high", "verdict"]
-        for row, group in zip(rows, self.groups, strict=True):
-            found = self.differences.get(group.label)
-            numbers = (found.mean, found.low, found.high) if found else (None, None, None)
-            row += [*(_digits(value) for value in numbers), found.verdict if found else "reference"]
-        for key, settings in self.configuration.items():
-            header.append(key)
-            for row, text in zip(rows, settings, strict=True):
-                row.append(text)
-        return Table("", header, rows)
-
-    def _of(self, figure: Callable[[Run], float | None]) -> list[list[float | None]]:
-        return [[figure(run) for run in group.runs] for group in self.groups]
+    def _shown(self, values: pd.Series) -> str:
+        """The values of a group's runs as a cell."""
+        name, there = str(values.name), int(values.notna().sum())
+        mean, deviation = float(values.mean(skipna=False)), float(values.std(skipna=False))
+        if " to " in name and there < len(values):  # a mean over those that got there would praise whoever rarely does
+            return f"{there} of {len(values)} got there"
+        reached = name in (self.metric, f"best {self.metric}")
+        if math.isnan(mean) and not reached:
+            return "-"
+        if not reached and name != "worst domain":
+            return SHOW[name.split()[0]](mean)
+        if len(values) == 1:
+            return format_metric(self.metric, mean)
+        return (
+            f"{100 * mean:.1f} ± {100 * deviation:.1f}%" if _is_share(self.metric) else f"{mean:.4g} ± {deviation:.2g}"
+        )
 
     def _points(self, value: float) -> str:
         if math.isnan(value):
             return "-"
         return f"{100 * value:+.1f}" if _is_share(self.metric) else f"{value:+.3g}"
-
-    @staticmethod
-    def _verdict(found: Difference) -> str:
-        if found.verdict != "undecided" or math.isnan(found.low):
-            return found.verdict
-        number = len(found.seeds)
-        return f"{number} seed{'s' * (number > 1)} cannot decide"
 
 
 def compare(paths: Iterable[str | Path], *, reach: float | None = None, against: str | None = None) -> Comparison:
@@ -182,45 +162,66 @@ def compare(paths: Iterable[str | Path], *, reach: float | None = None, against:
     reference = known[against] if against is not None else groups[0]
     found = {group.label: difference(group, reference) for group in groups if group is not reference}
     changed = [f"{str(run.path)!r} changed {change}" for run in runs for change in run.changes]
-    notes = [f"left out: {line}" for line in left_out] + [*changed, *_other_tests(groups), *_other_ground(groups)]
-    notes += _one_rate(groups)
-    return Comparison(groups, reference, found, differences(groups), notes, reach)
+    notes = [f"left out: {line}" for line in left_out] + [*changed, *_other_ground(groups), *_one_rate(groups)]
+    return Comparison(groups, reference, found, notes, reach)
 
 
-def mean_and_deviation(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation of the values that are there; None where there are too few."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None, None
-    mean = sum(known) / len(known)
-    if len(known) == 1:
-        return mean, None
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1))
+def compare_cases(cases: Mapping[str, Iterable[str | Path]]) -> pd.DataFrame:
+    """Compare within each case, against the case's first setting, and put the cases below each other.
+
+    Args:
+        cases: name -> folders of its runs; across cases nothing is compared.
+
+    Returns:
+        A row for each setting of each case: the case, and what `Comparison.raw` says; NaN where a case has no such
+        figure, or one value of a key for all its settings.
+
+    Raises:
+        RunDirError: a path is no run, or a case has no finished run.
+        ConfigError: the runs of a case have different tasks.
+    """
+    tables = {case: compare(paths).raw() for case, paths in cases.items()}
+    return pd.concat(tables, names=["case"]).reset_index(level="case")
 
 
-def _other_tests(groups: Sequence[Group]) -> Iterable[str]:
-    for one, other in combinations(groups, 2):
-        both = [(one.seeds[seed], other.seeds[seed]) for seed in sorted(one.seeds.keys() & other.seeds.keys())]
-        if any(mine.test and yours.test and mine.test != yours.test for mine, yours in both):
-            yield f"{one.label} and {other.label} were not tested on the same examples: mind that in the figures"
+def _figures(run: Run, reach: float | None) -> dict[str, float | None]:
+    """What a run reached and what it cost, by the name of the column."""
+    found: dict[str, float | None] = {
+        run.metric: run.final,
+        f"best {run.metric}": run.best,
+        "worst domain": run.worst_domain,
+        "sent": run.by_round("bytes_up").sum(),
+        "received": run.by_round("bytes_down").sum(),
+    }
+    if reach is not None:
+        number, traffic = run.reach(reach) or (None, None)
+        to = format_metric(run.metric, reach)
+        found |= {f"bytes to {to}": traffic, f"rounds to {to}": number}
+    return found | {
+        "aggregation error": run.by_round("aggregation_error").mean(),
+        "epsilon": run.epsilon,
+        "time": run.by_round("seconds").sum() or None,
+    }
 
 
-def _other_ground(groups: Sequence[Group]) -> Iterable[str]:
+def _other_ground(groups: Sequence[Group]) -> Iterator[str]:
     """What one name stood for at different times, and what makes figures of different kinds."""
     for one, other in combinations(groups, 2):
-        both = [(one.seeds[seed], other.seeds[seed]) for seed in sorted(one.seeds.keys() & other.seeds.keys())]
-        if changed := in_pairs(both):
+        pairs = one.pairs(other)
+        if any(mine.test and yours.test and mine.test != yours.test for mine, yours in pairs):
+            yield f"{one.label} and {other.label} were not tested on the same examples: mind that in the figures"
+        if changed := silently_changed(*pairs):
             yield (
                 f"{in_words(changed)} changed between {one.label} and {other.label}, though their configs name the "
                 "same: there is no verdict"
             )
         elif one.runs[0].metric == "perplexity" and any(
-            "tokenizer" in mine.provenance.changed(yours.provenance) for mine, yours in both
+            "tokenizer" in mine.provenance.changed(yours.provenance) for mine, yours in pairs
         ):
             yield f"{one.label} and {other.label} have different tokenizers, and a perplexity counts their tokens"
 
 
-def _one_rate(groups: Sequence[Group]) -> Iterable[str]:
+def _one_rate(groups: Sequence[Group]) -> Iterator[str]:
     """Which rule is best at one learning rate says little of which is best."""
     rules = {group.runs[0].keys["strategy.name"] for group in groups}
     rates = {group.runs[0].keys["train.lr"] for group in groups}
@@ -233,44 +234,3 @@ def _one_rate(groups: Sequence[Group]) -> Iterable[str]:
 
 def _is_share(metric: str) -> bool:
     return format_metric(metric, 0.5).endswith("%")
-
-
-def _spread(metric: str, values: Sequence[float | None]) -> str:
-    mean, deviation = mean_and_deviation(values)
-    if mean is None or deviation is None:
-        return format_metric(metric, mean)
-    if _is_share(metric):
-        return f"{100 * mean:.1f} ± {100 * deviation:.1f}%"
-    return f"{mean:.4g} ± {deviation:.2g}"
-
-
-def _mean(show: Callable[[float], str]) -> Callable[[Sequence[float | None]], str]:
-    def cell(values: Sequence[float | None]) -> str:
-        mean, _ = mean_and_deviation(values)
-        return "-" if mean is None else show(mean)
-
-    return cell
-
-
-def _all_or_few(show: Callable[[float], str]) -> Callable[[Sequence[float | None]], str]:
-    """A mean over those that got there would praise whoever rarely does."""
-
-    def cell(values: Sequence[float | None]) -> str:
-        there = sum(value is not None for value in values)
-        return _mean(show)(values) if there == len(values) else f"{there} of {len(values)} got there"
-
-    return cell
-
-
-def _bytes(run: Run, value: float) -> float | None:
-    found = run.reach(value)
-    return found[1] if found else None
-
-
-def _round(run: Run, value: float) -> float | None:
-    found = run.reach(value)
-    return float(found[0]) if found else None
-
-
-def _digits(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else repr(value)

@@ -1,19 +1,30 @@
-"""Which runs are seeds of one setting, and what the settings are called."""
+"""Runs by setting: which are seeds of one, how the settings are called, and whether they stand on the same things."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
-from fedlora.compare._ground import makes_a_setting, told_apart
-from fedlora.compare._reading import Run
+import pandas as pd
+
+from fedlora.compare._runs import Run
 from fedlora.config import OPEN_TABLES
 from fedlora.errors import ConfigError
+from fedlora.provenance import MODEL, WORDS
+from fedlora.sanitize import clean_text
 
 ABSENT = "-"
+LONGEST_LABEL = 4000
+
+NO_SETTING = ("seed", "name", "output", "runtime", "tracking")
+"""Keys and tables in which the runs of one setting may differ."""
+
+NAMES = {"class_names": ("task", "data"), "train_data": ("data", "partition"), "test_data": ("data",)}
+"""Part of a run's provenance -> the config tables that name it; all other parts are named by [model]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +39,10 @@ class Group:
     label: str
     runs: Sequence[Run]
 
-    @property
-    def seeds(self) -> dict[int, Run]:
-        """The runs by seed."""
-        return {run.seed: run for run in self.runs}
+    def pairs(self, other: Group) -> list[tuple[Run, Run]]:
+        """A run of each group for every seed that both have, by ascending seed."""
+        theirs = {run.seed: run for run in other.runs}
+        return [(run, theirs[run.seed]) for run in sorted(self.runs, key=_seed) if run.seed in theirs]
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -51,56 +62,107 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             f"{str(here)!r} measures {one[1]} of {one[0]} and {str(there)!r} {other[1]} of {other[0]}: "
             "compare runs of one task"
         )
-    runs = told_apart(runs)
-    sets: dict[str, list[Run]] = {}
-    for run in runs:
-        setting = {key: value for key, value in run.keys.items() if makes_a_setting(key)}
-        sets.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
-    labels = _labels([found[0].keys for found in sets.values()])
-    out: list[Group] = []
-    for label, found in zip(labels, sets.values(), strict=True):
-        if max(Counter(run.seed for run in found).values()) == 1:
-            out.append(Group(label or found[0].keys["strategy.name"], sorted(found, key=lambda run: run.seed)))
+    sets = _by_setting(_told_apart(runs))
+    found: list[Group] = []
+    for label, alike in zip(_labels(_settings([alike[0] for alike in sets])), sets, strict=True):
+        if len({run.seed for run in alike}) == len(alike):
+            found.append(Group(label or alike[0].keys["strategy.name"], sorted(alike, key=_seed)))
         else:
-            out += [Group(f"{label} ({run.path.name})".strip(), [run]) for run in found]
-    times = Counter(group.label for group in out)
+            found += [Group(clean_text(f"{label} ({run.path.name})", LONGEST_LABEL), [run]) for run in alike]
+    times = Counter(group.label for group in found)
     return [
-        group if times[group.label] == 1 else Group(f"{group.label} [{group.runs[0].path}]", group.runs)
-        for group in out
+        replace(group, label=clean_text(f"{group.label} [{group.runs[0].path}]", LONGEST_LABEL))
+        if times[group.label] > 1
+        else group
+        for group in found
     ]
 
 
-def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Key -> its value in each group, of every key in which the groups differ; "-" where a group has no such key."""
-    keys = _differing([group.runs[0].keys for group in groups])
-    return {key: [_say(group.runs[0].keys.get(key, ABSENT)) for group in groups] for key in keys}
+def differing_keys(groups: Sequence[Group]) -> pd.DataFrame:
+    """A row for each key in which the groups differ, a column for each group; "-" where a group has no such key."""
+    table = _differing(_settings([group.runs[0] for group in groups])).map(_say)
+    return table.set_axis([group.label for group in groups]).T
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = dict.fromkeys(key for setting in settings for key in setting if makes_a_setting(key))
-    return [key for key in names if len({json.dumps(setting.get(key, ABSENT)) for setting in settings}) > 1]
+def silently_changed(*pairs: tuple[Run, Run]) -> tuple[str, ...]:
+    """The parts in which two runs differ although their configs name the same ones, and draw with the same seed."""
+    found = [
+        part
+        for one, other in pairs
+        for part in one.provenance.changed(other.provenance)
+        if _named(part, one.keys) == _named(part, other.keys) and (part in MODEL or _same_draws(part, one, other))
+    ]
+    return tuple(dict.fromkeys(found))
 
 
-def _labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _same_draws(part: str, one: Run, other: Run) -> bool:
+    """Which rows are tested on is the seed's choice where they are cut from the source, or limited."""
+    drawn = part == "test_data" and (one.keys.get("data.test") is None or one.keys.get("data.limit") is not None)
+    return not drawn or one.seed == other.seed
+
+
+def _named(part: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    tables = NAMES.get(part, ("model",))
+    return {
+        key: value
+        for key, value in keys.items()
+        if key.partition(".")[0] in tables and not (key.startswith("partition.") and "column" not in key)
+    }
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with a key more for each part in which runs of one setting differ, so that they are not pooled."""
+    keys = {run: dict(run.keys) for run in runs}
+    for alike in _by_setting(runs):
+        for pair in combinations(alike, 2):
+            for part in silently_changed(pair):
+                for run in pair:
+                    keys[run][WORDS[part].removeprefix("the ")] = run.provenance.known[part][:8]
+    return [replace(run, keys=keys[run]) for run in runs]
+
+
+# ---------------------------------------------------------------------------------------------- settings as a table
+
+
+def _settings(runs: Iterable[Run]) -> pd.DataFrame:
+    """A row for each run and a column for each key that makes a setting; cells as JSON, or `ABSENT`."""
+    rows = [
+        {key: json.dumps(value) for key, value in run.keys.items() if key.partition(".")[0] not in NO_SETTING}
+        for run in runs
+    ]
+    return pd.DataFrame(rows).fillna(ABSENT)
+
+
+def _by_setting(runs: Sequence[Run]) -> list[list[Run]]:
+    setting = _settings(runs).agg("\n".join, axis=1)
+    return [[runs[place] for place in alike.index] for _, alike in setting.groupby(setting, sort=False)]
+
+
+def _differing(settings: pd.DataFrame) -> pd.DataFrame:
+    return settings.loc[:, settings.nunique() > 1]
+
+
+def _labels(settings: pd.DataFrame) -> list[str]:
     """As few keys as tell the settings apart; names of rules, partitions and tasks first, then as in a config."""
+    settings = _differing(settings)
     rank = {f"{table}.name": 0 for table in OPEN_TABLES}
-    keys = sorted(_differing(settings), key=lambda key: rank.get(key, 1 + (key.split(".")[0] in OPEN_TABLES)))
     chosen: list[str] = []
-    for key in keys:
-        if _number(settings, [*chosen, key]) > _number(settings, chosen):
-            chosen.append(key)
-    parts = [[_part(key, setting) for key in chosen if key in setting] for setting in settings]
-    return [", ".join(part) for part in parts]
+    told = 1
+    for key in sorted(settings, key=lambda key: rank.get(key, 1 + (key.split(".")[0] in OPEN_TABLES))):
+        number = len(settings[[*chosen, key]].drop_duplicates())
+        if number > told:
+            chosen, told = [*chosen, key], number
+    rows = settings[chosen].to_dict("records")
+    return [", ".join(_part(key, cell) for key, cell in row.items() if cell != ABSENT) for row in rows]
 
 
-def _number(settings: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> int:
-    return len({json.dumps([setting.get(key, ABSENT) for key in keys]) for setting in settings})
+def _part(key: str, cell: str) -> str:
+    return _say(cell) if key.endswith(".name") else f"{key.rpartition('.')[2]}={_say(cell)}"
 
 
-def _part(key: str, setting: Mapping[str, Any]) -> str:
-    value = _say(setting[key])
-    return value if key.endswith(".name") else f"{key.rpartition('.')[2]}={value}"
+def _say(cell: str) -> str:
+    return "none" if cell == "null" else str(json.loads(cell)) if cell.startswith('"') else cell
 
 
-def _say(value: Any) -> str:
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+def _seed(run: Run) -> int:
+    return run.seed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
 from fedlora.compare._groups import Group
 from fedlora.errors import ConfigError
@@ -34,16 +34,12 @@ def plot_curves(groups: Sequence[Group], path: str | Path) -> Path:
     metric = groups[0].runs[0].metric
     lines = []
     for number, group in enumerate(groups):
-        curves = [run.curve for run in group.runs]
-        rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
-        values = np.array([[curve[r] for r in rounds] for curve in curves])
-        mean, bands = values.mean(axis=0), []
-        if len(curves) > 1:
-            deviation = values.std(axis=0, ddof=1)
-            bands = [(mean - deviation, mean + deviation)]
+        curves = pd.concat([run.curve for run in group.runs], axis=1, join="inner").sort_index()
+        mean, deviation = curves.mean(axis=1, skipna=False).to_numpy(), curves.std(axis=1, skipna=False).to_numpy()
+        bands = [(mean - deviation, mean + deviation)] if len(group.runs) > 1 else []
         label = f"{group.label} {format_metric(metric, mean[-1])}"
         colour, dash = f"c{number % COLOURS}", DASHES[number // COLOURS]
-        lines.append(Line(label, list(zip(rounds, mean, strict=True)), colour, bands, dash))
+        lines.append(Line(label, list(zip(curves.index, mean, strict=True)), colour, bands, dash))
     most = max(len(group.runs) for group in groups)
     xlabel = "round" if most == 1 else f"round (bands: one standard deviation over up to {most} seeds)"
     ylabel = f"{metric.replace('_', ' ')} on the test set"

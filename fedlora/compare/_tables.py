@@ -1,22 +1,16 @@
-"""Tables as text, Markdown, CSV and LaTeX."""
+"""Data frames as text, Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
 
 from fedlora.errors import ConfigError, nearest
 from fedlora.sanitize import clean_text
 
-GAP = "  "
 LONGEST_CELL = 4000
-LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-LATEX |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
-
-
 FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """With which a cell begins that a spreadsheet computes, in full width too (OWASP, CSV Injection)."""
 
@@ -29,73 +23,43 @@ def require_format(form: str) -> None:
         raise ConfigError(f"there is no format {form!r}; {nearest(form, FORMATS)}")
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; the first column stands at the left, the others at the right.
+def render_table(table: pd.DataFrame, form: str = "text", title: str = "", *, width: int | None = None) -> str:
+    """A table without its index: its first column stands at the left, the others at the right.
+
+    What stands in it may be foreign (names in data, configs of other people's runs), and is cleaned.
 
     Args:
-        title: said above it.
-        header: names of the columns.
-        rows: as long as the header, each.
+        table: numbers are written with all their digits, those that are missing as an empty cell.
+        form: one of `FORMATS`.
+        title: a line above the table; left out as CSV.
+        width: for text, the largest number of characters in a line; columns that have no room follow below, beside the
+            first column again. None: the terminal's width.
 
-    What stands in them may be foreign (names in data, configs of other people's runs), and is cleaned.
+    Raises:
+        ConfigError: there is no such format.
     """
+    require_format(form)
+    table, title = table.rename(columns=_cell).map(_cell), clean_text(title, LONGEST_CELL)
+    if form == "csv":
+        return str(table.rename(columns=_inert).map(_inert).to_csv(index=False, lineterminator="\n"))
+    if form == "markdown":
+        rule = ["---"] + ["---:"] * (table.shape[1] - 1)
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in (table.columns, rule, *table.to_numpy())]
+        return (f"**{title}**\n\n" if title else "") + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    if form == "latex":
+        text = str(table.to_latex(index=False, escape=True, column_format="l" + "r" * (table.shape[1] - 1)))
+        return (f"% {title}\n" if title else "") + text.replace("±", r"$\pm$").replace("−", "$-$")
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    body = table.iloc[:, 1:].set_axis(table.iloc[:, 0].rename(None)).rename_axis(columns=table.columns[0])
+    text = body.to_string(line_width=width + 1, col_space=[len(name) + 1 for name in body])
+    lines = [line.rstrip(" \\") + "\n" for line in text.splitlines()]
+    return (f"{title}\n" if title else "") + "".join(lines)
 
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "title", clean_text(self.title, LONGEST_CELL))
-        object.__setattr__(self, "header", [clean_text(cell, LONGEST_CELL) for cell in self.header])
-        object.__setattr__(self, "rows", [[clean_text(cell, LONGEST_CELL) for cell in row] for row in self.rows])
-
-    def render(self, form: str) -> str:
-        """The table as one of `FORMATS`; text fits the terminal."""
-        require_format(form)
-        return self.text(shutil.get_terminal_size((100, 24)).columns) if form == "text" else getattr(self, form)()
-
-    def text(self, width: int = 10**6) -> str:
-        """Aligned columns; those that have no room in `width` follow below, beside the first column again."""
-        lines = [self.header, *self.rows]
-        widths = [max(len(line[k]) for line in lines) for k in range(len(self.header))]
-        blocks: list[list[int]] = [[0]]
-        for k in range(1, len(widths)):
-            used = sum(widths[j] + len(GAP) for j in blocks[-1])
-            if len(blocks[-1]) > 1 and used + widths[k] > width:
-                blocks.append([0])
-            blocks[-1].append(k)
-        parts = []
-        for block in blocks:
-            cells = [
-                [line[k].ljust(widths[k]) if k == 0 else line[k].rjust(widths[k]) for k in block] for line in lines
-            ]
-            parts.append("\n".join(GAP.join(line).rstrip() for line in cells))
-        return (f"{self.title}\n" if self.title else "") + "\n\n".join(parts) + "\n"
-
-    def markdown(self) -> str:
-        """A table of GitHub's Markdown."""
-        rule = ["---", *["---:"] * (len(self.header) - 1)]
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in (self.header, rule, *self.rows)]
-        body = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-        return (f"**{self.title}**\n\n" if self.title else "") + body
-
-    def latex(self) -> str:
-        """A tabular with the rules of the package booktabs."""
-        head, *body = [
-            " & ".join("".join(LATEX.get(mark, mark) for mark in cell) for cell in line) + r" \\"
-            for line in (self.header, *self.rows)
-        ]
-        columns = "l" + "r" * (len(self.header) - 1)
-        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body]
-        comment = f"% {self.title}\n" if self.title else ""
-        return comment + "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-    def csv(self) -> str:
-        """Comma-separated values, quoted where they must be; no text is one that a spreadsheet would compute."""
-        out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([map(_inert, row) for row in (self.header, *self.rows)])
-        return out.getvalue()
+def _cell(cell: Any) -> str:
+    if isinstance(cell, float):
+        return "" if cell != cell else repr(float(cell))
+    return clean_text(cell, LONGEST_CELL)
 
 
 def _inert(cell: str) -> str:

@@ -322,7 +322,7 @@ def _pick(candidates: Mapping[str, RunConfig], selects: bool) -> Pick:
         if _is_finished(config):
             run = read_run(_path(config))
             first = first or run
-            if changed := silently_changed(first, run):
+            if changed := silently_changed((first, run)):
                 raise RunDirError(
                     f"{in_words(changed)} changed between {str(first.path)!r} and {str(run.path)!r}, so that neither "
                     "is the better: remove the older of them, or name another folder with -o"

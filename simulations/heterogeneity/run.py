@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedlora.compare import Group, Run, Table, compare_cases, difference, mean_and_deviation, read_run
+import pandas as pd
+
+from fedlora.compare import Group, Run, compare_cases, difference, read_run, render_table
 from fedlora.sweep import Outcome, Selection, Sweep, grid, run_sweep
 from fedlora.sweep.screen import Screen
 
@@ -50,10 +52,10 @@ def main() -> None:
     cells = {(rule, RATES_ALPHA): cell for rule, cell in chosen.cells.items()}
     cells |= {others[name]: cell for name, cell in found.cells.items()}
     rows = {place: [read_run(path) for path in cell.runs.values()] for place, cell in cells.items()}
-    text = table(rows, lrs).markdown()
+    text = render_table(table(rows, lrs), "markdown")
     (HERE / "table.md").write_text(text)
     cases = {f"alpha {alpha:g}": [run.path for rule in NAMES for run in rows[rule, alpha]] for alpha in ALPHAS}
-    (HERE / "results.csv").write_text(compare_cases(cases).csv())
+    (HERE / "results.csv").write_text(render_table(compare_cases(cases), "csv"))
     print(text)
     draw(rows)
 
@@ -70,17 +72,17 @@ def _sweep(
 
 def final(runs: list[Run]) -> tuple[float, float]:
     """Mean and sample standard deviation of the last accuracy over seeds, in percent."""
-    mean, deviation = mean_and_deviation([run.final for run in runs])
-    return 100 * (mean or 0.0), 100 * (deviation or 0.0)
+    mean, deviation = 100 * pd.Series([run.final for run in runs]).agg(["mean", "std"]).fillna(0)
+    return mean, deviation
 
 
-def table(rows: Rows, lrs: dict[str, str]) -> Table:
+def table(rows: Rows, lrs: dict[str, str]) -> pd.DataFrame:
     """A row for each rule."""
     lines = []
     for rule, name in NAMES.items():
         cells = ["{:.1f} ± {:.1f}".format(*final(rows[rule, alpha])) for alpha in ALPHAS]
         lines.append([name, lrs[rule].removeprefix("lr="), *cells])
-    return Table("", ["rule", "lr", *(f"alpha {alpha:g}" for alpha in ALPHAS)], lines)
+    return pd.DataFrame(lines, columns=["rule", "lr", *(f"alpha {alpha:g}" for alpha in ALPHAS)])
 
 
 def draw(rows: Rows) -> None:

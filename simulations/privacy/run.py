@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedlora.compare import Run, Table, compare_cases, mean_and_deviation, read_run
+import pandas as pd
+
+from fedlora.compare import Run, compare_cases, read_run, render_table
 from fedlora.sweep import Cell, Selection, Sweep, grid, run_sweep
 from fedlora.sweep.screen import Screen
 
@@ -47,25 +49,27 @@ def main() -> None:
         raise SystemExit(f"{len(outcome.failed)} runs failed: {outcome.failed}")
     found = {cells[name]: cell for name, cell in outcome.cells.items()}
     rows = {where: [read_run(path) for path in cell.runs.values()] for where, cell in found.items()}
-    text = table(rows, found).markdown()
+    text = render_table(table(rows, found), "markdown")
     (HERE / "table.md").write_text(text)
     cases = {f"epsilon {epsilon}": [run.path for rule in RULES for run in rows[rule, epsilon]] for epsilon in EPSILONS}
-    (HERE / "results.csv").write_text(compare_cases(cases).csv())
+    (HERE / "results.csv").write_text(render_table(compare_cases(cases), "csv"))
     print(text)
     draw(rows)
 
 
-def table(rows: dict[tuple[str, str], list[Run]], found: dict[tuple[str, str], Cell]) -> Table:
+def table(rows: dict[tuple[str, str], list[Run]], found: dict[tuple[str, str], Cell]) -> pd.DataFrame:
     """A row for each epsilon and rule."""
     lines = []
     for (rule, epsilon), runs in rows.items():
-        mean, deviation = mean_and_deviation([run.final for run in runs])
+        mean, deviation = 100 * pd.Series([run.final for run in runs]).agg(["mean", "std"]).fillna(0)
         tried = {name.removeprefix("lr="): value for name, value in found[rule, epsilon].tried.items()}
         rates = ", ".join(f"{rate}: {100 * value:.1f}" for rate, value in tried.items())
         chosen = found[rule, epsilon].chosen.removeprefix("lr=")
-        accuracy = f"{100 * (mean or 0):.1f} ± {100 * (deviation or 0):.1f}"
+        accuracy = f"{mean:.1f} ± {deviation:.1f}"
         lines.append([epsilon.replace("inf", "∞"), RULES[rule], chosen, accuracy, rates])
-    return Table("", ["epsilon", "rule", "lr", "accuracy, %", "accuracy at each lr tried, one seed, %"], lines)
+    return pd.DataFrame(
+        lines, columns=["epsilon", "rule", "lr", "accuracy, %", "accuracy at each lr tried, one seed, %"]
+    )
 
 
 def draw(rows: dict[tuple[str, str], list[Run]]) -> None:
@@ -80,7 +84,7 @@ def draw(rows: dict[tuple[str, str], list[Run]]) -> None:
         for column, epsilon in enumerate(EPSILONS):
             place = column + 0.44 * side - 0.24
             values = [100 * run.final for run in rows[rule, epsilon]]
-            mean = 100 * (mean_and_deviation([run.final for run in rows[rule, epsilon]])[0] or 0)
+            mean = sum(values) / len(values)
             panel.plot([place] * len(values), values, "o", color=colour, alpha=0.6, markersize=4)
             panel.plot([place - 0.13, place + 0.13], [mean, mean], color=colour, linewidth=3)
             panel.annotate(f"{mean:.1f}", (place + 0.15, mean), va="center", fontsize=8, color=colour)

@@ -18,8 +18,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import pandas as pd
+
 from fedlora.aggregators import Claim, rule_class
-from fedlora.compare import Run, Table, compare_cases, mean_and_deviation, read_run
+from fedlora.compare import Run, compare_cases, read_run, render_table
 from fedlora.sweep import Selection, Sweep, grid, run_sweep
 from fedlora.sweep.screen import Screen
 
@@ -62,26 +64,25 @@ def main() -> None:
         raise SystemExit(f"{len(outcome.failed)} runs failed: {outcome.failed}")
     rows = {cells[name]: [read_run(path) for path in cell.runs.values()] for name, cell in outcome.cells.items()}
     rates = {cells[name]: cell.chosen.removeprefix("lr=") for name, cell in outcome.cells.items()}
-    text = table(rows, rates).markdown()
+    text = render_table(table(rows, rates), "markdown")
     (HERE / "table.md").write_text(text)
     cases = {
         setting: [run.path for (where, _), runs in rows.items() if where == setting for run in runs]
         for setting in SETTINGS
     }
-    (HERE / "results.csv").write_text(compare_cases(cases).csv())
+    (HERE / "results.csv").write_text(render_table(compare_cases(cases), "csv"))
     print(text)
     draw(rows)
 
 
-def table(rows: dict[tuple[str, str], list[Run]], rates: dict[tuple[str, str], str]) -> Table:
+def table(rows: dict[tuple[str, str], list[Run]], rates: dict[tuple[str, str], str]) -> pd.DataFrame:
     """A row for each setting and rule."""
 
     def share(values: list[float | None]) -> str:
-        mean, deviation = mean_and_deviation(values)
-        return f"{100 * (mean or 0):.1f} ± {100 * (deviation or 0):.1f}"
+        return "{:.1f} ± {:.1f}".format(*100 * pd.Series(values, dtype=float).agg(["mean", "std"]).fillna(0))
 
-    def mean(values: list[float | None]) -> float:
-        return mean_and_deviation(values)[0] or 0.0
+    def mean(values: list[float]) -> float:
+        return float(pd.Series(values).mean())
 
     lines = [
         [
@@ -90,14 +91,14 @@ def table(rows: dict[tuple[str, str], list[Run]], rates: dict[tuple[str, str], s
             rates[setting, rule],
             share([run.final for run in runs]),
             share([run.worst_domain for run in runs]),
-            f"{mean([run.mean('aggregation_error') for run in runs]):.2g}",
-            f"{mean([run.total('bytes_up') for run in runs]) / 1e6:.1f}",
-            f"{mean([run.total('bytes_down') for run in runs]) / 1e6:.1f}",
+            f"{mean([run.by_round('aggregation_error').mean() for run in runs]):.2g}",
+            f"{mean([run.by_round('bytes_up').sum() for run in runs]) / 1e6:.1f}",
+            f"{mean([run.by_round('bytes_down').sum() for run in runs]) / 1e6:.1f}",
         ]
         for (setting, rule), runs in rows.items()
     ]
     header = ["setting", "rule", "lr", "accuracy, %", "worst domain, %", "aggregation error", "MB up", "MB down"]
-    return Table("", header, lines)
+    return pd.DataFrame(lines, columns=header)
 
 
 def draw(rows: dict[tuple[str, str], list[Run]]) -> None:

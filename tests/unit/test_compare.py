@@ -9,22 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_runs import make_run
 from typer.testing import CliRunner
 
 from fedlora.cli import app
 from fedlora.compare import (
-    Comparison,
     Group,
-    Table,
     compare,
     compare_cases,
     difference,
+    differing_keys,
     group_runs,
     plot_curves,
     read_run,
     read_runs,
+    render_table,
 )
 from fedlora.errors import ConfigError, RunDirError
 from fedlora.provenance import WORDS
@@ -72,7 +73,7 @@ def test_a_label_says_no_more_than_it_must(tmp_path: Path) -> None:
     assert [group.label for group in found.groups] == ["fedavg, lr=0.1", "fair, lr=0.1", "fair, lr=0.2"]
     # One of two equal learning rates is no setting: the rule alone tells these apart.
     assert [group.label for group in compare(paths[::2]).groups] == ["fedavg", "fair"]
-    assert found.configuration == {
+    assert differing_keys(found.groups).T.to_dict("list") == {
         "train.lr": ["0.1", "0.1", "0.2"],
         "strategy.name": ["fedavg", "fair", "fair"],
         "strategy.regularisation": ["-", "0.5", "0.7"],
@@ -99,10 +100,10 @@ def test_figures_are_those_of_the_metrics(tmp_path: Path) -> None:
         tmp_path / "a", [0.5, 0.9, math.nan, 0.7], domains={"x": 0.9, "y": 0.4}, aggregation_error=0.25, epsilon=3.0
     )
     run = read_run(path)
-    assert run.curve == {0: 0.5, 1: 0.9, 3: 0.7}
+    assert run.curve.to_dict() == {0: 0.5, 1: 0.9, 3: 0.7}
     assert (run.final, run.best, run.worst_domain) == (0.7, 0.9, 0.4)
-    assert (run.total("bytes_up"), run.total("bytes_down"), run.total("seconds")) == (300, 150, 6.0)
-    assert run.mean("aggregation_error") == 0.25
+    assert [run.by_round(name).sum() for name in ("bytes_up", "bytes_down", "seconds")] == [300, 150, 6.0]
+    assert run.by_round("aggregation_error").to_dict() == {1: 0.25, 2: 0.25, 3: 0.25}
     assert run.epsilon is None  # a claim is what result.json says, not what a round counts
 
 
@@ -116,21 +117,27 @@ def test_reaching_costs_all_rounds_until_it_is_reached(tmp_path: Path) -> None:
 
 def test_a_mean_and_the_sample_standard_deviation(family: Family) -> None:
     finals = [0.61, 0.64, 0.72]
-    text = compare(family("a", finals)).figures().rows[0]
-    assert text[2] == f"{100 * np.mean(finals):.1f} ± {100 * np.std(finals, ddof=1):.1f}%"
+    figures = compare(family("a", finals)).figures()
+    assert figures.loc[0, "accuracy"] == f"{100 * np.mean(finals):.1f} ± {100 * np.std(finals, ddof=1):.1f}%"
 
 
 def test_a_mean_over_the_lucky_seeds_is_not_shown(family: Family) -> None:
     found = compare(family("a", [0.61, 0.7]), reach=0.65)
-    row = dict(zip(found.figures().header, found.figures().rows[0], strict=True))
-    assert row["bytes to 65.0%"] == "1 of 2 got there"
-    raw = dict(zip(found.raw().header, found.raw().rows[0], strict=True))
-    assert raw["bytes to 65.0% (bytes) mean"] == ""
-    assert dict(zip(*_figures(compare(family("b", [0.7, 0.7]), reach=0.65)), strict=True))["bytes to 65.0%"] == "150 B"
+    assert found.figures().loc[0, "bytes to 65.0%"] == "1 of 2 got there"
+    assert math.isnan(found.raw().loc[0, "bytes to 65.0% (bytes) mean"])
+    both = compare(family("b", [0.7, 0.7]), reach=0.65)
+    assert both.figures().loc[0, "bytes to 65.0%"] == "150 B"
+    assert both.raw().loc[0, "bytes to 65.0% (bytes) mean"] == 150
 
 
-def _figures(found: Comparison) -> tuple[Sequence[str], Sequence[str]]:
-    return found.figures().header, found.figures().rows[0]
+def test_a_run_that_diverged_is_not_averaged_away(family: Family) -> None:
+    paths = family("a", [0.6, 0.8])
+    lines = (paths[1] / "metrics.jsonl").read_text().splitlines()
+    lines[-1] = json.dumps({**json.loads(lines[-1]), "accuracy": None})
+    (paths[1] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = compare(paths)
+    assert found.figures().loc[0, "accuracy"] == "nan ± nan%"
+    assert found.raw()[["accuracy mean", "accuracy sd"]].isna().all(axis=None)
 
 
 # ---------------------------------------------------------------------------------------------- is it better
@@ -297,19 +304,20 @@ def test_csv_has_all_digits(family: Family) -> None:
 
 
 def test_text_stays_inside_its_width_and_loses_nothing() -> None:
-    table = Table("", ["setting", *(f"figure {k}" for k in range(9))], [["a" * 12, *("1" * k for k in range(9))]])
+    header = ["setting", *(f"figure {k}" for k in range(9))]
+    table = pd.DataFrame([["a" * 12, *("1" * k for k in range(9))]], columns=header)
     for width in (40, 60, 1000):
-        text = table.text(width)
+        text = render_table(table, width=width)
         assert max(map(len, text.splitlines())) <= width
         assert [text.count(f"figure {k}") for k in range(9)] == [1] * 9
-    assert table.text(1000).count("\n") == 2
+    assert render_table(table, width=1000).count("\n") == 2
 
 
 def test_marks_that_mean_something_are_escaped() -> None:
-    table = Table("", ["a_b", "50%"], [["x|y", "1 ± 2"]])
-    assert r"a\_b & 50\% \\" in table.latex()
-    assert r"x|y & 1 $\pm$ 2 \\" in table.latex()
-    assert r"| x\|y | 1 ± 2 |" in table.markdown()
+    table = pd.DataFrame([["x|y", "1 ± 2"]], columns=["a_b", "50%"])
+    assert r"a\_b & 50\% \\" in render_table(table, "latex")
+    assert r"x|y & 1 $\pm$ 2 \\" in render_table(table, "latex")
+    assert r"| x\|y | 1 ± 2 |" in render_table(table, "markdown")
 
 
 def test_the_same_runs_give_the_same_picture(family: Family, tmp_path: Path) -> None:
@@ -346,7 +354,7 @@ def test_cases_are_compared_each_within_itself(family: Family) -> None:
             *family("d", (0.30, 0.33), "strategy.name=ffa", "train.lr=0.2"),
         ],
     }
-    rows = list(csv.DictReader(io.StringIO(compare_cases(cases).csv())))
+    rows = list(csv.DictReader(io.StringIO(render_table(compare_cases(cases), "csv"))))
     assert [(row["case"], row["strategy.name"]) for row in rows] == [
         ("easy", "fedavg"),
         ("easy", "ffa"),
@@ -381,7 +389,7 @@ def test_seeds_on_another_base_of_the_same_name_are_not_pooled(tmp_path: Path) -
     paths = [pinned(tmp_path / f"s{seed}", 0.8, f"seed={seed}", base="ab"[seed == 2]) for seed in range(3)]
     found = compare(paths)
     assert [len(group.runs) for group in found.groups] == [2, 1]
-    assert "base model" in found.configuration
+    assert "base model" in differing_keys(found.groups).index
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fedlora.config import flat_keys
 from fedlora.errors import FedloraError, RunDirError
@@ -20,7 +20,7 @@ from fedlora.tasks import Task, load_task
 
 NOTHING_KNOWN = Provenance()
 CHANGED = "changed on the way"
-"""Among the keys of a run: what resumes changed in its config."""
+"""Among the keys of a run: what was changed in its config when it was resumed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +28,15 @@ class Run:
     """One finished run.
 
     Args:
-        path: of its folder.
-        keys: its config, by dotted key.
-        task: that it learnt.
-        records: its evaluated and unevaluated rounds, lines of metrics.jsonl.
-        test: names its test examples; "" where the run kept no outcomes.
-        outcomes: what was measured of each test example after the last round, [n, ...] by name.
-        epsilon: that it spent, or None.
-        provenance: what it was made with, as far as it says.
-        changes: of its config on the way.
+        path: its folder.
+        keys: its config as dotted keys.
+        task: the task that was trained.
+        records: the lines of metrics.jsonl, one for each round.
+        test: identifies its test examples; "" where the run kept no outcomes.
+        outcomes: name -> measurement of each test example after the last round, [n].
+        epsilon: the epsilon that it spent, or None.
+        provenance: hashes of the base, tokenizer and data that it was made with, where known.
+        changes: changes of its config when it was resumed.
     """
 
     path: Path
@@ -64,58 +64,46 @@ class Run:
         """The direction of the task's main figure."""
         return self.task.higher_is_better
 
+    def by_round(self, name: str) -> pd.Series:
+        """A figure by round, such as "bytes_up", of the rounds that have it; NaN where it was not finite."""
+        found = {int(record["round"]): record[name] for record in self.records if name in record}
+        return pd.Series(found, dtype=float)
+
     @property
-    def curve(self) -> dict[int, float]:
-        """Round -> the main figure, of the rounds that were evaluated; NaN where it was not finite."""
-        return {
-            int(record["round"]): math.nan if record[self.metric] is None else float(record[self.metric])
-            for record in self.records
-            if self.metric in record
-        }
+    def curve(self) -> pd.Series:
+        """The main figure by round, of the rounds that were evaluated; NaN where it was not finite."""
+        return self.by_round(self.metric)
 
     @property
     def final(self) -> float:
         """The main figure after the last round."""
-        curve = self.curve
-        return curve[max(curve)]
+        return float(self.curve.sort_index().iloc[-1])
 
     @property
     def best(self) -> float:
         """The best of all evaluated rounds: optimistic, as the test examples choose the round."""
-        known = [value for value in self.curve.values() if not math.isnan(value)]
-        return (max if self.higher_is_better else min)(known, default=math.nan)
+        return float(self.curve.max() if self.higher_is_better else self.curve.min())
 
     @property
     def worst_domain(self) -> float | None:
         """The main figure after the last round in the domain where it is worst; None without domains."""
         last = [record for record in self.records if self.metric in record][-1]
-        values = [row.get(self.metric) for row in last.get("domains", {}).values()]
-        known = [float(value) for value in values if value is not None]
-        return (min if self.higher_is_better else max)(known) if known else None
-
-    def total(self, name: str) -> float:
-        """The sum of a figure over all rounds: "bytes_up", "bytes_down", "seconds"."""
-        return float(sum(record.get(name) or 0 for record in self.records))
-
-    def mean(self, name: str) -> float | None:
-        """The mean of a figure over the rounds that have it: "aggregation_error"."""
-        values = [float(record[name]) for record in self.records if record.get(name) is not None]
-        return sum(values) / len(values) if values else None
+        known = [row[self.metric] for row in last.get("domains", {}).values() if row.get(self.metric) is not None]
+        return (min if self.higher_is_better else max)(known, default=None)
 
     def reach(self, value: float) -> tuple[int, float] | None:
         """The first evaluated round in which the main figure is `value` or better, and the bytes sent and received
         until its end; None if it never was."""
-        sent = 0.0
-        for record in self.records:
-            sent += float(record.get("bytes_up") or 0) + float(record.get("bytes_down") or 0)
-            here = record.get(self.metric)
-            if here is not None and (here >= value if self.higher_is_better else here <= value):
-                return int(record["round"]), sent
-        return None
+        curve = self.curve
+        there = curve.index[curve >= value if self.higher_is_better else curve <= value]
+        if there.empty:
+            return None
+        traffic = [self.by_round(name) for name in ("bytes_up", "bytes_down")]
+        return int(there[0]), float(sum(count[count.index <= there[0]].sum() for count in traffic))
 
 
 def read_run(path: str | Path) -> Run:
-    """A finished run.
+    """Read a finished run.
 
     Raises:
         RunDirError: there is no run, it is not finished, or none of its rounds was evaluated.
@@ -140,21 +128,20 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
-    """The finished runs among some folders, and a line on each that cannot be compared.
+    """Read the finished runs among some folders; for each that cannot be compared, a line that says why.
 
     Args:
-        paths: of runs; a folder that is none but holds some (as a sweep's) stands for those.
+        paths: folders of runs; a folder that is no run but holds some (such as a sweep's) stands for those.
 
     Raises:
         RunDirError: a path is no run and holds none, or no run at all is left.
     """
     runs: list[Run] = []
     left_out: list[str] = []
-    seen: set[Path] = set()
+    unique: dict[Path, Path] = {}
     for path in _expand(paths):
-        if path.resolve() in seen:
-            continue
-        seen.add(path.resolve())
+        unique.setdefault(path.resolve(), path)
+    for path in unique.values():
         try:
             runs.append(read_run(path))
         except FedloraError as error:
