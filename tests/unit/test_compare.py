@@ -78,6 +78,7 @@ def test_a_label_says_no_more_than_it_must(tmp_path: Path) -> None:
         "strategy.name": ["fedavg", "fair", "fair"],
         "strategy.regularisation": ["-", "0.5", "0.7"],
     }
+    assert list(differing_keys(found.groups[::-1]).loc["strategy.regularisation"]) == ["0.7", "0.5", "-"]
 
 
 def test_the_same_seed_twice_is_two_groups(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_the_same_seed_twice_is_two_groups(tmp_path: Path) -> None:
 def test_a_folder_stands_for_the_runs_in_it_and_nothing_is_counted_twice(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / "grid" / f"s{seed}", [0.5, 0.6], f"seed={seed}") for seed in range(3)]
     make_run(tmp_path / "grid" / "select" / "s9", [0.5, 0.6], "seed=9")
-    (group,) = compare([tmp_path / "grid", *paths]).groups
+    (group,) = compare([tmp_path / "grid", *paths, tmp_path / "grid" / ".." / "grid" / "s0"]).groups
     assert [run.seed for run in group.runs] == [0, 1, 2]
 
 
