@@ -49,8 +49,9 @@ from fedlora.tasks import Examples, Task, load_task
 from fedlora.tasks._text import Tokens
 from fedlora.training.cohort import train, train_cohort
 from fedlora.training.dp_loop import train_private_cohort
-from fedlora.training.dp_settings import PrivateSettings, train_by_opacus
+from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.job import TrainJob, batches, rows_of
+from fedlora.training.opacus_loop import train_by_opacus
 from fedlora.training.runtime import keep_memory
 from fedlora.training.step_scheduler import step_budget
 

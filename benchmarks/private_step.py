@@ -19,8 +19,9 @@ from fedlora.adapter import ALL_PARTS
 from fedlora.config import parse_config
 from fedlora.privacy.calibrate import Schedule
 from fedlora.training.cohort import train
+from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import train_private
-from fedlora.training.dp_settings import PrivateSettings, check_model
+from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.job import TrainJob
 from fedlora.training.workspace import open_workspace
 

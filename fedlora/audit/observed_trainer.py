@@ -26,11 +26,13 @@ from fedlora.privacy.dpsgd import ROUNDING, clipping_norm
 from fedlora.rng import derive
 from fedlora.tasks._base import Examples
 from fedlora.training.cohort import why_alone
-from fedlora.training.dp_loop import PrivateTogether, train_private_cohort
-from fedlora.training.dp_settings import PrivateSettings, check_model, train_by_opacus
+from fedlora.training.dp_check import check_model
+from fedlora.training.dp_loop import PrivateTrainingLoop, train_private_cohort
+from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Masks
 from fedlora.training.job import TrainJob
 from fedlora.training.loop import Outcome
+from fedlora.training.opacus_loop import train_by_opacus
 from fedlora.training.workspace import Workspace
 
 QUIET = 1e-6
@@ -171,7 +173,7 @@ class Trainer:
         outcomes: list[Outcome]
         if self.why_alone is None and (look or masks):
             work = list(zip(jobs, configs, strict=True))
-            loop = PrivateTogether(self.base, probe.task, examples, work, every, masks=masks)
+            loop = PrivateTrainingLoop(self.base, probe.task, examples, work, every, masks=masks)
             if isinstance(probe, Silent):
                 probe.look = lambda: torch.cat([leaf.flatten(1) for leaf in loop.leaves], dim=1)
             outcomes = loop.run()

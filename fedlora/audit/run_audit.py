@@ -49,9 +49,11 @@ from fedlora.privacy.server_dp import ServerDP
 from fedlora.privacy.server_dp_checks import check_clients
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.cohort import why_alone
-from fedlora.training.dp_loop import PrivateTogether
-from fedlora.training.dp_settings import PrivateSettings, check_model, private_settings, train_by_opacus
+from fedlora.training.dp_check import check_model
+from fedlora.training.dp_loop import PrivateTrainingLoop
+from fedlora.training.dp_settings import PrivateSettings, private_settings
 from fedlora.training.job import TrainJob
+from fedlora.training.opacus_loop import train_by_opacus
 from fedlora.training.workspace import Workspace
 
 DELTA = 1e-5
@@ -242,7 +244,7 @@ def _on_entries(
 
         task = cast(Task, _CanaryTask(workspace.task, lambda model: (model, term)))
         work = [(replace(job, indices=members), config)]
-        loop = PrivateTogether(workspace.base, task, workspace.data.train, work, [settings])
+        loop = PrivateTrainingLoop(workspace.base, task, workspace.data.train, work, [settings])
         (outcome,) = loop.run()
         if isinstance(outcome, Exception):
             raise outcome
@@ -254,7 +256,7 @@ def _on_entries(
 def _on_parameters(
     workspace: Workspace, settings: PrivateSettings, job: TrainJob, config: TrainConfig, canaries: int
 ) -> Attack:
-    """Canary i is a parameter of its own; see `fedlora.training.dp_settings.train_by_opacus`."""
+    """Canary i is a parameter of its own; see `fedlora.training.opacus_loop.train_by_opacus`."""
 
     def attack(members: np.ndarray) -> np.ndarray:
         model = _WithCanaries(workspace.base.model, Canaries(canaries).to(workspace.base.device))

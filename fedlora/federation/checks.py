@@ -13,7 +13,8 @@ from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.initial_state import first_state, plan_for
 from fedlora.federation.load_rule import load_rule, require_cohort, require_one_start
-from fedlora.training.dp_settings import check_model, private_settings
+from fedlora.training.dp_check import check_model
+from fedlora.training.dp_settings import private_settings
 from fedlora.training.fits import require_fit_of_any
 from fedlora.training.job import TrainJob, number_of_steps
 from fedlora.training.workspace import Workspace

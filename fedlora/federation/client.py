@@ -38,8 +38,9 @@ from fedlora.privacy.ledger import Attempt
 from fedlora.rng import derive
 from fedlora.sanitize import clean_text
 from fedlora.training.cohort import train_cohort
+from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import train_private_cohort
-from fedlora.training.dp_settings import PrivateSettings, check_model, private_settings
+from fedlora.training.dp_settings import PrivateSettings, private_settings
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.loop import Outcome
 from fedlora.training.workspace import Workspace

@@ -31,10 +31,11 @@ from fedlora.privacy.dpsgd import noise, poisson_batches, secret_generator
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.cohort import alike, why_alone
-from fedlora.training.dp_settings import PrivateSettings, secret_seed, train_by_opacus, unshared_losses
+from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Masks, Part, RowsError, Streams, example_parts, secret_masks
 from fedlora.training.job import TrainJob, TrainResult, learning_rate
 from fedlora.training.loop import Client, Loop, Outcome
+from fedlora.training.opacus_loop import secret_seed, train_by_opacus, unshared_losses
 from fedlora.training.row_optimizer import put, take
 from fedlora.training.step_scheduler import Budget
 
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 @final
-class PrivateTogether(Loop):
+class PrivateTrainingLoop(Loop):
     """Private training; see `Loop`.
 
     Args:
@@ -281,7 +282,7 @@ def train_private_cohort(
             continue
         work, how = [(jobs[k], configs[k]) for k in part], [settings[k] for k in part]
         try:
-            found = PrivateTogether(base, task, examples, work, how, budget=budget).run()
+            found = PrivateTrainingLoop(base, task, examples, work, how, budget=budget).run()
         except RowsError as error:
             base.alone = str(error)
             todo.insert(0, part)

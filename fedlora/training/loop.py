@@ -1,6 +1,6 @@
 """The training loop: some clients with a common optimiser and common trained parts, until all of them are done.
 
-`Loop` is what plain and private training share; `Together` is plain training.
+`Loop` is what plain and private training share; `TrainingLoop` is plain training.
 
 Shapes: K = clients, k = those in one step, p = trained entries of an adapter, b = examples of a joint batch.
 """

@@ -27,8 +27,9 @@ from fedlora.privacy.calibrate import Schedule
 from fedlora.tasks import Examples, Table
 from fedlora.training import TrainJob, open_workspace, train
 from fedlora.training.cohort import train_cohort, why_alone
+from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import train_private
-from fedlora.training.dp_settings import PrivateSettings, check_model
+from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.workspace import Workspace, close_workspace
 
 YES = "yes"

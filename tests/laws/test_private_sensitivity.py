@@ -26,10 +26,12 @@ from fedlora.privacy.dpsgd import clipping_norm
 from fedlora.speedups.attention import choose_attention
 from fedlora.tasks import Examples, Task
 from fedlora.training import TrainJob, TrainResult
-from fedlora.training.dp_loop import PrivateTogether
-from fedlora.training.dp_settings import PrivateSettings, check_model, train_by_opacus
+from fedlora.training.dp_check import check_model
+from fedlora.training.dp_loop import PrivateTrainingLoop
+from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Masks, Stream, secret_masks
 from fedlora.training.loop import Client
+from fedlora.training.opacus_loop import train_by_opacus
 
 C = 0.01
 OTHERS = 8
@@ -76,16 +78,16 @@ def noise_free_sums(
     sums: list[tuple[int, Tensor]] = []
     groups = [jobs] if path == "cohort" else [[job] for job in jobs]
     with pytest.MonkeyPatch.context() as patch:
-        real = PrivateTogether._step_with_noise
+        real = PrivateTrainingLoop._step_with_noise
 
-        def noted(self: PrivateTogether, client: Client) -> None:
+        def noted(self: PrivateTrainingLoop, client: Client) -> None:
             sums.append((client.row, self._sums[id(client)].double().clone()))
             real(self, client)
 
-        patch.setattr(PrivateTogether, "_step_with_noise", noted)
+        patch.setattr(PrivateTrainingLoop, "_step_with_noise", noted)
         for group in groups:
             work = [(job, config) for job in group]
-            outcomes = PrivateTogether(base, task, examples, work, [how] * len(group), masks=masks).run()
+            outcomes = PrivateTrainingLoop(base, task, examples, work, [how] * len(group), masks=masks).run()
             assert all(isinstance(outcome, TrainResult) for outcome in outcomes), outcomes
     order = np.argsort([row for row, _ in sums], kind="stable")
     return [sums[number][1] for number in order]

@@ -25,15 +25,15 @@ from fedlora.privacy.dpsgd import PrivateStep, secret_rng
 from fedlora.privacy.mutants import MUTANTS
 from fedlora.rng import derive
 from fedlora.training import dp_loop as private_cohort
-from fedlora.training import dp_settings as private
-from fedlora.training.dp_loop import PrivateTogether
+from fedlora.training import opacus_loop
+from fedlora.training.dp_loop import PrivateTrainingLoop
 from fedlora.training.dropout_masks import Part, Stream
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
 
 real_noise, real_batches, real_generator = private_cohort.noise, dpsgd.poisson_batches, dpsgd.secret_generator
-real_step, real_next = PrivateTogether._step_with_noise, PrivateTogether._next_batch
-real_sums = PrivateTogether._clipped_sums
+real_step, real_next = PrivateTrainingLoop._step_with_noise, PrivateTrainingLoop._next_batch
+real_sums = PrivateTrainingLoop._clipped_sums
 
 
 def _clipped(gradients: Tensor, most: Tensor) -> None:
@@ -43,7 +43,7 @@ def _clipped(gradients: Tensor, most: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------ clipping
 
 
-def _sums(clip: Callable[[PrivateTogether, Tensor, Tensor], Tensor | None]) -> Mutant:
+def _sums(clip: Callable[[PrivateTrainingLoop, Tensor, Tensor], Tensor | None]) -> Mutant:
     """Sums of gradients [b, p] that were clipped to C [b] in another way."""
 
     def clipped_sums(self: Any, gradients: Tensor, owners: Tensor, members: Sequence[Any]) -> Tensor:
@@ -54,7 +54,7 @@ def _sums(clip: Callable[[PrivateTogether, Tensor, Tensor], Tensor | None]) -> M
             found = gradients if other is None else other
             return found.new_zeros(len(members), found.shape[1]).index_add_(0, owners, found)
 
-    return lambda patch: patch.setattr(PrivateTogether, "_clipped_sums", clipped_sums)
+    return lambda patch: patch.setattr(PrivateTrainingLoop, "_clipped_sums", clipped_sums)
 
 
 def _spans(loop: Any) -> list[tuple[str, slice]]:
@@ -112,7 +112,7 @@ def first_part_alone(patch: pytest.MonkeyPatch) -> None:
         real_next(self, client)
         self._parts[id(client)] = []
 
-    patch.setattr(PrivateTogether, "_next_batch", next_batch)
+    patch.setattr(PrivateTrainingLoop, "_next_batch", next_batch)
 
 
 # ------------------------------------------------------------------------------------------------ noise
@@ -158,7 +158,7 @@ def _settings(change: Callable[[Any, Any], Any]) -> Mutant:
         finally:
             self._how[id(client)] = how
 
-    return lambda patch: patch.setattr(PrivateTogether, "_step_with_noise", step)
+    return lambda patch: patch.setattr(PrivateTrainingLoop, "_step_with_noise", step)
 
 
 def fading(client: Any, how: Any) -> Any:
@@ -180,7 +180,7 @@ def none_when_still(patch: pytest.MonkeyPatch) -> None:
             self._sums.pop(id(client))
             client.done += 1
 
-    patch.setattr(PrivateTogether, "_step_with_noise", step)
+    patch.setattr(PrivateTrainingLoop, "_step_with_noise", step)
 
 
 def momentum_before_noise(patch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def momentum_before_noise(patch: pytest.MonkeyPatch) -> None:
             held.zero_()
         real_step(self, client)
 
-    patch.setattr(PrivateTogether, "_step_with_noise", step)
+    patch.setattr(PrivateTrainingLoop, "_step_with_noise", step)
 
 
 # ------------------------------------------------------------------------------------------------ seeds
@@ -248,7 +248,7 @@ def in_pairs() -> Mutant:
 
 def _samples(draw: Callable[[int, float, int], Iterator[np.ndarray]]) -> Mutant:
     def mutant(patch: pytest.MonkeyPatch) -> None:
-        for module in (private_cohort, private):
+        for module in (private_cohort, opacus_loop):
             patch.setattr(module, "poisson_batches", draw)
 
     return mutant
@@ -321,7 +321,7 @@ def masks_of_the_clients(patch: pytest.MonkeyPatch) -> None:
             out.append(Part((end, end := end + self._rows(client)), self._task.tokens(client.batch), stream))
         return out
 
-    patch.setattr(PrivateTogether, "_mask_parts", parts)
+    patch.setattr(PrivateTrainingLoop, "_mask_parts", parts)
 
 
 def _masks(make: Callable[[int], Callable[[], int]]) -> Mutant:
@@ -335,7 +335,7 @@ def _masks(make: Callable[[int], Callable[[], int]]) -> Mutant:
         return masks
 
     def mutant(patch: pytest.MonkeyPatch) -> None:
-        for module in (private_cohort, private):
+        for module in (private_cohort, opacus_loop):
             patch.setattr(module, "secret_masks", secret_masks)
 
     return mutant
@@ -414,7 +414,7 @@ def _private_step(change: Callable[[PrivateStep], None]) -> Mutant:
         change(step)
         return step
 
-    return lambda patch: patch.setattr(private, "PrivateStep", make)
+    return lambda patch: patch.setattr(opacus_loop, "PrivateStep", make)
 
 
 def hooks_per_tensor(step: PrivateStep) -> None:

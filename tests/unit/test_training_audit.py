@@ -21,8 +21,7 @@ from fedlora.privacy.checks import Check
 from fedlora.privacy.dpsgd import PrivateStep
 from fedlora.privacy.mutants import MUTANTS
 from fedlora.training import dp_loop as private_cohort
-from fedlora.training import dp_settings as private
-from fedlora.training import open_workspace
+from fedlora.training import opacus_loop, open_workspace
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.workspace import Workspace
 
@@ -78,10 +77,10 @@ def breaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         MUTANTS[name](step)
         return step
 
-    monkeypatch.setattr(private, "PrivateStep", make)
+    monkeypatch.setattr(opacus_loop, "PrivateStep", make)
     if name == "no clipping":
         monkeypatch.setattr(
-            private_cohort.PrivateTogether, "_clipped_sums", lambda self, gradients, *rest: gradients.sum(0)[None]
+            private_cohort.PrivateTrainingLoop, "_clipped_sums", lambda self, gradients, *rest: gradients.sum(0)[None]
         )
         return
     real, factor = private_cohort.noise, {"noise / 4": 1 / 4, "noise / n": 2 / M, "no noise": 1e-9}[name]

@@ -20,8 +20,9 @@ from fedlora.speedups import cache_choice
 from fedlora.speedups.activation_cache import ActivationCache, prepare
 from fedlora.training import TrainJob, evaluate, open_workspace, train
 from fedlora.training.cohort import train_cohort
+from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import train_private
-from fedlora.training.dp_settings import PrivateSettings, check_model
+from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.job import rows_of
 from fedlora.training.workspace import Workspace, close_workspace
 

@@ -19,16 +19,11 @@ from fedlora.privacy.accounting import Entry, epsilon
 from fedlora.privacy.calibrate import Schedule
 from fedlora.simulation.run import refuse_early
 from fedlora.tasks import load_task
-from fedlora.training import dp_settings as module
-from fedlora.training import open_workspace
+from fedlora.training import dp_check, open_workspace
 from fedlora.training.cohort import train
+from fedlora.training.dp_check import check_model, require_private_task
 from fedlora.training.dp_loop import train_private
-from fedlora.training.dp_settings import (
-    PrivateSettings,
-    check_model,
-    private_settings,
-    require_private_task,
-)
+from fedlora.training.dp_settings import PrivateSettings, private_settings
 from fedlora.training.job import TrainJob
 from fedlora.training.workspace import Workspace
 
@@ -148,9 +143,9 @@ def test_the_model_is_looked_at_once_on_examples_of_the_caller(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    real = module.preflight
-    monkeypatch.setattr(module, "preflight", lambda *args: (seen.append(1), real(*args)))
-    monkeypatch.setattr(module, "_passed", type(module._passed)())
+    real = dp_check.preflight
+    monkeypatch.setattr(dp_check, "preflight", lambda *args: (seen.append(1), real(*args)))
+    monkeypatch.setattr(workspace.base, "checked", set())
     for trains in (ALL_PARTS, ALL_PARTS, frozenset({"B"})):
         check_model(workspace.base, workspace.task, workspace.data.test, job(workspace.base, size=0, trains=trains))
     assert len(seen) == 2

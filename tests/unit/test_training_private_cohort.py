@@ -22,9 +22,10 @@ from fedlora.privacy.dpsgd import PrivateStep
 from fedlora.speedups.attention import choose_attention
 from fedlora.tasks import Examples, Table, Task, load_task
 from fedlora.training import TrainJob, TrainResult
-from fedlora.training.dp_loop import PrivateTogether, train_private_cohort
-from fedlora.training.dp_settings import PrivateSettings, add_proximal, make_optimizer
+from fedlora.training.dp_loop import PrivateTrainingLoop, train_private_cohort
+from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.job import learning_rate
+from fedlora.training.opacus_loop import add_proximal, make_optimizer
 from fedlora.training.step_scheduler import Budget
 
 STEPS = 4
@@ -136,7 +137,7 @@ def test_company_gives_opacus_numbers(
         return [torch.Generator().manual_seed(k) for k in range(len(work))]
 
     wanted = [by_opacus(base, task, examples, *one) for one in zip(work, settings, samples, generators(), strict=True)]
-    found = PrivateTogether(
+    found = PrivateTrainingLoop(
         base,
         task,
         examples,
@@ -166,7 +167,7 @@ def test_a_gradient_that_is_not_finite_counts_as_none(
     monkeypatch.setattr(type(task), "losses", spoilt)
     generators = [[torch.Generator().manual_seed(k) for k in range(3)] for _ in range(2)]
     wanted = [by_opacus(base, task, examples, *one) for one in zip(work, settings, samples, generators[0], strict=True)]
-    found = PrivateTogether(
+    found = PrivateTrainingLoop(
         base, task, examples, work, settings, generators=generators[1], samples=[iter(rows) for rows in samples]
     ).run()
     assert all(gap(one, other.adapter) < 1e-10 for one, other in zip(wanted, found, strict=True))  # type: ignore[union-attr]
@@ -198,7 +199,7 @@ def test_an_example_that_cannot_be_computed_adds_nothing_and_moves_nobody_else(
             return [
                 by_opacus(base, task, examples, *one) for one in zip(work, settings, drawn, generators, strict=True)
             ]
-        found = PrivateTogether(
+        found = PrivateTrainingLoop(
             base, task, examples, work, settings, generators=generators, samples=[iter(parts) for parts in drawn]
         ).run()
         assert all(isinstance(outcome, TrainResult) for outcome in found)

@@ -1,0 +1,160 @@
+"""DP-SGD of one client by Opacus's hooks, for layers whose adapters have no stacked form.
+
+`fedlora.training.dp_loop` trains all others. Rates, steps, noise and errors are the same in both.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fedlora.config import TrainConfig
+from fedlora.errors import PrivacyError, TrainingError
+from fedlora.model import Base, seeded
+from fedlora.privacy.dpsgd import PrivateStep, poisson_batches
+from fedlora.sanitize import clean_text
+from fedlora.tasks._base import Batch, Examples, Task, to_device
+from fedlora.training.dp_settings import PrivateSettings
+from fedlora.training.dropout_masks import Masks, RowsError, Stream, Streams, Watch, example_parts, secret_masks
+from fedlora.training.job import TrainJob, TrainResult, learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+def masked_losses(
+    task: Task, model: torch.nn.Module, batch: Batch, streams: Sequence[Stream], device: torch.device
+) -> Tensor:
+    """The loss of each example of a batch on the CPU, each with masks from its own stream.
+
+    Raises:
+        PrivacyError: the model draws random numbers that no example owns, or masks whose rows are not examples.
+    """
+    masks = Streams()
+    masks.tokens = task.tokens(batch)
+    masks.parts = example_parts(batch, masks.tokens, streams)
+    try:
+        with masks:
+            return unshared_losses(task, model, to_device(batch, device), device)
+    except RowsError as error:
+        raise PrivacyError(
+            f"dropout cannot be drawn for each example in {type(model).__name__} ({error}): set model.dropout = 0 and "
+            "adapter.dropout = 0"
+        ) from error
+
+
+def unshared_losses(task: Task, model: torch.nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """The loss of each example; inside `Streams`.
+
+    Raises:
+        PrivacyError: the model draws random numbers that no example owns.
+    """
+    with Watch(device) as watch:
+        losses = task.losses(model, batch)
+    if watch.drawn:
+        raise PrivacyError(
+            f"{type(model).__name__} draws random numbers that belong to no single example (it leaves out whole "
+            "layers, or jitters or hashes at random), so that one example may change what others meet: set "
+            "model.dropout = 0, or choose another model"
+        )
+    return losses
+
+
+def secret_seed() -> int:
+    """A seed of 63 bits from the operating system, for what should draw nothing."""
+    return int.from_bytes(os.urandom(8), "big") >> 1
+
+
+def train_by_opacus(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    job: TrainJob,
+    config: TrainConfig,
+    settings: PrivateSettings,
+    *,
+    masks: Masks | None = None,
+) -> TrainResult:
+    """What `train_private` of `fedlora.training.dp_loop` does, by Opacus: for layers without a stacked form.
+
+    Args:
+        base: at the version to train on; its adapter is overwritten.
+        task: gives batches and losses.
+        examples: the whole training set.
+        job: what to train; without examples it takes steps of noise alone, as far as anybody can tell.
+        config: learning rate, optimiser, proximal term; `clip_norm` is not looked at.
+        settings: rates and noise.
+        masks: each example's stream of dropout masks; None: seeded by the operating system. A test may bring its own.
+
+    Returns:
+        The adapter, with `num_examples` 1, and no figure that depends on the data but the seconds.
+
+    Raises:
+        PrivacyError: training failed; why is in this process's log alone, since it may tell of the data.
+        TrainingError: nothing trains.
+    """
+    begin = time.perf_counter()
+    parameters = base.write(job.adapter, job.trains)
+    if not parameters:
+        raise TrainingError(f"nothing trains: the adapter has no tensor in {sorted(job.trains)}")
+    base.train_mode(True)
+    mu = job.proximal_mu or config.proximal_mu
+    anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
+    optimizer = make_optimizer(parameters, config)
+    plan, streams = settings.schedule, masks or secret_masks(base.device)
+    clip = settings.clipping_norm(base.dtype)
+
+    def losses(positions: np.ndarray) -> Tensor:
+        rows = job.indices[positions]
+        return masked_losses(task, base.model, task.collate(examples, rows), streams(rows), base.device)
+
+    try:
+        with (
+            seeded(secret_seed(), base.device),
+            PrivateStep(
+                base.model,
+                optimizer,
+                max_grad_norm=clip,
+                noise_multiplier=settings.noise_multiplier * settings.max_grad_norm / clip,
+                expected_batch_size=plan.expected_batch_size,
+                physical_batch_size=settings.physical_batch_size,
+                after_noise=(lambda: add_proximal(parameters, anchor, mu)) if mu else None,
+            ) as private,
+        ):
+            for step, positions in enumerate(poisson_batches(len(job.indices), plan.sample_rate, plan.steps)):
+                optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+                private.step(positions, losses)
+    except Exception as error:
+        logger.warning("private training failed: %s: %s", type(error).__name__, clean_text(error))
+        logger.debug("private training failed", exc_info=True)
+        raise PrivacyError(
+            "private training failed; the reason may tell of the data and stays in this client's log: see there"
+        ) from error
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise PrivacyError(f"the adapter is not finite after private training: lower train.lr (now {config.lr:g})")
+    seconds = time.perf_counter() - begin
+    return TrainResult(base.read(), 1, plan.steps, 0, float("nan"), seconds, 0.0)
+
+
+def make_optimizer(parameters: list[Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of a config. AdamW is not fused: that asks for gradients with their parameter's strides."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True
+        )
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=False)
+
+
+@torch.no_grad()
+def add_proximal(parameters: Sequence[Parameter], anchor: Sequence[Tensor], mu: float) -> None:
+    """The gradient of (mu / 2) |w - w0|^2, FedProx's proximal term (arXiv 1812.06127, equation (2)): mu (w - w0)."""
+    moved = [(p, a) for p, a in zip(parameters, anchor, strict=True) if p.grad is not None]
+    gradients = [p.grad for p, _ in moved]
+    drift = torch._foreach_sub([p for p, _ in moved], [a for _, a in moved])
+    torch._foreach_add_(gradients, drift, alpha=mu)  # type: ignore[arg-type]
