@@ -9,7 +9,6 @@ import pandas as pd
 
 from fedlora.compare._groups import Group
 from fedlora.errors import ConfigError
-from fedlora.progress import format_metric
 from fedlora.report.figures import COLOURS, save_png
 from fedlora.report.line_charts import Line, line_chart
 
@@ -37,10 +36,9 @@ def plot_curves(groups: Sequence[Group], path: str | Path) -> Path:
         curves = pd.concat([run.curve for run in group.runs], axis=1, join="inner").sort_index()
         mean, deviation = curves.mean(axis=1, skipna=False).to_numpy(), curves.std(axis=1, skipna=False).to_numpy()
         bands = [(mean - deviation, mean + deviation)] if len(group.runs) > 1 else []
-        label = f"{group.label} {format_metric(metric, mean[-1])}"
         colour, dash = f"c{number % COLOURS}", DASHES[number // COLOURS]
-        lines.append(Line(label, list(zip(curves.index, mean, strict=True)), colour, bands, dash))
+        lines.append(Line(group.label, list(zip(curves.index, mean, strict=True)), colour, bands, dash))
     most = max(len(group.runs) for group in groups)
     xlabel = "round" if most == 1 else f"round (bands: one standard deviation over up to {most} seeds)"
-    ylabel = f"{metric.replace('_', ' ')} on the test set"
-    return save_png(line_chart(lines, metric=metric, xlabel=xlabel, ylabel=ylabel), path)
+    what = f"{metric.replace('_', ' ')} on the test set"
+    return save_png(line_chart(lines, what, metric=metric, xlabel=xlabel).draw, path)

@@ -143,8 +143,9 @@ def _distribution(width: float, counts: np.ndarray, names: Sequence[str], client
     sizes.set_ylim(bottom, 1.05 * descending[0])
     sizes.margins(x=0)
     words = f"largest {descending[0]:,}, median {np.median(totals):,.0f}, smallest {descending[-1]:,}"
-    sizes.set_title(words, fontsize=12, color=LIGHT["soft"])
-    sizes.set(ylabel="training examples", xlabel=f"{len(clients)} clients, from the largest to the smallest")
+    sizes.set(
+        title=words, ylabel="training examples", xlabel=f"{len(clients)} clients, from the largest to the smallest"
+    )
     if len(names) > 1:
         grid = figure.add_gridspec(2, 1, height_ratios=(1, 2))
         sizes.set_subplotspec(grid[0])
@@ -156,7 +157,8 @@ def _distribution(width: float, counts: np.ndarray, names: Sequence[str], client
         if len(names) > COLOURS:
             parts = np.column_stack([parts[:, : COLOURS - 1], parts[:, COLOURS - 1 :].sum(axis=1)])
             labels[COLOURS - 1 :] = [f"the other {len(names) - COLOURS + 1}"]
-        shares.stackplot(numbers, parts.T, labels=labels, colors=[LIGHT[f"c{k}"] for k in range(COLOURS)], lw=0)
+        colours = [LIGHT[f"c{k}"] for k in range(COLOURS)]
+        shares.stackplot(numbers, parts.T, labels=labels, colors=colours, step="mid", lw=0)
         shares.margins(0)
         shares.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         shares.set(
@@ -186,10 +188,9 @@ def _cells(axes: Axes, grid: np.ndarray, styles: Sequence[tuple[str, float]]) ->
         if not len(row) or not alpha:
             continue
         left, right, top, bottom = start - 0.5, stop - 0.5, row - 0.44, row + 0.44
-        corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-        points = np.array(corners).transpose(2, 0, 1).reshape(-1, 2)
-        codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(row)
-        axes.add_patch(PathPatch(Path(points, codes), facecolor=LIGHT[colour], alpha=alpha, lw=0))
+        corners = np.array([(left, top), (right, top), (right, bottom), (left, bottom)]).transpose(2, 0, 1)
+        path = Path.make_compound_path_from_polys(corners)
+        axes.add_patch(PathPatch(path, facecolor=LIGHT[colour], alpha=alpha, lw=0))
     if grid.shape[1] <= 60:
         axes.vlines(np.arange(1, grid.shape[1]) - 0.5, -0.5, len(grid) - 0.5, color=LIGHT["page"], lw=1)
 

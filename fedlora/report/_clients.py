@@ -67,14 +67,11 @@ def privacy(facts: Facts) -> list[Block]:
     ]
     points = facts.points("epsilon")
     if points:
-        end, value = points[-1]
-        lines = [Line(f"epsilon {value:.3g}", points, "c3")]
+        lines = [Line("epsilon", points, "c3")]
         if table.epsilon is not None:
-            limit = [(points[0][0], table.epsilon), (end, table.epsilon)]
-            lines.append(Line(f"limit {table.epsilon:.3g}", limit, "c6", dash="--"))
-        label = f"Line chart of the largest epsilon over the clients by round, {value:.3g} after round {end}."
-        draw = line_chart(lines, from_zero=True, ylabel="epsilon")
-        blocks.append(Chart(draw, label, "Privacy spent: the largest epsilon over the clients."))
+            lines.append(Line("limit", [(x, table.epsilon) for x, _ in points], "c6", dash="--"))
+        caption = "Privacy spent: the largest epsilon over the clients."
+        blocks.append(line_chart(lines, "epsilon", caption, from_zero=True))
     rows = [(name, value) for name, value in claim.items() if name != "statement"]
     return [*blocks, *([Table("The privacy claim", (), rows, "The claim in numbers")] if rows else [])]
 
@@ -103,7 +100,7 @@ def participation(facts: Facts) -> list[Block]:
         grid = np.maximum.reduceat(grid, range(0, len(rounds), wide), axis=1)
     label = f"Grid of {clients} clients by {len(rounds)} rounds. Number of cells: {summary}."
     draw = participation_grid(grid, names, [record["round"] for record in rounds[::wide]])
-    blocks: list[Block] = [Chart(draw, label, f"{caption}. {summary}.")]
+    blocks: list[Block] = [Chart(draw, label, f"{caption}. In all: {summary}.")]
     reasons = Counter(str(why) for record in rounds for why in (record.get("refused") or {}).values())
     if reasons:
         blocks.append(Table("Why replies were refused", ("reason", "replies"), reasons.most_common(20), words=True))

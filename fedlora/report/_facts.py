@@ -57,7 +57,7 @@ class Facts:
             path=run.path,
             config=run.config,
             records=records,
-            metric=main_figure(records),
+            metric=reported_metric(records),
             **{
                 name: run.read_json(f"{name}.json") or {}
                 for name in ("partition", "baselines", "environment", "result")
@@ -94,13 +94,13 @@ class Facts:
         known = {int(k) for record in self.rounds for kind in PLACES for k in record.get(kind) or ()}
         return max(len(self.partition.get("sizes") or ()), max(known, default=-1) + 1)
 
-    def value(self, record: Record, domain: str | None = None) -> float | None:
-        """The main figure of a round, on the whole test set or on one domain."""
-        return main_value(record, self.metric, domain)
+    def value(self, record: Record, metric: str = "", *, domain: str | None = None) -> float | None:
+        """A figure of a round, the main one if none is named, on the whole test set or on one domain."""
+        return metric_of(record, metric or self.metric, domain)
 
-    def show(self, record: Record, domain: str | None = None) -> str:
+    def show(self, record: Record, metric: str = "", *, domain: str | None = None) -> str:
         """The same as text."""
-        return format_metric(self.metric, self.value(record, domain))
+        return format_metric(metric or self.metric, self.value(record, metric, domain=domain))
 
     def points(self, key: str) -> list[tuple[int, float]]:
         """(round, value) of a figure in the rounds of training that have it."""
@@ -122,7 +122,7 @@ def number(value: object) -> float | None:
     return float(value)
 
 
-def main_value(record: Record, metric: str, domain: str | None = None) -> float | None:
+def metric_of(record: Record, metric: str, domain: str | None = None) -> float | None:
     """A figure of one round, on the whole test set or on one domain."""
     of = record if domain is None else (record.get("domains") or {}).get(domain) or {}
     return number(of.get(metric))
@@ -160,7 +160,7 @@ def interval(facts: Facts, value: float) -> tuple[float, float] | None:
     return middle - half, middle + half
 
 
-def main_figure(records: Sequence[Record]) -> str:
+def reported_metric(records: Sequence[Record]) -> str:
     """The name of the figure that a run reports; its loss where it has no other."""
     name = main_metric(records[0]) if records else "accuracy"
     there = {key for record in records for key, value in record.items() if number(value) is not None}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
 from fedlora.progress import beside_accuracy, format_bytes, format_seconds
 from fedlora.report._blocks import Block, Table, short
 from fedlora.report._facts import Facts, Record, number
-from fedlora.report.figures import Chart
-from fedlora.report.line_charts import MOST_LINES, Line, accuracy_curve, line_chart
+from fedlora.report.line_charts import Line, accuracy_curve, line_chart
 
 MOST_SAMPLES = 12
 
@@ -20,17 +18,7 @@ def learning(facts: Facts) -> list[Block]:
     """The main figure by round, on the whole test set and on each domain."""
     if not facts.evaluated:
         return []
-    draw, lines = accuracy_curve(facts.records, facts.metric)
-    words, first, last = facts.metric.replace("_", " "), facts.evaluated[0], facts.evaluated[-1]
-    label = (
-        f"Line chart of {words} by round, from {facts.show(first)} in round {first['round']}. "
-        f"After round {last['round']}: {', '.join(line.label for line in lines)}."
-    )
-    caption = f"{words.capitalize()} on the test set after each round"
-    caption += "; round 0 is the base model before any training." if first["round"] == 0 else "."
-    if len(facts.domains) > MOST_LINES:
-        caption += f" The first {MOST_LINES} of {len(facts.domains)} domains are drawn; the table has all."
-    return [Chart(draw, label, caption), _outcome(facts), _by_round(facts)]
+    return [accuracy_curve(facts.records, facts.metric), _outcome(facts), _by_round(facts)]
 
 
 def samples(facts: Facts) -> list[Block]:
@@ -48,21 +36,15 @@ def samples(facts: Facts) -> list[Block]:
 
 def client_losses(facts: Facts) -> list[Block]:
     """The spread of the clients' own training losses in each round."""
-    rows = []
+    losses = {}
     for record in facts.rounds:
-        found = [v for row in (record.get("clients") or {}).values() if (v := number(row.get("loss"))) is not None]
-        if found:
-            rows.append((record["round"], np.quantile(found, [0, 0.25, 0.5, 0.75, 1])))
-    if not rows:
+        found = [number(row.get("loss")) for row in (record.get("clients") or {}).values()]
+        if any(loss is not None for loss in found):
+            losses[record["round"]] = np.quantile([x for x in found if x is not None], [0, 0.25, 0.5, 0.75, 1])
+    if not losses:
         return [] if facts.config.privacy is None else ["The clients' own losses are secret under [privacy]."]
-    end, last = rows[-1]
-    least, lower, middle, upper, most = zip(*(found for _, found in rows), strict=True)
-    points = [(x, y) for (x, _), y in zip(rows, middle, strict=True)]
-    lines = [Line(f"median {last[2]:.4g}", points, "c0", [(least, most), (lower, upper)])]
-    label = (
-        f"Line chart of the clients' training loss by round. In round {end} the median is {last[2]:.3g}; "
-        f"half of the clients are between {last[1]:.3g} and {last[3]:.3g}, all between {last[0]:.3g} and {last[4]:.3g}."
-    )
+    least, lower, middle, upper, most = np.array(list(losses.values())).T
+    lines = [Line("median", list(zip(losses, middle, strict=True)), bands=[(least, most), (lower, upper)])]
     caption = (
         "Training loss of the clients that answered: the line is the median, the dark band holds the middle half of "
         "the clients, the light band all of them."
@@ -71,7 +53,7 @@ def client_losses(facts: Facts) -> list[Block]:
     columns = {"examples": "num_examples", "steps": "steps", "training loss": "loss", "seconds": "seconds"}
     cells = [(k, *(short(row.get(key)) for key in columns.values())) for k, row in (final.get("clients") or {}).items()]
     table = Table(f"Clients in round {final['round']}", ("client", *columns), cells, "Each client in the last round")
-    return [Chart(line_chart(lines, ylabel="training loss"), label, caption), table]
+    return [line_chart(lines, "the clients' training loss", caption), table]
 
 
 def aggregation_error(facts: Facts) -> list[Block]:
@@ -86,9 +68,7 @@ def aggregation_error(facts: Facts) -> list[Block]:
     largest = max(error for _, error in points)
     if largest < 1e-6:
         return [f"Exact in every round (largest: {largest:.1g}).", explained]
-    (start, before), (end, after) = points[0], points[-1]
-    label = f"Line chart of the aggregation error by round, {before:.3g} in round {start}, {after:.3g} in round {end}."
-    return [Chart(line_chart([Line(f"{after:.4g}", points)], from_zero=True), label, explained)]
+    return [line_chart([Line("", points)], "aggregation error", explained, from_zero=True)]
 
 
 def _outcome(facts: Facts) -> Table:
@@ -102,35 +82,32 @@ def _outcome(facts: Facts) -> Table:
     records += [(f"one client alone, {which}", alone[which]) for which in ("best", "mean", "worst") if which in alone]
     if facts.baselines.get("centralised"):
         records.append(("all data in one place", facts.baselines["centralised"]))
-    rows = [(name, *(facts.show(of, domain) for domain in (None, *facts.domains))) for name, of in records]
+    rows = [(name, *(facts.show(of, domain=domain) for domain in (None, *facts.domains))) for name, of in records]
     caption = f"{metric.replace('_', ' ').capitalize()} on the test set"
     return Table(caption, ("", "all", *facts.domains), rows, strong=strong)
 
 
 def _by_round(facts: Facts) -> Table:
-    def amount(key: str, show: Callable[[float], str]) -> Callable[[Record], str]:
-        return lambda record: "-" if (value := number(record.get(key))) is None else show(value)
-
-    def of_rule(name: str, record: Record) -> str:
-        return short((record.get("rule") or {}).get(name))
-
-    def clients(key: str) -> Callable[[Record], object]:
-        return lambda record: len(record[key]) if key in record else "-"
-
-    columns: list[tuple[str, Callable[[Record], object]]] = [
-        ("round", lambda record: record["round"]),
-        (facts.metric.replace("_", " "), facts.show),
-        *((name, partial(facts.show, domain=name)) for name in facts.domains),
-        ("train loss", amount("train_loss", "{:.4g}".format)),
-        ("aggregation error", amount("aggregation_error", "{:.4g}".format)),
-        ("sent", amount("bytes_up", format_bytes)),
-        ("received", amount("bytes_down", format_bytes)),
-        *([("epsilon", amount("epsilon", "{:.4g}".format))] if any("epsilon" in r for r in facts.rounds) else []),
-        ("asked", clients("asked")),
-        ("answered", clients("answered")),
-        ("time", amount("seconds", format_seconds)),
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        ("train loss", "train_loss", short),
+        ("aggregation error", "aggregation_error", short),
+        ("sent", "bytes_up", format_bytes),
+        ("received", "bytes_down", format_bytes),
+        ("epsilon", "epsilon", short),
+        ("asked", "asked", short),
+        ("answered", "answered", short),
+        ("time", "seconds", format_seconds),
     ]
+    if not any("epsilon" in record for record in facts.rounds):
+        columns = [column for column in columns if column[0] != "epsilon"]
     rules = dict.fromkeys(name for record in facts.rounds for name in record.get("rule") or {})
-    columns += [(name, partial(of_rule, name)) for name in rules]
-    rows = [[show(record) for _, show in columns] for record in facts.records]
-    return Table("Every round", [name for name, _ in columns], rows, "All rounds in numbers")
+    rows = []
+    for record in facts.records:
+        row = [record["round"], *(facts.show(record, domain=domain) for domain in (None, *facts.domains))]
+        for _, key, show in columns:
+            value = record.get(key)
+            value = number(len(value) if isinstance(value, list) else value)
+            row.append("-" if value is None else show(value))
+        rows.append([*row, *(short((record.get("rule") or {}).get(name)) for name in rules)])
+    head = ["round", facts.metric.replace("_", " "), *facts.domains, *(name for name, *_ in columns), *rules]
+    return Table("Every round", head, rows, "All rounds in numbers")

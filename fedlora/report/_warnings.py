@@ -74,7 +74,7 @@ def _learning(facts: Facts) -> Iterator[str]:
             f"({format_metric(metric, end)}); adapter/ holds the last one."
         )
     if first["round"] == 0:
-        pairs = ((name, facts.value(first, name), facts.value(last, name)) for name in facts.domains)
+        pairs = ((name, facts.value(first, domain=name), facts.value(last, domain=name)) for name in facts.domains)
         worse = [n for n, old, new in pairs if old is not None and new is not None and better(metric, old, new)]
         if worse:
             yield f"Worse than before the training: {_list(worse)}."

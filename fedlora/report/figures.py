@@ -52,33 +52,7 @@ DARK = _palette(
 COLOURS = 7
 """Colours of lines and bars in a palette, "c0" to "c6"."""
 
-_STYLE = {
-    "figure.dpi": 72,  # one point is one CSS pixel
-    "figure.facecolor": "none",
-    "figure.constrained_layout.use": True,
-    "axes.facecolor": "none",
-    "axes.edgecolor": LIGHT["soft"],
-    "axes.labelcolor": LIGHT["soft"],
-    "axes.titlecolor": LIGHT["ink"],
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "grid.color": LIGHT["grid"],
-    "font.size": 12,
-    "text.color": LIGHT["ink"],
-    "text.parse_math": False,  # a class may be called "$5 to $10"
-    "xtick.color": LIGHT["soft"],
-    "xtick.labelcolor": LIGHT["ink"],
-    "ytick.color": LIGHT["soft"],
-    "ytick.labelcolor": LIGHT["ink"],
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.handlelength": 1.0,
-    "legend.handleheight": 1.0,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and is drawn in the page's font
-}
+_STYLE = Path(__file__).with_name("report.mplstyle")
 
 
 @dataclass(frozen=True)
@@ -150,7 +124,7 @@ def _render(draw: Drawing, width: float, style: Any, **options: Any) -> bytes:
     from matplotlib import rc_context
 
     data = io.BytesIO()
-    with rc_context(_STYLE | style), warnings.catch_warnings():
+    with rc_context(style, _STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script is not the reader's mistake
         draw(width).savefig(data, **options)
     return data.getvalue()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedlora.progress import format_metric
-from fedlora.report._facts import Record, main_value
-from fedlora.report.figures import COLOURS, LETTER, LIGHT, LINE_HEIGHT, Drawing, fit, new_figure
+from fedlora.report._facts import Record, metric_of
+from fedlora.report.figures import COLOURS, LETTER, LIGHT, LINE_HEIGHT, Chart, fit, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,14 +28,14 @@ class Line:
     """A line of a chart.
 
     Args:
-        label: at its end.
+        name: at its end, before its last value.
         points: (x, y) by ascending x; a y that is NaN interrupts the line.
         colour: its name in the palette; "ink" is drawn thick.
         bands: (lowest, highest) edges behind it, with a value for each point.
         dash: matplotlib's line style.
     """
 
-    label: str
+    name: str
     points: Sequence[tuple[float, float]]
     colour: str = "c0"
     bands: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
@@ -43,18 +43,28 @@ class Line:
 
 
 def line_chart(
-    lines: Sequence[Line], *, metric: str = "", xlabel: str = "round", ylabel: str = "", from_zero: bool = False
-) -> Drawing:
+    lines: Sequence[Line],
+    what: str,
+    caption: str = "",
+    *,
+    metric: str = "",
+    xlabel: str = "round",
+    from_zero: bool = False,
+) -> Chart:
     """Values by round.
 
     Args:
         lines: the first is drawn on top.
-        metric: the figure they show, if its axis is to suit it: per cent for shares, and wide enough for others.
-        xlabel: below the chart.
-        ylabel: beside it.
-        from_zero: whether the axis must begin at zero.
+        what: they show; stands beside the axis.
+        caption: of the chart.
+        metric: what they show as the metrics name it, if the axis is to suit it: per cent for shares, wide for others.
+        xlabel: below the axis of rounds.
+        from_zero: whether the axis of values must begin at zero.
     """
     share = metric != "" and format_metric(metric, 0.5).endswith("%")
+
+    def show(value: float) -> str:
+        return format_metric(metric, value) if metric else f"{value:.4g}"
 
     def draw(width: float) -> Figure:
         height = max(0.45 * width, 220.0, LINE_HEIGHT * len(lines) + 80)
@@ -63,7 +73,7 @@ def line_chart(
             x, y = zip(*line.points, strict=True)
             colour, thick = LIGHT[line.colour], line.colour == "ink"
             for low, high in line.bands:
-                axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0, zorder=1.5)
+                axes.fill_between(x, low, high, fc=(colour, 0.15), ec=(colour, 0.5), lw=0.5, zorder=1.5)
             size = 0.0 if len(x) > MOST_DOTS else 6.0 if thick else 4.0
             style = {"lw": 3.0 if thick else 1.8, "ls": line.dash, "marker": "o", "ms": size}
             axes.plot(x, y, color=colour, solid_capstyle="round", zorder=3 - depth / len(lines), **style)
@@ -71,30 +81,41 @@ def line_chart(
             axes.set_ylim(bottom=0)
         if metric and not share:
             widen(axes)
-        _label_ends(axes, lines, width, LINE_HEIGHT / (height - 70))
+        ends = [
+            (line, f"{line.name} {show(line.points[-1][1])}") for line in lines if math.isfinite(line.points[-1][1])
+        ]
+        _label_ends(axes, ends, width, LINE_HEIGHT / (height - 70))
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if share else f"{value:.4g}")
         axes.locator_params(axis="x", integer=True)
         axes.grid(axis="y")
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=what)
         return figure
 
-    return draw
+    said = []
+    for line in lines:
+        (start, before), (end, after) = line.points[0], line.points[-1]
+        said.append(f"{line.name} {show(before)} in round {start}, {show(after)} in round {end}")
+        said += [f"a band from {show(low[-1])} to {show(high[-1])} in round {end}" for low, high in line.bands]
+    return Chart(draw, f"Line chart of {what} by round: {'; '.join(said)}.", caption)
 
 
-def accuracy_curve(records: Sequence[Record], metric: str) -> tuple[Drawing, list[Line]]:
-    """The main figure after each evaluated round, on the whole test set and on each domain, and the lines drawn."""
-    domains = dict.fromkeys(name for record in records for name in record.get("domains") or {})
+def accuracy_curve(records: Sequence[Record], metric: str) -> Chart:
+    """The main figure after each evaluated round, on the whole test set and on each domain."""
+    domains = list(dict.fromkeys(name for record in records for name in record.get("domains") or {}))
     lines = []
-    for place, name in enumerate([None, *domains][: MOST_LINES + 1]):
-        values = ((record["round"], main_value(record, metric, name)) for record in records)
-        points = [(x, y) for x, y in values if y is not None]
-        if points:
-            label = f"{'all' if name is None else name} {format_metric(metric, points[-1][1])}"
-            lines.append(Line(label, points, "ink" if name is None else f"c{(place - 1) % COLOURS}"))
+    for place, name in enumerate([None, *domains[:MOST_LINES]]):
+        values = ((record["round"], metric_of(record, metric, name)) for record in records)
+        if points := [(x, y) for x, y in values if y is not None]:
+            colour, dash = f"c{(place - 1) % COLOURS}" if place else "ink", "--" if place > COLOURS else "-"
+            lines.append(Line(name or "all", points, colour, dash=dash))
     number, start = lines[0].points[0]
+    what = f"{metric.replace('_', ' ')} on the test set"
+    caption = f"{what[0].upper()}{what[1:]} after each round"
+    caption += "." if number else "; round 0 is the base model before any training."
+    if len(domains) > MOST_LINES:
+        caption += f" The first {MOST_LINES} of {len(domains)} domains are drawn; the table has all."
     xlabel = "round" if number else f"round (0: base model, {format_metric(metric, start)})"
-    ylabel = f"{metric.replace('_', ' ')} on the test set"
-    return line_chart(lines, metric=metric, xlabel=xlabel, ylabel=ylabel), lines
+    return line_chart(lines, what, caption, metric=metric, xlabel=xlabel)
 
 
 def widen(axes: Axes) -> None:
@@ -125,34 +146,26 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
     return places
 
 
-def _label_ends(axes: Axes, lines: Sequence[Line], width: float, gap: float) -> None:
-    """Labels at the right ends of the lines, moved apart where they would overlap.
+def _label_ends(axes: Axes, ends: Sequence[tuple[Line, str]], width: float, gap: float) -> None:
+    """Labels at the right ends of lines, moved apart where they would overlap.
 
     Args:
         axes: whose range is settled.
-        lines: what is drawn.
+        ends: lines and their labels.
         width: of the figure.
         gap: between two labels, as a part of the height.
     """
     low, high = axes.get_ylim()
-    ended = [line for line in lines if math.isfinite(line.points[-1][1])]
-    places = spread([(line.points[-1][1] - low) / (high - low) for line in ended], gap)
-    for line, place in zip(ended, places, strict=True):
-        lead = {
-            "arrowstyle": "-",
-            "color": LIGHT[line.colour],
-            "lw": 0.8,
-            "shrinkA": 0,
-            "shrinkB": 4,
-            "relpos": (0, 0.5),
-        }
+    places = spread([(line.points[-1][1] - low) / (high - low) for line, _ in ends], gap)
+    for (line, label), place in zip(ends, places, strict=True):
+        lead = {"arrowstyle": "-", "color": LIGHT[line.colour], "lw": 0.8, "shrinkA": 0, "shrinkB": 4}
         axes.annotate(
-            fit(line.label, int(0.4 * width / LETTER)),
+            fit(label, int(0.4 * width / LETTER)),
             line.points[-1],
             xytext=(1.03, place),
             textcoords="axes fraction",
             va="center",
             fontweight="bold" if line.colour == "ink" else "normal",
             annotation_clip=False,
-            arrowprops=lead,
+            arrowprops=lead | {"relpos": (0, 0.5)},
         )

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from fedlora import __version__
 from fedlora.files import write_atomically
-from fedlora.progress import format_bytes, format_metric, format_seconds
+from fedlora.progress import format_bytes, format_seconds
 from fedlora.report import _clients, _learning, _setup
 from fedlora.report._blocks import Block
 from fedlora.report._facts import Facts, interval, number
@@ -21,8 +20,6 @@ from fedlora.report.figures import DARK, LIGHT, NARROW, WIDE
 from fedlora.runs.rundir import RunDir
 from fedlora.sanitize import clean_lines
 
-LARGE_CLASS = 0.6
-"""Share of the test set above which its largest class is named beside the accuracy."""
 SECTIONS: Mapping[str, tuple[str, Callable[[Facts], list[Block]]]] = {
     "learning": ("What was learned", _learning.learning),
     "samples": ("What the model says", _learning.samples),
@@ -63,8 +60,10 @@ def render_report(facts: Facts) -> str:
     )
     sections = {key: (title, blocks) for key, (title, make) in SECTIONS.items() if (blocks := make(facts))}
     return environment.get_template("report.html.j2").render(
-        name=facts.config.name,
-        summary=_summary(facts),
+        facts=facts,
+        config=facts.config,
+        model=_last_part(facts.config.model.name),
+        data=_last_part(facts.config.data.source),
         tiles=list(_tiles(facts)),
         warnings=warnings(facts),
         sections=sections,
@@ -80,29 +79,6 @@ def visible(value: object) -> object:
     return value if hasattr(value, "__html__") else clean_lines(value, MOST_TEXT)
 
 
-def _summary(facts: Facts) -> str:
-    config, evaluated = facts.config, facts.evaluated
-    who = f"{facts.clients} clients" if facts.clients else "Clients"
-    model, data = (
-        Path(name).name if Path(name).is_absolute() else name for name in (config.model.name, config.data.source)
-    )
-    line = f"{who} trained {model} on {data} for {facts.done} round{'s' * (facts.done != 1)} "
-    line += f"with the aggregation rule {config.strategy.name}."
-    if len(evaluated) > 1:
-        first, last = evaluated[0], evaluated[-1]
-        line += (
-            f" On the test set, {facts.metric.replace('_', ' ')} went from {facts.show(first)} to {facts.show(last)}"
-        )
-        largest = number(last.get("majority_share"))
-        if largest is not None and largest > LARGE_CLASS:
-            line += (
-                f"; {format_metric('majority_share', largest)} of it are one class, and balanced over the classes it "
-                f"went from {_balanced(first)} to {_balanced(last)}"
-            )
-        line += "."
-    return line
-
-
 def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
     """A name, a figure and a remark."""
     config = facts.config
@@ -113,8 +89,9 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
         if known is not None:
             low, high = (100 * end for end in known)
             small += f", {low:.1f} to {high:.1f}% (95%, {facts.partition['test_size']} test examples)"
-        if (largest := number(last.get("majority_share"))) is not None:
-            small += f"; balanced {_balanced(last)}, largest class {format_metric('majority_share', largest)}"
+        if facts.value(last, "majority_share") is not None:
+            balanced, largest = (facts.show(last, key) for key in ("balanced_accuracy", "majority_share"))
+            small += f"; balanced {balanced}, largest class {largest}"
         yield facts.metric.replace("_", " "), facts.show(last), small
     took = "" if config.privacy is not None else f", {format_seconds(facts.total('seconds'))}"
     yield "rounds", f"{facts.done} of {config.rounds}", ("finished" if facts.finished else "not finished") + took
@@ -135,5 +112,6 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
         yield "privacy spent", said, f"at δ = {config.privacy.delta:g}, for one {config.privacy.unit}"
 
 
-def _balanced(record: Any) -> str:
-    return format_metric("balanced_accuracy", number(record.get("balanced_accuracy")))
+def _last_part(name: str) -> str:
+    """A name, or the last part of an absolute path: a report may be handed on, and is not about one's folders."""
+    return Path(name).name if Path(name).is_absolute() else name

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from fedlora.errors import FedloraError
 from fedlora.report._client_charts import holdings
-from fedlora.report._facts import main_figure, main_value
+from fedlora.report._facts import metric_of, reported_metric
 from fedlora.report.figures import save_png
 from fedlora.report.line_charts import accuracy_curve
 
@@ -26,10 +26,10 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path) -> Pat
     Raises:
         FedloraError: no round was evaluated.
     """
-    metric = main_figure(records)
-    if all(main_value(record, metric) is None for record in records):
+    metric = reported_metric(records)
+    if all(metric_of(record, metric) is None for record in records):
         raise FedloraError(f"there is no {metric} to draw: run at least one evaluated round")
-    return save_png(accuracy_curve(records, metric)[0], path)
+    return save_png(accuracy_curve(records, metric).draw, path)
 
 
 def plot_labels(

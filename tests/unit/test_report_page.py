@@ -318,7 +318,7 @@ def test_for_perplexity_less_is_better() -> None:
 
 def drawn(lines: list[Line]) -> list[tuple[list[list[float]], str]]:
     """The lines of a chart as an SVG has them: the points of each, and the letters of its path."""
-    svg = ElementTree.fromstring(Chart(line_chart(lines), "label", "").svg(400))
+    svg = ElementTree.fromstring(line_chart(lines, "loss").svg(400))
     paths = [p.get("d", "") for p in svg.iter("path") if "stroke-width: 1.8" in p.get("style", "")]
     return [([list(map(float, p.split())) for p in re.split("[ML]", d)[1:]], re.sub("[^ML]", "", d)) for d in paths]
 
