@@ -76,7 +76,7 @@ class Chart:
         root = ElementTree.fromstring(
             _render(self.draw, width, {"svg.hashsalt": f"{width} {label}"}, format="svg", metadata=metadata)
         )
-        for node in root:
+        for node in list(root):
             if node.tag.endswith(("metadata", "defs")):  # matplotlib's style sheet and clip paths; markers are deeper
                 root.remove(node)
         defined = {node for defs in root.iter("{http://www.w3.org/2000/svg}defs") for node in defs}

@@ -22,6 +22,7 @@ from scipy.stats import binomtest
 
 from fedlora.config import parse_config
 from fedlora.report._client_charts import KINDS, participation_grid
+from fedlora.report._clients import participation
 from fedlora.report._facts import Facts, interval, statuses
 from fedlora.report._warnings import warnings
 from fedlora.report.figures import DARK, LIGHT, Chart
@@ -84,6 +85,7 @@ def test_the_report_is_one_file_that_names_nothing_outside_it(tmp_path: Path) ->
     assert path == run.report
     assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe", "object", "link", "base", "form")]
     assert all(href.startswith("#") for attributes in page.all("a") if (href := attributes["href"] or ""))
+    assert len(page.all("style")) == 1  # charts bring none of their own
     assert not re.search(r"url\(|@import|src=|https?://", text)
     assert all(str(a["href"]).startswith("#") for _, a in page.tags if "href" in a)
     (policy,) = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
@@ -341,18 +343,33 @@ def test_a_chart_has_the_colours_of_its_page_alone(page: Page) -> None:
     assert not [style for style in styles if re.search(r"#|rgb|(?:fill|stroke): (?!none|var)", style)]
 
 
-def test_each_outcome_of_a_client_is_a_shape_of_its_own() -> None:
-    """In the grid every cell is drawn once, in the colour of what became of it."""
+def test_a_line_is_described_by_its_first_and_last_value() -> None:
+    chart = line_chart([Line("mean", [(0, 1.0), (1, 2.0), (3, 4.0)], bands=[((0, 1, 3), (2, 3, 5))])], "loss")
+    for words in ("loss", "mean 1 in round 0", "4 in round 3", "from 3 to 5"):
+        assert words in chart.label
+
+
+def test_neighbours_of_one_kind_are_one_shape_in_its_colour() -> None:
     grid = np.array([[1, 1, 7], [7, 4, 1]])
     svg = ElementTree.fromstring(Chart(participation_grid(grid, ["a", "b"], [1, 2, 3]), "label", "").svg(400))
-    shapes = {
-        p.get("style", ""): p.get("d", "")
-        for p in svg.iter("path")
-        if p.get("d", "").count("z") and "M" in p.get("d", "")
-    }
-    for place, runs in ((1, 2), (4, 1), (7, 2)):  # neighbours of one kind are one shape
-        colour = list(KINDS.values())[place][0]
-        assert max(d.count("z") for style, d in shapes.items() if f"fill: var(--{colour})" in style) == runs
+    wide = {}
+    for place in (1, 4, 7):
+        fill = f"fill: var(--{list(KINDS.values())[place][0]})"
+        path = next(p.get("d", "") for p in svg.iter("path") if fill in p.get("style", ""))
+        xs = [[float(x) for x in re.findall(r"[ML] (\S+)", shape)] for shape in path.split("z")[:-1]]
+        wide[place] = [max(x) - min(x) for x in xs]
+    cell = wide[4][0]
+    assert wide == {1: pytest.approx([2 * cell, cell], abs=0.1), 4: [cell], 7: pytest.approx([cell, cell], abs=0.1)}
+
+
+@pytest.mark.parametrize(("client", "round_"), [(0, 2), (1, 1), (129, 241)])
+def test_one_refusal_is_seen_among_many_clients_and_rounds(client: int, round_: int) -> None:
+    lines: list[dict[str, Any]] = [{"round": k, "answered": list(range(130)), "refused": {}} for k in range(1, 242)]
+    lines[round_ - 1] |= {"answered": [k for k in range(130) if k != client], "refused": {str(client): "no"}}
+    (chart,) = [block for block in participation(facts(records=lines)) if isinstance(block, Chart)]
+    shown = ElementTree.fromstring(chart.svg(760))
+    assert [text.text for text in shown.iter("text")].count("refused") == 1
+    assert "refused: 1." in chart.caption
 
 
 def test_the_page_of_a_run_is_what_its_facts_give(tmp_path: Path) -> None:
