@@ -19,17 +19,16 @@ from fedlora.progress import format_bytes, format_metric, format_seconds
 from fedlora.provenance import in_words
 from fedlora.sanitize import clean_text
 
-SHOW: Mapping[str, Callable[[float], str]] = {
-    "sent": format_bytes,
-    "received": format_bytes,
-    "bytes": format_bytes,
-    "rounds": "{:.3g}".format,
-    "aggregation": "{:.2g}".format,
-    "epsilon": "{:.3g}".format,
-    "time": format_seconds,
+COSTS: Mapping[str, tuple[Callable[[float], str], str]] = {
+    "sent": (format_bytes, " (bytes)"),
+    "received": (format_bytes, " (bytes)"),
+    "bytes": (format_bytes, " (bytes)"),
+    "rounds": ("{:.3g}".format, ""),
+    "aggregation": ("{:.2g}".format, ""),
+    "epsilon": ("{:.3g}".format, ""),
+    "time": (format_seconds, " (seconds)"),
 }
-"""First word of a cost's name -> its mean as a cell."""
-UNITS = {"sent": "bytes", "received": "bytes", "bytes": "bytes", "time": "seconds"}
+"""First word of a cost's name -> how its mean is shown, and its unit in tables of plain numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,17 +73,17 @@ class Comparison:
 
     def runs(self) -> pd.DataFrame:
         """The figures of each run, NaN where it has no such figure; the index is the setting."""
-        rows = {(group.label, run.seed): _figures(run, self.reach) for group in self.groups for run in group.runs}
-        table = pd.DataFrame(list(rows.values()), index=[label for label, _ in rows], dtype=float)
+        labels = [group.label for group in self.groups for _ in group.runs]
+        rows = [_figures(run, self.reach) for group in self.groups for run in group.runs]
+        table = pd.DataFrame(rows, index=labels, dtype=float)
         asked = " to "  # what was asked for has its column even where nobody got there
         return table[[name for name in table if name == self.metric or asked in name or table[name].notna().any()]]
 
     def figures(self) -> pd.DataFrame:
         """A row for each group as text: mean, and sample standard deviation over its seeds."""
-        runs = self.runs()
-        seeds = {"seeds": [str(len(group.runs)) for group in self.groups]}
-        cells = {name: runs[name].groupby(level=0, sort=False).agg(self._shown) for name in runs}
-        return pd.DataFrame(seeds | cells, index=runs.index.unique()).rename_axis("setting").reset_index()
+        table = self.runs().groupby(level=0, sort=False).agg(self._shown)
+        table.insert(0, "seeds", [str(len(group.runs)) for group in self.groups])
+        return table.rename_axis("setting").reset_index()
 
     def verdicts(self) -> pd.DataFrame:
         """A row for each group but the reference, as text."""
@@ -99,40 +98,31 @@ class Comparison:
 
     def raw(self) -> pd.DataFrame:
         """A row for each group: mean and standard deviation of each figure, differences, and the keys that differ."""
-        runs = self.runs()
-        groups = runs.groupby(level=0, sort=False)
-        table = pd.DataFrame({"seeds": {g.label: " ".join(str(run.seed) for run in g.runs) for g in self.groups}})
-        for name in runs:
-            unit = UNITS.get(name.split()[0])
-            title = f"{name} ({unit})" if unit else name
-            table[f"{title} mean"] = groups[name].agg(lambda values: values.mean(skipna=False))
-            table[f"{title} sd"] = groups[name].agg(lambda values: values.std(skipna=False))
-        found = {"difference": "mean", "difference low": "low", "difference high": "high"}
-        for title, field in found.items():
-            table[title] = pd.Series(
-                {label: getattr(one, field) for label, one in self.differences.items()}, dtype=float
-            )
-        table["verdict"] = [
-            self.differences[g.label].verdict if g is not self.reference else "reference" for g in self.groups
-        ]
-        return table.join(differing_keys(self.groups).T).rename_axis("setting").reset_index()
+        groups = self.runs().rename(columns=_with_unit).groupby(level=0, sort=False)
+        table = groups.agg([("mean", _mean), ("sd", _deviation)])
+        table.columns = [" ".join(column) for column in table]
+        table.insert(0, "seeds", [" ".join(str(run.seed) for run in group.runs) for group in self.groups])
+        names = {"mean": "difference", "low": "difference low", "high": "difference high", "verdict": "verdict"}
+        found = {label: [getattr(one, field) for field in names] for label, one in self.differences.items()}
+        verdicts = pd.DataFrame.from_dict(found, orient="index", columns=list(names.values()))
+        table = table.join(verdicts).fillna({"verdict": "reference"}).join(differing_keys(self.groups).T)
+        return table.rename_axis("setting").reset_index()
 
     def _shown(self, values: pd.Series) -> str:
         """The values of a group's runs as a cell."""
         name, there = str(values.name), int(values.notna().sum())
-        mean, deviation = float(values.mean(skipna=False)), float(values.std(skipna=False))
         if " to " in name and there < len(values):  # a mean over those that got there would praise whoever rarely does
             return f"{there} of {len(values)} got there"
-        reached = name in (self.metric, f"best {self.metric}")
-        if math.isnan(mean) and not reached:
+        mean, deviation = _mean(values), _deviation(values)
+        if math.isnan(mean) and self.metric not in name:
             return "-"
-        if not reached and name != "worst domain":
-            return SHOW[name.split()[0]](mean)
+        if self.metric not in name and name != "worst domain":
+            return COSTS[name.split()[0]][0](mean)
         if len(values) == 1:
             return format_metric(self.metric, mean)
-        return (
-            f"{100 * mean:.1f} ± {100 * deviation:.1f}%" if _is_share(self.metric) else f"{mean:.4g} ± {deviation:.2g}"
-        )
+        if _is_share(self.metric):
+            return f"{100 * mean:.1f} ± {100 * deviation:.1f}%"
+        return f"{mean:.4g} ± {deviation:.2g}"
 
     def _points(self, value: float) -> str:
         if math.isnan(value):
@@ -230,6 +220,18 @@ def _one_rate(groups: Sequence[Group]) -> Iterator[str]:
             f"all {len(rules)} rules trained at one learning rate ({rates.pop():g}), and each has a best one of its "
             "own: fedlora sweep over train.lr finds it"
         )
+
+
+def _with_unit(name: str) -> str:
+    return name + COSTS.get(name.split()[0], (None, ""))[1]
+
+
+def _mean(values: pd.Series) -> float:
+    return float(values.mean(skipna=False))
+
+
+def _deviation(values: pd.Series) -> float:
+    return float(values.std(skipna=False))
 
 
 def _is_share(metric: str) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from operator import attrgetter
 from typing import Any
 
 import pandas as pd
@@ -42,7 +43,7 @@ class Group:
     def pairs(self, other: Group) -> list[tuple[Run, Run]]:
         """A run of each group for every seed that both have, by ascending seed."""
         theirs = {run.seed: run for run in other.runs}
-        return [(run, theirs[run.seed]) for run in sorted(self.runs, key=_seed) if run.seed in theirs]
+        return [(run, theirs[run.seed]) for run in sorted(self.runs, key=attrgetter("seed")) if run.seed in theirs]
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -66,7 +67,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     found: list[Group] = []
     for label, alike in zip(_labels(_settings([alike[0] for alike in sets])), sets, strict=True):
         if len({run.seed for run in alike}) == len(alike):
-            found.append(Group(label or alike[0].keys["strategy.name"], sorted(alike, key=_seed)))
+            found.append(Group(label or alike[0].keys["strategy.name"], sorted(alike, key=attrgetter("seed"))))
         else:
             found += [Group(clean_text(f"{label} ({run.path.name})", LONGEST_LABEL), [run]) for run in alike]
     times = Counter(group.label for group in found)
@@ -162,7 +163,3 @@ def _part(key: str, cell: str) -> str:
 
 def _say(cell: str) -> str:
     return "none" if cell == "null" else str(json.loads(cell)) if cell.startswith('"') else cell
-
-
-def _seed(run: Run) -> int:
-    return run.seed
