@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.errors import RuleError
+from fedlora.errors import RuleError, nearest
 from fedlora.rng import derive
 
 Part = Literal["A", "B", "dense"]
@@ -61,10 +61,12 @@ class LoraPair:
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise RuleError(
-                f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are no LoRA pair: A is [r, d_in], B [d_out, r]"
+                f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are not a LoRA pair: A must be [r, d_in] and B "
+                "[d_out, r]",
+                code="not-a-lora-pair",
             )
         if not math.isfinite(self.scale):
-            raise RuleError(f"the scale of a LoRA pair must be finite, not {self.scale!r}")
+            raise RuleError(f"the scale of a LoRA pair must be finite, not {self.scale!r}", code="scale-not-finite")
 
     @property
     def rank(self) -> int:
@@ -127,7 +129,10 @@ class AdapterState:
         """
         unknown = tensors.keys() - self.tensors().keys()
         if unknown:
-            raise RuleError(f"the adapter has no tensor {min(unknown)!r}")
+            raise RuleError(
+                f"the adapter has no tensor {min(unknown)!r}; {nearest(min(unknown), self.tensors())}",
+                code="no-such-tensor",
+            )
         pairs = {
             name: replace(pair, A=tensors.get(f"{name}:A", pair.A), B=tensors.get(f"{name}:B", pair.B))
             for name, pair in self.pairs.items()
@@ -194,7 +199,7 @@ def stack(terms: Sequence[tuple[float, LoraPair]]) -> LoraPair:
         RuleError: if there is no term.
     """
     if not terms:
-        raise RuleError("there is nothing to stack: no client's update was given")
+        raise RuleError("there is nothing to stack: give at least one LoRA pair", code="no-updates")
     dtype = torch.float32
     for _, pair in terms:
         dtype = torch.promote_types(dtype, pair.A.dtype)
@@ -239,7 +244,9 @@ def compress(pair: LoraPair, rank: int, scale: float = 1.0) -> LoraPair:
     """
     if rank < 1 or scale == 0:
         raise RuleError(
-            f"a pair can be compressed to rank 1 or more and a scale that is not 0, not to {rank} and {scale}"
+            f"a pair can be compressed to a rank of 1 or more and a scale other than 0, not to rank {rank} and scale "
+            f"{scale}",
+            code="out-of-range",
         )
     o, i = pair.B.shape[0], pair.A.shape[1]
     dtype = torch.promote_types(pair.A.dtype, pair.B.dtype)

@@ -33,7 +33,10 @@ class Registry(Generic[T]):
 
         def add(cls: type[T]) -> type[T]:
             if name in self._entries:
-                raise ConfigError(f"{self.kind} {name!r} is registered twice: by {self._entries[name]} and {cls}")
+                raise ConfigError(
+                    f"{self.kind} {name!r} is registered by both {self._entries[name]} and {cls}: rename one",
+                    code="registered-twice",
+                )
             self._entries[name] = cls
             return cls
 
@@ -48,7 +51,7 @@ class Registry(Generic[T]):
     def get(self, name: str) -> type[T]:
         """The class of that name; `ConfigError` with the nearest valid name otherwise."""
         if name not in self._entries:
-            raise ConfigError(f"unknown {self.kind} {name!r}; {nearest(name, self._entries)}")
+            raise ConfigError(f"unknown {self.kind} {name!r}; {nearest(name, self._entries)}", code="unknown-name")
         return self._entries[name]
 
     def build(self, name: str, fields: Mapping[str, Any]) -> T:
@@ -61,11 +64,11 @@ def build(cls: type[T], fields: Mapping[str, Any], what: str) -> T:
     valid = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in fields:
         if key not in valid:
-            raise ConfigError(f"{what} has no field {key!r}; {nearest(key, valid)}")
+            raise ConfigError(f"{what} has no field {key!r}; {nearest(key, valid)}", code="unknown-key")
     try:
         return TypeAdapter(cls).validate_python(dict(fields))
     except ValidationError as error:
-        raise ConfigError(f"{what}: {first_problem(error)}") from None
+        raise ConfigError(f"{what}: {first_problem(error)}", code="bad-value") from None
 
 
 def first_problem(error: ValidationError) -> str:

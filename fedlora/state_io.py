@@ -110,7 +110,9 @@ def unflatten_state(
             chain.append(read_base_update(entry["since"], entry["version"]))
         else:
             raise RunDirError(
-                f"the change of the base {entry['since']}-{entry['version']} was not stored with the state"
+                f"the base update from version {entry['since']} to {entry['version']} is not stored with the state: "
+                "put it back, or start the run again",
+                code="file-missing",
             )
     return GlobalState(
         adapter=unflatten_adapter(tensors, meta["adapter"], "adapter/"),
@@ -156,7 +158,10 @@ def unpack(data: bytes) -> tuple[dict[str, Tensor], Meta]:
             raise ValueError("their hash is another than that which was written")
         return tensors, json.loads(header["state"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"these bytes hold no state of fedlora, or a damaged one ({error})") from None
+        raise RunDirError(
+            f"these bytes are not a state of fedlora, or they are damaged ({error}): read another file",
+            code="file-damaged",
+        ) from None
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -66,7 +66,10 @@ class BaseUpdate:
 
     def __post_init__(self) -> None:
         if not 0 <= self.since < self.version:
-            raise RuleError(f"a merge must lead from a version to a later one, not from {self.since} to {self.version}")
+            raise RuleError(
+                f"a base update must lead from a version to a later one, not from {self.since} to {self.version}",
+                code="base-update-backwards",
+            )
 
 
 @dataclass(frozen=True)
@@ -196,10 +199,11 @@ def require_same_ranks(rule: Aggregator, state: GlobalState, client: ClientSpec)
 
             theirs = client.layout[name]
             raise RuleError(
-                f"{type(rule).__name__} needs one rank and scale for all, and client {client.client_id} has rank "
-                f"{theirs.rank} and scale {theirs.scale:g} for {name!r} where the global adapter has {shape.rank} and "
-                f"{shape.scale:g}: make them equal, or choose a rule that takes mixed ranks "
-                f"({', '.join(names_claiming(Claim.MIXED_RANKS))})"
+                f"{type(rule).__name__} needs the same rank and scale for every client, and client "
+                f"{client.client_id} has rank {theirs.rank} and scale {theirs.scale:g} for {name!r} where the global "
+                f"adapter has {shape.rank} and {shape.scale:g}: make them equal, or choose a rule that accepts mixed "
+                f"ranks ({', '.join(names_claiming(Claim.MIXED_RANKS))})",
+                code="mixed-ranks",
             )
 
 
@@ -209,12 +213,16 @@ def require_modules(state: GlobalState, layout: Layout, client_id: int) -> None:
     if layout.keys() != mine.keys():
         odd = min(layout.keys() ^ mine.keys())
         who = f"client {client_id}" if odd in mine else "the global adapter"
-        raise RuleError(f"{who} has no adapter on {odd!r}: give all clients the same target modules")
+        raise RuleError(
+            f"{who} has no adapter on {odd!r}: give all clients the same target modules", code="modules-differ"
+        )
     for name, shape in layout.items():
         if (shape.d_out, shape.d_in) != (mine[name].d_out, mine[name].d_in):
             raise RuleError(
-                f"client {client_id}'s {name!r} is [{shape.d_out}, {shape.d_in}] and the global one "
-                f"[{mine[name].d_out}, {mine[name].d_in}]: all clients must adapt the same base model"
+                f"the layer {name!r} is [{shape.d_out}, {shape.d_in}] for client {client_id} and "
+                f"[{mine[name].d_out}, {mine[name].d_in}] in the global adapter: all clients must adapt the same "
+                "base model",
+                code="shape-mismatch",
             )
 
 
@@ -228,8 +236,9 @@ def require_no_magnitudes(rule: Aggregator, adapter: AdapterState) -> None:
     for name in adapter.dense:
         if "lora_magnitude_vector" in name:
             raise RuleError(
-                f"{type(rule).__name__} merges into the base, which DoRA's {name!r} does not survive: "
-                "set use_dora = false, or choose a rule that leaves the base alone"
+                f"{type(rule).__name__} changes the base weights, for whose old norm DoRA's {name!r} was trained: "
+                "use plain LoRA, or choose a rule that leaves the base unchanged",
+                code="dora-unsupported",
             )
 
 
@@ -237,7 +246,7 @@ def require_weight(weight: float, client_id: int | None = None) -> float:
     """The weight n_k; `RuleError` unless it is positive and finite."""
     if not (math.isfinite(weight) and weight > 0):
         who = "an update" if client_id is None else f"client {client_id}'s update"
-        raise RuleError(f"the weight of {who} must be positive and finite, not {weight!r}")
+        raise RuleError(f"the weight of {who} must be positive and finite, not {weight!r}", code="bad-weight")
     return weight
 
 
@@ -264,16 +273,25 @@ class WeightedMean:
         require_weight(weight)
         if self.count and tensors.keys() != self._sums.keys():
             odd = min(tensors.keys() ^ self._sums.keys())
-            raise RuleError(f"updates do not hold the same tensors: {odd!r} is in one and not in another")
+            raise RuleError(
+                f"the updates do not hold the same tensors, {odd!r} is missing from some: let all clients send the "
+                "same ones",
+                code="tensors-differ",
+            )
         for name, value in tensors.items():
             if not value.is_floating_point():
-                raise RuleError(f"{name!r} holds {value.dtype}, which has no mean: leave it out of the adapter")
+                raise RuleError(
+                    f"{name!r} holds {value.dtype} values, which cannot be averaged: leave it out of the adapter",
+                    code="not-averageable",
+                )
             if name not in self._sums:
                 self._dtypes[name] = value.dtype
                 self._sums[name] = torch.zeros_like(value, dtype=torch.float64)
             if value.shape != self._sums[name].shape:
                 raise RuleError(
-                    f"{name!r} has shape {tuple(value.shape)} in one update, {tuple(self._sums[name].shape)} in another"
+                    f"{name!r} has shape {tuple(value.shape)} in one update and {tuple(self._sums[name].shape)} in "
+                    "another: all clients must train the same model",
+                    code="shape-mismatch",
                 )
             self._sums[name].add_(value, alpha=weight)
         self.total += weight
@@ -286,7 +304,7 @@ class WeightedMean:
             RuleError: if nothing was added.
         """
         if not self.count:
-            raise RuleError("there is nothing to average: no client's update was given")
+            raise RuleError("there is nothing to aggregate: give at least one client's update", code="no-updates")
         return {name: total / self.total for name, total in self._sums.items()}
 
     def result(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -303,13 +321,14 @@ class WeightedMean:
         if like is not None:
             if like.keys() != self._sums.keys():
                 odd = min(like.keys() ^ self._sums.keys())
-                side = "clients did not send it" if odd in like else "the global adapter has none"
-                raise RuleError(f"updates do not fit the global adapter: {odd!r} ({side})")
+                side = "was not sent" if odd in like else "is not in the adapter"
+                raise RuleError(f"the updates do not fit the global adapter: {odd!r} {side}", code="tensors-differ")
             for name, value in like.items():
                 if value.shape != self._sums[name].shape:
                     raise RuleError(
-                        f"updates do not fit the global adapter: {name!r} has shape {tuple(self._sums[name].shape)} "
-                        f"in them, not {tuple(value.shape)}"
+                        f"the updates do not fit the global adapter: {name!r} has shape "
+                        f"{tuple(self._sums[name].shape)} in the updates and {tuple(value.shape)} in the adapter",
+                        code="shape-mismatch",
                     )
         dtypes = self._dtypes if like is None else {name: value.dtype for name, value in like.items()}
         return {name: mean.to(dtypes[name]) for name, mean in exact.items()}

@@ -48,7 +48,9 @@ def rule_class(name: str) -> type[Aggregator]:
         if point.name == name:
             return _checked(name, point.load())
     known = [*registry, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))]
-    raise ConfigError(f'unknown aggregation rule {name!r}; {nearest(name, known)} (or give "module:Class")')
+    raise ConfigError(
+        f'unknown aggregation rule {name!r}; {nearest(name, known)} (or give "module:Class")', code="unknown-name"
+    )
 
 
 def rules() -> dict[str, type[Aggregator]]:
@@ -75,24 +77,35 @@ def _discover() -> None:
 def _import(name: str) -> object:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute or module_name.startswith("."):
-        raise ConfigError(f"aggregation rule {name!r}: write it as module:Class, such as my_rules:Mine")
+        raise ConfigError(
+            f"aggregation rule {name!r}: write it as module:Class, such as my_rules:Mine", code="bad-rule-path"
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"aggregation rule {name!r}: there is no module {error.name!r} on the path or in this folder"
+            f"aggregation rule {name!r}: there is no Python module {error.name!r} on the path or in this folder",
+            code="rule-not-found",
         ) from None
     try:
         return getattr(module, attribute)
     except AttributeError:
-        raise ConfigError(f"aggregation rule {name!r}: module {module_name!r} has no {attribute!r}") from None
+        raise ConfigError(
+            f"aggregation rule {name!r}: the module {module_name!r} has no {attribute!r}", code="rule-not-found"
+        ) from None
 
 
 def _checked(name: str, found: object) -> type[Aggregator]:
     if not (isinstance(found, type) and issubclass(found, Aggregator)):
-        raise ConfigError(f"aggregation rule {name!r} is no subclass of fedlora.aggregators.Aggregator")
+        raise ConfigError(
+            f"aggregation rule {name!r} is not a subclass of fedlora.aggregators.Aggregator: derive it from that class",
+            code="not-a-rule",
+        )
     if not dataclasses.is_dataclass(found):
-        raise ConfigError(f"aggregation rule {name!r} must be a frozen dataclass: put @dataclass(frozen=True) above it")
+        raise ConfigError(
+            f"aggregation rule {name!r} must be a frozen dataclass: put @dataclass(frozen=True) above it",
+            code="rule-not-frozen",
+        )
     return found

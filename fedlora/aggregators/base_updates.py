@@ -56,12 +56,16 @@ def follow(acc: Mapping[str, Tensor], version: int, plan: ClientPlan) -> dict[st
     for base_update in plan.base_updates:
         if base_update.since not in (0, version):
             raise RuleError(
-                f"a base of version {version} cannot take the update from version {base_update.since} to "
-                f"{base_update.version}"
+                f"a base at version {version} cannot take the update from version {base_update.since} to "
+                f"{base_update.version}: send the updates from {version} or from 0",
+                code="base-update-gap",
             )
         out, version = accumulate(out, base_update), base_update.version
     if version != plan.base_version:
-        raise RuleError(f"the plan needs version {plan.base_version} of the base, and its merges end at {version}")
+        raise RuleError(
+            f"the plan's base updates end at version {version} of the base, not at {plan.base_version}: send the rest",
+            code="base-update-gap",
+        )
     return out
 
 
@@ -140,7 +144,9 @@ def broadcast_change(before: GlobalState, after: GlobalState) -> DeltaSum:
     new = base_update_chain(after.base_updates, before.base_version)
     if new and new[0].since != before.base_version:
         raise RuleError(
-            f"the log was compacted across version {before.base_version}: the last change is not in it alone"
+            f"the base updates since version {before.base_version} were compacted with earlier ones, so that the "
+            "last change cannot be told apart: compare consecutive states",
+            code="log-compacted",
         )
     for base_update in new:
         change.add(base_update.change.pairs)

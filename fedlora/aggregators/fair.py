@@ -87,14 +87,23 @@ class Fair(Aggregator):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.regularisation) and self.regularisation >= 0):
-            raise ConfigError(f"fair: regularisation must be finite and not negative, not {self.regularisation!r}")
+            raise ConfigError(
+                f"fair: regularisation must be finite and not negative, not {self.regularisation!r}",
+                code="out-of-range",
+            )
         if self.solver not in ("closed", "cosine"):
-            raise ConfigError(f"fair: solver must be 'closed' or 'cosine', not {self.solver!r}")
+            raise ConfigError(f"fair: solver must be 'closed' or 'cosine', not {self.solver!r}", code="unknown-name")
         if self.steps < 0 or not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"fair: steps must be at least 0 and lr above 0, not {self.steps!r} and {self.lr!r}")
+            raise ConfigError(
+                f"fair: steps must be at least 0 and lr above 0, not {self.steps!r} and {self.lr!r}",
+                code="out-of-range",
+            )
 
         if self.solver == "closed" and (self.steps, self.lr) != (Fair.steps, Fair.lr):
-            raise ConfigError("fair: steps and lr are for solver = 'cosine', and 'closed' has none: remove them")
+            raise ConfigError(
+                "fair: steps and lr apply to solver = 'cosine' only, not to 'closed': remove them",
+                code="key-without-effect",
+            )
 
     def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """Equation (8) for each module.
@@ -117,7 +126,9 @@ class Fair(Aggregator):
             terms = [(c / mean.total / pair.scale, theirs) for c, theirs in ideal.terms(name)]
             R, before, after, penalty = self._correct(pair, terms)
             if not math.isfinite(after + penalty):
-                raise RuleError(f"fair: the descent diverged for {name!r}: lower lr (now {self.lr:g})")
+                raise RuleError(
+                    f"fair: gradient descent diverged for {name!r}: lower lr (now {self.lr:g})", code="solver-diverged"
+                )
             corrected[f"{name}:B"] = (pair.B.double() + R).to(pair.B.dtype)
             metrics["fair/objective"] += after + penalty
             metrics["fair/regulariser"] += penalty

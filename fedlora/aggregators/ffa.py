@@ -60,7 +60,11 @@ class FfaLora(Aggregator):
         """
         for name, pair in adapter.pairs.items():
             if not pair.A.any():
-                raise RuleError(f"FFA-LoRA freezes A, and that of {name!r} is zero: draw it at random (PEFT's default)")
+                raise RuleError(
+                    f"FFA-LoRA freezes A, and the A of {name!r} is zero, so that B would never get a gradient: "
+                    "initialise A at random (PEFT's default)",
+                    code="frozen-a-is-zero",
+                )
         return GlobalState(adapter=adapter, seed=seed)
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
@@ -95,8 +99,9 @@ class FfaLora(Aggregator):
                 theirs = update.adapter.pairs[name]
                 if not torch.equal(theirs.A, pair.A[: theirs.rank].to(theirs.A.dtype)):
                     raise RuleError(
-                        f"client {update.client_id} trained {name!r} on another A than the frozen one: "
-                        "it must start from this run's plan, and leave A alone"
+                        f"client {update.client_id} trained {name!r} with another A than the frozen one: it must "
+                        "start from this run's plan and keep A fixed",
+                        code="frozen-a-changed",
                     )
                 B = theirs.B.new_zeros(pair.B.shape, dtype=torch.float64)
                 B[:, : theirs.rank] = theirs.B
@@ -112,7 +117,11 @@ class FfaLora(Aggregator):
             if theirs.rank > shape.rank:
                 raise RuleError(
                     f"client {client_id} has rank {theirs.rank} for {name!r}, above the global rank {shape.rank}: "
-                    "set the global rank to the largest of the clients'"
+                    "set the global rank to the largest of the clients'",
+                    code="rank-above-global",
                 )
             if theirs.scale == 0 or shape.scale == 0:
-                raise RuleError(f"the scale of {name!r} is 0 for client {client_id} or globally: set alpha above 0")
+                raise RuleError(
+                    f"the scale of {name!r} is 0 for client {client_id} or globally: set alpha above 0",
+                    code="scale-is-zero",
+                )

@@ -95,8 +95,9 @@ class Flora(Aggregator):
         for update in updates:
             if update.base_version != state.base_version:
                 raise RuleError(
-                    f"client {update.client_id} trained on version {update.base_version} of the base, which is now at "
-                    f"{state.base_version}: drop its update, and let it catch up with the merges of its next plan"
+                    f"client {update.client_id} trained on version {update.base_version} of the base, which is now "
+                    f"at {state.base_version}: drop its update; its next plan brings the base updates that it lacks",
+                    code="stale-base",
                 )
             require_weight(update.num_examples, update.client_id)
             require_modules(state, update.adapter.layout, update.client_id)

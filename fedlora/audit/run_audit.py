@@ -138,7 +138,10 @@ def attack(workspace: Workspace, asked: int, *, canaries: int = 4000) -> Iterato
 
 
 def _nothing() -> PrivacyError:
-    return PrivacyError("there is nothing to audit: give the config a table [privacy], or audit one that has it")
+    return PrivacyError(
+        "this run does not train privately: add a table [privacy] to its config, or audit a run that has one",
+        code="not-private",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ examples

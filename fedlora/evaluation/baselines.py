@@ -44,7 +44,7 @@ def local_only(
     config, data = workspace.config, workspace.data
     chosen = list(range(len(data.clients))) if clients is None else list(clients)
     if not chosen:
-        raise ConfigError("no client was chosen for the local-only baseline: choose at least one")
+        raise ConfigError("no client is chosen for the local-only baseline: choose at least one", code="no-clients")
     domains = main_domains(data)
     rows: list[dict[str, Any]] = []
     size = cohort_size(workspace, len(chosen)).clients

@@ -101,12 +101,15 @@ def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = 
             how = "its adapter was removed" if run.finished else f"go on with fedlora run --resume {path}"
             if run.unverified:
                 how = f"what it exported could not be verified; try again with fedlora export {path} OUT"
-            raise RunDirError(f"{str(path)!r} has no adapter: {how}")
+            raise RunDirError(f"{str(path)!r} has no adapter: {how}", code="run-without-adapter")
         asked = {override.partition("=")[0].strip().partition(".")[0] for override in overrides}
         own = not asked & {"data", "seed", "partition"}
         return Source(run.adapter_dir, load_config(path / "config.toml", overrides), run, run.provenance, own)
     if not (path / "adapter_config.json").is_file():
-        raise RunDirError(f"{str(path)!r} is neither a run nor an adapter: name a folder with adapter_config.json")
+        raise RunDirError(
+            f"{str(path)!r} is neither a run nor an adapter: name a folder with adapter_config.json",
+            code="not-an-adapter",
+        )
     return Source(path, _config_of(path, overrides, data), made=_made_with(path))
 
 
@@ -132,10 +135,15 @@ def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> Run
         known.append(f"model.revision={json.dumps(facts['revision'])}")
     if "task.name" not in given:
         if task is None:
-            raise ConfigError(f"{str(folder)!r} does not say what it is for: add --set task.name=... (and its fields)")
+            raise ConfigError(
+                f"{str(folder)!r} does not name its task: add --set task.name=... (and the task's fields)",
+                code="adapter-without-task",
+            )
         known.append(f"task.name={task}")
     if not base and "model.name" not in given:
-        raise ConfigError(f"{str(folder)!r} does not say what its base is: add --set model.name=...")
+        raise ConfigError(
+            f"{str(folder)!r} does not name its base model: add --set model.name=...", code="adapter-without-base"
+        )
     return parse_config("", [*known, *overrides], source=str(folder))
 
 
@@ -148,7 +156,7 @@ def examples_for(source: Source, data: Path | None) -> Examples:
     """
     if data is None:
         if source.run is None:
-            raise ConfigError("an adapter alone has no test examples: name a file with --data")
+            raise ConfigError("an adapter alone has no test examples: name a file with --data", code="no-examples")
         return data_for(source).test
     return load_local(_with_labels(source), data)
 
@@ -205,7 +213,7 @@ def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
     try:
         model = load_adapted(source.config, source.folder, task.auto_class, kwargs, device)
     except ModelError as error:
-        raise ModelError(f"{str(source.folder)!r}: {error}") from None
+        raise ModelError(f"{str(source.folder)!r}: {error}", code=error.code) from None
     if found.base is None:
         _require(source, Provenance(base=fingerprint(checkpoint, getattr(model.config, "_commit_hash", None))))
     adapted = Adapted(model, device)
@@ -222,7 +230,10 @@ def _head(source: Source, task: Task) -> dict[str, Any]:
     corpus = ASSETS.get(config.data.source)
     names = config.task.fields.get("labels") or (corpus.label_names if corpus else ())
     if not names:
-        raise ConfigError("the adapter does not say how many classes it is for: name them with --set task.labels=[...]")
+        raise ConfigError(
+            "the adapter does not say how many classes it has: name them with --set task.labels=[...]",
+            code="classes-unknown",
+        )
     return {"num_labels": len(names)}
 
 

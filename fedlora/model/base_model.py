@@ -161,11 +161,12 @@ class Base:
         config = self.adapter_config
         wanted = config.rank if rank is None else rank
         if wanted < 1:
-            raise ModelError(f"a client's rank must be 1 or more, not {wanted}")
+            raise ModelError(f"a client's rank must be 1 or more, not {wanted}", code="out-of-range")
         if wanted != config.rank and (self.method.whole_rank or not self.method.pairs):
             raise ModelError(
-                f"a client of rank {wanted} cannot take part with method {self.method.name!r}, whose adapter is whole "
-                f"at rank {config.rank} alone: remove clients.ranks and the ranks of profiles, or use method 'lora'"
+                f"method {self.method.name!r} cannot train a client at rank {wanted}, its adapters all have "
+                f"adapter.rank {config.rank}: remove clients.ranks and the ranks of profiles, or use method 'lora'",
+                code="mixed-ranks",
             )
         if wanted not in self._layouts:
             self._layouts[wanted] = {name: self._pair_shape(name, wanted) for name in self._layers}
@@ -181,7 +182,10 @@ class Base:
             ModelError: the base was loaded for another seed, or is quantised and the method starts from its weights.
         """
         if self._seed not in (None, seed):
-            raise ModelError(f"the adapter was drawn by the seed {self._seed}, not {seed}: load the base for that seed")
+            raise ModelError(
+                f"the base was loaded with the adapter of seed {self._seed}, not of seed {seed}: load it for that seed",
+                code="seed-mismatch",
+            )
         dense: dict[str, Tensor] = dict(self._beside)
         for name, wrapper in self._wrappers.items():
             module = copy.deepcopy(wrapper.original_module).to("cpu", self.adapter_dtype)
@@ -255,20 +259,23 @@ class Base:
         for what, given, own in (("pair", state.pairs, self._layers), ("dense tensor", state.dense, self._dense)):
             if given.keys() != own.keys():
                 odd = min(given.keys() ^ own.keys())
-                where = f"the model has none such; {nearest(odd, own)}" if odd in given else "the adapter lacks it"
-                raise ModelError(f"the adapter does not fit the model: {what} {odd!r}: {where}")
+                which = f"the {what} {odd!r}"
+                lacks = f"the model lacks {which}; {nearest(odd, own)}" if odd in given else f"it lacks {which}"
+                raise ModelError(f"the adapter does not fit the model: {lacks}", code="tensors-differ")
         for name, pair in state.pairs.items():
             shape = (pair.B.shape[0], pair.A.shape[1])
             if shape != self._shapes[name]:
                 raise ModelError(
                     f"the adapter does not fit the model: pair {name!r} is for a layer of {list(shape)}, and the "
-                    f"model's is {list(self._shapes[name])}: server and client must load the same base"
+                    f"model's is {list(self._shapes[name])}: server and client must load the same base",
+                    code="shape-mismatch",
                 )
         for name, value in state.dense.items():
             if value.shape != self._dense[name].shape:
                 raise ModelError(
                     f"the adapter does not fit the model: {name!r} is {list(value.shape)}, and the model's is "
-                    f"{list(self._dense[name].shape)}: server and client must have the same labels"
+                    f"{list(self._dense[name].shape)}: server and client must have the same labels",
+                    code="shape-mismatch",
                 )
 
     @property

@@ -89,8 +89,9 @@ class BaseWeights:
         layer = self._layers[name]
         if not absorbs(layer):
             raise ModelError(
-                f"the weight of {name!r} is quantised and cannot be merged: export an adapter, or load the base in "
-                "float32 or bfloat16"
+                f"the weight of {name!r} is quantised, and nothing can be merged into it: export an adapter, or load "
+                "the base in float32 or bfloat16",
+                code="weight-quantised",
             )
         change = self._acc.get(name)
         if delta is not None:
@@ -107,8 +108,9 @@ class BaseWeights:
         layer = self._layers[name]
         if not absorbs(layer):
             raise ModelError(
-                f"the weight of {name!r} is quantised, and no adapter can start from it: set adapter.method = 'lora', "
-                "or load the base in float32 or bfloat16"
+                f"the weight of {name!r} is quantised, and no adapter can be initialised from it: set adapter.method "
+                "= 'lora', or load the base in float32 or bfloat16",
+                code="weight-quantised",
             )
         weight = self._pristine.get(name, layer.weight.detach())  # type: ignore[operator]
         weight = weight.to("cpu", torch.promote_types(weight.dtype, torch.float32))
@@ -153,13 +155,16 @@ class BaseWeights:
         for name, shape in shapes.items():
             if name not in self._layers:
                 raise ModelError(
-                    f"a merge changes {name!r}, which is no linear layer of the base; {nearest(name, self._layers)}"
+                    f"a base update changes {name!r}, which is not a linear layer of the base; "
+                    f"{nearest(name, self._layers)}",
+                    code="no-such-module",
                 )
             own = linear_shape(self._layers[name])
             if shape != own:
                 raise ModelError(
-                    f"a merge changes {name!r} by {list(shape)}, and the layer is {list(own)}: "
-                    "server and client must load the same base"
+                    f"a base update changes {name!r} by {list(shape)}, and the layer is {list(own)}: server and "
+                    "client must load the same base",
+                    code="shape-mismatch",
                 )
 
 
@@ -184,24 +189,30 @@ def _chain(base_updates: Sequence[BaseUpdate], here: int, version: int) -> Seque
         if base_update.since in (0, here) and base_update.since < version
     ]
     if not starts:
-        first = f"start at version {base_updates[0].since}" if base_updates else "are none"
+        first = f"the updates start at {base_updates[0].since}" if base_updates else "there are no updates"
         raise ModelError(
-            f"the base holds version {here} and shall have {version}, and the merges {first}: send the chain from "
-            f"{here} or from 0"
+            f"the base is at version {here} and needs version {version}, and {first}: send the base updates from "
+            f"{here} or from 0",
+            code="base-update-gap",
         )
     at = base_updates[starts[-1]].since
     chain: list[BaseUpdate] = []
     for base_update in base_updates[starts[-1] :]:
         if base_update.since != at:
             raise ModelError(
-                f"the merges are no chain: one ends at version {at} and the next starts at {base_update.since}"
+                f"the base updates are not consecutive, one ends at version {at} and the next starts at "
+                f"{base_update.since}: send the missing ones too",
+                code="base-update-gap",
             )
         chain.append(base_update)
         at = base_update.version
         if at >= version:
             break
     if at != version:
-        raise ModelError(f"the merges lead to version {at} of the base, not to {version}: send the chain to {version}")
+        raise ModelError(
+            f"the base updates lead to version {at} of the base, not to {version}: send those up to {version}",
+            code="base-update-gap",
+        )
     return chain
 
 

@@ -27,18 +27,21 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     kind, _, index = name.partition(":")
     if kind not in NAMES[1:] or (index and not index.isdecimal()):
-        raise ConfigError(f"unknown runtime.device {name!r}; {nearest(kind, NAMES)}")
+        raise ConfigError(f"unknown runtime.device {name!r}; {nearest(kind, NAMES)}", code="unknown-name")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
             raise ConfigError(
-                f"runtime.device is {name!r} and this machine has {count} CUDA devices: use 'auto' or 'cpu'"
+                f"runtime.device is {name!r} and this machine has {count} CUDA devices: use 'auto' or 'cpu'",
+                code="no-such-device",
             )
         return torch.device("cuda", int(index) if index else torch.cuda.current_device())
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("runtime.device is 'mps' and this machine has no Apple GPU: use 'auto' or 'cpu'")
+        raise ConfigError(
+            "runtime.device is 'mps' and this machine has no Apple GPU: use 'auto' or 'cpu'", code="no-such-device"
+        )
     if index and int(index) > 0:
-        raise ConfigError(f"runtime.device {name!r}: there is one {kind} device; use {kind!r}")
+        raise ConfigError(f"runtime.device {name!r}: there is one {kind} device; use {kind!r}", code="no-such-device")
     return torch.device(kind)
 
 

@@ -178,7 +178,7 @@ def _merged(base: Base, state: AdapterState) -> Any:
     plain.tie_weights()
     left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
     if left:
-        raise ModelError(f"the merged model lacks {left[0]!r}: export an adapter instead")
+        raise ModelError(f"the merged model lacks {left[0]!r}: export an adapter instead", code="not-mergeable")
     return plain
 
 

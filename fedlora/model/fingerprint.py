@@ -43,7 +43,9 @@ def fingerprint(checkpoint: Checkpoint, commit: str | None = None, stamps: tuple
     for path in (*weight_files(folder), *sorted(code)):
         mark = stamp(path)
         if then.get(mark[0], mark)[1:3] != mark[1:3]:
-            raise ModelError(f"{str(path)!r} was changed while it was in use: start again")
+            raise ModelError(
+                f"{str(path)!r} was changed while it was in use: start the command again", code="file-changed"
+            )
         digest.update(f"{path.name} {file_digest(path)}\n".encode())
     with suppress(OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with its config
         digest.update(config_digest(json.loads((folder / "config.json").read_bytes())).encode())

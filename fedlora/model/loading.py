@@ -187,7 +187,9 @@ def _from_pretrained(
         raise
     except Exception as error:  # from files of others, by readers of many kinds
         why = checkpoint.why_not_loaded(error)
-        raise ModelError(f"the model {config.model.name!r} cannot be loaded with {auto_class}: {why}") from error
+        raise ModelError(
+            f"the model {config.model.name!r} cannot be loaded with {auto_class}: {why}", code="model-not-loadable"
+        ) from error
     absent = dict.fromkeys(info.get("missing_keys", ()), MISSING)
     for name, found, wanted in info.get("mismatched_keys", ()):
         absent[name] = f"is {list(found)} there and {list(wanted)} here"
@@ -205,9 +207,10 @@ def _require_pad_row(checkpoint: Checkpoint, pad_id: int | None) -> None:
     rows = getattr(config, "vocab_size", None)
     if pad_id is not None and isinstance(rows, int) and pad_id >= rows:
         raise ModelError(
-            f"the tokenizer of {str(checkpoint)!r} has a padding token of id {pad_id}, and the model's embeddings have "
-            f"rows 0 to {rows - 1}: set another padding token in its tokenizer, or add rows with "
-            "model.resize_token_embeddings(len(tokenizer)) and save both"
+            f"the tokenizer of {str(checkpoint)!r} has a padding token with id {pad_id}, and the model's embeddings "
+            f"have rows 0 to {rows - 1}: set another padding token in the tokenizer, or add rows with "
+            "model.resize_token_embeddings(len(tokenizer)) and save both",
+            code="token-without-embedding",
         )
 
 
@@ -286,16 +289,18 @@ def _inject(
     except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"PEFT cannot put method {method.name!r} on these modules: {first}: change adapter.options or "
-            "adapter.targets, or use method 'lora'"
+            f"PEFT cannot apply method {method.name!r} to these modules: {first}; change adapter.options or "
+            "adapter.targets, or use method 'lora'",
+            code="modules-refused-by-peft",
         ) from error
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     wrapped = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     if set(adapted) != set(targets) or set(wrapped) != set(heads):
         odd = min((set(adapted) ^ set(targets)) | (set(wrapped) ^ set(heads)))
         raise ModelError(
-            f"PEFT did not adapt the modules that were chosen ({odd!r} is one too many or too few): give longer names "
-            "in adapter.targets and adapter.modules_to_save"
+            f"PEFT did not adapt exactly the chosen modules, {odd!r} differs: give longer names in adapter.targets "
+            "and adapter.modules_to_save",
+            code="targets-ambiguous",
         )
     return peft_model
 

@@ -38,7 +38,9 @@ def orthogonal(shape: PairShape, seed: int, dtype: torch.dtype, _weight: Weight)
         ModelError: if the rank is odd.
     """
     if shape.rank % 2:
-        raise ModelError(f"method 'orthogonal' needs an even rank, not {shape.rank}: change adapter.rank")
+        raise ModelError(
+            f"method 'orthogonal' needs an even rank, not {shape.rank}: change adapter.rank", code="odd-rank"
+        )
     generator = torch.Generator().manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(shape.rank, shape.rank, generator=generator, dtype=torch.float64)).Q
     half = shape.rank // 2
@@ -103,5 +105,6 @@ def _changes_nothing(pair: LoraPair) -> bool:
 def _require_rank(shape: PairShape, most: int) -> None:
     if shape.rank > most:
         raise ModelError(
-            f"rank {shape.rank} is more than a weight of {shape.d_out} x {shape.d_in} has: lower adapter.rank"
+            f"rank {shape.rank} is larger than a weight of {shape.d_out} x {shape.d_in} can have: lower adapter.rank",
+            code="rank-too-large",
         )

@@ -42,11 +42,12 @@ def require_whole(model: nn.Module, absent: Mapping[str, str], heads: Sequence[s
     if not wrong:
         return
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    saved = ", ".join(getattr(getattr(model, "config", None), "architectures", None) or ()) or "nobody knows what"
+    saved = ", ".join(getattr(getattr(model, "config", None), "architectures", None) or ()) or "an unknown architecture"
     raise ModelError(
-        f"the checkpoint of {name!r} does not fit {type(model).__name__}: {wrong[0]} {absent[wrong[0]]}{more}; it was "
-        f"saved as {saved}, and is damaged, incomplete or of another architecture: use a whole one, or set "
-        "model.ignore_mismatched_sizes = true to go on with random weights there"
+        f"the checkpoint of {name!r} does not fit {type(model).__name__}: {wrong[0]} {absent[wrong[0]]}{more}; it "
+        f"was saved as {saved}, and is damaged, incomplete or of another architecture: use a complete checkpoint, or "
+        "set model.ignore_mismatched_sizes = true to continue with random weights there",
+        code="checkpoint-mismatch",
     )
 
 
@@ -63,8 +64,9 @@ def require_apart(modules: Sequence[str], inside: Sequence[str]) -> None:
         held = [name for name in inside if not module or in_any(name, [module])]
         if held:
             raise ModelError(
-                f"the checkpoint lacks weights of {module or 'the model itself'!r}, which contains {held[0]!r}: "
-                "use a whole checkpoint, or leave that module out of adapter.targets and adapter.modules_to_save"
+                f"the checkpoint lacks weights of {module or 'the model itself'!r}, which contains {held[0]!r}: use "
+                "a complete checkpoint, or leave that module out of adapter.targets and adapter.modules_to_save",
+                code="weights-missing",
             )
 
 

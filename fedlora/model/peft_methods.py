@@ -164,20 +164,29 @@ def find_method(adapter: AdapterConfig) -> Method:
     """
     name = adapter.method
     if name in REFUSED:
-        raise ConfigError(f"adapter.method {name!r} cannot be federated: {REFUSED[name]}; choose from: {_choice()}")
+        raise ConfigError(
+            f"adapter.method {name!r} cannot be federated: {REFUSED[name]}; choose from: {_choice()}",
+            code="method-not-federable",
+        )
     if name not in METHODS:
         if name.upper() in _peft_types():
-            raise ConfigError(f"adapter.method {name!r} is PEFT's, but not among those that were tried: {_choice()}")
-        raise ConfigError(f"unknown adapter.method {name!r}; {nearest(name.lower(), METHODS)}")
+            raise ConfigError(
+                f"adapter.method {name!r} of PEFT is not supported: choose from {_choice()}",
+                code="method-not-supported",
+            )
+        raise ConfigError(f"unknown adapter.method {name!r}; {nearest(name.lower(), METHODS)}", code="unknown-name")
     method = METHODS[name]
     taken = PAIR_KEYS if method.pairs else tuple(method.keys)
     for key in PAIR_KEYS:
         if key not in taken and getattr(adapter, key) != AdapterConfig.model_fields[key].default:
             takes = f"takes {', '.join(taken)} and adapter.options" if taken else "takes adapter.options alone"
-            raise ConfigError(f"adapter.{key} means nothing to method {name!r}, which {takes}: remove it")
+            raise ConfigError(
+                f"adapter.{key} has no effect on method {name!r}, which {takes}: remove it", code="key-without-effect"
+            )
     if method.pairs and adapter.options:
         raise ConfigError(
-            f"adapter.options are for methods that are no LoRA, not for {name!r}: remove {min(adapter.options)!r}"
+            f"adapter.options has no effect on LoRA methods such as {name!r}: remove {min(adapter.options)!r}",
+            code="key-without-effect",
         )
     return method
 
@@ -195,11 +204,14 @@ def tuner_fields(method: Method, adapter: AdapterConfig) -> dict[str, Any]:
     by_keys = {inner: key for key, inner in method.keys.items()}
     for option in adapter.options:
         if option in by_keys:
-            raise ConfigError(f"adapter.options.{option} is adapter.{by_keys[option]} here: set that")
+            raise ConfigError(
+                f"adapter.options.{option} is set by adapter.{by_keys[option]}: use that key", code="option-has-a-key"
+            )
         if option not in own:
             raise ConfigError(
-                f"adapter.options.{option} is no field of PEFT's {config_class.__name__}; "
-                f"{nearest(option, own - by_keys.keys())}"
+                f"adapter.options.{option} is not a field of PEFT's {config_class.__name__}; "
+                f"{nearest(option, own - by_keys.keys())}",
+                code="unknown-key",
             )
     return {
         **method.values,

@@ -80,7 +80,9 @@ def merged_weights(model: nn.Module, targets: Sequence[str]) -> dict[str, Tensor
             layer.merge(adapter_names=[ADAPTER])
             out |= {f"{target}.{name}": value.detach().cpu().clone() for name, value in inner.state_dict().items()}
         except (NotImplementedError, ValueError, RuntimeError) as error:
-            raise ModelError(f"PEFT cannot merge this adapter into {target!r}: export the adapter instead") from error
+            raise ModelError(
+                f"PEFT cannot merge this adapter into {target!r}: export the adapter instead", code="not-mergeable"
+            ) from error
         finally:
             inner.load_state_dict(before)
             layer.merged_adapters.clear()

@@ -147,7 +147,10 @@ def verify_merged(folder: Path, recipe: Recipe, reference: Reference, device: to
         model, info = recipe.load(folder)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if found := info.get(what):
-                raise ExportError(f"plain transformers reports {what.replace('_', ' ')}: {min(map(str, found))}")
+                raise ExportError(
+                    f"plain transformers reports {what.replace('_', ' ')}: {min(map(str, found))}",
+                    code="tensors-differ",
+                )
         return _require_near(reference, model.to(device), device, recipe.dtype, "plain transformers")
 
 
@@ -160,11 +163,13 @@ def _with_adapter(folder: Path, recipe: Recipe) -> nn.Module:
         warnings.simplefilter("always")
         model: Any = PeftModel.from_pretrained(base, str(folder))
     if lacking := [str(entry.message) for entry in said if "missing adapter keys" in str(entry.message)]:
-        raise ExportError(f"plain PEFT misses tensors in it: {lacking[0].splitlines()[0][:200]}")
+        raise ExportError(
+            f"plain PEFT finds tensors missing: {lacking[0].splitlines()[0][:200]}", code="tensors-missing"
+        )
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, value in load_file(folder / "adapter_model.safetensors").items():
         if name not in held or not torch.equal(held[name].cpu(), value.to(held[name].dtype)):
-            raise ExportError(f"plain PEFT does not use {name!r} of it")
+            raise ExportError(f"plain PEFT does not use the exported tensor {name!r}", code="tensor-unused")
     return model.eval()
 
 
@@ -191,8 +196,9 @@ def _require_near(
         difference, most = reference.apart(exact), min(max(most, ROUNDINGS * found.apart(exact)), LARGEST)
     if not difference <= most:
         raise ExportError(
-            f"the logits of {whose} differ from those of the trained model by {difference:.2g} of the largest "
-            f"(rounding makes less than {most:g})"
+            f"the logits of {whose} differ from those of the trained model by {difference:.2g} of the largest one "
+            f"(rounding explains at most {most:g})",
+            code="logits-differ",
         )
     return difference
 
@@ -210,7 +216,7 @@ def _as_export_error(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         first = next(iter(in_words(error).strip().splitlines()), "")
-        raise ExportError(f"{what}: {first[:300]}") from error
+        raise ExportError(f"{what}: {first[:300]}", code="export-not-loadable") from error
 
 
 @contextmanager

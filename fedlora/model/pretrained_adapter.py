@@ -49,14 +49,20 @@ def load_adapted(
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"the adapter does not fit {config.model.name!r}: {first}") from error
+        raise ModelError(
+            f"the adapter does not fit {config.model.name!r}: {first}", code="adapter-not-loadable"
+        ) from error
     if lacking := [str(entry.message) for entry in said if "missing adapter keys" in str(entry.message)]:
-        raise ModelError(f"the adapter does not fit {config.model.name!r}: {lacking[0].splitlines()[0][:200]}")
+        raise ModelError(
+            f"the adapter does not fit {config.model.name!r}: {lacking[0].splitlines()[0][:200]}",
+            code="tensors-missing",
+        )
     held = tuple(name for name, module in adapted.get_base_model().named_modules() if _is_saved(module))
     if left := sorted(tensor for tensor in absent if not in_any(tensor, held)):
         raise ModelError(
-            f"neither {config.model.name!r} nor the adapter holds {left[0]}, and its values would be random: use the "
-            "model that the adapter was trained on, or export the adapter again"
+            f"neither {config.model.name!r} nor the adapter holds {left[0]}, which would be random: use the model "
+            "that the adapter was trained on, or export the adapter again",
+            code="tensors-missing",
         )
     adapted.to(device)
     return adapted

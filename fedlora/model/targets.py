@@ -43,17 +43,21 @@ def resolve_targets(
                 if new := [n for n, _ in model.named_modules() if ends_with(n, target) and in_any(n, without)]:
                     raise ModelError(
                         f"adapter.targets names {target!r}, and the checkpoint holds no weights of {new[0]!r} to "
-                        f"adapt: train it in full, with {target!r} in adapter.modules_to_save"
+                        f"adapt: train it in full, with {target!r} in adapter.modules_to_save",
+                        code="weights-missing",
                     )
                 raise ModelError(
                     f"adapter.targets names {target!r}, and the model has no such module outside its head; "
-                    f"{nearest(target, suffixes(linear))}"
+                    f"{nearest(target, suffixes(linear))}",
+                    code="no-such-module",
                 )
         chosen = [name for name in outside if any(ends_with(name, target) for target in targets)]
     if adapter.layers is not None:
         chosen = _in_layers(model, chosen, adapter.layers)
     if not chosen:
-        raise ModelError(f"no module gets an adapter; set adapter.targets; {nearest('', suffixes(linear))}")
+        raise ModelError(
+            f"no module would get an adapter: set adapter.targets; {nearest('', suffixes(linear))}", code="no-targets"
+        )
     for name in chosen:
         _refuse_unfit(name, outside[name], linear)
     _refuse_tied(model, chosen, "adapter.targets")
@@ -77,24 +81,30 @@ def resolve_heads(model: nn.Module, adapter: AdapterConfig, candidates: Sequence
     if adapter.modules_to_save is None and candidates and not any(found.values()):
         raise ModelError(
             f"the model has no head named {' or '.join(map(repr, candidates))}; set adapter.modules_to_save to one of "
-            f"its modules ({', '.join(n for n, _ in model.named_children())}), or to [] to train none"
+            f"its modules ({', '.join(n for n, _ in model.named_children())}), or to [] to train none",
+            code="no-head",
         )
     for name, matches in found.items():
         if not matches and adapter.modules_to_save is not None:
             raise ModelError(
                 f"adapter.modules_to_save names {name!r}, and the model has no such module; "
-                f"{nearest(name, suffixes(modules))}"
+                f"{nearest(name, suffixes(modules))}",
+                code="no-such-module",
             )
     every = sorted({match for matches in found.values() for match in matches}, key=list(modules).index)
     heads = tuple(n for n in every if not in_any(n, [other for other in every if other != n]))
     for name in heads:
         if any(getattr(module, "running_mean", None) is not None for module in modules[name].modules()):
             raise ModelError(
-                f"module {name!r} keeps running statistics, which are no parameters and cannot be averaged: "
-                "leave it out of adapter.modules_to_save"
+                f"module {name!r} keeps running statistics, which are not parameters and cannot be averaged: leave "
+                "it out of adapter.modules_to_save",
+                code="running-statistics",
             )
         if not any(True for _ in modules[name].parameters()):
-            raise ModelError(f"module {name!r} has no parameters to train: leave it out of adapter.modules_to_save")
+            raise ModelError(
+                f"module {name!r} has no parameters to train: leave it out of adapter.modules_to_save",
+                code="nothing-to-train",
+            )
     _refuse_tied(model, heads, "adapter.modules_to_save")
     return heads
 
@@ -146,11 +156,16 @@ def check_patterns(adapter: AdapterConfig, names: Sequence[str]) -> None:
             try:
                 used = any(matching({key: value}, name) is not None for name in names)
             except re.error as error:
-                raise ConfigError(f"adapter.{what}: {key!r} is no regular expression: {error}") from None
+                raise ConfigError(
+                    f"adapter.{what}: {key!r} is not a regular expression: {error}", code="bad-pattern"
+                ) from None
             if not used:
-                raise ConfigError(f"adapter.{what}: {key!r} matches no adapted module; {nearest(key, suffixes(names))}")
+                raise ConfigError(
+                    f"adapter.{what}: {key!r} matches no adapted module; {nearest(key, suffixes(names))}",
+                    code="pattern-without-match",
+                )
             if not value > 0:
-                raise ConfigError(f"adapter.{what}: {key!r} must be above 0, not {value!r}")
+                raise ConfigError(f"adapter.{what}: {key!r} must be above 0, not {value!r}", code="out-of-range")
 
 
 def in_any(name: str, modules: Sequence[str]) -> bool:
@@ -170,7 +185,8 @@ def _default_targets(model: nn.Module, linear: Sequence[str]) -> tuple[str, ...]
     kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     if kind not in defaults:
         raise ModelError(
-            f"PEFT has no default targets for {kind!r} models: set adapter.targets; {nearest('', suffixes(linear))}"
+            f"PEFT has no default targets for {kind!r} models: set adapter.targets; {nearest('', suffixes(linear))}",
+            code="no-targets",
         )
     found = defaults[kind]
     return found if isinstance(found, str) else tuple(found)
@@ -180,18 +196,19 @@ def _in_layers(model: nn.Module, names: Sequence[str], layers: str | tuple[int, 
     places = {name: place for name in names if (place := layer_of(model, name)) is not None}
     lists = sorted({owner for owner, _ in places.values()})
     if len(lists) != 1:
-        found = (
-            f"has several lists of layers ({', '.join(lists)})" if lists else "keeps its targets in no list of layers"
-        )
+        found = f"has several ({', '.join(lists)})" if lists else "has none with its targets"
         raise ModelError(
-            f"adapter.layers needs one list of layers, and the model {found}: name modules in adapter.targets"
+            f"adapter.layers needs a model with one list of layers, and this model {found}: name modules in "
+            "adapter.targets instead",
+            code="no-layer-list",
         )
     depth = len(model.get_submodule(lists[0]))  # type: ignore[arg-type]
     wanted = range(depth - int(layers[4:]), depth) if isinstance(layers, str) else layers
     if missing := [number for number in wanted if not 0 <= number < depth]:
         raise ModelError(
             f"adapter.layers asks for layer {missing[0]}, and {lists[0]!r} has layers 0 to {depth - 1}: "
-            f'name some of these, or "top:{min(2, depth)}"'
+            f'name some of these, or "top:{min(2, depth)}"',
+            code="no-such-layer",
         )
     return [name for name in names if name in places and places[name][1] in wanted]
 
@@ -199,13 +216,15 @@ def _in_layers(model: nn.Module, names: Sequence[str], layers: str | tuple[int, 
 def _refuse_unfit(name: str, module: nn.Module, linear: Sequence[str]) -> None:
     if isinstance(module, nn.Embedding):
         raise ModelError(
-            f"target {name!r} is an embedding, whose adapter is not averaged here: take it out of adapter.targets, "
-            "or train it in full with adapter.modules_to_save"
+            f"target {name!r} is an embedding, and only linear layers get an adapter: take it out of "
+            "adapter.targets, or train it in full with adapter.modules_to_save",
+            code="target-not-linear",
         )
     if not is_linear(module):
         raise ModelError(
             f"target {name!r} is a {type(module).__name__}, and only linear layers get an adapter; "
-            f"{nearest('', suffixes(linear))}"
+            f"{nearest('', suffixes(linear))}",
+            code="target-not-linear",
         )
 
 
@@ -219,5 +238,6 @@ def _refuse_tied(model: nn.Module, names: Sequence[str], key: str) -> None:
             if others:
                 raise ModelError(
                     f"{name!r} shares its weight with {others[0]!r}, and training it would untie them: take it out of "
-                    f"{key}, or use a model whose config has tie_word_embeddings = false"
+                    f"{key}, or use a model whose config has tie_word_embeddings = false",
+                    code="tied-weights",
                 )

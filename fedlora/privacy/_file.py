@@ -28,7 +28,7 @@ class Appender:
             import fcntl
         except ImportError:
             raise PrivacyError(
-                "a privacy ledger needs POSIX file locks: run private clients on Linux or macOS"
+                "a privacy ledger needs POSIX file locks: run private clients on Linux or macOS", code="no-file-locks"
             ) from None
         fresh = not path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,8 +38,9 @@ class Appender:
         except BlockingIOError:
             self.close()
             raise PrivacyError(
-                f"privacy ledger {str(path)!r} is in use: one client trains one round at a time; wait for it, or give "
-                "each client a ledger of its own"
+                f"privacy ledger {str(path)!r} is in use, and one client trains one round at a time: wait for it, or "
+                "give each client a ledger of its own",
+                code="ledger-in-use",
             ) from None
         if fresh:
             sync_folder(path.parent)
@@ -52,7 +53,9 @@ class Appender:
         """Write lines in one piece, after `prefix`, and wait until they are on the disk."""
         data = prefix + b"".join(json.dumps(line, sort_keys=True).encode() + b"\n" for line in lines)
         if os.write(self._fd, data) != len(data):
-            raise PrivacyError("the privacy ledger could not be written in full: free some space on its disk")
+            raise PrivacyError(
+                "the privacy ledger could not be written in full: free some space on its disk", code="disk-full"
+            )
         os.fsync(self._fd)
 
     def close(self) -> None:

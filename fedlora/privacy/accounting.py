@@ -43,14 +43,17 @@ class Entry:
 
     def __post_init__(self) -> None:
         if not 0 < self.sample_rate <= 1:
-            raise PrivacyError(f"a sample rate must lie in (0, 1], not {self.sample_rate!r}")
+            raise PrivacyError(f"a sample rate must lie in (0, 1], not {self.sample_rate!r}", code="out-of-range")
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
             raise PrivacyError(
                 f"a noise multiplier must be positive and finite, not {self.noise_multiplier!r}: "
-                "without noise there is no privacy"
+                "without noise there is no privacy",
+                code="out-of-range",
             )
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise PrivacyError(f"the number of private steps must be an integer of at least 1, not {self.steps!r}")
+            raise PrivacyError(
+                f"the number of private steps must be an integer of at least 1, not {self.steps!r}", code="out-of-range"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise PrivacyError(f"epsilon must be positive and finite, not {self.epsilon!r}")
+            raise PrivacyError(f"epsilon must be positive and finite, not {self.epsilon!r}", code="out-of-range")
         require_delta(self.delta)
         require_accountant(self.accountant)
 
@@ -86,16 +89,19 @@ def require_accountant(name: str) -> None:
     if name == "gdp":
         raise PrivacyError(
             'the accountant "gdp" is a central-limit approximation that can report less than was spent '
-            '(arXiv 2106.02848, section 1): choose "prv" or "rdp"'
+            '(arXiv 2106.02848, section 1): choose "prv" or "rdp"',
+            code="accountant-not-sound",
         )
     if name not in ACCOUNTANTS:
-        raise ConfigError(f"unknown accountant {name!r}; {nearest(name, ACCOUNTANTS)}")
+        raise ConfigError(f"unknown accountant {name!r}; {nearest(name, ACCOUNTANTS)}", code="unknown-name")
 
 
 def require_delta(delta: float) -> None:
     """`PrivacyError` unless 0 < delta < 1."""
     if not 0 < delta < 1:
-        raise PrivacyError(f"delta must lie between 0 and 1 (well below 1 / number of examples), not {delta!r}")
+        raise PrivacyError(
+            f"delta must lie between 0 and 1 (well below 1 / number of examples), not {delta!r}", code="out-of-range"
+        )
 
 
 def merged(entries: Iterable[Entry]) -> tuple[Entry, ...]:

@@ -167,7 +167,9 @@ def epsilon_lower_bound(m: int, r: int, v: int, delta: float, confidence: float)
         confidence: 1 minus the probability of refuting a true claim.
     """
     if not 0 <= v <= r <= m:
-        raise PrivacyError(f"an audit has 0 <= right guesses <= guesses <= canaries, not {v}, {r}, {m}")
+        raise PrivacyError(
+            f"an audit needs 0 <= right guesses <= guesses <= canaries, not {v}, {r}, {m}", code="out-of-range"
+        )
     low, high = 0.0, 1.0
     while _p_value(m, r, v, high, delta) < 1 - confidence:
         low, high = high, 2 * high

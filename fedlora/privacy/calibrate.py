@@ -40,7 +40,8 @@ class Schedule:
         n = self.expected_batch_size / self.sample_rate
         if budget.delta * n >= 1:
             raise PrivacyError(
-                f"delta {budget.delta:g} protects nobody among {n:.0f} examples: choose one far below 1 / {n:.0f}"
+                f"delta {budget.delta:g} protects none of {n:.0f} examples: choose one far below 1 / {n:.0f}",
+                code="delta-too-large",
             )
         return noise_multiplier_for(
             budget.epsilon, budget.delta, self.sample_rate, self.steps * self.rounds, budget.accountant
@@ -66,10 +67,11 @@ def schedule(
     if public_examples < 1 or batch_size < 1 or rounds < 1:
         raise PrivacyError(
             "a private schedule needs a declared number of examples, a batch size and rounds, each at least 1, not "
-            f"{public_examples}, {batch_size} and {rounds}"
+            f"{public_examples}, {batch_size} and {rounds}",
+            code="out-of-range",
         )
     if steps is not None and epochs is not None:
-        raise PrivacyError("give a private schedule either steps or epochs, not both")
+        raise PrivacyError("give a private schedule either steps or epochs, not both", code="steps-and-epochs")
     q = min(1.0, batch_size / public_examples)
     count = steps if steps is not None else max(1, round((1.0 if epochs is None else epochs) / q))
     Entry(q, 1.0, count)
@@ -101,7 +103,8 @@ def noise_multiplier_for(
 
     if cost(LARGEST, "rdp") > target_epsilon and cost(LARGEST) > target_epsilon:
         raise PrivacyError(
-            f"epsilon {target_epsilon:g} at delta {delta:g} cannot be reached in {steps} steps: raise epsilon or delta"
+            f"epsilon {target_epsilon:g} at delta {delta:g} cannot be reached in {steps} steps: raise epsilon or delta",
+            code="epsilon-out-of-reach",
         )
     # RDP is quick and an upper bound, so its answer brackets the other's from above.
     high = LARGEST

@@ -189,12 +189,15 @@ class Disclosure:
         for row in record.get("clients", {}).values():
             _require(row.keys(), self.figures | {"simulated_seconds"}, "metrics.jsonl, of a client")
         if record.get("train_loss") is not None:
-            raise PrivacyError("metrics.jsonl of a private run has no training loss: report this bug")
+            raise PrivacyError(
+                "metrics.jsonl of a private run must not hold a training loss: report this bug", code="not-disclosable"
+            )
 
 
 def _require(names: Collection[str], allowed: Collection[str], where: str) -> None:
     if odd := set(names) - set(allowed):
         raise PrivacyError(
-            f"{where}: {min(odd)!r} is not on the list of what a private run may tell (fedlora.privacy.disclosure): "
-            "report this bug"
+            f"{where}: {min(odd)!r} is not among the figures that a private run may disclose "
+            "(fedlora.privacy.disclosure): report this bug",
+            code="not-disclosable",
         )

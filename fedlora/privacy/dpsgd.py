@@ -83,8 +83,9 @@ def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
     fresh.view(624, 8)[:, 4:] = 0
     if len(state) != 5056 or int(words.view(624, 8)[:, 4:].sum()):
         raise PrivacyError(
-            f"torch {torch.__version__} keeps its generator's state in another form than is known here, so that noise "
-            "cannot be seeded safely: use a version of torch that this project was tested with"
+            f"torch {torch.__version__} keeps the state of its generator in an unknown form, so that the noise "
+            "cannot be seeded safely: use a version of torch that this project was tested with",
+            code="unknown-generator-state",
         )
     words.copy_(fresh)
     generator.set_state(state)
@@ -106,7 +107,7 @@ def poisson_batches(
         Sorted indices [b], b = 0 included.
     """
     if not 0 < sample_rate <= 1:
-        raise PrivacyError(f"a sample rate must lie in (0, 1], not {sample_rate!r}")
+        raise PrivacyError(f"a sample rate must lie in (0, 1], not {sample_rate!r}", code="out-of-range")
     rng = generator if generator is not None else secret_rng()
     for _ in range(steps):
         yield np.flatnonzero(rng.random(n) < sample_rate)
@@ -164,7 +165,9 @@ class PrivateStep:
         }
         for name, value in numbers.items():
             if not 0 < value < float("inf"):
-                raise PrivacyError(f"{name} must be positive and finite for a private step, not {value!r}")
+                raise PrivacyError(
+                    f"{name} must be positive and finite for a private step, not {value!r}", code="out-of-range"
+                )
         require_trained(model, optimizer)
         self._model = model
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -203,7 +206,7 @@ class PrivateStep:
             PrivacyError: if a loss or a gradient is not one for each example.
         """
         if self._hooks is None:
-            raise PrivacyError("this private step was cleaned up: make a new one")
+            raise PrivacyError("this private step was closed: make a new one", code="step-closed")
         size = self._physical or max(1, len(indices))
         parts = [indices[start : start + size] for start in range(0, len(indices), size)] or [indices]
         self.optimizer.zero_grad(set_to_none=True)
@@ -263,7 +266,8 @@ class PrivateStep:
         if values.shape != (len(part),):
             raise PrivacyError(
                 f"a private step needs the loss of each example, [{len(part)}], and got {list(values.shape)}: give "
-                "per-sample losses, never a mean over the batch or its tokens"
+                "per-sample losses, never a mean over the batch or its tokens",
+                code="loss-not-per-example",
             )
         backward(values)
         samples = per_sample_gradients(self._params, len(part))
@@ -280,7 +284,8 @@ class PrivateStep:
         for name, before in self._before.items():
             if before.numel() and torch.equal(before, self._params[name].detach()):
                 raise PrivacyError(
-                    f"{name!r} did not move in a noisy step: build the optimizer and the private step after the model "
-                    "is on its device and its adapters are in place"
+                    f"{name!r} was not changed by a noisy step: build the optimizer and the private step after the "
+                    "model is on its device and its adapters are in place",
+                    code="parameter-unchanged",
                 )
         self._before = None

@@ -23,7 +23,9 @@ def attach(model: torch.nn.Module) -> Any:
     try:
         return GradSampleHooks(model, loss_reduction="sum", strict=True)
     except (NotImplementedError, ValueError) as error:
-        raise PrivacyError(f"per-sample gradients are not to be had from this model: {_line(error)}") from error
+        raise PrivacyError(
+            f"per-sample gradients cannot be computed for this model: {_line(error)}", code="no-per-sample-gradients"
+        ) from error
 
 
 def detach(model: torch.nn.Module, hooks: Any) -> None:
@@ -54,8 +56,10 @@ def per_sample_gradients(params: Mapping[str, torch.nn.Parameter], b: int) -> di
         if gradient is None:
             if p.grad is not None:
                 raise PrivacyError(
-                    f"{name!r} has a gradient, and no per-sample one: its module is used in a way that hooks do not "
-                    "see (checkpointing without use_reentrant=True, a weight used by name): change that, or freeze it"
+                    f"{name!r} has a gradient and no per-sample one, because its module is used in a way that hooks "
+                    "do not see (checkpointing without use_reentrant=True, a weight used by name): change that, or "
+                    "freeze it",
+                    code="gradient-not-seen",
                 )
             gradient = p.grad_sample = p.new_zeros(b, *p.shape)  # type: ignore[attr-defined]
         if isinstance(gradient, list) or gradient.shape[0] != b:
@@ -63,7 +67,8 @@ def per_sample_gradients(params: Mapping[str, torch.nn.Parameter], b: int) -> di
             raise PrivacyError(
                 f"{name!r} gave {found} gradients for {b} examples: its module flattens or shares the batch (windows, "
                 "experts, position ids of the whole batch), so clipping would not be per example: freeze it, or leave "
-                "it out of adapter.targets"
+                "it out of adapter.targets",
+                code="batch-dimension-lost",
             )
         out[name] = gradient
     return out

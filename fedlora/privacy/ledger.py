@@ -100,7 +100,7 @@ class Ledger:
 
     def __init__(self, path: str | Path, *, unit: str = "example", session: str | None = None) -> None:
         if unit not in UNITS:
-            raise PrivacyError(f"a ledger's unit is one of {', '.join(UNITS)}, not {unit!r}")
+            raise PrivacyError(f"a ledger's unit must be one of {', '.join(UNITS)}, not {unit!r}", code="unknown-name")
         self.path = Path(path)
         self.unit = unit
         self.session = session if session is not None else f"{_PROCESS}-{os.getpid()}"
@@ -221,8 +221,9 @@ class Ledger:
             if budget is not None and not budget.holds([*before, entry]):
                 spent = epsilon(before, budget.delta, budget.accountant)
                 raise PrivacyError(
-                    f"privacy budget spent: ledger {str(self.path)!r} stands at epsilon {spent:.3f}, and one more "
-                    f"round would pass {budget.epsilon:g}: stop here, or raise epsilon, or plan fewer rounds"
+                    f"the privacy budget is spent: ledger {str(self.path)!r} is at epsilon {spent:.3f}, and one more "
+                    f"round would exceed {budget.epsilon:g}; stop here, raise epsilon, or plan fewer rounds",
+                    code="budget-spent",
                 )
             lines: list[Mapping[str, Any]] = [{"event": "torn", **_amount(cost)} for cost in torn_cost]
             for name, attempt in content.attempts.items():
@@ -265,7 +266,9 @@ class Ledger:
                 continue
             try:
                 self._apply(content, line)
-            except (KeyError, TypeError, AttributeError, PrivacyError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError, PrivacyError) as error:
+                if isinstance(error, PrivacyError) and error.code == "unit-mismatch":
+                    raise
                 raise self._damaged(number, f" ({error})") from None
         return content
 
@@ -276,22 +279,27 @@ class Ledger:
             content.torn = False
         elif event == "started":
             if line["unit"] != self.unit:
-                raise PrivacyError(f"it keeps figures for {line['unit']!r}, and {self.unit!r} was asked for")
+                raise PrivacyError(
+                    f"privacy ledger {str(self.path)!r} accounts for the unit {line['unit']!r}, not {self.unit!r}: "
+                    "give each unit a ledger of its own",
+                    code="unit-mismatch",
+                )
             content.attempts[line["attempt"]] = _Attempt(
                 _entry(line), str(line["run"]), int(line["round"]), str(line["session"])
             )
         elif event in ("released", "void"):
             before = content.attempts[line["attempt"]]
             if event == "void" and before.status == "released":
-                raise PrivacyError("it makes void what was released")
+                raise ValueError("it voids what was released")
             content.attempts[line["attempt"]] = replace(before, status=event)
         else:
-            raise PrivacyError(f"unknown event {event!r}")
+            raise ValueError(f"unknown event {event!r}")
 
     def _damaged(self, number: int, why: str = "") -> PrivacyError:
         return PrivacyError(
-            f"privacy ledger {str(self.path)!r} is damaged at line {number}{why}: restore it from a backup; "
-            "without it nobody knows what was spent on this data"
+            f"privacy ledger {str(self.path)!r} is damaged at line {number}{why}: restore it from a backup; without "
+            "it nobody can say how much privacy was spent on this data",
+            code="ledger-damaged",
         )
 
 
@@ -344,7 +352,10 @@ class Attempt:
 
     def _require_open(self, what: str) -> None:
         if self._done:
-            raise PrivacyError(f"an attempt is {what} once, and before it is closed: ask the ledger for a new one")
+            raise PrivacyError(
+                f"an attempt can be {what} only once, and only before it is closed: ask the ledger for a new one",
+                code="attempt-closed",
+            )
 
 
 def _amount(entry: Entry) -> dict[str, float | int]:

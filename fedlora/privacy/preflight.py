@@ -49,7 +49,9 @@ def preflight(
     """
     require_structure(model)
     if len(alone) < 2:
-        raise PrivacyError("the check before private training needs two examples: give it a batch of two")
+        raise PrivacyError(
+            "the check before private training needs two examples: give it a batch of two", code="too-few-examples"
+        )
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
     with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})), _shaken(model):
         _as_trained(model, losses, dict(together), len(alone))
@@ -65,36 +67,45 @@ def require_structure(model: torch.nn.Module) -> None:
             re-entrant, nothing to train.
     """
     if not any(p.requires_grad for p in model.parameters()):
-        raise PrivacyError("nothing is trained: set requires_grad on the adapter before private training")
+        raise PrivacyError(
+            "there is nothing to train: set requires_grad on the adapter before private training",
+            code="nothing-to-train",
+        )
     for name, module in model.named_modules():
         if len(getattr(module, "lora_magnitude_vector", None) or ()):
             raise PrivacyError(
-                f"{name!r} uses DoRA, whose per-sample gradients are not to be had: set adapter.method to plain LoRA"
+                f"{name!r} uses DoRA, whose per-sample gradients cannot be computed: set adapter.method = 'lora'",
+                code="dora-unsupported",
             )
         if len(getattr(module, "lora_embedding_A", None) or ()):
             raise PrivacyError(
-                f"{name!r} is an embedding with LoRA, whose weights are used past every hook: leave it out of "
-                "adapter.targets"
+                f"{name!r} is an embedding with LoRA, whose weights are used where no hook sees them: leave it out "
+                "of adapter.targets",
+                code="lora-on-embedding",
             )
         if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.training and _mixes(module):
             raise PrivacyError(
                 f"{name!r} normalises by the statistics of the batch, so that each example's gradient depends on the "
-                "others: put it in evaluation mode after model.train(), or replace it by GroupNorm"
+                "others: put it in evaluation mode after model.train(), or replace it by GroupNorm",
+                code="batch-statistics",
             )
         if getattr(module, "gradient_checkpointing", False) and not _reentrant(module):
             raise PrivacyError(
-                f"{name or type(module).__name__!r} checkpoints in the form that runs hooks twice: call "
-                'gradient_checkpointing_enable({"use_reentrant": True}) and enable_input_require_grads()'
+                f"{name or type(module).__name__!r} checkpoints gradients in the form that runs hooks twice: call "
+                'gradient_checkpointing_enable({"use_reentrant": True}) and enable_input_require_grads()',
+                code="checkpointing-not-reentrant",
             )
         if getattr(module, "gradient_checkpointing", False) and _drops(module):
             raise PrivacyError(
-                f"{name or type(module).__name__!r} checkpoints and drops out, so that its second forward pass would "
-                "draw other masks than the first: set model.dropout = 0, or do not checkpoint"
+                f"{name or type(module).__name__!r} uses gradient checkpointing and dropout, so that its second "
+                "forward pass would draw other masks than the first: set model.dropout = 0, or do not checkpoint",
+                code="checkpointing-with-dropout",
             )
         if not module.training and any(p.requires_grad for p in module.parameters(recurse=False)):
             raise PrivacyError(
-                f"{name!r} is trained and in evaluation mode, where per-sample gradients are not recorded: call "
-                "model.train()"
+                f"{name!r} is trained but is in evaluation mode, where per-sample gradients are not recorded: call "
+                "model.train()",
+                code="evaluation-mode",
             )
 
 
@@ -108,15 +119,26 @@ def require_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     cure = "build the optimizer from the model's trainable parameters, after the model is on its device"
     if not trained:
-        raise PrivacyError("nothing is trained: set requires_grad on the adapter before private training")
+        raise PrivacyError(
+            "there is nothing to train: set requires_grad on the adapter before private training",
+            code="nothing-to-train",
+        )
     missing = trained.keys() - held
     if missing:
-        raise PrivacyError(f"the optimizer does not hold {trained[min(missing)]!r}, which the model trains: {cure}")
+        raise PrivacyError(
+            f"the optimizer does not hold {trained[min(missing)]!r}, which the model trains: {cure}",
+            code="optimizer-mismatch",
+        )
     if held - trained.keys():
-        raise PrivacyError(f"the optimizer trains a tensor that is not the model's (any more): {cure}")
+        raise PrivacyError(
+            f"the optimizer trains a tensor that is not among the model's trainable ones: {cure}",
+            code="optimizer-mismatch",
+        )
     devices = sorted({str(p.device) for p in model.parameters() if p.requires_grad})
     if len(devices) > 1:
-        raise PrivacyError(f"the trained tensors are on several devices ({', '.join(devices)}): {cure}")
+        raise PrivacyError(
+            f"the trained tensors are on several devices ({', '.join(devices)}): {cure}", code="several-devices"
+        )
 
 
 def _drops(module: torch.nn.Module) -> bool:
@@ -142,8 +164,9 @@ def _as_trained(model: torch.nn.Module, losses: BatchLosses, together: dict[str,
     for name, gradient in whole.items():
         if _gap(samples[name].sum(0), gradient, size) > _tolerance(model):
             raise PrivacyError(
-                f"the per-sample gradients of {name!r} do not add up to its gradient: part of its use is not seen by "
-                "hooks (a weight used by name, or tied): freeze it"
+                f"the per-sample gradients of {name!r} do not sum to its gradient, because part of its use is not "
+                "seen by hooks (a weight used by name, or tied): freeze it",
+                code="gradient-not-seen",
             )
     _clear(model)
 
@@ -169,7 +192,7 @@ def _against_brute_force(
         size = _norm(gradients)
         for name, truth in zip(params, gradients, strict=True):
             if (gap := _gap(samples[name][i], truth, size)) > tolerance:
-                raise PrivacyError(_depends(f"the gradient of {name!r} for one example", gap))
+                raise PrivacyError(_depends(f"the gradient of {name!r} for one example", gap), code="examples-coupled")
     _clear(model)
     times = max(1, CROWD // len(alone))
     crowd = {name: torch.cat([value] * times) for name, value in together.items()}
@@ -178,7 +201,7 @@ def _against_brute_force(
     truth = torch.stack(single).double().repeat(times)
     gaps = (found - truth).abs() / truth.abs().clamp_min(1e-3)
     if not bool((gaps <= tolerance).all()):
-        raise PrivacyError(_depends("the loss of one example", float(gaps.max())))
+        raise PrivacyError(_depends("the loss of one example", float(gaps.max())), code="examples-coupled")
 
 
 def _depends(what: str, gap: float) -> str:
@@ -198,7 +221,8 @@ def _hooked(model: torch.nn.Module, losses: BatchLosses, together: dict[str, Ten
         if values.shape != (b,):
             raise PrivacyError(
                 f"the loss of {b} examples has shape {list(values.shape)}: give per-sample losses, [{b}], never a mean "
-                "over the batch or its tokens"
+                "over the batch or its tokens",
+                code="loss-not-per-example",
             )
         backward(values)
         return {name: g.clone() for name, g in per_sample_gradients(_trained(model), b).items()}
@@ -206,8 +230,10 @@ def _hooked(model: torch.nn.Module, losses: BatchLosses, together: dict[str, Ten
         raise
     except Exception as error:
         raise PrivacyError(
-            f"per-sample gradients fail on this model ({type(error).__name__}: {' '.join(str(error).split())}): adapt "
-            "plain linear layers, and leave embeddings, convolutions with state and custom layers frozen"
+            f"per-sample gradients cannot be computed for this model ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}): adapt plain linear layers, and leave embeddings, convolutions with "
+            "state and custom layers frozen",
+            code="no-per-sample-gradients",
         ) from error
     finally:
         detach(model, hooks)

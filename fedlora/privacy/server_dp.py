@@ -79,22 +79,28 @@ class ServerDP(Aggregator):
     def __post_init__(self) -> None:
         if Claim.LINEAR not in self.rule.claims:
             raise PrivacyError(
-                f"{type(self.rule).__name__} does not claim LINEAR: it looks at each client's update by itself, and "
-                f"noise on a sum hides no client from it: choose one of "
-                f"{', '.join(names_claiming(Claim.LINEAR))}, or private training on the clients"
+                f"{type(self.rule).__name__} does not claim LINEAR: it treats each client's update separately, so "
+                f"that noise on a sum would hide no client: choose one of {', '.join(names_claiming(Claim.LINEAR))}, "
+                "or private training on the clients",
+                code="rule-not-linear",
             )
         for name in ("noise_multiplier", "clip_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise PrivacyError(f"central privacy needs a positive and finite {name}, not {value!r}")
+                raise PrivacyError(
+                    f"central privacy needs a positive and finite {name}, not {value!r}", code="out-of-range"
+                )
         if self.minimum_cohort < 1:
-            raise PrivacyError(f"minimum_cohort must be at least 1, not {self.minimum_cohort}")
+            raise PrivacyError(f"minimum_cohort must be at least 1, not {self.minimum_cohort}", code="out-of-range")
         if not (0 < self.quantile < 1 and self.clip_lr > 0):
-            raise PrivacyError("adaptive clipping needs a quantile between 0 and 1 and a positive clip_lr")
+            raise PrivacyError(
+                "adaptive clipping needs a quantile between 0 and 1 and a positive clip_lr", code="out-of-range"
+            )
         if self.adaptive and not self.count_multiplier > self.noise_multiplier:
             raise PrivacyError(
                 f"count_noise_multiplier must be above noise_multiplier {self.noise_multiplier:g}, not "
-                f"{self.count_multiplier:g}: nothing would be left for the updates"
+                f"{self.count_multiplier:g}, or no noise would be left for the updates",
+                code="out-of-range",
             )
 
     def entry(self) -> Entry:
@@ -158,7 +164,7 @@ class ServerDP(Aggregator):
             total += weight
             largest = max(largest, weight)
         if start is None:
-            raise RuleError("there is nothing to average: no client's update was given")
+            raise RuleError("there is nothing to aggregate: give at least one client's update", code="no-updates")
         if count < self.minimum_cohort:
             metrics = {"dropped": 1.0, "clip_norm": clip, "noise_std": 0.0}
             return replace(state, round=state.round + 1, metrics=metrics)
@@ -203,10 +209,17 @@ def _difference(update: ClientUpdate, plan: ClientPlan, before: dict[str, Tensor
     after = update.adapter.tensors(plan.sends)
     if after.keys() != before.keys():
         odd = min(after.keys() ^ before.keys())
-        raise RuleError(f"client {update.client_id} was asked for other tensors than it sent: {odd!r}")
+        raise RuleError(
+            f"client {update.client_id} sent other tensors than it was asked for: {odd!r} differs",
+            code="tensors-differ",
+        )
     for name, value in after.items():
         if value.shape != before[name].shape:
-            raise RuleError(f"client {update.client_id} sent {name!r} with shape {tuple(value.shape)}")
+            raise RuleError(
+                f"client {update.client_id} sent {name!r} with shape {tuple(value.shape)}, and was asked for "
+                f"{tuple(before[name].shape)}",
+                code="shape-mismatch",
+            )
     return {name: after[name].detach().cpu().double() - before[name].double() for name in before}
 
 
@@ -216,5 +229,6 @@ def _require_same_start(first: dict[str, Tensor], other: dict[str, Tensor], clie
     if first.keys() != other.keys() or any(not torch.equal(first[name], other[name]) for name in first):
         raise RuleError(
             f"client {client_id} starts from another adapter than the others, so that their updates have no common "
-            "mean to add noise to: give all clients the same rank under central privacy"
+            "mean to add noise to: give all clients the same rank under central privacy",
+            code="mixed-ranks",
         )

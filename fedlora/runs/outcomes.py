@@ -40,4 +40,4 @@ def read_outcomes(run: Path) -> tuple[str, dict[str, np.ndarray]] | None:
     except FileNotFoundError:
         return None
     except (RunDirError, KeyError) as error:
-        raise RunDirError(f"{str(run / FILE)!r} is damaged ({error}); remove it") from None
+        raise RunDirError(f"{str(run / FILE)!r} is damaged ({error}); remove it", code="file-damaged") from None

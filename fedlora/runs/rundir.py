@@ -79,7 +79,9 @@ def require_provenance(made: Provenance, found: Provenance, what: str, cure: str
     """
     if changed := made.changed(found):
         verb = "is" if len(changed) == 1 and changed[0] != "class_names" else "are"
-        raise RunDirError(f"{in_words(changed)} {verb} not what {what} was made with: {cure}")
+        raise RunDirError(
+            f"{in_words(changed)} {verb} not what {what} was made with: {cure}", code="provenance-mismatch"
+        )
 
 
 def unverified(folder: Path) -> Path:
@@ -163,7 +165,7 @@ class RunDir:
         path = Path(path)
         if not (path / "config.toml").is_file():
             others = [str(found.parent) for found in path.parent.glob("*/config.toml")]
-            raise RunDirError(f"there is no run in {str(path)!r}; {nearest_file(path, others)}")
+            raise RunDirError(f"there is no run in {str(path)!r}; {nearest_file(path, others)}", code="no-such-run")
         written = load_config(path / "config.toml")
         if config is not None:
             config = config.with_absolute_paths()
@@ -171,18 +173,21 @@ class RunDir:
             if changed:
                 raise RunDirError(
                     f"{str(path)!r} was started with another config: {_both(written, config, changed)}; "
-                    f"{_why_not(changed)}start a new run with --set name=..."
+                    f"{_why_not(changed)}start a new run with --set name=...",
+                    code="config-differs",
                 )
         if config is not None and config.rounds != written.rounds and written.privacy and written.privacy.epsilon:
             raise RunDirError(
                 f"the noise of {str(path)!r} was calibrated for {written.rounds} rounds: resume with rounds = "
-                f"{written.rounds}, or start a new run with --set name=..."
+                f"{written.rounds}, or start a new run with --set name=...",
+                code="noise-fixes-rounds",
             )
         run = cls(path, config or written)
         if config is not None and (done := run.rounds_done) > config.rounds:
             raise RunDirError(
-                f"{str(path)!r} has done {done} rounds and rounds = {config.rounds}: give {done} or more, "
-                "or start a new run with --set name=..."
+                f"{str(path)!r} has {done} completed rounds, more than rounds = {config.rounds}: set rounds to "
+                f"{done} or more, or start a new run with --set name=...",
+                code="rounds-already-done",
             )
         return run
 
@@ -198,7 +203,9 @@ class RunDir:
                 yield
         except BlockingIOError:
             raise RunDirError(
-                f"another process is writing {str(self.path)!r}: wait for it, stop it, or choose --set name=..."
+                f"another process is writing to {str(self.path)!r}: wait for it, stop it, or choose another name "
+                "with --set name=...",
+                code="run-in-use",
             ) from None
 
     @property
@@ -223,8 +230,9 @@ class RunDir:
             return (self.path / "run-id").read_text(encoding="utf-8")
         except FileNotFoundError:
             raise RunDirError(
-                f"{str(self.path / 'run-id')!r} is missing, and without it nobody knows what this run has spent of its "
-                "privacy: restore it, or start a new run with --set name=..."
+                f"{str(self.path / 'run-id')!r} is missing, and without it nobody can say how much privacy this "
+                "run has spent: restore it, or start a new run with --set name=...",
+                code="run-id-missing",
             ) from None
 
     @property
@@ -268,7 +276,9 @@ class RunDir:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise RunDirError(f"{str(self.path / name)!r} is damaged ({error}); remove it or the run") from None
+            raise RunDirError(
+                f"{str(self.path / name)!r} is damaged ({error}): remove it, or the whole run", code="file-damaged"
+            ) from None
 
     @property
     def changes(self) -> list[Change]:
@@ -336,7 +346,9 @@ class RunDir:
             try:
                 records.append(json.loads(line))
             except ValueError:
-                raise RunDirError(f"line {number} of {str(self._metrics)!r} is damaged: remove that line") from None
+                raise RunDirError(
+                    f"line {number} of {str(self._metrics)!r} is damaged: remove that line", code="file-damaged"
+                ) from None
         return records
 
     def truncate_metrics(self, last_round: int) -> None:
@@ -387,8 +399,9 @@ class RunDir:
         state = self.latest_checkpoint()
         if state is None and (self.path / "result.json").is_file():
             raise RunDirError(
-                f"the checkpoints of {str(self.path)!r} were removed: it cannot go on, start a new run with "
-                "--set name=..."
+                f"the checkpoints of {str(self.path)!r} were removed, so that it cannot be resumed: start a new run "
+                "with --set name=...",
+                code="checkpoints-removed",
             )
         done = -1 if state is None else state.round
         self.truncate_metrics(done)
@@ -423,9 +436,9 @@ class RunDir:
         try:
             return unpack(path.read_bytes())
         except FileNotFoundError:
-            raise RunDirError(f"{str(path)!r} is missing; {cure}") from None
+            raise RunDirError(f"{str(path)!r} is missing: {cure}", code="file-missing") from None
         except RunDirError as error:
-            raise RunDirError(f"{str(path)!r} is damaged ({error}); {cure}") from None
+            raise RunDirError(f"{str(path)!r} is damaged ({error}): {cure}", code="file-damaged") from None
 
     def _read_base_update(self, since: int, version: int) -> BaseUpdate:
         name = _base_update_name(since, version)
@@ -481,9 +494,15 @@ class RunDir:
         """Whatever is no run's is not touched, even where overwriting was asked for."""
         path = self.path
         if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise RunDirError(f"{str(path)!r} is in the way and is no folder: choose another name with --set name=...")
+            raise RunDirError(
+                f"{str(path)!r} exists and is not a folder: choose another name with --set name=...",
+                code="not-a-folder",
+            )
         if path.exists() and any(path.iterdir()) and not (path / "config.toml").is_file():
-            raise RunDirError(f"{str(path)!r} holds other files than a run's: choose another name with --set name=...")
+            raise RunDirError(
+                f"{str(path)!r} holds files that are not a run's: choose another name with --set name=...",
+                code="folder-holds-other-files",
+            )
 
     def _refuse_if_taken(self) -> None:
         path = self.path
@@ -491,23 +510,31 @@ class RunDir:
         if not (path / "config.toml").is_file():
             return
         if (path / "result.json").is_file():
-            raise RunDirError(f"{str(path)!r} holds a finished run: --overwrite it, or choose --set name=...")
+            raise RunDirError(
+                f"{str(path)!r} holds a finished run: replace it with --overwrite, or choose another name with --set "
+                "name=...",
+                code="run-exists",
+            )
         raise RunDirError(
-            f"{str(path)!r} holds an unfinished run: go on with --resume {path}, --overwrite it, "
-            "or choose --set name=..."
+            f"{str(path)!r} holds an unfinished run: continue it with --resume {path}, replace it with --overwrite, "
+            "or choose another name with --set name=...",
+            code="run-unfinished",
         )
 
 
 def _path_of(config: RunConfig, root: str | Path | None) -> Path:
     if config.name in ("", ".", "..") or any(mark in config.name for mark in ("/", "\\", "\0")):
-        raise ConfigError(f"name {config.name!r} must be a plain folder name: letters, digits, '-', '_' and '.'")
+        raise ConfigError(
+            f"name {config.name!r} must be a plain folder name: letters, digits, '-', '_' and '.'", code="bad-run-name"
+        )
     return Path(config.output if root is None else root) / config.name
 
 
 def _unwritable(path: Path, error: OSError) -> RunDirError:
     return RunDirError(
-        f"the run's folder {clean_text(repr(str(path)), 300)} cannot be made: {error.strerror or error}; name another "
-        "place with --set output=... or --set name=..."
+        f"the run's folder {clean_text(repr(str(path)), 300)} cannot be created: {error.strerror or error}; choose "
+        "another place with --set output=... or --set name=...",
+        code="folder-not-writable",
     )
 
 

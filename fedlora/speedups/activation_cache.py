@@ -126,7 +126,10 @@ class ActivationCache:
         """
         if not changed <= self._targets:
             odd = min(changed - self._targets)
-            raise ModelError(f"a merge changed {odd!r}, below the adapters: set runtime.prefix_cache = 'off'")
+            raise ModelError(
+                f"a base update changed {odd!r}, below the adapters: set runtime.prefix_cache = 'off'",
+                code="base-update-below-adapters",
+            )
 
     @contextmanager
     def aside(self) -> Iterator[None]:

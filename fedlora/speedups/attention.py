@@ -62,16 +62,23 @@ def choose_attention(model: nn.Module, mode: Mode = "auto") -> AttentionReport:
         ModelError: the mode is unknown, or was asked for and the model does not have it.
     """
     if mode not in MODES:
-        raise ModelError(f"unknown runtime.attention {mode!r}; {nearest(str(mode), MODES)}")
+        raise ModelError(f"unknown runtime.attention {mode!r}; {nearest(str(mode), MODES)}", code="unknown-name")
     now = str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager")
     kept: Mode = "sdpa" if now in ("sdpa", NAME) else "eager"
     if not _settable(model):
         if mode not in ("auto", kept):
-            raise ModelError(f"{type(model).__name__} attends by its own code ({kept}): set runtime.attention = 'auto'")
+            raise ModelError(
+                f"{type(model).__name__} has attention code of its own ({kept}), which cannot be replaced: set "
+                "runtime.attention = 'auto'",
+                code="attention-not-supported",
+            )
         return AttentionReport(kept, f"{type(model).__name__} attends by its own code")
     if mode != "eager" and not getattr(model, "_supports_sdpa", False):
         if mode == "sdpa":
-            raise ModelError(f"{type(model).__name__} has no sdpa attention: set runtime.attention = 'auto'")
+            raise ModelError(
+                f"{type(model).__name__} has no sdpa attention: set runtime.attention = 'auto'",
+                code="attention-not-supported",
+            )
         return AttentionReport(kept, f"{type(model).__name__} has no sdpa attention")
     if mode == "auto":
         _register()

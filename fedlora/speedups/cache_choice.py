@@ -85,7 +85,10 @@ def choose_cache(
             base.cache.close()
         base.cache = None
         if mode == "on":
-            raise ModelError(f"runtime.prefix_cache = 'on' cannot be: {unfit}; set it to 'auto' or 'off'") from None
+            raise ModelError(
+                f"runtime.prefix_cache = 'on' is not possible: {unfit}; set it to 'auto' or 'off'",
+                code="prefix-cache-not-supported",
+            ) from None
         return CacheReport("off", str(unfit))
 
 

@@ -114,13 +114,16 @@ def accelerate(model: nn.Module, mode: Mode = "auto", *, rows: int = 512) -> Ker
         ModelError: `mode` is unknown, or "onednn" was asked of a torch that was built without it.
     """
     if mode not in MODES:
-        raise ModelError(f"unknown kernel mode {mode!r}: {nearest(str(mode), MODES)}")
+        raise ModelError(f"unknown runtime.kernels {mode!r}; {nearest(str(mode), MODES)}", code="unknown-name")
     restore(model)
     if mode == "off":
         return KernelReport("off", 0, "switched off")
     if _linear_op() is None:
         if mode == "onednn":
-            raise ModelError("this torch has no oneDNN linear kernel: set the kernel mode to 'auto' or 'off'")
+            raise ModelError(
+                "this build of torch has no oneDNN linear kernel: set runtime.kernels = 'auto' or 'off'",
+                code="kernels-not-supported",
+            )
         return KernelReport("off", 0, "this torch has no oneDNN linear kernel")
     layers = list(_eligible(model))
     if not layers:

@@ -97,7 +97,8 @@ class Trial:
             first = clean_text(next(iter(str(error).splitlines()), ""), 200)
             raise ModelError(
                 f"{type(base.model).__name__} cannot {doing} the data's examples ({type(error).__name__}: {first}): "
-                "change model.dtype, task.max_length or model.name"
+                "change model.dtype, task.max_length or model.name",
+                code="examples-not-computable",
             ) from error
         finally:
             base.train_mode(False)
@@ -141,7 +142,7 @@ class Trial:
 
     def _refused(self, reason: str, found: str, key: str) -> str:
         if reason == "asked for":
-            raise ModelError(f"{found}: set runtime.{key} = 'auto'")
+            raise ModelError(f"{found}: set runtime.{key} = 'auto'", code="speedup-changes-results")
         return found
 
     def _same(self) -> bool:
@@ -222,8 +223,9 @@ def coupling(
         return None
     if left:
         raise ModelError(
-            f"{name} looks at padding, and its tokeniser pads on the left, which is not to be had here: choose another "
-            "model.name"
+            f"{name} depends on padding, and its tokenizer pads on the left, which is not supported: choose another "
+            "model.name",
+            code="padding-on-the-left",
         )
     return f"in {name} an example's result depends on how far it is padded"
 

@@ -38,15 +38,19 @@ def check_model(base: Base, task: Task, examples: Examples, job: TrainJob) -> No
     require_private_task(task)
     if not base.method.bilinear:
         raise PrivacyError(
-            f"the gradients of single examples are not to be had with method {base.method.name!r}: set adapter.method "
-            "= 'lora', or another one that trains A and B alone"
+            f"per-sample gradients cannot be computed for method {base.method.name!r}: set adapter.method = 'lora', "
+            "or another method that trains only A and B",
+            code="no-per-sample-gradients",
         )
     if job.trains in base.checked:
         return
     base.write(job.adapter, job.trains)
     base.train_mode(True)
     if len(examples) < 2:
-        raise PrivacyError("the check before private training needs two test examples: raise data.test_fraction")
+        raise PrivacyError(
+            "the check before private training needs two test examples: raise data.test_fraction",
+            code="too-few-examples",
+        )
     together, alone = company_of(task, examples)
     own: Masks = lambda rows: [Stream(int(row), base.device) for row in rows]  # noqa: E731
 
@@ -63,7 +67,8 @@ def require_private_task(task: Task) -> None:
     if not task.rows_are_examples:
         raise PrivacyError(
             "this task packs several examples into one row, so that no gradient belongs to one example: set "
-            "task.packing = false under [privacy]"
+            "task.packing = false under [privacy]",
+            code="packed-examples",
         )
 
 

@@ -35,7 +35,7 @@ from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Masks, Part, RowsError, Streams, example_parts, secret_masks
 from fedlora.training.job import TrainJob, TrainResult, learning_rate
 from fedlora.training.loop import Client, Loop, Outcome
-from fedlora.training.opacus_loop import secret_seed, train_by_opacus, unshared_losses
+from fedlora.training.opacus_loop import secret_seed, train_by_opacus, unshared_losses, veiled
 from fedlora.training.row_optimizer import put, take
 from fedlora.training.step_scheduler import Budget
 
@@ -215,7 +215,8 @@ class PrivateTrainingLoop(Loop):
         row = self._values[client.row]
         if not bool(torch.isfinite(row).all()):
             return PrivacyError(
-                f"the adapter is not finite after private training: lower train.lr (now {client.config.lr:g})"
+                f"the adapter is no longer finite after private training: lower train.lr (now {client.config.lr:g})",
+                code="adapter-not-finite",
             )
         adapter = self._columns.read(row, client.job.adapter)
         return TrainResult(adapter, 1, client.steps, 0, float("nan"), client.seconds, 0.0)
@@ -294,14 +295,3 @@ def train_private_cohort(
 def timeless(outcome: Outcome) -> Outcome:
     """Without the seconds of computing, which tell how many examples there were."""
     return outcome if isinstance(outcome, Exception) else replace(outcome, examples_seen=0, compute_seconds=0.0)
-
-
-def veiled(error: Exception) -> PrivacyError:
-    """An error that tells nothing of the data: why training failed goes to this process's log alone."""
-    logger.warning("private training failed: %s: %s", type(error).__name__, clean_text(error))
-    logger.debug("private training failed", exc_info=error)
-    told = PrivacyError(
-        "private training failed; the reason may tell of the data and stays in this client's log: see there"
-    )
-    told.__cause__ = error
-    return told

@@ -70,7 +70,11 @@ def private_settings(config: RunConfig, client_id: int) -> PrivateSettings:
 def require_privacy(config: RunConfig) -> ExamplePrivacyConfig:
     """The table [privacy] with unit = "example"; `PrivacyError` if there is none."""
     if config.example_privacy is None:
-        raise PrivacyError("this run's clients do not train privately: add a table [privacy] to its config")
+        raise PrivacyError(
+            'this run does not train privately on its clients: add a table [privacy] with unit = "example" to its '
+            "config",
+            code="not-private",
+        )
     return config.example_privacy
 
 

@@ -60,9 +60,15 @@ def evaluate(
     """
     chosen = np.arange(len(examples)) if indices is None else np.asarray(indices)
     if len(chosen) == 0:
-        raise DataError("there are no examples to evaluate on: raise data.test_fraction, or name a data.test file")
+        raise DataError(
+            "there are no examples to evaluate on: raise data.test_fraction, or name a data.test file",
+            code="no-examples",
+        )
     if domain_column is not None and domain_column not in examples.columns:
-        raise DataError(f"the examples have no column {domain_column!r}; {nearest(domain_column, examples.columns)}")
+        raise DataError(
+            f"the examples have no column {domain_column!r}; {nearest(domain_column, examples.columns)}",
+            code="no-such-column",
+        )
     budget = batch_tokens or (CPU_TOKENS if base.device.type == "cpu" else DEVICE_TOKENS)
     measures: dict[str, np.ndarray] = {}
     if base.coupled is not None:

@@ -97,6 +97,8 @@ def _verify(workspace: Workspace, folder: Path, verify: Callable[[], float]) -> 
         difference = verify()
     except ExportError as error:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier round, if it is there
-        raise ExportError(f"the export could not be verified: {error}; it is kept in {str(kept)!r}") from error
+        raise ExportError(
+            f"the export could not be verified: {error}; it is kept in {str(kept)!r}", code=error.code
+        ) from error
     put_in_place(kept, folder)
     return difference

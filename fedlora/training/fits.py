@@ -55,8 +55,9 @@ def require_fit_of_any(config: RunConfig, base: Base, task: Task) -> None:
         return
     if limit is not None and most > limit:
         raise ConfigError(
-            f"under [privacy] no run may fail by the length of one text, and the model has {limit} positions: set "
-            f"task.max_length = {limit}"
+            f"task.max_length is {most} and the model has {limit} positions; a private run must not fail on one long "
+            f"text: set task.max_length = {limit}",
+            code="max-length-too-large",
         )
     if rows is not None:
         _require_row(config, len(load_tokenizer(Checkpoint.of(config.model))) - 1, rows)
@@ -77,7 +78,8 @@ def _require_row(config: RunConfig, largest: int, rows: int) -> None:
         raise ModelError(
             f"the tokenizer of {config.model.name!r} gives token {clean_text(repr(name), 60)} the id {largest}, and "
             f"the model's embeddings have rows 0 to {rows - 1}: take the token out of the tokenizer, or add rows with "
-            "model.resize_token_embeddings(len(tokenizer)) and save both"
+            "model.resize_token_embeddings(len(tokenizer)) and save both",
+            code="token-without-embedding",
         )
 
 
@@ -90,7 +92,8 @@ def _require_positions(base: Base, sets: Sequence[Examples]) -> None:
         number = sum(int((examples.lengths > limit).sum()) for examples in sets)
         raise DataError(
             f"{number} of {sum(map(len, sets))} texts are longer than the model's {limit} positions (the longest has "
-            f"{longest} tokens): set task.max_length = {limit}, or use a model for longer texts"
+            f"{longest} tokens): set task.max_length = {limit}, or use a model for longer texts",
+            code="text-too-long",
         )
 
 
@@ -108,5 +111,6 @@ def _try_longest(base: Base, task: Task, sets: Sequence[Examples]) -> None:
         first = clean_text(next(iter(str(error).splitlines()), ""), 200)
         raise DataError(
             f"the model cannot compute the longest example ({int(examples.lengths[place])} tokens): "
-            f"{type(error).__name__}: {first}; use a model for such data, or another task"
+            f"{type(error).__name__}: {first}; use a model for such data, or another task",
+            code="examples-not-computable",
         ) from error

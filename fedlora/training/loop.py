@@ -114,7 +114,10 @@ class Loop(ABC):
         if ready:
             first = ready[0].job
             if not self._base.write(first.adapter, first.trains):
-                error = TrainingError(f"nothing trains: the adapter has no tensor in {sorted(first.trains)}")
+                error = TrainingError(
+                    f"there is nothing to train: the adapter has no tensor in {sorted(first.trains)}",
+                    code="nothing-to-train",
+                )
                 for client in ready:
                     client.outcome = error
             else:
@@ -296,7 +299,8 @@ class TrainingLoop(Loop):
         size = len(client.job.indices)
         if not size:
             raise TrainingError(
-                "the client has no examples: give it some, or leave it out (a larger min_size in [partition])"
+                "the client has no examples: give it some, or leave it out with a larger min_size in [partition]",
+                code="no-examples",
             )
         client.steps = number_of_steps(size, client.config)
         client.batches = batches(client.job.indices, client.config.batch_size, client.steps, client.job.seed)
@@ -355,7 +359,8 @@ class TrainingLoop(Loop):
             client.losses.append(loss)
             if not np.isfinite(loss) and client.outcome is None:
                 client.outcome = TrainingError(
-                    f"the loss is not finite at step {len(client.losses)}: {_cure(client.config)}"
+                    f"the loss is not finite at step {len(client.losses)}: {_cure(client.config)}",
+                    code="loss-not-finite",
                 )
             elif client.done == client.steps == len(client.losses) and client.outcome is None:
                 client.outcome = self._ended(client)
@@ -364,7 +369,10 @@ class TrainingLoop(Loop):
     def _ended(self, client: Client) -> Outcome:
         row = self._values[client.row]
         if not bool(torch.isfinite(row).all()):
-            return TrainingError(f"the adapter is not finite after step {client.steps}: {_cure(client.config)}")
+            return TrainingError(
+                f"the adapter is not finite after step {client.steps}: {_cure(client.config)}",
+                code="adapter-not-finite",
+            )
         return TrainResult(
             adapter=self._columns.read(row, client.job.adapter),
             num_examples=len(client.job.indices),

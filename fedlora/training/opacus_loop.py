@@ -44,8 +44,9 @@ def masked_losses(
             return unshared_losses(task, model, to_device(batch, device), device)
     except RowsError as error:
         raise PrivacyError(
-            f"dropout cannot be drawn for each example in {type(model).__name__} ({error}): set model.dropout = 0 and "
-            "adapter.dropout = 0"
+            f"dropout cannot be drawn for each example separately in {type(model).__name__} ({error}): set "
+            "model.dropout = 0 and adapter.dropout = 0",
+            code="dropout-not-per-example",
         ) from error
 
 
@@ -59,9 +60,10 @@ def unshared_losses(task: Task, model: torch.nn.Module, batch: Batch, device: to
         losses = task.losses(model, batch)
     if watch.drawn:
         raise PrivacyError(
-            f"{type(model).__name__} draws random numbers that belong to no single example (it leaves out whole "
-            "layers, or jitters or hashes at random), so that one example may change what others meet: set "
-            "model.dropout = 0, or choose another model"
+            f"{type(model).__name__} draws random numbers that belong to no single example (it skips whole layers, "
+            "or adds jitter or hashes at random), so that one example may change the noise of others: set "
+            "model.dropout = 0, or choose another model",
+            code="randomness-not-per-example",
         )
     return losses
 
@@ -102,7 +104,9 @@ def train_by_opacus(
     begin = time.perf_counter()
     parameters = base.write(job.adapter, job.trains)
     if not parameters:
-        raise TrainingError(f"nothing trains: the adapter has no tensor in {sorted(job.trains)}")
+        raise TrainingError(
+            f"there is nothing to train: the adapter has no tensor in {sorted(job.trains)}", code="nothing-to-train"
+        )
     base.train_mode(True)
     mu = job.proximal_mu or config.proximal_mu
     anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
@@ -131,13 +135,12 @@ def train_by_opacus(
                 optimizer.param_groups[0]["lr"] = learning_rate(step, config)
                 private.step(positions, losses)
     except Exception as error:
-        logger.warning("private training failed: %s: %s", type(error).__name__, clean_text(error))
-        logger.debug("private training failed", exc_info=True)
-        raise PrivacyError(
-            "private training failed; the reason may tell of the data and stays in this client's log: see there"
-        ) from error
+        raise veiled(error) from error
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
-        raise PrivacyError(f"the adapter is not finite after private training: lower train.lr (now {config.lr:g})")
+        raise PrivacyError(
+            f"the adapter is no longer finite after private training: lower train.lr (now {config.lr:g})",
+            code="adapter-not-finite",
+        )
     seconds = time.perf_counter() - begin
     return TrainResult(base.read(), 1, plan.steps, 0, float("nan"), seconds, 0.0)
 
@@ -158,3 +161,16 @@ def add_proximal(parameters: Sequence[Parameter], anchor: Sequence[Tensor], mu: 
     gradients = [p.grad for p, _ in moved]
     drift = torch._foreach_sub([p for p, _ in moved], [a for _, a in moved])
     torch._foreach_add_(gradients, drift, alpha=mu)  # type: ignore[arg-type]
+
+
+def veiled(error: Exception) -> PrivacyError:
+    """An error that tells nothing of the data: why training failed goes to this process's log alone."""
+    logger.warning("private training failed: %s: %s", type(error).__name__, clean_text(error))
+    logger.debug("private training failed", exc_info=error)
+    told = PrivacyError(
+        "private training failed: see this client's own log; the reason is not sent, because it may reveal private "
+        "data",
+        code="private-training-failed",
+    )
+    told.__cause__ = error
+    return told

@@ -104,7 +104,10 @@ def own_cores() -> int:
     """
     said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if said and not said.isdecimal():
-        raise ConfigError(f"OMP_NUM_THREADS is {said!r} in the environment: set it to a number of threads, or unset it")
+        raise ConfigError(
+            f"OMP_NUM_THREADS is {said!r} in the environment: set it to a number of threads, or unset it",
+            code="bad-environment",
+        )
     return int(said or 0) or usable_cores()
 
 

@@ -134,7 +134,10 @@ def _key(config: RunConfig) -> str:
 
 def _require_hub_revision(config: RunConfig) -> None:
     if config.model.revision is not None and Path(Checkpoint.of(config.model).source).is_dir():
-        raise ConfigError(f"model.revision is for hub models, and {config.model.name!r} is a folder here: remove it")
+        raise ConfigError(
+            f"model.revision applies to models of the hub, and {config.model.name!r} is a local folder: remove it",
+            code="key-without-effect",
+        )
 
 
 def close_workspace() -> None:

@@ -32,7 +32,7 @@ REFUSALS = {
     "is to predict": "sees later tokens",
     "on the left": "must be padded on the left",
     "cannot be trained": "cannot be trained on texts of any length",
-    "no module gets an adapter": "has no plain linear layer",
+    "no module would get an adapter": "has no plain linear layer",
 }
 TASKS = {"classifier": "text", "causal": "causal-lm", "image": "image"}
 

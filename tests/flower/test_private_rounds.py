@@ -225,7 +225,7 @@ def test_an_update_with_more_than_public_figures_is_refused(
 ) -> None:
     real = client_app._private_figures
     monkeypatch.setattr(client_app, "_private_figures", lambda *args: {**real(*args), "loss": 0.5})
-    with pytest.raises(RoundError, match=r"what goes with a private update: 'loss' is not on the list"):
+    with pytest.raises(RoundError, match=r"what goes with a private update: 'loss' is not among"):
         run(private())
     monkeypatch.setattr(client_app, "may_leave", lambda content, config: content)
     with pytest.raises(RoundError, match="metric 'loss' was not asked for"):

@@ -179,7 +179,7 @@ def test_a_finished_run_is_kept_until_overwritten(cli: Cli, tiny_toml: Path) -> 
     before = (folder / "metrics.jsonl").read_bytes()
     again = cli("run", tiny_toml)
     assert again.exit_code == 1
-    assert "holds a finished run: --overwrite it, or choose --set name=..." in again.stderr
+    assert "holds a finished run: replace it with --overwrite" in again.stderr
     wrong = cli("run", tiny_toml, "--overwrite", "--set", "adapter.targets=['qery']")
     assert wrong.exit_code == 1
     assert (folder / "metrics.jsonl").read_bytes() == before  # a wrong config costs nobody an earlier run
@@ -211,7 +211,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_as_if_it_had_not_been(
     folder = tiny_toml.parent / "runs" / "tiny"
     assert broken.exit_code == 130
     assert broken.stderr == f"stopped; go on with: fedlora run --resume {folder}\n"
-    assert "holds an unfinished run: go on with --resume" in cli("run", tiny_toml).stderr
+    assert "holds an unfinished run: continue it with --resume" in cli("run", tiny_toml).stderr
     changed = cli("run", tiny_toml, "--resume", folder, "--set", "adapter.rank=4")
     assert changed.exit_code == 1
     assert "adapter.rank was 2 and is now 4" in changed.stderr

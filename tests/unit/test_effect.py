@@ -78,7 +78,7 @@ def test_fields_of_registries_are_refused_too() -> None:
     [
         (["train.epochs=1", "train.warmup_steps=23"], "lower it below 23"),
         (["adapter.export_rank=4"], "export_rank"),
-        (["model.revision=main"], "model.revision is for hub models"),
+        (["model.revision=main"], "model.revision"),
         (["task={name='causal-lm', form='text'}", "data.label=domain"], "data.label"),
     ],
 )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.errors import raises
 
 from fedlora import model as models
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
@@ -69,7 +70,7 @@ def lacking(part: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize("part", ["encoder.layer.1.", "word_embeddings", "encoder.layer.0.attention.self.query"])
 def test_missing_weights_of_the_base_are_refused(changed: Callable[..., Path], part: str) -> None:
     path = changed(lacking(part))
-    with pytest.raises(ModelError, match=r"is missing.*ignore_mismatched_sizes"):
+    with raises(ModelError, "checkpoint-mismatch", part, "model.ignore_mismatched_sizes"):
         load(path)
     base = load(path, ignore_mismatched_sizes=True)
     assert any(part.strip(".") in name for name in base.random)
@@ -79,7 +80,7 @@ def test_missing_weights_of_the_base_are_refused(changed: Callable[..., Path], p
 @pytest.mark.parametrize("config", [{"intermediate_size": 48}, {"vocab_size": 500}, {"max_position_embeddings": 80}])
 def test_weights_of_another_shape_are_refused(changed: Callable[..., Path], config: dict[str, int]) -> None:
     path = changed(**config)
-    with pytest.raises(ModelError, match="ignore_mismatched_sizes"):
+    with raises(ModelError, "checkpoint-mismatch", "model.ignore_mismatched_sizes"):
         load(path)
     assert load(path, ignore_mismatched_sizes=True).random
 
@@ -90,7 +91,7 @@ def test_the_weights_of_another_architecture_are_refused(changed: Callable[..., 
     path = changed()
     GPT2Model(GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     shutil.copyfile(tmp_path / "gpt2" / "model.safetensors", path / "model.safetensors")
-    with pytest.raises(ModelError, match="another architecture"):
+    with raises(ModelError, "checkpoint-mismatch", "BertForSequenceClassification"):
         load(path)
 
 
@@ -105,7 +106,7 @@ def test_a_language_model_has_no_new_head(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     LlamaModel(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "trunk")
-    with pytest.raises(ModelError, match=r"lm_head.weight is missing.*saved as LlamaModel"):
+    with raises(ModelError, "checkpoint-mismatch", "lm_head.weight", "LlamaModel"):
         load(tmp_path / "trunk", "AutoModelForCausalLM")
     LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
     assert load(tmp_path / "tied", "AutoModelForCausalLM").random == ()
@@ -118,7 +119,7 @@ def test_a_target_without_weights_is_to_be_trained_in_full(changed: Callable[...
         adapter=AdapterConfig(rank=2, targets=("pooler.dense",)),
         runtime=RuntimeConfig(device="cpu"),
     )
-    with pytest.raises(ModelError, match="modules_to_save"):
+    with raises(ModelError, "weights-missing", "pooler.dense", "adapter.modules_to_save"):
         load_base(config, "AutoModelForSequenceClassification", ("classifier",), {"num_labels": 3}, "SEQ_CLS")
 
 

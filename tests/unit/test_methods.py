@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.errors import raises
 from torch import Tensor, nn
 
 from fedlora import model as models
@@ -173,7 +174,7 @@ def test_frozen_projections_are_part_of_the_fingerprint(tiny_bert: Path) -> None
 
 
 def test_a_tuner_is_drawn_for_one_seed(tiny_bert: Path) -> None:
-    with pytest.raises(ModelError, match="seed 0, not 1"):
+    with raises(ModelError, "seed-mismatch", "seed 0", "seed 1"):
         load(tiny_bert, "lokr").initial_adapter(1)
 
 
@@ -230,38 +231,37 @@ def test_other_precisions_train_too(tiny_bert: Path, method: str, dtype: str) ->
 
 
 @pytest.mark.parametrize(
-    ("table", "words"),
+    ("table", "code", "named"),
     [
-        ({"method": "veera"}, "did you mean 'vera'?"),
-        ({"method": "DoRA"}, "did you mean 'dora'?"),
-        ({"method": "prompt_tuning"}, "adds tokens to the input"),
-        ({"method": "lora_ga"}, "gradients of training data"),
-        ({"method": "beft"}, "not among those that were tried"),
-        ({"method": "vera", "alpha": 4.0}, "adapter.alpha means nothing to method 'vera', which takes rank, dropout"),
-        ({"method": "ia3", "rank": 4}, "adapter.rank means nothing to method 'ia3'"),
-        ({"method": "lora", "options": {"use_dora": True}}, "remove 'use_dora'"),
+        ({"method": "veera"}, "unknown-name", ["'vera'"]),
+        ({"method": "DoRA"}, "unknown-name", ["'dora'"]),
+        ({"method": "prompt_tuning"}, "method-not-federable", ["'prompt_tuning'", REFUSED["prompt_tuning"]]),
+        ({"method": "lora_ga"}, "method-not-federable", ["'lora_ga'", REFUSED["lora_ga"]]),
+        ({"method": "beft"}, "method-not-supported", ["'beft'"]),
+        ({"method": "vera", "alpha": 4.0}, "key-without-effect", ["adapter.alpha", "'vera'", "rank, dropout"]),
+        ({"method": "ia3", "rank": 4}, "key-without-effect", ["adapter.rank", "'ia3'"]),
+        ({"method": "lora", "options": {"use_dora": True}}, "key-without-effect", ["'use_dora'"]),
     ],
 )
-def test_a_method_that_cannot_be_is_refused(table: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_a_method_that_cannot_be_is_refused(table: dict[str, Any], code: str, named: list[str]) -> None:
+    with raises(ConfigError, code, *named):
         find_method(AdapterConfig(**table))
-    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "words"),
+    ("method", "options", "code", "named"),
     [
-        ("vera", {"d_inital": 1.0}, "did you mean 'd_initial'?"),
-        ("vera", {"r": 4}, "adapter.options.r is adapter.rank here"),
-        ("vera", {"target_modules": ["x"]}, "no field"),
-        ("road", {"group_size": 64}, "PEFT cannot put method 'road' on these modules"),
+        ("vera", {"d_inital": 1.0}, "unknown-key", ["'d_initial'"]),
+        ("vera", {"r": 4}, "option-has-a-key", ["adapter.options.r", "adapter.rank"]),
+        ("vera", {"target_modules": ["x"]}, "unknown-key", ["adapter.options.target_modules"]),
+        ("road", {"group_size": 64}, "modules-refused-by-peft", ["'road'"]),
     ],
 )
-def test_wrong_options_are_refused(tiny_bert: Path, method: str, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(FedloraError) as caught:
+def test_wrong_options_are_refused(
+    tiny_bert: Path, method: str, options: dict[str, Any], code: str, named: list[str]
+) -> None:
+    with raises(FedloraError, code, *named):
         load(tiny_bert, method, options=options)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_rule_that_cannot_average_a_method_says_what_can(tiny_bert: Path, rule
 @pytest.mark.parametrize("method", ["pissa", "orthogonal", "vera"])
 def test_a_part_of_a_whole_adapter_is_refused(tiny_bert: Path, method: str) -> None:
     base = load(tiny_bert, method)
-    with pytest.raises(ModelError, match=r"remove clients.ranks"):
+    with raises(ModelError, "mixed-ranks", repr(method), "rank 2", "clients.ranks"):
         base.layout(2)
 
 
@@ -291,5 +291,5 @@ def test_every_method_of_peft_has_an_answer() -> None:
 
     assert not METHODS.keys() & REFUSED.keys()
     for name in {kind.value.lower() for kind in PeftType} - METHODS.keys():
-        with pytest.raises(ConfigError, match=r"cannot be federated|not among those that were tried"):
+        with raises(ConfigError, "method-not-federable" if name in REFUSED else "method-not-supported", repr(name)):
             find_method(AdapterConfig(method=name))

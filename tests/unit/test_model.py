@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.errors import raises
 from torch import Tensor, nn
 
 from fedlora import model as models
@@ -156,42 +157,40 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_place(tiny_bert: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("adapter", "words"),
+    ("adapter", "code", "named"),
     [
-        ({"targets": ("qeury",)}, "did you mean 'query'"),
-        ({"targets": ("word_embeddings",)}, "is an embedding"),
-        ({"targets": ("LayerNorm",)}, "only linear layers"),
-        ({"method": "eva"}, "training data"),
-        ({"method": "lorra"}, "did you mean 'lora'"),
-        ({"modules_to_save": ("clasifier",)}, "did you mean 'classifier'"),
-        ({"modules_to_save": ("dropout",)}, "no parameters"),
-        ({"rank_pattern": {"qery": 2}}, "did you mean 'query'"),
-        ({"rank_pattern": {"(": 2}}, "no regular expression"),
-        ({"alpha_pattern": {"query": -1.0}}, "above 0"),
+        ({"targets": ("qeury",)}, "no-such-module", "'query'"),
+        ({"targets": ("word_embeddings",)}, "target-not-linear", "word_embeddings"),
+        ({"targets": ("LayerNorm",)}, "target-not-linear", "LayerNorm"),
+        ({"method": "eva"}, "method-not-federable", "'eva'"),
+        ({"method": "lorra"}, "unknown-name", "'lora'"),
+        ({"modules_to_save": ("clasifier",)}, "no-such-module", "'classifier'"),
+        ({"modules_to_save": ("dropout",)}, "nothing-to-train", "dropout"),
+        ({"rank_pattern": {"qery": 2}}, "pattern-without-match", "'query'"),
+        ({"rank_pattern": {"(": 2}}, "bad-pattern", "'('"),
+        ({"alpha_pattern": {"query": -1.0}}, "out-of-range", "-1.0"),
     ],
 )
-def test_an_adapter_that_cannot_be_is_refused(tiny_bert: Path, adapter: dict[str, Any], words: str) -> None:
-    with pytest.raises(FedloraError) as caught:
+def test_an_adapter_that_cannot_be_is_refused(tiny_bert: Path, adapter: dict[str, Any], code: str, named: str) -> None:
+    with raises(FedloraError, code, named):
         load(tiny_bert, **adapter)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_tied_weights_are_not_untied(tiny_gpt2: Path) -> None:
-    with pytest.raises(ModelError, match="tie_word_embeddings"):
+    with raises(ModelError, "tied-weights", "lm_head"):
         load(tiny_gpt2, auto_class="AutoModelForCausalLM", targets=("c_attn", "lm_head"))
-    with pytest.raises(ModelError, match="tie_word_embeddings"):
+    with raises(ModelError, "tied-weights", "wte"):
         load(tiny_gpt2, auto_class="AutoModelForCausalLM", modules_to_save=("wte",))
 
 
 def test_a_model_without_the_tasks_head_is_refused(tiny_bert: Path) -> None:
     config = RunConfig(model=ModelConfig(name=str(tiny_bert)), runtime=RuntimeConfig(device="cpu"))
-    with pytest.raises(ModelError, match="modules_to_save"):
+    with raises(ModelError, "no-head", "'score'", "modules_to_save"):
         load_base(config, CLASSIFIER, ("score",), {"num_labels": 3})
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with raises(ModelError, "model-not-loadable", tmp_path):
         load(tmp_path)
 
 
@@ -217,15 +216,23 @@ def test_layers_leave_out_what_is_in_none(tiny_bert: Path) -> None:
 
 @pytest.mark.parametrize("layers", ["top:3", [2]])
 def test_a_layer_that_is_not_there_is_refused(layers: Any, tiny_bert: Path) -> None:
-    with pytest.raises(ModelError, match=r"'bert\.encoder\.layer' has layers 0 to 1"):
+    with raises(ModelError, "no-such-layer", "'bert.encoder.layer'", "0 to 1"):
         load(tiny_bert, targets=("query",), layers=layers)
-    with pytest.raises(ModelError, match="no list of layers"):
+    with raises(ModelError, "no-layer-list"):
         load(tiny_bert, targets=("pooler.dense",), layers=layers)
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:3", "cuda:x"])
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="device"):
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("gpu", "unknown-name"),
+        ("cuda:99", "no-such-device"),
+        ("cpu:3", "no-such-device"),
+        ("cuda:x", "unknown-name"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, code: str) -> None:
+    with raises(ConfigError, code, repr(name)):
         models.resolve_device(name)
 
 
@@ -310,7 +317,7 @@ def test_layouts_follow_patterns_and_scaling(tiny_bert: Path) -> None:
     root = load(tiny_bert, method="rslora", alpha=16.0).layout
     assert root(4)[QUERY].scale == 8.0
     assert root(16)[QUERY].scale == 4.0
-    with pytest.raises(ModelError, match="rank"):
+    with raises(ModelError, "out-of-range", 0):
         fixed(0)
 
 
@@ -347,15 +354,15 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_bert: Path) -> None:
     pairs, dense = dict(state.pairs), dict(state.dense)
     wrong = LoraPair(torch.zeros(4, 5), torch.zeros(32, 4), 1.0)
     misfits = {
-        "lacks": AdapterState({n: p for n, p in pairs.items() if n != QUERY}, dense),
-        "none such": AdapterState({**pairs, "bert.quary": pairs[QUERY]}, dense),
-        "same base": AdapterState({**pairs, QUERY: wrong}, dense),
-        "same labels": AdapterState(pairs, {**dense, "classifier.bias": torch.zeros(2)}),
-        "classifier.bias": AdapterState(pairs, {"classifier.weight": dense["classifier.weight"]}),
+        ("tensors-differ", QUERY): AdapterState({n: p for n, p in pairs.items() if n != QUERY}, dense),
+        ("tensors-differ", "bert.quary"): AdapterState({**pairs, "bert.quary": pairs[QUERY]}, dense),
+        ("shape-mismatch", QUERY): AdapterState({**pairs, QUERY: wrong}, dense),
+        ("shape-mismatch", "classifier.bias"): AdapterState(pairs, {**dense, "classifier.bias": torch.zeros(2)}),
+        ("tensors-differ", "classifier.bias"): AdapterState(pairs, {"classifier.weight": dense["classifier.weight"]}),
     }
     base.write(state)
-    for words, misfit in misfits.items():
-        with pytest.raises(ModelError, match=words):
+    for (code, name), misfit in misfits.items():
+        with raises(ModelError, code, name):
             base.write(misfit)
         assert same(base.read(), state), "a refused adapter must leave nothing behind"
 
@@ -443,15 +450,15 @@ def test_a_bfloat16_base_keeps_small_merges(tiny_bert: Path) -> None:
 def test_merges_that_do_not_lead_there_are_refused(tiny_bert: Path) -> None:
     base = load(tiny_bert)
     log = base_updates_of(base, 4)
-    for version, base_updates, words in [
-        (3, log[1:3], "from 0"),
-        (3, [], "are none"),
-        (4, [log[0], log[2], log[3]], "no chain"),
-        (4, log[:3], "send the chain to 4"),
-        (1, [BaseUpdate(0, 1, AdapterState({"bert.nowhere": log[0].change.pairs[QUERY]}))], "no linear layer"),
-        (1, [BaseUpdate(0, 1, AdapterState(dense={QUERY: torch.zeros(2, 2)}))], "same base"),
+    for version, base_updates, code in [
+        (3, log[1:3], "base-update-gap"),
+        (3, [], "base-update-gap"),
+        (4, [log[0], log[2], log[3]], "base-update-gap"),
+        (4, log[:3], "base-update-gap"),
+        (1, [BaseUpdate(0, 1, AdapterState({"bert.nowhere": log[0].change.pairs[QUERY]}))], "no-such-module"),
+        (1, [BaseUpdate(0, 1, AdapterState(dense={QUERY: torch.zeros(2, 2)}))], "shape-mismatch"),
     ]:
-        with pytest.raises(ModelError, match=words):
+        with raises(ModelError, code):
             base.rebase(version, base_updates)
         assert base.base_version == 0
     base.rebase(2, log[:2])
@@ -509,7 +516,7 @@ def test_a_quantised_layer_carries_what_it_cannot_absorb() -> None:
     (gradient,) = torch.autograd.grad(layer(x).sum(), x)
     (reference,) = torch.autograd.grad(wanted.sum(), x)
     assert torch.allclose(gradient, reference, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ModelError, match="export an adapter"):
+    with raises(ModelError, "weight-quantised", "'q'"):
         weights.merged("q")
     weights.rebase(0, ())
     assert torch.equal(layer(x), before)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from support.errors import raises
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy.accounting import Entry, epsilon
@@ -82,7 +83,7 @@ def test_the_bound_moves_the_right_way() -> None:
     assert bound(1000, 500, 450, DELTA, 0.95) > bound(1000, 500, 400, DELTA, 0.95) > 0
     assert bound(1000, 500, 450, DELTA, 0.95) < bound(1000, 500, 450, 0.0, 0.95)
     assert bound(1000, 500, 450, DELTA, 0.99) < bound(1000, 500, 450, DELTA, 0.95)
-    with pytest.raises(PrivacyError, match="canaries"):
+    with raises(PrivacyError, "out-of-range", 1000, 501, 500):
         bound(1000, 500, 501, DELTA, 0.95)
 
 

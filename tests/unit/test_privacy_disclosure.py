@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.errors import raises
 
 from fedlora.config import parse_config
 from fedlora.errors import PrivacyError
@@ -37,7 +38,7 @@ def rundir(tmp_path: Path, *private: str) -> RunDir:
 def test_files_and_keys_that_are_not_on_the_list_are_refused(
     tmp_path: Path, unit: list[str], name: str, value: object
 ) -> None:
-    with pytest.raises(PrivacyError, match="not on the list"):
+    with raises(PrivacyError, "not-disclosable"):
         rundir(tmp_path, *unit).write_json(name, value)
     assert not name.startswith(("partition", "baselines", "anything")) or not (tmp_path / "run" / name).exists()
 
@@ -59,7 +60,7 @@ def test_lines_of_metrics_with_more_than_the_list_are_refused(
     tmp_path: Path, unit: list[str], more: dict[str, Any]
 ) -> None:
     run = rundir(tmp_path, *unit)
-    with pytest.raises(PrivacyError):
+    with raises(PrivacyError, "not-disclosable"):
         run.append_metrics({"round": 1, **more})
     assert run.read_metrics() == []
 
@@ -73,7 +74,7 @@ def test_figures_over_the_test_examples_are_the_servers_own(tmp_path: Path) -> N
 
 def test_the_aggregation_error_is_told_where_updates_are_noised_already(tmp_path: Path) -> None:
     rundir(tmp_path / "a", *EXAMPLE).append_metrics({"round": 1, "aggregation_error": 0.1})
-    with pytest.raises(PrivacyError, match="aggregation_error"):
+    with raises(PrivacyError, "not-disclosable", "aggregation_error"):
         rundir(tmp_path / "b", *CLIENT).append_metrics({"round": 1, "aggregation_error": 0.1})
 
 
@@ -100,5 +101,5 @@ def test_a_run_without_privacy_writes_what_it_likes(tmp_path: Path) -> None:
 def test_replies_that_say_more_than_the_list_are_refused(
     unit: str, head: dict[str, Any], figures: tuple[str, ...]
 ) -> None:
-    with pytest.raises(PrivacyError, match="not on the list"):
+    with raises(PrivacyError, "not-disclosable"):
         Disclosure(unit).require_reply({"protocol": 1, **head}, figures)

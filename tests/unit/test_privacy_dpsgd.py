@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from support.errors import raises
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy.dpsgd import PrivateStep, poisson_batches, secret_generator, secret_rng
@@ -160,7 +161,7 @@ def test_hooks_come_off_and_keys_stay() -> None:
             assert list(model.state_dict()) == keys
     assert vars(next(p for p in model.parameters() if p.requires_grad)) == plain
     assert not any(m._forward_hooks or m._backward_hooks or hasattr(m, "activations") for m in model.modules())
-    with pytest.raises(PrivacyError, match="cleaned up"):
+    with raises(PrivacyError, "step-closed"):
         private.step(np.array([0]), taker(model, batch))
 
 
@@ -205,7 +206,7 @@ def test_adamw_and_a_term_after_the_noise() -> None:
 def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
     model = torch.nn.Linear(2, 1)
     settings = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0} | {name: value}
-    with pytest.raises(PrivacyError, match=name):
+    with raises(PrivacyError, "out-of-range", name):
         PrivateStep(model, torch.optim.SGD(model.parameters(), lr=0.1), **settings)
 
 
@@ -215,7 +216,7 @@ def test_losses_that_are_not_one_for_each_example_are_refused(reduce: Callable[[
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with (
         PrivateStep(model, optimizer, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=4.0) as private,
-        pytest.raises(PrivacyError, match="per-sample losses"),
+        raises(PrivacyError, "loss-not-per-example"),
     ):
         private.step(np.arange(3), lambda part: reduce(model(torch.ones(len(part), 2)).squeeze(1)))
 
@@ -233,7 +234,7 @@ def test_a_module_that_flattens_the_batch_is_refused_in_any_step() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with (
         PrivateStep(model, optimizer, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=4.0) as private,
-        pytest.raises(PrivacyError, match="12 gradients for 3 examples"),
+        raises(PrivacyError, "batch-dimension-lost", "line", 12, 3),
     ):
         private.step(np.arange(3), lambda part: model(torch.ones(len(part), 8)))
 
@@ -243,10 +244,10 @@ def test_an_optimizer_over_other_tensors_is_refused() -> None:
     stale = torch.optim.SGD(model.parameters(), lr=0.1)
     model.weight = torch.nn.Parameter(model.weight.detach().clone())  # as a late move to a device may do
     settings = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
-    with pytest.raises(PrivacyError, match=r"does not hold 'weight'"):
+    with raises(PrivacyError, "optimizer-mismatch", "'weight'"):
         PrivateStep(model, stale, **settings)
     more = torch.optim.SGD([*model.parameters(), torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(PrivacyError, match="not the model's"):
+    with raises(PrivacyError, "optimizer-mismatch"):
         PrivateStep(model, more, **settings)
 
 
@@ -259,7 +260,7 @@ def test_adapters_that_do_not_move_are_noticed() -> None:
     settings = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
     with (
         PrivateStep(model, Lost(model.parameters(), lr=0.1), **settings) as private,
-        pytest.raises(PrivacyError, match="'weight' did not move"),
+        raises(PrivacyError, "parameter-unchanged", "'weight'"),
     ):
         private.step(np.arange(3), lambda part: model(torch.ones(len(part), 2)).squeeze(1))
 
@@ -284,7 +285,7 @@ def test_poisson_samples_have_the_law_of_independent_coins() -> None:
 def test_poisson_samples_of_nothing_and_of_everything() -> None:
     assert [len(b) for b in poisson_batches(0, 0.5, 3)] == [0, 0, 0]
     assert [list(b) for b in poisson_batches(4, 1.0, 2)] == [[0, 1, 2, 3]] * 2
-    with pytest.raises(PrivacyError):
+    with raises(PrivacyError, "out-of-range", 0.0):
         list(poisson_batches(4, 0.0, 2))
 
 

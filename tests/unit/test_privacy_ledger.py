@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.errors import raises
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy import ledger as ledger_module
@@ -120,19 +121,19 @@ def test_an_attempt_is_resolved_once_and_before_it_is_closed(tmp_path: Path) -> 
     path = tmp_path / "c.jsonl"
     with Ledger(path).spend(ROUND, run="r", round=1) as attempt:
         attempt.void("the cohort was too small")
-        with pytest.raises(PrivacyError, match="once"):
+        with raises(PrivacyError, "attempt-closed"):
             attempt.release()
     assert spent_steps(path) == 0
     attempt = Ledger(path).spend(ROUND, run="r", round=2)
     attempt.close()
-    with pytest.raises(PrivacyError, match="before it is closed"):
+    with raises(PrivacyError, "attempt-closed"):
         attempt.release()
 
 
 def test_one_client_trains_one_round_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     attempt = Ledger(path).spend(ROUND, run="r", round=1)
-    with pytest.raises(PrivacyError, match="in use"):
+    with raises(PrivacyError, "ledger-in-use", path):
         Ledger(path).spend(ROUND, run="r", round=1)
     attempt.close()
     Ledger(path).spend(ROUND, run="r", round=1).close()
@@ -146,7 +147,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(tmp_path: Path) -> Non
         Ledger(path).spend(ROUND, run="r", round=number, budget=budget).close()
     before = path.read_bytes()
     assert not Ledger(path).affords(ROUND, budget)
-    with pytest.raises(PrivacyError, match="budget spent"):
+    with raises(PrivacyError, "budget-spent", path):
         Ledger(path).spend(ROUND, run="r", round=3, budget=budget)
     assert path.read_bytes() == before
     # Repeating the killed round is not a third round.
@@ -195,16 +196,16 @@ def test_damage_before_the_end_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.jsonl"
     Ledger(path).spend(ROUND, run="r", round=1).close()
     path.write_text(text + path.read_text())
-    with pytest.raises(PrivacyError, match="damaged at line 1"):
+    with raises(PrivacyError, "ledger-damaged", path, "line 1"):
         Ledger(path).epsilon(DELTA)
 
 
 def test_figures_for_examples_and_for_clients_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "server.jsonl"
     Ledger(path, unit="client").spend(Entry(1.0, 2.0, 1), run="r", round=1).close()
-    with pytest.raises(PrivacyError, match="'client'"):
+    with raises(PrivacyError, "unit-mismatch", path, "'client'", "'example'"):
         Ledger(path).entries()
-    with pytest.raises(PrivacyError, match="unit"):
+    with raises(PrivacyError, "unknown-name", "'person'"):
         Ledger(path, unit="person")
 
 

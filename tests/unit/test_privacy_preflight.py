@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from support.errors import raises
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy import preflight as module
@@ -93,7 +94,7 @@ def test_checkpointing_with_dropout_draws_other_masks_the_second_time() -> None:
     model = bert(0.1)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
-    refused(model, r"model\.dropout = 0")
+    refused(model, "checkpointing-with-dropout", "model.dropout = 0")
 
 
 def test_half_precision_bases_pass() -> None:
@@ -104,20 +105,23 @@ def test_half_precision_bases_pass() -> None:
 
 
 def refused(
-    model: torch.nn.Module, match: str, of: Callable[..., torch.Tensor] = losses, given: Batch | None = None
+    model: torch.nn.Module,
+    code: str,
+    *named: object,
+    of: Callable[..., torch.Tensor] = losses,
+    given: Batch | None = None,
 ) -> None:
-    with pytest.raises(PrivacyError, match=match) as caught:
+    with raises(PrivacyError, code, *named):
         preflight(model, of, given or batch())
-    assert "\n" not in str(caught.value)
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
 def test_dora() -> None:
-    refused(bert(use_dora=True), "DoRA")
+    refused(bert(use_dora=True), "dora-unsupported")
 
 
 def test_lora_on_embeddings() -> None:
-    refused(bert(targets=("query", "word_embeddings")), "leave it out of adapter.targets")
+    refused(bert(targets=("query", "word_embeddings")), "lora-on-embedding", "word_embeddings")
 
 
 def test_trained_position_embeddings() -> None:
@@ -125,21 +129,21 @@ def test_trained_position_embeddings() -> None:
     for name, p in model.named_parameters():
         if "position_embeddings" in name:
             p.requires_grad_(True)
-    refused(model, "'.*position_embeddings.weight' gave 1 gradients for 2 examples")
+    refused(model, "batch-dimension-lost", "position_embeddings.weight'", 1, 2)
 
 
 def test_checkpointing_that_is_not_reentrant() -> None:
     model = bert()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    refused(model, "use_reentrant")
+    refused(model, "checkpointing-not-reentrant", "use_reentrant")
 
 
 def test_evaluation_mode() -> None:
-    refused(bert().eval(), r"model\.train\(\)")
+    refused(bert().eval(), "evaluation-mode", "model.train()")
 
 
 def test_nothing_to_train() -> None:
-    refused(bert().requires_grad_(False), "nothing is trained")
+    refused(bert().requires_grad_(False), "nothing-to-train")
 
 
 class Small(torch.nn.Module):
@@ -171,12 +175,12 @@ def test_small_models_pass() -> None:
 
 
 def test_a_module_that_flattens_the_batch() -> None:
-    refused(Small(windows=4).train(), "gave 8 gradients for 2 examples", small_losses, small_batch())
+    refused(Small(windows=4).train(), "batch-dimension-lost", "line", 8, 2, of=small_losses, given=small_batch())
 
 
 def test_batch_norm_in_training_mode_and_frozen() -> None:
     model = Small(torch.nn.BatchNorm1d(8)).train()
-    refused(model, "statistics of the batch", small_losses, small_batch())
+    refused(model, "batch-statistics", "'before'", of=small_losses, given=small_batch())
     model.before.eval()
     preflight(model, small_losses, small_batch())
 
@@ -186,7 +190,7 @@ def test_any_other_layer_that_mixes_examples() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x - x.mean(0)
 
-    refused(Small(Mix()).train(), "depends on the other examples", small_losses, small_batch())
+    refused(Small(Mix()).train(), "examples-coupled", of=small_losses, given=small_batch())
 
 
 def test_a_mean_over_the_batch_and_its_tokens() -> None:
@@ -196,8 +200,8 @@ def test_a_mean_over_the_batch_and_its_tokens() -> None:
     def tokens(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return losses(model, batch) * batch["attention_mask"].sum(1) / batch["attention_mask"].sum()
 
-    refused(bert(), r"shape \[\]: give per-sample losses", mean)
-    refused(bert(), "depends on the other examples in its batch .* use the mean over each example's own tokens", tokens)
+    refused(bert(), "loss-not-per-example", "[]", of=mean)
+    refused(bert(), "examples-coupled", of=tokens)
 
 
 def test_a_weight_used_past_its_module() -> None:
@@ -212,9 +216,9 @@ def test_a_weight_used_past_its_module() -> None:
             return by_name if self.way == "by name" else by_name + self.line(x)
 
     model = Past().train()
-    refused(model, "hooks do not see", small_losses, small_batch())
+    refused(model, "gradient-not-seen", "line.weight", of=small_losses, given=small_batch())
     model.way = "both"
-    refused(model, "do not add up", small_losses, small_batch())
+    refused(model, "gradient-not-seen", "line.weight", of=small_losses, given=small_batch())
 
 
 def test_what_a_fresh_adapters_zero_b_would_hide() -> None:
@@ -229,12 +233,12 @@ def test_what_a_fresh_adapters_zero_b_would_hide() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.B(self.A(x)) + self.B(torch.nn.functional.linear(x, self.A.weight))
 
-    refused(Twice().train(), "'A.weight' do not add up", small_losses, small_batch())
+    refused(Twice().train(), "gradient-not-seen", "'A.weight'", of=small_losses, given=small_batch())
 
 
 def test_one_example_is_too_few() -> None:
     given = {name: value[:1] for name, value in batch().items()}
-    refused(bert(), "needs two examples", given=given)
+    refused(bert(), "too-few-examples", given=given)
 
 
 def test_a_layer_that_has_room_for_a_few_examples() -> None:
@@ -245,7 +249,7 @@ def test_a_layer_that_has_room_for_a_few_examples() -> None:
             there = torch.arange(len(x)) < 8
             return torch.where(there[:, None], x, x * 0.5)
 
-    refused(Small(Room()).train(), "depends on the other examples", small_losses, small_batch())
+    refused(Small(Room()).train(), "examples-coupled", of=small_losses, given=small_batch())
 
 
 def test_what_mixes_in_training_alone() -> None:
@@ -253,7 +257,7 @@ def test_what_mixes_in_training_alone() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x - 0.001 * x.mean(0) if self.training else x
 
-    refused(Small(Mix()).train(), "depends on the other examples", small_losses, small_batch())
+    refused(Small(Mix()).train(), "examples-coupled", of=small_losses, given=small_batch())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -263,4 +267,4 @@ def test_coupling_of_two_in_a_thousand_shows_in_any_dtype(dtype: torch.dtype) ->
             return x - 0.002 * x.mean(0)
 
     given = {name: v.to(dtype) if v.is_floating_point() else v for name, v in small_batch().items()}
-    refused(Small(Mix()).train().to(dtype), "depends on the other examples", small_losses, given)
+    refused(Small(Mix()).train().to(dtype), "examples-coupled", of=small_losses, given=given)

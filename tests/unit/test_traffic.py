@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import pytest
 import torch
+from support.errors import raises
 
 from fedlora.adapter import AdapterState, PairShape, fresh_pairs
 from fedlora.aggregators import load_aggregator
@@ -46,7 +46,7 @@ def test_clients_with_several_ranks_are_averaged() -> None:
     ranks = (1, 2)
     found = measure_traffic(load_aggregator("ffa"), initial(2), [layout(rank) for rank in ranks])
     assert found.up == sum(bytes_of(rank)[1] for rank in ranks) / 2 + HEAD
-    with pytest.raises(RuleError, match="one rank"):
+    with raises(RuleError, "mixed-ranks", "ffa"):
         measure_traffic(load_aggregator("fedavg"), initial(2), [layout(rank) for rank in ranks])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.errors import raises
 from typer.testing import CliRunner
 
 from fedlora.audit import run_audit as module
@@ -108,7 +109,7 @@ def test_training_without_any_noise_is_caught_or_does_not_even_run(
 ) -> None:
     breaks(monkeypatch, "no noise")
     if way == "hooks":  # fresh adapters have no gradient for A: without noise it stays
-        with pytest.raises(PrivacyError, match="private training failed"):
+        with raises(PrivacyError, "private-training-failed"):
             attacked(workspace)
     else:  # the canaries move it
         assert attacked(workspace).refuted
@@ -149,9 +150,9 @@ def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
 
 def test_a_config_without_a_claim_has_nothing_to_audit(overrides: list[str]) -> None:
     workspace = open_workspace(parse_config("", overrides[:-2]))
-    with pytest.raises(PrivacyError, match="nothing to audit"):
+    with raises(PrivacyError, "not-private", "[privacy]"):
         next(check(workspace, 4))
-    with pytest.raises(PrivacyError, match="nothing to audit"):
+    with raises(PrivacyError, "not-private", "[privacy]"):
         next(attack(workspace, 4))
 
 

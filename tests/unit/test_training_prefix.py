@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.errors import raises
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.aggregators import BaseUpdate
@@ -118,7 +119,7 @@ def test_where_it_cannot_be_the_reason_is_told(
     assert re.search(words, workspace.speedups.cache.reason)
     assert workspace.choices["prefix_cache_why"] == workspace.speedups.cache.reason
     if "runtime.prefix_cache=off" not in overrides:
-        with pytest.raises(ModelError, match=words):
+        with raises(ModelError, "prefix-cache-not-supported", workspace.speedups.cache.reason):
             bench_of(tiny_bert, tiny_csv, *overrides, "runtime.prefix_cache=on")
 
 
@@ -170,7 +171,7 @@ def test_a_merge_below_the_adapters_is_refused(tiny_bert: Path, tiny_csv: Path) 
     change = torch.full((32, 32), 0.1)
     base.rebase(1, [BaseUpdate(0, 1, AdapterState({}, {above: change}))])
     base.rebase(0, [])
-    with pytest.raises(ModelError, match=r"runtime\.prefix_cache = 'off'"):
+    with raises(ModelError, "base-update-below-adapters", below, "runtime.prefix_cache = 'off'"):
         base.rebase(1, [BaseUpdate(0, 1, AdapterState({}, {below: change}))])
 
 

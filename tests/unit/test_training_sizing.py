@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.errors import raises
 from torch import nn
 
 from fedlora.aggregators._registry import registry as aggregators
@@ -97,7 +98,7 @@ def test_the_environment_says_how_many_cores_are_ours(monkeypatch: pytest.Monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
     assert process_count(workspace(settled(rounds=LONG)), 50).processes == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    with pytest.raises(ConfigError, match="OMP_NUM_THREADS is 'many' in the environment: set it"):
+    with raises(ConfigError, "bad-environment", "OMP_NUM_THREADS", "'many'"):
         process_count(workspace(settled(rounds=LONG)), 50)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sizing, "usable_cores", lambda: 4)

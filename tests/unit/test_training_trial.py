@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.errors import raises
 
 import fedlora.speedups.attention
 from fedlora.adapter import ALL_PARTS, AdapterState
@@ -101,7 +102,7 @@ def test_where_padding_shows_clients_go_alone_and_nothing_is_kept(
     few = evaluate(base, workspace.task, data, indices=order[:3]).measures["loss"]
     np.testing.assert_array_equal(whole[order[:3]], few)
     close_workspace()
-    with pytest.raises(ModelError, match="padded"):
+    with raises(ModelError, "prefix-cache-not-supported", "runtime.prefix_cache"):
         bench_of(
             folder, tiny_csv, "adapter.targets=all-linear", "adapter.layers=top:1", "runtime.prefix_cache=on",
             "adapter.modules_to_save=['classifier']",
@@ -178,5 +179,5 @@ def test_a_model_that_fails_on_all_examples_is_refused(
         raise IndexError("no such position")
 
     monkeypatch.setattr(BertEmbeddings, "forward", fails)
-    with pytest.raises(FedloraError, match="no such position"):
+    with raises(FedloraError, "examples-not-computable", "no such position"):
         bench_of(tiny_bert, tiny_csv)
