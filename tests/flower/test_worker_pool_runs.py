@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from interrupted import cut
+from support.errors import raises
 
 from fedlora.adapter import AdapterState
 from fedlora.callbacks import Callback
@@ -107,23 +108,48 @@ def test_a_private_run_claims_what_it_claims_in_one_process(tiny_config: MakeCon
 class _Kills(Callback):
     """Kills one of this process's children when round 2 begins."""
 
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
     def round_started(self, number: int, asked: object) -> None:
         if number == 2:
             child = next(c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline()))
             child.kill()
 
+    def message(self, text: str) -> None:
+        self.said.append(text)
+
+
+def nobody_is_left() -> bool:
+    return not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
+
 
 @pytest.mark.slow
-def test_a_killed_process_costs_its_round_and_nothing_else(tiny_config: MakeConfig) -> None:
-    settings = (TWO, "rounds=3")
+@pytest.mark.parametrize("rule", ["fedavg", "flora"])
+def test_a_killed_process_is_replaced_and_the_run_ends_with_the_same_bytes(tiny_config: MakeConfig, rule: str) -> None:
+    settings = (TWO, "rounds=3", f"strategy.name={rule}")
     whole = run(tiny_config(*settings))
+    config, kills = tiny_config(*settings, name="killed"), _Kills()
+    outcome = run_simulation(config, RunDir.create(config), kills)
+    assert same_state(outcome.state, whole.state)
+    assert any("status -9" in line for line in kills.said)
+    assert [facts(record) for record in outcome.records] == [facts(record) for record in whole.records]
+    assert nobody_is_left()
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_a_private_run_costs_its_round_and_nothing_else(tiny_config: MakeConfig) -> None:
+    private = ("privacy.noise_multiplier=1.0", "privacy.delta=1e-3", "privacy.max_grad_norm=0.5")
+    settings = (TWO, "rounds=3", *private, "privacy.public_examples=40", "server.weighting=uniform")
+    whole = run(tiny_config(*settings)).rundir.read_json("result.json")["privacy"]["epsilon"]
     config = tiny_config(*settings, name="killed")
     rundir = RunDir.create(config)
-    with pytest.raises(PoolError, match=r"ended with status -9.*resume the run"):
+    with raises(PoolError, "worker-died", "status -9", "resume the run"):
         run_simulation(config, rundir, _Kills())
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1]
-    assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
-    assert same_state(run_simulation(config, rundir, Callback(), resume=True).state, whole.state)
+    assert nobody_is_left()
+    run_simulation(config, rundir, Callback(), resume=True)
+    assert rundir.read_json("result.json")["privacy"]["epsilon"] == whole
 
 
 MODULE = """
