@@ -1,0 +1,101 @@
+"""Every error that fedlora raises carries a code literal in kebab-case, so that programs and tests need no wording."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import fedlora
+from fedlora import errors
+
+SOURCE = Path(fedlora.__file__).parent
+CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+KINDS = {
+    name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.FedloraError)
+}
+
+PENDING = {
+    "adapter",
+    "aggregators",
+    "api",
+    "assets",
+    "audit",
+    "cli",
+    "compare",
+    "config",
+    "data",
+    "deploy",
+    "evaluation",
+    "explain",
+    "fairness",
+    "federation",
+    "flower",
+    "model",
+    "node_worker",
+    "partition",
+    "privacy",
+    "registry",
+    "report",
+    "runs",
+    "simulation",
+    "speedups",
+    "state_io",
+    "sweep",
+    "tasks",
+    "tracking",
+    "training",
+}
+"""Packages and modules of fedlora whose errors have no codes yet: only ever take names away."""
+
+
+def constructions(source: str) -> list[ast.Call]:
+    """The calls of error classes in a module's source."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func).rpartition(".")[2] in KINDS]
+
+
+def code_of(call: ast.Call) -> str | None:
+    """The code that an error is constructed with; None without one, or if it is not a literal in kebab-case."""
+    given = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
+    if given and isinstance(given[0], ast.Constant) and CODE.fullmatch(str(given[0].value)):
+        return str(given[0].value)
+    return None
+
+
+def without_code(part: str) -> list[str]:
+    """Where a package or module of fedlora constructs an error without a code."""
+    path = SOURCE / part
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    return [
+        f"{file.relative_to(SOURCE)}:{call.lineno}"
+        for file in files
+        for call in constructions(file.read_text("utf-8"))
+        if code_of(call) is None
+    ]
+
+
+PARTS = sorted({path.stem for path in SOURCE.iterdir() if path.is_dir() or path.suffix == ".py"})
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in PENDING])
+def test_every_error_has_a_code(part: str) -> None:
+    assert without_code(part) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        ('raise ConfigError("x", code="unknown-key")', "unknown-key"),
+        ('raise errors.DataError("x", code="no-such-row-2")', "no-such-row-2"),
+        ('raise ConfigError("x")', None),
+        ('raise ConfigError("x", code="")', None),
+        ('raise ConfigError("x", code="Unknown_Key")', None),
+        ('raise ConfigError("x", code=code)', None),
+    ],
+)
+def test_a_code_is_a_literal_in_kebab_case(source: str, code: str | None) -> None:
+    [call] = constructions(source)
+    assert code_of(call) == code
