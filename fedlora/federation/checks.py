@@ -32,7 +32,8 @@ def refuse_early(config: RunConfig, workspace: Workspace) -> None:
     if brought_by_nodes(config):
         raise ConfigError(
             "the nodes bring their own data, of which nothing is here: start the run with flwr run, or simulate it "
-            "with data.source and a partition"
+            "with data.source and a partition",
+            code="nodes-bring-data",
         )
     rule = load_rule(config)
     state = first_state(rule, workspace.base, config.seed)
@@ -53,7 +54,8 @@ def _require_effect(config: RunConfig, workspace: Workspace, rule: Aggregator) -
     ):
         raise ConfigError(
             f"adapter.export_rank is for rules that change the base, and {config.strategy.name!r} exports the adapter "
-            "as it is: remove it"
+            "as it is: remove it",
+            code="export-rank-not-used",
         )
     if not config.train.warmup_steps:
         return
@@ -64,7 +66,8 @@ def _require_effect(config: RunConfig, workspace: Workspace, rule: Aggregator) -
     if config.train.warmup_steps >= max(steps):
         raise ConfigError(
             f"train.warmup_steps = {config.train.warmup_steps} lasts for all of a round, whose longest training has "
-            f"{max(steps)} steps, so that train.lr is never reached: lower it below {max(steps)}, or train longer"
+            f"{max(steps)} steps, so that train.lr is never reached: lower it below {max(steps)}, or train longer",
+            code="warmup-too-long",
         )
 
 
@@ -106,5 +109,7 @@ def clients_wanted(config: RunConfig, there: int) -> int:
     """
     wanted = config.server.clients_per_round or max(1, round(config.server.fraction * there))
     if wanted > there:
-        raise RoundError(f"server.clients_per_round = {wanted}, but only {there} clients are there: lower it")
+        raise RoundError(
+            f"server.clients_per_round = {wanted}, but only {there} clients are there: lower it", code="too-few-clients"
+        )
     return wanted

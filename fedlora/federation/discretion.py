@@ -19,7 +19,7 @@ def withheld(error: Exception) -> PrivacyError:
     """What a private client says of an error instead of its text, which goes to its own log."""
     logger.warning("%s: %s", type(error).__name__, clean_text(error))
     logger.debug("a private client failed", exc_info=error)
-    return PrivacyError(WITHHELD)
+    return PrivacyError(WITHHELD, code="withheld")
 
 
 @contextmanager
@@ -40,5 +40,5 @@ def looking_at_data(config: RunConfig) -> Iterator[None]:
         try:
             require_readable(config)
         except FedloraError as told:
-            raise ReplyError(str(told)) from error
+            raise ReplyError(str(told), code=told.code) from error
         raise withheld(error) from error

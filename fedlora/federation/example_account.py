@@ -127,13 +127,15 @@ class ExampleLevelAccount:
         )
         written = {record["round"] for record in self._rundir.read_metrics() if record.get("asked")}
         if lacking := written - self._latest.keys():
-            raise PrivacyError(f"{str(self._path)!r} lacks round {min(lacking)}, {cure}")
+            raise PrivacyError(f"{str(self._path)!r} lacks round {min(lacking)}, {cure}", code="ledger-incomplete")
         if self._folder is None or not (self._ours or self._known_here()):
             return
         for client_id, rounds in sorted(self._answered.items()):
             ledger = Ledger(ledger_path(self._folder, client_id))
             if lacking := rounds - ledger.rounds(self._run):
-                raise PrivacyError(f"privacy ledger {str(ledger.path)!r} lacks round {min(lacking)}, {cure}")
+                raise PrivacyError(
+                    f"privacy ledger {str(ledger.path)!r} lacks round {min(lacking)}, {cure}", code="ledger-incomplete"
+                )
         state = self._rundir.latest_checkpoint()
         done = -1 if state is None else state.round
         for number in sorted(n for n in written if n > done):
@@ -270,7 +272,8 @@ class ExampleLevelAccount:
                 if number < len(lines) and lines[number] != _TORN:
                     raise PrivacyError(
                         f"{str(self._path)!r} is damaged at line {number}: restore it from a backup; without it nobody "
-                        "knows what this run asked of its clients"
+                        "knows what this run asked of its clients",
+                        code="ledger-damaged",
                     ) from None
 
     def _known_here(self) -> bool:
@@ -303,6 +306,10 @@ def check_stated(metrics: Mapping[str, float], settings: PrivateSettings) -> Non
     for name, value in asked.items():
         if metrics.get(name) != value:
             stated = f"{metrics[name]:g}" if name in metrics else "nothing"
-            raise ReplyError(f"it states {name} = {stated}, and was asked to train with {value:g}")
+            raise ReplyError(
+                f"it states {name} = {stated}, and was asked to train with {value:g}", code="stated-otherwise"
+            )
     if not metrics.get("attempts", 0.0) >= 1:
-        raise ReplyError("it does not state how many attempts its ledger counts for this run")
+        raise ReplyError(
+            "it does not state how many attempts its ledger counts for this run", code="attempts-not-stated"
+        )

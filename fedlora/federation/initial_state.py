@@ -37,7 +37,8 @@ def first_state(rule: Aggregator, base: Base, seed: int) -> GlobalState:
             raise RuleError(
                 f"{type(rule).__name__} draws its clients' A and B anew, and what method {base.method.name!r} starts "
                 "from would be lost: set adapter.method = 'lora', or choose a rule whose clients go on from the global "
-                "A and B, such as fedavg"
+                "A and B, such as fedavg",
+                code="rule-method-mismatch",
             )
     base_updates = base.initial_base_updates(adapter)
     return replace(state, base_updates=base_updates) if base_updates else state
@@ -59,10 +60,12 @@ def require_method(rule: Aggregator, method: Method) -> None:
         raise RuleError(
             f"{type(rule).__name__} averages pairs of A and B, and method {method.name!r} trains others "
             f"({method.trains}): choose strategy {' or '.join(map(repr, names_claiming(Claim.ANY_TENSORS)))}, or set "
-            "adapter.method = 'lora'"
+            "adapter.method = 'lora'",
+            code="rule-method-mismatch",
         )
     if method.magnitudes and Claim.CHANGES_BASE in rule.claims:
         raise RuleError(
             f"{type(rule).__name__} merges into the base, which magnitudes ({method.name!r}) do not survive: "
-            "set adapter.method = 'lora', or choose a rule that leaves the base alone, such as fedavg"
+            "set adapter.method = 'lora', or choose a rule that leaves the base alone, such as fedavg",
+            code="rule-method-mismatch",
         )

@@ -51,12 +51,14 @@ def require_cohort(privacy: ClientPrivacyConfig, clients: int, asked: int) -> No
     if privacy.delta * clients >= 1:
         raise PrivacyError(
             f"privacy.delta {privacy.delta:g} protects nobody among {clients} clients: choose one far below "
-            f"1 / {clients}"
+            f"1 / {clients}",
+            code="delta-too-large",
         )
     if asked < privacy.minimum_cohort:
         raise PrivacyError(
             f"privacy.minimum_cohort = {privacy.minimum_cohort}, but a round asks {asked} clients: every round would "
-            "be dropped; ask more (server.fraction, server.clients_per_round)"
+            "be dropped; ask more (server.fraction, server.clients_per_round)",
+            code="cohort-below-minimum",
         )
 
 
@@ -71,5 +73,6 @@ def require_one_start(plans: Iterable[ClientPlan]) -> None:
         if other != shapes[0]:
             raise PrivacyError(
                 f"client {number} starts from an adapter of another shape than client 0, and noise is added to a mean "
-                "of all: give all clients the same rank under privacy.unit = 'client'"
+                "of all: give all clients the same rank under privacy.unit = 'client'",
+                code="different-starts",
             )

@@ -105,7 +105,8 @@ class RoundRecord:
         needed = quorum_of(len(self.asked), share)
         return RoundError(
             f"round {self.number}: {len(self.answered)} of {len(self.asked)} clients answered, the quorum is {needed}; "
-            f"{'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''} ({cure})"
+            f"{'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''} ({cure})",
+            code="no-quorum",
         )
 
     def lost_to_devices(self, share: float) -> bool:

@@ -41,17 +41,27 @@ def config_of(context: Context) -> RunConfig:
     """
     config = _run_config_of(context)
     if config.data.own is not None:
-        raise ConfigError("data.own is a node's own matter: remove it, and name the file in the node's --node-config")
+        raise ConfigError(
+            "data.own is a node's own matter: remove it, and name the file in the node's --node-config",
+            code="own-data-in-run-config",
+        )
     for key, value in context.node_config.items():
         if key not in NODE_KEYS:
-            raise ConfigError(f"this node's config has an unknown key {key!r}; {nearest(key, NODE_KEYS)}")
+            raise ConfigError(
+                f"this node's config has an unknown key {key!r}; {nearest(key, NODE_KEYS)}", code="unknown-key"
+            )
         if type(value) is not NODE_KEYS[key]:
-            raise ConfigError(f"this node's config: {key} must be of type {NODE_KEYS[key].__name__}, not {value!r}")
+            raise ConfigError(
+                f"this node's config: {key} must be of type {NODE_KEYS[key].__name__}, not {value!r}", code="wrong-type"
+            )
     data, device = context.node_config.get("data"), context.node_config.get("device")
     if data:
         config = config.model_copy(update={"data": config.data.model_copy(update={"own": data})})
     elif config.data.source == NODES and "partition-id" in context.node_config:
-        raise ConfigError("each node brings its own data: start this one with --node-config 'data=\"/path/to/file\"'")
+        raise ConfigError(
+            "each node brings its own data: start this one with --node-config 'data=\"/path/to/file\"'",
+            code="no-own-data",
+        )
     if device:
         config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": device})})
     return config
@@ -70,12 +80,16 @@ def _run_config_of(context: Context) -> RunConfig:
     try:
         overrides = shlex.split(str(context.run_config.get("set", "")))
     except ValueError as error:
-        raise ConfigError(f"the run config's set = {context.run_config['set']!r} cannot be read: {error}") from None
+        raise ConfigError(
+            f"the run config's set = {context.run_config['set']!r} cannot be read: {error}", code="unreadable-overrides"
+        ) from None
     if text:
         return _parsed(text, tuple(overrides))
     name = str(context.run_config.get("config", ""))
     if not name:
-        raise ConfigError("no config was given: add --run-config 'config=\"configs/quickstart.toml\"'")
+        raise ConfigError(
+            "no config was given: add --run-config 'config=\"configs/quickstart.toml\"'", code="no-config"
+        )
     # Flower puts the folder into which it unpacked the app on sys.path.
     folders = [*map(Path, sys.path), Path(), APP_FOLDER]
     path = next((folder / name for folder in folders if (folder / name).is_file()), Path(name))
@@ -96,7 +110,10 @@ def client_id_of(context: Context) -> int:
     """
     value = context.node_config.get("partition-id")
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError("this node has no number: start it with --node-config 'partition-id=0 num-partitions=3'")
+        raise ConfigError(
+            "this node has no number: start it with --node-config 'partition-id=0 num-partitions=3'",
+            code="no-client-number",
+        )
     return value
 
 
@@ -110,5 +127,5 @@ def rank_of(context: Context) -> int | None:
     if rank is None:
         return None
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ConfigError(f"this node's rank must be a whole number from 1, not {rank!r}")
+        raise ConfigError(f"this node's rank must be a whole number from 1, not {rank!r}", code="invalid-rank")
     return rank

@@ -118,7 +118,9 @@ def _blamed_on_the_sender() -> Iterator[None]:
 
 
 def _unreadable(error: Exception) -> ReplyError:
-    return ReplyError(f"its reply cannot be read ({type(error).__name__}: {clean_text(error, 120)})")
+    return ReplyError(
+        f"its reply cannot be read ({type(error).__name__}: {clean_text(error, 120)})", code="unreadable-reply"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ over a SuperLink
@@ -145,7 +147,9 @@ def _pull(grid: HttpGrid, message_id: str, allowed: Allowed, patience_s: float) 
             try:
                 return pull_objects(list(ids), one, max_time=patience_s)
             except ObjectPullError as error:
-                raise ReplyError(f"its reply is not complete: {clean_text(error, 200)}") from None
+                raise ReplyError(
+                    f"its reply is not complete: {clean_text(error, 200)}", code="incomplete-reply"
+                ) from None
 
         try:
             contents, chunks = _by_depth(tree, allowed)
@@ -159,7 +163,7 @@ def _pull(grid: HttpGrid, message_id: str, allowed: Allowed, patience_s: float) 
     with _reading():
         message = _inflate(tree.object_id, objects, bodies, allowed)
         if message.metadata.reply_to_message_id != message_id:
-            raise ReplyError("its reply says that it is to another message")
+            raise ReplyError("its reply says that it is to another message", code="other-message")
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
@@ -183,7 +187,9 @@ class _Budget:
 
 
 def _too_large() -> ReplyError:
-    return ReplyError("its reply is larger than what was asked for: nothing of it was read further")
+    return ReplyError(
+        "its reply is larger than what was asked for: nothing of it was read further", code="reply-too-large"
+    )
 
 
 @contextmanager
@@ -216,12 +222,12 @@ def _by_depth(tree: ObjectTree, allowed: Allowed) -> tuple[list[str], list[str]]
     for depth in range(6):
         left -= len(layer)
         if left < 0:
-            raise ReplyError(f"its reply consists of more than {allowed.objects} objects")
+            raise ReplyError(f"its reply consists of more than {allowed.objects} objects", code="too-many-objects")
         (chunks if depth == 4 else objects).update(dict.fromkeys(node.object_id for node in layer))
         layer = [child for node in layer for child in node.children]
         if not layer:
             return list(objects), [key for key in chunks if key not in objects]
-    raise ReplyError("its reply is nested deeper than a message is")
+    raise ReplyError("its reply is nested deeper than a message is", code="too-many-objects")
 
 
 def _require_fitting(objects: Mapping[str, bytes], allowed: Allowed) -> None:
@@ -229,10 +235,12 @@ def _require_fitting(objects: Mapping[str, bytes], allowed: Allowed) -> None:
     longest_head = 128 + 65 * allowed.objects  # it has the ids of the children
     for content in objects.values():
         if len(content) - len(_body(content)) > longest_head:
-            raise ReplyError(f"its reply has an object with more than {allowed.objects} children")
+            raise ReplyError(
+                f"its reply has an object with more than {allowed.objects} children", code="too-many-objects"
+            )
         kind, _, _ = get_object_head_values_from_object_content(content)
         if (size := len(_body(content))) > allowed.largest_body(kind):
-            raise ReplyError(f"its reply has a {clean_text(kind, 20)!r} of {size} bytes")
+            raise ReplyError(f"its reply has a {clean_text(kind, 20)!r} of {size} bytes", code="object-too-large")
 
 
 def _inflate(root: str, objects: dict[str, bytes], chunks: dict[str, bytes], allowed: Allowed) -> Message:
@@ -241,7 +249,9 @@ def _inflate(root: str, objects: dict[str, bytes], chunks: dict[str, bytes], all
     bodies = {key: _chunk(content) for key, content in chunks.items()}
     size = sum(len(bodies[key]) for header in headers.values() for key in header.chunks)
     if size > allowed.tensor_bytes:
-        raise ReplyError(f"the reply has {size} bytes of tensors, {allowed.tensor_bytes} were asked for")
+        raise ReplyError(
+            f"the reply has {size} bytes of tensors, {allowed.tensor_bytes} were asked for", code="reply-too-large"
+        )
     uses = Counter(key for header in headers.values() for key in header.chunks)
     chunks.clear()
     arrays: dict[str, InflatableObject] = {}
@@ -253,7 +263,7 @@ def _inflate(root: str, objects: dict[str, bytes], chunks: dict[str, bytes], all
                 bodies.pop(chunk, None)  # so that a reply is never there twice as a whole
     message = inflate_object_from_contents(root, objects, objects=arrays)
     if not isinstance(message, Message):
-        raise ReplyError(f"its reply is a {type(message).__name__} and no message")
+        raise ReplyError(f"its reply is a {type(message).__name__} and no message", code="not-a-message")
     return message
 
 
@@ -272,10 +282,10 @@ class _Header:
         said = json.loads(bytes(_body(content)))
         places = said["arraychunk_ids"]
         if not all(type(place) is int and 0 <= place < len(children) for place in places):
-            raise ReplyError("its reply has an array that names chunks that are not there")
+            raise ReplyError("its reply has an array that names chunks that are not there", code="invalid-object")
         shape = tuple(said["shape"])
         if not all(type(side) is int for side in shape):
-            raise ReplyError("its reply has an array whose shape is no whole numbers")
+            raise ReplyError("its reply has an array whose shape is no whole numbers", code="invalid-object")
         return cls(said["dtype"], shape, said["stype"], tuple(children[place] for place in places))
 
     def array(self, data: bytes) -> Array:
@@ -288,5 +298,5 @@ def _body(content: bytes) -> memoryview:
 
 def _chunk(content: bytes) -> memoryview:
     if not content.startswith(b"ArrayChunk  "):  # and no children
-        raise ReplyError("its reply has something else where the bytes of an array should be")
+        raise ReplyError("its reply has something else where the bytes of an array should be", code="invalid-object")
     return _body(content)

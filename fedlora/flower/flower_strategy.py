@@ -52,7 +52,8 @@ class FedLoraStrategy(FedAvg):
         if Claim.CHANGES_BASE in self.rule.claims:
             raise RuleError(
                 f"{type(self.rule).__name__} changes the base model, which plain PEFT tensors cannot carry: run it by "
-                "fedlora's own ServerApp (flwr run, or fedlora run), or choose a rule that leaves the base alone"
+                "fedlora's own ServerApp (flwr run, or fedlora run), or choose a rule that leaves the base alone",
+                code="changes-base",
             )
         self._alpha, self._use_rslora, self._seed = alpha, use_rslora, seed
         self._names: PeftNames | None = None
@@ -112,7 +113,7 @@ class FedLoraStrategy(FedAvg):
         assert self._names is not None
         content = message.content
         if len(content.array_records) != 1 or len(content.metric_records) != 1:
-            raise ReplyError("a reply holds one ArrayRecord and one MetricRecord")
+            raise ReplyError("a reply holds one ArrayRecord and one MetricRecord", code="unexpected-records")
         scales = {name: pair.scale for name, pair in plan.adapter.pairs.items()}
         adapter = self._names.read(next(iter(content.array_records.values())), scales)
         frozen = ALL_PARTS - plan.sends
@@ -120,11 +121,12 @@ class FedLoraStrategy(FedAvg):
         if moved := [name for name, value in adapter.tensors(frozen).items() if not torch.equal(value, kept[name])]:
             raise ReplyError(
                 f"it trained {peft_name(moved[0])!r}, which {type(self.rule).__name__} freezes: train the parts that "
-                f"the message's config names under {TRAINS!r}"
+                f"the message's config names under {TRAINS!r}",
+                code="frozen-part-trained",
             )
         weight = next(iter(content.metric_records.values())).get(self.weighted_by_key)
         if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
-            raise ReplyError(f"its metrics hold no positive {self.weighted_by_key!r}")
+            raise ReplyError(f"its metrics hold no positive {self.weighted_by_key!r}", code="invalid-weight")
         return ClientUpdate(message.metadata.src_node_id, adapter, float(weight))
 
     def _scales(self, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -167,7 +169,7 @@ def adapter_for(like: AdapterState, arrays: ArrayRecord) -> AdapterState:
     by_own = {own: name for name, own in names.own.items()}
     if odd := by_own.keys() ^ wanted.keys():
         side = "unknown here" if min(odd) in by_own else "not in the record"
-        raise ReplyError(f"the record is not for this model: {peft_name(min(odd))!r} is {side}")
+        raise ReplyError(f"the record is not for this model: {peft_name(min(odd))!r} is {side}", code="other-model")
     expected = PeftNames(
         names.own,
         {by_own[own]: value.shape for own, value in wanted.items()},

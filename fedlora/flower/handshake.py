@@ -56,7 +56,8 @@ def require_same_ground(content: RecordDict, config: RunConfig, pins: Provenance
     if changed := Provenance.read(asked).changed(shared(config, pins)):
         verb = "is" if len(changed) == 1 and changed[0] != "class_names" else "are"
         raise ReplyError(
-            f"{in_words(changed)} on this node {verb} not the server's (another hash): give both the same files"
+            f"{in_words(changed)} on this node {verb} not the server's (another hash): give both the same files",
+            code="other-provenance",
         )
 
 
@@ -74,7 +75,10 @@ def require_same_config(content: RecordDict, config: RunConfig) -> None:
     other = [table for table, own in _hashes(config).items() if asked.get(table, own) != own]
     if other:
         names = ", ".join(table if table == "seed" else f"[{table}]" for table in other)
-        raise ReplyError(f"its config is not the server's: {names} differ: give server and nodes the same config file")
+        raise ReplyError(
+            f"its config is not the server's: {names} differ: give server and nodes the same config file",
+            code="other-config",
+        )
 
 
 def _hashes(config: RunConfig) -> dict[str, str]:

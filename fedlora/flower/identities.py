@@ -93,19 +93,23 @@ class Bindings:
             pin = self._pins[client_id] if client_id < len(self._pins) else None
             if pin is None or pin not in (node.name, node.key):
                 whose = "no node's" if pin is None else f"that of the node {pin!r}"
-                raise ReplyError(f"client {client_id} is {whose} (server.nodes), and this node is {node}")
+                raise ReplyError(
+                    f"client {client_id} is {whose} (server.nodes), and this node is {node}", code="not-its-node"
+                )
         else:
             owner = self._known.get(client_id)
             if owner is not None and owner.key != node.key:
                 raise ReplyError(
                     f"client {client_id} is the node {owner} in this run, and this node is {node}: to put it in its "
-                    "place, say in server.nodes which node is which client"
+                    "place, say in server.nodes which node is which client",
+                    code="client-has-another-node",
                 )
             other = next((k for k, known in self._known.items() if known.key == node.key and k != client_id), None)
             if other is not None:
                 raise ReplyError(
                     f"the node {node} is client {other} in this run, and says that it is client {client_id}: correct "
-                    "partition-id in its node config, or say in server.nodes which node is which client"
+                    "partition-id in its node config, or say in server.nodes which node is which client",
+                    code="node-is-another-client",
                 )
         if node.name and node.key and self._known.get(client_id) != node:
             self._known[client_id] = node

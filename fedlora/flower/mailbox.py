@@ -87,7 +87,9 @@ class Mailbox:
             ReplyError: the grid did not take the message, or the reply cannot be read.
         """
         if sent.message_id is None:
-            raise ReplyError("the grid did not take its message: it is too large, or the node is gone")
+            raise ReplyError(
+                "the grid did not take its message: it is too large, or the node is gone", code="message-not-taken"
+            )
         return pull_reply(self._grid, sent.message_id, sent.allowed, patience_s or self._patience_s)
 
     def receive(self, sent: Sent, deadline: float) -> Message | None:
@@ -104,7 +106,9 @@ class Mailbox:
                 self._longest_s = max(self._longest_s, time.monotonic() - sent.at)
                 return reply
             if answered:
-                raise ReplyError("its node lost the message: it was started again in the middle of the round")
+                raise ReplyError(
+                    "its node lost the message: it was started again in the middle of the round", code="message-lost"
+                )
             now = time.monotonic()
             if now >= deadline:
                 return None

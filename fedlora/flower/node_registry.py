@@ -93,7 +93,8 @@ class NodeRegistry:
             if not self._there and not patient:
                 raise RoundError(
                     f"no node is there after {server.node_timeout_s:g} s: start the SuperNodes, "
-                    "or raise server.node_timeout_s"
+                    "or raise server.node_timeout_s",
+                    code="no-node",
                 )
             if not patient and len(self.nodes) >= quorum_of(self._expected, server.quorum):
                 break
@@ -107,7 +108,7 @@ class NodeRegistry:
     def nobody(self) -> RoundError:
         """What to say where no node can take part."""
         reasons = [f"node {node_id}: {why}" for node_id, why in self._refused.items()]
-        return RoundError(f"no node can take part; {'; '.join(reasons[:3])}")
+        return RoundError(f"no node can take part; {'; '.join(reasons[:3])}", code="no-node")
 
     def gather(self, number: int, needed: int) -> None:
         """Before a round: who has come since; waits, for `server.node_timeout_s` at most, only below the quorum.
@@ -161,7 +162,7 @@ class NodeRegistry:
         client_id = hello.client_id
         old = self.nodes.get(client_id)
         if old is not None and old.node_id in self._there and old.node_id != node_id:
-            raise ReplyError(f"client {client_id} is there already")
+            raise ReplyError(f"client {client_id} is there already", code="client-already-there")
         self._bindings.bind(client_id, self._who.get(node_id, Identity()))  # who has left since is nobody
         self.nodes[client_id] = Node(node_id, ClientInfo(client_id, hello.rank, hello.num_examples))
         self._refused.pop(node_id, None)

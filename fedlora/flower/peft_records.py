@@ -47,7 +47,9 @@ class PeftNames:
         for name, mine in own.items():
             module, mark, factor = mine.rpartition(":")
             if mark and f"{module}:{'B' if factor == 'A' else 'A'}" not in known:
-                raise ReplyError(f"{name!r} has no other factor: send lora_A and lora_B of each module")
+                raise ReplyError(
+                    f"{name!r} has no other factor: send lora_A and lora_B of each module", code="factor-missing"
+                )
         shapes = {name: value.shape for name, value in tensors.items()}
         return cls(own, shapes, {name: value.dtype for name, value in tensors.items()})
 
@@ -64,12 +66,14 @@ class PeftNames:
         tensors = tensors_of(record)
         if odd := tensors.keys() ^ self.own.keys():
             side = "has an unknown" if min(odd) in tensors else "lacks the"
-            raise ReplyError(f"its record {side} tensor {min(odd)!r}")
+            raise ReplyError(f"its record {side} tensor {min(odd)!r}", code="unexpected-tensors")
         for name, value in tensors.items():
             if value.shape != self.shapes[name]:
-                raise ReplyError(f"{name!r} has shape {list(value.shape)}, not {list(self.shapes[name])}")
+                raise ReplyError(
+                    f"{name!r} has shape {list(value.shape)}, not {list(self.shapes[name])}", code="unexpected-shape"
+                )
             if not (value.is_floating_point() and bool(torch.isfinite(value).all())):
-                raise ReplyError(f"{name!r} holds values that are no finite numbers")
+                raise ReplyError(f"{name!r} holds values that are no finite numbers", code="not-finite")
         mine = {self.own[name]: value.to(self.dtypes[name]) for name, value in tensors.items()}
         modules = [name.removesuffix(":A") for name in mine if name.endswith(":A")]
         pairs = {
@@ -118,7 +122,7 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     try:
         return dict(record.to_torch_state_dict())
     except Exception as error:
-        raise ReplyError(f"its arrays cannot be read: {error}") from None
+        raise ReplyError(f"its arrays cannot be read: {error}", code="unreadable-arrays") from None
 
 
 def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:

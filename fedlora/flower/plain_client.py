@@ -38,7 +38,8 @@ def train_plain(message: Message, context: Context) -> Message:
     if config.privacy is not None:
         raise PrivacyError(
             "this config has [privacy], and the server's strategy is not fedlora's own: nobody would account for what "
-            "it learns; remove [privacy], or run fedlora's ServerApp"
+            "it learns; remove [privacy], or run fedlora's ServerApp",
+            code="foreign-server",
         )
     workspace, client_id = open_workspace(config), client_id_of(context)
     key, arrays = next(iter(message.content.array_records.items()))
@@ -48,11 +49,15 @@ def train_plain(message: Message, context: Context) -> Message:
     lr, mu = (_number(asked, name) for name in ("lr", "proximal-mu"))
     trains = frozenset(str(asked.get(TRAINS, ",".join(ALL_PARTS))).split(","))
     if not trains <= ALL_PARTS:
-        raise ReplyError(f"the message asks to train {min(trains - ALL_PARTS)!r}; the parts are A, B and dense")
+        raise ReplyError(
+            f"the message asks to train {min(trains - ALL_PARTS)!r}; the parts are A, B and dense", code="unknown-part"
+        )
     clients = workspace.data.clients
     indices = clients[client_id] if 0 <= client_id < len(clients) else np.empty(0, np.int64)
     if not len(indices):
-        raise ConfigError(f"client {client_id} has no examples: the partition has {len(clients)} clients")
+        raise ConfigError(
+            f"client {client_id} has no examples: the partition has {len(clients)} clients", code="no-examples"
+        )
     number = int(cast("int", asked.get("server-round", 0)))
     job = TrainJob(
         adapter=start,
@@ -78,5 +83,8 @@ def _number(asked: ConfigRecord, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise ConfigError(f"the message's config has {name} = {value!r}: it must be a number that is not negative")
+        raise ConfigError(
+            f"the message's config has {name} = {value!r}: it must be a number that is not negative",
+            code="invalid-value",
+        )
     return float(value)

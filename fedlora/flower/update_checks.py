@@ -30,13 +30,13 @@ RECORDS = {"reply": ConfigRecord, "update": ArrayRecord, "metrics": MetricRecord
 def check_head(reply: Message, kinds: Sequence[str] = ("update", "need")) -> dict[str, Any]:
     """Check 1: the head of a reply of one of these kinds; `ReplyError` for an error of any sort."""
     if reply.has_error():
-        raise ReplyError(error_text(reply))
+        raise ReplyError(error_text(reply), code="flower-error")
     head = decode_head(reply.content)
     kind = head.get("kind")
     if kind == "error":
-        raise ReplyError(clean_text(head.get("error", "")) or "no reason given")
+        raise ReplyError(clean_text(head.get("error", "")) or "no reason given", code="client-error")
     if kind not in kinds:
-        raise ReplyError(f"the reply is of unknown kind {clean_text(kind, 40)!r}")
+        raise ReplyError(f"the reply is of unknown kind {clean_text(kind, 40)!r}", code="unknown-kind")
     return head
 
 
@@ -69,27 +69,34 @@ def check_hello(reply: Message | None, fingerprint: str, clients: int, max_rank:
         ReplyError: if the node cannot take part; the message says why.
     """
     if reply is None:
-        raise ReplyError("it did not answer")
+        raise ReplyError("it did not answer", code="no-answer")
     head = check_head(reply, ("hello",))
     if head.get("fedlora") != __version__:
         theirs = clean_text(head.get("fedlora"), 40)
-        raise ReplyError(f"it runs fedlora {theirs}, the server {__version__}: install the same")
+        raise ReplyError(f"it runs fedlora {theirs}, the server {__version__}: install the same", code="other-version")
     if head.get("fingerprint") != fingerprint:
-        raise ReplyError("its base model is not the server's (another hash): fetch the same model and revision")
+        raise ReplyError(
+            "its base model is not the server's (another hash): fetch the same model and revision", code="other-base"
+        )
     client_id = head.get("client_id")
     if type(client_id) is not int or not 0 <= client_id < clients:
-        raise ReplyError(f"it says to be client {clean_text(client_id, 40)}, and there are {clients}, numbered from 0")
+        raise ReplyError(
+            f"it says to be client {clean_text(client_id, 40)}, and there are {clients}, numbered from 0",
+            code="no-such-client",
+        )
     rank = head.get("rank")
     if rank is not None and (type(rank) is not int or not 1 <= rank <= max_rank):
         raise ReplyError(
             f"it asks for rank {clean_text(rank, 40)}, and a rank is a whole number from 1 to {max_rank}: change rank "
-            "in the node's own config, or raise server.max_rank"
+            "in the node's own config, or raise server.max_rank",
+            code="invalid-rank",
         )
     count = head.get("num_examples")
     if count is not None and (type(count) is not int or not 0 <= count <= max_examples):
         raise ReplyError(
             f"it says to have {clean_text(count, 40)} examples, and that is no whole number from 0 to "
-            f"server.max_examples = {max_examples}"
+            f"server.max_examples = {max_examples}",
+            code="invalid-weight",
         )
     return Hello(client_id, rank, count)
 

@@ -66,7 +66,9 @@ def ask(path: Path, message: Message, context: Context) -> RecordDict:
             answer: bytes = channel.unary_unary(METHOD)(request, timeout=max(left, 1.0))
         except grpc.RpcError as error:
             if error.code() in GONE:
-                raise WorkerError(f"the worker at {str(path)!r} gave no answer: {error.details()}") from None
+                raise WorkerError(
+                    f"the worker at {str(path)!r} gave no answer: {error.details()}", code="no-answer"
+                ) from None
             raise RuntimeError(f"the worker failed: {error.details()}") from None
     _, contents = unpack(answer)
     for key in list(context.state):
@@ -80,9 +82,11 @@ def _check(channel: grpc.Channel, path: Path) -> None:
         request = health_pb2.HealthCheckRequest(service=SERVICE)
         status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=HEALTH_TIMEOUT_S).status
     except grpc.RpcError as error:
-        raise WorkerError(f"no worker answers at {str(path)!r} ({error.code().name.lower()})") from None
+        raise WorkerError(
+            f"no worker answers at {str(path)!r} ({error.code().name.lower()})", code="no-answer"
+        ) from None
     if status != health_pb2.HealthCheckResponse.SERVING:
-        raise WorkerError(f"the worker at {str(path)!r} is not serving: it is being stopped")
+        raise WorkerError(f"the worker at {str(path)!r} is not serving: it is being stopped", code="worker-stopping")
 
 
 def _run_config(context: Context) -> dict[str, bool | float | int | str]:
@@ -91,6 +95,8 @@ def _run_config(context: Context) -> dict[str, bool | float | int | str]:
     config = config_of(plain)
     for table in (config.task, config.partition):
         if ":" in table.name:
-            raise WorkerError(f"{table.name!r} is code of the app's own, which the worker does not have")
+            raise WorkerError(
+                f"{table.name!r} is code of the app's own, which the worker does not have", code="foreign-code"
+            )
     others = {key: value for key, value in context.run_config.items() if key not in ("config", "set")}
     return {**others, "toml": config.to_toml()}

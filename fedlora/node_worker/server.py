@@ -60,7 +60,9 @@ class Worker:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise WorkerError(f"a worker serves {str(self._path)!r} already: stop it, or name another socket") from None
+            raise WorkerError(
+                f"a worker serves {str(self._path)!r} already: stop it, or name another socket", code="socket-in-use"
+            ) from None
         self._path.unlink(missing_ok=True)  # of one that was killed: nobody else holds the lock
         os.environ.pop(VARIABLE, None)  # it does not ask itself
         # Requests wait in their threads; the health service must never wait behind them.
@@ -76,7 +78,9 @@ class Worker:
             os.chmod(self._path, 0o600)
         except (RuntimeError, OSError) as error:
             self._lock.release()
-            raise WorkerError(f"socket {str(self._path)!r} cannot be opened: {error}") from None
+            raise WorkerError(
+                f"socket {str(self._path)!r} cannot be opened: {error}", code="socket-not-opened"
+            ) from None
 
     def serve(self, ready: Callable[[str], object] = logger.info) -> int:
         """Answer until `stop`.
@@ -144,7 +148,8 @@ class Worker:
         if (head["fedlora"], head["code"]) != (__version__, code_digest()):
             raise WorkerError(
                 f"the worker runs fedlora {__version__} (source {code_digest()}), the app fedlora {head['fedlora']} "
-                f"(source {head['code']}): restart the worker with the app's"
+                f"(source {head['code']}): restart the worker with the app's",
+                code="other-version",
             )
         self._enter(head["folder"], head["threads"])
         node_config, run_config = dict(head["node_config"]), dict(head["run_config"])
@@ -161,7 +166,9 @@ class Worker:
         try:
             os.chdir(folder)
         except OSError as error:
-            raise WorkerError(f"the worker cannot enter the app's folder {folder!r} ({error.strerror})") from None
+            raise WorkerError(
+                f"the worker cannot enter the app's folder {folder!r} ({error.strerror})", code="folder-not-entered"
+            ) from None
         if threads != self._threads:
             close_workspace()  # it was opened with another number
             self._threads = threads

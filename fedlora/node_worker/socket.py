@@ -39,11 +39,15 @@ def make_folder(path: Path) -> None:
         WorkerError: it is open to others or belongs to another user, or the path is too long.
     """
     if len(os.fsencode(path)) > LONGEST:
-        raise WorkerError(f"socket path {str(path)!r} is longer than {LONGEST} bytes: choose a shorter one")
+        raise WorkerError(
+            f"socket path {str(path)!r} is longer than {LONGEST} bytes: choose a shorter one", code="path-too-long"
+        )
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise WorkerError(f"folder {str(path.parent)!r} cannot be made: {error.strerror}") from None
+        raise WorkerError(
+            f"folder {str(path.parent)!r} cannot be made: {error.strerror}", code="folder-not-made"
+        ) from None
     _require_closed(path.parent)
 
 
@@ -56,22 +60,32 @@ def require_own(path: Path) -> None:
     try:
         facts = path.lstat()
     except OSError as error:
-        raise WorkerError(f"there is no worker's socket at {str(path)!r} ({error.strerror})") from None
+        raise WorkerError(
+            f"there is no worker's socket at {str(path)!r} ({error.strerror})", code="no-socket"
+        ) from None
     _require_closed(path.parent)
     if not stat.S_ISSOCK(facts.st_mode):
-        raise WorkerError(f"{str(path)!r} is no socket: name the one that fedlora worker was started with")
+        raise WorkerError(
+            f"{str(path)!r} is no socket: name the one that fedlora worker was started with", code="not-a-socket"
+        )
     if facts.st_uid != os.geteuid():
-        raise WorkerError(f"socket {str(path)!r} belongs to another user: start the worker as the node's user")
+        raise WorkerError(
+            f"socket {str(path)!r} belongs to another user: start the worker as the node's user", code="other-owner"
+        )
 
 
 def _require_closed(folder: Path) -> None:
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode):
-        raise WorkerError(f"{str(folder)!r} is no folder (or a link to one): name the socket by its real path")
+        raise WorkerError(
+            f"{str(folder)!r} is no folder (or a link to one): name the socket by its real path", code="not-a-folder"
+        )
     if facts.st_uid != os.geteuid():
-        raise WorkerError(f"folder {str(folder)!r} belongs to another user: choose one of the node's user")
+        raise WorkerError(
+            f"folder {str(folder)!r} belongs to another user: choose one of the node's user", code="other-owner"
+        )
     if facts.st_mode & 0o077:
-        raise WorkerError(f"others can enter folder {str(folder)!r}: chmod 700 {folder}")
+        raise WorkerError(f"others can enter folder {str(folder)!r}: chmod 700 {folder}", code="open-to-others")
     for above in dict.fromkeys((*folder.absolute().parents, *folder.resolve().parents)):  # also of what a link names
         _require_ours(above)
 
@@ -80,14 +94,18 @@ def _require_ours(above: Path) -> None:
     """Raise `WorkerError` if another user could rename what is in a folder."""
     facts = above.lstat()
     if facts.st_uid not in (0, os.geteuid()):
-        raise WorkerError(f"{str(above)!r} belongs to another user, who could replace what is in it: choose another")
+        raise WorkerError(
+            f"{str(above)!r} belongs to another user, who could replace what is in it: choose another",
+            code="other-owner",
+        )
     if stat.S_ISLNK(facts.st_mode) or facts.st_mode & stat.S_ISVTX:
         return
     others = 0o002 if facts.st_gid == os.getegid() else 0o022
     if facts.st_mode & others:
         raise WorkerError(
             f"others can write in {str(above)!r}, and could replace what is in it: chmod go-w {above}, or choose "
-            "another"
+            "another",
+            code="open-to-others",
         )
 
 

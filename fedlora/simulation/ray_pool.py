@@ -50,7 +50,8 @@ def require_ray(config: RunConfig) -> None:
     """
     if config.runtime.backend == "ray" and find_spec("ray") is None:
         raise ConfigError(
-            "runtime.backend = 'ray' needs Ray, which is not here: pip install 'fedlora[ray]', or set it to 'processes'"
+            "runtime.backend = 'ray' needs Ray, which is not here: pip install 'fedlora[ray]', or set it to 'processes'",
+            code="ray-missing",
         )
 
 
@@ -259,24 +260,28 @@ def _meet(helpers: Sequence[RayHelper], file: Path | None, patience_s: float) ->
     if late:
         raise PoolError(
             f"{len(late)} of {len(greetings)} actors found no room on Ray in {patience_s:g} s: others use it; lower "
-            "runtime.processes, or resume the run later"
+            "runtime.processes, or resume the run later",
+            code="no-room-on-ray",
         )
     for greeting in greetings:
         try:
             version, torch_version, content = ray.get(greeting)
         except RayError as error:
             raise PoolError(
-                f"an actor did not start on Ray ({_reason(error)}): every machine of the cluster needs the same fedlora"
+                f"an actor did not start on Ray ({_reason(error)}): every machine of the cluster needs the same fedlora",
+                code="actor-not-started",
             ) from None
         if (version, torch_version) != (__version__, torch.__version__):
             raise PoolError(
                 f"an actor has fedlora {version} and torch {torch_version}, not {__version__} and {torch.__version__}: "
-                "install the same on every machine of the cluster"
+                "install the same on every machine of the cluster",
+                code="other-version",
             )
         if content != _content(file):
             raise PrivacyError(
                 "the clients' ledgers are in the run's folder, which a machine of the cluster does not see: put "
-                "output into a folder that all machines share, or set runtime.backend = 'processes'"
+                "output into a folder that all machines share, or set runtime.backend = 'processes'",
+                code="folder-not-shared",
             )
 
 
@@ -299,7 +304,9 @@ def open_cluster() -> Iterator[Cluster]:
             with variables(quiet):  # an address of None is just what is said above
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, RuntimeError, ValueError) as error:
-            raise PoolError(f"Ray cannot be used ({_reason(error)}): look at RAY_ADDRESS, or unset it") from None
+            raise PoolError(
+                f"Ray cannot be used ({_reason(error)}): look at RAY_ADDRESS, or unset it", code="ray-unusable"
+            ) from None
     try:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         yield Cluster([Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in resources])

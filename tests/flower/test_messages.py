@@ -1,0 +1,256 @@
+"""Messages lose nothing, send what a client holds already only once, and take the bytes that a simulation counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from support.errors import raises
+
+from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, fresh_pairs
+from fedlora.aggregators import BaseUpdate, ClientPlan
+from fedlora.errors import ReplyError
+from fedlora.federation.client import TrainedReply
+from fedlora.federation.planner import Planned
+from fedlora.federation.protocol import (
+    FIGURE_BYTES,
+    FrozenDigest,
+    TrainRequest,
+    frozen_tensors,
+    head_nbytes,
+    request_nbytes,
+    update_head,
+)
+from fedlora.flower.arrays import from_array, to_array
+from fedlora.flower.messages import (
+    FrozenParts,
+    RequestEncoder,
+    decode_request,
+    decode_request_head,
+    encode_reply,
+    payload_bytes,
+    request_digest,
+)
+from fedlora.wire_formats import WIRES, tensors_digest
+
+
+def adapter(seed: int = 0, rank: int = 3) -> AdapterState:
+    g = torch.Generator().manual_seed(seed)
+    pairs = {
+        name: LoraPair(torch.randn(rank, 5, generator=g), torch.randn(4, rank, generator=g), 2.0) for name in ("b", "a")
+    }
+    return AdapterState(pairs, {"head.weight": torch.randn(2, 4, generator=g)})
+
+
+FROZEN_A = ClientPlan(adapter(), trains=frozenset(("B", "dense")), sends=frozenset(("B", "dense")))
+WITH_UPDATE = ClientPlan(
+    adapter(),
+    base_version=2,
+    base_updates=(BaseUpdate(0, 2, AdapterState(adapter(1, rank=7).pairs, {"c": torch.randn(4, 5)})),),
+    proximal_mu=0.5,
+)
+FRESH = ClientPlan(AdapterState(fresh_pairs({"m": PairShape(4, 5, 3, 2.0)}, 7), {"head": torch.ones(2)}), fresh_seed=7)
+PLANS = {"plain": ClientPlan(adapter()), "frozen A": FROZEN_A, "base update": WITH_UPDATE, "fresh": FRESH}
+
+
+def planned(plan: ClientPlan, *, with_frozen: bool = True, **fields: Any) -> Planned:
+    request = TrainRequest(plan, **{"round": 1, "client_id": 0, **fields})
+    return Planned(request, FrozenDigest()(plan), with_frozen, 0)
+
+
+def encoded(plan: ClientPlan, *, with_frozen: bool = True, **fields: Any) -> RecordDict:
+    return RequestEncoder().encode(planned(plan, with_frozen=with_frozen, **fields))
+
+
+def decoded(content: RecordDict, held: FrozenParts | None = None) -> TrainRequest | None:
+    return decode_request(content, decode_request_head(content), held or FrozenParts())
+
+
+def same(left: AdapterState, right: AdapterState) -> bool:
+    one, other = left.tensors(), right.tensors()
+    return list(one) == list(other) and all(torch.equal(one[k], other[k]) for k in one) and left.layout == right.layout
+
+
+# ------------------------------------------------------------------------------------------------ arrays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (), (1,)])
+def test_a_tensor_survives_as_an_array(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    value = torch.randn(shape).to(dtype)
+    back = from_array(to_array(value))
+    assert back.dtype == dtype
+    assert back.shape == value.shape
+    assert torch.equal(back, value)
+
+
+def test_a_transposed_tensor_is_sent_as_it_reads() -> None:
+    value = torch.arange(6.0).reshape(2, 3).T
+    assert torch.equal(from_array(to_array(value)), value)
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_request_survives_its_message(name: str) -> None:
+    plan = PLANS[name]
+    fields = {"round": 3, "client_id": 1, "base_digest": "digest", "since_digest": "", "wire": "int8", "run": "ab" * 16}
+    received = decoded(encoded(plan, **fields))
+    assert received is not None
+    assert {key: getattr(received, key) for key in fields} == fields
+    got = received.plan
+    assert same(got.adapter, plan.adapter)
+    assert (got.trains, got.sends, got.base_version) == (plan.trains, plan.sends, plan.base_version)
+    assert (got.fresh_seed, got.proximal_mu) == (plan.fresh_seed, plan.proximal_mu)
+    assert [(update.since, update.version) for update in got.base_updates] == [
+        (update.since, update.version) for update in plan.base_updates
+    ]
+    for mine, theirs in zip(got.base_updates, plan.base_updates, strict=True):
+        assert same(mine.change, theirs.change)
+    assert received.headers == TrainRequest(plan, 3, 1, wire="int8").headers
+
+
+def test_frozen_parts_travel_apart_and_can_be_left_out() -> None:
+    whole, short = encoded(FROZEN_A), encoded(FROZEN_A, with_frozen=False)
+    frozen = {name for name in whole.array_records["arrays"] if name.startswith("frozen/")}
+    assert frozen == {"frozen/a:A", "frozen/b:A"}
+    assert set(short.array_records["arrays"]) == set(whole.array_records["arrays"]) - frozen
+    assert payload_bytes(whole) - payload_bytes(short) == 2 * 3 * 5 * 4
+    held = FrozenParts()
+    assert decoded(short, held) is None
+    assert decoded(whole, held) is not None
+    again = decoded(short, held)
+    assert again is not None
+    assert same(again.plan.adapter, FROZEN_A.adapter)
+
+
+def test_frozen_parts_that_are_not_those_that_the_head_names_are_refused_and_not_kept() -> None:
+    content, held = encoded(FROZEN_A), FrozenParts()
+    content.array_records["arrays"]["frozen/a:A"] = to_array(torch.zeros(3, 5))
+    with raises(ReplyError, "frozen-parts-differ"):
+        decoded(content, held)
+    assert decoded(encoded(FROZEN_A, with_frozen=False), held) is None
+
+
+def test_only_the_frozen_parts_that_were_used_last_are_held() -> None:
+    held, tensors = FrozenParts(size=2), {"a": torch.ones(1)}
+    held.put("1", tensors)
+    held.put("2", tensors)
+    assert held.get("1") is tensors
+    held.put("3", tensors)
+    assert [held.get(key) is tensors for key in "123"] == [True, False, True]
+
+
+def test_fresh_pairs_are_drawn_by_the_client_and_do_not_travel() -> None:
+    assert set(encoded(FRESH).array_records["arrays"]) == {"adapter/head"}
+
+
+def test_requests_share_a_record_of_arrays_if_they_send_the_very_same_tensors() -> None:
+    encoder, plan = RequestEncoder(), ClientPlan(adapter(), trains=frozenset({"B", "dense"}))
+
+    def sent(plan: ClientPlan, *, with_frozen: bool = True) -> ArrayRecord:
+        record = encoder.encode(planned(plan, with_frozen=with_frozen)).array_records["arrays"]
+        found = {name.partition("/")[2]: from_array(array) for name, array in record.items()}
+        own = plan.adapter.tensors(ALL_PARTS if with_frozen else plan.trains)
+        assert found.keys() == own.keys()
+        assert all(torch.equal(found[name], value) for name, value in own.items())
+        return record
+
+    head = plan.adapter.with_tensors({"head.weight": torch.ones(2, 4)})
+    frozen = plan.adapter.with_tensors({"a:A": torch.ones(3, 5)})
+    first = sent(plan)
+    assert sent(replace(plan, proximal_mu=1.0)) is first
+    for other in (
+        sent(plan, with_frozen=False),
+        sent(replace(plan, adapter=head)),
+        sent(replace(plan, adapter=frozen)),
+        sent(replace(plan, adapter=plan.adapter.clone())),  # equal, but nobody looks at the values
+    ):
+        assert other is not first
+        assert other["adapter/a:B"] is not first["adapter/a:B"]
+
+
+def test_a_digest_of_frozen_parts_is_never_another_plans() -> None:
+    digest_of, plan = FrozenDigest(), ClientPlan(adapter(), trains=frozenset({"B"}))
+    for change in ({}, {"a:B": torch.ones(4, 3)}, {"a:A": torch.ones(3, 5)}, {"head.weight": torch.ones(2, 4)}, {}):
+        asked = replace(plan, adapter=plan.adapter.with_tensors(change))
+        assert digest_of(asked) == tensors_digest(frozen_tensors(asked))
+
+
+def test_a_request_is_named_by_what_it_asks_however_much_of_it_is_sent() -> None:
+    def named(content: RecordDict, config: str = "config") -> str:
+        return request_digest(content, decode_request_head(content), config)
+
+    usual = named(encoded(FROZEN_A))
+    assert usual == named(encoded(FROZEN_A, with_frozen=False)) == named(encoded(FROZEN_A, since_digest="other"))
+    other_start = replace(FROZEN_A, adapter=FROZEN_A.adapter.with_tensors({"a:B": torch.ones(4, 3)}))
+    other_frozen = replace(FROZEN_A, adapter=FROZEN_A.adapter.with_tensors({"a:A": torch.ones(3, 5)}))
+    others = [
+        named(encoded(FROZEN_A), "another config"),
+        named(encoded(FROZEN_A, round=2)),
+        named(encoded(FROZEN_A, run="ab" * 16)),
+        named(encoded(FROZEN_A, base_digest="another")),
+        named(encoded(other_start)),
+        named(encoded(other_frozen, with_frozen=False)),
+        named(encoded(replace(FROZEN_A, proximal_mu=1.0))),
+    ]
+    assert len({usual, *others}) == 1 + len(others)
+
+
+def with_head(content: RecordDict, **fields: object) -> RecordDict:
+    head = json.loads(str(content.config_records["plan"]["json"]))
+    content.config_records["plan"] = ConfigRecord({"json": json.dumps(head | fields)})
+    return content
+
+
+def test_another_protocol_is_refused_with_both_versions() -> None:
+    with raises(ReplyError, "other-protocol", "protocol 99 (fedlora 9.9)", "install the same"):
+        decode_request_head(with_head(encoded(FROZEN_A), protocol=99, fedlora="9.9"))
+
+
+def test_a_format_that_a_node_does_not_know_is_refused() -> None:
+    with raises(ReplyError, "unknown-wire-format", "nf4", "9.9", *WIRES):
+        decode_request_head(with_head(encoded(FROZEN_A), wire="nf4", fedlora="9.9"))
+
+
+def test_what_the_server_sends_is_the_same_in_every_format() -> None:
+    sent = [encoded(PLANS["plain"], wire=wire).array_records["arrays"] for wire in WIRES]
+    bodies = [{name: (a.stype, a.data) for name, a in record.items()} for record in sent]
+    assert bodies[0] == bodies[1] == bodies[2]
+
+
+# ------------------------------------------------------------------------------------------------ bytes
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("with_frozen", [True, False])
+def test_a_simulation_counts_the_bytes_of_the_request(name: str, with_frozen: bool) -> None:
+    one = planned(PLANS[name], with_frozen=with_frozen, round=12, base_digest="digest")
+    counted = request_nbytes(one.request, one.frozen, with_frozen=with_frozen)
+    assert counted == payload_bytes(RequestEncoder().encode(one))
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_simulation_counts_the_bytes_of_the_reply(wire: str) -> None:
+    request = TrainRequest(PLANS["plain"], 12, 3, "digest", wire=wire)
+    figures = {"num_examples": 7, "loss": 0.5}
+    content = encode_reply(TrainedReply(request, request.starts, figures), seed=0)
+    head = head_nbytes(update_head(request.round, request.base_digest))
+    assert payload_bytes(content) == request.reply_nbytes + head + FIGURE_BYTES * len(figures)
+
+
+def test_a_digest_sees_names_shapes_and_values() -> None:
+    base = {"x": torch.ones(2, 3)}
+    others = [
+        {"y": torch.ones(2, 3)},
+        {"x": torch.ones(3, 2)},
+        {"x": torch.ones(2, 3) * 2},
+        {"x": torch.ones(2, 3).double()},
+    ]
+    assert tensors_digest(base) == tensors_digest({"x": torch.ones(2, 3)})
+    assert len({tensors_digest(base), *(tensors_digest(other) for other in others)}) == 5
