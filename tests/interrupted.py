@@ -7,7 +7,6 @@ import pytest
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
-from fedlora.flower import client_app
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
@@ -31,7 +30,6 @@ def cut(rundir: RunDir, number: int, *, resume: bool = False) -> None:
 def forget(config: RunConfig) -> None:
     """Hold nothing of earlier rounds, as a new process does."""
     open_workspace(config).base.rebase(0, ())
-    client_app.frozen_store.__init__()  # type: ignore[misc]
 
 
 def cut_and_resumed(config: RunConfig, number: int) -> RunOutcome:

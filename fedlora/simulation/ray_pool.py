@@ -50,7 +50,8 @@ def require_ray(config: RunConfig) -> None:
     """
     if config.runtime.backend == "ray" and find_spec("ray") is None:
         raise ConfigError(
-            "runtime.backend = 'ray' needs Ray, which is not here: pip install 'fedlora[ray]', or set it to 'processes'",
+            "runtime.backend = 'ray' needs Ray, which is not installed: pip install 'fedlora[ray]', or set it "
+            "to 'processes'",
             code="ray-missing",
         )
 
@@ -268,7 +269,8 @@ def _meet(helpers: Sequence[RayHelper], file: Path | None, patience_s: float) ->
             version, torch_version, content = ray.get(greeting)
         except RayError as error:
             raise PoolError(
-                f"an actor did not start on Ray ({_reason(error)}): every machine of the cluster needs the same fedlora",
+                f"an actor did not start on Ray ({_reason(error)}): every machine of the cluster needs the "
+                "same fedlora",
                 code="actor-not-started",
             ) from None
         if (version, torch_version) != (__version__, torch.__version__):

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import pytest
 import torch
-from fedlora.flower.wire import BF16_STYPE, INT8_STYPE, STYPE, WIRES, decode_change, encode_change, header_of, to_array
-from flwr.app import Array, ConfigRecord, RecordDict
 from interrupted import cut_and_resumed
+from support.errors import raises
 
-from fedlora.adapter import AdapterState, LoraPair
+from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientPlan, load_aggregator
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
 from fedlora.evaluation.traffic import measure_traffic
+from fedlora.federation.protocol import TrainRequest
 from fedlora.federation.run import RunOutcome
-from fedlora.flower.messages import Ask, PlanEncoder, decode_plan, encode_update, encode_upload
-from fedlora.flower.update_checks import Limits, check_update
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
+from fedlora.wire_formats import (
+    BF16_STYPE,
+    INT8_STYPE,
+    STYPE,
+    WIRES,
+    as_received,
+    decode_change,
+    encode_change,
+    from_raw,
+    header_of,
+    raw_bytes,
+    raw_header,
+)
 
 MakeConfig = Callable[..., RunConfig]
 G = torch.Generator().manual_seed(0)
@@ -50,16 +60,14 @@ def test_every_tensor_survives_every_format_with_its_header(
     start = torch.randn(shape, generator=G).to(dtype)
     trained = (start + 0.01 * torch.randn(shape, generator=G).to(dtype)).to(dtype)
     kept = trained.clone(), start.clone()
-    array = encode_change(trained, start, wire, seed=1)
-    header = header_of(wire, dtype, shape)
-    assert (array.stype, array.dtype, array.shape, len(array.data)) == (
-        *(header.stype, header.dtype, header.shape, header.nbytes),
-    )
-    back = decode_change(array, start)
+    data, header = encode_change(trained, start, wire, seed=1), header_of(wire, dtype, shape)
+    assert (len(data), header.shape) == (header.nbytes, shape)
+    back = decode_change(header, data, start)
+    assert torch.equal(as_received(trained, start, wire, seed=1), back)
     assert (back.dtype, back.shape) == (dtype, trained.shape)
     change = trained.double() - start.double()
     largest = float(change.abs().max()) if change.numel() else 0.0
-    bound = {STYPE: 0.0, BF16_STYPE: 2**-8, INT8_STYPE: 1 / 127}[array.stype]
+    bound = {STYPE: 0.0, BF16_STYPE: 2**-8, INT8_STYPE: 1 / 127}[header.stype]
     rounding = torch.finfo(dtype).eps * float(start.abs().max()) if start.numel() and bound else 0.0
     assert bool(((back.double() - trained.double()).abs() <= bound * largest * 1.001 + rounding).all())
     assert torch.equal(trained, kept[0])
@@ -83,95 +91,59 @@ def test_a_small_change_beside_a_large_value_is_not_lost(wire: str) -> None:
     trained = start + 1e-5
     lost = trained.bfloat16().float() - start
     assert float(lost.abs().max()) == 0.0
-    back = decode_change(encode_change(trained, start, wire, 0), start) - start
-    assert torch.allclose(back, trained - start, rtol=0.01)
+    assert torch.allclose(as_received(trained, start, wire, 0) - start, trained - start, rtol=0.01)
 
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_what_was_not_trained_comes_back_exactly(wire: str) -> None:
     start = torch.randn(8, 50, generator=G)
-    assert torch.equal(decode_change(encode_change(start, start, wire, 0), start), start)
+    assert torch.equal(as_received(start, start, wire, 0), start)
 
 
 def test_int8_codes_that_no_client_makes_are_refused() -> None:
-    start = torch.zeros(2, 8)
+    start, header = torch.zeros(2, 8), header_of("int8", torch.float32, (2, 8))
     good = encode_change(torch.randn(2, 8, generator=G), start, "int8", 0)
     for at, byte in ((3, 0xBF), (8, 0x80)):  # the sign of a step; a code of -128
-        data = bytearray(good.data)
+        data = bytearray(good)
         data[at] = byte
-        with pytest.raises(ReplyError, match="none that a client makes"):
-            decode_change(Array(good.dtype, good.shape, good.stype, bytes(data)), start)
+        with raises(ReplyError, "invalid-codes"):
+            decode_change(header, bytes(data), start)
 
 
-# ------------------------------------------------------------------------------------------------ the server's checks
-
-START = AdapterState({}, {"w": torch.randn(4, 30, generator=G)})
-GOOD = encode_change(START.dense["w"] + 0.1, START.dense["w"], "int8", 0)
-BROKEN: dict[str, tuple[Array, str]] = {
-    "raw": (to_array(START.dense["w"]), "480 bytes of tensors, 136 were asked for"),
-    "bfloat16": (encode_change(START.dense["w"] + 0.1, START.dense["w"], "bfloat16", 0), "bytes of tensors"),
-    "a raw name": (Array(GOOD.dtype, GOOD.shape, STYPE, GOOD.data), "serialised as 'fedlora.raw.v1', not .*int8"),
-    "another name": (Array(GOOD.dtype, GOOD.shape, BF16_STYPE, GOOD.data), "serialised as .*bf16.*, not .*int8"),
-    "float32 codes": (Array("float32", GOOD.shape, GOOD.stype, GOOD.data), "is of type 'float32', not 'int8'"),
-    "transposed": (Array(GOOD.dtype, (30, 4), GOOD.stype, GOOD.data), r"has shape \(30, 4\), not \(4, 30\)"),
-    "flat": (Array(GOOD.dtype, (120,), GOOD.stype, GOOD.data), r"has shape \(120,\)"),
-    "without steps": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, GOOD.data[16:]), "has 120 bytes, not 136"),
-    "a step of NaN": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\0\0\xc0\x7f" + GOOD.data[4:]), "not finite"),
-    "an endless step": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\0\0\x80\x7f" + GOOD.data[4:]), "not finite"),
-    "an overflow": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\xff\xff\x7f\x7f" + GOOD.data[4:]), "not finite"),
-    "a negative step": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\0\0\0\xc0" + GOOD.data[4:]), "negative step"),
-    "a large step": (Array(GOOD.dtype, GOOD.shape, GOOD.stype, b"\0\0\0\x60" + GOOD.data[4:]), "norm .* is above"),
-}
+def test_the_raw_format_is_the_tensor_itself() -> None:
+    value = torch.randn(3, 4, generator=G)
+    assert encode_change(value, torch.zeros(3, 4), "float32", 0) == raw_bytes(value) == value.numpy().tobytes()
+    header = raw_header(value)
+    assert torch.equal(from_raw(value.numpy().tobytes(), header.dtype, header.shape), value)
 
 
-@pytest.mark.parametrize("case", ["good", *BROKEN])
-def test_an_int8_reply_is_checked_header_first(case: str) -> None:
-    array, message = BROKEN.get(case, (GOOD, ""))
-    ask, metrics = Ask(ClientPlan(START), 1, 0, wire="int8"), {"num_examples": 1}
-    content = encode_update({"w": array}, metrics, round_number=1, base_digest="")
-    if not message:
-        tensor = check_update(content, ask, Limits(10, 100.0)).tensors["w"]
-        assert torch.allclose(tensor, START.dense["w"] + 0.1, atol=1e-3)
-        return
-    with pytest.raises(ReplyError, match=message):
-        check_update(content, ask, Limits(10, 100.0))
-
-
-# ------------------------------------------------------------------------------------------------ messages
-
-
-def plan_of(wire: str) -> RecordDict:
-    pair = LoraPair(torch.randn(2, 30, generator=G), torch.randn(40, 2, generator=G), 2.0)
-    return PlanEncoder().encode(Ask(ClientPlan(AdapterState({"m": pair}, {"head": torch.ones(9)})), 1, 0, wire=wire))
-
-
-def test_a_node_refuses_a_format_that_it_does_not_know() -> None:
-    content = plan_of("int8")
-    head = json.loads(str(content.config_records["plan"]["json"]))
-    content.config_records["plan"] = ConfigRecord({"json": json.dumps(head | {"wire": "nf4", "fedlora": "9.9"})})
-    with pytest.raises(ReplyError, match=r"fedlora 9\.9\) asks for wire format 'nf4'.*knows float32, bfloat16, int8"):
-        decode_plan(content)
-
-
-def test_what_the_server_sends_is_the_same_in_every_format() -> None:
-    pair = LoraPair(torch.randn(2, 30, generator=G), torch.randn(40, 2, generator=G), 2.0)
-    plan = ClientPlan(AdapterState({"m": pair}, {"head": torch.ones(9)}))
-    sent = [PlanEncoder().encode(Ask(plan, 1, 0, wire=wire)).array_records["arrays"] for wire in WIRES]
-    bodies = [{name: (a.stype, a.data) for name, a in record.items()} for record in sent]
-    assert bodies[0] == bodies[1] == bodies[2]
+def test_what_is_decoded_owns_its_memory() -> None:
+    data = bytes(16)
+    from_raw(data, "float32", (4,)).add_(1.0)
+    assert data == bytes(16)
 
 
 def test_each_tensor_client_and_round_is_rounded_by_its_own_draw() -> None:
     start = AdapterState({}, {name: torch.zeros(1, 400) for name in ("a", "b")})
-    trained = AdapterState({}, {name: torch.linspace(0.1, 1.0, 400)[None] for name in ("a", "b")})
+    trained = {name: torch.linspace(0.1, 1.0, 400)[None] for name in ("a", "b")}
 
     def sent(round_number: int, client_id: int, seed: int = 0) -> dict[str, bytes]:
-        plan = decode_plan(PlanEncoder().encode(Ask(ClientPlan(start), round_number, client_id, wire="int8")))
-        return {name: array.data for name, array in encode_upload(plan, start, trained, seed).items()}
+        return TrainRequest(ClientPlan(start), round_number, client_id, wire="int8").encode(trained, seed)
 
     assert sent(1, 0) == sent(1, 0)
     bodies = [*sent(1, 0).values(), sent(2, 0)["a"], sent(1, 1)["a"], sent(1, 0, seed=1)["a"]]
     assert len(set(bodies)) == 5
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_simulation_uses_what_a_server_would_decode(wire: str) -> None:
+    start = AdapterState({}, {name: torch.randn(3, 40, generator=G) for name in ("a", "b")})
+    request = TrainRequest(ClientPlan(start), 2, 1, wire=wire)
+    trained = {name: value + 0.1 for name, value in request.starts.items()}
+    bodies, received = request.encode(trained, 7), request.as_received(trained, 7)
+    assert bodies.keys() == received.keys() == trained.keys()
+    for name, data in bodies.items():
+        assert torch.equal(decode_change(request.headers[name], data, request.starts[name]), received[name])
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -223,9 +195,3 @@ def test_a_private_run_is_rounded_after_the_noise_and_claims_the_same(tiny_confi
     assert claims[0] == claims[1]
     assert rounded.records[1]["answered"] == [0, 1, 2, 3]
     assert rounded.records[1]["bytes_up"] < 0.5 * exact.records[1]["bytes_up"]
-
-
-def test_the_raw_format_is_the_tensor_itself() -> None:
-    value = torch.randn(3, 4, generator=G)
-    array = encode_change(value, torch.zeros(3, 4), "float32", 0)
-    assert array.data == to_array(value).data == value.numpy().tobytes()
