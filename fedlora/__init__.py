@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedlora.adapter import AdapterState, LoraPair
     from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientUpdate, GlobalState
     from fedlora.api import Run, evaluate, load_run, run
+    from fedlora.callbacks import Callback
     from fedlora.config import RunConfig, load_config
     from fedlora.errors import FedloraError
 
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdapterState": "adapter",
     "Aggregator": "aggregators",
+    "Callback": "callbacks",
     "Claim": "aggregators",
     "ClientPlan": "aggregators",
     "ClientUpdate": "aggregators",
@@ -42,6 +44,7 @@ _HOME = {
 __all__ = [
     "AdapterState",
     "Aggregator",
+    "Callback",
     "Claim",
     "ClientPlan",
     "ClientUpdate",

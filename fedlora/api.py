@@ -10,7 +10,7 @@ model = run.model()
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -124,7 +124,8 @@ def run(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Callback | None = None,
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = False,
     **changes: Any,
 ) -> Run:
     """Train a federation in this process, and write everything to the folder `output`/`name` of its config.
@@ -133,7 +134,8 @@ def run(
         config: a TOML file, the name of one that ships with fedlora ("quickstart"), or a `RunConfig`.
         overwrite: replace an earlier run of that name.
         resume: go on with it.
-        progress: is told what happens; None: a moving line in a terminal or notebook, lines elsewhere.
+        callbacks: Told what happens, in their order, after the run's folder was written.
+        quiet: Show nothing; otherwise there is a moving line in a terminal or notebook, and lines elsewhere.
         changes: keys of the config with new values; a table's keys as a dict: `rounds=2, train={"lr": 1e-3}`.
 
     Returns:
@@ -146,21 +148,20 @@ def run(
     if resume and overwrite:
         raise ConfigError("resume goes on with a run and overwrite starts it again: give one of them")
     folder = RunDir.open(Path(resolved.output) / resolved.name, resolved) if resume else None
-    if progress is not None:
-        return Run(train(resolved, progress, folder=folder, overwrite=overwrite).path)
+    if quiet:
+        return Run(train(resolved, *callbacks, folder=folder, overwrite=overwrite).path)
     from rich.console import Console
 
     from fedlora.terminal import Terminal
 
     with Terminal(Console(file=sys.stdout)) as terminal:
         terminal.doing(f"loading {resolved.model.name} and {resolved.data.source}")
-        return Run(train(resolved, terminal, folder=folder, overwrite=overwrite).path)
+        return Run(train(resolved, terminal, *callbacks, folder=folder, overwrite=overwrite).path)
 
 
 def train(
     config: RunConfig,
-    progress: Callback,
-    *,
+    *callbacks: Callback,
     folder: RunDir | None = None,
     overwrite: bool = False,
     replay: Path | None = None,
@@ -169,7 +170,7 @@ def train(
 
     Args:
         config: of the run.
-        progress: is told what happens.
+        callbacks: Told what happens.
         folder: of the run to go on with; None for a new one.
         overwrite: replace an earlier run of that name.
         replay: the folder of a run; in each round only those clients answer that did then.
@@ -189,7 +190,8 @@ def train(
             f"fedlora export {folder.path} OUT"
         )
     if folder is not None and folder.finished:
-        progress.message(f"{folder.path} is finished: nothing is left to train")
+        for one in callbacks:
+            one.message(f"{folder.path} is finished: nothing is left to train")
         return folder
     resume = folder is not None
     if not resume:
@@ -215,7 +217,7 @@ def train(
         if config.privacy is None:  # label counts are the clients' own
             draw_labels(workspace.data, folder.path / "labels.png")
         again = None if before is None else before.read_metrics()
-        run_simulation(config, folder, progress, resume=resume, replay=again)
+        run_simulation(config, folder, *callbacks, resume=resume, replay=again)
     except Exception:
         if not resume:
             folder.discard_if_untrained()

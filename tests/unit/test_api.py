@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import fedlora
-from fedlora.callbacks import Callback
 from fedlora.cli import app
 
 NAMES = {
-    *("AdapterState", "Aggregator", "Claim", "ClientPlan", "ClientUpdate", "FedloraError", "GlobalState", "LoraPair"),
+    *(
+        "AdapterState",
+        "Aggregator",
+        "Callback",
+        "Claim",
+        "ClientPlan",
+        "ClientUpdate",
+        "FedloraError",
+        "GlobalState",
+        "LoraPair",
+    ),
     *("Run", "RunConfig", "evaluate", "load_config", "load_run", "run"),
 }
 
@@ -23,8 +34,8 @@ NAMES = {
 def test_the_exported_names_are_these_and_are_there() -> None:
     assert set(fedlora.__all__) == NAMES <= set(dir(fedlora))
     assert all(getattr(fedlora, name).__name__ == name for name in NAMES)
-    with pytest.raises(AttributeError, match="no attribute 'runs'"):
-        _ = fedlora.runs  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fedlora.nothing  # type: ignore[attr-defined]
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
@@ -34,7 +45,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
 
 
 def test_a_run_is_the_command_lines_run(tiny_toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = fedlora.run(tiny_toml, name="mine", rounds=1, train={"lr": 0.01}, progress=Callback())
+    mine = fedlora.run(tiny_toml, name="mine", rounds=1, train={"lr": 0.01}, quiet=True)
     assert capsys.readouterr().out == ""
     words = ["run", str(tiny_toml), "--set", "name=theirs", "--set", "rounds=1", "--set", "train.lr=0.01", "-q"]
     done = CliRunner().invoke(app, words)
@@ -53,7 +64,7 @@ def test_a_run_is_the_command_lines_run(tiny_toml: Path, capsys: pytest.CaptureF
 
 
 def test_what_a_run_left_is_looked_at_and_used(tiny_toml: Path) -> None:
-    run = fedlora.run(tiny_toml, progress=Callback())
+    run = fedlora.run(tiny_toml, quiet=True)
     metrics = run.metrics
     assert metrics.index.tolist() == [0, 1, 2]
     assert {"accuracy", "domains.films.accuracy", "train_loss"} <= set(metrics.columns)
@@ -69,14 +80,14 @@ def test_what_a_run_left_is_looked_at_and_used(tiny_toml: Path) -> None:
 
 
 def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:
-    fedlora.run(tiny_toml, rounds=1, progress=Callback())
+    fedlora.run(tiny_toml, rounds=1, quiet=True)
     with pytest.raises(fedlora.FedloraError, match="--overwrite"):
-        fedlora.run(tiny_toml, rounds=2, progress=Callback())
-    longer = fedlora.run(tiny_toml, rounds=2, resume=True, progress=Callback())
-    whole = fedlora.run(tiny_toml, name="whole", progress=Callback())
+        fedlora.run(tiny_toml, rounds=2, quiet=True)
+    longer = fedlora.run(tiny_toml, rounds=2, resume=True, quiet=True)
+    whole = fedlora.run(tiny_toml, name="whole", quiet=True)
     assert longer.metrics["accuracy"].tolist() == whole.metrics["accuracy"].tolist()
     config = fedlora.load_config(tiny_toml, ["name=again", "rounds=1"])
-    assert fedlora.run(config, strategy={"name": "ffa"}, progress=Callback()).config.strategy.name == "ffa"
+    assert fedlora.run(config, strategy={"name": "ffa"}, quiet=True).config.strategy.name == "ffa"
 
 
 @pytest.mark.parametrize(
@@ -90,10 +101,37 @@ def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:
 )
 def test_a_wrong_key_is_one_line(tiny_toml: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(fedlora.FedloraError, match=words):
-        fedlora.run(tiny_toml, progress=Callback(), **changes)
+        fedlora.run(tiny_toml, quiet=True, **changes)
     assert not (tiny_toml.parent / "runs").exists()
 
 
 def test_the_command_line_says_its_version() -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.stdout) == (0, f"fedlora {fedlora.__version__}\n")
+
+
+def test_callbacks_are_told_what_happens_when_it_is_on_the_disk(tiny_toml: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Sees(fedlora.Callback):
+        def started(self, config: fedlora.RunConfig, clients: int, rounds: int) -> None:
+            seen.append(("started", clients))
+            self.metrics = Path(config.output) / config.name / "metrics.jsonl"
+
+        def round_started(self, number: int, asked: Sequence[int]) -> None:
+            seen.append(("asked", len(asked)))
+
+        def state_reached(self, state: fedlora.GlobalState) -> None:
+            seen.append(("state", state.round))
+
+        def round_ended(self, record: Mapping[str, Any]) -> None:
+            seen.append(("lines", len(self.metrics.read_text().splitlines())))
+
+        def ended(self, state: fedlora.GlobalState) -> None:
+            seen.append(("ended", state.round))
+
+    fedlora.run(tiny_toml, callbacks=[Sees()], quiet=True)
+    assert seen == [
+        *(("started", 4), ("state", 0), ("lines", 1), ("asked", 4), ("state", 1), ("lines", 2)),
+        *(("asked", 4), ("state", 2), ("lines", 3), ("ended", 2)),
+    ]
