@@ -4,19 +4,17 @@ from fedlora.model.base_model import Base
 from fedlora.model.base_weights import BaseWeights
 from fedlora.model.device import resolve_device, seeded
 from fedlora.model.export import put_in_place, save_adapter, save_merged
-from fedlora.model.loading import CacheInfo, cache_info, clear_cache, load_base
+from fedlora.model.loading import base_key, load_base
 from fedlora.model.plain import Recipe, Reference, verify_adapter, verify_merged
 from fedlora.model.pretrained_adapter import changed_weights, load_adapted
 
 __all__ = [
     "Base",
     "BaseWeights",
-    "CacheInfo",
     "Recipe",
     "Reference",
-    "cache_info",
+    "base_key",
     "changed_weights",
-    "clear_cache",
     "load_adapted",
     "load_base",
     "put_in_place",

@@ -77,6 +77,7 @@ class Base:
         config: the model's table of the run's config.
         adapter_config: the adapter's table.
         task_type: PEFT's name of the task, for exports.
+        key: `fedlora.model.loading.base_key` of what was loaded.
         recipe: how the plain base is loaded without us.
         targets: modules with a pair, in order.
         heads: modules trained in full, in order.
@@ -100,6 +101,7 @@ class Base:
         config: ModelConfig,
         adapter_config: AdapterConfig,
         task_type: str | None,
+        key: str,
         recipe: Recipe,
         device: torch.device,
         dtype: torch.dtype,
@@ -108,7 +110,7 @@ class Base:
         model: nn.Module = peft_model.base_model.model
         self.peft_model, self.method, self.model = peft_model, method, model
         self.config, self.adapter_config, self.task_type, self.recipe = config, adapter_config, task_type, recipe
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.key = device, dtype, key
         self.adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.targets, self.heads = tuple(targets), tuple(heads)
         self.random, self.notes = tuple(frozen), tuple(notes)

@@ -1,18 +1,13 @@
-"""Loads a base model once per process and keeps it; every later request for the same one is a hit.
-
-The cache lives in this module on purpose: a simulation backend that pickles its functions by value would carry a
-cache in `__main__` or in a closure along, empty, with every message.
-"""
+"""Loads a base model and injects an adapter; `fedlora.training.workspace` keeps it."""
 
 from __future__ import annotations
 
 import json
 import re
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,28 +29,25 @@ from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape
 from fedlora.rng import derive
 
 
-class CacheInfo(NamedTuple):
-    """How often a base was loaded from disk, and how often the loaded one was given again."""
-
-    loads: int
-    hits: int
-
-
-_lock = threading.RLock()
-_kept: dict[str, Base] = {}  # at most one: two large bases do not fit a device
-_loads = 0
-_hits = 0
-
-
-def cache_info() -> CacheInfo:
-    """Loads and hits since the process started."""
-    return CacheInfo(_loads, _hits)
-
-
-def clear_cache() -> None:
-    """Let go of the kept base, so that its memory can be freed."""
-    with _lock:
-        _kept.clear()
+def base_key(
+    config: RunConfig,
+    auto_class: str,
+    head: Sequence[str],
+    model_kwargs: Mapping[str, Any] | None,
+    peft_task_type: str | None,
+) -> str:
+    """What decides which base `load_base` gives, of its arguments and of the checkpoint's files, as one string."""
+    return json.dumps(
+        [
+            config.digest("model", "adapter"),
+            None if find_method(config.adapter).pairs else config.seed,  # by which PEFT draws what is no pair
+            [auto_class, list(head), dict(model_kwargs or {}), peft_task_type],
+            str(resolve_device(config.runtime.device)),
+            Checkpoint.of(config.model).stamps(),  # a folder that was changed since is another base
+        ],
+        sort_keys=True,
+        default=str,
+    )
 
 
 def load_base(
@@ -65,9 +57,7 @@ def load_base(
     model_kwargs: Mapping[str, Any] | None = None,
     peft_task_type: str | None = None,
 ) -> Base:
-    """The base model of a config with an adapter injected; loaded once per process.
-
-    The process keeps the last one. It comes as the last user left it: write an adapter and rebase before you use it.
+    """The base model of a config with an adapter injected.
 
     Args:
         config: of which the model, adapter and runtime.device matter; and the seed, for a method that is no LoRA.
@@ -80,37 +70,8 @@ def load_base(
         ConfigError: an unknown device, method or pattern.
         ModelError: the model cannot be loaded, or the adapter cannot be put on it.
     """
-    global _loads, _hits
-    device = resolve_device(config.runtime.device)
-    key = json.dumps(
-        [
-            config.digest("model", "adapter"),
-            None if find_method(config.adapter).pairs else config.seed,  # by which PEFT draws what is no pair
-            [auto_class, list(head), dict(model_kwargs or {}), peft_task_type, str(device)],
-            Checkpoint.of(config.model).stamps(),  # a folder that was changed since is another base
-        ],
-        sort_keys=True,
-        default=str,
-    )
-    with _lock:
-        if key in _kept:
-            _hits += 1
-            return _kept[key]
-        _kept.clear()
-        base = _load(config, auto_class, head, dict(model_kwargs or {}), peft_task_type, device)
-        _kept[key] = base
-        _loads += 1
-        return base
-
-
-def _load(
-    config: RunConfig,
-    auto_class: str,
-    head: Sequence[str],
-    model_kwargs: dict[str, Any],
-    task_type: str | None,
-    device: torch.device,
-) -> Base:
+    key = base_key(config, auto_class, head, model_kwargs, peft_task_type)
+    device, model_kwargs = resolve_device(config.runtime.device), dict(model_kwargs or {})
     method = find_method(config.adapter)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     checkpoint = Checkpoint.of(config.model)
@@ -157,7 +118,8 @@ def _load(
         seed=None if method.pairs else config.seed,
         config=config.model,
         adapter_config=config.adapter,
-        task_type=task_type,
+        task_type=peft_task_type,
+        key=key,
         device=device,
         dtype=dtype,
         fingerprint=lambda: fingerprint(checkpoint, commit, stamps),

@@ -13,7 +13,7 @@ import torch
 from fedlora.assets import Checkpoint
 from fedlora.config import RunConfig, settle
 from fedlora.errors import ConfigError
-from fedlora.model import Base, clear_cache, load_base
+from fedlora.model import Base, base_key, load_base
 from fedlora.progress import activity
 from fedlora.provenance import WORDS, Provenance, class_names_digest
 from fedlora.speedups import Speedups, install
@@ -86,7 +86,7 @@ class Workspace:
 
 
 _lock = threading.RLock()
-_open: dict[str, Workspace] = {}  # at most one, as with the base: as its config says it, and as "auto" chose
+_open: dict[str, Workspace] = {}  # one workspace: under the key of its config, and of the config that "auto" chose
 
 
 def open_workspace(config: RunConfig) -> Workspace:
@@ -95,34 +95,43 @@ def open_workspace(config: RunConfig) -> Workspace:
     Args:
         config: a resolved config.
     """
-    from fedlora.data import load_data
-
     with _lock:
-        for workspace in _open.values():
-            if workspace.config is config:  # as clients of one process ask, each in its turn
-                return workspace
+        found = next((workspace for workspace in _open.values() if workspace.config is config), None)
+        if found is not None:  # as clients of one process ask, each in its turn
+            return found
         key = _key(config)
         if key not in _open:
+            kept = [workspace.base for workspace in _open.values()]
             _open.clear()
-            device = setup(config.runtime)
-            task = load_task(config.task)
-            _require_hub_revision(config)
-            activity.info("reading %s", config.data.source)
-            data = load_data(config)
-            activity.info("loading %s", config.model.name)
-            pass_over_libraries()
-            base = load_base(config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
-            # What is found out on examples is written down, or ends the run: in a private run on public ones alone.
-            public, secret = ([data.test], [data.train]) if config.privacy else ([data.test, data.train], [])
-            require_fit(config, base, task, public)
-            activity.info("choosing how to compute")
-            trial = Trial(base, task, public)
-            speedups = install(trial, config.runtime, public if secret else [data.train, data.test], secret)
-            base.alone = cannot_share(trial) or base.alone
-            workspace = Workspace(config, task, data, base, device, speedups)
+            workspace = _opened(config, kept)
             _open[key] = _open[_key(settle(config, workspace.settled))] = workspace
         _open[key] = replace(_open[key], config=config)
         return _open[key]
+
+
+def _opened(config: RunConfig, kept: list[Base]) -> Workspace:
+    """A new workspace, on the kept base if it is the one that the config names."""
+    from fedlora.data import load_data
+
+    device = setup(config.runtime)
+    task = load_task(config.task)
+    _require_hub_revision(config)
+    activity.info("reading %s", config.data.source)
+    data = load_data(config)
+    activity.info("loading %s", config.model.name)
+    pass_over_libraries()
+    wanted = (config, task.auto_class, task.head, task.model_kwargs(data.train), task.peft_task_type)
+    if kept and kept[0].key != base_key(*wanted):
+        kept.clear()  # two large bases do not fit a device
+    base = kept[0] if kept else load_base(*wanted)
+    # What is found out on examples is written down, or ends the run: in a private run on public ones alone.
+    public, secret = ([data.test], [data.train]) if config.privacy else ([data.test, data.train], [])
+    require_fit(config, base, task, public)
+    activity.info("choosing how to compute")
+    trial = Trial(base, task, public)
+    speedups = install(trial, config.runtime, public if secret else [data.train, data.test], secret)
+    base.alone = cannot_share(trial) or base.alone
+    return Workspace(config, task, data, base, device, speedups)
 
 
 def _key(config: RunConfig) -> str:
@@ -144,4 +153,3 @@ def close_workspace() -> None:
     """Let go of the kept workspace and its base, so that their memory can be freed."""
     with _lock:
         _open.clear()
-        clear_cache()

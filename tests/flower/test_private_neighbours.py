@@ -27,7 +27,6 @@ from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
 from fedlora.flower import client_app
 from fedlora.flower.server_app import serve
-from fedlora.model import clear_cache
 from fedlora.privacy import server_dp as central
 from fedlora.rng import derive
 from fedlora.runs import environment
@@ -198,7 +197,6 @@ class Everything:
 
     def __call__(self, config: RunConfig, run: Callable[[RunDir, Told], Any]) -> dict[str, Any]:
         close_workspace()
-        clear_cache()
         numbers, told = count(1), Told()
         found: dict[str, Any] = {}
         real = LoopbackGrid._pull

@@ -228,15 +228,18 @@ def test_sampling_is_seeded_and_reaches_everyone(tiny_config: MakeConfig) -> Non
     assert "aggregation_error" not in outcome.records[1]
 
 
-def test_the_base_is_loaded_once_for_all_clients_and_rounds(tiny_config: MakeConfig) -> None:
-    from fedlora.model import cache_info
-    from fedlora.training.workspace import close_workspace
+def test_the_base_is_loaded_once_for_all_clients_and_rounds(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedlora.training import workspace
 
-    close_workspace()
-    before = cache_info().loads
+    loads, load_base = [], workspace.load_base
+    monkeypatch.setattr(workspace, "load_base", lambda *wanted: (loads.append(wanted), load_base(*wanted))[1])
+    workspace.close_workspace()
     run(tiny_config())
     run(tiny_config("strategy.name=ffa"))
-    assert cache_info().loads == before + 1
+    run(tiny_config("partition.clients=3"))
+    assert len(loads) == 1
 
 
 def test_peft_loads_the_adapter_and_gives_the_same_accuracy(tiny_config: MakeConfig, tiny_bert: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from tiny import write_tiny_toml
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fedlora import model as models
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate
 from fedlora.cli import app
@@ -26,6 +25,7 @@ from fedlora.errors import ExportError
 from fedlora.model import Base, Reference, load_base, plain, save_adapter, save_merged, verify_adapter, verify_merged
 from fedlora.runs.rundir import RunDir
 from fedlora.training import export as exporting
+from fedlora.training import workspace
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[2, 9, 30, 41, 3, 0], [2, 50, 51, 52, 53, 3]])
@@ -33,13 +33,6 @@ TOKENS = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 WORDS = {"vocab_size": 60, "max_position_embeddings": 32}
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {"initializer_range": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache() -> Iterator[None]:
-    models.clear_cache()
-    yield
-    models.clear_cache()
 
 
 def load(path: Path, dtype: str = "float32", auto_class: str = "SequenceClassification", **adapter: Any) -> Base:
@@ -369,7 +362,9 @@ def test_where_two_bases_do_not_fit_the_runs_own_is_given_up(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "free_bytes", lambda _device: 0)
-    before = models.cache_info().loads
+    loads: list[Any] = []
+    monkeypatch.setattr(workspace, "load_base", lambda *wanted: (loads.append(wanted), load_base(*wanted))[1])
+    workspace.close_workspace()
     assert cli("run", "--baselines").exit_code == 0, "what comes after loads it again"
-    assert models.cache_info().loads == before + 2
+    assert len(loads) == 2
     assert (tmp_path / "runs" / "tiny" / "adapter" / "adapter_config.json").is_file()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.errors import raises
 
-from fedlora import model as models
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import DataError, FedloraError, ModelError
 from fedlora.model import Base, load_base
@@ -24,13 +23,6 @@ from fedlora.tasks._text import encode, load_tokenizer
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 LAYER = "bert.encoder.layer.1.output.dense.weight"
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache() -> Iterator[None]:
-    models.clear_cache()
-    yield
-    models.clear_cache()
 
 
 def load(path: Path, auto_class: str = "AutoModelForSequenceClassification", **model: Any) -> Base:

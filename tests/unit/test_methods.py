@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from support.errors import raises
 from torch import Tensor, nn
 
-from fedlora import model as models
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientSpec, equivalent_adapter, load_aggregator
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
@@ -34,13 +32,6 @@ SMALL: dict[str, dict[str, Any]] = {
 """Options for layers of 32 units, where PEFT's own are for larger ones."""
 NEAR = ("vblora", "c3a")
 """Whose change is small at the start, by their papers' own choice, and not zero."""
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache() -> Iterator[None]:
-    models.clear_cache()
-    yield
-    models.clear_cache()
 
 
 def load(path: Path, method: str, dtype: str = "float32", seed: int = 0, **adapter: Any) -> Base:
@@ -156,7 +147,6 @@ def _with(state: Any, adapter: AdapterState) -> Any:
 def test_another_process_draws_the_same_adapter_from_the_same_seed(tiny_bert: Path, method: str) -> None:
     base = load(tiny_bert, method, seed=3)
     first, fingerprint = base.initial_adapter(3), base.fingerprint
-    models.clear_cache()
     torch.manual_seed(1234)
     again = load(tiny_bert, method, seed=3)
     assert again.fingerprint == fingerprint

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from test_methods import SMALL
 
-from fedlora import model as models
 from fedlora.aggregators import ClientSpec, load_aggregator, rules
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import RuleError
@@ -67,7 +66,6 @@ def page(path: Path) -> str:
     notes: list[str] = []
     rows = []
     for name, method in METHODS.items():
-        models.clear_cache()
         base = load(path, name)
         cells = []
         for rule_name, rule_class in rules().items():
@@ -97,7 +95,6 @@ def page(path: Path) -> str:
 
 def test_the_page_on_methods_is_what_happens(tiny_bert: Path) -> None:
     found = page(tiny_bert)
-    models.clear_cache()
     if os.environ.get(WRITE):
         PAGE.write_text(found, encoding="utf-8")
     assert PAGE.read_text(encoding="utf-8") == found, f"the page is stale: run this test with {WRITE}=1"
