@@ -24,6 +24,7 @@ from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ExportError
 from fedlora.model import Base, Reference, load_base, plain, save_adapter, save_merged, verify_adapter, verify_merged
 from fedlora.runs.rundir import RunDir
+from fedlora.speedups.last_layer import skip_unread
 from fedlora.training import export as exporting
 from fedlora.training import workspace
 
@@ -188,6 +189,7 @@ def test_rounding_is_told_from_a_fault_by_a_wider_dtype(
 ) -> None:
     monkeypatch.setitem(plain.TOLERANCE, getattr(torch, dtype), 1e-12)
     base = load(saved("Bert/ForMaskedLM", tmp_path / "base", **WORDS, **SMALL, **WIDE), dtype)
+    skip_unread(base.model)  # products of other shapes than the plain model's, which round otherwise
     state = trained(base)
     wanted = reference(base, state)
     save_adapter(base, state, tmp_path / "adapter", {})
