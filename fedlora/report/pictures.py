@@ -28,7 +28,7 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path) -> Pat
     """
     metric = reported_metric(records)
     if all(metric_of(record, metric) is None for record in records):
-        raise FedloraError(f"there is no {metric} to draw: run at least one evaluated round")
+        raise FedloraError(f"there is no {metric} to draw: run at least one evaluated round", code="nothing-to-draw")
     return save_png(accuracy_curve(records, metric).draw, path)
 
 
@@ -52,8 +52,9 @@ def plot_labels(
     """
     counts = np.asarray(counts)
     if counts.ndim != 2 or not counts.size or counts.shape[1] != len(label_names):
-        raise FedloraError(f"label counts {counts.shape} do not fit {len(label_names)} label names")
+        message = f"label counts {counts.shape} do not fit {len(label_names)} label names"
+        raise FedloraError(message, code="names-do-not-fit")
     if domains is not None and len(domains) != len(counts):
-        raise FedloraError(f"{len(domains)} domains do not fit {len(counts)} clients")
+        raise FedloraError(f"{len(domains)} domains do not fit {len(counts)} clients", code="names-do-not-fit")
     clients = [f"{domains[k]} {k}" if domains is not None else str(k) for k in range(len(counts))]
     return save_png(holdings(counts, label_names, clients), path)

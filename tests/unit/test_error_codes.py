@@ -38,7 +38,6 @@ PENDING = {
     "partition",
     "privacy",
     "registry",
-    "report",
     "runs",
     "simulation",
     "speedups",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.errors import raises
 
 from fedlora.errors import FedloraError
 from fedlora.report import plot_accuracy, plot_labels
@@ -78,7 +79,7 @@ def test_any_run_can_be_drawn(records: list[dict[str, Any]], tmp_path: Path) -> 
 
 def test_a_run_without_an_evaluation_is_refused(tmp_path: Path) -> None:
     for records in ([], [{"round": 1, "train_loss": 0.1}]):
-        with pytest.raises(FedloraError, match="no accuracy to draw"):
+        with raises(FedloraError, "nothing-to-draw", "accuracy"):
             plot_accuracy(records, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
@@ -91,11 +92,11 @@ def test_any_partition_can_be_drawn(clients: int, labels: int, tmp_path: Path) -
 
 
 def test_names_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FedloraError, match="do not fit 1 label names"):
+    with raises(FedloraError, "names-do-not-fit", "1 label names"):
         plot_labels(np.ones((2, 2)), ["no"], tmp_path / "a.png")
-    with pytest.raises(FedloraError, match="1 domains do not fit 2 clients"):
+    with raises(FedloraError, "names-do-not-fit", "1 domains", "2 clients"):
         plot_labels(np.ones((2, 2)), ["no", "yes"], tmp_path / "a.png", domains=["x"])
-    with pytest.raises(FedloraError, match="label counts"):
+    with raises(FedloraError, "names-do-not-fit", "(0, 2)"):
         plot_labels(np.ones((0, 2)), ["no", "yes"], tmp_path / "a.png")
 
 
