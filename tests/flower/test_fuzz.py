@@ -11,7 +11,8 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,18 +21,23 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nothing_lost import Witness
+from on_a_grid import grid_of, serve_on
+from support.errors import raises
 
 from fedlora import __version__
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
-from fedlora.callbacks import Callback
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ReplyError
-from fedlora.flower.messages import Ask, PlanEncoder, decode_plan, encode_note, encode_update, encode_upload
-from fedlora.flower.update_checks import LARGEST_FIGURES, Limits, Valid, check_head, check_hello, check_update
+from fedlora.federation.client import TrainedReply
+from fedlora.federation.plausibility import Expectations
+from fedlora.federation.protocol import TrainRequest
+from fedlora.federation.screen import LARGEST_FIGURES, Admitted, Screen
+from fedlora.flower.messages import encode_note, encode_reply
+from fedlora.flower.update_checks import check_head, check_hello, check_update
 from fedlora.runs.rundir import RunDir
-from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.training.workspace import Workspace
 
 G = torch.Generator().manual_seed(0)
 PAIR = LoraPair(torch.randn(2, 3, generator=G), torch.randn(4, 2, generator=G), 2.0)
@@ -41,7 +47,10 @@ TRAINED = PLAN.adapter.with_tensors(
 )
 WIRES = ("float32", "bfloat16", "int8")
 STYPES = ["fedlora.raw.v1", "fedlora.change-bf16.v1", "fedlora.change-int8.v1"]
-LIMITS = Limits(max_examples=1000, max_norm=50.0)
+SCREEN = Screen(
+    parse_config("", ["server.max_examples=1000", "server.max_norm=50.0", "server.max_norm_ratio=off"]),
+    cast("Workspace", SimpleNamespace(data=SimpleNamespace(clients=[range(2000)] * 2))),
+)
 SHAPES = {"m:A": (2, 3), "m:B": (4, 2), "head": (2,)}
 METRICS = {"loss", "steps", "seconds", "compute_seconds", "examples_seen"}
 HEAD = {"protocol": 1, "kind": "update", "round": 5, "base_digest": "base"}
@@ -58,14 +67,13 @@ def as_reply(content: RecordDict) -> Message:
         return Message(content, reply_to=QUESTION)
 
 
-def asked(wire: str) -> Ask:
-    return Ask(PLAN, 5, 1, "base", wire=wire)
+def asked(wire: str) -> TrainRequest:
+    return TrainRequest(PLAN, 5, 1, "base", wire=wire)
 
 
 def good(wire: str) -> RecordDict:
-    metrics = {"num_examples": 7, "loss": 0.5, "steps": 4.0, "seconds": 0.1, "compute_seconds": 0.1}
-    arrays = encode_upload(decode_plan(PlanEncoder().encode(asked(wire))), PLAN.adapter, TRAINED, seed=0)
-    return encode_update(arrays, metrics, round_number=5, base_digest="base")
+    figures = {"num_examples": 7, "loss": 0.5, "steps": 4.0, "seconds": 0.1, "compute_seconds": 0.1}
+    return encode_reply(TrainedReply(asked(wire), TRAINED.tensors(), figures), seed=0)
 
 
 def values_of(name: str, array: Array, wire: str) -> np.ndarray | None:
@@ -224,12 +232,14 @@ CHANGES: list[Callable[[RecordDict, random.Random], None]] = [
 ]
 
 
-def verdict(content: RecordDict, wire: str) -> Valid | str:
+def verdict(content: RecordDict, wire: str) -> Admitted | str:
     """What the server does with a reply: what it accepts, or why it refuses. Anything else ends the test."""
     try:
         head = check_head(as_reply(content))
         assert head["kind"] in ("update", "need")
-        return "need" if head["kind"] == "need" else check_update(content, asked(wire), LIMITS)
+        if head["kind"] == "need":
+            return "need"
+        return SCREEN.admit(asked(wire), *check_update(content, asked(wire)), Expectations())
     except ReplyError as error:
         return str(error)
 
@@ -254,11 +264,11 @@ def test_a_mutated_reply_is_refused_or_is_one_that_could_have_been_honest(wire: 
         assert honest(content, wire), f"seed {seed} ({change.__name__}) was accepted"
         seen["accepted"] += 1
         arrays = content.array_records["update"]
-        for name, tensor in got.tensors.items():
+        for name, tensor in got.update.adapter.tensors().items():
             values = values_of(name, arrays[name], wire)
             assert values is not None
             assert tensor.float().numpy().tobytes() == values.tobytes()
-        assert got.num_examples == content.metric_records["metrics"]["num_examples"]
+        assert got.update.num_examples == content.metric_records["metrics"]["num_examples"]
     assert seen["refused"] > 2000
     assert seen["accepted"] > 100  # the mutations are near enough to the edge to fall on both sides
 
@@ -289,7 +299,7 @@ def test_a_mutated_hello_is_refused_or_names_a_client_that_there_is(fields: dict
 @pytest.mark.parametrize("client_id", [None, True, -1, 4, 1.0, "1", [1], {"a": 1}])
 def test_a_client_number_is_a_number_of_a_client(client_id: Any) -> None:
     reply = as_reply(encode_note("hello", fedlora=__version__, fingerprint="f", client_id=client_id))
-    with pytest.raises(ReplyError, match="it says to be client"):
+    with raises(ReplyError, "no-such-client"):
         check_hello(reply, "f", 4, 64, 1000)
 
 
@@ -328,9 +338,9 @@ def test_a_hostile_client_changes_nothing_and_is_named_in_each_round(
     monkeypatch.setattr(LoopbackGrid, "_answer", answer)
     mode = "hostile"
     witness = Witness(RunDir.create(configs[0]))
-    outcomes = [run_simulation(configs[0], witness.rundir, witness)]
+    outcomes = [serve_on(grid_of(configs[0]), configs[0], witness, rundir=witness.rundir)]
     mode = "away"
-    outcomes += [run_simulation(configs[1], RunDir.create(configs[1]), Callback())]
+    outcomes += [serve_on(grid_of(configs[1]), configs[1])]
     assert [list(record["refused"]) for record in outcomes[0].records[1:]] == [["2"]] * 4
     assert [*witness.left_out] == [(number, 2) for number in (1, 2, 3, 4)]
     one, other = (outcome.adapter.tensors() for outcome in outcomes)

@@ -9,15 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from on_a_grid import grid_of, serve_on
+from support.errors import raises
 
-from fedlora.callbacks import Callback
 from fedlora.config import DataConfig, OpenTable, RunConfig
 from fedlora.errors import ReplyError, RoundError
 from fedlora.flower import client_app
 from fedlora.flower.handshake import TABLES, question, require_same_config, require_same_ground
 from fedlora.provenance import DATA, WORDS, Provenance
-from fedlora.runs.rundir import RunDir
-from fedlora.simulation.run import run_simulation
 from fedlora.training import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -26,18 +25,18 @@ MakeConfig = Callable[..., RunConfig]
 @pytest.mark.parametrize(
     ("override", "names"),
     [
-        (("train.lr=0.02",), r"\[train\] differ"),
+        (("train.lr=0.02",), "[train] differ"),
         (("seed=1",), "seed differ"),
-        (("wire.up=int8", "adapter.rank=2"), r"\[adapter\], \[wire\] differ"),
-        (("strategy.name=ffa",), r"\[strategy\] differ"),
-        (("model.dtype=bfloat16",), r"\[model\] differ"),
+        (("wire.up=int8", "adapter.rank=2"), "[adapter], [wire] differ"),
+        (("strategy.name=ffa",), "[strategy] differ"),
+        (("model.dtype=bfloat16",), "[model] differ"),
     ],
 )
 def test_another_config_is_refused_by_the_names_of_its_tables(
     tiny_config: MakeConfig, override: tuple[str, ...], names: str
 ) -> None:
     asked = question(tiny_config(), Provenance())
-    with pytest.raises(ReplyError, match=names):
+    with raises(ReplyError, "other-config", names):
         require_same_config(asked, tiny_config(*override))
 
 
@@ -59,8 +58,8 @@ def test_a_node_with_another_config_does_not_take_part(
 ) -> None:
     config, other = tiny_config(), tiny_config("train.steps=9")
     monkeypatch.setattr(client_app, "config_of", lambda context: other)
-    with pytest.raises(RoundError, match=r"no node can take part.*\[train\] differ: give server and nodes the same"):
-        run_simulation(config, RunDir.create(config), Callback())
+    with raises(RoundError, "no-node", "[train] differ"):
+        serve_on(grid_of(config), config)
 
 
 # ---------------------------------------------------------------------------------------------- what it stands on
@@ -80,7 +79,7 @@ def test_a_node_says_what_of_its_own_is_not_the_servers(tiny_config: MakeConfig,
     config = tiny_config()
     require_same_ground(question(config, EVERYTHING), config, EVERYTHING)
     require_same_ground(question(config, other), config, replace(EVERYTHING, **{part: None}))  # it has no such thing
-    with pytest.raises(ReplyError, match=f"^{WORDS[part]} on this node (is|are) not the server's"):
+    with raises(ReplyError, "other-provenance", WORDS[part]):
         require_same_ground(question(config, EVERYTHING), config, other)
 
 
@@ -124,5 +123,5 @@ def test_a_node_with_another_tokenizer_does_not_take_part(
     tokenizer.save_pretrained(tmp_path / "bert")
     config, other = tiny_config(), tiny_config(f"model.name={tmp_path / 'bert'}")
     monkeypatch.setattr(client_app, "config_of", lambda context: other)
-    with pytest.raises(RoundError, match=r"no node can take part.*the tokenizer on this node is not the server's"):
-        run_simulation(config, RunDir.create(config), Callback())
+    with raises(RoundError, "no-node", "the tokenizer on this node is not the server's"):
+        serve_on(grid_of(config), config)

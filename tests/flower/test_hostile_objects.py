@@ -23,61 +23,63 @@ from flwr.server.superlink.linkstate.utils import create_message_error_unavailab
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from hostile_objects import Link, Pushed, Thing, bombs, everything, grid_on, mutate, thing_of
 from nothing_lost import Witness
+from on_a_grid import serve_on
+from support.errors import raises
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError
-from fedlora.federation.run import RunOutcome, serve
+from fedlora.federation.client import TrainedReply
+from fedlora.federation.protocol import TrainRequest
+from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower import mailbox as post
 from fedlora.flower.bounded_pull import Allowed, pull_reply
-from fedlora.flower.messages import Ask, encode_note, encode_update
-from fedlora.flower.update_checks import Limits, check_head, check_update
+from fedlora.flower.messages import encode_note, encode_reply
+from fedlora.flower.update_checks import check_head, check_update
 from fedlora.runs.rundir import RunDir
 from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
 
 MakeConfig = Callable[..., RunConfig]
-LIMITS = Limits(max_examples=1000)
 TREES = 3000
 
 
-def ask_of(*shape: int) -> Ask:
-    """A plan with one tensor and two small ones."""
+def request_of(*shape: int) -> TrainRequest:
+    """A request for one tensor and two small ones."""
     pair = LoraPair(torch.ones(2, 3), torch.ones(4, 2), 2.0)
-    return Ask(ClientPlan(AdapterState({"m": pair}, {"head": torch.zeros(shape)})), 1, 0, "base")
+    return TrainRequest(ClientPlan(AdapterState({"m": pair}, {"head": torch.zeros(shape)})), 1, 0, "base")
 
 
-def answer_to(ask: Ask) -> Message:
-    metrics = {"num_examples": 7, "loss": 0.5}
-    content = encode_update(ask.plan.adapter.tensors(), metrics, round_number=1, base_digest="base")
+def answer_to(request: TrainRequest) -> Message:
+    content = encode_reply(TrainedReply(request, request.starts, {"num_examples": 7, "loss": 0.5}), seed=0)
     with task_identity(1):
         question = Message(RecordDict(), 2, "train")
         question.metadata.__dict__["_message_id"] = "f" * 64
         return Message(content, reply_to=question)
 
 
-def allowed(ask: Ask) -> Allowed:
-    return Allowed({name: header.nbytes for name, header in ask.headers().items()})
+def allowed(request: TrainRequest) -> Allowed:
+    return Allowed({name: header.nbytes for name, header in request.headers.items()})
 
 
-def outcome(link: Any, ask: Ask, limit: Allowed) -> str:
-    """What becomes of a reply: "valid", or the class of words in which it is refused."""
+def outcome(link: Any, request: TrainRequest, limit: Allowed) -> str:
+    """What becomes of a reply: "valid", or the code and the words with which it is refused."""
     try:
         reply = pull_reply(grid_on(link), "f" * 64, limit, 0.01)
         assert reply is not None
         check_head(reply)
-        check_update(reply.content, ask, LIMITS)
+        check_update(reply.content, request)
     except ReplyError as error:
-        return " ".join(str(error).split()[:4]) if str(error).isprintable() else "UNPRINTABLE"
+        return " ".join([error.code, *str(error).split()[:4]]) if str(error).isprintable() else "UNPRINTABLE"
     return "valid"
 
 
 def test_an_honest_reply_comes_through_as_flower_would_inflate_it() -> None:
-    ask = ask_of(1000)
-    reply = answer_to(ask)
+    request = request_of(1000)
+    reply = answer_to(request)
     link = Link(reply, pushed := Pushed.of(thing_of(reply)))
-    got = pull_reply(grid_on(link), "f" * 64, allowed(ask), 1.0)
+    got = pull_reply(grid_on(link), "f" * 64, allowed(request), 1.0)
     assert got is not None
     flowers = inflate_object_from_contents(pushed.tree.object_id, dict(pushed.contents))
     assert got.object_id == flowers.object_id == reply.object_id
@@ -87,8 +89,8 @@ def test_an_honest_reply_comes_through_as_flower_would_inflate_it() -> None:
 
 
 def test_thousands_of_mutated_trees_end_in_a_refusal_and_in_bounded_memory() -> None:
-    draw, ask, found = random.Random(0), ask_of(64), Counter[str]()
-    reply, limit = answer_to(ask), allowed(ask)
+    draw, request, found = random.Random(0), request_of(64), Counter[str]()
+    reply, limit = answer_to(request), allowed(request)
     honest = thing_of(reply)
     for number in range(TREES):
         root = deepcopy(honest)
@@ -99,7 +101,7 @@ def test_thousands_of_mutated_trees_end_in_a_refusal_and_in_bounded_memory() -> 
         try:
             if traced:
                 tracemalloc.start()
-            found[outcome(link, ask, limit)] += 1
+            found[outcome(link, request, limit)] += 1
             peak = tracemalloc.get_traced_memory()[1]
         except Exception as error:
             raise AssertionError(f"tree {number} ({said}): {type(error).__name__}: {error}") from error
@@ -115,8 +117,8 @@ def test_thousands_of_mutated_trees_end_in_a_refusal_and_in_bounded_memory() -> 
 @pytest.mark.parametrize("bomb", bombs(8 << 20))
 def test_no_reply_takes_twice_the_memory_that_it_may_have(bomb: str) -> None:
     size = 8 << 20
-    ask = ask_of(size // 4)
-    reply, limit = answer_to(ask), allowed(ask)
+    request = request_of(size // 4)
+    reply, limit = answer_to(request), allowed(request)
     root = thing_of(reply)
     bombs(size)[bomb](everything(root))
     link = Link(reply, Pushed.of(root))
@@ -136,32 +138,32 @@ def test_no_reply_takes_twice_the_memory_that_it_may_have(bomb: str) -> None:
 
 @pytest.mark.parametrize("kind", ["node_unavail", "msg_unavail"])
 def test_what_the_superlink_itself_says_of_a_node_comes_through(kind: str) -> None:
-    question = answer_to(ask_of(1)).metadata
+    question = answer_to(request_of(1)).metadata
     question.__dict__["_message_id"] = "f" * 64
     said = create_message_error_unavailable_res_message(question, kind)
     got = pull_reply(grid_on(Link(said, Pushed.of(thing_of(said)))), "f" * 64, Allowed(), 1.0)
     assert got is not None
     assert got.error == said.error
-    with pytest.raises(ReplyError, match="Flower error code"):
+    with raises(ReplyError, "flower-error"):
         check_head(got)
 
 
 def test_messages_that_nobody_asked_for_are_no_replies() -> None:
     """A node can push a message to the server that is no reply; Flower hands it over with whatever is pulled next."""
-    ask = ask_of(64)
-    reply = answer_to(ask)
+    request = request_of(64)
+    reply = answer_to(request)
     link = Link(reply, Pushed.of(thing_of(reply)))
     with task_identity(1, 9):
         link.beside = [message_to_proto(Message(RecordDict(), 1, "train"))] * 3
-    assert outcome(link, ask, allowed(ask)) == "valid"
-    assert pull_reply(grid_on(link), "e" * 64, allowed(ask), 0.01) is None
+    assert outcome(link, request, allowed(request)) == "valid"
+    assert pull_reply(grid_on(link), "e" * 64, allowed(request), 0.01) is None
 
 
 @pytest.mark.parametrize("error", [httpx.ConnectError("no route"), OSError("gone"), ValueError("Invalid protobuf")])
 @pytest.mark.parametrize("call", ["PullMessages", "PullObject", "ConfirmMessageReceived"])
 def test_a_failure_of_the_servers_own_link_is_no_nodes_fault(error: Exception, call: str) -> None:
-    ask = ask_of(64)
-    reply = answer_to(ask)
+    request = request_of(64)
+    reply = answer_to(request)
     link = Link(reply, Pushed.of(thing_of(reply)))
 
     def fail(_: Any) -> Any:
@@ -169,7 +171,7 @@ def test_a_failure_of_the_servers_own_link_is_no_nodes_fault(error: Exception, c
 
     setattr(link, call, fail)
     with pytest.raises(type(error), match=str(error)):
-        pull_reply(grid_on(link), "f" * 64, allowed(ask), 0.01)
+        pull_reply(grid_on(link), "f" * 64, allowed(request), 0.01)
 
 
 # ------------------------------------------------------------------------------------------------ in a run
@@ -217,10 +219,8 @@ class Lines(Witness):
 
 
 def run(config: RunConfig, grid: LoopbackGrid) -> tuple[RunOutcome, list[str]]:
-    rundir = RunDir.create(config, overwrite=True)
-    said = Lines(rundir)
-    with task_identity(1):
-        return serve(grid, config, rundir, said, resume=False), said.lines
+    said = Lines(RunDir.create(config, overwrite=True))
+    return serve_on(grid, config, said, rundir=said.rundir), said.lines
 
 
 def body_of(kind: str, body: bytes) -> Callable[[Thing], object]:
@@ -269,7 +269,7 @@ def test_a_node_whose_hello_cannot_be_inflated_is_turned_away(
 
 def test_below_the_quorum_the_round_fails_in_words(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=1", "server.quorum=1.0")
-    with pytest.raises(RoundError, match=r"quorum.*client 1: its reply cannot be read"):
+    with raises(RoundError, "no-quorum", "client 1: its reply cannot be read"):
         run(config, Patched(config, 3, "train", body_of("RecordDict", b"null")))
 
 
@@ -286,11 +286,11 @@ def test_an_error_of_the_grid_ends_the_run_as_what_it_is(tiny_config: MakeConfig
 
 def test_what_a_client_tells_of_an_error_fits_into_what_it_may_send() -> None:
     note = encode_note("error", error="\U0001f600" * 100_000)
-    reply = answer_to(ask_of(1))
+    reply = answer_to(request_of(1))
     reply.content = note
     link = Link(reply, Pushed.of(thing_of(reply)))
     got = pull_reply(grid_on(link), "f" * 64, Allowed(), 1.0)
     assert got is not None
     assert isinstance(got.content["reply"], ConfigRecord)
-    with pytest.raises(ReplyError, match="\U0001f600"):
+    with raises(ReplyError, "client-error", "\U0001f600"):
         check_head(got)

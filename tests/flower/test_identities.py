@@ -11,17 +11,19 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from flwr.proto.node_pb2 import NodeInfo
 from nothing_lost import Witness
+from on_a_grid import grid_of, serve_on
+from support.errors import raises
 
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.deploy.keys import make_node_key
 from fedlora.errors import ReplyError, RoundError
-from fedlora.federation.run import RunOutcome, serve
-from fedlora.flower import client_app, identities, run_simulation
+from fedlora.federation.run import RunOutcome
+from fedlora.flower import client_app, identities
 from fedlora.flower import mailbox as post
 from fedlora.flower.identities import Bindings, Identity, fingerprint
 from fedlora.runs.rundir import RunDir
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.simulation.run import run_simulation
+from fedlora.testing.loopback_grid import LoopbackGrid
 
 MakeConfig = Callable[..., RunConfig]
 A, B, C = (Identity(name, f"SHA256:{name}") for name in ("site-a", "site-b", "site-c"))
@@ -46,15 +48,15 @@ def test_the_first_key_of_a_client_stays_its_key() -> None:
     bindings.bind(0, A)  # back again
     assert kept == [{0: A}, {0: A, 1: B}]
     for impostor in (C, Identity(A.name, C.key), Identity("", C.key), Identity()):
-        with pytest.raises(ReplyError, match=r"server\.nodes"):
+        with raises(ReplyError, "client-has-another-node", "server.nodes"):
             bindings.bind(0, impostor)
-    with pytest.raises(ReplyError, match=r"server\.nodes"):
+    with raises(ReplyError, "client-has-another-node", "server.nodes"):
         bindings.bind(0, B)
-    with pytest.raises(ReplyError, match=r"partition-id"):
+    with raises(ReplyError, "node-is-another-client", "partition-id"):
         bindings.bind(5, B)
     again = Bindings(known=kept[-1])  # a resume
     again.bind(1, B)
-    with pytest.raises(ReplyError):
+    with raises(ReplyError, "client-has-another-node"):
         again.bind(1, A)
 
 
@@ -71,7 +73,7 @@ def test_a_config_says_which_node_is_which_client(pins: tuple[str, ...]) -> None
     bindings.bind(0, A)
     bindings.bind(1, B)
     for client_id, node in ((0, B), (1, A), (0, C), (2, C), (0, Identity()), (1, Identity("", "SHA256:site-c"))):
-        with pytest.raises(ReplyError, match=r"server\.nodes"):
+        with raises(ReplyError, "not-its-node", "server.nodes"):
             bindings.bind(client_id, node)
 
 
@@ -125,8 +127,7 @@ def over_a_superlink(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(config: RunConfig, grid: LoopbackGrid, rundir: RunDir, **how: Any) -> tuple[RunOutcome, list[str]]:
     said = Lines(rundir)
-    with task_identity(1):
-        return serve(grid, config, rundir, said, **{"resume": False, **how}), said.lines
+    return serve_on(grid, config, said, rundir=rundir, **how), said.lines
 
 
 def test_an_impostor_that_is_first_takes_nobodys_place(tiny_config: MakeConfig) -> None:
@@ -161,12 +162,13 @@ def test_after_a_resume_a_client_is_still_its_key(tiny_config: MakeConfig) -> No
 
 def test_nobody_who_is_pinned_ends_in_words(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=1", "server.node_timeout_s=0.1", "server.nodes=['w','x','y','z']")
-    with pytest.raises(RoundError, match=r"server\.nodes"):
+    with raises(RoundError, "no-node", "server.nodes"):
         run(config, Registered(config, range(4), "abcd"), RunDir.create(config))
 
 
-def test_a_simulation_knows_its_nodes_whatever_the_config_says(tiny_config: MakeConfig) -> None:
+def test_nodes_of_a_simulation_are_the_servers_own_whatever_the_config_says(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=1", "train.steps=1", "server.nodes=['w','x','y','z']")
-    outcome = run_simulation(config, RunDir.create(config), Callback())
-    assert outcome.records[1]["answered"] == [0, 1, 2, 3]
-    assert not (outcome.rundir.path / "nodes.json").exists()
+    rundir = RunDir.create(config, overwrite=True)
+    for outcome in (run_simulation(config, rundir), serve_on(grid_of(config), config)):
+        assert outcome.records[1]["answered"] == [0, 1, 2, 3]
+        assert not (outcome.rundir.path / "nodes.json").exists()

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
+from fedlora.federation import local_clients
 from fedlora.federation.run import RunOutcome
-from fedlora.flower import client_app
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 
@@ -19,7 +18,7 @@ MakeConfig = Callable[..., RunConfig]
 
 
 def run(config: RunConfig) -> RunOutcome:
-    return run_simulation(config, RunDir.create(config, overwrite=True), Callback())
+    return run_simulation(config, RunDir.create(config, overwrite=True))
 
 
 def profiles(*tables: str) -> str:
@@ -34,13 +33,13 @@ def test_stragglers_miss_the_deadline_and_cost_nothing(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[int] = []
-    real = client_app.run_plans
+    real = local_clients.answer
 
-    def watched(asked: Any) -> Any:
+    def watched(workspace: Any, asked: Any, account: Any) -> Any:
         trained.extend(one.client_id for one in asked)
-        return real(asked)
+        return real(workspace, asked, account)
 
-    monkeypatch.setattr(client_app, "run_plans", watched)
+    monkeypatch.setattr(local_clients, "answer", watched)
     outcome = run(tiny_config(profiles(FAST, SLOW), "server.simulated_deadline_s=10.0"))
     record = outcome.records[1]
     assert record["asked"] == [0, 1, 2, 3]
@@ -70,7 +69,7 @@ def test_a_round_without_a_quorum_is_lost_and_the_run_goes_on(tiny_config: MakeC
     assert outcome.state.round == 2
 
 
-def test_drop_outs_and_absences_are_in_the_books_and_repeat_themselves(tiny_config: MakeConfig) -> None:
+def test_drop_outs_and_absences_are_on_record_and_repeat_themselves(tiny_config: MakeConfig) -> None:
     settings = (
         profiles('{name="phone", availability=0.6, dropout=0.3}'),
         "server.simulated_deadline_s=5.0",
@@ -80,11 +79,11 @@ def test_drop_outs_and_absences_are_in_the_books_and_repeat_themselves(tiny_conf
     )
     one, again = run(tiny_config(*settings, name="a")), run(tiny_config(*settings, name="b"))
     keys = ("offline", "asked", "answered", "dropped", "lost")
-    books = [[record[key] for key in keys] for record in one.records[1:]]
-    assert books == [[record[key] for key in keys] for record in again.records[1:]]
-    assert any(row[0] for row in books)
-    assert any(row[3] for row in books)
-    for offline, asked, answered, dropped, _ in books:
+    rows = [[record[key] for key in keys] for record in one.records[1:]]
+    assert rows == [[record[key] for key in keys] for record in again.records[1:]]
+    assert any(row[0] for row in rows)
+    assert any(row[3] for row in rows)
+    for offline, asked, answered, dropped, _ in rows:
         assert sorted(offline + asked) == [0, 1, 2, 3]
         assert sorted(answered + dropped) == asked
     tensors = one.adapter.tensors()
