@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedlora.adapter import AdapterState, LoraPair
     from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientUpdate, GlobalState
-    from fedlora.api import Run, evaluate, load_run, run
+    from fedlora.api import Run, evaluate, load_run, partition_table, run
     from fedlora.callbacks import Callback
     from fedlora.config import RunConfig, load_config
     from fedlora.errors import FedloraError
@@ -37,6 +37,7 @@ _HOME = {
     "evaluate": "api",
     "load_config": "config",
     "load_run": "api",
+    "partition_table": "api",
     "run": "api",
 }
 """Public name -> module of this package that has it."""
@@ -56,6 +57,7 @@ __all__ = [
     "evaluate",
     "load_config",
     "load_run",
+    "partition_table",
     "run",
 ]
 

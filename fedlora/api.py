@@ -252,6 +252,28 @@ def evaluate(run: Run | str | Path, data: str | Path | None = None, **changes: A
     return pandas.DataFrame(list(rows.values()), index=list(rows))
 
 
+def partition_table(config: str | Path | RunConfig, **changes: Any) -> pandas.DataFrame:
+    """Who holds what with a config, before anything is trained, as `fedlora partition` prints it.
+
+    It is not called `fedlora.partition`, which is the package of the partitioners.
+
+    Args:
+        config: as for `run`.
+        changes: as for `run`.
+
+    Returns:
+        A row for each client: "name" and "domain" where the data have them, "examples", for classes "labels.NAME" with
+        the number of examples of each, and "label_entropy" in bits.
+
+    Raises:
+        FedloraError: the config is wrong, or the data are not there or cannot be divided like that.
+    """
+    from fedlora.data import load_data
+    from fedlora.data.describe import clients_table
+
+    return clients_table(load_data(resolve_config(config, changes)))
+
+
 def figures_of(source: Source, data: Path | None) -> dict[str, dict[str, float]]:
     """What an adapter reaches: "all" and each domain -> "examples", the task's main figure, and the other figures.
 

@@ -40,40 +40,27 @@ def partition(
 
         from fedlora.config import load_config
         from fedlora.data import load_data
-        from fedlora.data.describe import describe_partition, draw_labels, main_domains
+        from fedlora.data.describe import clients_table, describe_partition, draw_labels
 
         calm_loggers(debug)
         console = open_console()
         config = load_config(config_path, overrides or [])
         with console.status(f"loading {config.data.source}"):
             data = load_data(config)
-        facts = describe_partition(data)
-        domains, counts = main_domains(data), facts.get("label_counts")
-        if domains == list(data.client_names):
-            domains = None  # one column is enough
-        names = facts.get("label_names", ())
-        shown = names if len(names) <= MOST_LABELS else ()
+        clients = clients_table(data)
+        counts = [column for column in clients if column.startswith("labels.")]
+        if len(counts) > MOST_LABELS:
+            clients = clients.drop(columns=counts)
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
         table.add_column("client", justify="right")
-        if data.client_names:
-            table.add_column("name")
-        if domains is not None:
-            table.add_column("domain")
-        for title in ("examples", *shown, *(("label entropy",) if counts is not None else ())):
-            table.add_column(Text(clean_text(title)), justify="right")
-        for k, size in enumerate(facts["sizes"]):
-            cells: list[str | Text] = [
-                str(k),
-                *(Text(clean_text(name)) for name in data.client_names[k : k + 1]),
-                *([Text(clean_text(domains[k]))] if domains is not None else []),
-                str(size),
-            ]
-            if counts is not None:
-                cells += [str(count) for count in counts[k]] if shown else []
-                cells.append(f"{facts['label_entropy'][k]:.2f} bits")
-            table.add_row(*cells)
+        for column in clients:
+            title = column.removeprefix("labels.") if column in counts else column.replace("_", " ")
+            table.add_column(Text(clean_text(title)), justify="left" if column in ("name", "domain") else "right")
+        for row in clients.itertuples(name=None):
+            cells = (f"{value:.2f} bits" if isinstance(value, float) else clean_text(str(value)) for value in row)
+            table.add_row(*map(Text, cells))
         console.print(table, highlight=False)
-        lines = [clean_text(line) for line in _summary(facts)]
+        lines = [clean_text(line) for line in _summary(describe_partition(data))]
         console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
         if picture is not None:
             if not draw_labels(data, picture):

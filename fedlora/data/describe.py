@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedlora.data import FederatedData
 from fedlora.partition import count_values, entropy, mean_js_divergence
+
+if TYPE_CHECKING:
+    import pandas
 
 
 def describe_partition(data: FederatedData) -> dict[str, Any]:
@@ -40,6 +43,27 @@ def describe_partition(data: FederatedData) -> dict[str, Any]:
         out |= {"domains": list(data.domains), "domain_counts": counts.tolist()}
         out |= {"domain_js_divergence": mean_js_divergence(counts)}
     return out
+
+
+def clients_table(data: FederatedData) -> pandas.DataFrame:
+    """A row for each client.
+
+    Returns:
+        "name" where the data name the clients, "domain" (of most of its examples) where there are domains and these are
+        not the names, "examples", and where there are classes "labels.NAME" for each, with "label_entropy" in bits.
+    """
+    import pandas
+
+    facts, domains = describe_partition(data), main_domains(data)
+    columns: dict[str, Any] = {"name": facts["client_names"]} if data.client_names else {}
+    if domains is not None and domains != list(data.client_names):
+        columns["domain"] = domains
+    columns["examples"] = facts["sizes"]
+    for k, label in enumerate(facts.get("label_names", ())):
+        columns[f"labels.{label}"] = [counts[k] for counts in facts["label_counts"]]
+    if "label_entropy" in facts:
+        columns["label_entropy"] = facts["label_entropy"]
+    return pandas.DataFrame(columns).rename_axis("client")
 
 
 def main_domains(data: FederatedData) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ NAMES = {
         "GlobalState",
         "LoraPair",
     ),
-    *("Run", "RunConfig", "evaluate", "load_config", "load_run", "run"),
+    *("Run", "RunConfig", "evaluate", "load_config", "load_run", "partition_table", "run"),
 }
 
 
@@ -77,6 +78,28 @@ def test_what_a_run_left_is_looked_at_and_used(tiny_toml: Path) -> None:
     assert not model.training
     inputs = {"input_ids": torch.tensor([[2, 3]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
     assert model(**inputs).logits.shape == (1, 2)
+
+
+def test_the_partition_is_the_one_that_a_run_has(tiny_toml: Path) -> None:
+    two = {"name": "dirichlet", "clients": 3, "alpha": 0.3}
+    table = fedlora.partition_table(tiny_toml, partition=two)
+    run = fedlora.run(tiny_toml, partition=two, rounds=1, quiet=True)
+    facts = json.loads((run.path / "partition.json").read_text())
+    assert table.index.name == "client"
+    assert table["examples"].tolist() == facts["sizes"]
+    counts = table[[f"labels.{label}" for label in ("negative", "positive")]]
+    assert counts.to_numpy().tolist() == facts["label_counts"]
+    assert counts.sum(axis=1).tolist() == facts["sizes"]
+    assert table["label_entropy"].tolist() == facts["label_entropy"]
+    assert set(table["domain"]) <= {"films", "phones"}
+    with pytest.raises(fedlora.FedloraError, match="alpha"):
+        fedlora.partition_table(tiny_toml, partition={"name": "iid", "alpha": 0.3})
+
+
+def test_natural_clients_have_their_names_in_the_partition(tiny_toml: Path) -> None:
+    table = fedlora.partition_table(tiny_toml, partition={"name": "natural", "column": "domain"})
+    assert dict(zip(table["name"], table["examples"], strict=True)).keys() == {"films", "phones"}
+    assert "domain" not in table  # the name says it
 
 
 def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:

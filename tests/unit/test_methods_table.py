@@ -39,7 +39,7 @@ options = { d_initial = 0.1 }   # other fields of PEFT's config, for a method th
 
 - **LoRA variants** train pairs, dW = s B A, and go with every rule that lets the clients go on from the global
   pair. `pissa` and `olora` start from a part of the weight itself, which the base gives up: W0 - s B0 A0 is version
-  1 of the base, a merge that each client is sent once. Their exports are LoRA adapters of twice the rank, on the
+  1 of the base, an update that each client is sent once. Their exports are LoRA adapters of twice the rank, on the
   unchanged base.
 - **`dora`** trains magnitudes beside the pairs, which are averaged as they are. The weight is not linear in what is
   averaged, so that no rule is exact for it and no aggregation error is reported.
