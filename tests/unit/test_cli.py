@@ -84,7 +84,7 @@ def test_debug_shows_the_traceback(cli: Cli) -> None:
         (["CONFIG", "--set", "strategy.mu=1"], "has no field 'mu'"),
         (["CONFIG", "--set", "partition.name=domian"], "unknown partitioner 'domian'; did you mean 'domain'?"),
         (["CONFIG", "--set", "train.stesp=1"], "unknown key 'train.stesp'; did you mean 'steps'?"),
-        (["CONFIG", "--set", "clients.ranks=[1, 2]"], "FedAvg needs one rank"),
+        (["CONFIG", "--set", "clients.ranks=[1, 2]"], "FedAvg needs the same rank"),
         (["CONFIG", "--set", "name=a/b"], "plain folder name"),
     ],
 )
@@ -111,7 +111,7 @@ def test_strategies_lists_every_rule_with_its_bytes(cli: Cli, tiny_toml: Path) -
 def test_strategies_says_which_rules_cannot_serve_a_config(cli: Cli, tiny_toml: Path) -> None:
     result = cli("strategies", tiny_toml, "--set", "clients.ranks=[1, 2]")
     assert result.exit_code == 0, result.output
-    assert "not with this config: FedAvg needs one rank" in result.stdout
+    assert "not with this config: FedAvg needs the same rank" in result.stdout
     assert "bytes: sends" in result.stdout
 
 
@@ -232,7 +232,7 @@ def test_ctrl_c_before_anything_was_kept(cli: Cli, tiny_toml: Path, monkeypatch:
     def interrupted(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedlora.training.open_workbench", interrupted)
+    monkeypatch.setattr("fedlora.training.open_workspace", interrupted)
     result = cli("run", tiny_toml)
     assert (result.exit_code, result.stderr) == (130, "stopped; nothing was kept\n")
 
@@ -242,7 +242,7 @@ def test_an_error_that_is_a_bug_is_not_hidden(cli: Cli, tiny_toml: Path, monkeyp
         raise ZeroDivisionError
 
     monkeypatch.setenv("FEDLORA_CACHE", str(tiny_toml.parent))
-    monkeypatch.setattr(fedlora.flower, "run_simulation", broken, raising=False)
+    monkeypatch.setattr("fedlora.simulation.run.run_simulation", broken)
     result = cli("run", tiny_toml)
     (log,) = (tiny_toml.parent / "errors").glob("*.log")
     assert "unexpected ZeroDivisionError" in result.stderr
