@@ -202,7 +202,7 @@ def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
     """
     task = load_task(source.config.task)
     checkpoint = Checkpoint.of(source.config.model)
-    device = setup(source.config.runtime)
+    device = setup(source.config.runtime).device
     kwargs = _head(source, task) if examples is None else task.model_kwargs(examples)
     read = {} if examples is None else task.reads(checkpoint)
     names = class_names_digest(examples.label_names) if examples is not None else None

@@ -24,7 +24,6 @@ from fedlora.report import write_report
 from fedlora.runs.rundir import PROVENANCE, RunDir
 from fedlora.tracking import tracked
 from fedlora.training.export import export_adapter
-from fedlora.training.runtime import describe
 from fedlora.training.workspace import Workspace
 
 
@@ -86,7 +85,7 @@ def run_federation(
                 )
         rundir.pin(workspace.pins)
         state = rundir.resume() if resume else None
-        rundir.note_environment(**describe(), **workspace.choices, new_weights=workspace.base.notes)
+        rundir.note_environment(**workspace.machine.facts, **workspace.choices, new_weights=workspace.base.notes)
         for note in (*overruled(config), *workspace.base.notes):
             told.message(note)
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own

@@ -3,7 +3,7 @@
 from fedlora.training.cohort import train, train_cohort
 from fedlora.training.evaluate import Evaluation, evaluate
 from fedlora.training.job import TrainJob, TrainResult
-from fedlora.training.runtime import describe, setup
+from fedlora.training.runtime import setup
 from fedlora.training.workspace import Workspace, close_workspace, open_workspace
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "TrainResult",
     "Workspace",
     "close_workspace",
-    "describe",
     "evaluate",
     "open_workspace",
     "setup",

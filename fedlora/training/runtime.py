@@ -1,4 +1,4 @@
-"""The machine: device, threads and determinism, set once at the start and recorded."""
+"""The machine: device, threads and determinism, set when a workspace is opened, and recorded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import sys
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -18,18 +19,39 @@ from fedlora.model import resolve_device
 LARGEST = 32 << 20  # bytes; of a block that glibc can be told to take from its own heap
 KEPT = 1 << 30  # bytes; of freed memory that stays with the process
 
-_chosen: dict[str, Any] = {}
+
+@dataclass(frozen=True)
+class Machine:
+    """What `setup` chose.
+
+    Args:
+        device: on which the base computes.
+        threads: of torch.
+        usable_cores: on which this process may run.
+        omp_wait_policy: OMP_WAIT_POLICY as the environment had it.
+        keeps_memory: whether freed memory stays with the process; see `keep_memory`.
+        deterministic: whether the device's kernels repeat themselves.
+    """
+
+    device: torch.device
+    threads: int
+    usable_cores: int
+    omp_wait_policy: str | None
+    keeps_memory: bool
+    deterministic: bool
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the run directory."""
+        return {**asdict(self), "device": str(self.device)}
 
 
-def setup(config: RuntimeConfig) -> torch.device:
+def setup(config: RuntimeConfig) -> Machine:
     """Choose the device, set torch's threads, and make the device's kernels repeat themselves.
 
     Threads: `runtime.threads`, else the environment's OMP_NUM_THREADS, else the cores that this process may use.
     Waiting threads of two processes on the same cores steal each other's time unless OMP_WAIT_POLICY is PASSIVE. OpenMP
     reads it before torch is imported; it is set here for the processes that this one starts.
-
-    Returns:
-        The device; `describe` tells the rest.
 
     Raises:
         ConfigError: the device is unknown or not there.
@@ -47,16 +69,14 @@ def setup(config: RuntimeConfig) -> torch.device:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-    _chosen.clear()
-    _chosen.update(
-        device=str(device),
+    return Machine(
+        device=device,
         threads=threads,
         usable_cores=usable_cores(),
         omp_wait_policy=waits,
         keeps_memory=kept,
         deterministic=device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
     )
-    return device
 
 
 def keep_memory() -> bool:
@@ -89,11 +109,6 @@ def pass_over_libraries() -> None:
 
     gc.collect()  # or what is garbage now would stay for good
     gc.freeze()
-
-
-def describe() -> dict[str, Any]:
-    """What the last `setup` chose, for the run directory; empty before the first."""
-    return dict(_chosen)
 
 
 def own_cores() -> int:

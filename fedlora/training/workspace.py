@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fedlora.assets import Checkpoint
 from fedlora.config import RunConfig, settle
 from fedlora.errors import ConfigError
@@ -21,7 +19,7 @@ from fedlora.speedups.trial import Trial
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
 from fedlora.training.fits import require_fit
-from fedlora.training.runtime import pass_over_libraries, setup
+from fedlora.training.runtime import Machine, pass_over_libraries, setup
 from fedlora.training.stacked_lora import cannot_share
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ class Workspace:
         task: what is learnt.
         data: examples and the clients' shares.
         base: the model with its adapter.
-        device: where it computes.
+        machine: where it computes, and how.
         speedups: what makes the base faster.
     """
 
@@ -48,7 +46,7 @@ class Workspace:
     task: Task
     data: FederatedData
     base: Base
-    device: torch.device
+    machine: Machine
     speedups: Speedups
 
     @cached_property
@@ -113,7 +111,7 @@ def _opened(config: RunConfig, kept: list[Base]) -> Workspace:
     """A new workspace, on the kept base if it is the one that the config names."""
     from fedlora.data import load_data
 
-    device = setup(config.runtime)
+    machine = setup(config.runtime)
     task = load_task(config.task)
     _require_hub_revision(config)
     activity.info("reading %s", config.data.source)
@@ -131,7 +129,7 @@ def _opened(config: RunConfig, kept: list[Base]) -> Workspace:
     trial = Trial(base, task, public)
     speedups = install(trial, config.runtime, public if secret else [data.train, data.test], secret)
     base.alone = cannot_share(trial) or base.alone
-    return Workspace(config, task, data, base, device, speedups)
+    return Workspace(config, task, data, base, machine, speedups)
 
 
 def _key(config: RunConfig) -> str:

@@ -23,7 +23,7 @@ from fedlora.errors import ConfigError, DataError, TrainingError
 from fedlora.model import Base, load_base
 from fedlora.tasks import Examples, Table, Task, load_task
 from fedlora.tasks._base import length_batches
-from fedlora.training import TrainJob, TrainResult, describe, evaluate, open_workspace, setup, train
+from fedlora.training import TrainJob, TrainResult, evaluate, open_workspace, setup, train
 from fedlora.training.job import batches, learning_rate, number_of_steps
 from fedlora.training.runtime import keep_memory
 from fedlora.training.workspace import close_workspace
@@ -322,12 +322,12 @@ def test_length_batches_cover_and_keep_the_budget(lengths: list[int], budget: in
 def test_setup_records_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     try:
-        assert setup(RuntimeConfig(device="cpu", threads=2)) == torch.device("cpu")
+        machine = setup(RuntimeConfig(device="cpu", threads=2))
+        assert machine.device == torch.device("cpu")
         assert torch.get_num_threads() == 2
-        assert describe()["threads"] == 2
-        assert describe()["device"] == "cpu"
+        assert (machine.facts["threads"], machine.facts["device"]) == (2, "cpu")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        setup(RuntimeConfig(device="cpu"))
+        assert setup(RuntimeConfig(device="cpu")).threads == 1
         assert torch.get_num_threads() == 1
         with raises(ConfigError, "unknown-name", "'cuda'"):
             setup(RuntimeConfig(device="cudda"))
