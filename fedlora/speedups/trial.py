@@ -53,9 +53,7 @@ class Trial:
         sets: examples; the first set that has two lengths is taken.
 
     Attributes:
-        base: that is tried.
-        task: likewise.
-        sets: all examples that may be looked at.
+        base: as given, and so are `task` and `sets`.
         adapters: two clients', which change what the model computes where the method has pairs.
         plain: what the model gives for both examples, with the first adapter; None where it fails.
         limit: relative difference that two ways to compute the same may have.

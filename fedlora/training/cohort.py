@@ -1,8 +1,8 @@
 """Local training, of one client or of many at once through one frozen base.
 
 Each client's result is what it would be alone, up to rounding: its batches, its dropout, its optimiser's state and its
-rates are its own, and the loss is the sum of the clients' losses, so that its gradients are too. In which company a
-client takes its steps changes the shapes of the products, and so the last digits in float32.
+rates are its own, and the loss is the sum of the clients' losses, so that its gradients are too. The clients beside it
+change the shapes of the products, and so the last digits in float32.
 
 A client that fails (a loss that is not finite, an example that cannot be batched) leaves, and the others go on.
 """
@@ -32,8 +32,8 @@ def train(
         base: at the version to train on; its adapter is overwritten.
         task: gives batches and losses.
         examples: the whole training set.
-        job: what to train.
-        config: how.
+        job: adapter, trained parts and examples of the client.
+        config: optimiser, rates and batch size.
         synchronize: wait for the device at each step, so that `compute_seconds` is exact on a GPU (slower).
 
     Raises:
@@ -65,9 +65,9 @@ def train_cohort(
         base: at the version to train on; its adapter is overwritten.
         task: gives batches and losses.
         examples: the whole training set.
-        jobs: what to train.
-        configs: how, one for each job.
-        budget: of one joint step; None: by the model's size.
+        jobs: adapter, trained parts and examples of each client.
+        configs: optimiser, rates and batch size, one for each job.
+        budget: tokens of one joint step; None: chosen by the model's size.
         synchronize: wait for the device at each step, so that `compute_seconds` is exact on a GPU (slower).
 
     Returns:

@@ -50,11 +50,12 @@ class PrivateTrainingLoop(Loop):
         base: at the version to train on; its adapter is overwritten.
         task: gives batches and losses.
         examples: the whole training set.
-        work: jobs and configs of the clients.
-        settings: of each client.
-        budget: of one joint step; None: by the model's size.
-        generators: of each client's noise; None: seeded by the operating system. A test may bring its own.
-        samples: of each client; None: Poisson samples from the operating system's randomness. A test may bring its own.
+        work: each client's job and config.
+        settings: each client's rates and noise.
+        budget: tokens of one joint step; None: chosen by the model's size.
+        generators: draw each client's noise; None: seeded by the operating system. A test may bring its own.
+        samples: each client's batches, as positions among its examples; None: Poisson samples from the operating
+            system's randomness. A test may bring its own.
         masks: each example's stream of dropout masks; None: seeded by the operating system. A test may bring its own.
 
     Attributes:
@@ -258,9 +259,9 @@ def train_private_cohort(
         task: gives batches and losses.
         examples: the whole training set.
         jobs: what to train; without examples a client takes steps of noise alone, as far as anybody can tell.
-        configs: learning rate, optimiser, proximal term; `clip_norm` is not looked at.
-        settings: rates and noise of each.
-        budget: of one joint step; None: by the model's size.
+        configs: learning rate, optimiser and proximal term; `clip_norm` is not used.
+        settings: each client's rates and noise.
+        budget: tokens of one joint step; None: chosen by the model's size.
 
     Returns:
         For each job the adapter, with `num_examples` 1 and no figure that depends on the data but the seconds; or an

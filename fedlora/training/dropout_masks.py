@@ -41,8 +41,8 @@ class Part:
 
     Args:
         rows: the first, and one after the last.
-        tokens: of the part's own longest row; None where nothing is padded.
-        stream: the part's.
+        tokens: in the part's own longest row; None where nothing is padded.
+        stream: draws the part's masks.
     """
 
     rows: tuple[int, int]
@@ -54,8 +54,8 @@ class Stream:
     """One part's random bits.
 
     Args:
-        seed: of all its masks; a device other than the CPU takes its low 63 bits.
-        device: on which they are wanted.
+        seed: decides all its masks; a device other than the CPU takes its low 63 bits.
+        device: on which the masks are wanted.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -156,7 +156,7 @@ class Streams(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Torch's own road into every function while the mode is on."""
+        """Torch calls this in place of every function while the mode is on."""
         kwargs = kwargs or {}
         if func is functional.dropout:
             return self._dropout(*args, **kwargs)
@@ -192,7 +192,7 @@ class Streams(TorchFunctionMode):
             shape: [n, ...]; tokens are the second of three dimensions, the last two of four where both are `t`, and the
                 last of four where there is one query.
             p: probability of a zero.
-            like: of which dtype and device.
+            like: a tensor of the wanted dtype and device.
 
         Raises:
             RowsError: the first dimension is not the batch's rows, so that nobody knows whose entry is whose.

@@ -39,12 +39,12 @@ def export_adapter(
     compared with the cut adapter on the pristine base.
 
     Args:
-        workspace: of the run. If the device has no room for a second base, its own is given up.
-        state: of the run.
-        adapter: of the state, by `equivalent_adapter`.
-        error: the relative error of it.
-        folder: for the adapter. Until it is verified, and if it is not, it stays in `unverified(folder)`.
-        facts: for fedlora.json.
+        workspace: the run's. If the device has no room for a second base, its own is given up.
+        state: the run's last one.
+        adapter: `equivalent_adapter` of the state.
+        error: its relative error.
+        folder: where the adapter goes. Until it is verified, and if it is not, it stays in `unverified(folder)`.
+        facts: are written into fedlora.json.
 
     Returns:
         The largest difference of the logits, as a share of the largest.

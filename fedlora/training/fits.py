@@ -25,9 +25,9 @@ def require_fit(config: RunConfig, base: Base, task: Task, sets: Sequence[Exampl
     """Look at all tokens and lengths, and compute the longest example once.
 
     Args:
-        config: of the run.
+        config: names the model in messages.
         base: left as it was.
-        task: of the run.
+        task: gives batches and measures them.
         sets: examples that will be trained on or evaluated.
 
     Raises:

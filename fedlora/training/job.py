@@ -21,8 +21,8 @@ class TrainJob:
         adapter: where training starts.
         trains: the parts that receive gradients.
         indices: the client's examples, as positions in the training set.
-        seed: of the batches and of dropout.
-        proximal_mu: FedProx's mu; 0 takes the train config's.
+        seed: decides the batches and the dropout masks.
+        proximal_mu: FedProx's mu; where it is 0, `train.proximal_mu` counts.
     """
 
     adapter: AdapterState
@@ -34,16 +34,16 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came of it.
+    """The outcome of a client's local training.
 
     Args:
         adapter: after training; parts that were frozen are as they were.
-        num_examples: of the client.
+        num_examples: that the client has.
         steps: optimiser steps taken.
         examples_seen: sum of the batch sizes.
         loss: mean over the steps of the batch's mean loss, without the proximal term.
         seconds: wall time of everything.
-        compute_seconds: of it, in forward, backward and optimiser step.
+        compute_seconds: the part of `seconds` spent in forward, backward and optimiser step.
     """
 
     adapter: AdapterState
@@ -78,9 +78,9 @@ def batches(indices: np.ndarray, batch_size: int, steps: int, seed: int) -> Iter
 
     Args:
         indices: the client's examples.
-        batch_size: of a full batch.
+        batch_size: examples in a full batch.
         steps: how many batches.
-        seed: the draw is a function of it and of `indices`.
+        seed: the order is a function of it and of `indices`.
     """
     generator = np.random.Generator(np.random.PCG64(derive(seed, "batches")))
     given = 0

@@ -34,12 +34,12 @@ from fedlora.training.step_scheduler import Budget, Waiting, choose, step_budget
 CHECK_EVERY = 32  # steps between looks at the losses on a device where looking waits for all work to end
 
 Outcome: TypeAlias = TrainResult | Exception
-"""What came of one client: its result, or what it raised."""
+"""A client's result, or the error that its training raised."""
 
 
 @dataclass
 class Client:
-    """One client on its way; `row` is its row in the matrices, and `stream` its masks' where it has one for itself."""
+    """State of one client; `row` is its row in the matrices, and `stream` draws its dropout masks in plain training."""
 
     row: int
     job: TrainJob
@@ -58,7 +58,7 @@ class Client:
 
 
 class Binding(Protocol):
-    """How a model comes to use the adapters of a step: stacked, or one alone."""
+    """Puts the adapters of a step into the model: stacked, or a single one."""
 
     def __enter__(self) -> Any: ...
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any, /) -> None: ...
@@ -68,8 +68,8 @@ class Binding(Protocol):
 
         Args:
             values: the trained entries.
-            rows: the clients' numbers.
-            sizes: rows of each in the batch.
+            rows: the clients' rows in the matrices.
+            sizes: how many rows of the batch each client has.
 
         Returns:
             The tensors to differentiate by, in the order of the columns.
@@ -78,14 +78,14 @@ class Binding(Protocol):
 
 
 class Loop(ABC):
-    """One cohort on its way; how a step moves its clients is a subclass's.
+    """Trains one cohort; a subclass says how a step moves its clients.
 
     Args:
         base: at the version to train on; its adapter is overwritten.
         task: gives batches and losses.
         examples: the whole training set.
-        work: jobs and configs of the clients.
-        budget: of one joint step; None: by the model's size.
+        work: each client's job and config.
+        budget: tokens of one joint step; None: chosen by the model's size.
         synchronize: wait for the device at each step.
     """
 
@@ -134,7 +134,7 @@ class Loop(ABC):
 
     @abstractmethod
     def _begin(self, client: Client) -> None:
-        """Set a client's steps and batches; raises what keeps it from training."""
+        """Set a client's steps and batches; an error leaves it out."""
 
     @abstractmethod
     def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
@@ -142,20 +142,20 @@ class Loop(ABC):
 
     @abstractmethod
     def _ended(self, client: Client) -> Outcome:
-        """What came of a client that has done its steps."""
+        """The outcome of a client that has done its steps."""
 
     @abstractmethod
     def _random(self, clients: list[Client]) -> tuple[Streams | None, int]:
-        """What draws masks, if anything has to, and the seed of torch's default generators meanwhile."""
+        """The streams of dropout masks (None if nothing drops out), and a seed for torch's default generators."""
 
     @abstractmethod
     def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:
-        """Whose masks are whose.
+        """Which rows of the joint batch draw their masks from which stream.
 
         Args:
-            members: in the order of their rows.
-            own: the batch of each, on the CPU.
-            joined: all of them, on the CPU.
+            members: in the order of their rows in the batch.
+            own: each member's batch, on the CPU.
+            joined: all batches in one, on the CPU.
         """
 
     @abstractmethod
@@ -163,7 +163,7 @@ class Loop(ABC):
         """The loss of each example."""
 
     def _alone_failed(self, client: Client, error: Exception) -> None:
-        """A client's own step has failed."""
+        """A step of this client alone has failed."""
         self._fail(client, error)
 
     def _fail(self, client: Client, error: Exception) -> None:

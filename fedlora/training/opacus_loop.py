@@ -90,7 +90,7 @@ def train_by_opacus(
         task: gives batches and losses.
         examples: the whole training set.
         job: what to train; without examples it takes steps of noise alone, as far as anybody can tell.
-        config: learning rate, optimiser, proximal term; `clip_norm` is not looked at.
+        config: learning rate, optimiser and proximal term; `clip_norm` is not used.
         settings: rates and noise.
         masks: each example's stream of dropout masks; None: seeded by the operating system. A test may bring its own.
 

@@ -60,8 +60,8 @@ class Columns:
     """The layout of a row.
 
     Args:
-        adapters: that are to be rows; of equal modules, and of any ranks.
-        names: the tensors that a row holds, in their order.
+        adapters: that become rows; they have the same modules, and any ranks.
+        names: the tensors that a row holds, in order.
     """
 
     def __init__(self, adapters: Sequence[AdapterState], names: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ class Columns:
 
         Args:
             adapters: those that the layout was made for.
-            like: dtype and device.
+            like: a tensor of the wanted dtype and device.
         """
         each = [adapter.tensors() for adapter in adapters]
         rows = like.new_zeros(len(each), self.width)
@@ -118,8 +118,8 @@ class FlatOptimizer:
     Args:
         rows: how many rows there are.
         width: entries of a row.
-        configs: of each row; all of the same optimiser.
-        like: dtype and device.
+        configs: each row's rates; all name the same optimiser.
+        like: a tensor of the wanted dtype and device.
     """
 
     def __init__(self, rows: int, width: int, configs: Sequence[TrainConfig], like: Tensor) -> None:
@@ -137,10 +137,10 @@ class FlatOptimizer:
         """Move some rows.
 
         Args:
-            values: of these rows; changed in place.
-            gradients: of these rows; may be overwritten.
+            values: the rows, changed in place.
+            gradients: in these rows; may be overwritten.
             rows: their numbers.
-            rates: the learning rate of each.
+            rates: their learning rates.
         """
 
         def each(numbers: Sequence[float]) -> Tensor:

@@ -92,8 +92,8 @@ class Stacked:
     """A base whose layers hold many clients' adapters; a context manager.
 
     Args:
-        base: for which `cannot_stack` finds no reason.
-        columns: of the trained tensors.
+        base: one for which `cannot_stack` gives None.
+        columns: the layout of the trained tensors.
         adapters: of all clients, from which what is not trained is taken.
     """
 
@@ -186,7 +186,7 @@ class Alone:
 
     Args:
         base: into which the client's adapter was written.
-        columns: of the trained tensors.
+        columns: the layout of the trained tensors.
     """
 
     def __init__(self, base: Base, columns: Columns) -> None:
