@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --clients 8 --steps 10 --batch-size 16
 
 The seconds inside are measured by the training loop around each step; those of the round by the server, from the first
-plan to the last merge, messages, validation, aggregation and aggregation error included, evaluation not. Round 1 loads
-and warms up, and is not counted.
+request to the last reply, checks, aggregation and aggregation error included, evaluation not. Round 1 loads and warms
+up, and is not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 
-from fedlora.callbacks import Callback
 from fedlora.config import parse_config
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
@@ -44,7 +43,7 @@ def main() -> None:
         name="overhead",
     )
     with tempfile.TemporaryDirectory() as folder:
-        outcome = run_simulation(config, RunDir.create(config, folder), Callback())
+        outcome = run_simulation(config, RunDir.create(config, folder))
     inside = total = 0.0
     print(f"{args.clients} clients, {args.steps} steps of batch {args.batch_size}, rule {args.strategy}")
     for record in outcome.records[2:]:

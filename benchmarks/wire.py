@@ -17,57 +17,50 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
 import torch
-from fedlora.flower.wire import WIRES, decode_change, encode_change
-from flwr.app import Array
 from torch import Tensor
 
 from fedlora.adapter import AdapterState, PairShape, fresh_pairs
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, load_config
-from fedlora.flower import client_app
-from fedlora.flower import update_checks as validate
-from fedlora.flower.messages import ReceivedPlan, encode_upload
+from fedlora.federation.protocol import TrainRequest
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
+from fedlora.wire_formats import WIRES, decode_change, encode_change, header_of
 
 ARMS = ("float32", "bfloat16", "int8", "[int8, residual kept]", "[int8, values]", "[bfloat16, values]")
 
 
+as_received = TrainRequest.as_received
+
+
 @dataclass
 class Upload:
-    """`encode_upload` as an arm has it, with a record of what it did; state is one run's."""
+    """`TrainRequest.as_received` as an arm has it, with a record of what it did; state is one run's."""
 
     arm: str
     bytes: list[int] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     residuals: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
-    def __call__(self, plan: ReceivedPlan, start: AdapterState, trained: AdapterState, seed: int) -> dict[str, Array]:
-        """What the client sends."""
-        client, before = plan.head["client_id"], start.tensors(plan.head["sends"])
-        wanted = trained.tensors(plan.head["sends"])
+    def __call__(self, request: TrainRequest, trained: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """What the server reads of a client's tensors."""
+        sent, client = dict(trained), request.client_id
         if "residual" in self.arm and client in self.residuals:
-            trained = trained.with_tensors({n: t + self.residuals[client][n] for n, t in wanted.items()})
-        origin = start
-        if "values" in self.arm:
-            origin = start.with_tensors({name: torch.zeros_like(t) for name, t in before.items()})
-        arrays = encode_upload(plan, origin, trained, seed)
-        read = {name: self.decode(array, before[name]) for name, array in arrays.items()}
+            sent = {name: tensor + self.residuals[client][name] for name, tensor in trained.items()}
+        asked = request
+        if "values" in self.arm:  # the change from nothing
+            nothing = {name: torch.zeros_like(tensor) for name, tensor in request.starts.items()}
+            asked = replace(request, plan=replace(request.plan, adapter=request.plan.adapter.with_tensors(nothing)))
+        read = as_received(asked, sent, seed)
         if "residual" in self.arm:
-            sent = trained.tensors(plan.head["sends"])
             self.residuals[client] = {name: sent[name] - read[name] for name in read}
-        self.bytes.append(sum(len(array.data) for array in arrays.values()))
-        self.errors.append(_distance(read, wanted) / _distance(wanted, before))
-        return arrays
-
-    def decode(self, array: Array, start: Tensor) -> Tensor:
-        """What the server reads."""
-        return decode_change(array, torch.zeros_like(start) if "values" in self.arm else start)
+        self.bytes.append(request.reply_nbytes)
+        self.errors.append(_distance(read, trained) / _distance(trained, request.starts))
+        return read
 
 
 def _distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
@@ -79,10 +72,9 @@ def measure(config: RunConfig, arm: str) -> dict[str, float]:
     upload = Upload(arm)
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(client_app, "encode_upload", upload),
-        mock.patch.object(validate, "decode_change", upload.decode),
+        mock.patch.object(TrainRequest, "as_received", lambda *asked: upload(*asked)),
     ):
-        last = run_simulation(config, RunDir.create(config, folder), Callback()).records[-1]
+        last = run_simulation(config, RunDir.create(config, folder)).records[-1]
     return {
         "bytes": statistics.mean(upload.bytes),
         "error": statistics.mean(upload.errors),
@@ -138,11 +130,14 @@ def times(layers: int, d: int, rank: int, repeats: int) -> None:
         def encode(wire: str = wire) -> Any:
             return [encode_change(value, start[name], wire, 0) for name, value in trained.items()]
 
-        def decode(sent: Mapping[str, Array] = sent) -> Any:
-            return [decode_change(array, start[name]) for name, array in sent.items()]
+        def decode(wire: str = wire, sent: Mapping[str, bytes] = sent) -> Any:
+            return [
+                decode_change(header_of(wire, start[name].dtype, tuple(start[name].shape)), data, start[name])
+                for name, data in sent.items()
+            ]
 
         took = [statistics.median(_cpu(action) for _ in range(repeats)) for action in (encode, decode)]
-        results[wire] = took[0], took[1], sum(len(array.data) for array in sent.values())
+        results[wire] = took[0], took[1], sum(map(len, sent.values()))
     for wire, (up, down, count) in results.items():
         base = results["float32"]
         print(

@@ -19,10 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedlora.aggregators import ClientSpec, load_aggregator
+from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig, load_config
 from fedlora.errors import WorkerError
-from fedlora.flower.messages import Ask, PlanEncoder
+from fedlora.federation.client_pool import ClientInfo, RoundRequest
+from fedlora.federation.planner import Held, Planner
+from fedlora.flower.messages import RequestEncoder
 from fedlora.node_worker.client import check
 from fedlora.node_worker.frames import pack, unpack
 from fedlora.training.workspace import open_workspace
@@ -43,12 +45,13 @@ Path(sys.argv[2]).write_bytes(pack({}, content=reply.content, state=contents["st
 """
 
 
-def plan(config: RunConfig) -> object:
+def request(config: RunConfig) -> object:
     """What the server sends to client 0 in round 1."""
     workspace = open_workspace(config)
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
     state = rule.init(workspace.base.initial_adapter(config.seed), seed=1)
-    return PlanEncoder().encode(Ask(rule.plan(state, ClientSpec(0, workspace.base.layout())), 1, 0))
+    planned = Planner(config, rule, workspace).request(RoundRequest(1, [0], state), ClientInfo(0), Held())
+    return RequestEncoder().encode(planned)
 
 
 def message(folder: Path) -> tuple[float, float, float]:
@@ -72,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fedlora-") as name:
         folder, socket = Path(name), Path(name) / "w.sock"
         head = {"node": {"partition-id": 0, "num-partitions": 1}, "run": {"toml": config.to_toml()}}
-        (folder / "in").write_bytes(pack(head, content=plan(config), state=_nothing()))
+        (folder / "in").write_bytes(pack(head, content=request(config), state=_nothing()))
         worker = subprocess.Popen([sys.executable, "-m", "fedlora", "worker", "--socket", str(socket)])
         try:
             _wait(socket)

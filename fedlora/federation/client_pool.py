@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from fedlora.adapter import DeltaSum
 from fedlora.aggregators import ClientUpdate, GlobalState
+from fedlora.errors import RoundError
 from fedlora.federation.plausibility import Expectations
 
 
@@ -152,3 +153,13 @@ class ClientPool(Protocol):
         A caller that has seen enough closes the generator: nobody else is asked, and what is under way ends.
         """
         ...
+
+
+def nobody(left_out: Mapping[int, str] | Mapping[str, str]) -> RoundError:
+    """The error of a run in which no client can take part.
+
+    Args:
+        left_out: Node -> why it is left out.
+    """
+    reasons = [f"node {node}: {why}" for node, why in left_out.items()]
+    return RoundError(f"no node can take part; {'; '.join(reasons[:3])}", code="no-node")

@@ -40,5 +40,5 @@ def looking_at_data(config: RunConfig) -> Iterator[None]:
         try:
             require_readable(config)
         except FedloraError as told:
-            raise ReplyError(str(told), code=told.code) from error
+            raise ReplyError(str(told), code="own-data-unreadable") from error
         raise withheld(error) from error

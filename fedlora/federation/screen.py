@@ -85,7 +85,7 @@ class Screen:
             if self._config.client_privacy is None:
                 raise
             logger.debug("client %d: %s", request.client_id, error)
-            raise ReplyError(REFUSED, code=error.code) from None
+            raise ReplyError(REFUSED, code="withheld") from None
         self._require_plausible(request, change, expected)
         if self._config.example_privacy is not None:
             check_stated(metrics, private_settings(self._config, request.client_id))

@@ -20,7 +20,7 @@ from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, PoolError, RoundError
 from fedlora.federation.checks import clients_wanted, require_servable
-from fedlora.federation.client_pool import ClientInfo, ClientPool, PartialAggregate, RoundRequest
+from fedlora.federation.client_pool import ClientInfo, ClientPool, PartialAggregate, RoundRequest, nobody
 from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import require_one_start
 from fedlora.federation.planner import Planner
@@ -223,7 +223,7 @@ class FederatedServer:
                 except FedloraError as error:
                     self._leave_out(client_id, f"its own config asks for rank {info.rank}: {error}")
         if not self.clients:
-            raise nobody(self.pool)
+            raise nobody(self.pool.left_out)
         plans_of_all = (self._plan(state, info) for info in self.clients.values())
         require_servable(self.config, self.workspace, plans_of_all, self.clients)
 
@@ -298,12 +298,6 @@ class FederatedServer:
         result = evaluate(self.workspace.base, self.workspace.task, data.test, domain_column=data.domain_column)
         self.callbacks.evaluated(state, result)
         return {**result.overall, "domains": dict(result.domains)}
-
-
-def nobody(pool: ClientPool) -> RoundError:
-    """What to say where no client can take part."""
-    reasons = [f"node {who}: {why}" for who, why in pool.left_out.items()]
-    return RoundError(f"no node can take part; {'; '.join(reasons[:3])}", code="no-node")
 
 
 def _require_finite(state: GlobalState, number: int) -> None:

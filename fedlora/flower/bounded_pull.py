@@ -47,7 +47,7 @@ class Allowed:
     """What a reply may hold.
 
     Args:
-        arrays: name -> number of bytes, of each array that was asked for.
+        arrays: Name -> number of bytes, of each array that was requested.
     """
 
     arrays: Mapping[str, int] = field(default_factory=dict)
@@ -85,10 +85,10 @@ def pull_reply(grid: Grid, message_id: str, allowed: Allowed, patience_s: float)
     """The reply to a message, or None if it is not there yet.
 
     Args:
-        grid: on which the message was sent.
-        message_id: of the message.
-        allowed: what the reply may hold.
-        patience_s: how long to wait for objects that the SuperLink announces and does not have yet.
+        grid: The grid on which the message was sent.
+        message_id: Flower's id of the message that is answered.
+        allowed: The arrays that the reply may hold, and their sizes.
+        patience_s: How long to wait for objects that the SuperLink announces but does not hold yet, in seconds.
 
     Raises:
         ReplyError: the reply is too large, incomplete, or cannot be inflated.

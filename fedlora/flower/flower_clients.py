@@ -186,7 +186,7 @@ class FlowerClients:
             if self._config.client_privacy is None:
                 raise
             logger.debug("client %d: %s", asked.node.info.client_id, error)
-            raise ReplyError(REFUSED, code=error.code) from None
+            raise ReplyError(REFUSED, code="withheld") from None
 
     def _remember(self, known: Mapping[int, Identity]) -> None:
         self._rundir.write_json(NODES_FILE, {str(k): asdict(node) for k, node in sorted(known.items())})

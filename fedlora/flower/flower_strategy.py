@@ -33,11 +33,11 @@ class FedLoraStrategy(FedAvg):
     adapter: a rule that changes the base (FLoRA) needs fedlora's own ServerApp.
 
     Args:
-        rule: its name, such as "fair", or an `Aggregator`.
+        rule: A rule's name, such as "fair", or an `Aggregator`.
         alpha: LoRA's alpha, as the clients have it: dW = (alpha / r) B A.
-        use_rslora: whether the scale is alpha / sqrt(r).
-        seed: from which the rule derives its own draws.
-        options: of Flower's `FedAvg`: fraction_train, min_train_nodes, weighted_by_key, ...
+        use_rslora: Whether the scale is alpha / sqrt(r).
+        seed: Seed of the rule's own random draws.
+        options: Further arguments of Flower's `FedAvg`: fraction_train, min_train_nodes, weighted_by_key, ...
 
     Raises:
         RuleError: the rule changes the base.

@@ -24,8 +24,8 @@ def question(config: RunConfig, pins: Provenance) -> RecordDict:
     """The content of the server's "hello".
 
     Args:
-        config: of the run.
-        pins: what the server stands on, as far as that may be said.
+        config: The run's config.
+        pins: Hashes of the server's model and data, where they may be disclosed.
     """
     facts = {"config": _hashes(config), "provenance": shared(config, pins).known}
     texts = {key: json.dumps(value) for key, value in facts.items()}
@@ -45,12 +45,12 @@ def require_same_ground(content: RecordDict, config: RunConfig, pins: Provenance
     """Raise on a node whose tokenizer, class names or data are not the server's.
 
     Args:
-        content: of the server's "hello".
-        config: as the node reads it.
-        pins: what the node stands on, as far as that may be said.
+        content: The server's "hello".
+        config: The run's config as this node reads it.
+        pins: Hashes of this node's model and data, where they may be disclosed.
 
     Raises:
-        ReplyError: naming the parts that differ.
+        ReplyError: the message names the parts that differ.
     """
     asked = json.loads(str(content.config_records["hello"].get("provenance", "{}")))
     if changed := Provenance.read(asked).changed(shared(config, pins)):
@@ -65,11 +65,11 @@ def require_same_config(content: RecordDict, config: RunConfig) -> None:
     """Raise on a node whose config would train something else.
 
     Args:
-        content: of the server's "hello".
-        config: as the node reads it.
+        content: The server's "hello".
+        config: The run's config as this node reads it.
 
     Raises:
-        ReplyError: naming the tables that differ.
+        ReplyError: the message names the tables that differ.
     """
     asked = json.loads(str(content.config_records["hello"].get("config", "{}")))
     other = [table for table, own in _hashes(config).items() if asked.get(table, own) != own]

@@ -26,8 +26,8 @@ class Identity:
     """Who a node is by the SuperLink's registry.
 
     Args:
-        name: that the coordinator gave its key; "" for a node that registered itself.
-        key: fingerprint of its public key, as `ssh-keygen -lf` shows it; "" if it has none.
+        name: Name under which the coordinator registered its key; "" for a node that registered itself.
+        key: Fingerprint of its public key, as `ssh-keygen -lf` shows it; "" if it has none.
     """
 
     name: str = ""
@@ -64,9 +64,9 @@ class Bindings:
     """Clients and their nodes' identities in one run.
 
     Args:
-        pins: `server.nodes`: the k-th entry is the name or the key's fingerprint of client k's node.
-        known: of the run so far.
-        remember: is given all of them when one is new.
+        pins: `server.nodes`; the k-th entry is the name or the key fingerprint of client k's node.
+        known: Nodes that have been clients of this run so far.
+        remember: Called with all known nodes whenever one is added.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class Bindings:
         """Let a node be a client, and remember it.
 
         Args:
-            client_id: that it says it is.
-            node: who it is; None: a node of a simulation.
+            client_id: The client that the node claims to be.
+            node: The node's registered identity; None for a node of a simulation.
 
         Raises:
             ReplyError: another node is that client, or the node is another client.

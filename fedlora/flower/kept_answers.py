@@ -25,7 +25,7 @@ class KeptAnswer:
     """The last answer of a client, in one file beside its ledger.
 
     Args:
-        path: of the file.
+        path: The file.
     """
 
     path: Path
@@ -34,8 +34,8 @@ class KeptAnswer:
         """The answer to a plan, with a line in the ledger that it is sent; None if it has to be computed.
 
         Args:
-            plan: its digest (`fedlora.flower.messages.request_digest`).
-            ledger: in which the attempt that made the answer must count.
+            plan: Digest of the request (`fedlora.flower.messages.request_digest`).
+            ledger: The client's ledger, which must count the attempt that produced the answer.
 
         Raises:
             PrivacyError: the ledger is damaged or in use.
@@ -57,9 +57,9 @@ class KeptAnswer:
         """Replace what was kept; on the disk when it returns. Call it before the attempt is released.
 
         Args:
-            plan: digest of the plan that is answered.
-            attempt: `Attempt.name` of the one that made the answer.
-            content: the answer.
+            plan: Digest of the request that is answered.
+            attempt: `Attempt.name` of the attempt that produced the answer.
+            content: The answer.
         """
         tensors, meta = _packed(content)
         write_atomically(self.path, pack(tensors, {**meta, "plan": plan, "attempt": attempt}))

@@ -26,10 +26,10 @@ class Sent:
     """A message under way.
 
     Args:
-        message_id: Flower's; None if the grid did not take it.
-        node_id: whom it is for.
-        at: when it was sent, on the monotonic clock.
-        allowed: what its reply may hold.
+        message_id: Flower's id; None if the grid did not accept the message.
+        node_id: Flower's id of the recipient.
+        at: Time of sending on the monotonic clock, in seconds.
+        allowed: The arrays that its reply may hold.
     """
 
     message_id: str | None
@@ -42,10 +42,10 @@ class Mailbox:
     """What goes between the server and its nodes.
 
     Args:
-        grid: in-process, Ray or a SuperLink.
-        hello: the content of the question who a node is.
-        patience_s: after how long without a reply a node is asked whether it still has the message.
-        ttl_s: how long the grid keeps a message.
+        grid: In-process, Ray or a SuperLink.
+        hello: Content of the question by which a node is asked to identify itself.
+        patience_s: Seconds without a reply after which a node is asked whether it still has the message.
+        ttl_s: How long the grid keeps a message, in seconds.
     """
 
     def __init__(self, grid: Grid, hello: RecordDict, *, patience_s: float, ttl_s: float) -> None:
@@ -62,11 +62,11 @@ class Mailbox:
         """Hand a message to the grid.
 
         Args:
-            content: of the message.
-            node_id: whom it is for.
-            kind: its type, such as "train" or "query.hello".
-            group: the round, for the nodes' logs.
-            allowed: what the reply may hold; None: no arrays.
+            content: Content of the message.
+            node_id: Flower's id of the recipient.
+            kind: Flower's message type, such as "train" or "query.hello".
+            group: The round, for the nodes' logs.
+            allowed: The arrays that the reply may hold; None: no arrays.
         """
         message = Message(content, node_id, kind, group_id=group, ttl=self._ttl_s)
         message_id = next(iter(self._grid.push_messages([message])), None)
@@ -80,8 +80,8 @@ class Mailbox:
         """The reply, or None if it is not there yet.
 
         Args:
-            sent: the message.
-            patience_s: how long to wait for parts of a reply that is there in part; None: as long as for a node.
+            sent: The message.
+            patience_s: How long to wait for the rest of a reply that has arrived in part; None: as long as for a node.
 
         Raises:
             ReplyError: the grid did not take the message, or the reply cannot be read.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError
-from fedlora.federation.client_pool import ClientInfo
+from fedlora.federation.client_pool import ClientInfo, nobody
 from fedlora.federation.planner import Held
 from fedlora.federation.round_record import quorum_of
 from fedlora.flower import mailbox as post
@@ -41,12 +41,12 @@ class NodeRegistry:
     """The nodes of a run.
 
     Args:
-        mail: to the nodes.
-        config: of the run.
-        expected: how many clients there are.
-        fingerprint: of the server's base model.
-        say: told who is refused.
-        bindings: which node may be which client.
+        mail: Messages to and from the nodes.
+        config: The run's config.
+        expected: Number of clients in the federation.
+        fingerprint: Hash of the server's base model.
+        say: Called with a line whenever a node is refused.
+        bindings: Which node may be which client.
     """
 
     def __init__(
@@ -102,20 +102,15 @@ class NodeRegistry:
                 break
             time.sleep(post.POLL_S[1])
         if not self.nodes:
-            raise self.nobody()
+            raise nobody(self._refused)
         self._say(f"only {len(self.nodes)} of {self._expected} clients are there; the run goes on without the others")
-
-    def nobody(self) -> RoundError:
-        """What to say where no node can take part."""
-        reasons = [f"node {node_id}: {why}" for node_id, why in self._refused.items()]
-        return RoundError(f"no node can take part; {'; '.join(reasons[:3])}", code="no-node")
 
     def gather(self, number: int, needed: int) -> None:
         """Before a round: who has come since; waits, for `server.node_timeout_s` at most, only below the quorum.
 
         Args:
-            number: of the round.
-            needed: how many clients must be there.
+            number: Number of the round.
+            needed: Number of clients that must be there.
         """
         self.look()
         for node_id in self._refused.keys() & set(self._there) - self._asked.keys():

@@ -26,9 +26,9 @@ class PeftNames:
     """Names of the tensors of one record, and those that fedlora has for them.
 
     Args:
-        own: name in the record -> name in `AdapterState.tensors`.
-        shapes: name in the record -> its shape.
-        dtypes: name in the record -> its dtype.
+        own: Name in the record -> name in `AdapterState.tensors`.
+        shapes: Name in the record -> shape.
+        dtypes: Name in the record -> dtype.
     """
 
     own: Mapping[str, str]
@@ -57,8 +57,8 @@ class PeftNames:
         """The adapter in a record with these names.
 
         Args:
-            record: of PEFT's tensors.
-            scale: alpha / r, of all modules or by module.
+            record: Record of PEFT's tensors.
+            scale: alpha / r, one for all modules or one for each.
 
         Raises:
             ReplyError: it lacks a tensor, has another, or one of another shape, type or that is not finite.

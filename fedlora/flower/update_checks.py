@@ -42,12 +42,12 @@ def check_head(reply: Message, kinds: Sequence[str] = ("update", "need")) -> dic
 
 @dataclass(frozen=True)
 class Hello:
-    """What a node says of itself.
+    """A node's answer to "hello".
 
     Args:
-        client_id: the number of the client that it serves.
-        rank: that it asks for, if any.
-        num_examples: that it has; None where it does not say (private runs).
+        client_id: Number of the client that it serves.
+        rank: LoRA rank that it requests, if any.
+        num_examples: Number of its training examples; None in private runs, where it does not say.
     """
 
     client_id: int
@@ -56,14 +56,14 @@ class Hello:
 
 
 def check_hello(reply: Message | None, fingerprint: str, clients: int, max_rank: int, max_examples: int) -> Hello:
-    """Check what a node says of itself.
+    """Check a node's answer to "hello".
 
     Args:
-        reply: to the question "hello"; None if there is none.
-        fingerprint: of the server's base model.
-        clients: how many there are.
-        max_rank: that a node may ask for.
-        max_examples: that a node may claim.
+        reply: Reply to "hello"; None if none arrived.
+        fingerprint: Hash of the server's base model.
+        clients: Number of clients in the federation.
+        max_rank: Largest rank that a node may request.
+        max_examples: Largest number of examples that a node may claim.
 
     Raises:
         ReplyError: if the node cannot take part; the message says why.

@@ -38,9 +38,9 @@ def ask(path: Path, message: Message, context: Context) -> RecordDict:
     """The content of the worker's reply; the context's state is brought up to date.
 
     Args:
-        path: of the socket.
-        message: to be answered.
-        context: of the node, without the key that names the worker.
+        path: Path of the worker's socket.
+        message: The message to answer.
+        context: The node's context, without the key that names the worker.
 
     Raises:
         WorkerError: the worker is not there, died, or is of another fedlora: answer the message yourself.

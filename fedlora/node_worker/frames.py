@@ -18,8 +18,8 @@ def pack(head: Mapping[str, Any], **contents: RecordDict) -> bytes:
     """One frame.
 
     Args:
-        head: what JSON can hold.
-        contents: records by name.
+        head: Any value that JSON can represent.
+        contents: Records by name.
     """
     bodies: list[bytes] = []
     table = {name: [_described(key, record, bodies) for key, record in c.items()] for name, c in contents.items()}

@@ -42,12 +42,12 @@ class Worker:
     """Serves one socket.
 
     Args:
-        path: of the socket.
-        device: on which everything is computed, whatever configs say; None: as they say.
-        app: that answers the messages.
+        path: Path of the socket.
+        device: Device for all computation, in place of the one in a message's config; None: the config's.
+        app: The ClientApp that answers the messages.
 
     Raises:
-        WorkerError: the socket's folder is open to others, or a worker is there already.
+        WorkerError: the socket's folder is accessible to other users, or a worker is running there already.
     """
 
     def __init__(self, path: Path, device: str | None = None, app: ClientApp = client_app.app) -> None:
@@ -86,7 +86,7 @@ class Worker:
         """Answer until `stop`.
 
         Args:
-            ready: is told, once, that messages can come.
+            ready: Called once, with a line, when the worker can accept messages.
 
         Returns:
             The status with which to exit.
@@ -181,9 +181,9 @@ def run(path: Path, device: str | None = None, ready: Callable[[str], object] = 
     """Serve until SIGTERM or SIGINT; the status with which to exit.
 
     Args:
-        path: of the socket.
-        device: see `Worker`.
-        ready: see `Worker.serve`.
+        path: Path of the socket.
+        device: See `Worker`.
+        ready: See `Worker.serve`.
 
     Raises:
         WorkerError: see `Worker`.

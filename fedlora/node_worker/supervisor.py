@@ -25,8 +25,8 @@ def supervise(command: Sequence[str], say: Callable[[str], object]) -> int:
     """Keep a command running until SIGTERM or SIGINT.
 
     Args:
-        command: program and arguments.
-        say: is told when it died, and that it is started again.
+        command: Program and arguments.
+        say: Called with a line whenever the program died and is restarted.
 
     Returns:
         The status with which to exit.

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
 from fedlora.federation.generations import NUMBER
 from fedlora.runs.rundir import RunDir
@@ -51,7 +50,7 @@ def said(rundir: RunDir) -> list[dict[str, str]]:
 def test_the_same_prompts_before_and_after(echo: Any) -> None:
     config = echo()
     rundir = RunDir.create(config)
-    run_simulation(config, rundir, Callback())
+    run_simulation(config, rundir)
     rows = said(rundir)
     assert len(rows) == NUMBER
     assert all(row["prompt"] == f"you : {row['reference'].split()[0]} <end> me :" for row in rows)
@@ -64,12 +63,12 @@ def test_the_same_prompts_before_and_after(echo: Any) -> None:
 
 def test_a_resumed_run_keeps_what_was_said_before(echo: Any) -> None:
     whole = RunDir.create(echo(name="whole"))
-    run_simulation(echo(name="whole"), whole, Callback())
+    run_simulation(echo(name="whole"), whole)
     rundir = RunDir.create(echo("rounds=3", name="cut"))
-    run_simulation(echo("rounds=3", name="cut"), rundir, Callback())
+    run_simulation(echo("rounds=3", name="cut"), rundir)
     between = said(rundir)
     longer = echo(name="cut")
-    run_simulation(longer, RunDir.open(rundir.path, longer), Callback(), resume=True)
+    run_simulation(longer, RunDir.open(rundir.path, longer), resume=True)
     assert said(rundir) == said(whole)
     assert [row["before"] for row in between] == [row["before"] for row in said(whole)]
 
@@ -77,5 +76,5 @@ def test_a_resumed_run_keeps_what_was_said_before(echo: Any) -> None:
 def test_a_classifier_says_nothing(tiny_config: Any) -> None:
     config = tiny_config("rounds=1")
     rundir = RunDir.create(config)
-    run_simulation(config, rundir, Callback())
+    run_simulation(config, rundir)
     assert rundir.read_json("samples.json") is None

@@ -37,7 +37,7 @@ def tokenizer_folder(folder: Path, template: str | None) -> Path:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<|end|>", "<|start|>", "<|pad|>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, base_updates=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(

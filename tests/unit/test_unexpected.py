@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import fedlora.flower
-from fedlora.callbacks import Callback
 from fedlora.cli import app
 from fedlora.config import load_config
 from fedlora.errors import RunDirError
-from fedlora.flower import client_app
+from fedlora.federation import client, server
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.unexpected import KEPT_LOGS, describe_exception, keep_traceback
@@ -158,7 +156,7 @@ def broken(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         raise IndexError("index out of range in self")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client_app, "train_cohort", fail)
+        patch.setattr(client, "train_cohort", fail)
         yield tiny_toml
 
 
@@ -174,7 +172,7 @@ def test_a_fault_of_the_program_ends_a_simulation_and_frees_its_place(broken: Pa
 def test_a_run_that_has_trained_keeps_its_folder(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(tiny_toml)
     run = RunDir.create(config)
-    evaluate = fedlora.federation.server.evaluate
+    evaluate = server.evaluate
     calls = []
 
     def fail_later(*args: object, **options: object) -> object:
@@ -183,13 +181,13 @@ def test_a_run_that_has_trained_keeps_its_folder(tiny_toml: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, "No space left on device")
         return evaluate(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fedlora.federation.server.evaluate", fail_later)
+    monkeypatch.setattr(server, "evaluate", fail_later)
     with pytest.raises(OSError, match="No space"):
-        run_simulation(config, run, Callback())
+        run_simulation(config, run)
     assert not run.discard_if_untrained()
     assert run.rounds_done == 1
     monkeypatch.undo()
-    assert len(run_simulation(config, RunDir.open(run.path, config), Callback(), resume=True).records) == 3
+    assert len(run_simulation(config, RunDir.open(run.path, config), resume=True).records) == 3
 
 
 def test_a_privacy_ledger_is_never_discarded(tiny_toml: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 from flwr.app import Array, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_a_grid import grid_of, serve_on
+from support.errors import raises
 
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError, RuleError
 from fedlora.federation.plausibility import (
@@ -24,11 +25,11 @@ from fedlora.federation.plausibility import (
     median_change,
     no_losses,
 )
-from fedlora.federation.run import RunOutcome, serve
+from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 
 MakeConfig = Callable[..., RunConfig]
 positive = st.floats(1e-6, 1e6)
@@ -133,8 +134,12 @@ def metrics(**values: Any) -> Callable[[RecordDict, int], object]:
     return lambda content, number: content.metric_records["metrics"].update(values)
 
 
-def run(config: RunConfig, **how: Any) -> RunOutcome:
-    return run_simulation(config, RunDir.create(config, overwrite=True), Callback(), **how)
+def run(config: RunConfig) -> RunOutcome:
+    return serve_on(grid_of(config), config)
+
+
+def simulate(config: RunConfig) -> RunOutcome:
+    return run_simulation(config, RunDir.create(config, overwrite=True))
 
 
 def weights(outcome: RunOutcome) -> bytes:
@@ -162,7 +167,7 @@ def test_the_bound_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     assert list(whole.records[3]["refused"]) == ["2"]
     first = run(tiny_config("runtime.cohort=1", "rounds=2", name="parts"))
     more = tiny_config("runtime.cohort=1", name="parts")
-    rest = run_simulation(more, RunDir.open(first.rundir.path, more), Callback(), resume=True)
+    rest = serve_on(grid_of(more), more, rundir=RunDir.open(first.rundir.path, more), resume=True)
     assert rest.records[3]["refused"] == whole.records[3]["refused"]
     assert weights(rest) == weights(whole)
 
@@ -170,7 +175,9 @@ def test_the_bound_of_a_resumed_run_is_that_of_an_uninterrupted_one(
 def test_unequal_clients_are_not_harmed(tiny_config: MakeConfig) -> None:
     """Shares from a few examples to most of them, a learning rate that is far too large: the bounds change no bit."""
     uneven = ("partition.name=quantity", "partition.clients=4", "partition.alpha=0.3", "train.lr=0.3")
-    results = [run(tiny_config(*uneven, f"server.max_norm_ratio={ratio}", name=str(ratio))) for ratio in (100.0, "off")]
+    results = [
+        simulate(tiny_config(*uneven, f"server.max_norm_ratio={ratio}", name=str(ratio))) for ratio in (100.0, "off")
+    ]
     assert weights(results[0]) == weights(results[1])
     assert all(record["answered"] == [0, 1, 2, 3] for record in results[0].records[1:])
 
@@ -213,9 +220,7 @@ def test_a_loss_far_from_all_others_is_left_out_of_the_mean(
 def federate(config: RunConfig, **ranks: int) -> RunOutcome:
     """Nodes of which some ask for a rank in their own config: k3=17 is client 3."""
     nodes = [{"partition-id": k, **({"rank": ranks[f"k{k}"]} if f"k{k}" in ranks else {})} for k in range(4)]
-    with task_identity(1):
-        grid = LoopbackGrid(client_app.app, nodes, {"toml": config.to_toml()})
-        return serve(grid, config, RunDir.create(config, overwrite=True), Callback(), resume=False)
+    return serve_on(LoopbackGrid(client_app.app, nodes, {"toml": config.to_toml()}), config)
 
 
 CENTRAL = ("privacy.unit=client", "privacy.noise_multiplier=1", "privacy.delta=1e-3", "privacy.clip_norm=1",
@@ -243,7 +248,7 @@ def test_a_rank_above_the_largest_is_refused_and_one_below_is_not(tiny_config: M
 
 
 def test_ranks_that_the_runs_own_config_gives_end_the_run(tiny_config: MakeConfig) -> None:
-    with pytest.raises(RuleError, match="rank"):
+    with pytest.raises(RuleError, match="rank"):  # the rule's own words
         federate(tiny_config("clients.ranks=[4,2]"))
-    with pytest.raises(RoundError, match="no node can take part"):
+    with raises(RoundError, "no-node", "rank 5"):
         federate(tiny_config("server.node_timeout_s=0.1"), k0=5, k1=5, k2=5, k3=5)

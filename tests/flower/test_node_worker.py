@@ -18,13 +18,16 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from support.errors import raises
 
-from fedlora.aggregators import ClientSpec, load_aggregator
+from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig
 from fedlora.deploy import Guard
 from fedlora.errors import WorkerError
+from fedlora.federation.client_pool import ClientInfo, RoundRequest
+from fedlora.federation.planner import Held, Planner
 from fedlora.flower import client_app
-from fedlora.flower.messages import Ask, PlanEncoder, decode_head
+from fedlora.flower.messages import RequestEncoder, decode_head
 from fedlora.node_worker import client, server, supervisor
 from fedlora.node_worker import node_app as node_app_module
 from fedlora.node_worker.client import ask, check
@@ -49,12 +52,11 @@ def folder() -> Iterator[Path]:
 
 def plan(config: RunConfig, client_id: int = 0) -> RecordDict:
     """What the server sends to a client in round 1."""
-    workspace = open_workspace(config)
-    rule = load_aggregator(config.strategy.name)
+    workspace, rule = open_workspace(config), load_aggregator(config.strategy.name)
     state = rule.init(workspace.base.initial_adapter(config.seed), seed=1)
-    spec = ClientSpec(client_id, workspace.base.layout())
-    ask = Ask(rule.plan(state, spec), 1, client_id, wire=config.wire.up, run="ab" * 16)
-    return PlanEncoder().encode(ask)
+    round_1 = RoundRequest(1, [client_id], state)
+    planned = Planner(config, rule, workspace, run="ab" * 16).request(round_1, ClientInfo(client_id), Held())
+    return RequestEncoder().encode(planned)
 
 
 def message_of(content: RecordDict, kind: str = "train") -> Message:
@@ -148,9 +150,9 @@ def test_a_folder_that_others_can_enter_is_refused_at_both_ends(folder: Path, mo
     with Serving(path, app=query_app(lambda message, context: RecordDict())):
         check(path)
         path.parent.chmod(mode)
-        with pytest.raises(WorkerError, match=r"others can enter folder .*: chmod 700"):
+        with raises(WorkerError, "open-to-others", "chmod 700"):
             check(path)
-    with pytest.raises(WorkerError, match="others can enter folder"):
+    with raises(WorkerError, "open-to-others", "chmod 700"):
         Worker(path)
 
 
@@ -169,7 +171,7 @@ def test_a_folder_that_others_could_replace_is_refused_at_both_ends(folder: Path
                 make_folder(through)
                 continue
             for check_of in (require_own, make_folder):
-                with pytest.raises(WorkerError, match=r"others can write in .*above.*: chmod go-w"):
+                with raises(WorkerError, "open-to-others", "above", "chmod go-w"):
                     check_of(through)
     above.chmod(0o700)
 
@@ -179,27 +181,27 @@ def test_somebody_elses_folder_or_socket_is_refused(folder: Path, monkeypatch: p
     with Serving(path):
         require_own(path)
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-        with pytest.raises(WorkerError, match=r"folder .* belongs to another user"):
+        with raises(WorkerError, "other-owner", "folder"):
             require_own(path)
-        with pytest.raises(WorkerError, match=r"folder .* belongs to another user"):
+        with raises(WorkerError, "other-owner", "folder"):
             make_folder(path)
         real = Path.lstat
         owned = os.stat_result((0o40700, 0, 0, 0, 12345, 0, 0, 0, 0, 0))
         monkeypatch.setattr(Path, "lstat", lambda self: owned if self == folder else real(self))
-        with pytest.raises(WorkerError, match=r"socket .* belongs to another user"):
+        with raises(WorkerError, "other-owner", "socket"):
             require_own(path)
 
 
 def test_what_is_no_socket_or_no_folder_is_refused(folder: Path) -> None:
     (folder / "file").touch()
-    with pytest.raises(WorkerError, match="is no socket"):
+    with raises(WorkerError, "not-a-socket"):
         require_own(folder / "file")
-    with pytest.raises(WorkerError, match="there is no worker's socket"):
+    with raises(WorkerError, "no-socket"):
         require_own(folder / "nothing")
     (folder / "link").symlink_to(folder)
-    with pytest.raises(WorkerError, match="is no folder"):
+    with raises(WorkerError, "not-a-folder"):
         make_folder(folder / "link" / "w.sock")
-    with pytest.raises(WorkerError, match="longer than 100 bytes"):
+    with raises(WorkerError, "path-too-long", 100):
         make_folder(folder / ("x" * 100))
 
 
@@ -213,7 +215,7 @@ def test_the_folder_and_the_socket_are_the_users_alone(folder: Path) -> None:
 
 def test_one_worker_serves_a_socket_and_a_killed_ones_socket_is_taken_over(folder: Path) -> None:
     path = folder / "w.sock"
-    with Serving(path), pytest.raises(WorkerError, match=r"a worker serves .* already"):
+    with Serving(path), raises(WorkerError, "socket-in-use", path):
         Worker(path)
     path.touch()  # what a killed worker leaves
     with Serving(path):
@@ -310,7 +312,7 @@ def test_a_worker_of_other_code_is_not_used(
     app = query_app(lambda message, context: RecordDict())
     with Serving(folder / "w.sock", app=app):
         monkeypatch.setattr(client, "code_digest", lambda: "other")
-        with pytest.raises(WorkerError, match=r"runs fedlora .* \(source .*\), the app fedlora .* \(source other\)"):
+        with raises(WorkerError, "no-answer", "(source other)", "restart the worker"):
             ask(folder / "w.sock", message_of(QUESTION, "query.it"), context_of(tiny_config()))
         monkeypatch.undo()
         ask(folder / "w.sock", message_of(QUESTION, "query.it"), context_of(tiny_config()))
@@ -325,7 +327,7 @@ def test_an_unexpected_error_is_passed_on_and_ends_the_worker(folder: Path, tiny
             ask(folder / "w.sock", message_of(QUESTION, "query.it"), context_of(tiny_config()))
         serving.thread.join(30)
     assert serving.status == BROKEN
-    with pytest.raises(WorkerError, match="no worker's socket"):
+    with raises(WorkerError, "no-socket"):
         check(folder / "w.sock")
 
 
