@@ -35,6 +35,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["support.tiny_federations"]
+
 LABEL_WORDS = {
     "negative": ["awful", "boring", "broken", "dull", "sad", "terrible", "ugly", "weak"],
     "positive": ["bright", "charming", "clever", "great", "happy", "lovely", "superb", "warm"],

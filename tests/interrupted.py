@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from support.federations import forget
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.training.workspace import open_workspace
 
 
 class _Cut(Callback):
@@ -25,11 +25,6 @@ def cut(rundir: RunDir, number: int, *, resume: bool = False) -> None:
     """Run, and be killed when round `number` has begun."""
     with pytest.raises(KeyboardInterrupt):
         run_simulation(rundir.config, rundir, _Cut(number), resume=resume)
-
-
-def forget(config: RunConfig) -> None:
-    """Hold nothing of earlier rounds, as a new process does."""
-    open_workspace(config).base.rebase(0, ())
 
 
 def cut_and_resumed(config: RunConfig, number: int) -> RunOutcome:

@@ -11,23 +11,30 @@ from typing import Any
 import pytest
 import torch
 from interrupted import cut
+from support.errors import raises
+from support.federations import deploy
+from support.federations import simulate as run
 
 from fedlora.aggregators import load_aggregator
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, RoundError
+from fedlora.federation import client
+from fedlora.federation.client_pool import ClientReply, Failure
 from fedlora.federation.load_rule import load_rule
+from fedlora.federation.local_clients import LocalClients
+from fedlora.federation.privacy_account import open_account
 from fedlora.federation.run import RunOutcome
-from fedlora.federation.server import Federation
-from fedlora.flower import client_app, refuse_early, run_simulation
-from fedlora.flower.flower_clients import Asker
+from fedlora.federation.screen import Screen
+from fedlora.federation.server import FederatedServer
 from fedlora.privacy import server_dp as central_module
 from fedlora.privacy.accounting import Entry
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.server_dp import CLIP
 from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import refuse_early, run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
-from fedlora.training import open_workspace
+from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 Z, ROUNDS, DELTA = 2.0, 3, 1e-3
@@ -50,10 +57,6 @@ def central(tiny_config: MakeConfig) -> MakeConfig:
         )
 
     return make
-
-
-def run(config: RunConfig, progress: Callback | None = None) -> RunOutcome:
-    return run_simulation(config, RunDir.create(config, overwrite=True), progress or Callback())
 
 
 def resume(rundir: RunDir) -> RunOutcome:
@@ -169,32 +172,32 @@ def test_even_the_trusted_server_is_told_no_figure_but_what_weights_need(
 
     monkeypatch.setattr(LoopbackGrid, "_pull", pull)
     config = central("rounds=1", "train.clip_norm=1.0", f"server.weighting={weighting}")
-    run(config)
+    deploy(config)
     sizes = [len(rows) for rows in open_workspace(config).data.clients]
     assert sent == [{"num_examples": 1 if weighting == "uniform" else size} for size in sizes]
 
 
+@pytest.mark.parametrize("run", [run, deploy])
 def test_a_client_whose_training_fails_sends_an_update_that_changes_nothing(
-    central: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    central: MakeConfig, monkeypatch: pytest.MonkeyPatch, run: Callable[..., RunOutcome]
 ) -> None:
-    real = client_app.run_plans
+    real = client._trained
 
-    def fails(asked: Any) -> list[Any]:
+    def fails(workspace: Any, requests: Any) -> list[Any]:
         return [
             ValueError("patient 4711") if one.client_id == 2 else found
-            for one, found in zip(asked, real(asked), strict=True)
+            for one, found in zip(requests, real(workspace, requests), strict=True)
         ]
 
-    monkeypatch.setattr(client_app, "run_plans", fails)
+    monkeypatch.setattr(client, "_trained", fails)
     moved: dict[int, bool] = {}
-    accept = Asker._accept
+    admit = Screen.admit
 
-    def accepts(self: Asker, ask: Any, valid: Any, *rest: Any) -> Any:
-        before = ask.plan.adapter.tensors()
-        moved[ask.client_id] = any(not torch.equal(value, before[name]) for name, value in valid.tensors.items())
-        return accept(self, ask, valid, *rest)
+    def admits(self: Screen, request: Any, sent: Any, *rest: Any) -> Any:
+        moved[request.client_id] = any(not torch.equal(sent[name], start) for name, start in request.starts.items())
+        return admit(self, request, sent, *rest)
 
-    monkeypatch.setattr(Asker, "_accept", accepts)
+    monkeypatch.setattr(Screen, "admit", admits)
     outcome = run(central("rounds=1", "server.weighting=uniform"))
     assert outcome.records[-1]["answered"] == [0, 1, 2, 3]
     assert moved == {0: True, 1: True, 2: False, 3: True}
@@ -205,22 +208,21 @@ def test_a_client_whose_training_fails_sends_an_update_that_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "code", "named"),
     [
-        (["strategy.name=flora"], "Flora does not claim LINEAR"),
-        (["strategy.name=fair"], "does not claim LINEAR"),
-        (["strategy.name=ffa", "clients.ranks=[4,2]"], "give all clients the same rank under privacy.unit = 'client'"),
-        (["privacy.delta=0.25"], r"protects nobody among 4 clients: choose one far below 1 / 4"),
-        (["privacy.minimum_cohort=5"], "every round would be dropped"),
-        (["server.clients_per_round=1"], "a round asks 1 clients: every round would be dropped"),
+        (["strategy.name=flora"], "rule-not-linear", "Flora"),
+        (["strategy.name=fair"], "rule-not-linear", "Fair"),
+        (["strategy.name=ffa", "clients.ranks=[4,2]"], "different-starts", "rank"),
+        (["privacy.delta=0.25"], "delta-too-large", "1 / 4"),
+        (["privacy.minimum_cohort=5"], "cohort-below-minimum", "5"),
+        (["server.clients_per_round=1"], "cohort-below-minimum", "1"),
     ],
 )
-def test_refused_before_anything_is_made(central: MakeConfig, overrides: list[str], says: str) -> None:
+def test_refused_before_anything_is_made(central: MakeConfig, overrides: list[str], code: str, named: str) -> None:
     config = central(*overrides)
-    with pytest.raises(FedloraError, match=says):
-        refuse_early(config, open_workspace(config))
-    with pytest.raises(FedloraError, match=says.split(":")[0] if "ranks" not in overrides[-1] else "same rank"):
-        run(config)
+    for refuses in (lambda: refuse_early(config, open_workspace(config)), lambda: run(config), lambda: deploy(config)):
+        with raises(FedloraError, code, named):
+            refuses()
 
 
 @pytest.mark.parametrize(
@@ -243,8 +245,11 @@ def test_configs_that_make_no_claim_are_refused(central: MakeConfig, overrides: 
 def test_a_rule_without_noise_cannot_slip_in(central: MakeConfig, tmp_path: Path) -> None:
     config = central()
     rundir = RunDir.create(config)
-    with pytest.raises(PrivacyError, match="load_rule"):
-        Federation(None, config, load_aggregator("fedavg", {}), open_workspace(config), rundir, Callback())  # type: ignore[arg-type]
+    with raises(PrivacyError, "wrong-rule"):
+        open_account(config, load_aggregator("fedavg", {}), rundir)
+    plain = config.model_copy(update={"privacy": None})
+    with raises(PrivacyError, "wrong-rule"):
+        open_account(plain, load_rule(config), rundir)
     assert load_rule(config).entry() == Entry(1.0, Z, 1)  # type: ignore[attr-defined]
 
 
@@ -254,13 +259,15 @@ def test_a_rule_without_noise_cannot_slip_in(central: MakeConfig, tmp_path: Path
 def test_a_round_with_too_few_replies_changes_nothing_and_costs_nothing(
     central: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Asker._await
+    real = LocalClients._outcome
 
-    def await_(self: Asker, state: Any, ask: Any, *rest: Any) -> Any:
-        update = real(self, state, ask, *rest)
-        return None if (ask.round, ask.client_id > 0) == (2, True) else update
+    def outcome_(self: LocalClients, request: Any, planned: Any, *rest: Any) -> Any:
+        reply = real(self, request, planned, *rest)
+        if request.number != 2 or reply.client_id == 0:
+            return reply
+        return ClientReply(reply.client_id).failed(Failure("missing"))
 
-    monkeypatch.setattr(Asker, "_await", await_)
+    monkeypatch.setattr(LocalClients, "_outcome", outcome_)
     outcome = run(central("privacy.minimum_cohort=3", "server.quorum=0.1"))
     first, second, third = outcome.records[1:]
     assert [r["rule"]["dropped"] for r in (first, second, third)] == [0.0, 1.0, 0.0]
@@ -285,7 +292,7 @@ def test_a_killed_run_reports_what_an_uninterrupted_one_does(
     cut(rundir, 2)
     for _ in range(2):  # killed in the middle of a round, after its clients have answered
         with monkeypatch.context() as patch:
-            patch.setattr(Federation, "_record", _killed)
+            patch.setattr(FederatedServer, "_line", _killed)
             with pytest.raises(KeyboardInterrupt):
                 resume(rundir)
     assert claim(resume(rundir)) == whole
@@ -316,7 +323,7 @@ def test_a_resume_without_its_ledger_is_refused(central: MakeConfig) -> None:
     rundir = RunDir.create(central())
     cut(rundir, 3)
     ledger(rundir).path.unlink()
-    with pytest.raises(PrivacyError, match="lacks round 1, which was completed"):
+    with raises(PrivacyError, "ledger-lacks-round", "round 1", ledger(rundir).path):
         resume(rundir)
 
 

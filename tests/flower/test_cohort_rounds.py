@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +12,6 @@ from fedlora.aggregators import Claim, names_claiming, rules
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
-from fedlora.privacy import dpsgd
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training import loop as together
@@ -45,43 +40,6 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(together.Loop, "_step", step)
     return seen
-
-
-@pytest.fixture
-def same_secrets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Called before a run, makes "the operating system's" randomness what it was in the run before.
-
-    Samples and noise ask for numbers of bytes of their own, and each client asks in its turn: so a client draws the
-    same whether others are prepared in between or not.
-    """
-    drawn: Counter[int] = Counter()
-
-    def urandom(size: int) -> bytes:
-        drawn[size] += 1
-        return hashlib.shake_256(f"{size} {drawn[size]}".encode()).digest(size)
-
-    monkeypatch.setattr(dpsgd, "os", SimpleNamespace(urandom=urandom))
-    return drawn.clear
-
-
-@pytest.fixture
-def tasks(tiny_llama: Path, tiny_chat: Path, tiny_vit: Path, tiny_pictures: Path) -> dict[str, list[str]]:
-    """What each task changes in `tiny_config`."""
-    return {
-        "text-classification": [],
-        "causal-lm": [
-            "task={name='causal-lm', max_length=32}",
-            f"model.name='{tiny_llama}'",
-            "adapter.targets=['q_proj','v_proj']",
-            f"data={{source='{tiny_chat}', test_fraction=0.2}}",
-        ],
-        "image-classification": [
-            "task={name='image-classification'}",
-            f"model.name='{tiny_vit}'",
-            "adapter.targets=['q_proj','v_proj']",
-            f"data={{source='{tiny_pictures}', test_fraction=0.2}}",
-        ],
-    }
 
 
 PRIVACY = {

@@ -10,6 +10,7 @@ from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig
 from torch import nn
 
+from fedlora import speedups
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
 from fedlora.flower.app_config import config_of
@@ -17,7 +18,6 @@ from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import as_begun, run_simulation
 from fedlora.speedups.linear_kernels import KernelReport, ShapeTiming
 from fedlora.training import close_workspace
-from fedlora.training import workspace as workbench
 
 
 @pytest.mark.parametrize("chosen", [{"kernels": "onednn", "attention": "sdpa"}, {"kernels": "off"}, {}])
@@ -46,11 +46,11 @@ def test_the_clients_of_a_run_are_told_what_was_chosen_for_it(
         measured.append(mode)
         return KernelReport("off", 0, "measured", (ShapeTiming(2, 3, 1, 32, 5.0, 4.0),), "2026-01-01 00:00")
 
-    monkeypatch.setattr(workbench, "accelerate", choose)
+    monkeypatch.setattr(speedups, "accelerate", choose)
     config = tiny_config("runtime.kernels=auto", "rounds=1")
     rundir = RunDir.create(config)
     run_simulation(config, rundir, Callback())
-    assert measured == ["auto"]  # the server's and the clients' config are one workbench
+    assert measured == ["auto"]  # the server's and the clients' config are one workspace
     facts = rundir.read_json("environment.json")
     assert (facts["kernels"], facts["kernels_measured"]) == ("off", "2026-01-01 00:00")
     assert facts["kernels_timings"] == [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -56,22 +54,6 @@ def test_an_exception_becomes_an_error_reply(grid: LoopbackGrid) -> None:
 def test_an_unknown_node_is_unavailable(grid: LoopbackGrid) -> None:
     _, (reply,) = ask(grid, 99)
     assert reply.has_error()
-
-
-def test_what_is_left_of_a_round_that_was_broken_off_is_not_trained_with_the_next(grid: LoopbackGrid) -> None:
-    trained: list[list[int]] = []
-
-    def together(contents: Sequence[RecordDict], contexts: Sequence[Context]) -> list[RecordDict | Exception]:
-        trained.append([context.node_id for context in contexts])
-        return [RecordDict() for _ in contents]
-
-    grid.window, grid.together = 3, together
-    with task_identity(1):
-        for group, nodes in (("1", (2, 3, 4)), ("2", (2, 3))):
-            asked = [Message(RecordDict(), node, "train", group_id=group) for node in nodes]
-            ids = list(grid.push_messages(asked))
-        assert len(list(grid.pull_messages(ids))) == 2
-    assert trained == [[2, 3]]
 
 
 def test_a_reply_is_handed_out_once(grid: LoopbackGrid) -> None:

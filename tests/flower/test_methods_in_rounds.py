@@ -7,15 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from interrupted import cut_and_resumed
+from support.federations import deploy
+from support.federations import simulate as run
 
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, RuleError
 from fedlora.evaluation.baselines import centralised
-from fedlora.federation.run import RunOutcome
 from fedlora.model.peft_methods import METHODS
-from fedlora.runs.rundir import RunDir
-from fedlora.simulation.run import refuse_early, run_simulation
+from fedlora.simulation.run import refuse_early
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -30,10 +29,6 @@ SMALL = {
 
 RATES = dict.fromkeys(("ia3", "vera", "vblora", "c3a", "road", "hira"), 0.05)
 """Of methods that train few values; 0.01 for the others."""
-
-
-def run(config: RunConfig, **kwargs: object) -> RunOutcome:
-    return run_simulation(config, RunDir.create(config, overwrite=True), Callback(), **kwargs)  # type: ignore[arg-type]
 
 
 def keys(method: str, *more: str) -> list[str]:
@@ -60,6 +55,8 @@ def test_what_the_base_gave_up_is_sent_once_and_survives_a_resume(tiny_config: M
     assert len(whole.state.base_updates) == 1
     downs = [record["bytes_down"] for record in whole.records[1:]]
     assert downs[0] > downs[1] == downs[2] == downs[3]
+    deployed = deploy(tiny_config(*table, "runtime.cohort=1", name="deployed"))
+    assert [record["bytes_down"] for record in deployed.records[1:]] == downs
     config = tiny_config(*table, name="cut")
     resumed = cut_and_resumed(config, 3)
     tensors = whole.adapter.tensors()

@@ -11,19 +11,23 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from flwr.app.user_config import UserConfig
+from support import federations
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
+from fedlora.federation import client
 from fedlora.federation.client_ledger import ledger_path
-from fedlora.federation.example_account import Spending
-from fedlora.federation.run import RunOutcome, serve
+from fedlora.federation.example_account import ExampleLevelAccount
+from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
-from fedlora.flower.messages import from_array, to_array
+from fedlora.flower.app_config import config_of
+from fedlora.flower.arrays import from_array, to_array
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import task_identity
+from fedlora.training.dp_settings import private_settings
 
 MakeConfig = Callable[..., RunConfig]
 DELTA, ROUNDS = 1e-3, 3
@@ -64,15 +68,7 @@ def deploy(
     run_id: int = 1,
 ) -> RunOutcome:
     """A federation of nodes that release what they send; `rundir`: resume it, as a new run of Flower's."""
-    run_config: dict[str, bool | float | int | str] = {"toml": config.to_toml()}
-    if folder is not None:
-        run_config["ledger-dir"] = str(folder)
-    grid = LoopbackGrid(client_app.app, nodes, run_config, run_id)
-    with task_identity(run_id):
-        if rundir is None:
-            return serve(grid, config, RunDir.create(config), Callback(), resume=False, ledgers=folder)
-        again = RunDir.open(rundir.path, config)
-        return serve(grid, config, again, Callback(), resume=True, ledgers=folder)
+    return federations.deploy(config, nodes=nodes, rundir=rundir, ledgers=folder, run_id=run_id)
 
 
 def claim(outcome: RunOutcome) -> dict[str, Any]:
@@ -136,10 +132,10 @@ def test_ledgers_that_get_lost_make_no_claim_smaller(private: MakeConfig, monkey
 
 
 def test_ledgers_of_others_in_the_same_folder_are_not_this_runs(private: MakeConfig, tmp_path: Path) -> None:
-    entry = client_app.private_settings(private(), 0).entry
-    for client, times in ((0, 1), (7, 50)):  # client 0 was in an earlier run; a client 7 this run does not have
+    entry = private_settings(private(), 0).entry
+    for client_id, times in ((0, 1), (7, 50)):  # client 0 was in an earlier run; a client 7 this run does not have
         for number in range(times):
-            with Ledger(ledger_path(tmp_path, client)).spend(entry, run="earlier", round=number) as attempt:
+            with Ledger(ledger_path(tmp_path, client_id)).spend(entry, run="earlier", round=number) as attempt:
                 attempt.release()
     nodes = [{"partition-id": k} for k in range(2)]
     found = claim(deploy(private(), nodes, folder=tmp_path))
@@ -153,7 +149,7 @@ def test_where_the_record_of_what_was_asked_is_lost_no_claim_is_made(
 ) -> None:
     outcome = run_simulation(private(), RunDir.create(private()), Callback())
     (outcome.rundir.privacy_dir / "asked.jsonl").unlink()
-    found = Spending(private(), outcome.rundir).summary(outcome.records)
+    found = ExampleLevelAccount(private(), outcome.rundir).summary(outcome.records)
     assert found["epsilon"] is None
     assert "no epsilon can be stated" in found["statement"]
 
@@ -170,7 +166,7 @@ def test_where_the_record_of_what_was_asked_is_lost_no_claim_is_made(
 def test_an_update_that_was_not_made_as_asked_is_refused(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: float | None
 ) -> None:
-    real = client_app._private_figures
+    real = client._private_figures
 
     def states(result: Any, one: Any) -> dict[str, float]:
         figures = dict(real(result, one))
@@ -179,7 +175,7 @@ def test_an_update_that_was_not_made_as_asked_is_refused(
             figures |= {} if value is None else {name: value}
         return figures
 
-    monkeypatch.setattr(client_app, "_private_figures", states)
+    monkeypatch.setattr(client, "_private_figures", states)
     record = deploy(private("rounds=1"), nodes_of(tmp_path)).records[1]
     assert record["answered"] == [0]
     assert "state" in record["refused"]["1"]
@@ -259,13 +255,13 @@ def test_a_node_that_lost_its_answer_spends_twice_and_the_claim_says_so(
 def plans(private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[RecordDict]:
     """The plans of a deployment for its client 0, in order."""
     sent: list[RecordDict] = []
-    real = client_app.train_rounds
+    real = client_app._trained
 
-    def rounds(contents: Any, contexts: Any) -> Any:
-        sent.extend(c for c, x in zip(contents, contexts, strict=True) if x.node_config["partition-id"] == 0)
-        return real(contents, contexts)
+    def trained(content: RecordDict, context: Context, config: RunConfig) -> RecordDict:
+        sent.extend([content] if context.node_config["partition-id"] == 0 else [])
+        return real(content, context, config)
 
-    monkeypatch.setattr(client_app, "train_rounds", rounds)
+    monkeypatch.setattr(client_app, "_trained", trained)
     (tmp_path / "honest").mkdir()
     deploy(private("rounds=2", "server.evaluate_every=2"), nodes_of(tmp_path / "honest"))
     monkeypatch.undo()
@@ -274,12 +270,9 @@ def plans(private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def ask(config: RunConfig, ledger: Path, plan: RecordDict) -> RecordDict:
     node = UserConfig({"partition-id": 0, "ledger": str(ledger)})
+    context = Context(9, 9, node, RecordDict(), UserConfig({"toml": config.to_toml()}))
     with task_identity(9):
-        (reply,) = client_app.train_rounds(
-            [plan], [Context(9, 9, node, RecordDict(), UserConfig({"toml": config.to_toml()}))]
-        )
-    assert isinstance(reply, RecordDict)
-    return reply
+        return client_app._trained(plan, context, config_of(context))
 
 
 def changed(plan: RecordDict, arrays: Callable[[torch.Tensor], torch.Tensor] | None = None, **head: Any) -> RecordDict:

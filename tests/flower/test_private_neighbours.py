@@ -23,8 +23,11 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message
 
+from fedlora.adapter import AdapterState
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
+from fedlora.federation import client
+from fedlora.federation.protocol import TrainRequest
 from fedlora.flower import client_app
 from fedlora.flower.server_app import serve
 from fedlora.privacy import server_dp as central
@@ -39,7 +42,9 @@ from fedlora.training.workspace import close_workspace, open_workspace
 
 Rows = list[dict[str, str]]
 OWN_LOGS = (
+    "fedlora.federation.client",
     "fedlora.flower.client_app",
+    "fedlora.flower.kept_answers",
     "fedlora.federation.discretion",
     "fedlora.federation.client_ledger",
     "fedlora.data",
@@ -132,22 +137,19 @@ BROKEN = (bad_label, bad_bytes, bad_fields, empty_text)
 def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What clients train is trained, and replaced by fixed tensors; the server's noise is fixed."""
 
-    def fixing(real: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        def run(asked: Any, *how: Any) -> list[Any]:
-            return [
-                replace(found, adapter=fixed_adapter(one)) if isinstance(found, TrainResult) else found
-                for one, found in zip(asked, real(asked, *how), strict=True)
-            ]
+    trained, unchanged = client._trained, client._unchanged
 
-        return run
+    def fixed_trained(workspace: Any, requests: Any, *how: Any) -> list[Any]:
+        return [
+            replace(found, adapter=fixed_adapter(one)) if isinstance(found, TrainResult) else found
+            for one, found in zip(requests, trained(workspace, requests, *how), strict=True)
+        ]
 
-    monkeypatch.setattr(client_app, "run_plans", fixing(client_app.run_plans))
-    monkeypatch.setattr(client_app, "run_plans_privately", fixing(client_app.run_plans_privately))
+    def fixed_unchanged(workspace: Any, request: Any, error: Exception) -> TrainResult:
+        return replace(unchanged(workspace, request, error), adapter=fixed_adapter(request))
 
-    real = client_app._unchanged
-    monkeypatch.setattr(
-        client_app, "_unchanged", lambda asked, error: replace(real(asked, error), adapter=fixed_adapter(asked))
-    )
+    monkeypatch.setattr(client, "_trained", fixed_trained)
+    monkeypatch.setattr(client, "_unchanged", fixed_unchanged)
 
     def noise(like: torch.Tensor, std: float, _generator: torch.Generator) -> torch.Tensor:
         drawn = torch.randn(like.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
@@ -157,14 +159,13 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_commit", lambda: "some")  # with "+changes" once somebody edits a file
 
 
-def fixed_adapter(asked: Any) -> Any:
+def fixed_adapter(request: TrainRequest) -> AdapterState:
     """The start of a plan, moved by numbers that follow from round, client and name alone."""
-    head = asked.plan.head
-    moved = {}
-    for name, tensor in asked.start.tensors(frozenset(head["trains"])).items():
-        seed = derive(0, "fixed", head["round"], head["client_id"], name)
+    start, moved = request.plan.adapter, {}
+    for name, tensor in start.tensors(request.plan.trains).items():
+        seed = derive(0, "fixed", request.round, request.client_id, name)
         moved[name] = tensor + 0.01 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
-    return asked.start.with_tensors(moved)
+    return start.with_tensors(moved)
 
 
 class Told(Callback):

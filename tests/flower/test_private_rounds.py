@@ -14,12 +14,16 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from interrupted import cut
+from support.errors import raises
+from support.federations import deploy
+from support.federations import simulate as run
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import DataError, PrivacyError, ReplyError, RoundError, RunDirError
-from fedlora.federation.client_ledger import account_of, ledger_path
-from fedlora.federation.example_account import Spending
+from fedlora.federation import client
+from fedlora.federation.client_ledger import ledger_path
+from fedlora.federation.example_account import ExampleLevelAccount
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.privacy.accounting import Entry
@@ -28,6 +32,7 @@ from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.terminal import totals
 from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.training.dp_settings import private_settings
 
 MakeConfig = Callable[..., RunConfig]
 Q, SIGMA, STEPS, ROUNDS, DELTA = 0.25, 1.5, 2, 3, 1e-3
@@ -53,10 +58,6 @@ def private(tiny_config: MakeConfig) -> MakeConfig:
         )
 
     return make
-
-
-def run(config: RunConfig, progress: Callback | None = None) -> RunOutcome:
-    return run_simulation(config, RunDir.create(config, overwrite=True), progress or Callback())
 
 
 def resume(rundir: RunDir, progress: Callback | None = None) -> RunOutcome:
@@ -132,7 +133,7 @@ def test_the_largest_client_counts_and_clients_that_were_not_asked_spend_nothing
     largest = max(Ledger(ledger_path(folder, k)).epsilon(DELTA, "rdp") for k in range(4))
     assert claim(outcome)["epsilon"] == largest
     # A server without the ledgers adds up what it asked, and says so.
-    summary = Spending(config, outcome.rundir).summary(outcome.records)
+    summary = ExampleLevelAccount(config, outcome.rundir).summary(outcome.records)
     assert summary["epsilon"] == largest
     assert summary["source"] == "plan"
     assert "each client's own ledger has the last word" in summary["statement"]
@@ -165,9 +166,10 @@ def test_every_rule_takes_noised_updates(private: MakeConfig, rule: str) -> None
 
 
 def test_nothing_leaves_a_client_but_noised_tensors_and_public_figures(
-    private: MakeConfig, replies: list[Message]
+    private: MakeConfig, replies: list[Message], tmp_path: Path
 ) -> None:
-    outcome = run(private())
+    outcome = deploy(private(), ledgers=tmp_path / "ledgers")
+    require_public_figures_alone(outcome)
     notes = [json.loads(str(reply.content.config_records["reply"]["json"])) for reply in replies]
     hellos = [note for note in notes if note["kind"] == "hello"]
     assert len(hellos) == 4
@@ -186,6 +188,13 @@ def test_nothing_leaves_a_client_but_noised_tensors_and_public_figures(
             "max_grad_norm": 0.5,
             "attempts": float(note["round"]),
         }
+
+
+def test_nothing_of_a_simulation_is_written_but_public_figures(private: MakeConfig) -> None:
+    require_public_figures_alone(run(private()))
+
+
+def require_public_figures_alone(outcome: RunOutcome) -> None:
     public = {"num_examples", "steps", "sample_rate", "noise_multiplier", "max_grad_norm", "attempts"}
     for record in outcome.records[1:]:
         assert record["train_loss"] is None
@@ -203,40 +212,47 @@ def test_simulated_time_is_that_of_the_declared_number(private: MakeConfig) -> N
 
 @pytest.mark.parametrize("error", [ValueError("label 7 of text 'x'"), DataError("row 13 is bad")])
 def test_errors_tell_nothing_of_the_data(
-    private: MakeConfig, monkeypatch: pytest.MonkeyPatch, replies: list[Message], error: Exception
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch, replies: list[Message], tmp_path: Path, error: Exception
 ) -> None:
-    def raises(*args: object) -> None:
+    def breaks(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(client_app, "run_plans_privately", raises)
-    with pytest.raises(RoundError, match="the reason may tell of its data and stays in its log"):
-        run(private())
+    monkeypatch.setattr(client, "train_private_cohort", breaks)
+    for refuses in (lambda: run(private()), lambda: deploy(private(name="sent"), ledgers=tmp_path / "ledgers")):
+        with raises(RoundError, "no-quorum", WITHHELD) as info:
+            refuses()
+        assert str(error) not in str(info.value)
+    assert len(replies) == 2 * 4
     assert not any(str(error) in str(reply.content) for reply in replies)
 
 
-def test_a_loss_that_explodes_is_not_reported(private: MakeConfig, replies: list[Message]) -> None:
-    with pytest.raises(RoundError, match=r"lower train\.lr"):
-        run(private("train.lr=3e38", "train.optimizer=sgd", "privacy.max_grad_norm=100"))
+def test_a_loss_that_explodes_is_not_reported(private: MakeConfig, replies: list[Message], tmp_path: Path) -> None:
+    config = private("train.lr=3e38", "train.optimizer=sgd", "privacy.max_grad_norm=100")
+    for refuses in (lambda: run(config), lambda: deploy(config, ledgers=tmp_path / "ledgers")):
+        with raises(RoundError, "no-quorum", "lower train.lr"):
+            refuses()
+    assert len(replies) == 2 * 4
     assert not any("loss" in str(reply.content) for reply in replies)
 
 
 def test_an_update_with_more_than_public_figures_is_refused(
-    private: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = client_app._private_figures
-    monkeypatch.setattr(client_app, "_private_figures", lambda *args: {**real(*args), "loss": 0.5})
-    with pytest.raises(RoundError, match=r"what goes with a private update: 'loss' is not among"):
+    real = client._private_figures
+    monkeypatch.setattr(client, "_private_figures", lambda *args: {**real(*args), "loss": 0.5})
+    with raises(RoundError, "no-quorum", "'loss' is not on the list"):
         run(private())
-    monkeypatch.setattr(client_app, "may_leave", lambda content, config: content)
-    with pytest.raises(RoundError, match="metric 'loss' was not asked for"):
-        run(private(name="again"))
+    monkeypatch.setattr(Disclosure, "require_reply", lambda *args: None)
+    for refuses in (run, lambda config: deploy(config, ledgers=tmp_path / "ledgers")):
+        with raises(RoundError, "no-quorum", "metric 'loss' was not asked for"):
+            refuses(private(name="again"))
 
 
 def test_a_client_without_examples_answers_like_the_others(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = client_app._indices
-    monkeypatch.setattr(client_app, "_indices", lambda b, k: np.empty(0, np.int64) if k == 2 else real(b, k))
+    real = client.examples_of_client
+    monkeypatch.setattr(client, "examples_of_client", lambda w, k: np.empty(0, np.int64) if k == 2 else real(w, k))
     outcome = run(private())
     assert outcome.records[-1]["answered"] == [0, 1, 2, 3]
     rows = outcome.records[-1]["clients"]
@@ -249,7 +265,7 @@ def test_a_client_without_examples_answers_like_the_others(
 def test_a_client_whose_budget_is_spent_is_not_asked_again(private: MakeConfig) -> None:
     config = private(noise="epsilon=4")
     rundir = RunDir.create(config)
-    entry = client_app.private_settings(config, 0).entry
+    entry = private_settings(config, 0).entry
     with Ledger(ledger_path(rundir.privacy_dir, 1), session="x").spend(entry, run="earlier", round=1) as attempt:
         attempt.release()
     outcome = run_simulation(config, rundir, Callback())
@@ -273,11 +289,11 @@ def test_a_client_whose_budget_is_spent_is_not_asked_again(private: MakeConfig) 
 def test_a_run_whose_budgets_are_all_spent_ends_with_a_clear_line(private: MakeConfig) -> None:
     config = private(noise="epsilon=4")
     rundir = RunDir.create(config)
-    entry = client_app.private_settings(config, 0).entry
+    entry = private_settings(config, 0).entry
     for k in range(4):
         with Ledger(ledger_path(rundir.privacy_dir, k), session="x").spend(entry, run="earlier", round=1) as attempt:
             attempt.release()
-    with pytest.raises(RoundError, match=r"round 3: 0 of 4 clients answered.*its privacy budget is spent"):
+    with raises(RoundError, "no-quorum", "round 3: 0 of 4", "privacy budget is spent"):
         run_simulation(config, rundir, Callback())
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1, 2, 3]
     assert len(rundir.read_metrics()[-1]["refused"]) == 4
@@ -301,18 +317,18 @@ def test_a_run_killed_between_rounds_spends_what_an_uninterrupted_one_does(priva
 def killed_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A kill in the middle of training, after so many clients."""
     left: list[int] = []
-    real = client_app.run_plans_privately
+    real = client.train_private_cohort
 
-    def train(asked: Any, settings: Any) -> Any:
-        result = real(asked, settings)
+    def train(base: Any, task: Any, data: Any, jobs: Any, *rest: Any) -> Any:
+        result = real(base, task, data, jobs, *rest)
         if left:
-            left[0] -= len(asked)
+            left[0] -= len(jobs)
             if left[0] <= 0:
                 left.clear()
                 raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(client_app, "run_plans_privately", train)
+    monkeypatch.setattr(client, "train_private_cohort", train)
     return left
 
 
@@ -359,12 +375,12 @@ def test_a_failed_client_has_spent_even_if_its_round_is_repeated(
 ) -> None:
     rundir = RunDir.create(private())
 
-    def raises(*args: object) -> None:
+    def breaks(*args: object) -> None:
         raise ValueError
 
     with monkeypatch.context() as patch:
-        patch.setattr(client_app, "run_plans_privately", raises)
-        with pytest.raises(RoundError):
+        patch.setattr(client, "train_private_cohort", breaks)
+        with raises(RoundError, "no-quorum"):
             run_simulation(rundir.config, rundir, Callback())
     resume(rundir)
     assert Ledger(ledger_path(rundir.privacy_dir, 0)).entries() == (Entry(Q, SIGMA, STEPS * (ROUNDS + 1)),)
@@ -375,14 +391,14 @@ def test_a_resume_without_the_ledgers_is_refused(private: MakeConfig) -> None:
     cut(rundir, 3)
     ledger_path(rundir.privacy_dir, 2).unlink()
     before = rundir.read_metrics()
-    with pytest.raises(PrivacyError, match=r"client-2\.jsonl' lacks round 1, which was completed: restore it"):
+    with raises(PrivacyError, "ledger-incomplete", "client-2.jsonl", "round 1"):
         resume(rundir)
     assert rundir.read_metrics() == before
     shutil.rmtree(rundir.privacy_dir)
-    with pytest.raises(PrivacyError, match="lacks round 1"):
+    with raises(PrivacyError, "ledger-incomplete", "round 1"):
         resume(rundir)
     (rundir.path / "run-id").unlink()
-    with pytest.raises(RunDirError, match="run-id' is missing"):
+    with raises(RunDirError, "run-id-missing", "run-id"):
         resume(rundir)
 
 
@@ -392,10 +408,10 @@ def test_a_resume_without_the_record_of_what_was_asked_is_refused(private: MakeC
     record = rundir.privacy_dir / "asked.jsonl"
     lines = record.read_bytes()
     record.unlink()
-    with pytest.raises(PrivacyError, match=r"asked\.jsonl' lacks round 1, which was completed: restore it"):
+    with raises(PrivacyError, "ledger-incomplete", "asked.jsonl", "round 1"):
         resume(rundir)
     record.write_bytes(lines.replace(b'"steps"', b'"stops"', 1))
-    with pytest.raises(PrivacyError, match="damaged at line 1"):
+    with raises(PrivacyError, "ledger-damaged", "asked.jsonl", "line 1"):
         resume(rundir)
     record.write_bytes(lines + b'{"round": 3, "sta')  # cut short: nobody was asked
     assert resume(rundir).state.round == ROUNDS
@@ -403,7 +419,7 @@ def test_a_resume_without_the_record_of_what_was_asked_is_refused(private: MakeC
 
 def test_more_rounds_are_refused_where_the_noise_was_calibrated_for_fewer(private: MakeConfig) -> None:
     calibrated = run(private(noise="epsilon=4")).rundir
-    with pytest.raises(RunDirError, match="calibrated for 3 rounds: resume with rounds = 3"):
+    with raises(RunDirError, "noise-fixes-rounds", "rounds = 3"):
         RunDir.open(calibrated.path, private("rounds=4", noise="epsilon=4"))
     fixed = run(private(name="fixed")).rundir
     more = private("rounds=4", name="fixed")
@@ -420,8 +436,8 @@ def context(node: dict[str, Any], run_config: dict[str, Any]) -> Context:
 
 
 def test_a_node_without_a_ledger_trains_nothing(private: MakeConfig) -> None:
-    with pytest.raises(PrivacyError, match=r"--node-config 'ledger="):
-        account_of(context({}, {}), 0, "0" * 32)
+    with raises(PrivacyError, "no-ledger", "--node-config 'ledger="):
+        client_app.ledger_place(context({}, {})).open(0, "0" * 32)
     grid = LoopbackGrid(client_app.app, [{"partition-id": 0}], {"toml": private().to_toml()})
     with task_identity(run_id=1):
         question = Message(RecordDict({"hello": ConfigRecord({})}), 2, "query.hello")
@@ -432,28 +448,30 @@ def test_a_node_without_a_ledger_trains_nothing(private: MakeConfig) -> None:
 def test_a_nodes_own_ledger_cannot_be_replaced_and_releases_what_it_sends(tmp_path: Path) -> None:
     evil = {"ledger-dir": str(tmp_path), "run-id": "r", "session": "s"}
     run = "0" * 32
-    own = account_of(context({"ledger": str(tmp_path / "mine.jsonl")}, evil), 0, run)
-    assert (own.ledger.path, own.run, own.kept is None) == (tmp_path / "mine.jsonl", run, False)
-    shared = account_of(context({}, {"ledger-dir": str(tmp_path)}), 3, run)
-    assert (shared.ledger.path, shared.run, shared.kept is None) == (tmp_path / "client-3.jsonl", run, False)
-    local = account_of(context({}, evil), 3, run)
-    assert (local.ledger.session, local.run, local.kept) == ("s", run, None)
+
+    def release(*args: object) -> None: ...
+
+    own = client_app.ledger_place(context({"ledger": str(tmp_path / "mine.jsonl")}, evil)).open(0, run, release)
+    assert (own.ledger.path, own.run, own.release) == (tmp_path / "mine.jsonl", run, release)
+    shared = client_app.ledger_place(context({}, {"ledger-dir": str(tmp_path)})).open(3, run, release)
+    assert (shared.ledger.path, shared.run, shared.release) == (tmp_path / "client-3.jsonl", run, release)
+    local = client_app.ledger_place(context({}, evil))
+    mine = local.open(3, run, release)
+    assert (mine.ledger.session, mine.run, mine.release) == ("s", run, None)
     for nameless in ("", None, 7, "0" * 31, "../" * 10 + "aa"):
-        with pytest.raises(ReplyError, match="does not name its run"):
-            account_of(context({}, evil), 3, nameless)
+        with raises(ReplyError, "no-run-id"):
+            local.open(3, nameless)
 
 
-def test_a_real_node_writes_that_its_update_leaves(private: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = client_app.account_of
-    monkeypatch.setattr(
-        client_app, "account_of", lambda c, k, run: real(context({"ledger": str(folder / f"{k}.jsonl")}, {}), k, run)
-    )
-    config = private()
-    rundir = RunDir.create(config)
-    folder = rundir.path / "nodes"
-    run_simulation(config, rundir, Callback())
-    events = [json.loads(line)["event"] for line in (folder / "0.jsonl").read_text().splitlines()]
-    assert events == ["started", "released"] * ROUNDS
+def test_a_node_writes_that_its_update_leaves_and_a_simulation_once_a_round_is_over(
+    private: MakeConfig, tmp_path: Path
+) -> None:
+    def events(path: Path) -> list[str]:
+        return [json.loads(line)["event"] for line in path.read_text().splitlines()]
+
+    deploy(private(), nodes=[{"partition-id": k, "ledger": str(tmp_path / f"{k}.jsonl")} for k in range(4)])
+    assert events(tmp_path / "0.jsonl") == ["started", "released"] * ROUNDS
+    assert "released" not in events(ledger_path(run(private(name="simulated")).rundir.privacy_dir, 0))
 
 
 def test_baselines_of_a_private_run_are_refused(private: MakeConfig, tmp_path: Path) -> None:

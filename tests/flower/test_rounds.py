@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,38 +11,35 @@ import numpy as np
 import pytest
 import torch
 from interrupted import cut_and_resumed
+from support.errors import raises
+from support.federations import deploy, simulate, timeless
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import equivalent_adapter
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError, RuleError, TrainingError
+from fedlora.federation import client
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
+from fedlora.flower.messages import FrozenParts
 from fedlora.model.base_history import digest_of
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
+Run = Callable[..., RunOutcome]
 
 
-def run(config: RunConfig, **kwargs: Any) -> RunOutcome:
-    return run_simulation(config, RunDir.create(config, overwrite=True), Callback(), **kwargs)
+run = simulate
+both = pytest.mark.parametrize("run", [simulate, deploy])
+"""For laws of a round wherever its clients are."""
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:
     one, other = left.tensors(), right.tensors()
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    records = copy.deepcopy(records)
-    for record in records:
-        for row in [record, *record.get("clients", {}).values()]:
-            for key in [key for key in row if "seconds" in key]:
-                del row[key]
-    return records
 
 
 def test_a_federation_learns_and_says_what_it_did(tiny_config: MakeConfig) -> None:
@@ -82,7 +78,8 @@ def test_the_broadcast_error_is_what_the_rule_claims(tiny_config: MakeConfig, ru
     assert (max(errors) < 1e-6) == (rule in ("ffa", "flora"))
 
 
-def test_ffa_sends_a_once_and_b_alone_after_that(tiny_config: MakeConfig) -> None:
+@both
+def test_ffa_sends_a_once_and_b_alone_after_that(tiny_config: MakeConfig, run: Run) -> None:
     full, half = run(tiny_config(name="full")), run(tiny_config("strategy.name=ffa", name="half"))
     state = half.state.adapter
     ups = [run.records[2]["bytes_up"] for run in (full, half)]
@@ -95,23 +92,22 @@ def test_ffa_sends_a_once_and_b_alone_after_that(tiny_config: MakeConfig) -> Non
 
 
 def test_a_client_that_forgot_what_it_held_is_sent_everything(tiny_config: MakeConfig) -> None:
-    # A client that is asked again trains alone: other company, other roundings.
-    expected = run(tiny_config("strategy.name=ffa", "runtime.cohort=1", name="keeps"))
+    expected = deploy(tiny_config("strategy.name=ffa", name="keeps"))
 
     class Forgets(Callback):
         def round_started(self, number: int, asked: object) -> None:
-            client_app.frozen_store.__init__()  # type: ignore[misc]
+            client_app.frozen_parts = FrozenParts()
 
-    config = tiny_config("strategy.name=ffa", "runtime.cohort=1", name="forgets")
-    outcome = run_simulation(config, RunDir.create(config), Forgets())
+    outcome = deploy(tiny_config("strategy.name=ffa", name="forgets"), Forgets())
     assert same(outcome.adapter, expected.adapter)
     assert outcome.records[2]["bytes_down"] > expected.records[2]["bytes_down"]
 
 
-def test_flora_clients_that_join_late_or_restart_train_on_the_same_base(tiny_config: MakeConfig) -> None:
+@both
+def test_flora_clients_that_join_late_or_restart_train_on_the_same_base(tiny_config: MakeConfig, run: Run) -> None:
+    # On one base, server and nodes: what a node holds is there before its request comes.
     settings = ("strategy.name=flora", "server.clients_per_round=2", "rounds=6", "runtime.cohort=1")
-    expected = run(tiny_config(*settings, name="stays"))
-
+    expected = simulate(tiny_config(*settings, name="stays"))
     held: list[str] = []
 
     class Restarts(Callback):
@@ -121,7 +117,7 @@ def test_flora_clients_that_join_late_or_restart_train_on_the_same_base(tiny_con
 
     config = tiny_config(*settings, name="restarts")
     workspace = open_workspace(config)
-    outcome = run_simulation(config, RunDir.create(config), Restarts())
+    outcome = run(config, Restarts())
     assert same(outcome.adapter, expected.adapter)
     assert "" not in held[1:], "no client's base had changed when it was restarted"
 
@@ -147,7 +143,7 @@ def test_flora_ends_with_an_adapter_that_does_what_base_and_adapter_do(tiny_conf
 def test_mixed_ranks_are_refused_before_anything_is_trained(tiny_config: MakeConfig) -> None:
     config = tiny_config("clients.ranks=[4,2]")
     rundir = RunDir.create(config)
-    with pytest.raises(RuleError, match=r"flora"):
+    with raises(RuleError, "mixed-ranks", "flora"):
         run_simulation(config, rundir, Callback())
     assert rundir.read_metrics() == []
 
@@ -156,18 +152,21 @@ def test_mixed_ranks_are_refused_before_anything_is_trained(tiny_config: MakeCon
 def failing(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Clients in this set raise."""
     bad: set[int] = set()
-    real = client_app._job
+    real = client._job
 
-    def job(asked: Any, indices: Any) -> Any:
-        if asked.client_id in bad:
-            raise TrainingError("disk on fire" if asked.client_id % 2 else "the loss is not finite")
-        return real(asked, indices)
+    def job(workspace: Any, request: Any, indices: Any) -> Any:
+        if request.client_id in bad:
+            raise TrainingError("disk on fire" if request.client_id % 2 else "the loss is not finite")
+        return real(workspace, request, indices)
 
-    monkeypatch.setattr(client_app, "_job", job)
+    monkeypatch.setattr(client, "_job", job)
     return bad
 
 
-def test_clients_that_raise_are_named_and_the_round_goes_on(tiny_config: MakeConfig, failing: set[int]) -> None:
+@both
+def test_clients_that_raise_are_named_and_the_round_goes_on(
+    tiny_config: MakeConfig, failing: set[int], run: Run
+) -> None:
     failing |= {1, 2}
     outcome = run(tiny_config())
     for record in outcome.records[1:]:
@@ -180,12 +179,12 @@ def test_a_fault_of_the_program_in_a_client_ends_the_simulation(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All clients are one program: rounds without those that meet the fault would be another experiment."""
-    real = client_app._job
+    real = client._job
 
-    def job(asked: Any, indices: Any) -> Any:
-        return 1 / 0 if asked.client_id == 1 else real(asked, indices)
+    def job(workspace: Any, request: Any, indices: Any) -> Any:
+        return 1 / 0 if request.client_id == 1 else real(workspace, request, indices)
 
-    monkeypatch.setattr(client_app, "_job", job)
+    monkeypatch.setattr(client, "_job", job)
     with pytest.raises(ZeroDivisionError):
         run(tiny_config())
 
@@ -199,7 +198,7 @@ def test_below_the_quorum_the_run_stops_and_the_directory_stays(tiny_config: Mak
             if number == 2:
                 failing.update({0, 1, 2})
 
-    with pytest.raises(RoundError, match=r"round 2: 1 of 4 clients answered, the quorum is 2; client 0: .*--resume"):
+    with raises(RoundError, "no-quorum", "round 2: 1 of 4", "client 0", f"--resume {rundir.path}"):
         run_simulation(config, rundir, Breaks())
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1, 2]
     assert set(rundir.read_metrics()[-1]["refused"]) == {"0", "1", "2"}
@@ -210,12 +209,12 @@ def test_below_the_quorum_the_run_stops_and_the_directory_stays(tiny_config: Mak
 
 def test_all_clients_failing_ends_the_run_with_their_reason(tiny_config: MakeConfig, failing: set[int]) -> None:
     failing |= {0, 1, 2, 3}
-    with pytest.raises(RoundError, match=r"0 of 4 clients answered.*disk on fire"):
+    with raises(RoundError, "no-quorum", "0 of 4", "disk on fire"):
         run(tiny_config())
 
 
 def test_more_clients_than_there_are_is_refused(tiny_config: MakeConfig) -> None:
-    with pytest.raises(RoundError, match="only 4 clients are there"):
+    with raises(RoundError, "too-few-clients", 9, 4):
         run(tiny_config("server.clients_per_round=9"))
 
 
@@ -268,15 +267,15 @@ def test_a_config_that_cannot_work_is_refused_before_an_earlier_run_is_removed(t
 
 
 def test_a_merge_that_overflows_is_named_and_not_kept(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = client_app.run_plans
+    real = client._trained
 
     def blown_up(result: Any) -> Any:
         large = {name: torch.full_like(value, 3e38) for name, value in result.adapter.tensors(("A", "B")).items()}
         return dataclasses.replace(result, adapter=result.adapter.with_tensors(large))
 
-    monkeypatch.setattr(client_app, "run_plans", lambda asked: [blown_up(result) for result in real(asked)])
+    monkeypatch.setattr(client, "_trained", lambda *asked: [blown_up(result) for result in real(*asked)])
     config = tiny_config("strategy.name=flora", "adapter.alpha=64", "server.max_norm_ratio=off")
     rundir = RunDir.create(config)
-    with pytest.raises(RoundError, match=r"round 1: the merged .* is not finite.*server\.max_norm"):
+    with raises(RoundError, "state-not-finite", "round 1", "server.max_norm"):
         run_simulation(config, rundir, Callback())
     assert [record["round"] for record in rundir.read_metrics()] == [0]

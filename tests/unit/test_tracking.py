@@ -15,6 +15,7 @@ import pytest
 from report_runs import records
 
 import fedlora.tracking
+from fedlora.callbacks import Callbacks
 from fedlora.config import parse_config
 from fedlora.errors import ConfigError
 from fedlora.progress import PlainProgress
@@ -63,7 +64,8 @@ def make(tmp_path: Path, name: str) -> RunDir:
 def play(run: RunDir, rounds: range, lines: list[str] | None = None) -> None:
     """What a run tells in these rounds."""
     progress = PlainProgress([].append if lines is None else lines.append)
-    with tracked(progress, run.config, run) as both:
+    with tracked(progress, run.config, run) as trackers:
+        both = Callbacks(progress, *trackers)
         both.started(run.config, 6, 4)
         for record in records()[rounds.start : rounds.stop]:
             both.round_started(record["round"], record.get("asked", []))
@@ -82,7 +84,7 @@ def test_a_tracker_sees_every_round_and_the_end(tmp_path: Path, told: type[Told]
     assert one.points[4]["accuracy"] == pytest.approx(0.9)
     assert one.ok is True
     assert "tracking: here" in lines
-    assert sum("a note" in line for line in lines) == 5  # the other progress still hears all
+    assert sum("a note" in line for line in lines) == 5  # the other callback still hears all
 
 
 def test_a_failed_run_is_closed_as_one(tmp_path: Path, told: type[Told]) -> None:

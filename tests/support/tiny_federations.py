@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fedlora.config import RunConfig, parse_config
+from fedlora.privacy import dpsgd
 
 MakeConfig = Callable[..., RunConfig]
 WORDS = ("red", "green", "blue", "old", "new", "cat", "dog", "bird")
@@ -119,3 +123,40 @@ def tiny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"image": picture.tolist(), "label": ["below", "above"][number % 2]})
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+@pytest.fixture
+def same_secrets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called before a run, makes "the operating system's" randomness what it was in the run before.
+
+    Samples and noise ask for numbers of bytes of their own, and each client asks in its turn: so a client draws the
+    same whether others are prepared in between or not.
+    """
+    drawn: Counter[int] = Counter()
+
+    def urandom(size: int) -> bytes:
+        drawn[size] += 1
+        return hashlib.shake_256(f"{size} {drawn[size]}".encode()).digest(size)
+
+    monkeypatch.setattr(dpsgd, "os", SimpleNamespace(urandom=urandom))
+    return drawn.clear
+
+
+@pytest.fixture
+def tasks(tiny_llama: Path, tiny_chat: Path, tiny_vit: Path, tiny_pictures: Path) -> dict[str, list[str]]:
+    """What each task changes in `tiny_config`."""
+    return {
+        "text-classification": [],
+        "causal-lm": [
+            "task={name='causal-lm', max_length=32}",
+            f"model.name='{tiny_llama}'",
+            "adapter.targets=['q_proj','v_proj']",
+            f"data={{source='{tiny_chat}', test_fraction=0.2}}",
+        ],
+        "image-classification": [
+            "task={name='image-classification'}",
+            f"model.name='{tiny_vit}'",
+            "adapter.targets=['q_proj','v_proj']",
+            f"data={{source='{tiny_pictures}', test_fraction=0.2}}",
+        ],
+    }

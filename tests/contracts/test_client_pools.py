@@ -1,0 +1,93 @@
+"""Every pool of clients comes to the same: the adapter to the byte, and the record but for what a clock measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+from support.federations import deploy, simulate, timeless
+
+from fedlora.config import RunConfig
+from fedlora.federation.run import RunOutcome
+
+RULES = ("fedavg", "ffa", "flora", "fair")
+WIRES = ("float32", "int8")
+PRIVACY = {
+    "none": [],
+    "example": [
+        "privacy={unit='example', noise_multiplier=1.0, delta=1e-3, max_grad_norm=0.5, public_examples=40}",
+        "server.weighting=uniform",
+    ],
+    "client": [
+        "privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}",
+        "server.aggregation_error=false",
+    ],
+}
+TASKS = ("text-classification", "causal-lm")
+QUICK = {(rule, WIRES[n % 2], "none", TASKS[n // 2 % 2]) for n, rule in enumerate(RULES)}
+QUICK |= {("fedavg", "int8", unit, TASKS[0]) for unit in ("example", "client")}
+
+
+def cases(*, also: Callable[..., bool] = lambda *case: True) -> list[object]:
+    """Rule, wire, privacy, task; user-level privacy is for rules that need sums alone."""
+    return [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product(RULES, WIRES, PRIVACY, TASKS)
+        if (case[2] != "client" or case[0] in ("fedavg", "ffa")) and also(*case)
+    ]
+
+
+@pytest.fixture
+def make(tiny_config: Callable[..., RunConfig], tasks: dict[str, list[str]]) -> Callable[..., RunConfig]:
+    def made(rule: str, wire: str, privacy: str, task: str, name: str, *more: str) -> RunConfig:
+        keys = [f"strategy.name={rule}", f"wire.up={wire}", *PRIVACY[privacy], *tasks[task], *more]
+        alike = ["rounds=2", "train.steps=2", "runtime.cohort=1", "runtime.prefix_cache=off"]
+        return tiny_config(*alike, *keys, name=name)
+
+    return made
+
+
+def require_same(one: RunOutcome, other: RunOutcome) -> None:
+    assert weights(one) == weights(other)
+    for mine, theirs in zip(timeless(one.records), timeless(other.records), strict=True):
+        assert mine == theirs
+
+
+def weights(outcome: RunOutcome) -> bytes:
+    return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("rule", "wire", "privacy", "task"), cases())
+def test_clients_on_a_grid_come_to_what_clients_here_do(
+    make: Callable[..., RunConfig], same_secrets: Callable[[], None], rule: str, wire: str, privacy: str, task: str
+) -> None:
+    same_secrets()
+    here = simulate(make(rule, wire, privacy, task, "here"))
+    same_secrets()
+    config = make(rule, wire, privacy, task, "grid")
+    ledgers = here.rundir.path.parent / "ledgers" if privacy == "example" else None
+    require_same(here, deploy(config, ledgers=ledgers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "wire", "privacy", "task"), cases(also=lambda rule, wire, privacy, task: privacy != "example")
+)
+def test_clients_in_two_processes_come_to_what_clients_here_do(
+    make: Callable[..., RunConfig], same_secrets: Callable[[], None], rule: str, wire: str, privacy: str, task: str
+) -> None:
+    """Under example-level privacy each process draws noise of its own, which nobody can repeat."""
+    same_secrets()
+    here = simulate(make(rule, wire, privacy, task, "here"))
+    same_secrets()
+    two = simulate(make(rule, wire, privacy, task, "two", "runtime.processes=2"))
+    assert two.rundir.read_json("environment.json")["processes"] == 2
+    require_same(here, two)
+
+
+def test_the_comparison_sees_another_run(make: Callable[..., RunConfig]) -> None:
+    one, other = (make("fedavg", "float32", "none", TASKS[0], name) for name in ("one", "other"))
+    here = simulate(one)
+    with pytest.raises(AssertionError):
+        require_same(here, deploy(other.model_copy(update={"seed": 1})))

@@ -1,0 +1,71 @@
+"""Whole federations: simulated without messages, and by Flower messages between a server and nodes in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.callbacks import Callback
+from fedlora.config import RunConfig
+from fedlora.federation.run import RunOutcome
+from fedlora.flower import client_app
+from fedlora.flower.messages import FrozenParts
+from fedlora.flower.server_app import serve
+from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
+from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.training.workspace import open_workspace
+
+
+def simulate(config: RunConfig, *callbacks: Callback, **how: Any) -> RunOutcome:
+    """A run of `LocalClients`, or `WorkerPool` where the config asks for processes, in a new folder."""
+    return run_simulation(config, RunDir.create(config, overwrite=True), *callbacks, **how)
+
+
+def deploy(
+    config: RunConfig,
+    *callbacks: Callback,
+    nodes: Sequence[dict[str, Any]] | None = None,
+    rundir: RunDir | None = None,
+    ledgers: Path | None = None,
+    run_id: int = 1,
+) -> RunOutcome:
+    """A run of `FlowerClients`, with nodes that hold nothing yet.
+
+    Args:
+        config: Of the run.
+        callbacks: Told what happens.
+        nodes: Config of each node; None: one for each client of the partition.
+        rundir: To be resumed; None: a new folder.
+        ledgers: Folder with a ledger for each client.
+        run_id: Flower's.
+    """
+    if nodes is None:
+        nodes = [{"partition-id": k} for k in range(len(open_workspace(config).data.clients))]
+    run_config = {"toml": config.to_toml()} | ({} if ledgers is None else {"ledger-dir": str(ledgers)})
+    forget(config)
+    grid = LoopbackGrid(client_app.app, nodes, run_config, run_id)
+    with task_identity(run_id):
+        if rundir is None:
+            new = RunDir.create(config, overwrite=True)
+            return serve(grid, config, new, *callbacks, resume=False, ledgers=ledgers)
+        again = RunDir.open(rundir.path, config)
+        return serve(grid, config, again, *callbacks, resume=True, ledgers=ledgers)
+
+
+def forget(config: RunConfig) -> None:
+    """Hold nothing of earlier rounds, as a new process does."""
+    open_workspace(config).base.rebase(0, ())
+    client_app.frozen_parts = FrozenParts()
+
+
+def timeless(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics without what a clock measured."""
+    return [_timeless(record) for record in records]
+
+
+def _timeless(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _timeless(one) for key, one in value.items() if "seconds" not in key}
