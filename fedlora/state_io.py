@@ -100,7 +100,7 @@ def unflatten_state(
     Args:
         tensors: by name.
         meta: the JSON part.
-        read_merge: called with `since` and `version` for a merge whose tensors were left out.
+        read_base_update: called with `since` and `version` for a base update whose tensors were left out.
     """
     chain: list[BaseUpdate] = []
     for entry in meta["merges"]:

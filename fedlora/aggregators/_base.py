@@ -79,7 +79,7 @@ class GlobalState:
     Args:
         adapter: the global adapter, at the rank of the config.
         seed: from which the rule derives any draw.
-        round: number of merges (rounds) done.
+        round: number of rounds done.
         base_updates: changes of the base so far, as a chain from version 0 to `base_version`.
         memory: a rule's own tensors (momentum, ...).
         metrics: what the last `aggregate` measured about itself, for the metrics file.
@@ -229,8 +229,8 @@ def require_modules(state: GlobalState, layout: Layout, client_id: int) -> None:
 def require_no_magnitudes(rule: Aggregator, adapter: AdapterState) -> None:
     """Raise `RuleError` for a DoRA adapter: for rules that claim CHANGES_BASE.
 
-    DoRA (Liu et al. 2024, arXiv 2402.09353, equation (5)) divides by the norm of base plus update. A merge into the
-    base would change that norm under a magnitude vector that was trained for the old one. Rules that leave the base
+    DoRA (Liu et al. 2024, arXiv 2402.09353, equation (5)) divides by the norm of base plus update. A base update
+    would change that norm under a magnitude vector that was trained for the old one. Rules that leave the base
     alone average the vectors as the dense parts that they are.
     """
     for name in adapter.dense:

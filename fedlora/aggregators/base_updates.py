@@ -1,6 +1,6 @@
-"""Changes of the base: following the log of merges, catching up, compacting, and measuring what a round did.
+"""Base updates: following their log, catching up, compacting, and measuring what a round did.
 
-The base of a client is always W = W0 + acc, where `acc` is what `accumulate` makes of the merges. A log is a chain of
+The base of a client is always W = W0 + acc, where `acc` is what `accumulate` makes of the updates. A log is a chain of
 `BaseUpdate`, each starting where the one before it ends; the first starts at version 0, the pristine base.
 """
 
@@ -17,14 +17,14 @@ from fedlora.errors import RuleError
 
 
 def accumulate(acc: Mapping[str, Tensor], base_update: BaseUpdate) -> dict[str, Tensor]:
-    """What a base has changed by after one more merge: acc <- acc + dW, in float32 (float64 for float64 factors).
+    """What a base has changed by after one more update: acc <- acc + dW, in float32 (float64 for float64 factors).
 
     The base itself is always W = W0 + acc, from the pristine W0 and in one addition: adding each change to a bfloat16
     weight would lose a third of a change of 1e-4. Server and clients use this one function, so that a client that
-    followed every merge and one that got the compacted sum hold the same bits.
+    followed every update and one that got the compacted sum hold the same bits.
 
     Args:
-        acc: module name -> change so far [d_out, d_in]; not read if the merge starts at version 0.
+        acc: module name -> change so far [d_out, d_in]; not read if the update starts at version 0.
         base_update: the next of the chain.
 
     Returns:
@@ -45,10 +45,10 @@ def follow(acc: Mapping[str, Tensor], version: int, plan: ClientPlan) -> dict[st
     Args:
         acc: what the client's base has changed by, module name -> [d_out, d_in].
         version: of that base.
-        plan: with the merges that are missing.
+        plan: with the base updates that are missing.
 
     Raises:
-        RuleError: if the plan's merges do not lead from `version` to the plan's.
+        RuleError: if the plan's base updates do not lead from `version` to the plan's.
     """
     if plan.base_version == 0:
         return {}
@@ -84,7 +84,7 @@ def base_update_chain(base_updates: Sequence[BaseUpdate], since: int) -> tuple[B
 def catch_up(base_updates: Sequence[BaseUpdate], since: int) -> tuple[BaseUpdate, ...]:
     """What to send to a client whose base has version `since`: `base_update_chain`, or its sum where that is smaller.
 
-    When the missing stacks are larger than one dense change for each module, one merge from version 0 carries the
+    When the missing stacks are larger than one dense change for each module, one update from version 0 carries the
     dense sum instead; both roads end with the same bits (see `accumulate`).
     """
     chain = base_update_chain(base_updates, since)
@@ -96,7 +96,7 @@ def catch_up(base_updates: Sequence[BaseUpdate], since: int) -> tuple[BaseUpdate
 def compact(base_updates: Sequence[BaseUpdate]) -> tuple[BaseUpdate, ...]:
     """The same log in bounded memory: the oldest stacks become one dense change where that is smaller.
 
-    The last merge stays as it is, and so do those before it while together they are no larger than one dense change
+    The last update stays as it is, and so do those before it while together they are no larger than one dense change
     for each module: a client that lacks more than these is better served with the dense sum (`catch_up`).
     """
     limit = _dense_nbytes(base_updates)
@@ -123,7 +123,7 @@ def _wide(pair: LoraPair) -> torch.dtype:
 
 
 def _dense_nbytes(base_updates: Sequence[BaseUpdate]) -> int:
-    """Bytes of one dense change for each module that any of the merges changes."""
+    """Bytes of one dense change for each module that any of the updates changes."""
     sizes: dict[str, int] = {}
     for base_update in base_updates:
         for name, pair in base_update.change.pairs.items():

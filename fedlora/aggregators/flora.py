@@ -1,4 +1,4 @@
-"""FLoRA: stack the clients' pairs, and merge the stack into the base; any ranks, exact.
+"""FLoRA: stack the clients' pairs, and add the stack to the base; any ranks, exact.
 
 Wang, Shen, He, Sun, Wang, Lyu, Li, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
 Adaptations", NeurIPS 2024, arXiv 2409.05976, section 3.2:
@@ -54,7 +54,7 @@ class Flora(Aggregator):
     paper: ClassVar[str] = "Wang et al., NeurIPS 2024, arXiv 2409.05976"
 
     def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
-        """Version 0; an adapter that is trained already is merged into the base first, as version 1.
+        """Version 0; an adapter that is trained already is added to the base first, as version 1.
 
         Raises:
             RuleError: for a DoRA adapter.
@@ -65,7 +65,7 @@ class Flora(Aggregator):
         return GlobalState(adapter=_without_change(adapter), seed=seed, base_updates=base_updates)
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
-        """The missing merges, and a fresh pair for each module in the client's own layout.
+        """The missing base updates, and a fresh pair for each module in the client's own layout.
 
         Raises:
             RuleError: if the client's modules are not the global ones.

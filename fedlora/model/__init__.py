@@ -1,4 +1,4 @@
-"""The transformers and PEFT boundary: load a base once, inject an adapter, swap its values, follow merges, export."""
+"""The transformers and PEFT boundary: load a base, inject an adapter, swap its values, follow base updates, export."""
 
 from fedlora.model.base_model import Base
 from fedlora.model.base_weights import BaseWeights

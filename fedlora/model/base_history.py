@@ -57,7 +57,7 @@ def bring_to(base: Base, state: GlobalState, digests: Mapping[int, str]) -> None
 
 
 def next_digest(before: str, old: GlobalState, new: GlobalState) -> str:
-    """The digest of the base after a merge, a function of the one before and of what was added (not of compaction)."""
+    """The digest of the base after an update, from the one before and what was added (not from compaction)."""
     if new.base_version == old.base_version:
         return before
     added = [base_update for base_update in new.base_updates if base_update.since >= old.base_version]

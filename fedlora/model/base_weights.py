@@ -1,7 +1,7 @@
 """The frozen base's weights and their versions: W = (W0 + acc) from the pristine W0, in one rounding.
 
-Rules that change the base (FLoRA, FedEx-LoRA) send merges. A base that followed every one of them and one that got
-their compacted sum hold the same bits, because both call `fedlora.aggregators.accumulate`, in float32 on the CPU.
+Rules that change the base (FLoRA, FedEx-LoRA) send base updates. A base that followed every one of them and one that
+got their compacted sum hold the same bits: both call `fedlora.aggregators.accumulate`, in float32 on the CPU.
 Adding each change to a bfloat16 weight instead would lose 33% of a change of 1e-4 and 90% of one of 1e-5.
 
 Shapes: i = d_in, o = d_out, *b = any batch dimensions.
@@ -62,7 +62,7 @@ class BaseWeights:
                 there already.
 
         Raises:
-            ModelError: if the merges do not lead there, or do not fit the model; the base is then as it was.
+            ModelError: if the updates do not lead there, or do not fit the model; the base is then as it was.
         """
         if version == self.version:
             return
@@ -123,7 +123,7 @@ class BaseWeights:
         self._acc.clear()
 
     def _split(self, base_update: BaseUpdate) -> tuple[BaseUpdate, dict[str, LoraPair]]:
-        """The part of a merge that goes into weights, and the part that is carried beside them."""
+        """The part of a base update that goes into weights, and the part that is carried beside them."""
         absorbed = {n: p for n, p in base_update.change.pairs.items() if absorbs(self._layers[n])}
         dense = {n: d for n, d in base_update.change.dense.items() if absorbs(self._layers[n])}
         beside = {n: p for n, p in base_update.change.pairs.items() if n not in absorbed}

@@ -53,7 +53,7 @@ def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mappin
 
     Args:
         base: whose model the adapter is for.
-        state: the adapter; trained on the pristine base (fold merges in first, see `equivalent_adapter`).
+        state: the adapter; trained on the pristine base (fold base updates in first, see `equivalent_adapter`).
         folder: gets adapter_config.json, adapter_model.safetensors, fedlora.json and a README.md with the Python that
             loads it.
         metadata: facts for fedlora.json.
@@ -137,7 +137,7 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_merged(base: Base, state: AdapterState, base_updates: Sequence[BaseUpdate], folder: Path) -> None:
     """Write a whole model, base and adapter in one, that the transformers class loads without PEFT.
 
-    W = W0 + merges + s B A is summed in float32 and rounded once. Tokenizer, chat templates, image processor and
+    W = W0 + base updates + s B A is summed in float32 and rounded once. Tokenizer, chat templates, image processor and
     generation settings are the base's.
 
     Args:
@@ -147,7 +147,7 @@ def save_merged(base: Base, state: AdapterState, base_updates: Sequence[BaseUpda
         folder: appears complete or not at all; an older one is replaced.
 
     Raises:
-        ModelError: the base is quantised, or adapter or merges do not fit it.
+        ModelError: the base is quantised, or adapter or base updates do not fit it.
     """
     base.rebase(0, ())  # the version held may come from another log
     base.rebase(base_updates[-1].version if base_updates else 0, base_updates)

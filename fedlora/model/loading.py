@@ -101,7 +101,7 @@ def load_base(
         plain_names = frozenset(model.state_dict())
         with seeded(derive(config.seed, "tuner"), torch.device("cpu")):
             peft_model = _inject(model, method, config.adapter, targets, heads)
-    for name in targets:  # PEFT wrapped these; what follows merges is the layer inside
+    for name in targets:  # PEFT wrapped these; what follows base updates is the layer inside
         plain[name] = model.get_submodule(name).get_base_layer()  # type: ignore[operator]
     commit = getattr(model.config, "_commit_hash", None)
     return Base(
@@ -154,7 +154,7 @@ def _from_pretrained(
         ) from error
     absent = dict.fromkeys(info.get("missing_keys", ()), MISSING)
     for name, found, wanted in info.get("mismatched_keys", ()):
-        absent[name] = f"is {list(found)} there and {list(wanted)} here"
+        absent[name] = f"has shape {list(found)} there and {list(wanted)} in the model"
     return model, absent
 
 

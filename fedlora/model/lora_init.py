@@ -4,8 +4,8 @@ Shapes: i = d_in, o = d_out, r = rank. Every start is a function of the seed and
 once, on the server, and shipped.
 
 A start with s B A != 0 (PiSSA, OLoRA) changes what the model says, unless the base gives up what the adapter starts
-with. That is `residual`: a merge that takes W0 to W0 - s B0 A0, as version 1 of the base. It travels like any other
-merge, so that clients need no SVD of their own, whose signs and last bits would differ from machine to machine.
+with. That is `residual`: a base update that takes W0 to W0 - s B0 A0, as version 1 of the base. It travels like any
+other update, so that clients need no SVD of their own, whose signs and last bits would differ between machines.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ STARTS: Mapping[str, Callable[[PairShape, int, torch.dtype, Weight], LoraPair]] 
 
 
 def residual(adapter: AdapterState) -> tuple[BaseUpdate, ...]:
-    """The merge that takes s B A of a starting adapter out of the base; none if the adapter changes nothing."""
+    """The base update that takes s B A of a starting adapter out of the base; none if the adapter changes nothing."""
     pairs = {
         name: LoraPair(pair.A, -pair.B, pair.scale)
         for name, pair in adapter.pairs.items()

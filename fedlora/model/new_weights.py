@@ -26,7 +26,7 @@ def require_whole(model: nn.Module, absent: Mapping[str, str], heads: Sequence[s
 
     Args:
         model: as loaded.
-        absent: name of a tensor -> what is the matter with it: "is missing", "is [2, 3] and should be [4, 3]".
+        absent: name of a tensor -> what is wrong: "is missing", "has shape [2, 3] there and [4, 3] in the model".
         heads: modules that are trained in full.
         new_task: whether the task may put a head of its own on the base.
         name: of the model, for the message.

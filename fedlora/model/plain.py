@@ -36,7 +36,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 1e-2, torc
 """Dtype of the base -> a difference of logits that is taken for rounding, as a share of the largest logit."""
 WIDER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 ROUNDINGS = 4.0
-"""So many times the loaded model's own rounding the trained model may be from it: its kernels and merges round too."""
+"""So many times the loaded model's own rounding the trained model may be from it: kernels and base updates round."""
 LARGEST = 0.5
 """No difference above it is rounding."""
 

@@ -25,7 +25,7 @@ def client_worlds(
     noise_for: float | None = None,
     count_noise: float = 1.0,
 ) -> Callable[[bool], float]:
-    """Merges with and without what the first client sends: an update that changes nothing takes its place.
+    """Aggregates with and without what the first client sends: an update that changes nothing takes its place.
 
     Args:
         rule: under audit; it must give the global model the mean of its updates (FedAvg does).

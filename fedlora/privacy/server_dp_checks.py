@@ -1,4 +1,4 @@
-"""Direct checks of user-level privacy: what `ServerDP.merge` makes of updates, against what its account says.
+"""Direct checks of user-level privacy: what `ServerDP.aggregate` makes of updates, against what its account says.
 
 C = clip norm, z = noise multiplier, p_k = weight of client k over the sum of the weights that came.
 """
@@ -36,7 +36,7 @@ ROUNDS = 32
 
 
 def check_clients(rule: ServerDP, adapter: AdapterState, weights: Sequence[float], generators: int) -> Iterator[Check]:
-    """Check the merge of unit = "client".
+    """Check the aggregation of unit = "client".
 
     Args:
         rule: it must give the global model the mean of its updates (FedAvg does).
@@ -128,7 +128,7 @@ def _noise(
     groups = [torch.stack(fresh), every, torch.stack(long)]
     bits = excluded_bits(generators)
     yield independence(f"noise: fresh ({bits}-bit seeds seen)", groups)
-    short = expanded_from_a_word(central.secret_generator())  # type: ignore[attr-defined]  # the very one that merges
+    short = expanded_from_a_word(central.secret_generator())  # type: ignore[attr-defined]  # the very one that `aggregate` uses
     yield Check("noise: its generator", "from 32 bits" if short else "from more than 32 bits", "more", short)
 
 

@@ -365,8 +365,8 @@ class RunDir:
     def save_checkpoint(self, state: GlobalState) -> Path:
         """Write the state after a round; call it after that round's `append_metrics`.
 
-        Merges that are not on disk yet are written first, each to a file of its own; of the checkpoints the last two
-        are kept, and of the merges those that they name.
+        Base updates that are not on disk yet are written first, each to a file of its own; of the checkpoints the
+        last two are kept, and of the base updates those that they name.
         """
         for base_update in state.base_updates:
             name = _base_update_name(base_update.since, base_update.version)

@@ -75,13 +75,20 @@ class AggregatorContract(ToyFederation):
         for state in self.states():
             for spec in self.specs():
                 plan, again = self.aggregator.plan(state, spec), self.aggregator.plan(state, spec)
-                require(plan.adapter.layout == spec.layout, "the plan's adapter has not the client's layout")
+                require(plan.adapter.layout == spec.layout, "the plan's adapter does not have the client's layout")
                 require(plan.sends <= plan.trains, "the plan asks a client to send a part that it does not train")
                 require(plan.base_version == state.base_version, "the plan trains on another version of the base")
-                require_same(plan.adapter.tensors(), again.adapter.tensors(), 0.0, "the same plan asked for twice")
+                require_same(
+                    plan.adapter.tensors(), again.adapter.tensors(), 0.0, "two plans for the same state and client"
+                )
                 if plan.fresh_seed is not None:
                     drawn = AdapterState(fresh_pairs(spec.layout, plan.fresh_seed, torch.float64), plan.adapter.dense)
-                    require_same(plan.adapter.tensors(), drawn.tensors(), 0.0, "fresh_seed and the plan's own pairs")
+                    require_same(
+                        plan.adapter.tensors(),
+                        drawn.tensors(),
+                        0.0,
+                        "the plan's pairs against those drawn from its fresh_seed",
+                    )
 
     def test_one_client_alone_gives_back_that_client(self) -> None:
         self._law("test_one_client_alone_gives_back_that_client")
@@ -89,8 +96,8 @@ class AggregatorContract(ToyFederation):
             updates = self.updates(state, self.specs()[:1])
             after = self.aggregator.aggregate(state, updates)
             error = relative_error(broadcast_change(state, after), ideal(updates), updates[0].num_examples)
-            require(error < 1e-12, f"one client alone came back changed: relative error {error:.2e}")
-            require_same(after.adapter.dense, updates[0].adapter.dense, 1e-12, "one client's dense parts")
+            require(error < 1e-12, f"the result with one client is not that client's: relative error {error:.2e}")
+            require_same(after.adapter.dense, updates[0].adapter.dense, 1e-12, "the dense parts with one client")
 
     def test_dense_parts_are_averaged_as_themselves(self) -> None:
         self._law("test_dense_parts_are_averaged_as_themselves")
@@ -109,7 +116,7 @@ class AggregatorContract(ToyFederation):
             expected = visible(state, self.aggregator.aggregate(state, updates))
             for order in ((3, 2, 1, 0), (1, 3, 0, 2)):
                 got = visible(state, self.aggregator.aggregate(state, [updates[k] for k in order]))
-                require_same(got, expected, 1e-12, f"replies in the order {order}")
+                require_same(got, expected, 1e-12, f"updates in the order {order}")
 
     def test_scaling_all_weights_changes_nothing(self) -> None:
         self._law("test_scaling_all_weights_changes_nothing")
@@ -129,7 +136,7 @@ class AggregatorContract(ToyFederation):
             twin = dataclasses.replace(half, client_id=last.client_id + 100)
             expected = visible(state, self.aggregator.aggregate(state, [*others, last]))
             got = visible(state, self.aggregator.aggregate(state, [*others, half, twin]))
-            require_same(got, expected, 1e-12, "one client as two of half its weight")
+            require_same(got, expected, 1e-12, "one client split into two of half its weight")
 
     def test_streaming_equals_all_at_once(self) -> None:
         self._law("test_streaming_equals_all_at_once")
@@ -137,7 +144,7 @@ class AggregatorContract(ToyFederation):
             updates = self.updates(state, self.specs())
             expected = visible(state, self.aggregator.aggregate(state, updates))
             got = visible(state, self.aggregator.aggregate(state, iter(updates)))
-            require_same(got, expected, 0.0, "replies from an iterator that can be read once")
+            require_same(got, expected, 0.0, "updates from an iterator that can be read only once")
 
     def test_inputs_are_not_changed(self) -> None:
         self._law("test_inputs_are_not_changed")
@@ -149,7 +156,7 @@ class AggregatorContract(ToyFederation):
             given = list(updates)
             self.aggregator.aggregate(state, given)
             require(len(given) == len(updates), "aggregate changed the list of updates")
-            require_same(all_tensors(state), all_tensors(kept_state), 0.0, "the state given to plan or aggregate")
+            require_same(all_tensors(state), all_tensors(kept_state), 0.0, "the input state after plan and aggregate")
             require(state.metrics == kept_state.metrics, "aggregate changed the metrics of the state that it was given")
             for before, after in zip(kept, updates, strict=True):
                 what = f"client {after.client_id}'s update after aggregate"
@@ -157,9 +164,7 @@ class AggregatorContract(ToyFederation):
                 require(after.metrics == before.metrics, "aggregate changed an update's metrics")
             for plan, spec in zip(plans, self.specs(), strict=True):
                 again = self.aggregator.plan(state, spec)
-                require_same(
-                    plan.adapter.tensors(), again.adapter.tensors(), 0.0, "a plan that was made before aggregate"
-                )
+                require_same(plan.adapter.tensors(), again.adapter.tensors(), 0.0, "plans before and after aggregate")
 
     def test_resume_equals_uninterrupted(self) -> None:
         self._law("test_resume_equals_uninterrupted")
@@ -228,7 +233,8 @@ class AggregatorContract(ToyFederation):
         if Claim.MIXED_RANKS in self.aggregator.claims:
             for _ in range(2):
                 for spec in specs:
-                    require(self.aggregator.plan(state, spec).adapter.layout == spec.layout, "a plan of another rank")
+                    plan = self.aggregator.plan(state, spec)
+                    require(plan.adapter.layout == spec.layout, "the plan does not have its client's rank")
                 state = self.next(state, specs)
             return
         for ranks in ((4, 2), (4, 8)):
@@ -258,15 +264,17 @@ class AggregatorContract(ToyFederation):
             there = accumulate(there, base_update)
         for turn in range(6):
             state = self.next(state)
-            # The last merge is the round's own, and what a client gets that is sampled in every round.
+            # The last base update is the round's own, and all that a client gets which is sampled in every round.
             there = accumulate(there, state.base_updates[-1])
             late = follow({}, 0, self.aggregator.plan(state, spec))
-            require_same(late, there, 0.0, "a client that joins late, against one that was there all along")
+            require_same(late, there, 0.0, "the base of a client that joins late, against one in every round")
             if turn % 3 == 2:
                 plan = self.aggregator.plan(state, dataclasses.replace(spec, base_version=seen))
                 sometimes, seen = follow(sometimes, seen, plan), plan.base_version
-                require_same(sometimes, there, 0.0, "a client that missed rounds, against one that was there")
-        require(state.base_version == asleep + 6, "the base's version does not count the rounds")
+                require_same(
+                    sometimes, there, 0.0, "the base of a client that missed rounds, against one in every round"
+                )
+        require(state.base_version == asleep + 6, "base_version must increase by 1 in each round")
         updates = self.updates(state, self.specs())
         stale = [dataclasses.replace(update, base_version=state.base_version - 1) for update in updates]
         refuses("an update trained on a stale base", lambda: self.aggregator.aggregate(state, stale))
@@ -284,16 +292,16 @@ class AggregatorContract(ToyFederation):
                     after = self.aggregator.aggregate(state, same)
                     error = relative_error(broadcast_change(state, after), ideal(same), sum(weights))
                     what = f"{len(same)} identical updates"
-                    require(error < 1e-12, f"{what} came back changed: relative error {error:.2e}")
+                    require(error < 1e-12, f"the result of {what} is not that update: relative error {error:.2e}")
                     require_same(after.adapter.dense, first.adapter.dense, 1e-12, f"the dense parts of {what}")
 
     def test_every_exemption_is_paid_with_a_law(self) -> None:
         for law, instead in self.exempt.items():
-            require(hasattr(AggregatorContract, law), f"exempt names {law!r}, which is no law of the contract")
+            require(hasattr(AggregatorContract, law), f"exempt names {law!r}, which is not a law of the contract")
             own = callable(getattr(self, instead, None)) and not hasattr(AggregatorContract, instead)
             require(
                 own and instead.startswith("test_"),
-                f"{law!r} is exempt, and {instead!r} is no test_ method of this class: state there what holds instead",
+                f"{law!r} is exempt, and {instead!r} is not a test_ method of this class: test what holds instead",
             )
 
     # ------------------------------------------------------------------------------------------ laws of the claims
@@ -306,7 +314,7 @@ class AggregatorContract(ToyFederation):
                     updates = self.updates(state, self.specs(ranks))
                     after = self.aggregator.aggregate(state, updates)
                     error = relative_error(broadcast_change(state, after), ideal(updates), sum(WEIGHTS))
-                    require(error < bound, f"claims EXACT, and its aggregation error is {error:.2e} in {dtype}")
+                    require(error < bound, f"claims EXACT, but its aggregation error is {error:.2e} in {dtype}")
 
     def test_exact_trades_scale_for_factor(self) -> None:
         self._law("test_exact_trades_scale_for_factor", Claim.EXACT)
@@ -341,7 +349,7 @@ class AggregatorContract(ToyFederation):
                 both.add(update.adapter.tensors(sent), update.num_examples)
             summed = dataclasses.replace(one, adapter=one.adapter.with_tensors(both.exact()), num_examples=both.total)
             got = visible(state, self.aggregator.aggregate(state, [summed, updates[1], *updates[3:]]))
-            require_same(got, expected, 1e-11, "two updates as their weighted mean")
+            require_same(got, expected, 1e-11, "two updates replaced by their weighted mean")
 
     def test_linear_holds_one_update_at_a_time(self) -> None:
         self._law("test_linear_holds_one_update_at_a_time", Claim.LINEAR)
@@ -352,7 +360,7 @@ class AggregatorContract(ToyFederation):
             for spec, weight in zip(self.specs(), WEIGHTS, strict=True):
                 alive = sum(any(ref() is not None for ref in refs) for refs in seen)
                 # The loop that reads this generator may still hold the update before.
-                require(alive <= 1, f"claims LINEAR, and holds {alive} earlier updates")
+                require(alive <= 1, f"claims LINEAR, but holds {alive} earlier updates")
                 update = self.updates(state, [spec], weights=[weight])[0]
                 seen.append([weakref.ref(t) for n, t in update.adapter.tensors().items() if not n.endswith(":A")])
                 seen[-1].append(weakref.ref(update))
@@ -372,7 +380,10 @@ class AggregatorContract(ToyFederation):
             updates[4] = dataclasses.replace(updates[4], adapter=updates[4].adapter.with_tensors(lie))
             fooled = visible(state, self.aggregator.aggregate(state, updates))
             moved = max(float((fooled[name] - honest[name]).norm()) for name in honest)
-            require(moved < 10 * size, f"claims ROBUST, and one liar of 9 moves the result {moved / size:.1e} times")
+            require(
+                moved < 10 * size,
+                f"claims ROBUST, but one bad client of 9 moves the result by {moved / size:.1e} of its size",
+            )
 
     def test_any_tensors_are_treated_alike(self) -> None:
         self._law("test_any_tensors_are_treated_alike", Claim.ANY_TENSORS)
@@ -384,10 +395,10 @@ class AggregatorContract(ToyFederation):
         )
         renamed = [dataclasses.replace(u, adapter=AdapterState(dense=u.adapter.tensors())) for u in updates]
         got = self.aggregator.aggregate(loose, renamed).adapter.tensors()
-        require_same(got, expected, 1e-12, "factors under other names")
+        require_same(got, expected, 1e-12, "the tensors under other names")
 
     def _law(self, name: str, claim: Claim = Claim.NONE) -> None:
         if name in self.exempt:
-            raise unittest.SkipTest(f"{self.exempt[name]} holds in its place")
+            raise unittest.SkipTest(f"{self.exempt[name]} is tested in its place")
         if claim not in self.aggregator.claims:
             raise unittest.SkipTest(f"{type(self.aggregator).__name__} does not claim {claim.name}")

@@ -97,7 +97,7 @@ def ideal(updates: Sequence[ClientUpdate]) -> DeltaSum:
 
 
 def visible(before: GlobalState, after: GlobalState) -> dict[str, Tensor]:
-    """All that clients see of a merge: the change of each weight, multiplied out in float64, and the dense parts."""
+    """All that clients see of an aggregation: each weight's change, multiplied out in float64, and the dense parts."""
     change = broadcast_change(before, after)
     out = {
         name: torch.stack([c * p.scale * (p.B.double() @ p.A.double()) for c, p in change.terms(name)]).sum(0)
@@ -126,7 +126,7 @@ def cast_state(state: GlobalState, dtype: torch.dtype) -> GlobalState:
 def all_tensors(state: GlobalState) -> dict[str, Tensor]:
     out = {f"adapter {name}": value for name, value in state.adapter.tensors().items()}
     for base_update in state.base_updates:
-        name = f"merge {base_update.since}-{base_update.version}"
+        name = f"base update {base_update.since}-{base_update.version}"
         out |= {f"{name} {key}": value for key, value in base_update.change.tensors().items()}
     return out | {f"memory {name}": value for name, value in state.memory.items()}
 

@@ -72,7 +72,7 @@ def export_merged(workspace: Workspace, state: GlobalState, folder: Path) -> flo
 def reference_of(
     base: Base, task: Task, examples: Examples, adapter: AdapterState, base_updates: tuple[BaseUpdate, ...] = ()
 ) -> Reference:
-    """What the model says to some examples, with an adapter and a base of the merges' version.
+    """What the model says to some examples, with an adapter and a base at the updates' version.
 
     The base is left at that version, with the adapter written.
     """

@@ -167,6 +167,16 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     ),
     "no config": lambda folder: (folder / "adapter_config.json").unlink(),
 }
+CODES = {
+    "another scale": "logits-differ",
+    "no pooler": "logits-differ",
+    "no classifier": "export-not-loadable",
+    "one pair less": "tensors-missing",
+    "a pair that nobody uses": "tensor-unused",
+    "classes exchanged": "logits-differ",
+    "numbers that are none": "tensor-unused",
+    "no config": "export-not-loadable",
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -179,7 +189,7 @@ def test_a_faulty_adapter_is_refused(tmp_path: Path, fault: str, dtype: str) -> 
     save_adapter(base, state, folder, {})
     verify_adapter(folder, base.recipe, wanted, CPU)
     BROKEN[fault](folder)
-    with pytest.raises(ExportError, match="plain PEFT"):
+    with raises(ExportError, CODES[fault]):
         verify_adapter(folder, base.recipe, wanted, CPU)
 
 
