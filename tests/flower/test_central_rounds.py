@@ -297,7 +297,7 @@ def test_a_killed_run_reports_what_an_uninterrupted_one_does(
                 resume(rundir)
     assert claim(resume(rundir)) == whole
     events = [json.loads(line)["event"] for line in ledger(rundir).path.read_text().splitlines()]
-    assert events.count("void") == 3
+    assert events.count("void") == 2  # the first kill came before anything of the round was asked
     assert events.count("released") == ROUNDS
 
 
