@@ -1,10 +1,11 @@
-"""What a run looks like in a terminal: finished rounds scroll up, and below them the round that is going on.
+"""What a run looks like in a terminal or notebook: finished rounds, and the round that is going on.
 
-Where standard output is no terminal, the same lines come without the moving part.
+Where standard output is neither, the same lines come without the moving part.
 """
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -68,13 +69,16 @@ class Terminal(Callback):
         self._marks: dict[int, str] = {}
         self._doing = ""
         self._live: Live | None = None
+        self._speaker: threading.Thread | None = None
 
     def __enter__(self) -> Terminal:
         if self._quiet:
             return self
         self._watcher.__enter__()
-        if not (self._console.is_terminal or self._console.is_jupyter):
-            threading.Thread(target=self._break_silence, daemon=True).start()
+        if self._console.is_jupyter or not self._console.is_terminal:
+            speak = self._show_in_notebook if self._console.is_jupyter else self._break_silence
+            self._speaker = threading.Thread(target=speak, daemon=True)
+            self._speaker.start()
         else:
             self._live = Live(
                 get_renderable=self._now, console=self._console, refresh_per_second=4, transient=True, auto_refresh=True
@@ -86,6 +90,8 @@ class Terminal(Callback):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
+        if self._speaker is not None:
+            self._speaker.join()
         if not self._quiet:
             self._watcher.__exit__()
         if self._live is not None:
@@ -96,6 +102,18 @@ class Terminal(Callback):
         while not self._ended.wait(self._silence_s / 20):
             if time.monotonic() - self._said >= 0.95 * self._silence_s:
                 self._print(Text(self._status(), style="dim"))
+
+    def _show_in_notebook(self) -> None:
+        """Keep an output of the cell up to date; rich's own moving part would need ipywidgets."""
+        import IPython.display
+
+        display: Any = IPython.display.display
+        shown = display({"text/plain": ""}, raw=True, display_id=True)
+        while not self._ended.wait(0.25):
+            text = io.StringIO()
+            Console(file=text, width=self._console.width, force_jupyter=False).print(self._now())
+            shown.update({"text/plain": text.getvalue().rstrip()}, raw=True)
+        shown.update({"text/plain": ""}, raw=True)
 
     # ------------------------------------------------------------------------------------------ Progress
 
@@ -123,7 +141,7 @@ class Terminal(Callback):
         if not ok:
             self._print(Text(f"round {number}: client {client_id} left out: {clean_text(note)}", style="yellow"))
         if WAITING not in self._marks.values():
-            self._doing = "merging and evaluating"
+            self._doing = "aggregating and evaluating"
 
     def round_ended(self, record: Mapping[str, Any]) -> None:
         """The round's line, under a header before the first."""
