@@ -16,7 +16,7 @@ def settle(config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
 
     Args:
         config: of a run; what it says itself is left as it is.
-        chosen: key of `[runtime]` -> the choice, as `Workspace.settled` and environment.json have it.
+        chosen: key of `[runtime]` -> the choice, as `Speedups.settled` and environment.json have it.
     """
     said = {key: getattr(config.runtime, key) for key in SETTLED}
     kept = {key: chosen[key] for key in SETTLED if said[key] in ("auto", "measure") and chosen.get(key) is not None}

@@ -85,7 +85,9 @@ def run_federation(
                 )
         rundir.pin(workspace.pins)
         state = rundir.resume() if resume else None
-        rundir.note_environment(**workspace.machine.facts, **workspace.choices, new_weights=workspace.base.notes)
+        rundir.note_environment(
+            **workspace.machine.facts, **workspace.speedups.choices, new_weights=workspace.base.notes
+        )
         for note in (*overruled(config), *workspace.base.notes):
             told.message(note)
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fedlora.errors import ModelError
 from fedlora.model import Base
 from fedlora.progress import activity
-from fedlora.speedups.trial import model_inputs
+from fedlora.speedups.trial import given_to, model_inputs
 from fedlora.tasks._base import Examples, Task, length_batches
 
 SERVED = ({"input_ids"}, {"input_ids", "attention_mask"}, {"pixel_values"})
@@ -44,13 +44,6 @@ AT_ONCE = 16384  # tokens that `prepare` puts into one batch, to be taken apart 
 
 class UnfitError(Exception):
     """The activations of a model's lower layers cannot be kept; says why."""
-
-
-class _Reached(BaseException):
-    """Ends a forward pass at the lowest adapted layer."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
 
 
 @final
@@ -273,21 +266,15 @@ def reach(model: nn.Module, first: nn.Module, inputs: Mapping[str, Tensor]) -> F
         UnfitError: the call does not come to it, or gives it something else than hidden states first.
     """
 
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(states, Tensor):
-            raise UnfitError("its layers do not take hidden states first")
-        raise _Reached(states.detach())
-
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except _Reached as reached:
-        return reached.states
-    finally:
-        handle.remove()
-    raise UnfitError("its forward pass does not come to the adapted layers")
+    with torch.no_grad():
+        given = given_to(first, lambda: model(**inputs))
+    if given is None:
+        raise UnfitError("its forward pass does not come to the adapted layers")
+    args, kwargs = given
+    states = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(states, Tensor):
+        raise UnfitError("its layers do not take hidden states first")
+    return states.detach()
 
 
 def _keys(inputs: Mapping[str, Tensor], lengths: np.ndarray) -> list[bytes]:

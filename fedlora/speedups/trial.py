@@ -10,7 +10,7 @@ Shapes: b = examples in a batch, t = tokens, d = hidden size or classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, final
@@ -37,8 +37,8 @@ NARROW = 0.01
 COARSE = 0.05  # where nothing is known of a narrow dtype's rounding
 
 
-class _ReachedError(Exception):
-    """Ends a forward pass where its arguments or states are known."""
+class _ReachedError(BaseException):
+    """Ends a forward pass at a module, with what the module was given."""
 
 
 @final
@@ -253,24 +253,14 @@ def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"
     """
     model = base.model
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    seen: list[Tensor] = []
-
-    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-        raise _ReachedError
-
     modes = [(module, module.training) for module in model.modules()]
     base.train_mode(False)
-    handle = None if head is None else head.register_forward_pre_hook(stop)
     try:
         with torch.inference_mode(), base.uncached():
             inputs = model_inputs(base, task, batch)
-            found: Tensor = model(**inputs).logits
-    except _ReachedError:
-        (found,) = seen
+            given = None if head is None else given_to(head, lambda: model(**inputs))
+            found: Tensor = model(**inputs).logits if given is None else given[0][0]
     finally:
-        if handle is not None:
-            handle.remove()
         for module, training in modes:
             module.training = training
     mask = inputs.get("attention_mask")
@@ -281,21 +271,27 @@ def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"
 
 def model_inputs(base: Measurable, task: Task, batch: Batch) -> dict[str, Tensor]:
     """What a task calls the model with for a batch on the CPU, but for "labels"."""
-    found: dict[str, Any] = {}
+    with torch.no_grad():
+        given = given_to(base.model, lambda: task.losses(base.model, to_device(batch, base.device)))
+    args, kwargs = given or ((), {})
+    found: dict[str, Any] = {**kwargs, **({"": args} if args else {})}
+    return {name: value for name, value in found.items() if value is not None and name != "labels"}
+
+
+def given_to(module: nn.Module, call: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments that a module is given while `call` runs, which ends there; None if it is not called."""
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update(kwargs, **{"": args} if args else {})
-        raise _ReachedError
+        raise _ReachedError(args, kwargs)
 
-    handle = base.model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        with torch.no_grad():
-            task.losses(base.model, to_device(batch, base.device))
-    except _ReachedError:
-        pass
+        call()
+    except _ReachedError as reached:
+        return reached.args
     finally:
         handle.remove()
-    return {name: value for name, value in found.items() if value is not None and name != "labels"}
+    return None
 
 
 def _batches(task: Task, sets: Sequence[Examples]) -> dict[str, Batch]:

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedlora.assets import Checkpoint
 from fedlora.config import RunConfig, settle
@@ -72,16 +72,6 @@ class Workspace:
         hidden = {"train_data"} | ({"test_data"} if config.data.test is None else set())
         return self.provenance.only(WORDS.keys() - hidden)
 
-    @property
-    def settled(self) -> dict[str, str]:
-        """See `Speedups.settled`."""
-        return self.speedups.settled
-
-    @property
-    def choices(self) -> dict[str, Any]:
-        """See `Speedups.choices`."""
-        return self.speedups.choices
-
 
 _lock = threading.RLock()
 _open: dict[str, Workspace] = {}  # one workspace: under the key of its config, and of the config that "auto" chose
@@ -102,7 +92,7 @@ def open_workspace(config: RunConfig) -> Workspace:
             kept = [workspace.base for workspace in _open.values()]
             _open.clear()
             workspace = _opened(config, kept)
-            _open[key] = _open[_key(settle(config, workspace.settled))] = workspace
+            _open[key] = _open[_key(settle(config, workspace.speedups.settled))] = workspace
         _open[key] = replace(_open[key], config=config)
         return _open[key]
 

@@ -348,7 +348,7 @@ def test_what_is_chosen_automatically_does_not_go_by_training_examples(
         choice = sizing.process_count(workspace, 3)
         assert choice.processes > 1
         found.append(
-            (choice, sizing.cohort_size(workspace, 3, 2), sizing.expected_tokens(workspace), workspace.choices)
+            (choice, sizing.cohort_size(workspace, 3, 2), sizing.expected_tokens(workspace), workspace.speedups.choices)
         )
     assert all(other == found[0] for other in found)
 

@@ -117,7 +117,7 @@ def test_where_it_cannot_be_the_reason_is_told(
     workspace = bench_of(tiny_bert, tiny_csv, *overrides)
     assert workspace.speedups.cache.mode == "off"
     assert re.search(words, workspace.speedups.cache.reason)
-    assert workspace.choices["prefix_cache_why"] == workspace.speedups.cache.reason
+    assert workspace.speedups.choices["prefix_cache_why"] == workspace.speedups.cache.reason
     if "runtime.prefix_cache=off" not in overrides:
         with raises(ModelError, "prefix-cache-not-supported", workspace.speedups.cache.reason):
             bench_of(tiny_bert, tiny_csv, *overrides, "runtime.prefix_cache=on")

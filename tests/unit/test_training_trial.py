@@ -146,7 +146,7 @@ def test_an_attention_that_changes_the_model_is_taken_back(
     monkeypatch.setattr(fedlora.speedups.attention, "attend", other)
     workspace = bench_of(tiny_bert, tiny_csv)
     assert workspace.speedups.attention.mode == "sdpa"
-    assert "changes what" in workspace.choices["attention_why"]
+    assert "changes what" in workspace.speedups.choices["attention_why"]
     workspace.base.write(workspace.base.initial_adapter(0))
     assert evaluate(workspace.base, workspace.task, workspace.data.test).overall == figures
 
