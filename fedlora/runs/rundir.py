@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 import uuid
@@ -38,26 +37,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlora.aggregators import BaseUpdate, GlobalState
+from fedlora.aggregators import GlobalState
 from fedlora.config import RunConfig, flat_keys, load_config
 from fedlora.errors import ConfigError, FedloraError, RunDirError, nearest_file
-from fedlora.files import locked, sync_folder, write_atomically
+from fedlora.files import locked, write_atomically
 from fedlora.privacy.disclosure import Disclosure
 from fedlora.provenance import Provenance, in_words
+from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.config_changes import Change, changes_of, differs_in_more_than_machine, record, refused
 from fedlora.runs.environment import describe_environment
+from fedlora.runs.metrics_log import MetricsLog, plain
 from fedlora.sanitize import clean_text
-from fedlora.state_io import (
-    flatten_base_update,
-    flatten_state,
-    pack,
-    unflatten_base_update,
-    unflatten_state,
-    unpack,
-)
-
-KEPT_CHECKPOINTS = 2
-"""The last one, and the one before it in case the last is lost to a bad disk."""
 
 Keep = Literal["all", "adapter", "metrics"]
 """How much of a finished run stays on disk."""
@@ -101,7 +91,7 @@ class RunDir:
         self.config = config
         self.measured: frozenset[str] = frozenset()
         self._may = None if config.privacy is None else Disclosure(config.privacy.unit)
-        self._base_updates: dict[str, BaseUpdate] = {}  # what is known to be in merges/, by file name
+        self._log, self._checkpoints = MetricsLog(path / "metrics.jsonl"), Checkpoints(path)
 
     @classmethod
     def create(cls, config: RunConfig, root: str | Path | None = None, *, overwrite: bool = False) -> RunDir:
@@ -211,8 +201,8 @@ class RunDir:
     @property
     def rounds_done(self) -> int:
         """How many rounds were completed."""
-        found, result = self._list_checkpoints(), self.read_json("result.json") or {"rounds": 0}
-        return max(int(result["rounds"]), int(found[-1].stem) if found else 0)
+        result = self.read_json("result.json") or {"rounds": 0}
+        return max(int(result["rounds"]), self._checkpoints.last_round)
 
     @property
     def finished(self) -> bool:
@@ -265,7 +255,7 @@ class RunDir:
         """
         if self._may is not None:
             self._may.require_json(name, value)
-        text = json.dumps(_plain(value), indent=2, allow_nan=False)
+        text = json.dumps(plain(value), indent=2, allow_nan=False)
         write_atomically(self.path / name, (text + "\n").encode())
         return self.path / name
 
@@ -314,81 +304,29 @@ class RunDir:
         """
         require_provenance(self.provenance, found, repr(str(self.path)), cure)
 
-    # ------------------------------------------------------------------------------------------ metrics
-
-    @property
-    def _metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+    # ------------------------------------------------------------------------------------------ rounds
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line and wait until it is on disk. Numbers that are not finite are written as null.
+        """Add one line of metrics; see `MetricsLog.append`.
 
         Raises:
             PrivacyError: a private run may not write it.
         """
         if self._may is not None:
             self._may.require_record(record, self.measured)
-        line = json.dumps(_plain(record), allow_nan=False) + "\n"
-        with self._metrics.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        self._log.append(record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete lines, oldest first; a last line that a kill cut short is left out."""
-        try:
-            lines = self._metrics.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
-        lines.pop()  # what follows the last newline: nothing, or a line that was cut short
-        records: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                raise RunDirError(
-                    f"line {number} of {str(self._metrics)!r} is damaged: remove that line", code="file-damaged"
-                ) from None
-        return records
-
-    def truncate_metrics(self, last_round: int) -> None:
-        """Forget the rounds after `last_round`, and a line that was cut short."""
-        kept = [record for record in self.read_metrics() if record["round"] <= last_round]
-        write_atomically(self._metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-    # ------------------------------------------------------------------------------------------ checkpoints
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        """All complete lines of metrics, oldest first."""
+        return self._log.read()
 
     def save_checkpoint(self, state: GlobalState) -> Path:
-        """Write the state after a round; call it after that round's `append_metrics`.
-
-        Base updates that are not on disk yet are written first, each to a file of its own; of the checkpoints the
-        last two are kept, and of the base updates those that they name.
-        """
-        for base_update in state.base_updates:
-            name = _base_update_name(base_update.since, base_update.version)
-            if self._base_updates.get(name) is not base_update:
-                write_atomically(self.path / "merges" / name, pack(*flatten_base_update(base_update)))
-                self._base_updates[name] = base_update
-        path = self._checkpoints / f"{state.round:06d}.safetensors"
-        write_atomically(path, pack(*flatten_state(state, base_updates=False)))
-        self._clean()
-        return path
+        """Write the state after a round; call it after that round's `append_metrics`."""
+        return self._checkpoints.save(state)
 
     def latest_checkpoint(self) -> GlobalState | None:
-        """The newest state, or None before the first one. Changes nothing.
-
-        Raises:
-            RunDirError: a file is damaged; the message says which one to remove.
-        """
-        found = self._list_checkpoints()
-        if not found:
-            return None
-        tensors, meta = self._read(found[-1], "remove it to go on from the checkpoint before it")
-        return unflatten_state(tensors, meta, self._read_base_update)
+        """The newest state, or None before the first one. Changes nothing."""
+        return self._checkpoints.latest()
 
     def resume(self) -> GlobalState | None:
         """Make the folder ready to go on: `latest_checkpoint`, the metrics cut back to its round, the config of now.
@@ -404,7 +342,7 @@ class RunDir:
                 code="checkpoints-removed",
             )
         done = -1 if state is None else state.round
-        self.truncate_metrics(done)
+        self._log.truncate(done)
         changes = record(self.changes, load_config(self.path / "config.toml"), self.config, max(done, 0))
         if state is not None and (changes or self.changes):
             self.write_json(CHANGES, [change.json for change in changes])
@@ -428,40 +366,6 @@ class RunDir:
             names += ["adapter", unverified(self.adapter_dir).name]
         for name in names:
             shutil.rmtree(self.path / name, ignore_errors=True)
-
-    def _list_checkpoints(self) -> list[Path]:
-        return sorted(path for path in self._checkpoints.glob("*.safetensors") if not path.name.startswith("."))
-
-    def _read(self, path: Path, cure: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        try:
-            return unpack(path.read_bytes())
-        except FileNotFoundError:
-            raise RunDirError(f"{str(path)!r} is missing: {cure}", code="file-missing") from None
-        except RunDirError as error:
-            raise RunDirError(f"{str(path)!r} is damaged ({error}): {cure}", code="file-damaged") from None
-
-    def _read_base_update(self, since: int, version: int) -> BaseUpdate:
-        name = _base_update_name(since, version)
-        if name not in self._base_updates:
-            tensors, meta = self._read(self.path / "merges" / name, "start the run again with --overwrite")
-            self._base_updates[name] = unflatten_base_update(tensors, meta)
-        return self._base_updates[name]
-
-    def _clean(self) -> None:
-        found = self._list_checkpoints()
-        for path in found[:-KEPT_CHECKPOINTS]:
-            path.unlink()
-        sync_folder(self._checkpoints)
-        if not (self.path / "merges").is_dir():
-            return
-        named: set[str] = set()
-        for path in found[-KEPT_CHECKPOINTS:]:
-            _, meta = self._read(path, "remove it")
-            named.update(_base_update_name(entry["since"], entry["version"]) for entry in meta["merges"])
-        for path in (self.path / "merges").glob("*.safetensors"):
-            if path.name not in named:
-                path.unlink()
-                self._base_updates.pop(path.name, None)
 
     # ------------------------------------------------------------------------------------------ an earlier run
 
@@ -536,25 +440,6 @@ def _unwritable(path: Path, error: OSError) -> RunDirError:
         "another place with --set output=... or --set name=...",
         code="folder-not-writable",
     )
-
-
-def _base_update_name(since: int, version: int) -> str:
-    return f"{since:06d}-{version:06d}.safetensors"
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN, no infinity and no numbers of numpy or torch."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, int | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
-        return [_plain(inner) for inner in (value if isinstance(value, Sequence) else sorted(value))]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return str(value) if isinstance(value, Path) else value
 
 
 def _why_not(changed: Sequence[str]) -> str:
