@@ -380,7 +380,8 @@ def test_a_kill_anywhere_in_a_checkpoint_leaves_the_one_before(
 ) -> None:
     """The process dies at the `step`th write to disk of round 2: before or after the merge's file, or the state's."""
     run = RunDir.create(config)
-    run.save_checkpoint(make_state(1, (make_base_update(0, 1),)))
+    first = make_state(1, (make_base_update(0, 1),))
+    run.save_checkpoint(first)
 
     class Killed(BaseException):
         pass
@@ -397,7 +398,7 @@ def test_a_kill_anywhere_in_a_checkpoint_leaves_the_one_before(
 
     monkeypatch.setattr(files.os, "fsync", dying(os.fsync))
     state = make_state(2, (make_base_update(0, 1), make_base_update(1, 2)))
-    state = GlobalState(state.adapter, state.seed, 2, (next(iter(run._base_updates.values())), state.base_updates[1]))
+    state = GlobalState(state.adapter, state.seed, 2, (first.base_updates[0], state.base_updates[1]))
     with pytest.raises(Killed):
         run.save_checkpoint(state)
     monkeypatch.undo()
