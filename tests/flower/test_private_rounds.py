@@ -27,6 +27,7 @@ from fedlora.federation.example_account import ExampleLevelAccount
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.privacy.accounting import Entry
+from fedlora.privacy.disclosure import Disclosure
 from fedlora.privacy.ledger import Ledger
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
