@@ -20,9 +20,9 @@ from typing import Any, Final, final
 
 from fedlora.errors import PrivacyError
 
-WITHHELD: Final = "it failed; the reason may tell of its data and stays in its log: see there"
+WITHHELD: Final = "it failed: see its own log; the reason is withheld, because it may reveal its data"
 """All that a private client says of an error that came when its data had been looked at."""
-REFUSED: Final = "its reply was refused; why may tell of its data, and is not written down"
+REFUSED: Final = "its reply was refused; the reason may reveal its data, and is not recorded"
 """All that the folder of a run with unit = "client" says of a reply that failed a check of its values."""
 
 FIGURES: Final[Mapping[str, frozenset[str]]] = {
