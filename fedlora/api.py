@@ -146,7 +146,9 @@ def run(
     """
     resolved = resolve_config(config, changes)
     if resume and overwrite:
-        raise ConfigError("resume goes on with a run and overwrite starts it again: give one of them")
+        raise ConfigError(
+            "resume continues a run and overwrite starts it again: give only one of them", code="resume-and-overwrite"
+        )
     folder = RunDir.open(Path(resolved.output) / resolved.name, resolved) if resume else None
     if quiet:
         return Run(train(resolved, *callbacks, folder=folder, overwrite=overwrite).path)
@@ -186,8 +188,9 @@ def train(
 
     if folder is not None and folder.unverified:
         raise ExportError(
-            f"{str(folder.path)!r} is finished, and its adapter could not be verified: try again with "
-            f"fedlora export {folder.path} OUT"
+            f"{str(folder.path)!r} is finished, but its adapter could not be verified: try again with "
+            f"fedlora export {folder.path} OUT",
+            code="adapter-not-verified",
         )
     if folder is not None and folder.finished:
         for one in callbacks:
@@ -323,7 +326,7 @@ def _overrides(changes: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             out += _overrides(value, f"{prefix}{key}.")
         elif value is None:
-            raise ConfigError(f"{prefix + key!r} is None: leave the key out, or give its default")
+            raise ConfigError(f"{prefix + key!r} is None: leave the key out, or give its default", code="bad-value")
         else:
             text = tomli_w.dumps({"value": str(value) if isinstance(value, Path) else value})
             out.append(f"{prefix}{key}={' '.join(text.partition('=')[2].split())}")

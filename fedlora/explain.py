@@ -72,7 +72,7 @@ def find_keys(path: str) -> list[Key]:
     known = keys()
     found = [key for key in known if key.path == path or key.path.startswith(path + ".")]
     if not found:
-        raise ConfigError(f"there is no key {path!r}; {nearest(path, {key.path for key in known})}")
+        raise ConfigError(f"there is no key {path!r}; {nearest(path, {key.path for key in known})}", code="unknown-key")
     return found
 
 

@@ -49,7 +49,10 @@ def fairness(values: Sequence[float], *, higher_is_better: bool = True) -> Fairn
     """
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or not found.size or not np.isfinite(found).all():
-        raise DataError("a distribution over clients needs one finite figure for each: evaluate a model that converged")
+        raise DataError(
+            "a distribution over clients needs one finite figure per client: evaluate a model that converged",
+            code="no-distribution",
+        )
     ranked = np.sort(found) if higher_is_better else np.sort(found)[::-1]
     few = math.ceil(len(found) / 10)
     return Fairness(
@@ -79,7 +82,10 @@ def gini(values: Sequence[float] | Float[np.ndarray, "k"]) -> float:
     """
     found = np.sort(np.asarray(values, dtype=np.float64))
     if not found.size or found[0] < 0 or found.sum() == 0:
-        raise DataError("Gini's coefficient is for values of which none is negative and one is positive")
+        raise DataError(
+            "Gini's coefficient needs values of which none is negative and at least one is positive",
+            code="gini-undefined",
+        )
     # In ascending order x_(i) is the larger of a pair (i - 1) times and the smaller one (k - i) times.
     rank = 2 * np.arange(1, len(found) + 1) - len(found) - 1
     return float((rank * found).sum() / (len(found) * found.sum()))

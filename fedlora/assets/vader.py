@@ -37,7 +37,7 @@ def unpack_vader(file: Path, folder: Path) -> None:
 def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
     member = archive.extractfile(name)
     if member is None:
-        raise AssetError(f"{name!r} is no plain file in its archive; nothing was kept")
+        raise AssetError(f"{name!r} is not a regular file in its archive; nothing was kept", code="archive-damaged")
     return member
 
 

@@ -27,7 +27,7 @@ def assets(
 
         for name in names or ():
             if name not in ASSETS:
-                raise AssetError(f"there is no asset {name!r}; {nearest(name, ASSETS)}")
+                raise AssetError(f"there is no asset {name!r}; {nearest(name, ASSETS)}", code="unknown-name")
         for name in [] if list_only else (names or [name for name, asset in ASSETS.items() if asset.needed]):
             fetch(name, report=lambda line: typer.echo(line, err=True))
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))

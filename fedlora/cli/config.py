@@ -41,15 +41,17 @@ def config(
 
         if schema:
             if words or overrides:
-                raise ConfigError("--schema is about every config: give no file, key or --set with it")
+                raise ConfigError(
+                    "--schema describes every config: give no file, key or --set with it", code="option-without-effect"
+                )
             typer.echo(json.dumps(json_schema(), indent=2))
             return
         files = [word for word in words or () if word.endswith(".toml") or find_config(word).is_file()]
         names = [word for word in words or () if word not in files]
         if len(files) > 1:
-            raise ConfigError(f"give one config file, not {len(files)}")
+            raise ConfigError(f"give one config file, not {len(files)}", code="several-files")
         if overrides and not files:
-            raise ConfigError("--set changes a config file's keys: name the file")
+            raise ConfigError("--set changes a config file's keys: name the file", code="no-config-file")
         values = _Values(find_config(files[0]), overrides or []) if files else None
         console = open_console()
         chosen = [key for name in names for key in find_keys(name)] if names else keys()

@@ -91,9 +91,11 @@ def _by_node(what: str, values: list[str], nodes: list[str]) -> dict[str, str]:
     for value in values:
         name, separator, text = value.partition("=")
         if not separator or not text:
-            raise DeployError(f"--{what} {value!r} must have the form NAME={what.upper()}")
+            raise DeployError(f"--{what} {value!r} must have the form NAME={what.upper()}", code="not-key-value")
         if name not in nodes:
-            raise DeployError(f"--{what} {value!r}: there is no node {name!r}; {nearest(name, nodes)}")
+            raise DeployError(
+                f"--{what} {value!r}: there is no node {name!r}; {nearest(name, nodes)}", code="no-such-node"
+            )
         found[name] = text
     return found
 
@@ -102,6 +104,8 @@ def _node(node: NodePlan, table: dict[str, dict[str, str]]) -> NodePlan:
     changes: dict[str, str | int] = {what: values[node.name] for what, values in table.items() if node.name in values}
     if "rank" in changes:
         if not str(changes["rank"]).isdecimal() or int(changes["rank"]) < 1:
-            raise DeployError(f"--rank {node.name}={changes['rank']}: a rank is a whole number from 1")
+            raise DeployError(
+                f"--rank {node.name}={changes['rank']}: the rank must be a whole number from 1", code="bad-value"
+            )
         changes["rank"] = int(changes["rank"])
     return replace(node, **changes)  # type: ignore[arg-type]

@@ -50,7 +50,9 @@ def evaluate(
         calm_loggers(debug)
         require_format(form)
         if examples is not None and not clients:
-            raise ConfigError("--examples is for --clients: give both, or data.limit with --set")
+            raise ConfigError(
+                "--examples applies to --clients: give both, or --set data.limit=...", code="option-without-effect"
+            )
         source = find_adapter(adapter, overrides or [], data)
         show = _digits if form == "csv" else format_metric
         tables = _by_client(source, data, examples, show) if clients else {"": _by_domain(source, data, show)}
@@ -88,9 +90,15 @@ def _by_client(source: Source, data: Path | None, most: int | None, show: Show) 
 
     config = source.config
     if source.run is None or data is not None:
-        raise ConfigError("--clients is for a run, whose clients are known: name the run's folder, without --data")
+        raise ConfigError(
+            "--clients needs a run, whose clients are known: name the run's folder, and no --data",
+            code="clients-without-run",
+        )
     if config.privacy is not None:
-        raise PrivacyError("what a private run's model does on each client's own examples is what it keeps secret")
+        raise PrivacyError(
+            "how a private run's model does on each client's own examples is not disclosed: leave out --clients",
+            code="figures-not-private",
+        )
     federated = data_for(source, "train_data")
     shares = list(federated.clients)
     if most is not None:

@@ -33,7 +33,7 @@ def export(
         calm_loggers(debug)
         run_dir = RunDir.open(run_path)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunDirError(f"{str(out)!r} is in the way: name a folder that is new or empty")
+            raise RunDirError(f"{str(out)!r} already exists: name a new or empty folder", code="path-taken")
         state = run_dir.latest_checkpoint()
         number = run_dir.rounds_done
         like = "checked when the run ended"
@@ -47,9 +47,15 @@ def export(
             difference = _write_model(workspace, state, out, base_update)
             number, like = state.round, f"loaded without fedlora its logits differ by at most {difference:.1g}"
         elif run_dir.finished:
-            raise RunDirError(f"the checkpoints of {str(run_path)!r} were removed: only its adapter can be exported")
+            raise RunDirError(
+                f"the checkpoints of {str(run_path)!r} were removed: only its adapter can be exported",
+                code="checkpoints-removed",
+            )
         else:
-            raise RunDirError(f"{str(run_path)!r} has no checkpoint yet: go on with fedlora run --resume {run_path}")
+            raise RunDirError(
+                f"{str(run_path)!r} has no checkpoint yet: continue it with fedlora run --resume {run_path}",
+                code="no-checkpoint",
+            )
         what = "model" if base_update else "adapter"
         typer.echo(f"the {what} of round {number} is in {out} ({like})")
 

@@ -21,7 +21,7 @@ def init(
     """Write a small project: a config, made-up data, a rule of your own with its test. Needs no network."""
     with errors_in_one_line(debug):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{str(folder)!r} is there and not empty: name a new folder")
+            raise ConfigError(f"{str(folder)!r} already exists and is not empty: name a new folder", code="path-taken")
         folder.mkdir(parents=True, exist_ok=True)
         for source in sorted(TEMPLATE.iterdir()):
             name = source.name.removesuffix(".in")  # Python files of the template are no modules of fedlora

@@ -64,7 +64,7 @@ def partition(
         console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
         if picture is not None:
             if not draw_labels(data, picture):
-                raise ConfigError("this task has no labels to draw: leave --picture out")
+                raise ConfigError("this task has no labels to draw: leave out --picture", code="no-labels")
             console.print(f"picture: {picture}", highlight=False, soft_wrap=True, markup=False)
 
 

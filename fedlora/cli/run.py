@@ -68,7 +68,8 @@ def run(
         config, run_dir = _which_run(config_path, overrides or [], resume, overwrite)
         if baselines and config.privacy is not None:
             raise ConfigError(
-                "--baselines trains without privacy on the data that [privacy] protects: run it with a config without"
+                "--baselines trains without privacy on data that [privacy] protects: use a config without [privacy]",
+                code="baselines-not-private",
             )
 
         def go_on() -> str:
@@ -94,10 +95,15 @@ def _which_run(
 
     if resume is None:
         if config_path is None:
-            raise ConfigError("say what to run: fedlora run CONFIG, or fedlora run --resume runs/NAME")
+            raise ConfigError(
+                "no config is named: use fedlora run CONFIG, or fedlora run --resume runs/NAME", code="no-config-file"
+            )
         return load_config(config_path, overrides), None
     if overwrite:
-        raise ConfigError("--resume goes on with a run and --overwrite starts it again: give one of them")
+        raise ConfigError(
+            "--resume continues a run and --overwrite starts it again: give only one of them",
+            code="resume-and-overwrite",
+        )
     RunDir.open(resume)  # says if there is no run, before anything is said about its config
     config = load_config(config_path or resume / "config.toml", overrides)
     return config, RunDir.open(resume, config)

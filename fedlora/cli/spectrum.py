@@ -36,7 +36,9 @@ def spectrum(
         calm_loggers(debug)
         require_format(form)
         if not 0 < epsilon < 1:
-            raise ConfigError(f"--epsilon {epsilon:g} is no cosine between 0 and 1: give one such as 0.5")
+            raise ConfigError(
+                f"--epsilon {epsilon:g} is not a cosine between 0 and 1: give one such as 0.5", code="out-of-range"
+            )
         source = find_adapter(adapter, overrides or [])
         model, _ = load_for(source, None)
         rows = []
@@ -46,6 +48,9 @@ def spectrum(
             shown = [repr(size), repr(rank)] if form == "csv" else [f"{size:.3g}", f"{rank:.2f}"]
             rows.append([name, *shown, str(found.intruders)])
         if not rows:
-            raise ConfigError(f"{str(adapter)!r} changes no linear layer: there is no spectrum to show")
+            raise ConfigError(
+                f"{str(adapter)!r} changes no linear layer, so that it has no spectrum: name another adapter",
+                code="no-linear-change",
+            )
         header = ["layer", "|D| / |W0|", "effective rank", f"new of the first {top}"]
         typer.echo(render_table(pd.DataFrame(rows, columns=header), form), nl=False)

@@ -85,11 +85,14 @@ def _what(
     from fedlora.sweep import Selection, Sweep, grid
 
     if keep not in get_args(Keep):
-        raise ConfigError(f"--keep {keep!r} is none of them; {nearest(keep, get_args(Keep))}")
+        raise ConfigError(f"unknown --keep {keep!r}; {nearest(keep, get_args(Keep))}", code="unknown-name")
     keys = [text.partition("=")[0].strip() for text in sets]
     for key in select:
         if key not in keys:
-            raise ConfigError(f"--select {key} needs its alternatives: --set {key}=...,...; {nearest(key, keys)}")
+            raise ConfigError(
+                f"--select {key} has no alternatives: give them as --set {key}=...,...; {nearest(key, keys)}",
+                code="no-alternatives",
+            )
     settings = grid([text for key, text in zip(keys, sets, strict=True) if key not in select])
     chosen = grid([text for key, text in zip(keys, sets, strict=True) if key in select])
     base = load_config(config)
@@ -101,5 +104,7 @@ def _what(
 def _seeds(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts) or parts == ["0"]:
-        raise ConfigError(f"--seeds {text!r}: give a number of seeds, such as 5, or seeds, such as 3,4,7")
+        raise ConfigError(
+            f"--seeds {text!r} is not a number of seeds such as 5 or a list such as 3,4,7", code="bad-value"
+        )
     return tuple(range(int(parts[0]))) if len(parts) == 1 else tuple(int(part) for part in parts)

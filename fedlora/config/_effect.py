@@ -28,11 +28,11 @@ def without_effect(config: RunConfig) -> Iterator[str]:
     if isinstance(privacy, ClientPrivacyConfig) and not privacy.adaptive_clipping:
         for key in ("quantile", "clip_lr"):
             if _changed(privacy, key):
-                yield f"privacy.{key} is of adaptive clipping: remove it, or set privacy.adaptive_clipping = true"
+                yield f"privacy.{key} applies to adaptive clipping: remove it, or set privacy.adaptive_clipping = true"
     if tracking is not None and tracking.name == "tensorboard" and _changed(tracking, "project"):
-        yield "tracking.project means nothing to TensorBoard, which has no projects: remove it"
+        yield "tracking.project has no effect on TensorBoard, which has no projects: remove it"
     if runtime.backend == "ray" and runtime.processes == 1:
-        yield "runtime.backend = 'ray' is for more than one process: raise runtime.processes, or remove it"
+        yield "runtime.backend = 'ray' needs more than one process: raise runtime.processes, or remove it"
 
 
 def overruled(config: RunConfig) -> Iterator[str]:
@@ -46,7 +46,7 @@ def overruled(config: RunConfig) -> Iterator[str]:
 def _train(config: RunConfig) -> Iterator[str]:
     train, profiles = config.train, config.clients.profiles
     if train.momentum and train.optimizer != "sgd":
-        yield "train.momentum is SGD's, and AdamW has its own: remove it, or set train.optimizer = 'sgd'"
+        yield "train.momentum applies to SGD, and AdamW has its own: remove it, or set train.optimizer = 'sgd'"
     theirs = [profile.steps or (None if profile.epochs else train.steps) for profile in profiles] or [train.steps]
     known = [steps for steps in theirs if steps is not None]
     if len(known) == len(theirs) and train.warmup_steps >= max(known):
@@ -57,9 +57,9 @@ def _train(config: RunConfig) -> Iterator[str]:
     if profiles and all(profile.steps or profile.epochs for profile in profiles):
         for key in ("steps", "epochs"):
             if _changed(train, key):
-                yield f"train.{key} is said by every one of clients.profiles anew: remove it"
+                yield f"train.{key} has no effect, since every entry of clients.profiles sets its own: remove it"
     if profiles and all(profile.batch_size for profile in profiles) and _changed(train, "batch_size"):
-        yield "train.batch_size is said by every one of clients.profiles anew: remove it"
+        yield "train.batch_size has no effect, since every entry of clients.profiles sets its own: remove it"
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -67,23 +67,23 @@ def _data(config: RunConfig) -> Iterator[str]:
     if data.source == NODES:
         for key in ("subset", "train_split"):
             if _changed(data, key):
-                yield f"data.{key} is for a data set of the hub, and each node brings its own file: remove it"
+                yield f"data.{key} applies to data sets of the hub, and each node brings its own file: remove it"
     for role in ("text", "label"):
         if role in data.columns and _changed(data, role):
-            yield f"data.{role} is said by data.columns.{role} anew: remove one of them"
+            yield f"data.{role} and data.columns.{role} both name the column of the {role}: remove one of them"
 
 
 def _server(config: RunConfig) -> Iterator[str]:
     server = config.server
     if server.clients_per_round is not None and _changed(server, "fraction"):
-        yield "server.fraction and server.clients_per_round both say how many are asked: remove one of them"
+        yield "server.fraction and server.clients_per_round both set how many clients are sampled: remove one of them"
     if isinstance(config.privacy, ExamplePrivacyConfig) and _changed(server, "max_examples"):
-        yield "server.max_examples means nothing in a private run, where nobody says how many there are: remove it"
+        yield "server.max_examples has no effect in a private run, where no client tells its number: remove it"
     if _changed(server, "max_weight_ratio"):
         if server.weighting == "uniform":
-            yield "server.max_weight_ratio means nothing where all weigh the same (server.weighting): remove it"
+            yield "server.max_weight_ratio has no effect with server.weighting = 'uniform': remove it"
         elif config.data.source != NODES:
-            yield "server.max_weight_ratio is for nodes that bring their own data: remove it"
+            yield "server.max_weight_ratio applies to nodes that bring their own data: remove it"
 
 
 def _changed(section: BaseModel, key: str) -> bool:

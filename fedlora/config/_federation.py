@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from fedlora.config._base import Fraction, Names, PositiveInt, Section
+from fedlora.errors import ConfigError
 
 
 class ProfileConfig(Section):
@@ -42,7 +43,7 @@ class ProfileConfig(Section):
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> ProfileConfig:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give either steps or epochs, not both")
+            raise ConfigError("clients.profiles: give either steps or epochs, not both", code="steps-and-epochs")
         return self
 
 
@@ -58,7 +59,9 @@ class ClientsConfig(Section):
     @model_validator(mode="after")
     def _one_source_of_ranks(self) -> ClientsConfig:
         if self.ranks is not None and any(profile.rank is not None for profile in self.profiles):
-            raise ValueError("give ranks either in clients.ranks or in clients.profiles, not in both")
+            raise ConfigError(
+                "give ranks in either clients.ranks or clients.profiles, not both", code="ranks-given-twice"
+            )
         return self
 
     def profile_of(self, client_id: int) -> ProfileConfig | None:

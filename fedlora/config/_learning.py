@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fedlora.config._base import Names, PositiveInt, Section
+from fedlora.errors import ConfigError
 
 
 class ModelConfig(Section):
@@ -125,5 +126,8 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give either steps or epochs, not both (--set train.steps= removes one)")
+            raise ConfigError(
+                "give either train.steps or train.epochs, not both (--set train.steps= removes one)",
+                code="steps-and-epochs",
+            )
         return self

@@ -49,19 +49,23 @@ def refuse_twice(overrides: Sequence[str]) -> None:
     for override in overrides:
         keys, text = _split(override)
         if first.setdefault(keys, text) != text:
-            raise ConfigError(f"--set {'.'.join(keys)} is given twice, as {first[keys]!r} and {text!r}: give it once")
+            raise ConfigError(
+                f"--set {'.'.join(keys)} is given twice, as {first[keys]!r} and {text!r}: give it once",
+                code="key-given-twice",
+            )
 
 
 def _split(override: str) -> tuple[tuple[str, ...], str]:
     key, separator, text = override.partition("=")
     if not separator or not all(part.strip() for part in key.split(".")):
         raise ConfigError(
-            f"--set {override!r} must have the form key=value, for example train.lr=0.001; train.lr= removes the key"
+            f"--set {override!r} must have the form key=value, for example train.lr=0.001; train.lr= removes the key",
+            code="not-key-value",
         )
     try:
         override.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"--set {override!r} is no text in UTF-8: write it in ASCII or UTF-8") from None
+        raise ConfigError(f"--set {override!r} is not UTF-8 text: write it in UTF-8", code="not-utf8") from None
     return tuple(part.strip() for part in key.split(".")), text.strip()
 
 
@@ -75,11 +79,17 @@ def _apply(tree: dict[str, Any], keys: tuple[str, ...], text: str) -> None:
         here = here.setdefault(table, {})
         if not isinstance(here, dict):
             what = ".".join(keys[: depth + 1])
-            raise ConfigError(f"--set {'.'.join(keys)}={text}: {what!r} is a value, not a table")
+            raise ConfigError(
+                f"--set {'.'.join(keys)}={text}: {what!r} is a single value, not a table: set it as {what}=...",
+                code="not-a-table",
+            )
     last = keys[-1]
     if not text:
         if keys[0] in OPEN_TABLES and len(keys) > 1 and last not in here:
-            raise ConfigError(f"--set {'.'.join(keys)}= removes what is not there: [{keys[0]}] has no {last!r}")
+            raise ConfigError(
+                f"--set {'.'.join(keys)}= removes a key that is not set: [{keys[0]}] has no {last!r}",
+                code="key-not-set",
+            )
         here[last] = UNSET
         return
     value = _value(keys, text)

@@ -48,8 +48,9 @@ def _absolute(key: str, value: str, folder: Path) -> str:
     here = Path(os.path.abspath(given))
     if here != there and (here.is_dir() if key == "model.name" else here.is_file()):
         raise ConfigError(
-            f"{key} = {value!r} is in the current folder, and paths in a config are relative to the config's own: "
-            f"write {os.path.relpath(here, folder)!r} or {str(here)!r} there"
+            f"{key} = {value!r} is in the current folder, but paths in a config are relative to its own folder: "
+            f"write {os.path.relpath(here, folder)!r} or {str(here)!r} there",
+            code="path-in-current-folder",
         )
     says_path = value.startswith(("~", "./", "../")) or (key != "model.name" and given.suffix.lower() in DATA_FILES)
     return str(there) if says_path else value

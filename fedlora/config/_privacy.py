@@ -29,7 +29,9 @@ class _Claim(Section):
     def _one_source_of_noise(self) -> _Claim:
         require_accountant(self.accountant)
         if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise PrivacyError("give exactly one of privacy.epsilon and privacy.noise_multiplier")
+            raise PrivacyError(
+                "set exactly one of privacy.epsilon and privacy.noise_multiplier", code="not-exactly-one"
+            )
         return self
 
     @property
@@ -58,7 +60,8 @@ class ExamplePrivacyConfig(_Claim):
     def _is_a_claim(self) -> ExamplePrivacyConfig:
         if self.delta * (most := max(self.public_examples)) >= 1:
             raise PrivacyError(
-                f"privacy.delta {self.delta:g} protects nobody among {most} examples: choose one far below 1 / {most}"
+                f"privacy.delta = {self.delta:g} is no protection for {most} examples: choose one far below 1 / {most}",
+                code="delta-too-large",
             )
         return self
 

@@ -40,11 +40,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except FileNotFoundError:
         others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         others += [other.stem for folder in SHIPPED for other in folder.glob("*.toml") if not path.suffix]
-        raise ConfigError(f"there is no config file {str(path)!r}; {nearest_file(path, others)}") from None
+        raise ConfigError(
+            f"there is no config file {str(path)!r}; {nearest_file(path, others)}", code="no-such-file"
+        ) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"config file {str(path)!r} cannot be read: it is not UTF-8 text; convert it") from None
+        raise ConfigError(f"config file {str(path)!r} is not UTF-8 text: convert it", code="not-utf8") from None
     except OSError as error:
-        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror or error}") from None
+        raise ConfigError(
+            f"config file {str(path)!r} cannot be read: {error.strerror or error}", code="file-not-readable"
+        ) from None
     refuse_twice(overrides)
     return parse_config(text, overrides, source=str(path), name=path.stem, folder=path.parent)
 
@@ -78,7 +82,7 @@ def parse_config(
     try:
         tree = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{source} is not valid TOML: {error}") from None
+        raise ConfigError(f"{source} is not valid TOML: {error}", code="not-toml") from None
     if name is not None:
         tree.setdefault("name", name)
     if folder is not None:
@@ -98,7 +102,7 @@ def parse_config(
         problem = first_problem(error)
         for unit in UNITS:  # pydantic names the branch of a union, which is no table of the file
             problem = problem.replace(f"privacy.{unit}.", "privacy.")
-        raise ConfigError(f"{source}: {problem}") from None
+        raise ConfigError(f"{source}: {problem}", code="bad-value") from None
 
 
 def _refuse_nul(tree: Any, key: str) -> None:
@@ -111,18 +115,18 @@ def _refuse_nul(tree: Any, key: str) -> None:
         for value in tree:
             _refuse_nul(value, key)
     elif isinstance(tree, str) and "\0" in tree:
-        raise ConfigError(f"{key} holds a NUL character: remove it")
+        raise ConfigError(f"{key} contains a NUL character: remove it", code="nul-character")
 
 
 def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
     for key, value in tree.items():
         if key not in section.model_fields:
-            raise ConfigError(f"unknown key {prefix + key!r}; {nearest(key, section.model_fields)}")
+            raise ConfigError(f"unknown key {prefix + key!r}; {nearest(key, section.model_fields)}", code="unknown-key")
         annotation = section.model_fields[key].annotation
         inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
         if key == "privacy" and isinstance(value, Mapping):
             if (unit := unit_of(value)) not in UNITS:
-                raise ConfigError(f"unknown privacy.unit {unit!r}; {nearest(str(unit), UNITS)}")
+                raise ConfigError(f"unknown privacy.unit {unit!r}; {nearest(str(unit), UNITS)}", code="unknown-name")
             inner = UNITS[unit]
         if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping):
             _refuse_unknown(value, inner, f"{prefix}{key}.")

@@ -15,7 +15,7 @@ from fedlora.config._federation import ClientsConfig, ServerConfig, WireConfig
 from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._paths import with_absolute_paths
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig, PrivacyConfig
-from fedlora.errors import PrivacyError
+from fedlora.errors import ConfigError, PrivacyError
 
 
 class RuntimeConfig(Section):
@@ -88,10 +88,16 @@ class RunConfig(Section):
     def _simulated_time(self) -> RunConfig:
         profiles, deadline = self.clients.profiles, self.server.simulated_deadline_s
         if deadline is not None and not profiles:
-            raise ValueError("server.simulated_deadline_s needs clients.profiles that say how fast the devices are")
+            raise ConfigError(
+                "server.simulated_deadline_s needs clients.profiles, which say how fast the devices are: add them, or "
+                "remove it",
+                code="deadline-without-profiles",
+            )
         if deadline is None and any(profile.dropout for profile in profiles):
-            raise ValueError(
-                "a client that drops out is noticed at a deadline: set server.simulated_deadline_s beside dropout"
+            raise ConfigError(
+                "clients.profiles.dropout needs a deadline at which a dropped client is noticed: set "
+                "server.simulated_deadline_s",
+                code="dropout-without-deadline",
             )
         return self
 
@@ -99,7 +105,7 @@ class RunConfig(Section):
     def _nothing_in_vain(self) -> RunConfig:
         problem = next(without_effect(self), None)
         if problem is not None:
-            raise ValueError(problem)
+            raise ConfigError(problem, code="key-without-effect")
         return self
 
     @model_validator(mode="after")
@@ -114,33 +120,38 @@ class RunConfig(Section):
         # server.aggregation_error may stay: it is computed from updates that are noised already (post-processing).
         if self.train.clip_norm is not None:
             raise PrivacyError(
-                "train.clip_norm clips a whole batch and protects nobody: remove it, privacy.max_grad_norm clips each "
-                "example"
+                "train.clip_norm clips the gradient of the whole batch, which protects no example: remove it, "
+                "privacy.max_grad_norm clips each example's gradient",
+                code="batch-clipping",
             )
         if self.server.weighting != "uniform":
             raise PrivacyError(
-                "server.weighting = 'examples' needs the true numbers of examples, which are secret under [privacy]: "
-                "set server.weighting = 'uniform'"
+                "server.weighting = 'examples' needs the true numbers of examples, which [privacy] keeps secret: "
+                "set server.weighting = 'uniform'",
+                code="weights-tell-sizes",
             )
 
     def _client_private(self) -> None:
         if self.server.max_norm is not None:
             raise PrivacyError(
-                "server.max_norm leaves a client out for what it sent, which changes everybody else's share: remove "
-                "it, privacy.clip_norm clips each update"
+                "server.max_norm leaves out clients with large updates, which changes the weights of the others: "
+                "remove it, privacy.clip_norm clips each update",
+                code="norm-limit-couples-clients",
             )
         if self.server.aggregation_error:
             raise PrivacyError(
-                "the aggregation error is computed from the clients' own updates, of which the run's files must tell "
-                "nothing: set server.aggregation_error = false"
+                "server.aggregation_error writes a figure computed from updates without noise to the run's files: set "
+                "it to false",
+                code="aggregation-error-tells",
             )
         if self.server.weighting == "uniform":
             for profile in self.clients.profiles:
                 if profile.examples_per_s is not None and (profile.steps or self.train.steps) is None:
                     raise PrivacyError(
-                        "the simulated time of a client that trains whole passes tells how many examples it has, and "
-                        "under server.weighting = 'uniform' these are secret: set train.steps, or leave out "
-                        "examples_per_s in clients.profiles"
+                        "the simulated time of a client that trains in epochs reveals its number of examples, which "
+                        "server.weighting = 'uniform' keeps secret: set train.steps, or remove examples_per_s from "
+                        "clients.profiles",
+                        code="time-tells-sizes",
                     )
 
     def train_of(self, client_id: int) -> TrainConfig:

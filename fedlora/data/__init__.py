@@ -115,7 +115,10 @@ def load_data(config: RunConfig) -> FederatedData:
     files = [file for file in source_files(config.data) if file is not None]
     roles = column_roles(config.data)
     if partitioner.needs_domain and "domain" not in roles:
-        raise DataError(f"partition {config.partition.name!r} needs to know the column of the domains; set data.domain")
+        raise DataError(
+            f"partition {config.partition.name!r} needs a column of domains: set data.domain",
+            code="no-domain-column",
+        )
     checkpoint = Checkpoint.of(config.model)
     keep = (*(roles[role] for role in ("domain", "group") if role in roles), *partitioner.columns)
     key = _Key(
@@ -134,8 +137,9 @@ def require_shared(config: RunConfig) -> None:
     """Raise `ConfigError` where a node names data of its own in a run that divides `data.source`."""
     if config.data.own is not None:
         raise ConfigError(
-            "this node's config names data of its own, and the run divides data.source among the clients: set "
-            "data.source = 'nodes' and partition.name = 'nodes' in the run's config"
+            "this node's config names data of its own, but the run divides data.source among the clients: set "
+            "data.source = 'nodes' and partition.name = 'nodes' in the run's config",
+            code="node-data-unused",
         )
 
 
@@ -159,7 +163,10 @@ def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, st
     corpus = ASSETS.get(config.data.source)
     names = () if corpus is None else corpus.label_names
     if "label" in task.roles and not names and not getattr(task, "labels", ()):
-        raise DataError(f"{str(path)!r} may lack a class: name all classes, as in [task] labels = ['no', 'yes']")
+        raise DataError(
+            f"the file {str(path)!r} may not hold every class: name all classes, as in task.labels = ['no', 'yes']",
+            code="classes-unknown",
+        )
     domain = column_roles(config.data).get("domain")
     keep = (domain,) if domain is not None and domain in table.columns else ()
     columns = task_columns(task, config.data)
@@ -183,12 +190,16 @@ def _with_names(table: Table, columns: Sequence[str], names: Mapping[str, str], 
     values: set[str] = set().union(*found.values())
     if all_occur and (unknown := sorted(names.keys() - values)):
         raise ConfigError(
-            f"data.group_names names the value {unknown[0]!r}, which no column of domains, groups or clients holds; "
-            f"{nearest(unknown[0], [closest(unknown[0], values) or min(values)])}"
+            f"data.group_names names the value {unknown[0]!r}, which is in no column of domains, groups or clients; "
+            f"{nearest(unknown[0], [closest(unknown[0], values) or min(values)])}",
+            code="no-such-value",
         )
     after = [names.get(value, value) for value in values]
     if twice := sorted(name for name in set(after) if after.count(name) > 1):
-        raise ConfigError(f"data.group_names gives the name {twice[0]!r} to two values: give each its own")
+        raise ConfigError(
+            f"data.group_names gives the name {twice[0]!r} to two values: give each a name of its own",
+            code="name-given-twice",
+        )
     renamed = {column: [names.get(value, value) for value in cells] for column, cells in found.items()}
     return Table({**table.columns, **renamed}, table.label_names)
 
@@ -215,12 +226,16 @@ def task_columns(task: Task, data: DataConfig) -> dict[str, str]:
     """
     for role in data.columns:
         if role not in task.roles:
-            raise ConfigError(f"data.columns names {role!r}, which the task does not need; {nearest(role, task.roles)}")
+            raise ConfigError(
+                f"data.columns names {role!r}, which the task does not need; {nearest(role, task.roles)}",
+                code="unknown-role",
+            )
     for role in ("text", "label"):
         if role not in task.roles and getattr(data, role) != DataConfig.model_fields[role].default:
             raise ConfigError(
                 f"data.{role} names a column that the task does not read: remove it; its roles are "
-                f"{', '.join(task.roles)}, in data.columns"
+                f"{', '.join(task.roles)}, in data.columns",
+                code="key-without-effect",
             )
     roles = column_roles(data)
     return {role: roles.get(role, role) for role in task.roles}
@@ -323,7 +338,7 @@ def _with_noise(task: Task, train: Examples, partition: Partition, seed: int) ->
         if rate == 0:
             continue
         if train.labels is None:
-            raise ConfigError("partition.label_noise needs labels, and this task has none; remove it")
+            raise ConfigError("partition.label_noise needs labels, and this task has none; remove it", code="no-labels")
         generator = np.random.default_rng(derive(seed, "label_noise", client))
         rows = partition.clients[client]
         wrong = generator.permutation(rows)[: round(rate * len(rows))]

@@ -112,16 +112,21 @@ def require_header(path: Path, names: Sequence[str]) -> None:
     """
     kind = path.suffix.lower()
     if kind not in READERS:
-        raise DataError(f"{str(path)!r} is of a kind that cannot be read; convert it to one of {', '.join(READERS)}")
+        raise DataError(
+            f"{str(path)!r} is of an unknown file type; convert it to one of {', '.join(READERS)}",
+            code="unknown-file-type",
+        )
     try:
         found = _header(path, kind)
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{str(path)!r} cannot be read as {kind}: {clean_text(error, 100)}") from None
+        raise DataError(
+            f"{str(path)!r} cannot be read as {kind}: {clean_text(error, 100)}", code="malformed-file"
+        ) from None
     if found is None:
         return
     for name in names:
         if name not in found:
-            raise DataError(f"{str(path)!r} has no column {name!r}; {nearest(name, found)}")
+            raise DataError(f"{str(path)!r} has no column {name!r}; {nearest(name, found)}", code="no-such-column")
 
 
 def _header(path: Path, kind: str) -> Sequence[str] | None:
@@ -145,8 +150,9 @@ def invented(task: Task, model: Checkpoint, columns: Mapping[str, str]) -> Examp
     for role, column in columns.items():
         if role not in _INVENTED:
             raise ConfigError(
-                f"under [privacy] a node's own data are for tasks on texts and pictures: no example can be made up for "
-                f"the role {role!r}"
+                f"under [privacy] nodes can bring their own data for tasks on text and images alone: no example can be "
+                f"made up for the role {role!r}; remove [privacy], or change task.name",
+                code="role-without-example",
             )
         table[column] = _INVENTED[role](labels)
     return task.prepare(Table(table), model, columns, keep=())

@@ -34,9 +34,15 @@ def source_files(data: DataConfig) -> tuple[Path | None, Path | None]:
     if source is not None:
         for key, given in (("subset", data.subset is not None), ("train_split", data.train_split != "train")):
             if given:
-                raise ConfigError(f"data.{key} is for hub data sets, and {data.source!r} is none; remove it")
+                raise ConfigError(
+                    f"data.{key} applies to data sets of the hub, and {data.source!r} is not one: remove it",
+                    code="key-without-effect",
+                )
         if data.test is not None and test is None:
-            raise DataError(f"data.test {data.test!r} is no file; give one of {', '.join(sorted(READERS))}")
+            raise DataError(
+                f"data.test {data.test!r} is not a data file; give one of {', '.join(sorted(READERS))}",
+                code="not-a-data-file",
+            )
     return source, test
 
 
@@ -64,19 +70,25 @@ def read_file(path: Path) -> Table:
     """
     file = _local_file(str(path))
     if file is None:
-        raise DataError(f"{str(path)!r} is no data file; give one of {', '.join(sorted(READERS))}")
+        raise DataError(
+            f"{str(path)!r} is not a data file; give one of {', '.join(sorted(READERS))}", code="not-a-data-file"
+        )
     try:
         columns = READERS[file.suffix.lower()](file)
     except UnicodeDecodeError:
-        raise DataError(f"{str(file)!r} is not UTF-8 text; convert it") from None
+        raise DataError(f"{str(file)!r} is not UTF-8 text; convert it", code="not-utf8") from None
     except OSError as error:
-        raise DataError(f"{str(file)!r} cannot be read: {error.strerror or clean_text(error, 200)}") from None
+        raise DataError(
+            f"{str(file)!r} cannot be read: {error.strerror or clean_text(error, 200)}", code="file-not-readable"
+        ) from None
     except (ValueError, RecursionError, csv.Error, _arrow_error()) as error:
         first = clean_text(next(iter(str(error).splitlines()), type(error).__name__), 200)
-        raise DataError(f"{str(file)!r} cannot be read as {file.suffix.lower()}: {first}") from None
+        raise DataError(
+            f"{str(file)!r} cannot be read as {file.suffix.lower()}: {first}", code="malformed-file"
+        ) from None
     table = Table(columns)
     if len(table) == 0:
-        raise DataError(f"{str(file)!r} holds no examples; check data.source and data.test")
+        raise DataError(f"{str(file)!r} has no rows: check data.source and data.test", code="empty-file")
     return table
 
 
@@ -89,12 +101,13 @@ def select(table: Table, names: Sequence[str], where: str) -> Table:
     columns: dict[str, list[Any]] = {}
     for name in dict.fromkeys(names):
         if name not in table.columns:
-            raise DataError(f"{where} has no column {name!r}; {_cure(name, table.columns)}")
+            raise DataError(f"{where} has no column {name!r}; {_cure(name, table.columns)}", code="no-such-column")
         columns[name] = list(table.columns[name])
         for row, value in enumerate(columns[name]):
             if value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
                 raise DataError(
-                    f"{where}: row {row} (from 0) has nothing in column {name!r}; remove the row or fill it in"
+                    f"{where}: row {row} (from 0) has no value in column {name!r}: remove the row or fill it in",
+                    code="missing-value",
                 )
     return Table(columns, table.label_names)
 
@@ -111,14 +124,16 @@ def require_one_kind(values: Sequence[Any], name: str) -> None:
     for kind, row in kinds.items():
         if not issubclass(kind, str | int | float | date | np.generic):
             raise DataError(
-                f"row {row}, column {name!r}: {clean_text(repr(values[row]), 80)} is no name of a domain, group or "
-                "client; give text or numbers"
+                f"row {row}, column {name!r}: {clean_text(repr(values[row]), 80)} cannot name a domain, group or "
+                "client: write text or numbers",
+                code="not-a-name",
             )
     if len(kinds) > 1:
         (one, first), (other, second) = list(kinds.items())[:2]
         raise DataError(
-            f"column {name!r} holds {one.__name__} in row {first} and {other.__name__} in row {second}, and {'1'!r} is "
-            "not 1: write all of its values in one way"
+            f"column {name!r} mixes types: {one.__name__} in row {first}, {other.__name__} in row {second}; write "
+            f"all values as one type, since {'1'!r} and 1 are two names",
+            code="mixed-types",
         )
     for row, value in enumerate(values):
         if isinstance(value, str):
@@ -148,16 +163,21 @@ def _local_file(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.suffix.lower() in READERS:
         if path.is_dir():
-            raise DataError(f"{name!r} is a folder, not a data file; name a file in it, or rename the folder")
+            raise DataError(
+                f"{name!r} is a folder, not a data file; name a file in it, or rename the folder", code="not-a-file"
+            )
         if not path.is_file():
             beside = path.parent.glob("*") if path.parent.is_dir() else ()
             others = [str(other) for other in beside if other.suffix.lower() in READERS]
-            raise DataError(f"there is no data file {name!r}; {nearest_file(path, others)}")
+            raise DataError(f"there is no data file {name!r}; {nearest_file(path, others)}", code="no-such-file")
         return path
     if path.is_file():
-        raise DataError(f"{name!r} is of a kind that cannot be read; convert it to one of {', '.join(sorted(READERS))}")
+        raise DataError(
+            f"{name!r} is of an unknown file type; convert it to one of {', '.join(sorted(READERS))}",
+            code="unknown-file-type",
+        )
     if looks_like_path(name) and not path.is_dir():
-        raise DataError(f"there is no file or folder {name!r}; check data.source and data.test")
+        raise DataError(f"there is no file or folder {name!r}; check data.source and data.test", code="no-such-file")
     return None
 
 
@@ -170,13 +190,16 @@ def _hub(data: DataConfig, split: str) -> Table:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         corpora = [name for name, asset in ASSETS.items() if asset.kind == "corpus"]
         raise DataError(
-            f"data.source {data.source!r} (split {split!r}) is no file and no named corpus ({', '.join(corpora)}), and "
-            f"the hub gave: {first}; {nearest(data.source, corpora)}"
+            f"data.source {data.source!r} (split {split!r}) is neither a file nor a corpus ({', '.join(corpora)}); "
+            f"the hub answered: {first}; {nearest(data.source, corpora)}",
+            code="no-such-dataset",
         ) from None
     label = loaded.features.get(data.label)
     names = tuple(label.names) if isinstance(label, datasets.ClassLabel) else ()
     if len(loaded) == 0:
-        raise DataError(f"split {split!r} of {data.source!r} holds no examples")
+        raise DataError(
+            f"split {split!r} of {data.source!r} has no rows: name another split or data set", code="empty-split"
+        )
     columns = {name: loaded[name] for name in loaded.column_names}
     if names:  # by name, since a name may be a number too; -1 stands for no label
         columns[data.label] = [None if k is None or k < 0 else names[k] for k in columns[data.label]]
@@ -208,13 +231,11 @@ def _delimited(delimiter: str) -> Callable[[Path], dict[str, list[Any]]]:
 
 
 def _check_header(header: Sequence[str], delimiter: str) -> None:
-    if len(set(header)) != len(header):
-        twice = next(name for place, name in enumerate(header) if name in header[:place])
-        raise ValueError(f"two columns have the same name, {twice!r}")
+    _require_distinct(header, "column")
     others = {",": "a comma", ";": "';'", "\t": "a tab", "|": "'|'"}
     if len(header) == 1 and (found := next((mark for mark in others if mark in header[0]), None)):
         raise ValueError(
-            f"its columns are parted by {others[found]}, and those of this kind of file by {others[delimiter]}: "
+            f"its columns are separated by {others[found]}, and those of this file type by {others[delimiter]}: "
             "convert it (.csv has commas, .tsv has tabs)"
         )
 
@@ -232,7 +253,7 @@ def _json_lines(path: Path) -> dict[str, list[Any]]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: {error}") from None
             if number == 1 and isinstance(rows[0], list):
-                raise ValueError("it is a list, not one object a line: rename it to .json")
+                raise ValueError("it is one list, not one object per line: rename it to .json")
     return _transposed(rows)
 
 
@@ -242,34 +263,37 @@ def _json(path: Path) -> dict[str, list[Any]]:
         tree = _parsed(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            raise ValueError(f"another value begins in line {error.lineno}: one object a line is .jsonl") from None
+            raise ValueError(f"a second value begins on line {error.lineno}: one object per line is .jsonl") from None
         raise
     if isinstance(tree, list):
         return _transposed(tree)
     if isinstance(tree, dict) and all(isinstance(values, list) for values in tree.values()):
         if len({len(values) for values in tree.values()}) > 1:
-            raise ValueError("the columns differ in length")
+            raise ValueError("its columns differ in length")
         return tree
     raise ValueError("it is neither a list of objects nor an object of columns")
 
 
 def _parsed(text: str) -> Any:
-    """A JSON value; a key that stands twice in an object, of which only the last would count, is refused."""
+    """A JSON value; a key that occurs twice in an object, of which only the last would count, is refused."""
     return json.loads(text, object_pairs_hook=_object)
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
-    return found
+    _require_distinct([name for name, _ in pairs], "key")
+    return dict(pairs)
+
+
+def _require_distinct(names: Sequence[str], kind: str) -> None:
+    if len(set(names)) != len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"{kind} {twice!r} occurs twice")
 
 
 def _transposed(rows: Sequence[Any]) -> dict[str, list[Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no object")
+            raise ValueError(f"row {number} is not an object")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -277,9 +301,7 @@ def _transposed(rows: Sequence[Any]) -> dict[str, list[Any]]:
 def _parquet(path: Path) -> dict[str, list[Any]]:
     import pyarrow.parquet
 
-    names = pyarrow.parquet.read_schema(path).names
-    if len(set(names)) != len(names):
-        raise ValueError("two columns have the same name")
+    _require_distinct(pyarrow.parquet.read_schema(path).names, "column")
     columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
     return columns
 

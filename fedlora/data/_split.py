@@ -59,8 +59,9 @@ def split_test(
     mask = np.asarray(chosen[units])
     if not mask.any():
         raise DataError(
-            f"a test fraction of {fraction} of {size} examples in {len(first)} groups is none; raise "
-            "data.test_fraction, or give data.test"
+            f"data.test_fraction = {fraction} of {size} examples in {len(first)} groups leaves no test example: raise "
+            "it, or give data.test",
+            code="empty-test-set",
         )
     return mask
 

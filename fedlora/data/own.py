@@ -37,8 +37,9 @@ def brought_by_nodes(config: RunConfig) -> bool:
     source, partition = config.data.source == NODES, config.partition.name == NODES
     if source != partition:
         raise ConfigError(
-            "where nodes bring their own data nothing is read or divided: set both data.source = 'nodes' and "
-            "partition.name = 'nodes', or neither"
+            "data.source = 'nodes' and partition.name = 'nodes' go together, since nodes with data of their own divide "
+            "nothing: set both or neither",
+            code="nodes-in-one-table-only",
         )
     return source
 
@@ -51,8 +52,14 @@ def number_of_nodes(config: RunConfig) -> int:
     """
     fields = config.partition.fields
     clients = fields.pop("clients", None)
-    if fields or not isinstance(clients, int) or isinstance(clients, bool) or clients < 1:
-        raise ConfigError("partition 'nodes' has one key: clients = the number of nodes")
+    if fields:
+        raise ConfigError(
+            f"partition 'nodes' has no field {min(fields)!r}: its only one is clients", code="unknown-key"
+        )
+    if not isinstance(clients, int) or isinstance(clients, bool) or clients < 1:
+        raise ConfigError(
+            f"partition.clients must be the number of nodes, a whole number from 1, not {clients!r}", code="bad-value"
+        )
     return clients
 
 
@@ -61,7 +68,9 @@ def require_labels(config: RunConfig) -> None:
     task = load_task(config.task)
     if "label" in task.roles and not getattr(task, "labels", ()):
         raise ConfigError(
-            "each node reads its own file, which may lack a class: name them all, as in task.labels = ['no', 'yes']"
+            "each node reads its own file, which may not hold every class: name all classes, as in "
+            "task.labels = ['no', 'yes']",
+            code="classes-unknown",
         )
 
 
@@ -83,11 +92,12 @@ def load_own(config: RunConfig) -> FederatedData:
     path = config.data.own or config.data.test
     if path is None:
         raise ConfigError(
-            "the nodes keep their data, so the server needs test data of its own: set data.test to a file"
+            "the nodes keep their data, so the server needs test data of its own: set data.test to a file",
+            code="no-test-data",
         )
     file = Path(path).expanduser()
     if not file.is_file():
-        raise DataError(f"there is no data file {path!r} on this machine: {_cure(config)}")
+        raise DataError(f"there is no data file {path!r} on this machine: {_cure(config)}", code="no-such-file")
     stamps = (stamp(file), *Checkpoint.of(config.model).stamps())
     examples, test, digest = _read(config.model_dump_json(), str(file), stamps)
     here = np.arange(len(examples)) if config.data.own else np.empty(0, np.int64)
@@ -130,7 +140,9 @@ def require_readable(config: RunConfig) -> None:
     columns = task_columns(task, config.data)
     file = Path(config.data.own).expanduser()
     if not file.is_file():
-        raise DataError(f"there is no data file {config.data.own!r} on this machine: {_cure(config)}")
+        raise DataError(
+            f"there is no data file {config.data.own!r} on this machine: {_cure(config)}", code="no-such-file"
+        )
     require_header(file, tuple(columns.values()))
     invented(task, model, columns)
 
@@ -138,8 +150,9 @@ def require_readable(config: RunConfig) -> None:
 def _require_no_limit(config: RunConfig) -> None:
     if config.privacy is not None and config.data.limit is not None:
         raise ConfigError(
-            "data.limit draws from all rows of a node's file, so that one row more changes which others take part: "
-            "remove it under [privacy]"
+            "data.limit draws from all rows of a node's file, so that one more row changes which others are used: "
+            "remove it under [privacy]",
+            code="limit-not-private",
         )
 
 

@@ -91,7 +91,8 @@ def programs(folder: Path) -> list[Program]:
         home = state / "flower"
     else:
         raise DeployError(
-            f"{str(folder)!r} is neither a coordinator's folder nor a node's: fedlora deploy init writes them"
+            f"{str(folder)!r} is neither a coordinator's folder nor a node's: create them with fedlora deploy init",
+            code="not-a-federation",
         )
     environment = {**more, "FLWR_HOME": str(home)}
     return [Program(name, line, folder, environment) for name, line in lines.items()]
@@ -141,7 +142,9 @@ def start(program: Program, output: int | None = None) -> subprocess.Popen[bytes
     found = shutil.which(program.command[0], path=environment["PATH"])
     if found is None:
         cure = "https://caddyserver.com/docs/install" if program.command[0] == "caddy" else "pip install fedlora"
-        raise DeployError(f"{program.command[0]!r} is not installed on this machine: {cure}")
+        raise DeployError(
+            f"{program.command[0]!r} is not installed on this machine: {cure}", code="program-not-installed"
+        )
     return subprocess.Popen(
         [found, *program.command[1:]],
         cwd=program.folder,

@@ -116,18 +116,23 @@ def run_config(config: RunConfig, plan: FederationPlan) -> RunConfig:
     if own and len(own) < number:
         lacking = next(node.name for node in plan.nodes if not node.data)
         raise DeployError(
-            f"node {lacking!r} has no data and {own[0]!r} has: give --data {lacking}=/path/on/its/machine"
+            f"node {lacking!r} has no data of its own but {own[0]!r} does: give --data {lacking}=/path/on/its/machine",
+            code="node-without-data",
         )
     if not own:
         there = config.partition.fields.get("clients")
         if there is not None and there != number:
             raise DeployError(
-                f"the config divides its data among {there} clients, and there are {number} nodes: add "
-                f"--set partition.clients={number}, or give each node its own file with --data NAME=PATH"
+                f"the config divides its data among {there} clients, but there are {number} nodes: add "
+                f"--set partition.clients={number}, or give each node its own file with --data NAME=PATH",
+                code="clients-are-not-nodes",
             )
         return config
     if config.data.test is None:
-        raise DeployError("the nodes keep their data, so the server needs test data of its own: --set data.test=FILE")
+        raise DeployError(
+            "the nodes keep their data, so the server needs test data of its own: --set data.test=FILE",
+            code="no-test-data",
+        )
     data = config.data.model_copy(
         update={"source": "nodes", "test": str(Path(config.data.test).expanduser().resolve())}
     )
@@ -234,32 +239,44 @@ def read_toml(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DeployError(f"{str(path)!r} is missing: fedlora deploy init writes it") from None
+        raise DeployError(f"{str(path)!r} is missing: fedlora deploy init writes it", code="no-such-file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DeployError(f"{str(path)!r} cannot be read: {error}") from None
+        raise DeployError(f"{str(path)!r} cannot be read: {error}", code="file-not-readable") from None
     for key in keys:
         if key not in tree:
-            raise DeployError(f"{str(path)!r} lacks the key {key!r}; {nearest(key, tree)}")
+            raise DeployError(f"{str(path)!r} lacks the key {key!r}; {nearest(key, tree)}", code="missing-key")
     return tree
 
 
 def _check(plan: FederationPlan) -> None:
     if not plan.nodes:
-        raise DeployError("a federation needs nodes: give --node NAME for each")
+        raise DeployError("a federation needs nodes: give --node NAME for each", code="no-nodes")
     names = [node.name for node in plan.nodes]
     for name in names:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?", name):
-            raise DeployError(f"node {name!r}: a node's name has small letters, digits and hyphens, at most 32")
+            raise DeployError(
+                f"node {name!r}: use at most 32 lower-case letters, digits and hyphens for a node's name",
+                code="bad-node-name",
+            )
     if len(set(names)) < len(names):
-        raise DeployError(f"two nodes are called {max(names, key=names.count)!r}: give each a name of its own")
+        raise DeployError(
+            f"two nodes are named {max(names, key=names.count)!r}: give each a name of its own",
+            code="node-named-twice",
+        )
     for node in plan.nodes:
         for what, path in (("data", node.data), ("ledger", node.ledger)):
             if path is not None and not PurePosixPath(path).is_absolute():
-                raise DeployError(f"node {node.name!r}: {what} {path!r} must be an absolute path on the node's machine")
+                raise DeployError(
+                    f"node {node.name!r}: {what} {path!r} must be an absolute path on the node's machine",
+                    code="path-not-absolute",
+                )
     if not plan.proxied:
         for what, paths in (("ledger", [n.ledger for n in plan.nodes]),):
             if len(set(paths)) < len(paths):
-                raise DeployError(f"nodes on one machine need a {what} each: give --ledger NAME=PATH")
+                raise DeployError(
+                    f"nodes on one machine need their own {what}s: give --ledger NAME=PATH for each",
+                    code="node-without-ledger",
+                )
 
 
 def _make_way(folder: Path, overwrite: bool) -> None:
@@ -269,10 +286,13 @@ def _make_way(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if not ours:
-        raise DeployError(f"{str(folder)!r} is in the way and holds no federation: choose another folder")
+        raise DeployError(
+            f"{str(folder)!r} holds files that are not a federation: choose another folder", code="path-taken"
+        )
     if not overwrite:
         raise DeployError(
-            f"{str(folder)!r} holds a federation: choose another folder, or --overwrite it, keys and database too"
+            f"{str(folder)!r} holds a federation: choose another folder, or --overwrite it with its keys and database",
+            code="federation-exists",
         )
     shutil.rmtree(folder)
 

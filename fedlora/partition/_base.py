@@ -105,12 +105,18 @@ class Partitioner(ABC):
         clients = tuple(np.sort(np.asarray(rows, dtype=np.int64)) for rows in shares)
         for number, rows in enumerate(clients):
             if len(rows) == 0:
-                raise DataError(f"client {number} of {len(clients)} would have no examples; {self.cure}")
+                raise DataError(
+                    f"client {number} of {len(clients)} would have no examples; {self.cure}",
+                    code="client-without-examples",
+                )
         holders = np.zeros(info.size, dtype=np.int64)
         for rows in clients:
             holders[rows] += 1
         if (holders > 1).any() or sum(map(len, clients)) != holders.sum():
-            raise DataError(f"{type(self).__name__} gave an example to two clients; this is a fault of the partitioner")
+            raise DataError(
+                f"{type(self).__name__} gave one example to two clients: this is a bug of the partitioner",
+                code="example-given-twice",
+            )
         dropped = np.flatnonzero(holders == 0)
         note = f"{len(dropped)} of {info.size} examples are on no client: {self.why_dropped}" if len(dropped) else ""
         return Partition(
@@ -140,7 +146,8 @@ def labels_of(info: PartitionInput, name: str) -> np.ndarray:
     """The labels, which partitioner `name` cannot do without."""
     if info.labels is None:
         raise DataError(
-            f"partition {name!r} needs labels, and this task has none; use iid, quantity, natural or domain"
+            f"partition {name!r} needs labels, and this task has none: use iid, quantity, natural or domain",
+            code="no-labels",
         )
     return info.labels
 
@@ -148,7 +155,9 @@ def labels_of(info: PartitionInput, name: str) -> np.ndarray:
 def column_of(info: PartitionInput, name: str) -> np.ndarray:
     """The values of a column."""
     if name not in info.columns:
-        raise DataError(f"the data have no column {name!r} to divide by; {nearest(name, info.columns)}")
+        raise DataError(
+            f"the data have no column {name!r} to partition by; {nearest(name, info.columns)}", code="no-such-column"
+        )
     return info.columns[name]
 
 
@@ -164,7 +173,10 @@ def _per_client(rates: float | tuple[float, ...], clients: int, name: str) -> tu
     if not isinstance(rates, tuple):
         return (rates,) * clients
     if not rates or len(rates) > clients:
-        raise ConfigError(f"partition.{name} gives {len(rates)} rates for {clients} clients; give one, or one for each")
+        raise ConfigError(
+            f"partition.{name} has {len(rates)} rates for {clients} clients: give one, or one per client",
+            code="wrong-number-of-rates",
+        )
     return tuple(rates[number % len(rates)] for number in range(clients))
 
 

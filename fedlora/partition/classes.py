@@ -40,8 +40,8 @@ class Classes(Partitioner):
         present = len(np.unique(labels))
         if self.classes_per_client > present:
             raise DataError(
-                f"partition.classes_per_client is {self.classes_per_client}, but the data have {present} labels; "
-                "lower it"
+                f"partition.classes_per_client = {self.classes_per_client} is above the {present} classes of the data: lower it",
+                code="too-few-classes",
             )
 
         from flwr_datasets.partitioner import PathologicalPartitioner
@@ -57,4 +57,6 @@ class Classes(Partitioner):
             return with_flwr_datasets(partitioner, labels, seed)
         except ValueError as error:
             reason = str(error).split(". ")[0].rstrip(". \n")
-            raise DataError(f"{info.size} examples cannot be divided this way: {reason}; {self.cure}") from None
+            raise DataError(
+                f"{info.size} examples cannot be divided this way: {reason}; {self.cure}", code="not-divisible"
+            ) from None

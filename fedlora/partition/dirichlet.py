@@ -57,7 +57,8 @@ class Dirichlet(Partitioner):
         if info.size // self.clients < self.min_size:
             raise DataError(
                 f"{info.size} examples are fewer than min_size {self.min_size} for each of {self.clients} clients; "
-                "lower partition.min_size or partition.clients"
+                "lower partition.min_size or partition.clients",
+                code="too-few-examples",
             )
         if self.sizes == "drawn":
             return dirichlet_over_clients(labels, self.clients, self.alpha, self.min_size, seed, self.cure)
@@ -73,7 +74,10 @@ def dirichlet_over_clients(
             return _one_attempt(values, clients, alpha, min_size, seed, attempt)
         except ValueError:
             continue
-    raise DataError(f"no draw gave each of {clients} clients {min_size} of {len(values)} examples (min_size); {cure}")
+    raise DataError(
+        f"no draw gave each of {clients} clients at least {min_size} of {len(values)} examples (min_size); {cure}",
+        code="min-size-not-reached",
+    )
 
 
 def _one_attempt(

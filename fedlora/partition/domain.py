@@ -50,7 +50,9 @@ class Domain(Partitioner):
         """Refuse combinations of which one part would be ignored."""
         if self.mixing is not None and (self.within is not None or self.allocation != "equal"):
             raise ConfigError(
-                "partition 'domain': mixing gives each client all domains; remove it, or remove within and allocation"
+                "partition 'domain': partition.mixing gives each client examples of all domains, so that within and "
+                "allocation have no effect: remove it, or remove these",
+                code="key-without-effect",
             )
         if self.within is not None:
             self._inner(1)  # so that a wrong table is refused before any data are read
@@ -69,21 +71,28 @@ class Domain(Partitioner):
         fields = dict(self.within or {"name": "iid"})
         name = fields.pop("name", None)
         if not isinstance(name, str):
-            raise ConfigError("partition.within needs the name of a partitioner, such as {name = 'dirichlet', ...}")
+            raise ConfigError(
+                "partition.within lacks the name of a partitioner: write it as in {name = 'dirichlet', ...}",
+                code="missing-key",
+            )
         if name in ("domain", "natural"):
             raise ConfigError(
-                f"partition.within cannot be {name!r}; choose dirichlet, classes, shards, quantity or iid"
+                f"partition.within cannot be {name!r}; choose dirichlet, classes, shards, quantity or iid",
+                code="not-allowed-within",
             )
         for key in ("clients", "label_noise", "feature_noise"):
             if key in fields:
-                raise ConfigError(f"move {key!r} from partition.within to partition: it is said once for all domains")
+                raise ConfigError(
+                    f"partition.within cannot set {key!r}, which holds for all domains: move it to [partition]",
+                    code="key-in-wrong-table",
+                )
         return partitioners.build(name, {**fields, "clients": clients})
 
     def assign(self, info: PartitionInput, seed: int) -> Sequence[np.ndarray]:
         """See `Partitioner.assign`."""
         column = self.column or info.domain
         if column is None:
-            raise DataError("partition 'domain' needs to know the column of the domains; set data.domain")
+            raise DataError("partition 'domain' needs a column of domains: set data.domain", code="no-domain-column")
         values = column_of(info, column)
         if self.mixing is not None:
             numbers = np.unique(values, return_inverse=True)[1]
@@ -91,8 +100,9 @@ class Domain(Partitioner):
         groups = groups_of(values)
         if self.clients < len(groups):
             raise DataError(
-                f"{self.clients} clients cannot each have one of {len(groups)} domains ({', '.join(groups)}); raise "
-                "partition.clients, or set partition.mixing"
+                f"{self.clients} clients are fewer than the {len(groups)} domains ({', '.join(groups)}): raise "
+                "partition.clients, or set partition.mixing",
+                code="fewer-clients-than-domains",
             )
         sizes = np.array([len(rows) for rows in groups.values()], dtype=np.float64)
         shares = sizes if self.allocation == "proportional" else np.ones_like(sizes)
@@ -101,13 +111,14 @@ class Domain(Partitioner):
         for (name, rows), count in zip(groups.items(), numbers, strict=True):
             if count > len(rows):
                 raise DataError(
-                    f"domain {name!r} has {len(rows)} examples for {count} clients; lower partition.clients"
+                    f"domain {name!r} has {len(rows)} examples for {count} clients; lower partition.clients",
+                    code="too-few-examples",
                 )
             inside = PartitionInput(size=len(rows), labels=None if info.labels is None else info.labels[rows])
             try:
                 parts = self._inner(int(count)).assign(inside, derive(seed, "within", name))
             except DataError as error:
-                raise DataError(f"domain {name!r}: {error}") from None
+                raise DataError(f"domain {name!r}: {error}", code=error.code) from None
             clients += [rows[np.asarray(part, dtype=np.int64)] for part in parts]
         return clients
 

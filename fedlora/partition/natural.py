@@ -44,7 +44,8 @@ class Natural(Partitioner):
         clients = {name: rows for name, rows in groups.items() if len(rows) >= self.min_size}
         if not clients:
             raise DataError(
-                f"no value of column {self.column!r} has {self.min_size} examples; lower partition.min_size"
+                f"no value of column {self.column!r} has {self.min_size} examples; lower partition.min_size",
+                code="too-few-examples",
             )
         small = [rows for name, rows in groups.items() if name not in clients]
         if small and self.rest == "pool":

@@ -44,7 +44,10 @@ class Quantity(Partitioner):
     def __post_init__(self) -> None:
         """Exactly one law."""
         if (self.exponent is None) == (self.alpha is None):
-            raise ConfigError("partition 'quantity' needs one of exponent (a power law) and alpha (Dirichlet shares)")
+            raise ConfigError(
+                "partition 'quantity' needs exactly one of exponent (a power law) and alpha (Dirichlet shares)",
+                code="not-exactly-one",
+            )
 
     def assign(self, info: PartitionInput, seed: int) -> Sequence[np.ndarray]:
         """See `Partitioner.assign`."""
@@ -52,7 +55,8 @@ class Quantity(Partitioner):
         if spare < 0:
             raise DataError(
                 f"{info.size} examples are fewer than min_size {self.min_size} for each of {self.clients} clients; "
-                "lower partition.min_size or partition.clients"
+                "lower partition.min_size or partition.clients",
+                code="too-few-examples",
             )
         if self.exponent is not None:
             shares = np.arange(1, self.clients + 1, dtype=np.float64) ** -self.exponent

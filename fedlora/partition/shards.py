@@ -38,7 +38,8 @@ class Shards(Partitioner):
         if self.clients * self.shards_per_client > info.size:
             raise DataError(
                 f"{info.size} examples are fewer than {self.clients} clients with {self.shards_per_client} shards; "
-                f"{self.cure}"
+                f"{self.cure}",
+                code="too-few-examples",
             )
 
         from flwr_datasets.partitioner import ShardPartitioner
@@ -53,4 +54,6 @@ class Shards(Partitioner):
             return with_flwr_datasets(partitioner, labels, seed)
         except ValueError as error:
             reason = str(error).split(". ")[0].rstrip(". \n")
-            raise DataError(f"{info.size} examples cannot be divided this way: {reason}; {self.cure}") from None
+            raise DataError(
+                f"{info.size} examples cannot be divided this way: {reason}; {self.cure}", code="not-divisible"
+            ) from None

@@ -41,16 +41,23 @@ def grid(assignments: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for assignment in assignments:
         key, separator, text = (part.strip() for part in assignment.partition("="))
         if not separator or not key:
-            raise ConfigError(f"--set {assignment!r} must have the form key=value or key=value,value")
+            raise ConfigError(
+                f"--set {assignment!r} must have the form key=value or key=value,value", code="not-key-value"
+            )
         if key in RESERVED:
-            raise ConfigError(f"--set {key}: a sweep sets it itself, say it with {RESERVED[key]}")
+            raise ConfigError(f"--set {key}: a sweep sets this key itself, use {RESERVED[key]}", code="reserved-key")
         if key in found:
-            raise ConfigError(f"--set {key} stands there twice: give its alternatives in one, separated by commas")
+            raise ConfigError(
+                f"--set {key} is given twice: give all alternatives at once, separated by commas",
+                code="key-given-twice",
+            )
         found[key] = list(alternatives(text))
         for value, times in Counter(found[key]).items():
             if not value or times > 1:
-                what = f"{value!r} stands there twice" if value else "an alternative is empty"
-                raise ConfigError(f"--set {assignment!r}: {what}; separate alternatives by single commas")
+                what = f"{value!r} is given twice" if value else "an alternative is empty"
+                raise ConfigError(
+                    f"--set {assignment!r}: {what}; separate the alternatives by single commas", code="bad-alternatives"
+                )
     short = _short_keys([key for key, values in found.items() if len(values) > 1])
     out: dict[str, tuple[str, ...]] = {}
     for values in itertools.product(*found.values()):

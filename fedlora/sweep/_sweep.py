@@ -182,17 +182,22 @@ def plan(sweep: Sweep) -> tuple[dict[tuple[str, str], RunConfig], dict[tuple[str
         all runs that may be reported.
     """
     if sweep.processes < 1 or not sweep.settings or not (sweep.seeds or sweep.selection):
-        raise ConfigError("a sweep needs at least one setting, one seed (or a selection) and one process")
+        raise ConfigError(
+            "a sweep needs at least one setting, one seed (or a selection) and one process", code="nothing-to-run"
+        )
     if len(set(sweep.seeds)) < len(sweep.seeds):
-        raise ConfigError("a seed stands there twice: give each once")
+        raise ConfigError("a seed is given twice: give each once", code="seed-given-twice")
     selection = sweep.selection
     if selection is not None and selection.seed in sweep.seeds:
         raise ConfigError(
-            f"seed {selection.seed} would choose and be reported: choose on another one, with --select-seed"
+            f"seed {selection.seed} would both select and be reported: select with another one, with --select-seed",
+            code="seed-chooses-and-reports",
         )
     for name in selection.start if selection else ():
         if selection is not None and name not in selection.candidates:
-            raise ConfigError(f"{name!r} is no candidate; {nearest(name, selection.candidates)}")
+            raise ConfigError(
+                f"{name!r} is not a candidate; {nearest(name, selection.candidates)}", code="unknown-name"
+            )
     candidates = list(selection.candidates) if selection else [""]
     chooses = {}
     if selection is not None:
@@ -206,7 +211,10 @@ def plan(sweep: Sweep) -> tuple[dict[tuple[str, str], RunConfig], dict[tuple[str
     }
     every = [*chooses.values(), *reports.values()]
     if len({_path(config) for config in every}) < len(every):
-        raise ConfigError("two settings have the same name as folders: give them names that differ in their letters")
+        raise ConfigError(
+            "two settings would have the same folder name: give them names that differ in letters or digits",
+            code="folder-name-taken",
+        )
     for config in {config.digest("strategy", "partition", "task"): config for config in every}.values():
         _check_names(config)
     for config in every:
@@ -324,8 +332,9 @@ def _pick(candidates: Mapping[str, RunConfig], selects: bool) -> Pick:
             first = first or run
             if changed := silently_changed((first, run)):
                 raise RunDirError(
-                    f"{in_words(changed)} changed between {str(first.path)!r} and {str(run.path)!r}, so that neither "
-                    "is the better: remove the older of them, or name another folder with -o"
+                    f"{in_words(changed)} changed between {str(first.path)!r} and {str(run.path)!r}, so that they "
+                    "cannot be compared: remove the older one, or name another folder with -o",
+                    code="provenance-mismatch",
                 )
             better = 1.0 if run.higher_is_better else -1.0
             tried[candidate] = run.final
@@ -340,9 +349,12 @@ def _alone(folder: Path) -> Iterator[None]:
         with locked(folder / ".lock"):
             yield
     except BlockingIOError:
-        raise RunDirError(f"another sweep is at work in {str(folder)!r}: wait for it, or name another -o") from None
+        raise RunDirError(
+            f"another sweep is writing to {str(folder)!r}: wait for it, or name another folder with -o",
+            code="folder-in-use",
+        ) from None
     except (FileExistsError, NotADirectoryError):
-        raise RunDirError(f"{str(folder)!r} is no folder: name another one with -o") from None
+        raise RunDirError(f"{str(folder)!r} is not a folder: name another one with -o", code="not-a-folder") from None
 
 
 def _write(sweep: Sweep, outcome: Outcome) -> None:

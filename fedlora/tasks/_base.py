@@ -230,7 +230,9 @@ class Task(ABC):
         Raises:
             ConfigError: this kind of task has no such noise.
         """
-        raise ConfigError(f"{type(self).__name__} has no feature noise; remove partition.feature_noise")
+        raise ConfigError(
+            f"{type(self).__name__} cannot add feature noise: remove partition.feature_noise", code="no-feature-noise"
+        )
 
     def samples(
         self,

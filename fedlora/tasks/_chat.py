@@ -63,23 +63,31 @@ def read_messages(values: Sequence[Sequence[Any]], columns: Sequence[str], syste
 def _messages(value: Any, row: int, column: str) -> Messages:
     where = f"row {row}, column {column!r}"
     if not isinstance(value, (list, tuple, np.ndarray)) or len(value) == 0:
-        raise DataError(f'{where}: give a list of messages such as {{"role": "user", "content": "..."}}')
+        raise DataError(
+            f'{where}: give a list of messages such as {{"role": "user", "content": "..."}}', code="not-a-conversation"
+        )
     messages: Messages = []
     for place, message in enumerate(value):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DataError(f'{where}: message {place} needs the strings "role" and "content"')
+            raise DataError(
+                f'{where}: message {place} needs the strings "role" and "content"', code="malformed-message"
+            )
         # Tables of one schema (Parquet) hold every key in every message, and None where there is nothing.
         others = [key for key, inner in message.items() if key not in ("role", "content") and not _is_nothing(inner)]
         if others:
             raise DataError(
-                f'{where}: message {place} has {clean_text(str(others[0]))!r}, and only "role" and "content" are '
-                "learnt from: remove the key, or write what it holds into the content"
+                f'{where}: message {place} has the key {clean_text(str(others[0]))!r}, and only "role" and '
+                '"content" are used: remove it, or write its value into the content',
+                code="unknown-message-key",
             )
         for key in ("role", "content"):
             require_encodable(message[key], row, column)
         messages.append({"role": message["role"], "content": message["content"]})
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise DataError(f"{where}: the last message must be the assistant's, and not empty; cut or remove the row")
+        raise DataError(
+            f"{where}: the last message must be the assistant's and not be empty: shorten or remove the row",
+            code="no-final-answer",
+        )
     return messages
 
 
@@ -135,8 +143,9 @@ def _pieces_of_row(
     """
     if train_on == "answers" and messages[0]["role"] == "assistant":
         raise DataError(
-            f"row {row}: the conversation begins with the assistant, whose first message answers nobody: set "
-            "task.train_on = 'answer', or remove that message"
+            f"row {row}: the conversation begins with the assistant, whose first message has no prompt: set "
+            "task.train_on = 'answer', or remove that message",
+            code="answer-without-prompt",
         )
     try:
         return pieces(tokenizer, messages, train_on)
@@ -147,7 +156,8 @@ def _pieces_of_row(
         raise DataError(
             f"row {row}: the model's chat template refuses this conversation (roles: {roles}): "
             f"{clean_text(error, 150) or type(error).__name__}; change the row, task.system, or the chat template in "
-            "the model's folder"
+            "the model's folder",
+            code="template-refuses",
         ) from error
 
 
@@ -191,8 +201,9 @@ def _by_beginnings(tokenizer: Any, parts: Sequence[str]) -> Whole:
     ids = tokens[-1]
     if any(ids[: len(beginning)] != beginning for beginning in tokens):
         raise ModelError(
-            "the model's tokeniser does not tell which characters a token stands for, and one of its tokens lies "
-            "across the border between a prompt and its answer: give a folder with tokenizer.json"
+            "the model's tokenizer gives no character offsets, and one of its tokens spans the end of a prompt and the "
+            "start of its answer: use a model folder with tokenizer.json",
+            code="token-across-border",
         )
     counts = np.diff([0, *map(len, tokens)])
     edges = np.asarray([len(beginning) for beginning in beginnings])
@@ -212,8 +223,9 @@ def pieces(tokenizer: Any, messages: Messages, train_on: Literal["answer", "answ
         after = _render(tokenizer, messages[: place + 1], prompt=False)
         if not before.startswith(done) or not after.startswith(before):
             raise ModelError(
-                "the model's chat template renders a conversation's beginning differently once it goes on, so that an "
-                "answer cannot be told from its prompt; give a tokenizer folder with another chat_template"
+                "the model's chat template changes earlier messages when later ones follow, so that prompt and answer "
+                "cannot be told apart: use a tokenizer with another chat_template",
+                code="template-rewrites-beginning",
             )
         closed = after.rstrip()
         answer = closed if any(closed.endswith(token) for token in tokenizer.all_special_tokens) else after

@@ -119,14 +119,19 @@ def class_names(values: Sequence[Any], column: str, known: Sequence[str] = ()) -
     """
     if known:
         if len(set(known)) != len(known):
-            raise ConfigError(f"task.labels names a class twice: {', '.join(known)}; give each once")
+            raise ConfigError(
+                f"task.labels names a class twice: {', '.join(known)}; give each once", code="class-named-twice"
+            )
         names = tuple(known)
     else:
         found = _spellings(values, column)
         numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in found)
         names = tuple(sorted(found, key=int if numeric else str))
     if len(names) < 2:
-        raise DataError(f"column {column!r} holds {len(names)} label(s) and a classifier needs two; check data.label")
+        raise DataError(
+            f"column {column!r} has {len(names)} distinct labels and a classifier needs two: check data.label",
+            code="too-few-classes",
+        )
     return names
 
 
@@ -147,7 +152,8 @@ def class_ids(values: Sequence[Any], column: str, names: Sequence[str]) -> np.nd
         label, _ = _label(value, row, column)
         if label not in places:
             raise DataError(
-                f"row {row}, column {column!r}: {_shown(label)} is no class; {_nearest_class(label, names)}"
+                f"row {row}, column {column!r}: {_shown(label)} is not a class; {_nearest_class(label, names)}",
+                code="label-not-a-class",
             )
         ids[row] = places[label]
     return ids
@@ -172,8 +178,9 @@ def _spellings(values: Sequence[Any], column: str, known: Sequence[str] = ()) ->
         if alike != (label, kind):
             one, other = (f"{_shown(text)} ({what})" for text, what in (alike, (label, kind)))
             raise DataError(
-                f"column {column!r} has the labels {one} in row {first[alike]} and {other} in row {row}: write a class "
-                "in one way, or name the classes in task.labels"
+                f"column {column!r} has the labels {one} in row {first[alike]} and {other} in row {row}: write each "
+                "class in one way, or name the classes in task.labels",
+                code="label-in-two-spellings",
             )
     return {label for label, _ in first}
 
@@ -190,7 +197,9 @@ def _label(value: Any, row: int, column: str) -> tuple[str, str]:
         return require_encodable(value, row, column), "text"
     missing = value is None or value is np.nan or (isinstance(value, float) and math.isnan(value))
     shown = "missing" if missing or isinstance(value, str) else f"{_shown(value)}, not a class"
-    raise DataError(f"row {row}, column {column!r}: the label is {shown}; remove the row or fill it in")
+    raise DataError(
+        f"row {row}, column {column!r}: the label is {shown}; remove the row or fill it in", code="not-a-label"
+    )
 
 
 def _number(text: str) -> Decimal | None:

@@ -137,13 +137,17 @@ def _load_tokenizer(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> Any:
         raise
     except Exception as error:  # the reader of tokenizer.json raises a bare Exception
         raise ModelError(
-            f"no tokeniser can be loaded from {path!r}: {checkpoint.why_not_loaded(error)}; give a folder with "
-            "tokenizer.json"
+            f"no tokenizer can be loaded from {path!r}: {checkpoint.why_not_loaded(error)}; use a folder with "
+            "tokenizer.json",
+            code="tokenizer-not-loadable",
         ) from error
     _refuse_invented(tokenizer, checkpoint)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"the tokeniser of {path!r} has neither a padding token nor an end token; give it one")
+            raise ModelError(
+                f"the tokenizer of {path!r} has neither a padding nor an end-of-sequence token: add one",
+                code="no-padding-token",
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -158,7 +162,9 @@ def require_text(value: Any, row: int, column: str) -> str:
         return require_encodable(value, row, column)
     empty = isinstance(value, str)
     shown = "missing" if value is None else "empty" if empty else f"{clean_text(repr(value), 80)}, not a string"
-    raise DataError(f"row {row}, column {column!r}: the text is {shown}; remove the row or fill it in")
+    raise DataError(
+        f"row {row}, column {column!r}: the text is {shown}; remove the row or fill it in", code="not-a-text"
+    )
 
 
 def require_encodable(text: str, row: int, column: str) -> str:
@@ -172,8 +178,9 @@ def require_encodable(text: str, row: int, column: str) -> str:
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
         raise DataError(
-            f"row {row}, column {column!r}: character {error.start} is half a character (the lone surrogate {half}), "
-            "as of an emoji that was cut in two: remove or replace it"
+            f"row {row}, column {column!r}: character {error.start} is the lone surrogate {half}, half of a "
+            "character such as an emoji that was cut in two: remove or replace it",
+            code="lone-surrogate",
         ) from None
     return text
 
@@ -200,8 +207,9 @@ def _refuse_invented(tokenizer: Any, checkpoint: Checkpoint) -> None:
         lacks = "a vocabulary beside its special tokens"
     if lacks:
         raise ModelError(
-            f"{str(checkpoint)!r} has no tokenizer of its own ({lacks} is not there): copy the files of the tokenizer "
-            "of the model that it was made from into it (tokenizer.save_pretrained)"
+            f"{str(checkpoint)!r} has no tokenizer of its own ({lacks} is missing): save the tokenizer of the model "
+            "that it was made from into it (tokenizer.save_pretrained)",
+            code="no-tokenizer",
         )
 
 
@@ -241,7 +249,8 @@ def encode(
     words = tokens.flat[~np.isin(tokens.flat, sorted(special))]
     if len(words) and np.all(words == tokenizer.unk_token_id):
         raise DataError(
-            f"column {column!r}: the tokenizer of {str(Checkpoint.at(model))!r} knows not one word of it: check "
-            "data.text, or use a model of the texts' language"
+            f"column {column!r}: the tokenizer of {str(Checkpoint.at(model))!r} knows none of its words: check "
+            "data.text, or use a model for the language of the texts",
+            code="all-words-unknown",
         )
     return tokens, segments

@@ -68,9 +68,10 @@ def refuse_foresight(model: nn.Module, ids: np.ndarray, logits: Logits) -> None:
     # The median: one expert that is chosen by a hair moves one row.
     if not float(moved.median()) <= FORESIGHT.get(_dtype(model), 0.01):
         raise ModelError(
-            f"{type(model).__name__} sees the tokens that it is to predict: a token's logits change with the tokens "
-            "after it. Choose a decoder as model.name (for BERT and its kin, one whose config.json says is_decoder: "
-            "true), or another task.name"
+            f"{type(model).__name__} is not causal: a token's logits depend on the tokens after it, which it is to "
+            "predict; choose a decoder as model.name (for BERT and similar models, one whose config.json has "
+            "is_decoder: true), or another task.name",
+            code="not-causal",
         )
 
 
@@ -98,15 +99,20 @@ def refuse_leaks(model: nn.Module, ids: np.ndarray, logits: Logits) -> None:
             try:
                 found[name] = logits(model, batch, chosen).double()
             except Exception as error:
-                raise ModelError(f"task.packing: {kind} cannot be given packed examples; {cure}") from error
+                raise ModelError(
+                    f"task.packing: {kind} cannot process packed examples; {cure}", code="packing-not-supported"
+                ) from error
     size = float(found["alone"].norm())
     # The same shapes through the same kernels: what is masked must not change a bit, but rounding is forgiven.
     leaks, shifted = (float((found["behind"] - found[name]).norm()) / max(size, 1e-30) for name in ("other", "alone"))
     if not leaks <= min(1e-5, limit := ROUNDING.get(_dtype(model), 0.05)):
-        raise ModelError(f"task.packing: {kind} lets an example see the one before it in its row; {cure}")
+        raise ModelError(
+            f"task.packing: {kind} lets an example attend to the one packed before it; {cure}", code="packing-leaks"
+        )
     if not shifted <= limit:
         raise ModelError(
-            f"task.packing: {kind} gives a packed example other results than the same example alone; {cure}"
+            f"task.packing: {kind} gives a packed example another result than the same example alone; {cure}",
+            code="packing-changes-results",
         )
 
 

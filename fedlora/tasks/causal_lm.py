@@ -72,7 +72,9 @@ class CausalLM(Task):
         """Refuse fields of conversations where there are none."""
         if self.form == "text" and (self.train_on != "answer" or self.system is not None):
             what = "train_on" if self.train_on != "answer" else "system"
-            raise ConfigError(f"task.{what} is for conversations, and task.form is 'text': remove it")
+            raise ConfigError(
+                f"task.{what} applies to conversations, and task.form is 'text': remove it", code="key-without-effect"
+            )
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -116,7 +118,8 @@ class CausalLM(Task):
             counts[:1] = False  # nothing predicts the first token
             if not counts.any():
                 raise DataError(
-                    f"row {row}, column {columns[self.roles[-1]]!r}: no token to learn from; remove the row"
+                    f"row {row}, column {columns[self.roles[-1]]!r}: it has no token to learn: remove the row",
+                    code="nothing-to-learn",
                 )
             ids.append(tokens)
             labels.append(np.where(counts, tokens, IGNORED).astype(np.int32))

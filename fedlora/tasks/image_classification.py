@@ -134,7 +134,10 @@ class ImageClassification(Classification):
         """Noise in the pictures: normal, of standard deviation `rate` where black is 0 and white is 1, then clipped."""
         pixels = _pixels(examples)
         if pixels.values.dtype != np.uint8:
-            raise ConfigError("partition.feature_noise cannot be put into this model's pictures; remove it")
+            raise ConfigError(
+                "noise cannot be added to what this model's image processor returns: remove partition.feature_noise",
+                code="no-feature-noise",
+            )
         values = pixels.values.copy()
         noise = np.random.default_rng(seed).normal(scale=255 * rate, size=values[rows].shape)
         values[rows] = np.clip(np.rint(values[rows] + noise), 0, 255).astype(np.uint8)
@@ -170,7 +173,8 @@ def _processor(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> tuple[Any,
     except Exception as error:  # from files of others
         raise ModelError(
             f"{str(checkpoint)!r} has no image processor (preprocessor_config.json) that can be loaded: "
-            f"{checkpoint.why_not_loaded(error)}; set model.name to a model of images, or change task.name"
+            f"{checkpoint.why_not_loaded(error)}; choose an image model as model.name, or change task.name",
+            code="no-image-processor",
         ) from error
     patch = getattr(config, "patch_size", 0)
     return processor, int(getattr(config, "num_channels", 3)), patch if isinstance(patch, int) else 0
@@ -186,8 +190,9 @@ def _process(processor: Any, pictures: Sequence[Any], column: str, channels: int
             if end - start > 1:  # find the one that is refused
                 return np.concatenate([run(row, row + 1, **options) for row in range(start, end)])
             raise DataError(
-                f"row {start}, column {column!r}: the model's image processor refuses the picture: "
-                f"{_first_line(error)}; remove or convert it"
+                f"row {start}, column {column!r}: the model's image processor refuses the image: "
+                f"{_first_line(error)}; remove or convert it",
+                code="picture-refused",
             ) from None
 
     # Resized only, pictures stay at eight bits; the rest is a scale and a shift, if this processor does no more.
@@ -201,8 +206,9 @@ def _process(processor: Any, pictures: Sequence[Any], column: str, channels: int
         return Pixels(np.concatenate(parts), scale, shift)
     except ValueError:
         raise DataError(
-            f"column {column!r}: the model's image processor leaves the pictures in different sizes: give pictures of "
-            "one size, or a processor that resizes"
+            f"column {column!r}: the images still differ in size after the model's image processor: use images of one "
+            "size, or a processor that resizes",
+            code="picture-sizes-differ",
         ) from None
 
 
@@ -230,13 +236,16 @@ def read_picture(value: Any, row: int, column: str, channels: int) -> np.ndarray
     """
     where = f"row {row}, column {column!r}"
     if isinstance(value, Mapping) and not (value.get("bytes") or value.get("path")):
-        raise DataError(f"{where}: it has neither bytes nor a path; remove the row")
+        raise DataError(f"{where}: the image has neither bytes nor a path: remove the row", code="empty-picture")
     if isinstance(value, str | Path | Mapping | Image.Image):
         picture = _opened(value, where)
     else:
         picture = Image.fromarray(_eight_bits(value, where))
     if channels not in (1, 3):
-        raise ModelError(f"the model wants pictures of {channels} channels, and only 1 and 3 are known here")
+        raise ModelError(
+            f"the model expects images of {channels} channels, only 1 and 3 are supported: choose another model.name",
+            code="channels-not-supported",
+        )
     if picture.mode in DEEP_MODES:
         picture = Image.fromarray(_from_deep(np.asarray(picture), where))
     found = np.asarray(picture.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
@@ -270,7 +279,8 @@ def _opened(value: str | Path | Mapping[str, Any] | Image.Image, where: str) -> 
     except Exception as error:  # Pillow's readers of damaged files raise whatever they stumble over
         named = "" if name is None else f" {clean_text(repr(str(name)), 200)}"
         raise DataError(
-            f"{where}: the picture{named} cannot be read: {_first_line(error)}; check the path and the file"
+            f"{where}: the image{named} cannot be read: {_first_line(error)}; check the path and the file",
+            code="picture-not-readable",
         ) from None
 
 
@@ -280,8 +290,9 @@ def _from_deep(array: np.ndarray, where: str) -> np.ndarray:
         return _eight_bits(array, where)
     if array.min() < 0 or array.max() > 65535:
         raise DataError(
-            f"{where}: its values go from {array.min()} to {array.max()}, and those of a grey picture must from 0 to "
-            "65535: convert it to 8 or 16 bits"
+            f"{where}: the values range from {array.min()} to {array.max()}, which 16 bits cannot hold (0 to 65535): "
+            "convert it to 8 or 16 bits",
+            code="pixel-out-of-range",
         )
     return np.rint(array / 257).astype(np.uint8)
 
@@ -297,17 +308,24 @@ def _eight_bits(value: Any, where: str) -> np.ndarray:
     except ValueError:
         array = np.asarray(None)
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
-        raise DataError(f"{where}: it is neither a path nor a picture nor an array [height, width] or with channels")
+        raise DataError(
+            f"{where}: give a path, an image, or an array of shape [height, width] or [height, width, channels]",
+            code="not-a-picture",
+        )
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
-        raise DataError(f"{where}: an array of shape {list(array.shape)} has no 1, 3 or 4 channels")
+        raise DataError(
+            f"{where}: an array of shape {list(array.shape)} does not have 1, 3 or 4 channels: convert it",
+            code="bad-picture-shape",
+        )
     if array.dtype.kind == "b":
         array = array.astype(np.float32)
     top = 1 if array.dtype.kind == "f" else 255
     if not (array.min() >= 0 and array.max() <= top):  # so that NaN is refused too
         raise DataError(
-            f"{where}: values go from {array.min()} to {array.max()}, and must from 0 to 255 (whole numbers) or 0 to 1"
+            f"{where}: values range from {array.min()} to {array.max()}: scale them to 0 to 255 (integers) or 0 to 1",
+            code="pixel-out-of-range",
         )
     array = np.rint(array * 255).astype(np.uint8) if top == 1 else array.astype(np.uint8)
     return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)

@@ -36,7 +36,10 @@ def require_tracker(config: RunConfig) -> None:
     """
     if config.tracking is not None and find_spec(_class(config.tracking.name).package) is None:
         name = config.tracking.name
-        raise ConfigError(f"tracking.name = {name!r} needs a package that is not here: pip install 'fedlora[{name}]'")
+        raise ConfigError(
+            f"tracking.name = {name!r} needs a package that is not installed: pip install 'fedlora[{name}]'",
+            code="package-not-installed",
+        )
 
 
 @contextmanager

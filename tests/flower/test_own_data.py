@@ -160,26 +160,26 @@ def test_a_file_that_is_not_there_costs_its_node_the_run_and_nobody_else(configs
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "error", "code", "named"),
     [
-        ("task.labels=[]", ConfigError, "may lack a class: name them all"),
-        ("partition.clients=0", ConfigError, "clients = the number of nodes"),
-        ("partition.alpha=1", ConfigError, "has one key"),
-        ("partition.name=iid", ConfigError, "set both data.source = 'nodes' and partition.name = 'nodes'"),
-        ("data.test='/no/test.csv'", DataError, "correct data.test in the run's config"),
+        ("task.labels=[]", ConfigError, "classes-unknown", "task.labels"),
+        ("partition.clients=0", ConfigError, "bad-value", "partition.clients"),
+        ("partition.alpha=1", ConfigError, "unknown-key", "'alpha'"),
+        ("partition.name=iid", ConfigError, "nodes-in-one-table-only", "partition.name = 'nodes'"),
+        ("data.test='/no/test.csv'", DataError, "no-such-file", "'/no/test.csv'"),
     ],
 )
 def test_a_config_that_lacks_what_all_must_agree_on_is_refused(
-    configs: Any, change: str, error: type[FedloraError], message: str
+    configs: Any, change: str, error: type[FedloraError], code: str, named: str
 ) -> None:
     own, _ = configs()
-    with pytest.raises(error, match=message):
+    with raises(error, code, named):
         load_data(parse_config(own.to_toml(), [change]))
 
 
 def test_data_of_its_own_is_never_left_unused(configs: Any, files: Path) -> None:
     _, one = configs()
-    with pytest.raises(ConfigError, match=r"the run divides data\.source among the clients"):
+    with raises(ConfigError, "node-data-unused", "data.source"):
         load_data(config_of(context_of(one, {"partition-id": 0, "data": str(files / "a.csv")})))
 
 

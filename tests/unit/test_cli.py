@@ -66,7 +66,7 @@ def test_an_error_is_one_line_on_standard_error(cli: Cli, tiny_toml: Path) -> No
     result = cli("run", tiny_toml.with_name("tny.toml"))
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert re.fullmatch(r"error: there is no config file '.*tny.toml'; did you mean '.*tiny.toml'\?\n", result.stderr)
+    assert re.fullmatch(r"error: .*tny\.toml'.*tiny\.toml'.*\n", result.stderr)
 
 
 def test_debug_shows_the_traceback(cli: Cli) -> None:
@@ -77,15 +77,15 @@ def test_debug_shows_the_traceback(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to run"),
-        (["--resume", "absent"], "there is no run in 'absent'"),
-        (["--resume", "x", "--overwrite"], "give one of them"),
-        (["CONFIG", "--set", "strategy.name=fedavgg"], "unknown aggregation rule 'fedavgg'; did you mean 'fedavg'?"),
-        (["CONFIG", "--set", "strategy.mu=1"], "has no field 'mu'"),
-        (["CONFIG", "--set", "partition.name=domian"], "unknown partitioner 'domian'; did you mean 'domain'?"),
-        (["CONFIG", "--set", "train.stesp=1"], "unknown key 'train.stesp'; did you mean 'steps'?"),
-        (["CONFIG", "--set", "clients.ranks=[1, 2]"], "FedAvg needs the same rank"),
-        (["CONFIG", "--set", "name=a/b"], "plain folder name"),
+        ([], "fedlora run CONFIG"),
+        (["--resume", "absent"], "'absent'"),
+        (["--resume", "x", "--overwrite"], "--overwrite"),
+        (["CONFIG", "--set", "strategy.name=fedavgg"], "'fedavg'"),
+        (["CONFIG", "--set", "strategy.mu=1"], "'mu'"),
+        (["CONFIG", "--set", "partition.name=domian"], "'domain'"),
+        (["CONFIG", "--set", "train.stesp=1"], "'train.stesp'"),
+        (["CONFIG", "--set", "clients.ranks=[1, 2]"], "'fedavg'"),
+        (["CONFIG", "--set", "name=a/b"], "'a/b'"),
     ],
 )
 def test_a_mistake_is_said_and_leaves_nothing_behind(cli: Cli, tiny_toml: Path, words: list[str], message: str) -> None:
@@ -134,7 +134,7 @@ def test_assets_lists_without_fetching(cli: Cli, tmp_path: Path, monkeypatch: py
     assert re.search(r"^vader +corpus +2\.5 MB +no ", result.stdout, re.MULTILINE)
     assert not list(tmp_path.iterdir())
     wrong = cli("assets", "vadr")
-    assert (wrong.exit_code, wrong.stderr) == (1, "error: there is no asset 'vadr'; did you mean 'vader'?\n")
+    assert (wrong.exit_code, "'vadr'" in wrong.stderr, "'vader'" in wrong.stderr) == (1, True, True)
     assert [line.split()[0] for line in cli("assets", "--list", "vader").stdout.splitlines()] == ["name", "vader"]
 
 
@@ -179,7 +179,7 @@ def test_a_finished_run_is_kept_until_overwritten(cli: Cli, tiny_toml: Path) -> 
     before = (folder / "metrics.jsonl").read_bytes()
     again = cli("run", tiny_toml)
     assert again.exit_code == 1
-    assert "holds a finished run: replace it with --overwrite" in again.stderr
+    assert "--overwrite" in again.stderr
     wrong = cli("run", tiny_toml, "--overwrite", "--set", "adapter.targets=['qery']")
     assert wrong.exit_code == 1
     assert (folder / "metrics.jsonl").read_bytes() == before  # a wrong config costs nobody an earlier run
@@ -211,7 +211,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_as_if_it_had_not_been(
     folder = tiny_toml.parent / "runs" / "tiny"
     assert broken.exit_code == 130
     assert broken.stderr == f"stopped; go on with: fedlora run --resume {folder}\n"
-    assert "holds an unfinished run: continue it with --resume" in cli("run", tiny_toml).stderr
+    assert "--resume" in cli("run", tiny_toml).stderr
     changed = cli("run", tiny_toml, "--resume", folder, "--set", "adapter.rank=4")
     assert changed.exit_code == 1
     assert "adapter.rank was 2 and is now 4" in changed.stderr
@@ -273,7 +273,7 @@ def test_an_exported_adapter_is_the_runs(cli: Cli, finished: Path, tmp_path: Pat
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     again = cli("export", finished / "runs" / "tiny", tmp_path / "out")
     assert again.exit_code == 1
-    assert "is in the way" in again.stderr
+    assert str(tmp_path / "out") in again.stderr
 
 
 def test_a_merged_export_answers_like_base_and_adapter(
@@ -301,7 +301,7 @@ def test_a_run_that_never_began_cannot_be_exported(cli: Cli, tiny_toml: Path, tm
     run = RunDir.create(load_config(tiny_toml))
     result = cli("export", run.path, tmp_path / "out")
     assert result.exit_code == 1
-    assert "has no checkpoint yet" in result.stderr
+    assert f"--resume {run.path}" in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -329,7 +329,7 @@ def test_the_report_can_be_written_again_and_holds_the_baselines(cli: Cli, finis
 def test_a_report_of_nothing_names_the_nearest_run(cli: Cli, finished: Path) -> None:
     done = cli("report", finished / "runs" / "tyni")
     assert done.exit_code == 1
-    assert "did you mean" in done.stderr
+    assert "runs/tiny'" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- config
@@ -362,8 +362,8 @@ def test_config_lists_the_fields_of_what_the_file_chooses_alone(cli: Cli, tiny_t
 
 
 def test_config_names_the_nearest_key_and_prints_the_schema(cli: Cli, tiny_toml: Path) -> None:
-    assert "did you mean 'train.lr'" in cli("config", "train.lrr").stderr
-    assert "--set changes a config file" in cli("config", "--set", "seed=1").stderr
+    assert "'train.lr'" in cli("config", "train.lrr").stderr
+    assert "--set" in cli("config", "--set", "seed=1").stderr
     assert json.loads(cli("config", "--schema").stdout)["properties"]["rounds"]
 
 

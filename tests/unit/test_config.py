@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.errors import raises
 
 from fedlora.assets import ASSETS
 from fedlora.config import RunConfig, load_config, parse_config
@@ -90,35 +91,30 @@ def test_another_name_in_an_open_table_drops_the_other_ones_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "code", "named"),
     [
-        ("runds=3", "unknown key 'runds'; did you mean 'rounds'?"),
-        (
-            "train.batchsize=3",
-            "unknown key 'train.batchsize'; did you mean 'batch_size'?",
-        ),
-        ("rounds=0", "rounds"),
-        ("rounds=two", "rounds"),
-        ("train.lr=-1", "train.lr"),
-        ("train.lr=nan", "train.lr"),
-        ("server.fraction=1.5", "server.fraction"),
-        ("model.dtype=int8", "model.dtype"),
-        ("clients.ranks=[0]", "clients.ranks"),
-        ("rounds", "must have the form key=value"),
-        ("=3", "must have the form key=value"),
-        ("rounds.x=3", "is a value, not a table"),
-        ("train=3", "train"),
+        ("runds=3", "unknown-key", ("'runds'", "'rounds'")),
+        ("train.batchsize=3", "unknown-key", ("'train.batchsize'", "'batch_size'")),
+        ("rounds=0", "bad-value", ("rounds", "0")),
+        ("rounds=two", "bad-value", ("rounds", "'two'")),
+        ("train.lr=-1", "bad-value", ("train.lr", "-1")),
+        ("train.lr=nan", "bad-value", ("train.lr", "nan")),
+        ("server.fraction=1.5", "bad-value", ("server.fraction", "1.5")),
+        ("model.dtype=int8", "bad-value", ("model.dtype", "'int8'")),
+        ("clients.ranks=[0]", "bad-value", ("clients.ranks", "0")),
+        ("rounds", "not-key-value", ("'rounds'", "key=value")),
+        ("=3", "not-key-value", ("'=3'", "key=value")),
+        ("rounds.x=3", "not-a-table", ("rounds.x=3", "'rounds'")),
+        ("train=3", "bad-value", ("train", "3")),
     ],
 )
-def test_a_wrong_key_or_value_is_named(override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_a_wrong_key_or_value_is_named(override: str, code: str, named: tuple[str, ...]) -> None:
+    with raises(ConfigError, code, *named):
         parse_config("rounds = 2", [override])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_steps_and_epochs_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="either steps or epochs"):
+    with raises(ConfigError, "steps-and-epochs", "train.steps", "train.epochs"):
         parse_config("", ["train.steps=1", "train.epochs=1"])
 
 
@@ -132,19 +128,19 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_a_missing_file_is_answered_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "quickstart.toml").write_text("")
-    with pytest.raises(ConfigError, match=r"no config file .*quickstrt.toml'; did you mean .*quickstart.toml'"):
+    with raises(ConfigError, "no-such-file", "quickstrt.toml'", "quickstart.toml'"):
         load_config(tmp_path / "quickstrt.toml")
 
 
 def test_what_is_no_toml_is_said_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("rounds = \n")
-    with pytest.raises(ConfigError, match=r"not valid TOML.*line 1"):
+    with raises(ConfigError, "not-toml", path, "line 1"):
         load_config(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with raises(ConfigError, "not-utf8", path):
         load_config(path)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with raises(ConfigError, "file-not-readable", tmp_path):
         load_config(tmp_path)
 
 
@@ -167,14 +163,14 @@ def test_a_digest_sees_its_sections_and_no_others() -> None:
 def test_a_shipped_config_is_found_by_its_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config("quickstart").name == "quickstart"
-    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+    with raises(ConfigError, "no-such-file", "'quickstart'"):
         load_config("quickstrat")
     (tmp_path / "quickstart").write_text('name = "mine"')  # what is there comes first
     assert load_config("quickstart").name == "mine"
 
 
 def test_all_that_a_key_may_be_is_said() -> None:
-    with pytest.raises(ConfigError, match=r"runtime\.processes: Input should be 'auto' or greater than 0, not 0$"):
+    with raises(ConfigError, "bad-value", "runtime.processes", "'auto'", "greater than 0", "not 0"):
         parse_config("[runtime]\nprocesses = 0")
 
 
@@ -222,7 +218,7 @@ def test_a_path_that_would_follow_the_current_folder_is_refused(project: Path, m
     monkeypatch.chdir(project / "elsewhere")
     path = project / "configs" / "run.toml"
     path.write_text("[data]\nsource = 'only.csv'")
-    with pytest.raises(ConfigError, match=r"data\.source = 'only\.csv' .* '\.\./elsewhere/only\.csv'"):
+    with raises(ConfigError, "path-in-current-folder", "data.source = 'only.csv'", "'../elsewhere/only.csv'"):
         load_config(path)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.errors import raises
 
 from fedlora.assets import ASSETS
 from fedlora.config import DataConfig, RunConfig, parse_config
 from fedlora.data import FederatedData, column_roles, load_data, load_local, read_file, split_test
 from fedlora.data._split import describe_split
-from fedlora.errors import AssetError, ConfigError, DataError
+from fedlora.errors import AssetError, ConfigError, DataError, FedloraError
 from fedlora.tasks import Examples
 from fedlora.tasks._text import load_tokenizer
 
@@ -209,71 +210,79 @@ def test_every_kind_of_file_gives_the_same_columns(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "code", "named"),
     [
-        ("a.csv", "", "no examples"),
-        ("a.csv", "text,label\n", "no examples"),
-        ("a.jsonl", "", "no examples"),
-        ("a.json", "[]", "no examples"),
-        ("a.csv", "text,label\na,b,c\n", "line 2 has 3 fields"),
-        ("a.csv", "text,text\na,b\n", "the same name"),
-        ("a.csv", 'text,label\n"a" b,c\n', "cannot be read as .csv"),
-        ("a.jsonl", '{"text": 1}\n{"text"\n', "cannot be read as .jsonl"),
-        ("a.jsonl", "1\n", "row 0 is no object"),
-        ("a.jsonl", "[1]\n", r"rename it to \.json"),
-        ("a.json", '{"text": [1, 2], "label": [1]}', "differ in length"),
-        ("a.json", "3", "neither a list"),
-        ("a.parquet", "no parquet", "cannot be read as .parquet"),
-        ("a.csv", b"text,label\n\xff\xfe,b\n", "not UTF-8"),
-        ("a.txt", "text", "no data file|cannot be read; convert"),
+        ("a.csv", "", "empty-file", ""),
+        ("a.csv", "text,label\n", "empty-file", ""),
+        ("a.jsonl", "", "empty-file", ""),
+        ("a.json", "[]", "empty-file", ""),
+        ("a.csv", "text,label\na,b,c\n", "malformed-file", "line 2 has 3 fields"),
+        ("a.csv", "text,text\na,b\n", "malformed-file", "'text'"),
+        ("a.csv", 'text,label\n"a" b,c\n', "malformed-file", "line 2"),
+        ("a.jsonl", '{"text": 1}\n{"text"\n', "malformed-file", "line 2"),
+        ("a.jsonl", "1\n", "malformed-file", "row 0"),
+        ("a.jsonl", "[1]\n", "malformed-file", ".json"),
+        ("a.json", '{"text": [1, 2], "label": [1]}', "malformed-file", "length"),
+        ("a.json", "3", "malformed-file", "list"),
+        ("a.parquet", "no parquet", "malformed-file", ".parquet"),
+        ("a.csv", b"text,label\n\xff\xfe,b\n", "not-utf8", "UTF-8"),
+        ("a.txt", "text", "unknown-file-type", ".parquet"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_said_in_one_line(
-    name: str, content: str | bytes, message: str, tmp_path: Path
+    name: str, content: str | bytes, code: str, named: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError, match=message) as caught:
+    with raises(DataError, code, name, named):
         read_file(path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "error", "message"),
+    ("overrides", "error", "code", "named"),
     [
-        (["data.text='txt'"], DataError, "no column 'txt'; did you mean 'text'"),
-        (["data.label='labels'"], DataError, "did you mean 'label'"),
-        (["data.domain='site'"], DataError, "no column 'site'"),
-        (["data.group='documents'"], DataError, "did you mean 'document'"),
-        (["data.source='tyni.csv'"], DataError, "no data file 'tyni.csv'"),
-        (["data.source='vadr'"], DataError, "did you mean 'vader'"),
-        (["data.source='some-org/some-set'"], DataError, "some-org/some-set"),
-        (["data.group=", "data.test='validation'"], DataError, "data.test 'validation' is no file"),
-        (["data.subset='en'"], ConfigError, "data.subset is for hub"),
-        (["data.train_split='all'"], ConfigError, "data.train_split is for hub"),
-        (["data.test_fraction=0.001"], DataError, "raise data.test_fraction"),
-        (["partition={name='iid', clients=1000}"], DataError, "lower partition.clients"),
-        (["partition={name='natural', column='user'}"], DataError, "no column 'user'"),
-        (["partition={name='iid', clients=4, size=2}"], ConfigError, "no field 'size'"),
-        (["task={name='text-classification', labels=['negative', 'neutral']}"], DataError, "'positive' is no class"),
+        (["data.text='txt'"], DataError, "no-such-column", ("'txt'", "'text'")),
+        (["data.label='labels'"], DataError, "no-such-column", ("'labels'", "'label'")),
+        (["data.domain='site'"], DataError, "no-such-column", ("'site'",)),
+        (["data.group='documents'"], DataError, "no-such-column", ("'documents'", "'document'")),
+        (["data.source='tyni.csv'"], DataError, "no-such-file", ("'tyni.csv'",)),
+        (["data.source='vadr'"], DataError, "no-such-dataset", ("'vadr'", "'vader'")),
+        (["data.source='some-org/some-set'"], DataError, "no-such-dataset", ("some-org/some-set",)),
+        (["data.group=", "data.test='validation'"], DataError, "not-a-data-file", ("data.test", "'validation'")),
+        (["data.subset='en'"], ConfigError, "key-without-effect", ("data.subset",)),
+        (["data.train_split='all'"], ConfigError, "key-without-effect", ("data.train_split",)),
+        (["data.test_fraction=0.001"], DataError, "empty-test-set", ("data.test_fraction", "0.001")),
+        (["partition={name='iid', clients=1000}"], DataError, "client-without-examples", ("partition.clients",)),
+        (["partition={name='natural', column='user'}"], DataError, "no-such-column", ("'user'",)),
+        (["partition={name='iid', clients=4, size=2}"], ConfigError, "unknown-key", ("'size'",)),
+        (
+            ["task={name='text-classification', labels=['a', 'b']}"],
+            DataError,
+            "label-not-a-class",
+            ("row 0", "'positive'"),
+        ),
     ],
 )
 def test_a_wrong_config_is_said_in_one_line(
-    overrides: list[str], error: type[Exception], message: str, tiny_bert: Path, tiny_csv: Path
+    overrides: list[str],
+    error: type[FedloraError],
+    code: str,
+    named: tuple[str, ...],
+    tiny_bert: Path,
+    tiny_csv: Path,
 ) -> None:
-    with pytest.raises(error, match=message) as caught:
+    with raises(error, code, *named):
         load_data(configure(tiny_bert, tiny_csv, *overrides))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_names_its_neighbour(tiny_bert: Path, tiny_csv: Path) -> None:
-    with pytest.raises(DataError, match=r"did you mean .*tiny\.csv"):
+    with raises(DataError, "no-such-file", tiny_csv, "tinny.csv"):
         load_data(configure(tiny_bert, tiny_csv.with_name("tinny.csv")))
 
 
 def test_a_domain_partition_without_domains_asks_for_the_column(tiny_bert: Path, tiny_csv: Path) -> None:
     config = parse_config(f"model.name='{tiny_bert}'\ndata.source='{tiny_csv}'\npartition={{name='domain', clients=4}}")
-    with pytest.raises(DataError, match=r"set data\.domain"):
+    with raises(DataError, "no-domain-column", "data.domain"):
         load_data(config)
 
 
@@ -282,7 +291,7 @@ def test_a_gap_is_named_by_its_row_in_the_file_even_under_a_limit(column: str, t
     rows = [{"text": "great film", "label": "p", "domain": "films", "document": str(i)} for i in range(30)]
     rows[17][column] = ""
     path = write(tmp_path / "gap.csv", rows)
-    with pytest.raises(DataError, match=rf"row 17 \(from 0\) has nothing in column '{column}'"):
+    with raises(DataError, "missing-value", "row 17 (from 0)", f"'{column}'"):
         load_data(configure(tiny_bert, path, "data.limit=3"))
 
 
@@ -290,7 +299,7 @@ def test_a_corpus_that_was_not_fetched_names_the_command(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
-    with pytest.raises(AssetError, match="fedlora assets vader"):
+    with raises(AssetError, "asset-not-fetched", "fedlora assets vader"):
         load_data(configure(tiny_bert, "vader"))
 
 
@@ -313,9 +322,9 @@ def test_a_nodes_own_file_has_the_classes_of_all(tiny_bert: Path, tiny_csv: Path
     assert examples.label_names == ("negative", "positive")
     assert texts(examples, tiny_bert) == ["great film", "lovely film"]
     assert load_local(configure(tiny_bert, "vader"), path).label_names == ("negative", "positive")
-    with pytest.raises(DataError, match="may lack a class"):
+    with raises(DataError, "classes-unknown", path, "task.labels"):
         load_local(configure(tiny_bert, tiny_csv), path)
-    with pytest.raises(DataError, match="no data file"):
+    with raises(DataError, "no-such-file", "nodes.csv"):
         load_local(configure(tiny_bert, tiny_csv, labels), tmp_path / "nodes.csv")
 
 
@@ -347,7 +356,7 @@ def test_a_domain_with_one_group_stays_in_training() -> None:
     mask = split_test(9, 0.5, 0, groups=groups, domains=domains)
     assert not mask[:5].any()
     assert mask.sum() == 2
-    with pytest.raises(DataError, match=r"raise data\.test_fraction"):
+    with raises(DataError, "empty-test-set", "data.test_fraction"):
         split_test(5, 0.5, 0, groups=groups[:5])
 
 
@@ -400,8 +409,11 @@ def test_groups_have_the_names_that_people_know(tiny_bert: Path, tiny_csv: Path)
     data = load_data(configure(tiny_bert, tiny_csv, names, partition=natural))
     assert data.client_names == data.domains == ("Telephones", "films")
     assert [set(data.train.columns["domain"][rows]) for rows in data.clients] == [{"Telephones"}, {"films"}]
-    for wrong, words in [("{fones='x'}", "did you mean 'phones'"), ("{phones='films'}", "to two values")]:
-        with pytest.raises(ConfigError, match=words):
+    for wrong, code, named in [
+        ("{fones='x'}", "no-such-value", ("'fones'", "'phones'")),
+        ("{phones='films'}", "name-given-twice", ("'films'",)),
+    ]:
+        with raises(ConfigError, code, *named):
             load_data(configure(tiny_bert, tiny_csv, f"data.group_names={wrong}", partition=natural))
 
 
@@ -421,5 +433,5 @@ def test_the_vader_corpus_has_its_columns_by_default(tiny_bert: Path, vader: Pat
 
 def test_a_missing_file_is_said_before_the_column_that_it_would_have(tiny_bert: Path, tmp_path: Path) -> None:
     text = f"model.name='{tiny_bert}'\ndata.source='{tmp_path}/nowhere.csv'\npartition={{name='domain', clients=2}}"
-    with pytest.raises(DataError, match="there is no data file"):
+    with raises(DataError, "no-such-file", "nowhere.csv"):
         load_data(parse_config(text))

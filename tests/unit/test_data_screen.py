@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.errors import raises
 
 from fedlora.assets import Checkpoint
 from fedlora.config import ModelConfig, OpenTable
@@ -163,10 +164,10 @@ def test_a_file_without_rows_is_a_node_without_examples(
 def test_what_holds_for_all_rows_is_refused(read: Callable[[Path], Examples], tmp_path: Path) -> None:
     file = tmp_path / "mine.csv"
     file.write_bytes(b"txt,label\r\nwarm,positive\r\n")
-    with pytest.raises(DataError, match="has no column 'text'"):
+    with raises(DataError, "no-such-column", file, "'text'"):
         read(file)
     (tmp_path / "mine.doc").write_bytes(b"")
-    with pytest.raises(DataError, match="of a kind that cannot be read"):
+    with raises(DataError, "unknown-file-type", "mine.doc"):
         require_header(tmp_path / "mine.doc", ["text"])
 
 
@@ -188,5 +189,5 @@ def test_examples_can_be_made_up_for_every_task_on_texts(tiny_bert: Path, name: 
 
 
 def test_a_task_of_somebody_elses_is_refused_and_not_guessed_at(tiny_bert: Path, task: Task) -> None:
-    with pytest.raises(ConfigError, match="no example can be made up for the role 'sound'"):
+    with raises(ConfigError, "role-without-example", "'sound'"):
         invented(task, Checkpoint.of(ModelConfig(name=str(tiny_bert))), {"sound": "sound", "label": "label"})

@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from support.errors import raises
 
 from fedlora.deploy import Address, Guard, Program, commands, start
 from fedlora.deploy.keys import make_authority, make_server
@@ -144,7 +145,7 @@ def test_a_guard_ends_what_it_watches_and_nothing_that_it_forgot() -> None:
 
 def test_a_program_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(DeployError, match="'no-such-proxy' is not installed on this machine"):
+    with raises(DeployError, "program-not-installed", "'no-such-proxy'"):
         start(Program("proxy", ["no-such-proxy", *commands.proxy("/x")[1:]], tmp_path))
 
 

@@ -6,6 +6,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+from support.errors import raises
 
 from fedlora.config import load_config, overruled, parse_config
 from fedlora.errors import ConfigError
@@ -43,9 +44,8 @@ IN_VAIN = [
 def test_a_key_without_effect_is_refused_by_its_name(key: str, others: tuple[str, ...], cured: tuple[str, ...]) -> None:
     parse_config("", others)
     parse_config("", [key, *cured])
-    with pytest.raises(ConfigError, match=r"remove|lower") as caught:
+    with raises(ConfigError, "key-without-effect", key.partition("=")[0]):
         parse_config("", [key, *others])
-    assert key.partition("=")[0] in str(caught.value)
 
 
 def test_what_a_test_file_overrules_is_said() -> None:
@@ -65,31 +65,31 @@ def test_fields_of_registries_are_refused_too() -> None:
     from fedlora.aggregators.fair import Fair
 
     for fields in ({"train_on": "all"}, {"system": "be kind"}):
-        with pytest.raises(ConfigError, match=f"task.{next(iter(fields))}"):
+        with raises(ConfigError, "key-without-effect", f"task.{next(iter(fields))}"):
             build(CausalLM, {"form": "text", **fields}, "task")
         build(CausalLM, {"form": "messages", **fields}, "task")
-    with pytest.raises(ConfigError, match="cosine"):
+    with raises(ConfigError, "key-without-effect", "steps and lr", "'cosine'"):
         Fair(lr=0.5)
     Fair(solver="cosine", lr=0.5)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "code", "named"),
     [
-        (["train.epochs=1", "train.warmup_steps=23"], "lower it below 23"),
-        (["adapter.export_rank=4"], "export_rank"),
-        (["model.revision=main"], "model.revision"),
-        (["task={name='causal-lm', form='text'}", "data.label=domain"], "data.label"),
+        (["train.epochs=1", "train.warmup_steps=23"], "warmup-too-long", "train.warmup_steps"),
+        (["adapter.export_rank=4"], "export-rank-not-used", "adapter.export_rank"),
+        (["model.revision=main"], "key-without-effect", "model.revision"),
+        (["task={name='causal-lm', form='text'}", "data.label=domain"], "key-without-effect", "data.label"),
     ],
 )
 def test_what_only_data_and_model_tell_is_refused_before_a_run_is_made(
-    overrides: list[str], words: str, tiny_toml: Path, tmp_path: Path
+    overrides: list[str], code: str, named: str, tiny_toml: Path, tmp_path: Path
 ) -> None:
     from fedlora.simulation.run import refuse_early
     from fedlora.training import open_workspace
 
     config = load_config(tiny_toml, ["train.steps=", "train.batch_size=2", *overrides])
-    with pytest.raises(ConfigError, match=words):
+    with raises(ConfigError, code, named):
         refuse_early(config, open_workspace(config))
 
 
@@ -113,9 +113,9 @@ def test_a_key_without_a_value_is_removed() -> None:
     assert (config.train.epochs, config.train.steps, config.privacy, config.data.domain) == (None, 3, None, None)
     assert parse_config("[privacy]", ["privacy="]).privacy is None
     assert parse_config(text, ['data.domain=""', "server.weighting=uniform"]).data.domain == ""
-    with pytest.raises(ConfigError, match="did you mean 'epochs'"):
+    with raises(ConfigError, "unknown-key", "'train.epoch'", "'epochs'"):
         parse_config(text, ["train.epoch="])
-    with pytest.raises(ConfigError, match="no 'alpha'"):
+    with raises(ConfigError, "key-not-set", "partition", "'alpha'"):
         parse_config(text, ["partition.alpha="])
 
 
@@ -129,16 +129,23 @@ def test_what_reads_as_a_number_is_text_where_text_is_wanted(word: str) -> None:
 
 
 def test_one_key_with_two_values_is_refused(tiny_toml: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.lr is given twice"):
+    with raises(ConfigError, "key-given-twice", "train.lr", "'1'", "'2'"):
         load_config(tiny_toml, ["train.lr=1", "rounds=2", "train.lr=2"])
     assert load_config(tiny_toml, ["rounds=2", "rounds=2"]).rounds == 2
 
 
 @pytest.mark.parametrize(
-    "override", ["=1", "train..lr=1", "train.=1", ".=", "rounds", "name=\udcff", "output='a\\u0000b'"]
+    ("override", "code"),
+    [
+        ("=1", "not-key-value"),
+        ("train..lr=1", "not-key-value"),
+        ("train.=1", "not-key-value"),
+        (".=", "not-key-value"),
+        ("rounds", "not-key-value"),
+        ("name=\udcff", "not-utf8"),
+        ('output="a\\u0000b"', "nul-character"),
+    ],
 )
-def test_an_override_that_is_none_is_one_line(override: str) -> None:
-    text = override.replace("'", '"')
-    with pytest.raises(ConfigError) as caught:
-        parse_config("", [text])
-    assert "\n" not in str(caught.value)
+def test_an_override_that_is_none_is_one_line(override: str, code: str) -> None:
+    with raises(ConfigError, code):
+        parse_config("", [override])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from support.errors import raises
 
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.errors import ConfigError
@@ -81,7 +82,7 @@ def test_a_key_of_an_open_table_is_found_for_each_entry_that_has_it() -> None:
 
 def test_a_table_stands_for_its_keys_and_a_wrong_name_for_the_nearest() -> None:
     assert {key.table for key in find_keys("train")} == {"train"}
-    with pytest.raises(ConfigError, match=r"did you mean 'train\.lr'"):
+    with raises(ConfigError, "unknown-key", "'train.lrr'", "'train.lr'"):
         find_keys("train.lrr")
 
 

@@ -200,7 +200,7 @@ def test_a_damaged_file_of_a_model_is_named(
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/model", "~/absent", "a/b/c"])
 def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name: str, make: Callable[..., RunConfig]) -> None:
-    with pytest.raises(AssetError, match=f"there is no folder '{name}'"):
+    with raises(AssetError, "no-such-folder", f"'{name}'"):
         Checkpoint.of(make(f"model.name={name}").model)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.errors import raises
 
 from fedlora.errors import DataError, ModelError
 from fedlora.tasks import Examples, Table
@@ -169,31 +170,32 @@ def test_noise_is_for_the_asked_rows_alone_grows_with_its_rate_and_keeps_the_sou
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("value", "code", "named"),
     [
-        (np.full((4, 4), 256), "0 to 255"),
-        (np.full((4, 4), -0.1), "0 to 1"),
-        (np.full((4, 4), np.nan), "0 to 1"),
-        (np.zeros((5, 4, 5)), "1, 3 or 4 channels"),
-        (np.zeros(4), "neither a path"),
-        ([[1, 2], [3]], "neither a path"),
-        (None, "neither a path"),
-        ("absent.png", "check the path"),
+        (np.full((4, 4), 256), "pixel-out-of-range", "256"),
+        (np.full((4, 4), -0.1), "pixel-out-of-range", "-0.1"),
+        (np.full((4, 4), np.nan), "pixel-out-of-range", "nan"),
+        (np.zeros((5, 4, 5)), "bad-picture-shape", "[5, 4, 5]"),
+        (np.zeros(4), "not-a-picture", ""),
+        ([[1, 2], [3]], "not-a-picture", ""),
+        (None, "not-a-picture", ""),
+        ({"bytes": None, "path": None}, "empty-picture", ""),
+        ("absent.png", "picture-not-readable", "'absent.png'"),
     ],
 )
-def test_what_is_no_picture_is_refused_by_name(value: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message) as error:
+def test_what_is_no_picture_is_refused_by_name(value: Any, code: str, named: str) -> None:
+    with raises(DataError, code, named) as error:
         read_picture(value, 7, "photo", 1)
     assert str(error.value).startswith("row 7, column 'photo'")
 
 
 def test_pictures_of_several_sizes_need_a_processor_that_resizes(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, 1, do_resize=False)
-    with pytest.raises(DataError, match="one size"):
+    with raises(DataError, "picture-sizes-differ", "column 'image'"):
         prepared(folder, [np.zeros((8, 8), np.uint8), np.zeros((9, 8), np.uint8)])
 
 
 def test_a_folder_without_an_image_processor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ModelError, match=r"preprocessor_config\.json"):
+    with raises(ModelError, "no-image-processor", tmp_path, "preprocessor_config.json"):
         prepared(tmp_path, list(GREY))

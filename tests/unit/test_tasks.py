@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.errors import raises
 
 from fedlora.config import OpenTable
 from fedlora.errors import ConfigError, DataError, ModelError
@@ -26,11 +27,11 @@ def prepare(path: Path, task: Task | None = None, **columns: Any) -> Examples:
 
 def test_tasks_are_built_from_their_tables() -> None:
     assert load_task(OpenTable(name="text-classification", max_length=32)) == TextClassification(max_length=32)
-    with pytest.raises(ConfigError, match="did you mean 'text-classification'"):
+    with raises(ConfigError, "unknown-name", "'text-clasification'", "'text-classification'"):
         load_task(OpenTable(name="text-clasification"))
-    with pytest.raises(ConfigError, match="did you mean 'max_length'"):
+    with raises(ConfigError, "unknown-key", "'max_lenght'", "'max_length'"):
         load_task(OpenTable(name="text-classification", max_lenght=32))
-    with pytest.raises(ConfigError, match="max_length"):
+    with raises(ConfigError, "bad-value", "max_length", "not 0"):
         load_task(OpenTable(name="text-classification", max_length=0))
 
 
@@ -134,32 +135,31 @@ def test_known_names_fix_the_numbers_whatever_a_file_lacks() -> None:
     names = class_names(["pos"], "label", ("neg", "pos"))
     assert class_ids(["pos"], "label", names).tolist() == [1]
     assert class_ids([1, 0], "label", names).tolist() == [1, 0]
-    with pytest.raises(DataError, match=r"row 1, column 'label': 'poss' is no class; did you mean 'pos'"):
+    with raises(DataError, "label-not-a-class", "row 1, column 'label'", "'poss'", "'pos'"):
         class_ids(["pos", "poss"], "label", names)
-    with pytest.raises(DataError, match="'2' is no class"):
+    with raises(DataError, "label-not-a-class", "'2'"):
         class_ids([2], "label", names)
-    with pytest.raises(ConfigError, match="twice"):
+    with raises(ConfigError, "class-named-twice", "neg"):
         class_names(["pos"], "label", ("neg", "neg"))
-    with pytest.raises(DataError, match="needs two"):
+    with raises(DataError, "too-few-classes", "'label'", 1):
         class_names(["pos", "pos"], "label")
 
 
 @pytest.mark.parametrize("bad", [None, "", "  ", float("nan"), 0.5, ["a"]])
 def test_a_bad_label_is_named_with_row_and_column(bad: Any) -> None:
-    with pytest.raises(DataError, match="row 2, column 'label'"):
+    with raises(DataError, "not-a-label", "row 2, column 'label'"):
         class_names(["a", "b", bad], "label")
 
 
 @pytest.mark.parametrize("bad", [None, "", " \n", 7])
 def test_a_bad_text_is_named_with_row_and_column(bad: Any, tiny_bert: Path) -> None:
-    with pytest.raises(DataError, match="row 1, column 'text'"):
+    with raises(DataError, "not-a-text", "row 1, column 'text'"):
         prepare(tiny_bert, text=[TEXTS[0], bad, *TEXTS[2:]])
 
 
 def test_a_folder_without_a_tokeniser_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no tokeniser") as caught:
+    with raises(ModelError, "tokenizer-not-loadable", tmp_path):
         prepare(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_tokens_are_a_sequence_and_can_be_taken() -> None:

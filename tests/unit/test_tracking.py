@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from report_runs import records
+from support.errors import raises
 
 import fedlora.tracking
 from fedlora.callbacks import Callbacks
@@ -135,7 +136,7 @@ def test_figures_are_numbers_and_tell_of_no_single_client() -> None:
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_package_is_one_line_that_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fedlora.tracking, "find_spec", lambda package: None)
-    with pytest.raises(ConfigError, match=rf"pip install 'fedlora\[{name}\]'"):
+    with raises(ConfigError, "package-not-installed", f"pip install 'fedlora[{name}]'"):
         require_tracker(parse_config(f'tracking.name = "{name}"'))
 
 
