@@ -40,7 +40,7 @@ class Classes(Partitioner):
         present = len(np.unique(labels))
         if self.classes_per_client > present:
             raise DataError(
-                f"partition.classes_per_client = {self.classes_per_client} is above the {present} classes of the data: lower it",
+                f"partition.classes_per_client = {self.classes_per_client} is more than {present} classes: lower it",
                 code="too-few-classes",
             )
 

@@ -93,7 +93,7 @@ def test_the_partition_is_the_one_that_a_run_has(tiny_toml: Path) -> None:
     assert counts.sum(axis=1).tolist() == facts["sizes"]
     assert table["label_entropy"].tolist() == facts["label_entropy"]
     assert set(table["domain"]) <= {"films", "phones"}
-    with pytest.raises(fedlora.FedloraError, match="alpha"):
+    with raises(fedlora.FedloraError, "unknown-key", "'alpha'"):
         fedlora.partition_table(tiny_toml, partition={"name": "iid", "alpha": 0.3})
 
 

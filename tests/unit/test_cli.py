@@ -84,7 +84,7 @@ def test_debug_shows_the_traceback(cli: Cli) -> None:
         (["CONFIG", "--set", "strategy.mu=1"], "'mu'"),
         (["CONFIG", "--set", "partition.name=domian"], "'domain'"),
         (["CONFIG", "--set", "train.stesp=1"], "'train.stesp'"),
-        (["CONFIG", "--set", "clients.ranks=[1, 2]"], "'fedavg'"),
+        (["CONFIG", "--set", "clients.ranks=[1, 2]"], "FedAvg"),
         (["CONFIG", "--set", "name=a/b"], "'a/b'"),
     ],
 )

@@ -87,13 +87,13 @@ def test_clients_are_measured_one_by_one(run: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["RUN", "--examples", "3"], "--examples is for --clients"),
-        (["RUN", "--clients", "--data", "x.csv"], "without --data"),
-        (["RUN", "--data", "x.csv"], "there is no data file 'x.csv'"),
-        (["RUN", "--format", "html"], "there is no format 'html'"),
-        (["ALONE"], "name a file with --data"),
-        (["ALONE", "--clients"], "--clients is for a run"),
-        (["ALONE", "--data", "CSV"], "name all classes"),
+        (["RUN", "--examples", "3"], "--clients"),
+        (["RUN", "--clients", "--data", "x.csv"], "--data"),
+        (["RUN", "--data", "x.csv"], "'x.csv'"),
+        (["RUN", "--format", "html"], "'html'"),
+        (["ALONE"], "--data"),
+        (["ALONE", "--clients"], "--clients"),
+        (["ALONE", "--data", "CSV"], "task.labels"),
         (["CSV"], "neither a run nor an adapter"),
     ],
 )
