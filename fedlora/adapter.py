@@ -306,7 +306,7 @@ def relative_error(actual: DeltaSum, ideal: DeltaSum, weight: float = 1.0) -> fl
     0 / 0 counts as 0: nothing was asked for, and nothing was done.
     """
     gap = size = 0.0
-    for name in actual.names | ideal.names:
+    for name in sorted(actual.names | ideal.names):  # a set of names has another order in each process
         wanted = [(c / weight, pair) for c, pair in ideal.terms(name)]
         size += frobenius(wanted) ** 2
         gap += frobenius([*actual.terms(name), *((-c, pair) for c, pair in wanted)]) ** 2

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,3 +191,30 @@ def test_relative_error_of_nothing() -> None:
     assert relative_error(none, none) == 0.0
     assert relative_error(some, none) == math.inf
     assert relative_error(none, some) == pytest.approx(1.0)
+
+
+SUMS = """
+import torch
+from fedlora.adapter import DeltaSum, LoraPair, relative_error
+
+torch.manual_seed(0)
+sums = [DeltaSum(), DeltaSum()]
+for one in sums:
+    for name in range(40):
+        one.add({f"layers.{name}": LoraPair(torch.randn(2, 7), torch.randn(5, 2), 0.3)}, 1.7)
+print(relative_error(*sums).hex())
+"""
+
+
+@pytest.mark.slow
+def test_the_aggregation_error_is_the_same_to_the_last_digit_in_every_process() -> None:
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", SUMS],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in range(4)
+    }
+    assert len(found) == 1
