@@ -146,9 +146,14 @@ def compare(paths: Iterable[str | Path], *, reach: float | None = None, against:
     groups = group_runs(runs)
     known = {group.label: group for group in groups}
     if against is not None and against not in known:
-        raise ConfigError(f"there is no setting {against!r} to compare with; {nearest(against, known)}")
+        raise ConfigError(
+            f"there is no setting {against!r} to compare with; {nearest(against, known)}", code="unknown-name"
+        )
     if reach is not None and not (0 < reach <= 1 if _is_share(runs[0].metric) else reach > 0):
-        raise ConfigError(f"--reach {reach:g} is no {runs[0].metric}: give one as it is in metrics.jsonl, such as 0.8")
+        raise ConfigError(
+            f"--reach {reach:g} is not a value of {runs[0].metric}: give one as in metrics.jsonl, such as 0.8",
+            code="out-of-range",
+        )
     reference = known[against] if against is not None else groups[0]
     found = {group.label: difference(group, reference) for group in groups if group is not reference}
     changed = [f"{str(run.path)!r} changed {change}" for run in runs for change in run.changes]

@@ -61,7 +61,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         (one, here), (other, there) = list(measured.items())[:2]
         raise ConfigError(
             f"{str(here)!r} measures {one[1]} of {one[0]} and {str(there)!r} {other[1]} of {other[0]}: "
-            "compare runs of one task"
+            "compare runs of one task",
+            code="tasks-differ",
         )
     sets = _by_setting(_told_apart(runs))
     found: list[Group] = []

@@ -29,7 +29,9 @@ def plot_curves(groups: Sequence[Group], path: str | Path) -> Path:
         ConfigError: there are more groups than lines can be told apart.
     """
     if len(groups) > MOST_GROUPS:
-        raise ConfigError(f"{len(groups)} settings are more than the {MOST_GROUPS} lines that one can tell apart")
+        raise ConfigError(
+            f"{len(groups)} settings are too many for one plot: compare at most {MOST_GROUPS}", code="too-many-settings"
+        )
     metric = groups[0].runs[0].metric
     lines = []
     for number, group in enumerate(groups):

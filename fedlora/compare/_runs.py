@@ -111,13 +111,17 @@ def read_run(path: str | Path) -> Run:
     folder = RunDir.open(path)
     if not folder.finished:
         raise RunDirError(
-            f"{str(path)!r} is unfinished (round {folder.rounds_done} of {folder.config.rounds}): go on with "
-            f"fedlora run --resume {path}"
+            f"{str(path)!r} is unfinished (round {folder.rounds_done} of {folder.config.rounds}): continue it with "
+            f"fedlora run --resume {path}",
+            code="run-unfinished",
         )
     task = load_task(folder.config.task)
     records = folder.read_metrics()
     if not any(task.metric in record for record in records):
-        raise RunDirError(f"{str(path)!r} has no {task.metric} in any round: run it again")
+        raise RunDirError(
+            f"{str(path)!r} has no {task.metric} in any round: leave it out, or run it again with evaluation",
+            code="no-evaluated-round",
+        )
     test, outcomes = read_outcomes(folder.path) or ("", None)
     claim = (folder.read_json("result.json") or {}).get("privacy") or {}
     made, changes = folder.provenance, folder.changes
@@ -147,7 +151,10 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
         except FedloraError as error:
             left_out.append(" ".join(str(error).split()))
     if not runs:
-        raise RunDirError("there is no finished run to compare" + "".join(f"; {line}" for line in left_out[:2]))
+        raise RunDirError(
+            "there is no finished run to compare" + "".join(f"; {line}" for line in left_out[:2]),
+            code="no-finished-run",
+        )
     return runs, left_out
 
 

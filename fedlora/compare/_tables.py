@@ -20,7 +20,7 @@ FORMATS = ("text", "markdown", "csv", "latex")
 def require_format(form: str) -> None:
     """Raise `ConfigError` unless `form` is one of `FORMATS`."""
     if form not in FORMATS:
-        raise ConfigError(f"there is no format {form!r}; {nearest(form, FORMATS)}")
+        raise ConfigError(f"there is no format {form!r}; {nearest(form, FORMATS)}", code="unknown-name")
 
 
 def render_table(table: pd.DataFrame, form: str = "text", title: str = "", *, width: int | None = None) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_runs import make_run
+from support.errors import raises
 from typer.testing import CliRunner
 
 from fedlora.cli import app
@@ -267,20 +268,20 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     half = make_run(tmp_path / "half", [0.5, 0.6], "seed=1", finished=False)
     found = compare([good, half])
     assert found.notes == [
-        f"left out: {str(half)!r} is unfinished (round 0 of 1): go on with fedlora run --resume {half}"
+        f"left out: {str(half)!r} is unfinished (round 0 of 1): continue it with fedlora run --resume {half}"
     ]
     assert found.notes[0] in found.render("text")
-    with pytest.raises(RunDirError, match=r"no finished run to compare; .* is unfinished"):
+    with raises(RunDirError, "no-finished-run", half):
         compare([half])
-    with pytest.raises(RunDirError, match=r"there is no run in .*god'; did you mean .*good"):
+    with raises(RunDirError, "no-such-run", "god'", good):
         compare([tmp_path / "god"])
     other = make_run(tmp_path / "other", [3.0, 2.0], *PERPLEXITY, metric="perplexity")
-    with pytest.raises(ConfigError, match=r"good' measures accuracy .*other' perplexity .*compare runs of one task"):
+    with raises(ConfigError, "tasks-differ", good, "accuracy", "perplexity"):
         compare([good, other])
     for wrong in (80, 0, -0.1):
-        with pytest.raises(ConfigError, match="is no accuracy"):
+        with raises(ConfigError, "out-of-range", "accuracy"):
             compare([good], reach=wrong)
-    with pytest.raises(ConfigError, match="there is no setting 'goood'"):
+    with raises(ConfigError, "unknown-name", "'goood'"):
         compare([good], against="goood")
 
 
