@@ -171,18 +171,38 @@ def flipped(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "pointer": ("model.safetensors", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
-    "page": ("model.safetensors", lambda p: p.write_text("<!DOCTYPE html><html>404</html>"), "web page"),
-    "empty": ("model.safetensors", lambda p: p.write_bytes(b""), "model.safetensors is empty"),
-    "cut": ("model.safetensors", cut, "model.safetensors is cut short"),
-    "head": ("model.safetensors", flipped, "model.safetensors"),
-    "few": ("model.safetensors", lambda p: p.write_bytes(b"abc"), "model.safetensors is damaged"),
-    "config": ("config.json", lambda p: p.write_text("{"), "config.json is no JSON"),
-    "config page": ("config.json", lambda p: p.write_text("<html>"), "config.json is a web page"),
-    "tokens": ("tokenizer.json", cut, "tokenizer.json is no JSON"),
-    "tokens pointer": ("tokenizer.json", lambda p: p.write_text("version https://git-lfs.github.com"), "git-lfs"),
-    "other tokens": ("tokenizer.json", lambda p: p.write_text("{}"), "tokeni[sz]er"),
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
+    "pointer": (
+        "model.safetensors",
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "model-not-loadable",
+        "git-lfs",
+    ),
+    "page": (
+        "model.safetensors",
+        lambda p: p.write_text("<!DOCTYPE html><html>404</html>"),
+        "model-not-loadable",
+        "web page",
+    ),
+    "empty": ("model.safetensors", lambda p: p.write_bytes(b""), "model-not-loadable", "model.safetensors is empty"),
+    "cut": ("model.safetensors", cut, "model-not-loadable", "model.safetensors is cut short"),
+    "head": ("model.safetensors", flipped, "model-not-loadable", "model.safetensors"),
+    "few": ("model.safetensors", lambda p: p.write_bytes(b"abc"), "model-not-loadable", "model.safetensors is damaged"),
+    "config": ("config.json", lambda p: p.write_text("{"), "tokenizer-not-loadable", "config.json is no JSON"),
+    "config page": (
+        "config.json",
+        lambda p: p.write_text("<html>"),
+        "tokenizer-not-loadable",
+        "config.json is a web page",
+    ),
+    "tokens": ("tokenizer.json", cut, "tokenizer-not-loadable", "tokenizer.json is no JSON"),
+    "tokens pointer": (
+        "tokenizer.json",
+        lambda p: p.write_text("version https://git-lfs.github.com"),
+        "tokenizer-not-loadable",
+        "git-lfs",
+    ),
+    "other tokens": ("tokenizer.json", lambda p: p.write_text("{}"), "tokenizer-not-loadable", "tokenizer"),
 }
 
 
@@ -190,12 +210,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 def test_a_damaged_file_of_a_model_is_named(
     damage: str, make: Callable[..., RunConfig], tiny_bert: Path, tmp_path: Path
 ) -> None:
-    name, harm, words = DAMAGES[damage]
+    name, harm, code, named = DAMAGES[damage]
     shutil.copytree(tiny_bert, tmp_path / "base")
     harm(tmp_path / "base" / name)
-    with pytest.raises(FedloraError, match=words) as caught:
+    with raises(FedloraError, code, named):
         open_workspace(make(base=tmp_path / "base"))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/model", "~/absent", "a/b/c"])
@@ -205,7 +224,7 @@ def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name: str, make: Cal
 
 
 def test_a_name_that_is_nothing_here_says_so_before_the_hubs_words(make: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ModelError, match=r"no folder here and no named model \(did you mean 'all-MiniLM-L6-v2'"):
+    with raises(ModelError, "tokenizer-not-loadable", "'all-MiniLM-L6-v2'"):
         open_workspace(make("model.name=all-MiniLM-L6"))
 
 

@@ -14,7 +14,7 @@ from support.errors import raises
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import OpenTable, RunConfig, TrainConfig, parse_config
-from fedlora.errors import PrivacyError
+from fedlora.errors import ConfigError, PrivacyError
 from fedlora.model import Base
 from fedlora.privacy.accounting import Entry, epsilon
 from fedlora.privacy.calibrate import Schedule
@@ -181,27 +181,26 @@ def test_declared_numbers_are_dealt_cyclically_and_profiles_have_their_own_sched
 
 
 REFUSED = {
-    "both": (("privacy.epsilon=1", "privacy.noise_multiplier=1"), "exactly one of privacy.epsilon"),
-    "neither": ((), "exactly one of privacy.epsilon"),
-    "delta": (("privacy.epsilon=1", "privacy.delta=0.025"), r"delta 0\.025 .* 1 / 40"),
-    "gdp": (("privacy.epsilon=1", "privacy.accountant=gdp"), "less than was spent"),
-    "clip": (("privacy.epsilon=1", "train.clip_norm=1"), r"remove it, privacy\.max_grad_norm"),
-    "weights": (("privacy.epsilon=1", "server.weighting=examples"), "set server.weighting = 'uniform'"),
+    "both": (("privacy.epsilon=1", "privacy.noise_multiplier=1"), "not-exactly-one"),
+    "neither": ((), "not-exactly-one"),
+    "delta": (("privacy.epsilon=1", "privacy.delta=0.025"), "delta-too-large"),
+    "gdp": (("privacy.epsilon=1", "privacy.accountant=gdp"), "accountant-not-sound"),
+    "clip": (("privacy.epsilon=1", "train.clip_norm=1"), "batch-clipping"),
+    "weights": (("privacy.epsilon=1", "server.weighting=examples"), "weights-tell-sizes"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_not_be_private_is_refused_in_one_line(case: str) -> None:
-    overrides, message = REFUSED[case]
-    with pytest.raises(PrivacyError, match=message) as caught:
+    overrides, code = REFUSED[case]
+    with raises(PrivacyError, code):
         config_of(*overrides)
-    assert "\n" not in str(caught.value)
 
 
 def test_keys_are_checked_and_a_written_config_reads_back() -> None:
-    with pytest.raises(Exception, match=r"unknown key 'privacy\.epsilonn'; did you mean 'epsilon'"):
+    with raises(ConfigError, "unknown-key", "'privacy.epsilonn'", "'epsilon'"):
         config_of("privacy.epsilonn=1")
-    with pytest.raises(Exception, match=r"privacy\.delta"):
+    with raises(ConfigError, "bad-value", "privacy.delta"):
         parse_config("", ["server.weighting=uniform", "privacy.epsilon=1", "privacy.max_grad_norm=1"])
     config = config_of("privacy.epsilon=2", "privacy.public_examples=[40,50]")
     assert parse_config(config.to_toml()) == config
