@@ -48,6 +48,16 @@ DOMAIN_WORDS = {
 FILLERS = ["a", "and", "but", "is", "it", "of", "on", "so", "that", "the", "this", "very", "was", "with"]
 
 
+REAL_PROCESSES = ("e2e", "test_ray_pool", "test_node_worker", "test_deploy_up")
+"""Folder and files whose tests start servers, clusters or nodes: one after the other, whoever tests beside them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in REAL_PROCESSES or item.path.parent.name in REAL_PROCESSES:
+            item.add_marker(pytest.mark.xdist_group("real processes"))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_FLWR_HOME, ignore_errors=True)
 
@@ -59,7 +69,7 @@ def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     A text's label can be read from its words, three of which are the label's own; labels are drawn evenly, domains are
     of equal size, and a document holds three texts of one domain. Always the same bytes.
     """
-    path = tmp_path_factory.mktemp("tiny_csv") / "tiny.csv"
+    path = tmp_path_factory.mktemp("tiny_csv") / "support.tiny.csv"
     draw = random.Random(0)
     labels, domains = sorted(LABEL_WORDS), sorted(DOMAIN_WORDS)
     rows = []
@@ -120,7 +130,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_toml(tmp_path: Path, tiny_bert: Path, tiny_csv: Path) -> Path:
     """A config whose run takes about a second."""
-    from tiny import write_tiny_toml
+    from support.tiny import write_tiny_toml
 
     return write_tiny_toml(tmp_path, tiny_bert, tiny_csv)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from real_federation import ROOT, Federation, demo
+from support.real_federation import ROOT, Federation, demo
 
 from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, Guard, NodePlan, Program, start, stop

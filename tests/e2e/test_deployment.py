@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_federation import ROOT, Federation, Run, demo
+from support.real_federation import ROOT, Federation, Run, demo
 
 from fedlora.config import load_config
 from fedlora.deploy import FederationPlan, Guard, NodePlan, Program, programs, start, stop
@@ -151,7 +151,7 @@ def test_strangers_are_turned_away(federation: Federation, ports: int, bereft: R
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from real_federation import demo
+from support.real_federation import demo
 print(demo.start(Path(sys.argv[1]), Path(sys.argv[2])).pid, flush=True)
 time.sleep(600)
 """

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bad_cable import NetworkError, Switch
-from real_federation import Federation, demo
+from support.bad_cable import NetworkError, Switch
+from support.real_federation import Federation, demo
 
 from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, NodePlan

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_federation import ROOT, Federation, demo
+from support.real_federation import ROOT, Federation, demo
 
 from fedlora.config import load_config
 from fedlora.deploy import FederationPlan, NodePlan

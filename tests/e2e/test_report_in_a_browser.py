@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import HOSTILE, make_run
+from support.report_runs import HOSTILE, make_run
 
 from fedlora.report import write_report
 

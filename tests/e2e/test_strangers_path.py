@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from pages import ROOT, blocks
+from support.pages import ROOT, blocks
 from test_report_in_a_browser import browser, look
 from test_wheel import wheel
 

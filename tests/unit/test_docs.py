@@ -31,8 +31,8 @@ from typing import Any
 
 import pytest
 import yaml
-from page_commands import PROGRAMS, PageError, check_command, check_shell, mentions
-from pages import ROOT, Block, blocks
+from support.page_commands import PROGRAMS, PageError, check_command, check_shell, mentions
+from support.pages import ROOT, Block, blocks
 from typer.testing import CliRunner
 
 from fedlora.aggregators import load_aggregator

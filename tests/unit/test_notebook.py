@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import ROOT
+from support.pages import ROOT
 
 nbformat = pytest.importorskip("nbformat", reason="requirements.lock has it")
 nbclient = pytest.importorskip("nbclient", reason="requirements.lock has it")

@@ -6,7 +6,7 @@ import re
 import shlex
 
 import pytest
-from pages import ROOT
+from support.pages import ROOT
 from typer.testing import CliRunner
 
 

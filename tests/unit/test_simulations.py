@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import make_run
+from support.made_runs import make_run
 
 from fedlora.config import RunConfig
 from fedlora.sweep import _workers

@@ -1,0 +1,35 @@
+"""Runs that are killed when a round begins, and go on in what could be another process: for the tests of resuming."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedlora.callbacks import Callback
+from fedlora.config import RunConfig
+from fedlora.federation.run import RunOutcome
+from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
+from support.federations import forget
+
+
+class _Cut(Callback):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def round_started(self, number: int, asked: object) -> None:
+        if number == self.number:
+            raise KeyboardInterrupt
+
+
+def cut(rundir: RunDir, number: int, *, resume: bool = False) -> None:
+    """Run, and be killed when round `number` has begun."""
+    with pytest.raises(KeyboardInterrupt):
+        run_simulation(rundir.config, rundir, _Cut(number), resume=resume)
+
+
+def cut_and_resumed(config: RunConfig, number: int) -> RunOutcome:
+    """A run that was killed when round `number` had begun, and went on in a new process."""
+    rundir = RunDir.create(config)
+    cut(rundir, number)
+    forget(config)
+    return run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True)

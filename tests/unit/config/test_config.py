@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.errors import raises
+
+from fedlora.assets import ASSETS
+from fedlora.config import RunConfig, load_config, parse_config
+from fedlora.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def test_the_empty_config_is_the_default_one() -> None:
+    assert parse_config("") == RunConfig()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_loads_and_opens_with_its_command(path: Path) -> None:
+    first, config = path.read_text().splitlines()[0], load_config(path)
+    found = re.fullmatch(rf"# (?:fedlora assets (.+) && )?fedlora run configs/{re.escape(path.name)}", first)
+    assert found is not None
+    needed = {name for name in (config.model.name, config.data.source) if name in ASSETS and not ASSETS[name].needed}
+    assert set((found[1] or "").split()) == needed  # what `fedlora assets` alone does not fetch
+    assert config.name == path.stem
+    assert parse_config(config.to_toml()) == config
+
+
+OVERRIDES = st.lists(
+    st.sampled_from(
+        [
+            "rounds=3",
+            "seed=12",
+            "model.dtype=bfloat16",
+            "adapter.targets=query",
+            "adapter.targets=['q', 'v']",
+            "adapter.rank_pattern.query=4",
+            "adapter.modules_to_save=[]",
+            "clients.ranks=[2, 4]",
+            "train.steps=5",
+            "train.clip_norm=1.5",
+            "train.lr=1e-3",
+            "server.fraction=0.5",
+            "strategy.name=fair",
+            "strategy.regularisation=0.5",
+            "partition.name=dirichlet",
+            "partition.alpha=0.1",
+            "task.name=other",
+            "data.source='a b.csv'",
+            "runtime.threads=2",
+        ]
+    ),
+    max_size=6,
+)
+
+
+@given(OVERRIDES)
+def test_the_resolved_config_means_the_same(overrides: list[str]) -> None:
+    config = parse_config("", overrides)
+    again = parse_config(config.to_toml())
+    assert again == config
+    assert again.digest() == config.digest()
+    assert again.to_toml() == config.to_toml()
+
+
+def test_an_override_wins_over_the_file_and_the_last_over_the_first() -> None:
+    config = parse_config("rounds = 1\n[train]\nlr = 1.0", ["rounds=2", "train.lr=0.5", "rounds=3"])
+    assert (config.rounds, config.train.lr) == (3, 0.5)
+
+
+def test_a_bare_word_is_a_string_and_toml_is_toml() -> None:
+    config = parse_config("", ["name=one", "adapter.targets=['a','b']", "adapter.method=rslora", "data.source='x.csv'"])
+    assert config.name == "one"
+    assert config.adapter.targets == ("a", "b")
+    assert config.adapter.method == "rslora"
+    assert config.data.source == "x.csv"
+
+
+def test_another_name_in_an_open_table_drops_the_other_ones_fields() -> None:
+    text = "[strategy]\nname = 'fair'\nregularisation = 0.5"
+    assert parse_config(text, ["strategy.name=ffa"]).strategy.fields == {}
+    assert parse_config(text, ["strategy.name=fair"]).strategy.fields == {"regularisation": 0.5}
+    assert parse_config(text, ["strategy.name=ffa", "strategy.x=1"]).strategy.fields == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "named"),
+    [
+        ("runds=3", "unknown-key", ("'runds'", "'rounds'")),
+        ("train.batchsize=3", "unknown-key", ("'train.batchsize'", "'batch_size'")),
+        ("rounds=0", "bad-value", ("rounds", "0")),
+        ("rounds=two", "bad-value", ("rounds", "'two'")),
+        ("train.lr=-1", "bad-value", ("train.lr", "-1")),
+        ("train.lr=nan", "bad-value", ("train.lr", "nan")),
+        ("server.fraction=1.5", "bad-value", ("server.fraction", "1.5")),
+        ("model.dtype=int8", "bad-value", ("model.dtype", "'int8'")),
+        ("clients.ranks=[0]", "bad-value", ("clients.ranks", "0")),
+        ("rounds", "not-key-value", ("'rounds'", "key=value")),
+        ("=3", "not-key-value", ("'=3'", "key=value")),
+        ("rounds.x=3", "not-a-table", ("rounds.x=3", "'rounds'")),
+        ("train=3", "bad-value", ("train", "3")),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(override: str, code: str, named: tuple[str, ...]) -> None:
+    with raises(ConfigError, code, *named):
+        parse_config("rounds = 2", [override])
+
+
+def test_steps_and_epochs_exclude_each_other() -> None:
+    with raises(ConfigError, "steps-and-epochs", "train.steps", "train.epochs"):
+        parse_config("", ["train.steps=1", "train.epochs=1"])
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = RunConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.rounds = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.lr = 3.0  # type: ignore[misc]
+
+
+def test_a_missing_file_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.toml").write_text("")
+    with raises(ConfigError, "no-such-file", "quickstrt.toml'", "quickstart.toml'"):
+        load_config(tmp_path / "quickstrt.toml")
+
+
+def test_what_is_no_toml_is_said_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("rounds = \n")
+    with raises(ConfigError, "not-toml", path, "line 1"):
+        load_config(path)
+    path.write_bytes(b"\xff\xfe")
+    with raises(ConfigError, "not-utf8", path):
+        load_config(path)
+    with raises(ConfigError, "file-not-readable", tmp_path):
+        load_config(tmp_path)
+
+
+def test_the_files_name_is_the_runs_unless_it_says_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("")
+    (tmp_path / "other.toml").write_text("name = 'said'")
+    assert load_config(tmp_path / "mine.toml").name == "mine"
+    assert load_config(tmp_path / "other.toml").name == "said"
+    assert load_config(tmp_path / "mine.toml", ["name=set"]).name == "set"
+
+
+def test_a_digest_sees_its_sections_and_no_others() -> None:
+    one, other = parse_config("", ["train.lr=0.1"]), parse_config("", ["train.lr=0.2"])
+    assert one.digest() != other.digest()
+    assert one.digest("train") != other.digest("train")
+    assert one.digest("model", "data") == other.digest("model", "data")
+    assert math.isclose(other.train.lr, 0.2)
+
+
+def test_a_shipped_config_is_found_by_its_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quickstart").name == "quickstart"
+    with raises(ConfigError, "no-such-file", "'quickstart'"):
+        load_config("quickstrat")
+    (tmp_path / "quickstart").write_text('name = "mine"')  # what is there comes first
+    assert load_config("quickstart").name == "mine"
+
+
+def test_all_that_a_key_may_be_is_said() -> None:
+    with raises(ConfigError, "bad-value", "runtime.processes", "'auto'", "greater than 0", "not 0"):
+        parse_config("[runtime]\nprocesses = 0")
+
+
+# ---------------------------------------------------------------------------------------------- paths
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a config in one folder, and data and a model in others."""
+    for folder in ("configs/bert", "elsewhere/bert"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("configs/d.csv", "elsewhere/d.csv", "elsewhere/only.csv", "data.csv"):
+        (tmp_path / file).write_text("text,label\n")
+    text = "[model]\nname = 'bert'\n[data]\nsource = 'd.csv'\ntest = '../data.csv'"
+    (tmp_path / "configs" / "run.toml").write_text(text)
+    return tmp_path
+
+
+def paths(config: RunConfig) -> tuple[str | None, ...]:
+    return config.model.name, config.data.source, config.data.test
+
+
+@pytest.mark.parametrize("here", [".", "configs", "elsewhere"])
+def test_paths_in_a_config_are_relative_to_its_folder(
+    project: Path, here: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project / here)
+    config = load_config(os.path.relpath(project / "configs" / "run.toml"))
+    assert paths(config) == tuple(str(project / path) for path in ("configs/bert", "configs/d.csv", "data.csv"))
+    monkeypatch.chdir("/")
+    assert parse_config(config.to_toml()).with_absolute_paths() == config
+
+
+def test_paths_of_set_are_relative_to_the_current_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project / "elsewhere")
+    config = load_config(project / "configs" / "run.toml", ["model.name=bert", "data.source=only.csv"])
+    assert paths(config) == (
+        str(project / "elsewhere" / "bert"),
+        str(project / "elsewhere" / "only.csv"),
+        str(project / "data.csv"),
+    )
+
+
+def test_a_path_that_would_follow_the_current_folder_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project / "elsewhere")
+    path = project / "configs" / "run.toml"
+    path.write_text("[data]\nsource = 'only.csv'")
+    with raises(ConfigError, "path-in-current-folder", "data.source = 'only.csv'", "'../elsewhere/only.csv'"):
+        load_config(path)
+
+
+def test_names_of_assets_and_of_the_hub_are_no_paths(project: Path) -> None:
+    path = project / "configs" / "run.toml"
+    path.write_text("[model]\nname = 'some-org/some.model'\n[data]\nsource = 'vader'\ntest = 'validation'")
+    assert paths(load_config(path)) == ("some-org/some.model", "vader", "validation")
+    assert load_config(path).output == "runs"
+
+
+def test_a_missing_file_is_named_where_it_was_looked_for(project: Path) -> None:
+    path = project / "configs" / "run.toml"
+    path.write_text("[data]\nsource = 'missing.csv'")
+    assert load_config(path).data.source == str(project / "configs" / "missing.csv")
