@@ -1,6 +1,6 @@
 """docs/choosing-a-rule.md says what our simulations found; its table is written here, from their results.csv.
 
-WRITE_DOCS=1 .venv/bin/python -m pytest tests/unit/aggregators/test_decision_table.py    # after a simulation was run again
+WRITE_DOCS=1 .venv/bin/python -m pytest tests/unit/aggregators/test_decision_table.py  # after a simulation
 """
 
 from __future__ import annotations
