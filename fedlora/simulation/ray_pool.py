@@ -294,7 +294,7 @@ def open_cluster() -> Iterator[Cluster]:
     One that is started here is ended with the context; from another this process goes away.
 
     Raises:
-        CrewError: there is none at the address.
+        PoolError: there is none at the address.
     """
     import ray
 
