@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from fedlora.adapter import AdapterState
 from fedlora.config import RunConfig
@@ -31,7 +30,7 @@ from fedlora.errors import (
 from fedlora.federation.client_ledger import Account
 from fedlora.federation.client_pool import Failure
 from fedlora.federation.discretion import withheld
-from fedlora.federation.protocol import TrainRequest, update_head
+from fedlora.federation.protocol import TrainedReply, TrainRequest, update_head
 from fedlora.model.base_history import follow
 from fedlora.privacy.disclosure import Disclosure
 from fedlora.privacy.ledger import Attempt
@@ -50,21 +49,6 @@ logger = logging.getLogger(__name__)
 TELLS_NOTHING = (AssetError, ConfigError, ModelError, PrivacyError, ReplyError, RuleError)
 """Errors of the config, the model and the messages: a private client sends their text, unless its data had been looked
 at when they were raised (`looking_at_data`)."""
-
-
-@dataclass(frozen=True)
-class TrainedReply:
-    """What a client that has trained sends.
-
-    Args:
-        request: That it answers.
-        tensors: The parts that were asked for, after training.
-        figures: "num_examples" and what else it reports.
-    """
-
-    request: TrainRequest
-    tensors: Mapping[str, Tensor]
-    figures: Mapping[str, float]
 
 
 Answer = TrainedReply | Failure | Exception

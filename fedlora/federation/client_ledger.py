@@ -18,19 +18,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, ReplyError
+from fedlora.federation.protocol import TrainedReply
 from fedlora.privacy.ledger import Attempt, Ledger
 
-if TYPE_CHECKING:
-    from fedlora.federation.client import TrainedReply
-
-PLAN_TABLES = (
-    "seed", "model", "adapter", "task", "data", "partition", "clients", "train", "strategy", "wire", "privacy"
-)  # fmt: skip
-"""The parts of a config that decide what a plan asks for, beside the plan itself."""
 _RUN = re.compile(r"[0-9a-f]{32}")
 
 
@@ -113,8 +105,3 @@ NOWHERE = LedgerPlace()
 def ledger_path(folder: Path, client_id: int) -> Path:
     """The ledger of a simulated client."""
     return folder / f"client-{client_id}.jsonl"
-
-
-def plan_config(config: RunConfig) -> str:
-    """Digest of what a plan depends on in a config, such as the learning rate."""
-    return config.digest(*PLAN_TABLES)

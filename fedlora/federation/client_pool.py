@@ -148,9 +148,10 @@ class ClientPool(Protocol):
         ...
 
     def train(self, request: RoundRequest) -> Generator[Reply, None, None]:
-        """Ask the sampled clients; yield the outcome of each in their order, and partial aggregates last.
+        """Ask the sampled clients; yield the outcome of each, trained ones in their order, and partial aggregates last.
 
-        A caller that has seen enough closes the generator: nobody else is asked, and what is under way ends.
+        A caller that has seen enough closes the generator: nobody else is asked, and what is under way comes to nothing
+        and is not counted.
         """
         ...
 

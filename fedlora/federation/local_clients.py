@@ -5,7 +5,7 @@ What the wire would do to numbers is applied, and the bytes that it would carry 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import final
 
 from fedlora.aggregators import Aggregator
@@ -16,7 +16,7 @@ from fedlora.federation.client import Answer, answer
 from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
 from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, RoundRequest
 from fedlora.federation.planner import Held, Planned, Planner
-from fedlora.federation.protocol import FIGURE_BYTES, head_nbytes, note_head, update_head
+from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, head_nbytes, note_head, update_head
 from fedlora.federation.screen import Screen
 from fedlora.model.base_history import bring_to
 from fedlora.sanitize import clean_text
@@ -72,10 +72,14 @@ class LocalClients:
             Exception: a client met an error that is none of fedlora's: a fault of the program, which ends the run.
                 Without the client the rounds would be another experiment.
         """
-        for first in range(0, len(request.clients), self._cohort):
-            group = request.clients[first : first + self._cohort]
-            held = [self._held.setdefault(client_id, Held()) for client_id in group]
-            yield from self.train_together(request, [self._clients[k] for k in group], held)
+        group: list[tuple[Planned, Held]] = []
+        for client_id in request.clients:
+            held = self._held.setdefault(client_id, Held())
+            group.append((self._planner.request(request, self._clients[client_id], held), held))
+            if sum(planned.failure is None for planned, _ in group) == self._cohort:
+                yield from self._outcomes(request, group)
+                group = []
+        yield from self._outcomes(request, group)
 
     def train_together(
         self, request: RoundRequest, clients: Sequence[ClientInfo], held: Sequence[Held]
@@ -90,16 +94,17 @@ class LocalClients:
         Returns:
             The outcome of each, in their order.
         """
-        bring_to(self._workspace.base, request.state, request.digests)
-        planned = [self._planner.request(request, *pair) for pair in zip(clients, held, strict=True)]
-        asked = [one.request for one in planned if one.failure is None]
-        answers = iter(
-            answer(self._workspace, asked, lambda one: self._ledgers.open(one.client_id, one.run)) if asked else ()
-        )
-        return [
-            self._outcome(request, one, knows, one.failure or next(answers))
-            for one, knows in zip(planned, held, strict=True)
-        ]
+        pairs = list(zip(clients, held, strict=True))
+        return self._outcomes(request, [(self._planner.request(request, *pair), pair[1]) for pair in pairs])
+
+    def _outcomes(self, request: RoundRequest, group: Sequence[tuple[Planned, Held]]) -> list[ClientReply]:
+        """Train those of a group whose devices answer in time; the outcome of each."""
+        asked = [planned.request for planned, _ in group if planned.failure is None]
+        answers: Iterator[Answer] = iter(())
+        if asked:
+            bring_to(self._workspace.base, request.state, request.digests)
+            answers = iter(answer(self._workspace, asked, lambda one: self._ledgers.open(one.client_id, one.run)))
+        return [self._outcome(request, *pair, pair[0].failure or next(answers)) for pair in group]
 
     def _outcome(self, request: RoundRequest, planned: Planned, held: Held, found: Answer) -> ClientReply:
         """What is written down of a client, and its update as the server would have received it."""
@@ -109,8 +114,8 @@ class LocalClients:
             return sent.failed(planned.failure)
         if isinstance(found, Failure):
             kind = "spent" if found.kind == "spent" else "error"
-            why = clean_text(found.why)
-            return sent.failed(Failure(found.kind, why), bytes_up=head_nbytes(note_head(kind, error=why)))
+            note = note_head(kind, error=clean_text(found.why, MAX_ERROR))
+            return sent.failed(Failure(found.kind, clean_text(found.why)), bytes_up=head_nbytes(note))
         if isinstance(found, Exception):
             raise found
         head = update_head(planned.request.round, planned.request.base_digest)

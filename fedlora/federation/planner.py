@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, GlobalState
@@ -112,4 +112,4 @@ class Planner:
             failure = Failure("dropped")
         elif self._devices.too_late(seconds):
             failure = Failure("late")
-        return Planned(request, planned.frozen, planned.with_frozen, planned.nbytes, seconds, failure)
+        return replace(planned, simulated_s=seconds, failure=failure)

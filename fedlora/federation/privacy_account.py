@@ -10,9 +10,9 @@ from typing import Any, Protocol, final
 from fedlora.aggregators import Aggregator, GlobalState
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError
-from fedlora.federation.client_account import ClientLevelAccount
 from fedlora.federation.client_pool import RoundRequest
-from fedlora.federation.example_account import ExampleLevelAccount
+from fedlora.federation.example_level_account import ExampleLevelAccount
+from fedlora.federation.user_level_account import UserLevelAccount
 from fedlora.privacy.server_dp import ServerDP
 from fedlora.runs.rundir import RunDir
 
@@ -108,5 +108,5 @@ def open_account(config: RunConfig, rule: Aggregator, rundir: RunDir, ledgers: P
             "privacy.unit = 'client' needs the rule that load_rule makes of the config, no other", code="wrong-rule"
         )
     if isinstance(rule, ServerDP):
-        return ClientLevelAccount(config, rule, rundir)
+        return UserLevelAccount(config, rule, rundir)
     return ExampleLevelAccount(config, rundir, ledgers) if config.example_privacy is not None else NoPrivacy()

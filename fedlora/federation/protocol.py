@@ -18,11 +18,14 @@ from torch import Tensor
 from fedlora import __version__
 from fedlora.adapter import Layout, Part
 from fedlora.aggregators import ClientPlan
+from fedlora.config import RunConfig
 from fedlora.rng import derive
 from fedlora.state_io import flatten_base_update
 from fedlora.wire_formats import Header, as_received, encode_change, header_of, tensors_digest
 
 PROTOCOL = 1
+MAX_ERROR = 1_000
+"""Characters of an error that a client tells; escaped they fit into a head."""
 FIGURE_BYTES = 8
 """Of one number among a reply's figures."""
 
@@ -87,6 +90,21 @@ class TrainRequest:
 
     def _rounding_seed(self, seed: int, name: str) -> int:
         return 0 if self.wire == "float32" else derive(seed, "wire", self.round, self.client_id, name)
+
+
+@dataclass(frozen=True)
+class TrainedReply:
+    """What a client that has trained sends.
+
+    Args:
+        request: That it answers.
+        tensors: The parts that were asked for, after training.
+        figures: "num_examples" and what else it reports.
+    """
+
+    request: TrainRequest
+    tensors: Mapping[str, Tensor]
+    figures: Mapping[str, float]
 
 
 def trained_tensors(plan: ClientPlan) -> dict[str, Tensor]:
@@ -210,3 +228,16 @@ def request_nbytes(request: TrainRequest, frozen: str, *, with_frozen: bool) -> 
 def head_nbytes(head: Mapping[str, Any]) -> int:
     """Characters of a head, which is ASCII."""
     return len(json.dumps(head))
+
+
+# ------------------------------------------------------------------------------------------------------ configs
+
+PLAN_TABLES = (
+    "seed", "model", "adapter", "task", "data", "partition", "clients", "train", "strategy", "wire", "privacy"
+)  # fmt: skip
+"""The parts of a config that decide what a plan asks for, beside the plan itself."""
+
+
+def plan_config(config: RunConfig) -> str:
+    """Digest of what a plan depends on in a config, such as the learning rate."""
+    return config.digest(*PLAN_TABLES)

@@ -1,8 +1,8 @@
 """Which replies are used: the checks of a reply's values, and what it weighs. The same wherever the client is.
 
 In this order: every value is finite; the norm is below the cap; the weight is a whole number in [1, the declared
-maximum] and all figures are ones that a client measures; a private update states that it was made as was asked; the
-change is plausible beside what others sent before.
+maximum] and all figures are ones that a client measures; the change is plausible beside what others sent before; a
+private update states that it was made as was asked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedlora.aggregators import ClientUpdate
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ReplyError
-from fedlora.federation.example_account import check_stated
+from fedlora.federation.example_level_account import check_stated
 from fedlora.federation.plausibility import UPDATE_NORM, Expectations, largest_change, largest_weight
 from fedlora.federation.protocol import TrainRequest
 from fedlora.privacy.disclosure import REFUSED, Disclosure

@@ -18,7 +18,7 @@ from fedlora.adapter import relative_error
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientUpdate, GlobalState, broadcast_change
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
-from fedlora.errors import FedloraError, PoolError, RoundError
+from fedlora.errors import FedloraError, RoundError
 from fedlora.federation.checks import clients_wanted, require_servable
 from fedlora.federation.client_pool import ClientInfo, ClientPool, PartialAggregate, RoundRequest, nobody
 from fedlora.federation.initial_state import first_state
@@ -68,6 +68,7 @@ class FederatedServer:
         self._measures_error = config.server.aggregation_error and workspace.base.method.bilinear
         self._digests = {0: ""}
         self._failed_rounds = 0
+        self._interrupted: Exception | None = None
         self._median_change: float | None = None
         self._capped: set[int] = set()
 
@@ -160,7 +161,7 @@ class FederatedServer:
         try:
             after = self.rule.aggregate(request.state, updates)
         except FedloraError as error:
-            if record.has_quorum(quorum) or isinstance(error, PoolError):
+            if record.has_quorum(quorum) or error is self._interrupted:
                 raise
             after = request.state  # most likely the cause
         finally:
@@ -186,6 +187,9 @@ class FederatedServer:
                     self.callbacks.reply(record.number, reply.client_id, False, reply.failure.why)
                 if reply.update is not None:
                     yield reply.update
+        except Exception as error:  # of the pool or of a callback, and no fault of the rule
+            self._interrupted = error
+            raise
         finally:
             replies.close()
 

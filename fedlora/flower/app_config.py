@@ -1,6 +1,6 @@
 """How both apps find the run's config in Flower's run config, and what a node says of itself in its own.
 
-Run config: `toml` (the whole config as text, as the in-process engine passes it), or `config` (a TOML file inside the
+Run config: `toml` (the whole config as text, as tests and workers pass it), or `config` (a TOML file inside the
 app's folder) with `set` ("rounds=20 strategy.name=ffa", separated by blanks), as `flwr run . --run-config` passes them.
 
 Node config (`flower-supernode --node-config`): `NODE_KEYS`. What it says of a node's machine stands above the run's
@@ -70,7 +70,7 @@ def config_of(context: Context) -> RunConfig:
 def by_itself(config: RunConfig) -> RunConfig:
     """What each "auto" that goes by the machine is where server and nodes are machines of their own: the same for all.
 
-    The in-process engine chooses once for its run, and its clients' config says what (`fedlora.flower.local`).
+    A simulation chooses once for its run, and tells its processes (`fedlora.simulation.run`).
     """
     return settle(config, {"kernels": "off", "prefix_cache": "off"})
 

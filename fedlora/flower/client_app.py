@@ -15,10 +15,11 @@ from flwr.clientapp import ClientApp
 from fedlora import __version__
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
-from fedlora.federation.client import Answer, TrainedReply, answer, examples_of_client, failure_of
-from fedlora.federation.client_ledger import LedgerPlace, plan_config
+from fedlora.federation.client import answer, examples_of_client, failure_of
+from fedlora.federation.client_ledger import LedgerPlace
 from fedlora.federation.client_pool import Failure
 from fedlora.federation.discretion import looking_at_data
+from fedlora.federation.protocol import TrainedReply, TrainRequest, plan_config
 from fedlora.flower.app_config import client_id_of, config_of, rank_of
 from fedlora.flower.handshake import require_same_config, require_same_ground
 from fedlora.flower.kept_answers import KeptAnswer
@@ -100,32 +101,33 @@ def _trained(content: RecordDict, context: Context, config: RunConfig) -> Record
     if request is None or not base_fits:
         return encode_note("need", frozen=request is None, base=not base_fits)
     if config.example_privacy is not None:
-        return _trained_privately(content, head, context, workspace)
+        return _trained_privately(content, head, request, context, workspace)
     (found,) = answer(workspace, [request], _no_account)
-    return _encoded(found, config)
+    return encode_reply(found, config.seed) if isinstance(found, TrainedReply) else _note(found)
 
 
-def _trained_privately(content: RecordDict, head: dict[str, Any], context: Context, workspace: Workspace) -> RecordDict:
+def _trained_privately(
+    content: RecordDict, head: dict[str, Any], request: TrainRequest, context: Context, workspace: Workspace
+) -> RecordDict:
     """As `_trained`; asked for the same again, the client sends the same bytes again."""
     config, place = workspace.config, ledger_place(context)
-    request = decode_request(content, head, frozen_parts)
-    assert request is not None
-    account = place.open(request.client_id, request.run)
     path = place.path(request.client_id)
     kept = KeptAnswer(path.with_name(f"{path.name}.answer"))
     digest = request_digest(content, head, plan_config(config))
-    if place.releases and (before := kept.find(digest, account.ledger)) is not None:
+    if (before := kept.find(digest, place.open(request.client_id, request.run).ledger)) is not None:
         return before
+    released: list[RecordDict] = []
 
     def release(reply: TrainedReply, attempt: Attempt) -> None:
+        released.append(encode_reply(reply, config.seed))
         try:
-            kept.keep(digest, attempt.name, encode_reply(reply, config.seed))
+            kept.keep(digest, attempt.name, released[-1])
         except OSError as error:
             logger.warning("the answer cannot be kept (%s): if it is asked for again, it counts again", error)
         attempt.release()
 
     (found,) = answer(workspace, [request], lambda one: place.open(one.client_id, one.run, release))
-    return _encoded(found, config)
+    return released[-1] if isinstance(found, TrainedReply) else _note(found)
 
 
 def _no_account(_request: object) -> Any:
@@ -135,12 +137,7 @@ def _no_account(_request: object) -> Any:
 def ledger_place(context: Context) -> LedgerPlace:
     """Where a client's ledger is: by its node's own config, or by the run's."""
     own, folder = str(context.node_config.get("ledger", "")), str(context.run_config.get("ledger-dir", ""))
-    session = str(context.run_config.get("session", ""))
-    return LedgerPlace(Path(own) if own else None, Path(folder) if folder else None, session)
-
-
-def _encoded(found: Answer, config: RunConfig) -> RecordDict:
-    return encode_reply(found, config.seed) if isinstance(found, TrainedReply) else _note(found)
+    return LedgerPlace(Path(own) if own else None, Path(folder) if folder else None)
 
 
 def _note(found: Failure | Exception) -> RecordDict:

@@ -148,7 +148,7 @@ class FlowerClients:
                 asked.node.held.forget()
                 again = self._send(request, asked.node, encoder)
                 if isinstance(again, ClientReply):  # with everything it would be too late
-                    return again
+                    return again.with_bytes(up=asked.reply.bytes_up, down=asked.reply.bytes_down)
                 again.reply = again.reply.with_bytes(up=asked.reply.bytes_up, down=asked.reply.bytes_down)
                 asked = again
                 message = self._receive(asked, deadline)

@@ -20,11 +20,12 @@ from fedlora import __version__
 from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import BaseUpdate, ClientPlan
 from fedlora.errors import ReplyError
-from fedlora.federation.client import TrainedReply
 from fedlora.federation.planner import Planned
 from fedlora.federation.protocol import (
+    MAX_ERROR,
     PROTOCOL,
     OfSameTensors,
+    TrainedReply,
     TrainRequest,
     note_head,
     request_head,
@@ -38,8 +39,6 @@ from fedlora.wire_formats import WIRES, tensors_digest
 
 MAX_HEAD = 16_384
 """Characters that the head of a reply may have."""
-MAX_ERROR = 1_000
-"""Characters of an error that a client tells; escaped they fit into a head."""
 
 
 def payload_bytes(content: RecordDict) -> int:

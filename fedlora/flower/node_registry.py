@@ -15,7 +15,7 @@ from fedlora.errors import ReplyError, RoundError
 from fedlora.federation.client_pool import ClientInfo, nobody
 from fedlora.federation.planner import Held
 from fedlora.federation.round_record import quorum_of
-from fedlora.flower import mailbox as post
+from fedlora.flower import mailbox
 from fedlora.flower.identities import Bindings, Identity
 from fedlora.flower.mailbox import Mailbox, Sent
 from fedlora.flower.update_checks import Hello, check_hello
@@ -100,7 +100,7 @@ class NodeRegistry:
                 break
             if not self._asked and (not patient or len(self._there) >= self._expected):
                 break
-            time.sleep(post.POLL_S[1])
+            time.sleep(mailbox.POLL_S[1])
         if not self.nodes:
             raise nobody(self._refused)
         self._say(f"only {len(self.nodes)} of {self._expected} clients are there; the run goes on without the others")
@@ -123,7 +123,7 @@ class NodeRegistry:
                 said = True
             if time.monotonic() >= end:
                 break
-            time.sleep(post.POLL_S[1])
+            time.sleep(mailbox.POLL_S[1])
             self.look()
 
     def look(self) -> None:

@@ -6,7 +6,6 @@ over; for any other it hands over each update.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -96,17 +95,6 @@ class GroupTrained:
 
 
 @dataclass(frozen=True)
-class Hello:
-    """The process is ready to train.
-
-    Args:
-        host: Name of its machine.
-    """
-
-    host: str
-
-
-@dataclass(frozen=True)
 class Doing:
     """What the process is doing, for whoever watches the run."""
 
@@ -134,7 +122,6 @@ def serve(pipe: Channel) -> None:
     try:
         with Watcher(tell):
             worker = PoolWorker(_next(jobs))
-            pipe.tell(Hello(socket.gethostname()))
             while (job := _next(jobs)) is not None:
                 result = worker.do(job)
                 if result is not None:
@@ -162,7 +149,7 @@ class PoolWorker:
         self._clients = LocalClients(config, self._rule, workspace, begin.cohort, begin.run, begin.ledgers)
         self._planner = Planner(config, self._rule, workspace)
         self._measures_error = config.server.aggregation_error and workspace.base.method.bilinear
-        self._sums = {0: RunningAggregate(measures_error=self._measures_error)}
+        self._sums: dict[int, RunningAggregate] = {}
 
     def do(self, job: StartRound | TrainGroup | EndRound) -> GroupTrained | PartialAggregate | None:
         """One job."""

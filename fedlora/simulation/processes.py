@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -100,7 +101,13 @@ def listen(channel: Channel) -> SimpleQueue[Any]:
 
 
 class Helper(Protocol):
-    """Somebody elsewhere who does what is told through a channel."""
+    """Somebody elsewhere who does what is told through a channel.
+
+    Attributes:
+        host: Name of its machine, as far as is known.
+    """
+
+    host: str
 
     @property
     def pipe(self) -> Channel:
@@ -157,6 +164,7 @@ class Child:
         with variables(environment), _without_main():
             self._process.start()
         there.close()  # so that the pipe ends when the process does
+        self.host = socket.gethostname()
         self.pipe = Pipe(here)
 
     def wait(self) -> str:

@@ -72,10 +72,10 @@ class Actor:
         self._jobs: SimpleQueue[bytes] = SimpleQueue()
         self._answers: SimpleQueue[bytes | None] = SimpleQueue()
 
-    def begin(self, file: Path | None) -> tuple[str, str, bytes | None]:
-        """Begin to serve: the versions of fedlora and torch, and what a file holds here, if any."""
+    def begin(self, file: Path | None) -> tuple[str, str, bytes | None, str]:
+        """Begin to serve: versions of fedlora and torch, what a file holds here, if any, and the machine's name."""
         threading.Thread(target=self._serve, daemon=True).start()
-        return __version__, torch.__version__, _content(file)
+        return __version__, torch.__version__, _content(file), socket.gethostname()
 
     def tell(self, data: bytes) -> None:
         """A job for `serve`."""
@@ -160,6 +160,7 @@ class RayHelper:
     def __init__(self, actor: Any) -> None:
         self.actor = actor
         self._outside = _Outside(actor)
+        self.host = "a machine of the cluster"
 
     @property
     def pipe(self) -> Channel:
@@ -264,9 +265,9 @@ def _meet(helpers: Sequence[RayHelper], file: Path | None, patience_s: float) ->
             "runtime.processes, or resume the run later",
             code="no-room-on-ray",
         )
-    for greeting in greetings:
+    for helper, greeting in zip(helpers, greetings, strict=True):
         try:
-            version, torch_version, content = ray.get(greeting)
+            version, torch_version, content, helper.host = ray.get(greeting)
         except RayError as error:
             raise PoolError(
                 f"an actor did not start on Ray ({_reason(error)}): every machine of the cluster needs the "

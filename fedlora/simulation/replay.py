@@ -25,11 +25,12 @@ class ReplayPool:
 
     Args:
         pool: That trains.
-        answered: Round -> those clients.
+        records: Lines of metrics of the run.
     """
 
-    def __init__(self, pool: ClientPool, answered: Mapping[int, frozenset[int]]) -> None:
-        self._pool, self._answered = pool, answered
+    def __init__(self, pool: ClientPool, records: Iterable[Mapping[str, Any]]) -> None:
+        self._pool = pool
+        self._records = {int(record["round"]): record for record in records}
 
     @property
     def left_out(self) -> Mapping[str, str]:
@@ -46,10 +47,16 @@ class ReplayPool:
 
     def train(self, request: RoundRequest) -> Generator[Reply, None, None]:
         """Train the clients that answered in this round."""
-        answered = self._answered.get(request.number, frozenset())
+        record = self._records.get(request.number, {})
+        answered = frozenset(record.get("answered", ()))
         for client_id in request.clients:
-            if client_id not in answered:
-                yield ClientReply(client_id).failed(Failure("refused", "it did not answer in the run that is replayed"))
+            if client_id in record.get("dropped", ()):
+                yield ClientReply(client_id).failed(Failure("dropped"))
+            elif client_id in record.get("late", ()):
+                yield ClientReply(client_id).failed(Failure("late"))
+            elif client_id not in answered:
+                why = "it did not answer in the run that is replayed"
+                yield ClientReply(client_id).failed(Failure("refused", why))
         yield from self._pool.train(replace(request, clients=[k for k in request.clients if k in answered]))
 
 

@@ -28,7 +28,7 @@ from fedlora.simulation.capacity import (
 from fedlora.simulation.partial_aggregates import sums_suffice
 from fedlora.simulation.pool_worker import Begin
 from fedlora.simulation.ray_pool import Cluster, open_cluster, require_ray
-from fedlora.simulation.replay import ReplayPool, answered_in, require_same
+from fedlora.simulation.replay import ReplayPool, require_same
 from fedlora.simulation.worker_pool import WorkerPool, child_processes
 from fedlora.training.step_scheduler import step_budget
 from fedlora.training.workspace import Workspace, open_workspace
@@ -95,7 +95,7 @@ def _pool(
     """The clients of a run, in as many processes as it is worth."""
     run = "" if config.example_privacy is None else rundir.run_id
     if replay is not None:  # one client at a time, as on machines of their own: to the byte
-        yield ReplayPool(LocalClients(config, rule, workspace, 1, run, ledgers), answered_in(replay))
+        yield ReplayPool(LocalClients(config, rule, workspace, 1, run, ledgers), replay)
         return
     asked = clients_wanted(config, len(workspace.data.clients))
     with _cluster(config) as cluster:

@@ -31,9 +31,9 @@ from fedlora.simulation.pool_worker import (
     EndRound,
     Failed,
     GroupTrained,
-    Hello,
     StartRound,
     TrainGroup,
+    serve,
 )
 from fedlora.simulation.processes import Child, Helper, listen
 
@@ -52,7 +52,6 @@ class _Worker:
     helper: Helper
     results: SimpleQueue[Any]
     owed: deque[tuple[int, bool]] = field(default_factory=deque)
-    host: str = "this machine"
 
 
 @dataclass
@@ -132,6 +131,7 @@ class WorkerPool:
         self._request = request
         for number, place in enumerate(self._places):
             place.done, place.work = [], 0.0
+            place.ready.clear()  # of a round that was broken off while one process stood in for two places
             self._tell(place.worker, StartRound(number, request))
         size = self._begin.cohort * len(self._places)
         todo = deque(request.clients[start : start + size] for start in range(0, len(request.clients), size))
@@ -197,8 +197,6 @@ class WorkerPool:
             match worker.results.get():
                 case Doing(text):
                     activity.info("%s", text)
-                case Hello(host):
-                    worker.host = host
                 case Failed(why):
                     raise PoolError(f"a process that trains clients cannot go on: {why}", code="worker-failed")
                 case None:
@@ -221,7 +219,7 @@ class WorkerPool:
         """
         how = worker.helper.wait()
         self._deaths[how] += 1
-        lost = f"a process that trains clients {how} on {worker.host}"
+        lost = f"a process that trains clients {how} on {worker.helper.host}"
         if self._begin.config.example_privacy is not None or self._deaths[how] >= MOST_DEATHS:
             times = "" if self._deaths[how] < MOST_DEATHS else f", the {self._deaths[how]}rd time"
             raise PoolError(
@@ -262,8 +260,6 @@ def child_processes(environments: Sequence[Mapping[str, str]]) -> Iterator[Calla
     Args:
         environments: Variables of each place's process besides this one's.
     """
-    from fedlora.simulation.pool_worker import serve
-
     children: list[Child] = []
 
     def hire(place: int) -> Child:

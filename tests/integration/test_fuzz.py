@@ -29,9 +29,8 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ReplyError
-from fedlora.federation.client import TrainedReply
 from fedlora.federation.plausibility import Expectations
-from fedlora.federation.protocol import TrainRequest
+from fedlora.federation.protocol import TrainedReply, TrainRequest
 from fedlora.federation.screen import LARGEST_FIGURES, Admitted, Screen
 from fedlora.flower.messages import encode_note, encode_reply
 from fedlora.flower.update_checks import check_head, check_hello, check_update

@@ -30,8 +30,7 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError
-from fedlora.federation.client import TrainedReply
-from fedlora.federation.protocol import TrainRequest
+from fedlora.federation.protocol import TrainedReply, TrainRequest
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower import mailbox as post

@@ -257,3 +257,18 @@ def test_no_node_weighs_more_than_its_claim_beside_the_others(
     clients = federate(own, nodes).records[1]["clients"]
     assert [row["num_examples"] for row in clients.values()] == [70, 50, 10_000_000 if lie else 70]
     assert [row.get("weight") for row in clients.values()] == [None, None, 700.0 if lie else None]
+
+
+def test_a_replay_leaves_out_the_devices_that_dropped_out_or_were_late(tiny_config: MakeConfig) -> None:
+    devices = [
+        "clients.profiles=[{name='slow',dropout=0.5,examples_per_s=10},{name='fast',examples_per_s=1000}]",
+        *("server.simulated_deadline_s=1.0", "server.quorum=0.9", "server.max_failed_rounds=0", "rounds=3"),
+    ]
+    config = tiny_config(*devices)
+    run = run_simulation(config, RunDir.create(config))
+    assert any(record["dropped"] or record["late"] for record in run.records[1:])
+    again = tiny_config(*devices, name="again")
+    replayed = run_simulation(again, RunDir.create(again), replay=run.records)
+    assert weights(replayed) == weights(run)
+    for name in ("answered", "dropped", "late", "refused", "lost", "simulated_seconds"):
+        assert [record.get(name) for record in replayed.records[1:]] == [r.get(name) for r in run.records[1:]], name

@@ -17,7 +17,7 @@ from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.federation import client
 from fedlora.federation.client_ledger import ledger_path
-from fedlora.federation.example_account import ExampleLevelAccount
+from fedlora.federation.example_level_account import ExampleLevelAccount
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.app_config import config_of

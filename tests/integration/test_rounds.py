@@ -18,7 +18,7 @@ from fedlora.adapter import AdapterState
 from fedlora.aggregators import equivalent_adapter
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
-from fedlora.errors import RoundError, RuleError, TrainingError
+from fedlora.errors import ConfigError, RoundError, RuleError, TrainingError
 from fedlora.federation import client
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
@@ -279,3 +279,13 @@ def test_a_merge_that_overflows_is_named_and_not_kept(tiny_config: MakeConfig, m
     with raises(RoundError, "state-not-finite", "round 1", "server.max_norm"):
         run_simulation(config, rundir, Callback())
     assert [record["round"] for record in rundir.read_metrics()] == [0]
+
+
+def test_what_a_callback_raises_ends_the_run_and_is_no_fault_of_the_round(tiny_config: MakeConfig) -> None:
+    class Objects(Callback):
+        def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
+            raise ConfigError("no more of this", code="objection")
+
+    config = tiny_config("rounds=2")
+    with raises(ConfigError, "objection"):
+        run_simulation(config, RunDir.create(config), Objects())

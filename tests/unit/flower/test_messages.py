@@ -14,11 +14,11 @@ from support.errors import raises
 from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import BaseUpdate, ClientPlan
 from fedlora.errors import ReplyError
-from fedlora.federation.client import TrainedReply
 from fedlora.federation.planner import Planned
 from fedlora.federation.protocol import (
     FIGURE_BYTES,
     FrozenDigest,
+    TrainedReply,
     TrainRequest,
     frozen_tensors,
     head_nbytes,

@@ -14,8 +14,7 @@ from support.errors import raises
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.errors import ReplyError
-from fedlora.federation.client import TrainedReply
-from fedlora.federation.protocol import TrainRequest
+from fedlora.federation.protocol import TrainedReply, TrainRequest
 from fedlora.flower.arrays import change_array
 from fedlora.flower.messages import encode_note, encode_reply
 from fedlora.flower.update_checks import check_head, check_update

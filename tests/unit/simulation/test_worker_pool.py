@@ -20,7 +20,7 @@ from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.errors import PoolError
 from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, PartialAggregate, RoundRequest
 from fedlora.simulation.partial_aggregates import RunningAggregate
-from fedlora.simulation.pool_worker import Begin, EndRound, Failed, GroupTrained, Hello, StartRound, TrainGroup, serve
+from fedlora.simulation.pool_worker import Begin, EndRound, Failed, GroupTrained, StartRound, TrainGroup, serve
 from fedlora.simulation.processes import Pipe
 from fedlora.simulation.worker_pool import AHEAD, WorkerPool
 
@@ -44,6 +44,7 @@ class Thread:
         self, pause: float = 0.0, answer: Answer | None = None, *, sums: bool = False, lives: int = 1000
     ) -> None:
         here, there = multiprocessing.Pipe()
+        self.host = "a host"
         self.pipe, self._there = Pipe(here), Pipe(there)
         self.told: list[Any] = []
         self._pause, self._answer, self._sums, self._lives = pause, answer or self._trained, sums, lives
@@ -73,9 +74,7 @@ class Thread:
     def _work(self) -> None:
         while (job := self._there.hear()) is not None:
             self.told.append(job)
-            if isinstance(job, Begin):
-                self._there.tell(Hello("a host"))
-            elif isinstance(job, TrainGroup):
+            if isinstance(job, TrainGroup):
                 time.sleep(self._pause)
                 self._lives -= 1
                 if self._lives < 0 or (answer := self._answer(job)) is None:
@@ -310,6 +309,18 @@ def test_a_process_that_dies_in_a_round_changes_nothing_of_it(
     (line,) = said
     assert "status -9 on a host" in line
     assert ("a new one" if replaced else "another process") in line
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_a_round_broken_off_while_one_process_stands_in_leaves_nothing_to_the_next(make: Make, sums: bool) -> None:
+    """What the one that stands in has done for its own place waits there, and is not the next round's."""
+    whole = make([Thread(sums=sums), Thread(sums=sums)], cohort=1, sums=sums)
+    pool = make([Thread(sums=sums), Thread(sums=sums, lives=0)], cohort=1, sums=sums)
+    broken = pool.train(RoundRequest(1, list(range(12)), STATE))
+    next(broken)
+    next(broken)
+    broken.close()
+    assert same(updates(train(pool, [14, 15, 16])), updates(train(whole, [14, 15, 16])))
 
 
 def test_three_deaths_of_one_kind_end_the_run_with_the_reason_and_the_host(make: Make, said: list[str]) -> None:

@@ -22,8 +22,9 @@ from typing import Any, final
 from fedlora.aggregators import GlobalState
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, ReplyError
-from fedlora.federation.client_ledger import ledger_path, plan_config
+from fedlora.federation.client_ledger import ledger_path
 from fedlora.federation.client_pool import RoundRequest
+from fedlora.federation.protocol import plan_config
 from fedlora.privacy._file import Appender
 from fedlora.privacy.accounting import Entry, epsilon, merged, statement
 from fedlora.privacy.ledger import Ledger
@@ -89,7 +90,7 @@ class ExampleLevelAccount:
 
     def __init__(self, config: RunConfig, rundir: RunDir, folder: Path | None = None) -> None:
         self._config, self._folder, self._rundir, self._run = config, folder, rundir, rundir.run_id
-        # The in-process engine's: whatever lacks there is lost, and not kept by somebody else.
+        # A simulation's: whatever lacks there is lost, and not kept by somebody else.
         self._ours = folder is not None and folder.resolve() == rundir.privacy_dir.resolve()
         self._path = rundir.privacy_dir / "asked.jsonl"
         self._asked: dict[Key, dict[int, Entry]] = {}

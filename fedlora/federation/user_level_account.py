@@ -23,7 +23,7 @@ from fedlora.runs.rundir import RunDir
 
 
 @final
-class ClientLevelAccount:
+class UserLevelAccount:
     """What the server has spent of its clients' privacy.
 
     Args:
