@@ -69,7 +69,7 @@ def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     A text's label can be read from its words, three of which are the label's own; labels are drawn evenly, domains are
     of equal size, and a document holds three texts of one domain. Always the same bytes.
     """
-    path = tmp_path_factory.mktemp("tiny_csv") / "support.tiny.csv"
+    path = tmp_path_factory.mktemp("tiny_csv") / "tiny.csv"
     draw = random.Random(0)
     labels, domains = sorted(LABEL_WORDS), sorted(DOMAIN_WORDS)
     rows = []

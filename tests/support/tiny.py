@@ -8,7 +8,7 @@ from pathlib import Path
 
 def write_tiny_toml(folder: Path, base: Path, data: Path) -> Path:
     """Two rounds of four clients on the tiny model and texts; the runs go to `folder`/runs."""
-    path = folder / "support.tiny.toml"
+    path = folder / "tiny.toml"
     path.write_text(
         f"""
         output = {json.dumps(str(folder / "runs"))}

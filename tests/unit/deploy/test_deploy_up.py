@@ -23,8 +23,10 @@ from fedlora.deploy.keys import make_authority, make_server
 from fedlora.errors import DeployError
 
 UP = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests were started by nohup, or in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import fedlora.deploy.foreground as up
 folder = Path(sys.argv[1])
 sleeper = (
