@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+PYTEST := $(BIN)/python -m pytest
+ON_ALL_CORES := -n auto --dist loadgroup
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export FLWR_TELEMETRY_ENABLED := 0
@@ -45,8 +46,8 @@ deploy-demo: setup  ## three nodes with TLS and node keys on this machine; one i
 	$(BIN)/python deploy/demo.py
 
 test: export HF_HUB_OFFLINE := 1
-test: fetched  ## run the fast tests
-	$(PYTEST)
+test: fetched  ## run the fast tests, on all cores
+	$(PYTEST) $(ON_ALL_CORES)
 
 test-slow: export HF_HUB_OFFLINE := 1
 test-slow: fetched  ## run the slow tests: whole runs, processes, larger models
@@ -55,7 +56,7 @@ test-slow: fetched  ## run the slow tests: whole runs, processes, larger models
 
 test-nightly: export HF_HUB_OFFLINE := 1
 test-nightly: setup  ## run what takes minutes: all model families, the privacy laws on them, every mutant of the audit
-	$(PYTEST) -m nightly
+	$(PYTEST) $(ON_ALL_CORES) -m nightly
 
 check: setup  ## linter, formatter, types, and which module may import which
 	$(BIN)/ruff check .
