@@ -33,7 +33,7 @@ NODE = """
 import sys
 from pathlib import Path
 from flwr.app import Context, Message
-from fedlora.testing.loopback_grid import task_identity
+from fedlora.flower.task_identity import task_identity
 from fedlora.node_worker.node_app import app
 from fedlora.node_worker.frames import pack, unpack
 

@@ -20,10 +20,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fedlora import __version__
 from fedlora.errors import WorkerError
 from fedlora.flower import client_app
+from fedlora.flower.task_identity import task_identity
 from fedlora.node_worker.frames import pack, unpack
 from fedlora.node_worker.socket import METHOD, SERVICE, UNLIMITED, VARIABLE, code_digest, make_folder
 from fedlora.node_worker.supervisor import stop_without_parent
-from fedlora.testing.loopback_grid import task_identity
 from fedlora.training.workspace import close_workspace
 
 logger = logging.getLogger(__name__)

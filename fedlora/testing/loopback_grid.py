@@ -8,22 +8,21 @@ flwr keeps `TaskIdentity`, `Run` and the message id private; whatever is needed 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.errors import in_words
+from fedlora.flower.task_identity import task_identity
 
 logger = logging.getLogger(__name__)
 
@@ -119,18 +118,6 @@ class LoopbackGrid(Grid):
         """A client's failure as a reply that names it, as on any other grid."""
         logger.debug("client on node %s failed", message.metadata.dst_node_id, exc_info=error)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, in_words(error)), reply_to=message)
-
-
-@contextlib.contextmanager
-def task_identity(run_id: int, node_id: int = SUPERLINK_NODE_ID) -> Iterator[None]:
-    """Inside, new messages belong to this run and node; Flower keeps that in a process-wide private class."""
-    before = {name: getattr(TaskIdentity, f"_{name}") for name in ("task_id", "run_id", "node_id")}
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, node_id
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(TaskIdentity, f"_{name}", value)
 
 
 def _copy(message: Message) -> Message:

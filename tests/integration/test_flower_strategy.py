@@ -19,9 +19,10 @@ from fedlora.errors import RuleError
 from fedlora.flower import FedLoraStrategy, client_app, evaluate_fn, initial_arrays
 from fedlora.flower.flower_strategy import TRAINS
 from fedlora.flower.peft_records import own_name, peft_name
+from fedlora.flower.task_identity import task_identity
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training import open_workspace
 
 MakeConfig = Callable[..., RunConfig]

@@ -33,9 +33,10 @@ from fedlora.federation.plausibility import Expectations
 from fedlora.federation.protocol import TrainedReply, TrainRequest
 from fedlora.federation.screen import LARGEST_FIGURES, Admitted, Screen
 from fedlora.flower.messages import encode_note, encode_reply
+from fedlora.flower.task_identity import task_identity
 from fedlora.flower.update_checks import check_head, check_hello, check_update
 from fedlora.runs.rundir import RunDir
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import Workspace
 
 G = torch.Generator().manual_seed(0)

@@ -36,9 +36,10 @@ from fedlora.flower import client_app
 from fedlora.flower import mailbox as post
 from fedlora.flower.bounded_pull import Allowed, pull_reply
 from fedlora.flower.messages import encode_note, encode_reply
+from fedlora.flower.task_identity import task_identity
 from fedlora.flower.update_checks import check_head, check_update
 from fedlora.runs.rundir import RunDir
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 
 MakeConfig = Callable[..., RunConfig]
 TREES = 3000

@@ -6,7 +6,8 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.flower.task_identity import task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 
 app = ClientApp()
 

@@ -28,6 +28,7 @@ from fedlora.federation.client_pool import ClientInfo, RoundRequest
 from fedlora.federation.planner import Held, Planner
 from fedlora.flower import client_app
 from fedlora.flower.messages import RequestEncoder, decode_head
+from fedlora.flower.task_identity import task_identity
 from fedlora.node_worker import client, server, supervisor
 from fedlora.node_worker import node_app as node_app_module
 from fedlora.node_worker.client import ask, check
@@ -37,7 +38,6 @@ from fedlora.node_worker.server import BROKEN, Worker
 from fedlora.node_worker.socket import code_digest, make_folder, named_by, require_own
 from fedlora.node_worker.supervisor import supervise
 from fedlora.privacy.ledger import Ledger
-from fedlora.testing.loopback_grid import task_identity
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -443,7 +443,7 @@ ONE_MESSAGE = """
 import logging, sys
 from pathlib import Path
 from flwr.app import Context, Message
-from fedlora.testing.loopback_grid import task_identity
+from fedlora.flower.task_identity import task_identity
 from fedlora.node_worker.node_app import app
 from fedlora.node_worker.frames import pack, unpack
 

@@ -22,11 +22,11 @@ from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.app_config import config_of
 from fedlora.flower.arrays import from_array, to_array
+from fedlora.flower.task_identity import task_identity
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.testing.loopback_grid import task_identity
 from fedlora.training.dp_settings import private_settings
 
 MakeConfig = Callable[..., RunConfig]

@@ -30,13 +30,14 @@ from fedlora.federation import client
 from fedlora.federation.protocol import TrainRequest
 from fedlora.flower import client_app
 from fedlora.flower.server_app import serve
+from fedlora.flower.task_identity import task_identity
 from fedlora.privacy import server_dp as central
 from fedlora.rng import derive
 from fedlora.runs import environment
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation import capacity as sizing
 from fedlora.simulation.run import run_simulation
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.job import TrainResult
 from fedlora.training.workspace import close_workspace, open_workspace
 

@@ -26,13 +26,14 @@ from fedlora.federation.client_ledger import ledger_path
 from fedlora.federation.example_level_account import ExampleLevelAccount
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
+from fedlora.flower.task_identity import task_identity
 from fedlora.privacy.accounting import Entry
 from fedlora.privacy.disclosure import WITHHELD, Disclosure
 from fedlora.privacy.ledger import Ledger
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.terminal import totals
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.dp_settings import private_settings
 
 MakeConfig = Callable[..., RunConfig]

@@ -31,10 +31,11 @@ from fedlora.flower import client_app
 from fedlora.flower import mailbox as post
 from fedlora.flower.messages import FrozenParts, RequestEncoder, decode_request, decode_request_head
 from fedlora.flower.server_app import serve
+from fedlora.flower.task_identity import task_identity
 from fedlora.model.base_history import can_follow, digest_of, next_digest
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
 from fedlora.wire_formats import tensors_digest
 

@@ -12,9 +12,10 @@ from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.messages import FrozenParts
 from fedlora.flower.server_app import serve
+from fedlora.flower.task_identity import task_identity
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
 
 

@@ -7,8 +7,9 @@ from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.server_app import serve
+from fedlora.flower.task_identity import task_identity
 from fedlora.runs.rundir import RunDir
-from fedlora.testing.loopback_grid import LoopbackGrid, task_identity
+from fedlora.testing.loopback_grid import LoopbackGrid
 
 
 def grid_of(config: RunConfig, clients: int = 4) -> LoopbackGrid:

@@ -17,8 +17,8 @@ from fedlora.errors import ReplyError
 from fedlora.federation.protocol import TrainedReply, TrainRequest
 from fedlora.flower.arrays import change_array
 from fedlora.flower.messages import encode_note, encode_reply
+from fedlora.flower.task_identity import task_identity
 from fedlora.flower.update_checks import check_head, check_update
-from fedlora.testing.loopback_grid import task_identity
 from fedlora.wire_formats import BF16_STYPE, INT8_STYPE, STYPE, encode_change
 
 PLAN = ClientPlan(AdapterState({"m": LoraPair(torch.ones(4, 8), torch.ones(6, 4), 2.0)}, {"head": torch.zeros(2)}))
