@@ -130,7 +130,7 @@ def cluster() -> Iterator[Any]:
     ray.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("rule", ["fedavg", "flora"])
 def test_ray_comes_to_what_processes_do_to_the_byte(tiny_config: MakeConfig, cluster: Any, rule: str) -> None:
     here, there = (
@@ -155,7 +155,7 @@ class _At2(Callback):
             self._act()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_actor_is_replaced_and_the_run_ends_with_the_same_bytes(tiny_config: MakeConfig, cluster: Any) -> None:
     whole = run(tiny_config(*TWO))
     config = tiny_config(*RAY, name="killed")
@@ -168,7 +168,7 @@ def test_a_killed_actor_is_replaced_and_the_run_ends_with_the_same_bytes(tiny_co
     until(lambda: not actors(), "an actor outlived its run")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_actor_has_the_threads_of_its_choice(tiny_config: MakeConfig, cluster: Any) -> None:
     seen: list[dict[str, str]] = []
     config = tiny_config(*RAY, "runtime.threads=2")
@@ -177,7 +177,7 @@ def test_an_actor_has_the_threads_of_its_choice(tiny_config: MakeConfig, cluster
     assert [variables["OMP_WAIT_POLICY"] for variables in seen] == ["PASSIVE", "PASSIVE"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_private_run_needs_its_folder_on_every_machine(
     tiny_config: MakeConfig, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +191,7 @@ def test_a_private_run_needs_its_folder_on_every_machine(
     until(lambda: not actors(), "an actor outlived its run")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cluster_of_the_runs_own_is_gone_afterwards(tiny_config: MakeConfig) -> None:
     """In a process without a cluster, which tests above may have here."""
     config = tiny_config(*RAY)
