@@ -57,14 +57,14 @@ def call(fresh: Path, folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_it_holds_the_code_the_configs_and_the_template_and_nothing_else(wheel: Path) -> None:
+def test_it_holds_the_code_the_templates_and_the_configs_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     configs = {f"fedlora/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
-    template = {f"fedlora/templates/project/{path.name}" for path in (ROOT / "fedlora/templates/project").iterdir()}
-    code = {str(path.relative_to(ROOT)) for path in (ROOT / "fedlora").rglob("*.py")}
+    files = [path for path in (ROOT / "fedlora").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    code_and_templates = {str(path.relative_to(ROOT)) for path in files}
     assert configs <= set(names)
     given = {name for name in names if not name.startswith("fedlora-")}
-    assert given == code | configs | template | {"fedlora/py.typed"}
+    assert given == code_and_templates | configs
 
 
 def test_the_installed_package_is_the_wheels(fresh: Path, tmp_path: Path) -> None:
