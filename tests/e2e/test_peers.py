@@ -18,7 +18,7 @@ from fedlora.training.workspace import open_workspace
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("shape", ["tiny", "llama"])
 def test_a_peers_client_trains_what_ours_trains(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -96,7 +96,7 @@ def on_ray(file: Path, folder: Path, home: Path, *keys: str, app: Path = ROOT) -
     return done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ray_reaches_the_same_adapter(tiny_bert: Path, tiny_csv: Path, tmp_path: Path, flower_home: Path) -> None:
     file = tmp_path / "ray.toml"
     file.write_text(CONFIG.format(output=tmp_path / "runs", model=tiny_bert, data=tiny_csv))
@@ -110,7 +110,7 @@ def test_ray_reaches_the_same_adapter(tiny_bert: Path, tiny_csv: Path, tmp_path:
     assert (ray / weights).read_bytes() == (local / weights).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ray_spends_what_the_engine_spends(tiny_bert: Path, tiny_csv: Path, tmp_path: Path, flower_home: Path) -> None:
     """Each client's ledger lies where its actor finds it again in the next round, and the claim is the same."""
     file = tmp_path / "ray.toml"
@@ -163,7 +163,7 @@ def main(grid, context):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("strategy", ["fair", "fedavg"])
 def test_somebody_elses_server_app_on_flowers_simulation(
     strategy: str, tiny_bert: Path, tiny_csv: Path, tmp_path: Path, flower_home: Path

@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "index.md"
 WHERE = "python -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))'"
 
 __all__ = ["browser", "wheel"]  # fixtures
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute where nothing else runs
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]  # under a minute where nothing else runs
 
 
 def script(site_packages: str) -> str:

@@ -203,7 +203,7 @@ def test_python_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
                 getattr(value(), law)()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(3000)  # README trains the quickstart twice: minutes, more where other tests run
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console") and p != WALKED], ids=name)
 def test_commands_on_the_page_work(page: Path, tmp_path: Path, minilm: Path, vader: Path) -> None:
@@ -247,7 +247,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {page.name for page in DOCS} == listed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="`make docs` installs it")
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
