@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from fedlora.adapter import DeltaSum
+from fedlora.adapter import ALL_PARTS, DeltaSum, Part
 from fedlora.aggregators import ClientUpdate, GlobalState
-from fedlora.errors import RoundError
+from fedlora.errors import PoolError, RoundError
 from fedlora.federation.plausibility import Expectations
 
 
@@ -75,6 +76,7 @@ class ClientReply:
     Args:
         client_id: Whose.
         update: What it sent; None where it failed, or where a `PartialAggregate` has it.
+        sends: The parts of the update that it sent; the others are its plan's.
         failure: Why it is left out of the round.
         figures: What is written down of it, with its weight as "num_examples" or "weight".
         bytes_down: That were sent to it.
@@ -84,6 +86,7 @@ class ClientReply:
 
     client_id: int
     update: ClientUpdate | None = None
+    sends: frozenset[Part] = ALL_PARTS
     failure: Failure | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     bytes_down: int = 0
@@ -154,6 +157,34 @@ class ClientPool(Protocol):
         and is not counted.
         """
         ...
+
+
+class SimulatedClients(ABC):
+    """What the pools of a simulation share: all clients of a partition can be asked in every round.
+
+    Args:
+        clients: All of them, by number.
+    """
+
+    def __init__(self, clients: Mapping[int, ClientInfo]) -> None:
+        self._clients = clients
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Nobody: a client that cannot be served ends the run at its start."""
+        return {}
+
+    def available(self, round_number: int, needed: int) -> Mapping[int, ClientInfo]:
+        """All clients of the partition, in every round."""
+        return self._clients
+
+    def leave_out(self, client_id: int, why: str) -> None:
+        """Raise `PoolError`: all clients have the run's own config."""
+        raise PoolError(f"client {client_id}: {why}", code="client-cannot-be-served")
+
+    @abstractmethod
+    def train(self, request: RoundRequest) -> Generator[Reply, None, None]:
+        """See `ClientPool`."""
 
 
 def nobody(left_out: Mapping[int, str] | Mapping[str, str]) -> RoundError:

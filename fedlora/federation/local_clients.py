@@ -5,7 +5,8 @@ What the wire would do to numbers is applied, and the bytes that it would carry 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import final
 
 from fedlora.aggregators import Aggregator
@@ -14,7 +15,7 @@ from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ReplyError
 from fedlora.federation.client import Answer, answer
 from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
-from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, RoundRequest
+from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, RoundRequest, SimulatedClients
 from fedlora.federation.planner import Held, Planned, Planner
 from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, head_nbytes, note_head, update_head
 from fedlora.federation.screen import Screen
@@ -24,7 +25,7 @@ from fedlora.training.workspace import Workspace
 
 
 @final
-class LocalClients:
+class LocalClients(SimulatedClients):
     """A pool of all clients of a partition, of which so many train at once; see `fedlora.federation.client_pool`.
 
     Args:
@@ -45,25 +46,12 @@ class LocalClients:
         run: str = "",
         ledgers: LedgerPlace = NOWHERE,
     ) -> None:
+        super().__init__(clients_of(workspace))
         self._config, self._workspace, self._cohort = config, workspace, cohort
         self._planner = Planner(config, rule, workspace, run)
         self._screen = Screen(config, workspace)
         self._ledgers = ledgers
         self._held: dict[int, Held] = {}
-        self._clients = clients_of(workspace)
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """Nobody: a client that cannot be served ends the run at its start."""
-        return {}
-
-    def available(self, round_number: int, needed: int) -> Mapping[int, ClientInfo]:
-        """All clients of the partition, in every round."""
-        return self._clients
-
-    def leave_out(self, client_id: int, why: str) -> None:
-        """Raise `ReplyError`: all clients have the run's own config."""
-        raise ReplyError(f"client {client_id}: {why}", code="client-cannot-be-served")
 
     def train(self, request: RoundRequest) -> Generator[ClientReply, None, None]:
         """Train the sampled clients, a cohort at a time.
@@ -110,7 +98,7 @@ class LocalClients:
         """What is written down of a client, and its update as the server would have received it."""
         client_id = planned.request.client_id
         sent = ClientReply(client_id, bytes_down=planned.nbytes, simulated_s=planned.simulated_s)
-        if found is planned.failure and planned.failure is not None:
+        if planned.failure is not None:
             return sent.failed(planned.failure)
         if isinstance(found, Failure):
             kind = "spent" if found.kind == "spent" else "error"
@@ -126,6 +114,7 @@ class LocalClients:
         except ReplyError as error:
             return sent.failed(Failure("refused", clean_text(error)), bytes_up=nbytes)
         planned.received_by(held)
+        sent = replace(sent, sends=planned.request.plan.sends)
         return sent.trained(admitted.update, admitted.figures, bytes_up=nbytes)
 
 

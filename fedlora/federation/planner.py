@@ -75,6 +75,11 @@ class Planner:
         self._devices = SimulatedDevices.of(config)
         self._frozen = FrozenDigest()
 
+    @property
+    def measures_error(self) -> bool:
+        """Whether the aggregation error is measured: the ideal update D* is known where weights change by s B A."""
+        return self._config.server.aggregation_error and self._workspace.base.method.bilinear
+
     def plan(self, state: GlobalState, client: ClientInfo, base_version: int = 0) -> ClientPlan:
         """What the rule asks of a client that holds some version of the base.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fedlora.adapter import relative_error
-from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientUpdate, GlobalState, broadcast_change
+from fedlora.aggregators import Aggregator, Claim, ClientUpdate, GlobalState, broadcast_change
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, RoundError
@@ -64,8 +64,6 @@ class FederatedServer:
         self.clients: Mapping[int, ClientInfo] = {}
         self._planner = Planner(config, rule, workspace)
         self._devices = SimulatedDevices.of(config)
-        # Only where weights change by s B A is the ideal update D* known.
-        self._measures_error = config.server.aggregation_error and workspace.base.method.bilinear
         self._digests = {0: ""}
         self._failed_rounds = 0
         self._interrupted: Exception | None = None
@@ -153,7 +151,7 @@ class FederatedServer:
         generator = np.random.default_rng(derive(self.config.seed, "sample", number))
         asked = sorted(int(k) for k in generator.choice(there, size=wanted, replace=False)) if there else []
         offline = sorted(set(solvent) - set(there))
-        return RoundRecord(number, asked, offline=offline, measures_error=self._measures_error)
+        return RoundRecord(number, asked, offline=offline, measures_error=self._planner.measures_error)
 
     def _aggregate(self, request: RoundRequest, record: RoundRecord) -> GlobalState:
         """The rule's next state; the old one, for the next round, if too few replies came."""
@@ -208,9 +206,6 @@ class FederatedServer:
 
     # ------------------------------------------------------------------------------------------------ clients
 
-    def _plan(self, state: GlobalState, info: ClientInfo) -> ClientPlan:
-        return self._planner.plan(state, info)
-
     def _require_servable(self, state: GlobalState) -> None:
         """Leave clients out that ask for what the rule cannot serve; what the run's config says is the run's to cure.
 
@@ -221,22 +216,22 @@ class FederatedServer:
         for client_id, info in list(self.clients.items()):
             if info.rank is not None:
                 try:
-                    plans = [self._plan(state, self.clients[k]) for k in (*usual, client_id)]
+                    plans = [self._planner.plan(state, self.clients[k]) for k in (*usual, client_id)]
                     if self.config.client_privacy is not None:
                         require_one_start(plans)
                 except FedloraError as error:
                     self._leave_out(client_id, f"its own config asks for rank {info.rank}: {error}")
         if not self.clients:
             raise nobody(self.pool.left_out)
-        plans_of_all = (self._plan(state, info) for info in self.clients.values())
+        plans_of_all = (self._planner.plan(state, info) for info in self.clients.values())
         require_servable(self.config, self.workspace, plans_of_all, self.clients)
 
     def _is_servable(self, state: GlobalState, info: ClientInfo, first: int) -> bool:
         """Whether rule and privacy can serve a client that came later; it is left out otherwise."""
         try:
-            plan = self._plan(state, info)
+            plan = self._planner.plan(state, info)
             if self.config.client_privacy is not None:
-                require_one_start([self._plan(state, self.clients[first]), plan])
+                require_one_start([self._planner.plan(state, self.clients[first]), plan])
             if self.config.example_privacy is not None:
                 private_settings(self.config, info.client_id)
         except FedloraError as error:
@@ -264,7 +259,7 @@ class FederatedServer:
             "rule": dict(after.metrics),
             **({"turned_away": dict(left_out)} if left_out else {}),
         }
-        if self._measures_error and not record.lost:
+        if self._planner.measures_error and not record.lost:
             # Under [privacy] the updates are noised already: what is computed from them gives nothing away.
             line["aggregation_error"] = self._aggregation_error(before, after, record)
         return line | self.account.settle(line, record.spent)

@@ -111,10 +111,10 @@ def _trained_privately(
 ) -> RecordDict:
     """As `_trained`; asked for the same again, the client sends the same bytes again."""
     config, place = workspace.config, ledger_place(context)
-    path = place.path(request.client_id)
-    kept = KeptAnswer(path.with_name(f"{path.name}.answer"))
+    ledger = place.open(request.client_id, request.run).ledger
+    kept = KeptAnswer(ledger.path.with_name(f"{ledger.path.name}.answer"))
     digest = request_digest(content, head, plan_config(config))
-    if (before := kept.find(digest, place.open(request.client_id, request.run).ledger)) is not None:
+    if (before := kept.find(digest, ledger)) is not None:
         return before
     released: list[RecordDict] = []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, final
@@ -114,8 +115,9 @@ class FlowerClients:
         """Send all requests, then wait for each reply until the round's deadline."""
         encoder = RequestEncoder()
         deadline = time.monotonic() + self._config.server.deadline_s
-        asked: list[_Asked | ClientReply] = [self._ask(request, client_id, encoder) for client_id in request.clients]
-        for one in asked:
+        asked = deque(self._ask(request, client_id, encoder) for client_id in request.clients)
+        while asked:  # of those that were heard nothing is kept
+            one = asked.popleft()
             yield one if isinstance(one, ClientReply) else self._outcome(request, one, encoder, deadline)
 
     # ------------------------------------------------------------------------------------------------ asking

@@ -147,8 +147,7 @@ class PoolWorker:
         config = begin.config
         self._rule, workspace = load_rule(config), open_workspace(config)
         self._clients = LocalClients(config, self._rule, workspace, begin.cohort, begin.run, begin.ledgers)
-        self._planner = Planner(config, self._rule, workspace)
-        self._measures_error = config.server.aggregation_error and workspace.base.method.bilinear
+        self._measures_error = Planner(config, self._rule, workspace).measures_error
         self._sums: dict[int, RunningAggregate] = {}
 
     def do(self, job: StartRound | TrainGroup | EndRound) -> GroupTrained | PartialAggregate | None:
@@ -165,8 +164,7 @@ class PoolWorker:
         replies = self._clients.train_together(self._request, job.clients, job.held)
         if not sums_suffice(self._rule):
             return GroupTrained(replies, job.held)
-        for client, reply in zip(job.clients, replies, strict=True):
+        for reply in replies:
             if reply.update is not None:
-                sends = self._planner.plan(self._request.state, client).sends
-                self._sums[job.place].add(reply.update, reply.update.adapter.tensors(sends))
+                self._sums[job.place].add(reply.update, reply.update.adapter.tensors(reply.sends))
         return GroupTrained([replace(reply, update=None) for reply in replies], job.held)

@@ -22,7 +22,14 @@ from queue import SimpleQueue
 from typing import Any, final
 
 from fedlora.errors import PoolError, in_words
-from fedlora.federation.client_pool import ClientInfo, ClientReply, PartialAggregate, Reply, RoundRequest
+from fedlora.federation.client_pool import (
+    ClientInfo,
+    ClientReply,
+    PartialAggregate,
+    Reply,
+    RoundRequest,
+    SimulatedClients,
+)
 from fedlora.federation.planner import Held
 from fedlora.progress import activity
 from fedlora.simulation.pool_worker import (
@@ -74,7 +81,7 @@ class _Place:
 
 
 @final
-class WorkerPool:
+class WorkerPool(SimulatedClients):
     """A pool of clients in several processes; see the module and `fedlora.federation.client_pool`.
 
     Args:
@@ -98,26 +105,14 @@ class WorkerPool:
         sums: bool,
         say: Callable[[str], None],
     ) -> None:
-        self._hire, self._begin, self._clients = hire, begin, clients
+        super().__init__(clients)
+        self._hire, self._begin = hire, begin
         self._work, self._sums, self._say = work, sums, say
         self._held: dict[int, Held] = {}
         self._deaths: Counter[str] = Counter()
         self._request: RoundRequest | None = None
         workers = [self._started(place) for place in range(places)]  # all at once, before any is waited for
         self._places = [_Place(worker) for worker in workers]
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """Nobody: a client that cannot be served ends the run at its start."""
-        return {}
-
-    def available(self, round_number: int, needed: int) -> Mapping[int, ClientInfo]:
-        """All clients of the partition, in every round."""
-        return self._clients
-
-    def leave_out(self, client_id: int, why: str) -> None:
-        """Raise `PoolError`: all clients have the run's own config."""
-        raise PoolError(f"client {client_id}: {why}", code="client-cannot-be-served")
 
     def train(self, request: RoundRequest) -> Generator[Reply, None, None]:
         """Train the sampled clients.

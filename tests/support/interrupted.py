@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from fedlora.aggregators import GlobalState
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
@@ -25,6 +28,21 @@ def cut(rundir: RunDir, number: int, *, resume: bool = False) -> None:
     """Run, and be killed when round `number` has begun."""
     with pytest.raises(KeyboardInterrupt):
         run_simulation(rundir.config, rundir, _Cut(number), resume=resume)
+
+
+def cut_before_checkpoint(rundir: RunDir, number: int, patch: pytest.MonkeyPatch) -> None:
+    """Run, and be killed when the line of metrics of round `number` is written and its checkpoint is not."""
+    real = RunDir.save_checkpoint
+
+    def save(self: RunDir, state: GlobalState) -> Path:
+        if state.round == number:
+            raise KeyboardInterrupt
+        return real(self, state)
+
+    with patch.context() as context:
+        context.setattr(RunDir, "save_checkpoint", save)
+        with pytest.raises(KeyboardInterrupt):
+            run_simulation(rundir.config, rundir, Callback())
 
 
 def cut_and_resumed(config: RunConfig, number: int) -> RunOutcome:

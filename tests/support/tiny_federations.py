@@ -43,6 +43,25 @@ def tiny_overrides(tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> list[str]
 
 
 @pytest.fixture
+def audited_overrides(tiny_bert: Path, tiny_csv: Path) -> list[str]:
+    """A private federation whose mechanism is audited, but for its unit."""
+    return [
+        f"model.name='{tiny_bert}'",
+        f"data.source='{tiny_csv}'",
+        "adapter.rank=4",
+        "adapter.targets=['query','value']",
+        "partition.clients=4",
+        "runtime.threads=1",
+        "runtime.kernels='off'",
+        "runtime.device='cpu'",
+        "rounds=2",
+        "train.steps=2",
+        "privacy.delta=1e-3",
+        "privacy.noise_multiplier=2.0",
+    ]
+
+
+@pytest.fixture
 def tiny_config(tiny_overrides: list[str]) -> MakeConfig:
     def make(*overrides: str, name: str = "tiny") -> RunConfig:
         # A table that is given whole takes the place of the keys that these federations have in it.

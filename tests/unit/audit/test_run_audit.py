@@ -33,26 +33,8 @@ CLIENT = ["server.aggregation_error=false", "privacy.unit='client'", "privacy.cl
 
 
 @pytest.fixture
-def overrides(tiny_bert: Path, tiny_csv: Path) -> list[str]:
-    return [
-        f"model.name='{tiny_bert}'",
-        f"data.source='{tiny_csv}'",
-        "adapter.rank=4",
-        "adapter.targets=['query','value']",
-        "partition.clients=4",
-        "runtime.threads=1",
-        "runtime.kernels='off'",
-        "runtime.device='cpu'",
-        "rounds=2",
-        "train.steps=2",
-        "privacy.delta=1e-3",
-        "privacy.noise_multiplier=2.0",
-    ]
-
-
-@pytest.fixture
-def workspace(overrides: list[str]) -> Workspace:
-    return open_workspace(parse_config("", [*overrides, *EXAMPLE]))
+def workspace(audited_overrides: list[str]) -> Workspace:
+    return open_workspace(parse_config("", [*audited_overrides, *EXAMPLE]))
 
 
 def attacked(workspace: Workspace) -> AuditResult:
@@ -126,9 +108,9 @@ def test_findings_are_bad_when_a_claim_falls_or_a_mutant_stands() -> None:
 
 
 @pytest.mark.slow
-def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
+def test_the_rows_of_user_level_privacy(audited_overrides: list[str]) -> None:
     equal = ["server.weighting='uniform'", "rounds=2"]
-    workspace = open_workspace(parse_config("", [*overrides, *CLIENT, *equal]))
+    workspace = open_workspace(parse_config("", [*audited_overrides, *CLIENT, *equal]))
     found = list(attack(workspace, 4, canaries=2000))
     assert [finding.what.strip() for finding in found] == [
         "the heaviest of 4 clients, 1 round",
@@ -138,18 +120,20 @@ def test_the_rows_of_user_level_privacy(overrides: list[str]) -> None:
     ]
     assert not any(finding.bad for finding in found)
     unequal = ["partition={name='quantity', clients=8, alpha=0.1}", "server.weighting='examples'"]
-    workspace = open_workspace(parse_config("", [*overrides[:4], *overrides[5:], *CLIENT, *unequal]))
+    workspace = open_workspace(parse_config("", [*audited_overrides[:4], *audited_overrides[5:], *CLIENT, *unequal]))
     found = list(attack(workspace, 8, canaries=2000))
     assert "noise for equal weights" in [finding.what.strip() for finding in found]
     assert not any(finding.bad for finding in found)
-    workspace = open_workspace(parse_config("", [*overrides, *CLIENT, *equal, "privacy.adaptive_clipping=true"]))
+    workspace = open_workspace(
+        parse_config("", [*audited_overrides, *CLIENT, *equal, "privacy.adaptive_clipping=true"])
+    )
     found = list(attack(workspace, 4, canaries=2000))
     assert found[-1].what.strip() == "clip norm with little noise"
     assert not any(finding.bad for finding in found)
 
 
-def test_a_config_without_a_claim_has_nothing_to_audit(overrides: list[str]) -> None:
-    workspace = open_workspace(parse_config("", overrides[:-2]))
+def test_a_config_without_a_claim_has_nothing_to_audit(audited_overrides: list[str]) -> None:
+    workspace = open_workspace(parse_config("", audited_overrides[:-2]))
     with raises(PrivacyError, "not-private", "[privacy]"):
         next(check(workspace, 4))
     with raises(PrivacyError, "not-private", "[privacy]"):
@@ -174,7 +158,7 @@ def lines(*rows: Finding | Check) -> Callable[..., Iterator[Finding | Check]]:
     ],
 )
 def test_the_exit_status(
-    overrides: list[str],
+    audited_overrides: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     bound: float,
@@ -187,7 +171,7 @@ def test_the_exit_status(
     monkeypatch.setattr(module, "attack", lines(row))
     monkeypatch.setattr(module, "check", lines(Check("the norm", "1.4 C", "at most 1 C", bad)))
     path = tmp_path / "private.toml"
-    path.write_text(parse_config("", [*overrides, *EXAMPLE]).to_toml())
+    path.write_text(parse_config("", [*audited_overrides, *EXAMPLE]).to_toml())
     done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
     assert done.exit_code == status
     assert says in done.output
@@ -196,9 +180,9 @@ def test_the_exit_status(
 
 
 @pytest.mark.slow
-def test_the_whole_command(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_command(audited_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "private.toml"
-    path.write_text(parse_config("", [*overrides, *EXAMPLE]).to_toml())
+    path.write_text(parse_config("", [*audited_overrides, *EXAMPLE]).to_toml())
     done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
     assert done.exit_code == 0, done.output
     assert done.output.count("caught") == 8
