@@ -183,7 +183,7 @@ def test_a_private_run_needs_its_folder_on_every_machine(
 ) -> None:
     private = ("privacy.noise_multiplier=1.0", "privacy.delta=1e-3", "privacy.max_grad_norm=0.5")
     config = tiny_config(*RAY, *private, "privacy.public_examples=40", "server.weighting=uniform")
-    ledgers = run(config).rundir.privacy_dir.glob("*.jsonl")
+    ledgers = run(config).rundir.privacy_dir.glob("client-*.jsonl")
     assert len(list(ledgers)) == 5
     monkeypatch.setattr(ray_pool, "_content", lambda file: b"of another machine")
     with pytest.raises(PrivacyError, match="put output into a folder that all machines share"):
