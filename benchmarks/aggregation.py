@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
-from fedlora.adapter import AdapterState, LoraPair, PairShape, compress, fresh_pairs, stack
+from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import ClientSpec, ClientUpdate, GlobalState, load_aggregator
+from fedlora.lowrank import compress, stack
 from fedlora.rng import derive
 
 RULES: dict[str, tuple[str, dict[str, object]]] = {

@@ -30,12 +30,13 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, DeltaSum, LoraPair, PairShape, compress, fresh_pair, relative_error, stack
+from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pair
 from fedlora.aggregators import Aggregator, ClientSpec, ClientUpdate, broadcast_change
 from fedlora.aggregators.fair import Fair
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.ffa import FfaLora
 from fedlora.aggregators.flora import Flora
+from fedlora.lowrank import DeltaSum, compress, relative_error, stack
 
 D, RANK, CLIENTS = 256, 8, 10
 MIXED = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)

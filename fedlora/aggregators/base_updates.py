@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, DeltaSum, LoraPair, compress, relative_error, stack
+from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators._base import BaseUpdate, ClientPlan, GlobalState
 from fedlora.errors import RuleError
+from fedlora.lowrank import DeltaSum, compress, relative_error, stack
 
 
 def accumulate(acc: Mapping[str, Tensor], base_update: BaseUpdate) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.adapter import DeltaSum, LoraPair
+from fedlora.adapter import LoraPair
 from fedlora.aggregators._base import (
     Aggregator,
     Claim,
@@ -52,6 +52,7 @@ from fedlora.aggregators._base import (
 )
 from fedlora.aggregators._registry import register
 from fedlora.errors import ConfigError, RuleError
+from fedlora.lowrank import DeltaSum, gram
 
 
 @final
@@ -144,7 +145,7 @@ class Fair(Aggregator):
         rows = torch.cat([theirs.A.double() * (c * theirs.scale) for c, theirs in terms])
         columns = torch.cat([theirs.B.double() for _, theirs in terms], dim=1)
         G, C = A @ A.T, columns @ (rows @ A.T)
-        square = _squared_norm(rows, columns)
+        square = max(0.0, float(gram([terms])))
         if self.solver == "closed":
             noise = max(torch.finfo(pair.A.dtype).eps ** 2, torch.finfo(torch.float64).eps)
             R = ridge_residual(B, C, G, self.regularisation, noise)
@@ -217,15 +218,6 @@ def cosine_residual(
         if penalty and size:
             R = R * max(0.0, 1.0 - lr * penalty / size)
     return R
-
-
-def _squared_norm(rows: Float[Tensor, "R i"], columns: Float[Tensor, "o R"], block: int = 256) -> float:
-    """|columns rows|_F^2 = <rows rows^T, columns^T columns>, by blocks of the upper triangle."""
-    total = 0.0
-    for k in range(0, len(rows), block):
-        part = (rows[k : k + block] @ rows[k:].T) * (columns[:, k : k + block].T @ columns[:, k:])
-        total += 2.0 * float(part.sum()) - float(part[:, :block].sum())
-    return max(total, 0.0)
 
 
 def _inner(X: Tensor, Y: Tensor) -> float:

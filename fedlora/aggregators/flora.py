@@ -24,7 +24,7 @@ from typing import ClassVar, final
 
 import torch
 
-from fedlora.adapter import AdapterState, LoraPair, fresh_pairs, stack
+from fedlora.adapter import AdapterState, LoraPair, fresh_pairs
 from fedlora.aggregators._base import (
     Aggregator,
     BaseUpdate,
@@ -41,6 +41,7 @@ from fedlora.aggregators._base import (
 from fedlora.aggregators._registry import register
 from fedlora.aggregators.base_updates import catch_up, compact
 from fedlora.errors import RuleError
+from fedlora.lowrank import stack
 from fedlora.rng import derive
 
 

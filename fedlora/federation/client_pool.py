@@ -11,10 +11,11 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from fedlora.adapter import ALL_PARTS, DeltaSum, Part
+from fedlora.adapter import ALL_PARTS, Part
 from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.errors import PoolError, RoundError
 from fedlora.federation.plausibility import Expectations
+from fedlora.lowrank import DeltaSum
 
 
 @dataclass(frozen=True)

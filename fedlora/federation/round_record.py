@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedlora.adapter import DeltaSum
 from fedlora.errors import RoundError
 from fedlora.federation.client_pool import ClientReply, PartialAggregate
 from fedlora.federation.plausibility import no_losses
 from fedlora.federation.simulated_devices import SimulatedDevices
+from fedlora.lowrank import DeltaSum
 
 
 @dataclass

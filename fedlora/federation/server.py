@@ -14,7 +14,6 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from fedlora.adapter import relative_error
 from fedlora.aggregators import Aggregator, Claim, ClientUpdate, GlobalState, broadcast_change
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
@@ -28,6 +27,7 @@ from fedlora.federation.plausibility import Expectations, median_change
 from fedlora.federation.privacy_account import PrivacyAccount
 from fedlora.federation.round_record import RoundRecord, quorum_of
 from fedlora.federation.simulated_devices import SimulatedDevices
+from fedlora.lowrank import relative_error
 from fedlora.model.base_history import bring_to, chain_digest, next_digest
 from fedlora.rng import derive
 from fedlora.training.dp_settings import private_settings

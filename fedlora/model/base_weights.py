@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fedlora.adapter import AdapterState, DeltaSum, LoraPair, stack
+from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate, accumulate, as_pair
 from fedlora.errors import ModelError, nearest
+from fedlora.lowrank import DeltaSum, stack
 from fedlora.model.targets import is_linear, is_transposed, linear_shape
 
 

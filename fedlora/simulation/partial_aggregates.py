@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from fedlora.adapter import DeltaSum
 from fedlora.aggregators import Aggregator, Claim, ClientUpdate, WeightedMean
 from fedlora.federation.client_pool import PartialAggregate
+from fedlora.lowrank import DeltaSum
 
 
 def sums_suffice(rule: Aggregator) -> bool:

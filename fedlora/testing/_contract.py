@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraPair, fresh_pairs, relative_error
+from fedlora.adapter import AdapterState, LoraPair, fresh_pairs
 from fedlora.aggregators import (
     Aggregator,
     Claim,
@@ -24,6 +24,7 @@ from fedlora.aggregators import (
     follow,
 )
 from fedlora.errors import FedloraError
+from fedlora.lowrank import relative_error
 from fedlora.testing._require import refuses, require, require_same
 from fedlora.testing._toy import (
     MIXED,

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, DeltaSum, LoraPair, PairShape, Part, fresh_pairs
+from fedlora.adapter import AdapterState, LoraPair, PairShape, Part, fresh_pairs
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, broadcast_change
+from fedlora.lowrank import DeltaSum
 from fedlora.rng import derive
 from fedlora.state_io import flatten_state, pack, unflatten_state, unpack
 

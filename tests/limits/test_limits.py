@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.adapter import AdapterState, DeltaSum, LoraPair
+from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import Aggregator, ClientUpdate, GlobalState, broadcast_change
 from fedlora.aggregators.fair import Fair
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.ffa import FfaLora
 from fedlora.aggregators.flora import Flora
+from fedlora.lowrank import DeltaSum
 
 O, I, R, S = 10, 16, 4, 2.0  # noqa: E741
 WEIGHTS = (1.0, 4.0, 2.0, 3.0)

@@ -6,16 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapter import (
-    AdapterState,
-    DeltaSum,
-    LoraPair,
-    PairShape,
-    compress,
-    fresh_pairs,
-    frobenius,
-    relative_error,
-)
+from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import (
     Aggregator,
     BaseUpdate,
@@ -34,6 +25,7 @@ from fedlora.aggregators.fair import Fair
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.ffa import FfaLora
 from fedlora.aggregators.flora import Flora
+from fedlora.lowrank import DeltaSum, compress, frobenius, relative_error
 from fedlora.rng import derive
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

@@ -1,0 +1,280 @@
+"""Sums of low-rank changes of weights, and their singular values, without ever building a d_out x d_in matrix.
+
+Shapes: i = d_in, o = d_out, r = rank of a pair, R = total rank of a sum, K = number of sums, k = singular values kept.
+A sum  D = sum_k c_k s_k B_k A_k  is a list of coefficients and pairs. Stacked, it is one product [o, R] [R, i]; QR of
+both stacks leaves a core of at most R x R, which has the sum's norm and its singular values.
+
+Everything is computed in float64, whatever the dtype of the factors, and rounded once at the end. Singular vectors
+have no sign of their own: here the largest entry of each right singular vector is positive, so that a resumed run,
+another machine and another order of the terms choose the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.adapter import LoraPair
+from fedlora.errors import RuleError
+
+Terms = Sequence[tuple[float, LoraPair]]
+"""Coefficients and pairs of a sum: sum_k c_k s_k B_k A_k."""
+
+
+def stack(terms: Terms) -> LoraPair:
+    """sum_k c_k s_k B_k A_k as one pair of rank sum_k r_k and scale 1; coefficient and scale go into A alone.
+
+    FLoRA's stacking (Wang et al. 2024, arXiv 2409.05976, section 3.2): [B_1, B_2, ...] [A_1; A_2; ...] is the sum of
+    the products, so a coefficient on both sides would be squared.
+
+    Args:
+        terms: coefficient and pair; at least one.
+
+    Returns:
+        A [R, i] in float32 or wider (scaling a float16 or bfloat16 factor in its own dtype would round it once more),
+        B [o, R] as the clients sent it.
+
+    Raises:
+        RuleError: if there is no term.
+    """
+    if not terms:
+        raise RuleError("there is nothing to stack: give at least one LoRA pair", code="no-updates")
+    dtype = torch.float32
+    for _, pair in terms:
+        dtype = torch.promote_types(dtype, pair.A.dtype)
+    A = torch.cat([(pair.A.double() * (c * pair.scale)).to(dtype) for c, pair in terms])
+    return LoraPair(A, torch.cat([pair.B for _, pair in terms], dim=1), 1.0)
+
+
+def frobenius(terms: Terms) -> float:
+    """|sum_k c_k s_k B_k A_k|_F in float64, from the factors: QR of both stacks, then the norm of a small core.
+
+    Never builds a d_out x d_in matrix. Costs O((d_in + d_out) R^2).
+    """
+    terms = [(c, pair) for c, pair in terms if pair.rank]
+    if not terms:
+        return 0.0
+    B, A = _stacks(terms)
+    return float(torch.linalg.matrix_norm(_r_factor(B) @ _r_factor(A.T).T))
+
+
+def _r_factor(M: Float[Tensor, "d R"]) -> Float[Tensor, "k R"]:
+    R: Tensor = torch.linalg.qr(M, mode="r").R
+    return R
+
+
+def _stacks(terms: Terms) -> tuple[Float[Tensor, "o R"], Float[Tensor, "R i"]]:
+    """Both stacks in float64, coefficients and scales in A."""
+    B = torch.cat([pair.B.double() for _, pair in terms], dim=1)
+    return B, torch.cat([pair.A.double() * (c * pair.scale) for c, pair in terms])
+
+
+def gram(sums: Sequence[Terms]) -> Float[Tensor, "K K"]:
+    """Inner products <D_a, D_b> of sums, float64: those of two pairs are s_i s_j sum((B_i^T B_j) * (A_i A_j^T)).
+
+    A pair that occurs in several sums (a common start) is multiplied once. Costs O((d_in + d_out) R^2).
+    """
+    pairs = {id(pair): pair for terms in sums for _, pair in terms if pair.rank}
+    if not pairs:
+        return torch.zeros(len(sums), len(sums), dtype=torch.float64)
+    place = {key: number for number, key in enumerate(pairs)}
+    B, A = _stacks([(1.0, pair) for pair in pairs.values()])
+    owner = torch.tensor([place[key] for key, pair in pairs.items() for _ in range(pair.rank)])
+    units = torch.empty(len(A), len(A), dtype=torch.float64)
+    for k in range(0, len(A), 256):  # symmetric: half of the products are enough
+        units[k : k + 256, k:] = (B[:, k : k + 256].T @ B[:, k:]) * (A[k : k + 256] @ A[k:].T)
+        units[k + 256 :, k : k + 256] = units[k : k + 256, k + 256 :].T
+    rows = torch.zeros(len(pairs), units.shape[1], dtype=torch.float64).index_add_(0, owner, units)
+    inner = torch.zeros(len(pairs), len(pairs), dtype=torch.float64).index_add_(1, owner, rows)
+    weights = torch.zeros(len(sums), len(pairs), dtype=torch.float64)
+    for number, terms in enumerate(sums):
+        for c, pair in terms:
+            if pair.rank:
+                weights[number, place[id(pair)]] += c
+    return weights @ inner @ weights.T
+
+
+# ---------------------------------------------------------------------------------------------- singular values
+
+
+class Svd(NamedTuple):
+    """Singular values and vectors of a sum, D = U diag(S) Vh; float64, values descending.
+
+    A value at the level of float64's rounding of the terms is zero: what is left where terms cancel is no direction.
+    """
+
+    U: Float[Tensor, "o k"]
+    S: Float[Tensor, "k"]
+    Vh: Float[Tensor, "k i"]
+
+    def rank_of_energy(self, energy: float) -> int:
+        """The smallest k >= 1 whose first k values hold the share `energy` of sum_i sigma_i^2."""
+        squares = self.S.square()
+        reached = squares.cumsum(0) >= energy * squares.sum() * (1 - 1e-12)
+        return max(1, min(self.rank, int((~reached).sum()) + 1))
+
+    @property
+    def rank(self) -> int:
+        """How many values are not zero."""
+        return int((self.S > 0).sum())
+
+    def pair(
+        self,
+        rank: int,
+        scale: float = 1.0,
+        dtype: torch.dtype = torch.float64,
+        split: Literal["root", "left"] = "root",
+        idle: Float[Tensor, "r i"] | None = None,
+    ) -> LoraPair:
+        """The best approximation of rank `rank`, in the Frobenius norm (Eckart and Young 1936), as a pair.
+
+        Args:
+            rank: of the pair; where there are fewer singular values it is padded.
+            scale: of the pair.
+            dtype: of the factors.
+            split: "root" for B = U sqrt(S), A = sqrt(S) Vh, or "left" for B = U S, A = Vh; over `scale`.
+            idle: rows of A for the units whose singular value is zero, so that a pair that is trained on has gradients
+                in all of its units: with A = 0 and B = 0 a unit would have none, ever. Default: zeros.
+
+        Raises:
+            RuleError: if `rank` is below 1 or `scale` is 0.
+        """
+        if rank < 1 or scale == 0:
+            raise RuleError(
+                f"a pair can be compressed to a rank of 1 or more and a scale other than 0, not to rank {rank} and "
+                f"scale {scale}",
+                code="out-of-range",
+            )
+        k = min(rank, len(self.S))
+        U, S, Vh = self.U[:, :k], self.S[:k], self.Vh[:k]
+        A = self.Vh.new_zeros(rank, Vh.shape[1]) if idle is None else idle.double().clone()
+        B = self.U.new_zeros(U.shape[0], rank)
+        left = S / abs(scale) if split == "left" else (S / abs(scale)).sqrt()
+        A[:k] = Vh if split == "left" else left[:, None] * Vh
+        B[:, :k] = U * left * math.copysign(1.0, scale)
+        if idle is not None:
+            A[self.rank :] = idle[self.rank :].double()
+        return LoraPair(A.to(dtype), B.to(dtype), scale)
+
+
+def svd(terms: Terms) -> Svd:
+    """All singular values of a sum that are not zero by its shape, at most min(R, o, i); QR of both stacks."""
+    B, A = _stacks(terms)
+    if not len(A):
+        return Svd(B, B.new_zeros(0), A)
+    QB, RB = torch.linalg.qr(B)
+    QA, RA = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
+    return _signed(QB @ U, S, Vh @ QA.T, float(RB.norm() * RA.norm()))
+
+
+def randomised_svd(terms: Terms, rank: int, seed: int, *, extra: int = 16, turns: int = 2) -> Svd:
+    """The first `rank` singular values, from a random range of rank + extra directions: for sums of many clients.
+
+    Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1. Without any turn, the expected error of
+    the range is at most sqrt(1 + rank / (extra - 1)) times the best error of that rank in the Frobenius norm (theorem
+    10.5): 1.44 at rank 16; each turn raises the singular values that separate range and rest to a power of two more
+    (theorem 10.7 for the spectral norm). Costs O((d_in + d_out) R (rank + extra)) where `svd` costs
+    O((d_in + d_out) R^2 + R^3).
+
+    Args:
+        terms: the sum.
+        rank: number of singular values.
+        seed: of the random directions; the result is a function of it.
+        extra: directions beside `rank`; at least 2.
+        turns: power iterations.
+    """
+    B, A = _stacks(terms)
+    size = min(rank + extra, *B.shape, *A.shape)
+    generator = torch.Generator().manual_seed(seed)
+    Q = B @ (A @ torch.randn(A.shape[1], size, generator=generator, dtype=torch.float64))
+    for _ in range(turns):
+        Q = torch.linalg.qr(A.T @ (B.T @ torch.linalg.qr(Q).Q)).Q
+        Q = B @ (A @ Q)
+    Q = torch.linalg.qr(Q).Q
+    U, S, Vh = torch.linalg.svd((Q.T @ B) @ A, full_matrices=False)
+    return _signed((Q @ U)[:, :rank], S[:rank], Vh[:rank], float(B.norm() * A.norm()))
+
+
+def _signed(U: Tensor, S: Tensor, Vh: Tensor, size: float) -> Svd:
+    """With the signs fixed, and without what rounding left; `size` bounds the terms."""
+    largest = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(Vh)
+    noise = 8 * torch.finfo(torch.float64).eps * size
+    return Svd(U * signs.T, torch.where(S > noise, S, 0.0), Vh * signs)
+
+
+def compress(pair: LoraPair, rank: int, scale: float = 1.0) -> LoraPair:
+    """The best approximation of a pair by one of at most `rank`; its factors are U sqrt(S) and sqrt(S) V^T.
+
+    Args:
+        pair: the change of weights to approximate.
+        rank: of the result; a smaller one is zero-padded up to it, so that the result always has this rank.
+        scale: the receiver's own alpha / r.
+
+    Returns:
+        Both factors in the wider of the pair's two dtypes.
+
+    Raises:
+        RuleError: if `rank` is below 1 or `scale` is 0.
+    """
+    return svd([(1.0, pair)]).pair(rank, scale, torch.promote_types(pair.A.dtype, pair.B.dtype))
+
+
+# ---------------------------------------------------------------------------------------------- running sums
+
+
+class DeltaSum:
+    """A running sum of changes of weights in factored form: sum_k c_k s_k B_k A_k for each module.
+
+    The factors are kept as lists; when a module's total rank passes twice min(d_in, d_out), where the factors are no
+    smaller than a dense matrix any more, they are compressed exactly (to float64 rounding) to rank min(d_in, d_out).
+    Memory is bounded by the layers' shapes, not by the number of clients.
+    """
+
+    def __init__(self) -> None:
+        self._terms: dict[str, list[tuple[float, LoraPair]]] = {}
+
+    def add(self, pairs: Mapping[str, LoraPair], coefficient: float = 1.0) -> None:
+        """Add `coefficient` times the change of each pair; the tensors are kept by reference, not copied."""
+        for name, pair in pairs.items():
+            terms = self._terms.setdefault(name, [])
+            terms.append((coefficient, pair))
+            limit = min(pair.B.shape[0], pair.A.shape[1])
+            if sum(p.rank for _, p in terms) > 2 * limit:
+                self._terms[name] = [(1.0, svd(terms).pair(limit))]
+
+    def extend(self, other: DeltaSum) -> None:
+        """Add all terms of another sum."""
+        for name, terms in other._terms.items():
+            for coefficient, pair in terms:
+                self.add({name: pair}, coefficient)
+
+    def terms(self, name: str) -> list[tuple[float, LoraPair]]:
+        """Coefficients and pairs of one module's sum."""
+        return list(self._terms.get(name, ()))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Modules with at least one term."""
+        return frozenset(self._terms)
+
+
+def relative_error(actual: DeltaSum, ideal: DeltaSum, weight: float = 1.0) -> float:
+    """|D - D*|_F / |D*|_F over all modules together, D* being `ideal` divided by `weight`.
+
+    0 / 0 counts as 0: nothing was asked for, and nothing was done.
+    """
+    gap = size = 0.0
+    for name in sorted(actual.names | ideal.names):  # a set of names has another order in each process
+        wanted = [(c / weight, pair) for c, pair in ideal.terms(name)]
+        size += frobenius(wanted) ** 2
+        gap += frobenius([*actual.terms(name), *((-c, pair) for c, pair in wanted)]) ** 2
+    if size == 0.0:
+        return 0.0 if gap == 0.0 else math.inf
+    return math.sqrt(gap / size)
