@@ -206,7 +206,7 @@ def _signed(U: Tensor, S: Tensor, Vh: Tensor, size: float) -> Svd:
     largest = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(Vh)
     noise = 8 * torch.finfo(torch.float64).eps * size
-    return Svd(U * signs.T, torch.where(S > noise, S, 0.0), Vh * signs)
+    return Svd(U * signs.T, torch.where(noise < S, S, 0.0), Vh * signs)
 
 
 def compress(pair: LoraPair, rank: int, scale: float = 1.0) -> LoraPair:
