@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.errors import ConfigError, ExportError
+from fedlora.passed_in import keep_data, kept_model, names_of_classes, shown, split_objects, with_objects
 from fedlora.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -128,7 +129,15 @@ def run(
     quiet: bool = False,
     **changes: Any,
 ) -> Run:
-    """Train a federation in this process, and write everything to the folder `output`/`name` of its config.
+    """Train a federation, and write everything to the folder `output`/`name` of its config.
+
+    Models and data are named in the config, or passed in as objects:
+
+    - `model`: a `transformers.PreTrainedModel`, which stays as it is, with `tokenizer`, its tokenizer or processor.
+    - `dataset`: the examples, as a `datasets.Dataset`, a `pandas.DataFrame` or a list of dicts; or a mapping that has
+      those for the test beside them, {"train": ..., "test": ...}.
+    - `clients`: each client's own examples, a mapping of names to data or a list of data, instead of a partition. The
+      column "client" says whose an example is, and is `data.domain` where that is not set and no test data are given.
 
     Args:
         config: a TOML file, the name of one that ships with fedlora ("quickstart"), or a `RunConfig`.
@@ -136,7 +145,8 @@ def run(
         resume: go on with it.
         callbacks: Told what happens, in their order, after the run's folder was written.
         quiet: Show nothing; otherwise there is a moving line in a terminal or notebook, and lines elsewhere.
-        changes: keys of the config with new values; a table's keys as a dict: `rounds=2, train={"lr": 1e-3}`.
+        changes: keys of the config with new values, a table's keys as a dict (`rounds=2, train={"lr": 1e-3}`), and the
+            objects above.
 
     Returns:
         The finished run.
@@ -157,7 +167,7 @@ def run(
     from fedlora.terminal import Terminal
 
     with Terminal(Console(file=sys.stdout)) as terminal:
-        terminal.doing(f"loading {resolved.model.name} and {resolved.data.source}")
+        terminal.doing(f"loading {shown(resolved.model.name)} and {shown(resolved.data.source)}")
         return Run(train(resolved, terminal, *callbacks, folder=folder, overwrite=overwrite).path)
 
 
@@ -231,13 +241,13 @@ def train(
     return folder
 
 
-def evaluate(run: Run | str | Path, data: str | Path | None = None, **changes: Any) -> pandas.DataFrame:
-    """Measure an adapter on a run's test examples, or on those of a file.
+def evaluate(run: Run | str | Path, data: Any = None, **changes: Any) -> pandas.DataFrame:
+    """Measure an adapter on a run's test examples, or on others.
 
     Args:
         run: a run, its folder, or a folder with an adapter in PEFT's format.
-        data: .csv, .tsv, .jsonl, .json or .parquet; None: the run's own test set.
-        changes: of the config, as for `run`.
+        data: a .csv, .tsv, .jsonl, .json or .parquet file, or examples as `run` takes them; None: the run's test set.
+        changes: of the config, as for `run`; of objects only `model` (and `tokenizer`), which must be those of the run.
 
     Returns:
         A row for "all" and one for each domain; a column for each figure, and "examples".
@@ -250,8 +260,13 @@ def evaluate(run: Run | str | Path, data: str | Path | None = None, **changes: A
     from fedlora.evaluation.pretrained_adapter import find_adapter
 
     path = run.path if isinstance(run, Run) else Path(run)
-    file = None if data is None else Path(data)
-    rows = figures_of(find_adapter(path, _overrides(changes), file), file)
+    plain, objects = split_objects(changes)
+    if odd := sorted(objects.keys() - {"model", "tokenizer"}):
+        raise ConfigError(f"{odd[0]}= is for training: pass what is to be measured as data=", code="key-without-effect")
+    if objects:
+        plain = {**plain, "model": {**plain.get("model", {}), "name": str(kept_model(objects))}}
+    file = Path(data if isinstance(data, str | Path) else keep_data(data, "data=")) if data is not None else None
+    rows = figures_of(find_adapter(path, _overrides(plain), file), file)
     return pandas.DataFrame(list(rows.values()), index=list(rows))
 
 
@@ -307,14 +322,23 @@ def resolve_config(config: str | Path | RunConfig, changes: Mapping[str, Any]) -
 
     Args:
         config: a file, the name of a shipped one, or a config.
-        changes: keys with new values, tables as mappings.
+        changes: keys with new values, tables as mappings; and what is passed in as an object, see `run`.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`, or an object is not of a kind that can be passed in.
     """
-    if isinstance(config, RunConfig):
-        return parse_config(config.to_toml(), _overrides(changes), source="config") if changes else config
-    return load_config(config, _overrides(changes))
+    plain, objects = split_objects(changes)
+    if not isinstance(config, RunConfig):
+        resolved = load_config(config, _overrides(plain))
+    else:
+        resolved = parse_config(config.to_toml(), _overrides(plain), source="config") if plain else config
+    if not objects:
+        return resolved
+    resolved = with_objects(resolved, objects)
+    names = names_of_classes(objects, resolved.data.label)
+    if not names or "label" not in _task(resolved).roles or resolved.task.fields.get("labels"):
+        return resolved
+    return resolved.model_copy(update={"task": resolved.task.model_copy(update={"labels": list(names)})})
 
 
 def _overrides(changes: Mapping[str, Any], prefix: str = "") -> list[str]:

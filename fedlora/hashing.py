@@ -1,6 +1,6 @@
-"""Hashes by which two commands, or two machines, know that they read the same: of files, of rows, of JSON.
+"""Hashes by which two commands, or two machines, know that they read the same: of files, of rows, of JSON, of tensors.
 
-All are hexadecimal and of 128 bits, but for those of files (SHA-256).
+All are hexadecimal and of 128 bits, but for those of files and tensors (SHA-256).
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedlora.files import cache_dir, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 22  # bytes
 WORTH_KEEPING = 1 << 24  # bytes; of a file whose hash is kept on disk: smaller ones are read in milliseconds
@@ -95,6 +98,18 @@ def row_digests(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
             digest.update(_bytes(_content(value) if name == "image" else value))
         out[row] = digest.digest()
     return out
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of some tensors' names, dtypes, shapes and bytes, in their order."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return digest.hexdigest()
 
 
 def _bytes(value: Any) -> bytes:

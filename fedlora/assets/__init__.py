@@ -28,6 +28,7 @@ from fedlora.config import ModelConfig
 from fedlora.errors import AssetError, looks_like_path, nearest
 from fedlora.files import cache_dir
 from fedlora.hashing import Stamp, stamp
+from fedlora.passed_in import refuse_lost
 
 __all__ = ["ASSETS", "Asset", "Checkpoint", "Package", "cache_dir", "fetch", "resolve_corpus", "resolve_model"]
 
@@ -63,6 +64,7 @@ class Checkpoint:
             raise AssetError(
                 f"model.name {model.name!r} is a file: name the folder that contains it", code="not-a-folder"
             )
+        refuse_lost(source, AssetError, "model= (and tokenizer=)")
         if looks_like_path(source) and not path.is_dir():
             raise AssetError(f"there is no folder {model.name!r}: check model.name", code="no-such-folder")
         return cls(str(path) if path.is_dir() else source, model.revision, model.trust_remote_code)

@@ -15,6 +15,7 @@ import numpy as np
 from fedlora.assets import ASSETS, resolve_corpus
 from fedlora.config import DataConfig
 from fedlora.errors import ConfigError, DataError, closest, looks_like_path, nearest, nearest_file
+from fedlora.passed_in import refuse_lost
 from fedlora.rng import derive
 from fedlora.sanitize import clean_text
 from fedlora.tasks import Table
@@ -166,6 +167,7 @@ def _local_file(name: str) -> Path | None:
             raise DataError(
                 f"{name!r} is a folder, not a data file; name a file in it, or rename the folder", code="not-a-file"
             )
+        refuse_lost(name, DataError, "dataset= (or clients=)")
         if not path.is_file():
             beside = path.parent.glob("*") if path.parent.is_dir() else ()
             others = [str(other) for other in beside if other.suffix.lower() in READERS]

@@ -22,11 +22,12 @@ from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, Part
 from fedlora.aggregators import BaseUpdate
 from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.errors import ModelError, nearest
+from fedlora.hashing import tensors_digest
 from fedlora.model.base_weights import BaseWeights
 from fedlora.model.device import seeded
 from fedlora.model.lora_init import STARTS, residual
 from fedlora.model.peft_methods import Method
-from fedlora.model.peft_tuners import ADAPTER, frozen_digest, magnitudes, tensors_digest, trained_tensors
+from fedlora.model.peft_tuners import ADAPTER, frozen_digest, magnitudes, trained_tensors
 from fedlora.model.plain import Recipe
 from fedlora.model.targets import check_patterns, ends_with, is_transposed, linear_shape, matching, suffixes
 from fedlora.rng import derive

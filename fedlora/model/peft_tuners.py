@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fedlora.errors import ModelError
+from fedlora.hashing import tensors_digest
 
 ADAPTER = "default"  # the name under which PEFT keeps the only adapter
 
@@ -51,16 +51,6 @@ def frozen_digest(model: nn.Module, targets: Sequence[str]) -> str:
         for name, value in sorted(_frozen(model.get_submodule(target)), key=lambda entry: entry[0])
     }
     return tensors_digest(held)
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of some tensors' names, dtypes, shapes and bytes, in their order."""
-    digest = hashlib.sha256()
-    for name, value in tensors.items():
-        plain = value.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-    return digest.hexdigest()
 
 
 def merged_weights(model: nn.Module, targets: Sequence[str]) -> dict[str, Tensor]:

@@ -87,6 +87,7 @@ ENVIRONMENT: Final = frozenset(
         "keeps_memory",
         "deterministic",
         "seed",
+        "passed_in",  # data by a hash under a key that stays in the cache folder
         "backend",
         "kernels",
         "kernels_why",

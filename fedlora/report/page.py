@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedlora import __version__
 from fedlora.files import write_atomically
+from fedlora.passed_in import shown
 from fedlora.progress import format_bytes, format_seconds
 from fedlora.report import _clients, _learning, _setup
 from fedlora.report._blocks import Block
@@ -62,8 +63,8 @@ def render_report(facts: Facts) -> str:
     return environment.get_template("report.html.j2").render(
         facts=facts,
         config=facts.config,
-        model=_last_part(facts.config.model.name),
-        data=_last_part(facts.config.data.source),
+        model=_last_part(shown(facts.config.model.name)),
+        data=_last_part(shown(facts.config.data.source)),
         tiles=list(_tiles(facts)),
         warnings=warnings(facts),
         sections=sections,

@@ -13,6 +13,7 @@ import torch
 
 from fedlora import __version__
 from fedlora.config import RunConfig
+from fedlora.passed_in import copies_in
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "opacus", "numpy", "safetensors")
 
@@ -36,6 +37,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "attention": config.runtime.attention,
         "prefix_cache": config.runtime.prefix_cache,
         "seed": config.seed,
+        "passed_in": copies_in(config.model.name, config.data.source, config.data.test),
     }
 
 
