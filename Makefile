@@ -15,6 +15,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE  # or each of hundreds of processes would compile fedlora, and pytest the tests, again
 
 .DEFAULT_GOAL := help
 .PHONY: help setup assets fetched run deploy-demo test test-slow test-nightly check docs format bench lock clean

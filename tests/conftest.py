@@ -33,6 +33,8 @@ os.environ.update(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from fedlora.report.figures import Chart  # noqa: E402
+
 torch.set_num_threads(1)
 
 pytest_plugins = ["support.tiny_federations"]
@@ -48,6 +50,7 @@ DOMAIN_WORDS = {
 FILLERS = ["a", "and", "but", "is", "it", "of", "on", "so", "that", "the", "this", "very", "was", "with"]
 
 
+DRAW = Chart.svg
 REAL_PROCESSES = ("e2e", "test_ray_pool", "test_node_worker", "test_deploy_up")
 """Folder and files whose tests start servers, clusters or nodes: one after the other, whoever tests beside them."""
 
@@ -56,6 +59,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in REAL_PROCESSES or item.path.parent.name in REAL_PROCESSES:
             item.add_marker(pytest.mark.xdist_group("real processes"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what five sixths of a tiny run's time goes into: the charts of a report at which no test looks.
+
+    Tests that look at them have the mark "charts"; nightly ones, and runs in processes of their own, always draw them.
+    """
+    drawn = any(item.get_closest_marker(mark) for mark in ("charts", "nightly"))
+    Chart.svg = DRAW if drawn else _undrawn  # type: ignore[method-assign]
+
+
+def _undrawn(chart: Chart, width: float) -> str:
+    return f'<svg viewBox="0 0 {width} 1" role="img"></svg>'
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

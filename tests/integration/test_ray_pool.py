@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from support.errors import raises
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
@@ -65,9 +66,9 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_ray")
 def test_without_ray_a_config_that_wants_it_is_refused(tiny_config: MakeConfig) -> None:
     config = tiny_config(*RAY)
-    with pytest.raises(ConfigError, match=r"pip install 'fedlora\[ray\]'"):
+    with raises(ConfigError, "ray-missing", "pip install 'fedlora[ray]'"):
         run(config)
-    with pytest.raises(ConfigError, match=r"pip install 'fedlora\[ray\]'"):
+    with raises(ConfigError, "ray-missing", "pip install 'fedlora[ray]'"):
         require_ray(config)
     require_ray(parse_config(""))
 
@@ -75,17 +76,17 @@ def test_without_ray_a_config_that_wants_it_is_refused(tiny_config: MakeConfig) 
 def test_a_cluster_that_is_too_small_is_refused() -> None:
     cluster = Cluster([Machine(3), Machine(3)])
     with (
-        pytest.raises(ConfigError, match=r"room for 2 actors of 2 CPUs, and the run wants 3: lower"),
+        raises(ConfigError, "cluster-too-small", 2, "2 CPUs", 3, "runtime.processes"),
         cluster.actors([{}] * 3, 2, gpu=False, file=None),
     ):
         pass
-    with pytest.raises(ConfigError, match="2 CPUs and a GPU"), cluster.actors([{}], 2, gpu=True, file=None):
+    with raises(ConfigError, "cluster-too-small", "2 CPUs and a GPU"), cluster.actors([{}], 2, gpu=True, file=None):
         pass
 
 
 def test_nobody_waits_for_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(PoolError, match=r"refused.*look at RAY_ADDRESS"), ray_pool.open_cluster():
+    with raises(PoolError, "ray-unusable", "refused", "RAY_ADDRESS"), ray_pool.open_cluster():
         pass
 
 
@@ -186,7 +187,7 @@ def test_a_private_run_needs_its_folder_on_every_machine(
     ledgers = run(config).rundir.privacy_dir.glob("client-*.jsonl")
     assert len(list(ledgers)) == 5
     monkeypatch.setattr(ray_pool, "_content", lambda file: b"of another machine")
-    with pytest.raises(PrivacyError, match="put output into a folder that all machines share"):
+    with raises(PrivacyError, "folder-not-shared", "output"):
         run(config.model_copy(update={"name": "elsewhere"}))
     until(lambda: not actors(), "an actor outlived its run")
 

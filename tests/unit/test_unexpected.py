@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.errors import raises
 from typer.testing import CliRunner
 
 from fedlora.cli import app
@@ -207,10 +208,10 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_loaded(
     (tmp_path / "afile").touch()
     monkeypatch.chdir(tmp_path)
     config = load_config(tiny_toml, [f"output={place}"])
-    with pytest.raises(RunDirError, match="--set output"):
+    with raises(RunDirError, "folder-not-writable", "--set output"):
         RunDir.create(config)
     if place != "/proc/x":  # the kernel's own refusal comes with the attempt alone
-        with pytest.raises(RunDirError, match="--set output"):
+        with raises(RunDirError, "folder-not-writable", "--set output"):
             RunDir.check_free(config)
 
 
@@ -222,6 +223,6 @@ def test_half_a_folder_is_no_run(tiny_toml: Path, monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "write_json", full)
-        with pytest.raises(RunDirError, match="No space"):
+        with raises(RunDirError, "folder-not-writable", "No space"):
             RunDir.create(config)
     RunDir.create(config)

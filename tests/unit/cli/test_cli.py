@@ -141,6 +141,7 @@ def test_assets_lists_without_fetching(cli: Cli, tmp_path: Path, monkeypatch: py
 # ---------------------------------------------------------------------------------------------- a run
 
 
+@pytest.mark.charts
 def test_a_run_shows_and_leaves_everything(cli: Cli, tiny_toml: Path) -> None:
     result = cli("run", tiny_toml)
     assert result.exit_code == 0, result.output
@@ -164,6 +165,7 @@ def test_a_run_shows_and_leaves_everything(cli: Cli, tiny_toml: Path) -> None:
     names = {path.name for path in run.path.iterdir()}
     assert names >= {"config.toml", "environment.json", "metrics.jsonl", "partition.json", "result.json", "adapter"}
     assert names >= {"accuracy.png", "labels.png", "checkpoints"}
+    assert run.report.read_text().count("<path") > 10, "the report's charts are drawn"
 
 
 def test_quiet_prints_the_table_alone(cli: Cli, tiny_toml: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.errors import raises
 from support.tiny_classifiers import TEXT, classifier, inputs_of
 
 from fedlora.config import parse_config
@@ -63,5 +64,5 @@ def test_the_config_decides_and_the_adapters_dropout_is_its_own(
     assert modules["bert.embeddings.dropout"].p == wanted
     assert modules["dropout"].p == wanted
     assert modules[f"{base.targets[0]}.lora_dropout.default"].p == 0.25
-    with pytest.raises(ConfigError, match=r"model\.dropout"):
+    with raises(ConfigError, "bad-value", "model.dropout"):
         parse_config("[model]\ndropout = 1.0")

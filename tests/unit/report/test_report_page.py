@@ -31,6 +31,8 @@ from fedlora.report.page import render_report, visible, write_report
 from fedlora.runs.rundir import RunDir
 from fedlora.sanitize import clean_lines
 
+pytestmark = pytest.mark.charts
+
 PRIVACY = """
 server.weighting = "uniform"
 privacy = { epsilon = 8, delta = 1e-5, max_grad_norm = 1.0, public_examples = 100 }
