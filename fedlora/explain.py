@@ -17,11 +17,10 @@ from pydantic import TypeAdapter
 
 from fedlora.config import OPEN_TABLES, RunConfig
 from fedlora.errors import ConfigError, nearest
+from fedlora.registry import OWN_CLASS, Registry
 
 REQUIRED = "(must be given)"
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
-OWN_RULE = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
-"""Names such as "my_module:MyRule"."""
 ENTRY_DOC = "Which one; the other keys of the table are its fields."
 
 Schema = Mapping[str, Any]
@@ -87,9 +86,8 @@ def json_schema() -> dict[str, Any]:
             _branch(name, cls, definitions, default.fields if name == default.name else None)
             for name, cls in entries(table).items()
         ]
-        if table == "strategy":
-            own = {"name": {"type": "string", "pattern": OWN_RULE}}
-            branches.append({"type": "object", "title": "a rule of your own", "properties": own, "required": ["name"]})
+        own = {"name": {"type": "string", "pattern": OWN_CLASS}}
+        branches.append({"type": "object", "title": "one of your own", "properties": own, "required": ["name"]})
         schema["properties"][table] = {"anyOf": branches, "default": {"name": default.name}}
     return {"$schema": SCHEMA_DIALECT, **_in_one_line(schema), "title": "A fedlora run"}
 
@@ -98,11 +96,10 @@ def entries(table: str) -> Mapping[str, type]:
     """The classes that an open table can name, by name."""
     from fedlora.aggregators import rules
     from fedlora.partition import partitioners
-    from fedlora.tasks import task_classes
+    from fedlora.tasks import tasks
 
-    if table == "strategy":
-        return rules()
-    return task_classes() if table == "task" else {name: partitioners.get(name) for name in partitioners}
+    registries: dict[str, Registry[Any]] = {"strategy": rules, "partition": partitioners, "task": tasks}
+    return dict(registries[table].items())
 
 
 def args_docs(cls: type) -> dict[str, str]:

@@ -1,13 +1,21 @@
-"""A name -> class table for the things that a config chooses by name (rules, partitioners, tasks).
+"""What a config chooses by name: rules, partitioners, tasks and data sources, built-in or of one's own.
 
-The entries are frozen dataclasses, and their fields ARE their configuration: a table in a TOML file,
+A name is a built-in one ("fedavg"), that of an entry point of an installed package, or "my_module:MyClass". The classes
+are frozen dataclasses, and their fields ARE their configuration: a table in a TOML file,
 `{name = "fair", regularisation = 0.01}`, becomes `Fair(regularisation=0.01)`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import pkgutil
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -15,6 +23,8 @@ from pydantic import TypeAdapter, ValidationError
 from fedlora.errors import ConfigError, nearest
 
 T = TypeVar("T")
+OWN_CLASS = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
+"""Names such as "my_module:MyClass"."""
 
 
 class Registry(Generic[T]):
@@ -22,11 +32,15 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the entries are, for messages: "aggregation rule".
+        base: what they all derive from.
+        group: of entry points by which packages offer more of them; a package of this name holds the built-in ones,
+            each registered where its module is imported.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, base: type, group: str) -> None:
+        self.kind, self._base, self._group = kind, base, group
         self._entries: dict[str, type[T]] = {}
+        self._complete = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """A class decorator; a name can be taken once."""
@@ -43,20 +57,84 @@ class Registry(Generic[T]):
         return add
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._entries))
+        """Every name but those of single classes, "module:Class"."""
+        return iter(sorted({**self._offered(), **self._built_in()}))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return re.match(OWN_CLASS, name) is not None or name in self._built_in() or name in self._offered()
+
+    def items(self) -> list[tuple[str, type[T]]]:
+        """Every name that there is with its class."""
+        return [(name, self.get(name)) for name in self]
 
     def get(self, name: str) -> type[T]:
-        """The class of that name; `ConfigError` with the nearest valid name otherwise."""
-        if name not in self._entries:
-            raise ConfigError(f"unknown {self.kind} {name!r}; {nearest(name, self._entries)}", code="unknown-name")
-        return self._entries[name]
+        """The class of that name.
+
+        Raises:
+            ConfigError: there is none (with the nearest valid name), or it is not of this kind.
+        """
+        if ":" in name:
+            return self._checked(name, self._imported(name))
+        if name in (found := self._built_in()):
+            return found[name]
+        if name in (offered := self._offered()):
+            return self._checked(name, offered[name].load())
+        raise ConfigError(
+            f'unknown {self.kind} {name!r}; {nearest(name, self)} (or give "module:Class")', code="unknown-name"
+        )
 
     def build(self, name: str, fields: Mapping[str, Any]) -> T:
         """An instance of entry `name` with `fields`, each checked against the dataclass's types."""
         return build(self.get(name), fields, f"{self.kind} {name!r}")
+
+    def _built_in(self) -> Mapping[str, type[T]]:
+        if not self._complete:
+            for module in pkgutil.iter_modules(getattr(sys.modules.get(self._group), "__path__", ())):
+                if not module.name.startswith("_"):
+                    importlib.import_module(f"{self._group}.{module.name}")
+            self._complete = True
+        return self._entries
+
+    def _offered(self) -> dict[str, EntryPoint]:
+        return _entry_points(self._group, tuple(sys.path))
+
+    def _imported(self, name: str) -> object:
+        if re.match(OWN_CLASS, name) is None:
+            raise ConfigError(
+                f"{self.kind} {name!r}: write it as module:Class, such as my_module:Mine", code="bad-class-path"
+            )
+        module, _, attribute = name.partition(":")
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{self.kind} {name!r}: there is no Python module {error.name!r} on the path or in this folder",
+                code="class-not-found",
+            ) from None
+        except AttributeError:
+            raise ConfigError(
+                f"{self.kind} {name!r}: the module {module!r} has no {attribute!r}", code="class-not-found"
+            ) from None
+
+    def _checked(self, name: str, found: object) -> type[T]:
+        if not (isinstance(found, type) and issubclass(found, self._base)):
+            base = f"{self._base.__module__.partition('._')[0]}.{self._base.__name__}"
+            raise ConfigError(
+                f"{self.kind} {name!r} is not a subclass of {base}: derive it from that class", code="wrong-base-class"
+            )
+        if not getattr(vars(found).get("__dataclass_params__"), "frozen", False):  # its own, and no base class's
+            raise ConfigError(
+                f"{self.kind} {name!r} must be a frozen dataclass: put @dataclass(frozen=True) above it",
+                code="not-a-dataclass",
+            )
+        return found  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=16)
+def _entry_points(group: str, _path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
 
 
 def build(cls: type[T], fields: Mapping[str, Any], what: str) -> T:

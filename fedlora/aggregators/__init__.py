@@ -9,12 +9,14 @@ from fedlora.aggregators._base import (
     ClientUpdate,
     GlobalState,
     WeightedMean,
+    load_aggregator,
+    names_claiming,
     require_modules,
     require_no_magnitudes,
     require_same_ranks,
     require_weight,
+    rules,
 )
-from fedlora.aggregators._registry import load_aggregator, names_claiming, register, rule_class, rules
 from fedlora.aggregators.base_updates import (
     accumulate,
     as_pair,
@@ -45,11 +47,9 @@ __all__ = [
     "follow",
     "load_aggregator",
     "names_claiming",
-    "register",
     "require_modules",
     "require_no_magnitudes",
     "require_same_ranks",
     "require_weight",
-    "rule_class",
     "rules",
 ]

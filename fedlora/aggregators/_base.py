@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fedlora.adapter import (
     Part,
 )
 from fedlora.errors import RuleError
+from fedlora.registry import Registry
 
 
 class Claim(enum.Flag):
@@ -189,14 +190,32 @@ class Aggregator(ABC):
         """
 
 
+rules: Registry[Aggregator] = Registry("aggregation rule", Aggregator, "fedlora.aggregators")
+
+
+def load_aggregator(name: str, fields: Mapping[str, Any] | None = None) -> Aggregator:
+    """The rule of a config.
+
+    Args:
+        name: a built-in name ("fedavg"), an entry point's name, or "module:Class".
+        fields: the rule's own fields.
+
+    Raises:
+        ConfigError: an unknown name (with the nearest valid one), a class that is no rule, a wrong field.
+    """
+    return rules.build(name, fields or {})
+
+
+def names_claiming(claim: Claim) -> list[str]:
+    """The names of the rules that make a claim, sorted: for messages that say what to choose instead."""
+    return [name for name, cls in rules.items() if claim in cls.claims]
+
+
 def require_same_ranks(rule: Aggregator, state: GlobalState, client: ClientSpec) -> None:
     """Raise `RuleError` unless the client's layout is the global one: for rules that do not claim MIXED_RANKS."""
     require_modules(state, client.layout, client.client_id)
     for name, shape in state.adapter.layout.items():
         if client.layout[name] != shape:
-            # At module level this import would be a circle, and the names are needed for the message alone.
-            from fedlora.aggregators._registry import names_claiming
-
             theirs = client.layout[name]
             raise RuleError(
                 f"{type(rule).__name__} needs the same rank and scale for every client, and client "

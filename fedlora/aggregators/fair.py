@@ -49,14 +49,14 @@ from fedlora.aggregators._base import (
     GlobalState,
     WeightedMean,
     require_same_ranks,
+    rules,
 )
-from fedlora.aggregators._registry import register
 from fedlora.errors import ConfigError, RuleError
 from fedlora.lowrank import DeltaSum, gram
 
 
 @final
-@register("fair")
+@rules.register("fair")
 @dataclass(frozen=True)
 class Fair(Aggregator):
     """A <- sum_k p_k A_k, B <- sum_k p_k B_k + R; dense parts are averaged.

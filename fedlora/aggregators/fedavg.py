@@ -19,12 +19,12 @@ from fedlora.aggregators._base import (
     GlobalState,
     WeightedMean,
     require_same_ranks,
+    rules,
 )
-from fedlora.aggregators._registry import register
 
 
 @final
-@register("fedavg")
+@rules.register("fedavg")
 @dataclass(frozen=True)
 class FedAvg(Aggregator):
     """A <- sum_k p_k A_k, B <- sum_k p_k B_k, dense likewise; clients go on from the mean with a fresh optimiser."""

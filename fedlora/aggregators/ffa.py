@@ -36,15 +36,15 @@ from fedlora.aggregators._base import (
     GlobalState,
     WeightedMean,
     require_modules,
+    rules,
 )
-from fedlora.aggregators._registry import register
 from fedlora.errors import RuleError
 
 TRAINED: frozenset[Part] = frozenset(("B", "dense"))
 
 
 @final
-@register("ffa")
+@rules.register("ffa")
 @dataclass(frozen=True)
 class FfaLora(Aggregator):
     """B <- sum_k p_k [s_k/s B_k, 0] over one frozen A; dense parts are trained and averaged, not frozen with A."""

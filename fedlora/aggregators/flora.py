@@ -37,8 +37,8 @@ from fedlora.aggregators._base import (
     require_modules,
     require_no_magnitudes,
     require_weight,
+    rules,
 )
-from fedlora.aggregators._registry import register
 from fedlora.aggregators.base_updates import catch_up, compact
 from fedlora.errors import RuleError
 from fedlora.lowrank import stack
@@ -46,7 +46,7 @@ from fedlora.rng import derive
 
 
 @final
-@register("flora")
+@rules.register("flora")
 @dataclass(frozen=True)
 class Flora(Aggregator):
     """W <- W + sum_k p_k s_k B_k A_k; each client goes on with a fresh pair."""

@@ -29,7 +29,7 @@ def strategies(config_path: MaybeConfig = None, overrides: Overrides = None, deb
         console = open_console()
         config = load_config(config_path, overrides or []) if config_path else RunConfig()
         sizes = _traffic(config, console)
-        for name, cls in rules().items():
+        for name, cls in rules.items():
             console.print(Text(name, style="bold"))
             lines = [(cls.__doc__ or "").strip().splitlines()[0], cls.paper]
             claims = [claim.name.lower().replace("_", " ") for claim in cls.claims if claim.name]
@@ -73,7 +73,7 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
         f"bytes for one client in one round, with {about}\n", style="dim", highlight=False, soft_wrap=True, markup=False
     )
     lines = {}
-    for name in rules():
+    for name in rules:
         fields = config.strategy.fields if name == config.strategy.name else {}
         try:
             rule = load_aggregator(name, fields)

@@ -65,9 +65,9 @@ def _train(config: RunConfig) -> Iterator[str]:
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.source == NODES:
-        for key in ("subset", "train_split"):
+        for key in ("subset", "train_split", "options"):
             if _changed(data, key):
-                yield f"data.{key} applies to data sets of the hub, and each node brings its own file: remove it"
+                yield f"data.{key} applies to data that are divided here, and each node brings its own file: remove it"
     for role in ("text", "label"):
         if role in data.columns and _changed(data, role):
             yield f"data.{role} and data.columns.{role} both name the column of the {role}: remove one of them"

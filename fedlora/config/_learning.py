@@ -68,12 +68,14 @@ class DataConfig(Section):
     """Where examples come from and which columns matter."""
 
     source: str = "vader"
-    """A named corpus, a Hugging Face hub name, a local .csv, .tsv, .jsonl or .parquet file, or "nodes" where each node
-    brings its own (with partition.name = "nodes")."""
+    """A named corpus, a Hugging Face hub name, a local .csv, .tsv, .jsonl or .parquet file, a class of your own as
+    "my_module:MySource", or "nodes" where each node brings its own (with partition.name = "nodes")."""
+    options: dict[str, Any] = Field(default={})
+    """Fields of a source of your own."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     train_split: str = "train"
-    """Name of the split of a hub data set that is trained on."""
+    """Name of the split that is trained on, of a hub data set or a source of your own."""
     test: str | None = None
     """A second file, or the name of a split, with the test examples; None: cut from the source by `test_fraction`."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1

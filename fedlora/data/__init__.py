@@ -25,6 +25,7 @@ from fedlora.data._sources import (
     source_files,
 )
 from fedlora.data._split import describe_split, split_test
+from fedlora.data.source import DataSource, own_source
 from fedlora.errors import ConfigError, DataError, closest, nearest
 from fedlora.hashing import Stamp, digest_of_rows, row_digests, stamp
 from fedlora.partition import Partition, PartitionInput, load_partitioner
@@ -33,7 +34,9 @@ from fedlora.rng import derive
 from fedlora.tasks import Examples, Table, Task, load_task
 
 __all__ = [
+    "DataSource",
     "FederatedData",
+    "Table",
     "column_roles",
     "load_data",
     "load_local",
@@ -113,6 +116,7 @@ def load_data(config: RunConfig) -> FederatedData:
     require_shared(config)
     partitioner = load_partitioner(config.partition.name, config.partition.fields)
     files = [file for file in source_files(config.data) if file is not None]
+    files += () if (own := own_source(config.data)) is None else own.files
     roles = column_roles(config.data)
     if partitioner.needs_domain and "domain" not in roles:
         raise DataError(

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from fedlora.assets import ASSETS, resolve_corpus
 from fedlora.config import DataConfig
+from fedlora.data.source import own_source, read_split
 from fedlora.errors import ConfigError, DataError, closest, looks_like_path, nearest, nearest_file
 from fedlora.passed_in import refuse_lost
 from fedlora.rng import derive
@@ -23,15 +25,21 @@ from fedlora.tasks._text import require_encodable
 
 
 def source_files(data: DataConfig) -> tuple[Path | None, Path | None]:
-    """The files behind `data.source` and `data.test`; None for what the hub has (and for no `test`).
+    """The files behind `data.source` and `data.test`; None for what the hub or one's own source has, and no `test`.
 
     Raises:
         AssetError: the source is a named corpus that was not fetched.
         ConfigError: keys for the hub stand beside a file.
         DataError: a file is missing, or its kind cannot be read.
     """
-    source = resolve_corpus(data.source) or _local_file(data.source)
+    own = own_source(data)
+    source = None if own else resolve_corpus(data.source) or _local_file(data.source)
     test = None if data.test is None else _local_file(data.test)
+    if own is not None and data.subset is not None:
+        raise ConfigError(
+            "data.subset applies to data sets of the hub: give data.options the fields of a source of one's own",
+            code="key-without-effect",
+        )
     if source is not None:
         for key, given in (("subset", data.subset is not None), ("train_split", data.train_split != "train")):
             if given:
@@ -50,14 +58,15 @@ def source_files(data: DataConfig) -> tuple[Path | None, Path | None]:
 def read_source(data: DataConfig) -> tuple[Table, Table | None]:
     """The tables of `data.source` and, if it is set, of `data.test`."""
     source, test = source_files(data)
-    corpus = ASSETS.get(data.source)
+    own, corpus = own_source(data), ASSETS.get(data.source)
+    read = partial(_hub, data) if own is None else partial(read_split, own)
     if source is None:
-        train_table = _hub(data, data.train_split)
+        train_table = read(data.train_split)
     else:
         train_table = Table(read_file(source).columns, () if corpus is None else corpus.label_names)
     if data.test is None:
         return train_table, None
-    return train_table, (_hub(data, data.test) if test is None else read_file(test))
+    return train_table, (read(data.test) if test is None else read_file(test))
 
 
 def read_file(path: Path) -> Table:

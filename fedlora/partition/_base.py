@@ -129,7 +129,7 @@ class Partitioner(ABC):
         )
 
 
-partitioners: Registry[Partitioner] = Registry("partitioner")
+partitioners: Registry[Partitioner] = Registry("partitioner", Partitioner, "fedlora.partition")
 
 
 def generator(seed: int, *key: str | int) -> np.random.Generator:

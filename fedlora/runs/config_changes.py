@@ -11,7 +11,7 @@ from fedlora.config import NODES, RunConfig, different_keys, flat_keys
 MACHINE = ("output", "rounds", "runtime", "tracking")
 """Tables and keys that change nothing that a round computes: where the run is, how far it goes, on what machine, and
 who else is told."""
-PLACES = ("model.name", "model.revision", "model.trust_remote_code", "data.source", "data.test")
+PLACES = ("model.name", "model.revision", "model.trust_remote_code", "data.source", "data.options", "data.test")
 """Keys that say where something lies: it may be moved, since its content is compared (`fedlora.provenance`)."""
 FROM_NOW_ON = ("train", "server")
 """Tables that decide the rounds to come and leave those that are done as they are."""
@@ -94,7 +94,7 @@ def _allowed(key: str, written: RunConfig, wanted: RunConfig) -> bool:
     if _in(key, MACHINE):
         return True
     unit = written.privacy.unit if written.privacy is not None else None
-    if key == "data.source":
+    if _in(key, ("data.source", "data.options")):
         return unit is None and NODES not in (written.data.source, wanted.data.source)
     if key == "data.test":
         return None not in (written.data.test, wanted.data.test)

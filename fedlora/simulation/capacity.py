@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlora.aggregators import rule_class
+from fedlora.aggregators import rules
+from fedlora.config import NODES
+from fedlora.data.source import own_source
 from fedlora.federation.simulated_devices import examples_to_tell
 from fedlora.memory import total_bytes
 from fedlora.model import Base
@@ -158,11 +160,14 @@ def cohort_size(workspace: Workspace, asked: int, processes: int = 1) -> CohortC
 
 
 def modules_of(workspace: Workspace) -> list[str]:
-    """Where the task, the rule and the partition are defined: another process imports these to know their names."""
+    """Where the task, the rule, the partition and a data source of one's own are defined: other processes import these
+    to know their names."""
     config = workspace.config
-    classes: list[type] = [type(workspace.task), rule_class(config.strategy.name)]
-    if config.partition.name in partitioners:  # not where nodes bring their own data
+    classes: list[type] = [type(workspace.task), rules.get(config.strategy.name)]
+    if config.partition.name != NODES:
         classes.append(partitioners.get(config.partition.name))
+    if (source := own_source(config.data)) is not None:
+        classes.append(type(source))
     return sorted({cls.__module__ for cls in classes})
 
 

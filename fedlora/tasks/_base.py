@@ -271,7 +271,7 @@ def _joined(tensors: Sequence[Tensor], fill: int | None) -> Tensor:
     return out
 
 
-tasks: Registry[Task] = Registry("task")
+tasks: Registry[Task] = Registry("task", Task, "fedlora.tasks")
 
 
 def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

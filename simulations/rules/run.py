@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fedlora.aggregators import Claim, rule_class
+from fedlora.aggregators import Claim, rules
 from fedlora.compare import Run, compare_cases, read_run, render_table
 from fedlora.sweep import Selection, Sweep, grid, run_sweep
 from fedlora.sweep.screen import Screen
@@ -43,7 +43,7 @@ def overrides(rule: str, setting: str) -> tuple[str, ...]:
     """What makes one setting of one rule."""
     extra = SETTINGS[setting]
     if extra == ("mixed",):
-        takes = Claim.MIXED_RANKS in rule_class(rule).claims
+        takes = Claim.MIXED_RANKS in rules.get(rule).claims
         extra = (
             (f"clients.ranks={list(RANKS)}", f"adapter.rank={max(RANKS)}") if takes else (f"adapter.rank={min(RANKS)}",)
         )

@@ -6,7 +6,7 @@ from fedlora.aggregators import rules
 from fedlora.aggregators.fair import Fair
 from fedlora.testing import AggregatorContract
 
-for _name, _rule in rules().items():
+for _name, _rule in rules.items():
     globals()[f"Test_{_name}"] = type(f"Test_{_name}", (AggregatorContract,), {"aggregator": _rule()})
 
 

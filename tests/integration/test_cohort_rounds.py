@@ -58,7 +58,7 @@ def matrix() -> list[object]:
     linear = names_claiming(Claim.LINEAR)
     return [
         pytest.param(*case, marks=() if case[1:] == QUICK or case[:2] == ("fedavg", QUICK[0]) else pytest.mark.slow)
-        for case in product(sorted(rules()), ("text-classification", "causal-lm", "image-classification"), PRIVACY)
+        for case in product(sorted(rules), ("text-classification", "causal-lm", "image-classification"), PRIVACY)
         if case[2] != "client" or case[0] in linear
     ]
 

@@ -59,8 +59,10 @@ def check_toml(block: Block) -> None:
     config = parse_config(block.text)
     if ":" not in config.strategy.name:  # a rule of the page's own
         load_aggregator(config.strategy.name, config.strategy.fields)
-    load_partitioner(config.partition.name, config.partition.fields)
-    load_task(config.task)
+    if ":" not in config.partition.name:
+        load_partitioner(config.partition.name, config.partition.fields)
+    if ":" not in config.task.name:
+        load_task(config.task)
 
 
 def check_console(block: Block) -> None:

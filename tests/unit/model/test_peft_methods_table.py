@@ -62,13 +62,13 @@ def load(path: Path, method: str) -> Base:
 
 def page(path: Path) -> str:
     """The whole page."""
-    names = list(rules())
+    names = list(rules)
     notes: list[str] = []
     rows = []
     for name, method in METHODS.items():
         base = load(path, name)
         cells = []
-        for rule_name, rule_class in rules().items():
+        for rule_name, rule_class in rules.items():
             rule = load_aggregator(rule_name, {})
             try:
                 plan_for(rule, first_state(rule, base, 0), ClientSpec(0, base.layout()))

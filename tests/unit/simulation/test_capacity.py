@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.errors import raises
 from torch import nn
 
-from fedlora.aggregators._registry import registry as aggregators
+from fedlora.aggregators import rules
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError
 from fedlora.partition import partitioners
@@ -160,7 +160,7 @@ def test_a_task_of_the_main_program_stays_with_it() -> None:
     assert "main program" in choice.reason
 
 
-@pytest.mark.parametrize("of", [partitioners, aggregators])
+@pytest.mark.parametrize("of", [partitioners, rules])
 def test_so_does_a_rule_or_a_partition(monkeypatch: pytest.MonkeyPatch, of: Any) -> None:
     monkeypatch.setitem(of._entries, "mine", type("Mine", (), {"__module__": "__main__"}))
     key = "partition" if of is partitioners else "strategy"
