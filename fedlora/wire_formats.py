@@ -1,4 +1,8 @@
-"""How one tensor travels: raw bytes with a declared dtype and shape; no pickle, no NumPy container.
+"""How tensors travel: one buffer with the bytes of each, without gaps, and a layout that says what they are.
+
+A request says its layouts (`layout_json`), which are checked as a whole before a buffer is sliced (`read_layout`). The
+layout of a reply follows from the request, so that none is sent and nothing of it can be wrong but its digest and the
+length of its buffer. There is no pickle, no NumPy container and no offset anywhere.
 
 Who carries the bytes (Flower's messages, or nobody in a simulation) is not known here.
 
@@ -17,21 +21,24 @@ A tensor that a format would not make smaller (a half-precision one in bfloat16,
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedlora.errors import ReplyError
 from fedlora.quantise import LARGEST, Rows, dequantise, quantise, row_shape
+from fedlora.sanitize import clean_text
 
 WIRES = ("float32", "bfloat16", "int8")
-STYPE = "fedlora.raw.v1"
-BF16_STYPE = "fedlora.change-bf16.v1"
-INT8_STYPE = "fedlora.change-int8.v1"
+RAW, BF16, INT8 = "raw", "change-bfloat16", "change-int8"
+"""What the bytes of one tensor are: itself, or its change in a smaller format."""
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -40,20 +47,22 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STEP = 4  # bytes of a row's step
+MOST_TENSORS, LONGEST_NAME, MOST_SIDES, MOST_ELEMENTS = 1 << 16, 1 << 10, 8, 1 << 40
+"""Of a layout that is read: how many tensors, characters of a name, sides of a shape, and elements it may have."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """All of an array but its bytes.
+    """All of a tensor but its bytes.
 
     Args:
-        stype: name of the serialisation.
-        dtype: declared type of the elements.
-        shape: of the tensor.
-        nbytes: length of the body.
+        form: `RAW`, `BF16` or `INT8`.
+        dtype: Type of the elements that are sent.
+        shape: Shape of the tensor.
+        nbytes: Number of bytes that are sent.
     """
 
-    stype: str
+    form: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
@@ -63,32 +72,27 @@ class Header:
 def header_of(wire: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Header:
     """The only header that a tensor of this dtype and shape can have in a wire format."""
     size = math.prod(shape)
-    raw = Header(STYPE, _NAMES[dtype], shape, dtype.itemsize * size)
+    raw = Header(RAW, _NAMES[dtype], shape, dtype.itemsize * size)
     formed = {
         "float32": raw,
-        "bfloat16": Header(BF16_STYPE, "bfloat16", shape, torch.bfloat16.itemsize * size),
-        "int8": Header(INT8_STYPE, "int8", shape, _STEP * row_shape(shape)[0] + size),
+        "bfloat16": Header(BF16, "bfloat16", shape, torch.bfloat16.itemsize * size),
+        "int8": Header(INT8, "int8", shape, _STEP * row_shape(shape)[0] + size),
     }[wire]
     return formed if formed.nbytes < raw.nbytes else raw
 
 
-def raw_header(tensor: Tensor) -> Header:
-    """The header of a tensor that travels as it is."""
-    return header_of("float32", tensor.dtype, tuple(tensor.shape))
-
-
-def raw_bytes(tensor: Tensor) -> bytes:
-    """A tensor as little-endian bytes."""
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor as little-endian bytes: its own memory, where it is contiguous and on the CPU."""
     return _bytes(tensor.detach().cpu())
 
 
-def from_raw(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def from_raw(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `raw_bytes`; the result owns its memory."""
     return _tensor(data, DTYPES[dtype]).reshape(shape)
 
 
-def encode_change(tensor: Tensor, start: Tensor, wire: str, seed: int) -> bytes:
-    """The body of a trained tensor for the way up; its header is that of `header_of`.
+def encode_change(tensor: Tensor, start: Tensor, wire: str, seed: int) -> bytes | memoryview:
+    """The bytes of a trained tensor for the way up; its header is that of `header_of`.
 
     Args:
         tensor: After training.
@@ -97,27 +101,27 @@ def encode_change(tensor: Tensor, start: Tensor, wire: str, seed: int) -> bytes:
         seed: Of the random rounding.
     """
     header = header_of(wire, tensor.dtype, tuple(tensor.shape))
-    if header.stype == STYPE:
+    if header.form == RAW:
         return raw_bytes(tensor)
     tensor, start = tensor.detach().cpu(), start.detach().cpu()
     change = tensor.to(_wide(start)) - start.to(_wide(start))
-    if header.stype == BF16_STYPE:
+    if header.form == BF16:
         return _bytes(change.to(torch.bfloat16))
     rows = quantise(change, torch.Generator().manual_seed(seed))
-    return _bytes(rows.steps) + _bytes(rows.codes)
+    return b"".join((_bytes(rows.steps), _bytes(rows.codes)))
 
 
-def decode_change(header: Header, data: bytes, start: Tensor) -> Tensor:
-    """The trained tensor of a body whose header was checked, in the dtype of its start.
+def decode_change(header: Header, data: bytes | memoryview, start: Tensor) -> Tensor:
+    """The trained tensor, in the dtype of its start, of as many bytes as the header says.
 
     Raises:
         ReplyError: the codes are none that `encode_change` makes.
     """
     shape = header.shape
-    if header.stype == STYPE:
+    if header.form == RAW:
         return from_raw(data, header.dtype, shape)
     start = start.detach().cpu()
-    if header.stype == BF16_STYPE:
+    if header.form == BF16:
         change = _tensor(data, torch.bfloat16).reshape(shape)
     else:
         count, width = row_shape(shape)
@@ -134,9 +138,77 @@ def decode_change(header: Header, data: bytes, start: Tensor) -> Tensor:
 def as_received(tensor: Tensor, start: Tensor, wire: str, seed: int) -> Tensor:
     """What the server would receive of a trained tensor: the tensor after `encode_change` and `decode_change`."""
     header = header_of(wire, tensor.dtype, tuple(tensor.shape))
-    if header.stype == STYPE:
+    if header.form == RAW:
         return tensor.detach().cpu()
     return decode_change(header, encode_change(tensor, start, wire, seed), start)
+
+
+# ---------------------------------------------------------------------------------------------- many tensors
+
+
+def layout_json(tensors: Mapping[str, Tensor]) -> list[Any]:
+    """The layout of tensors that travel as they are, in the order of their bytes: [name, dtype, shape] of each."""
+    return [[name, _NAMES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors.items()]
+
+
+def read_layout(said: object, nbytes: int) -> dict[str, Header]:
+    """The inverse of `layout_json`, of anything that JSON can hold.
+
+    Args:
+        said: The layout.
+        nbytes: Length of the buffer that it describes.
+
+    Raises:
+        ReplyError: it is no layout, or not of a buffer of this length; nothing was read of the buffer.
+    """
+    if not isinstance(said, list) or len(said) > MOST_TENSORS:
+        raise _no_layout(f"is no list of at most {MOST_TENSORS} tensors")
+    found: dict[str, Header] = {}
+    for entry in said:
+        match entry:
+            case [str(name), str(dtype), list(shape)] if (
+                name not in found
+                and 0 < len(name) <= LONGEST_NAME
+                and dtype in DTYPES
+                and len(shape) <= MOST_SIDES
+                and all(type(side) is int and side >= 0 for side in shape)
+                and math.prod(side or 1 for side in shape) <= MOST_ELEMENTS
+            ):
+                found[name] = header_of("float32", DTYPES[dtype], tuple(shape))
+            case _:
+                raise _no_layout(
+                    f"has an entry that is no name, dtype and shape of one tensor: {clean_text(entry, 80)}"
+                )
+    if (total := sum(header.nbytes for header in found.values())) != nbytes:
+        raise _no_layout(f"describes {total} bytes, and the buffer has {nbytes}")
+    return found
+
+
+def _no_layout(what: str) -> ReplyError:
+    return ReplyError(f"a message's layout {what}: install the same fedlora on server and node", code="invalid-layout")
+
+
+def layout_digest(layout: Mapping[str, Header]) -> str:
+    """16 hexadecimal digits that name a layout."""
+    said = [[name, header.form, header.dtype, header.shape] for name, header in layout.items()]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def joined(parts: Iterable[bytes | memoryview]) -> bytes:
+    """One buffer of the bytes of all tensors; each part is let go of when it is copied."""
+    buffer = BytesIO()
+    for part in parts:
+        buffer.write(part)
+    return buffer.getvalue()
+
+
+def sliced(layout: Mapping[str, Header], buffer: bytes) -> dict[str, memoryview]:
+    """The bytes of each tensor of a buffer that is as long as its layout says; views, without a copy."""
+    view, parts, at = memoryview(buffer), dict[str, memoryview](), 0
+    for name, header in layout.items():
+        parts[name] = view[at : at + header.nbytes]
+        at += header.nbytes
+    return parts
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -153,9 +225,9 @@ def _wide(start: Tensor) -> torch.dtype:
     return torch.promote_types(start.dtype, torch.float32)
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:
+def _tensor(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.zeros(0, dtype=dtype)

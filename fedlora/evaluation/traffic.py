@@ -9,7 +9,7 @@ import torch
 
 from fedlora.adapter import AdapterState, Layout
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState
-from fedlora.federation.protocol import FrozenDigest, TrainRequest, request_tensors
+from fedlora.federation.protocol import FrozenDigest, TrainRequest, request_tensors, tensors_nbytes
 from fedlora.rng import derive
 
 ROUNDS = 3
@@ -68,9 +68,9 @@ def measure_traffic(
 
 def _down(plan: ClientPlan, digest: FrozenDigest, held: set[str]) -> int:
     frozen = digest(plan)
-    tensors = request_tensors(plan, with_frozen=frozen not in held)
+    buffers = request_tensors(plan, with_frozen=frozen not in held)
     held.add(frozen)
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return tensors_nbytes(buffers)
 
 
 def _moved(plan: ClientPlan, seed: int) -> AdapterState:

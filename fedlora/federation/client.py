@@ -117,7 +117,7 @@ def _reply(
     request: TrainRequest, trained: AdapterState, figures: Mapping[str, float], config: RunConfig
 ) -> TrainedReply:
     if config.privacy is not None:
-        head = update_head(request.round, request.base_digest)
+        head = update_head(request)
         Disclosure(config.privacy.unit).require_reply(head, tuple(figures))
     return TrainedReply(request, trained.tensors(request.plan.sends), figures)
 

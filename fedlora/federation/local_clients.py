@@ -106,7 +106,7 @@ class LocalClients(SimulatedClients):
             return sent.failed(Failure(found.kind, clean_text(found.why)), bytes_up=head_nbytes(note))
         if isinstance(found, Exception):
             raise found
-        head = update_head(planned.request.round, planned.request.base_digest)
+        head = update_head(planned.request)
         nbytes = planned.request.reply_nbytes + head_nbytes(head) + FIGURE_BYTES * len(found.figures)
         try:
             received = planned.request.as_received(found.tensors, self._config.seed)

@@ -3,6 +3,8 @@
 What a client needs of a plan is sent once: frozen parts (FFA-LoRA's A) are named by a digest and left out for a client
 that is known to hold them, and changes of the base are sent from the version that the client holds. A simulation sends
 nothing, and counts the same bytes.
+
+Tensors travel as one buffer for each message, and one for each part that travels by itself; see `fedlora.wire_formats`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,20 @@ from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.rng import derive
 from fedlora.state_io import flatten_base_update
-from fedlora.wire_formats import Header, as_received, encode_change, header_of, tensors_digest
+from fedlora.wire_formats import (
+    Header,
+    as_received,
+    decode_change,
+    encode_change,
+    header_of,
+    joined,
+    layout_digest,
+    layout_json,
+    sliced,
+    tensors_digest,
+)
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_ERROR = 1_000
 """Characters of an error that a client tells; escaped they fit into a head."""
 FIGURE_BYTES = 8
@@ -61,28 +74,42 @@ class TrainRequest:
 
     @cached_property
     def headers(self) -> dict[str, Header]:
-        """The header of each of the reply's tensors."""
-        return {name: header_of(self.wire, t.dtype, tuple(t.shape)) for name, t in self.starts.items()}
+        """The reply's layout, in the order of its tensors' names."""
+        return {name: header_of(self.wire, t.dtype, tuple(t.shape)) for name, t in sorted(self.starts.items())}
+
+    @cached_property
+    def layout_digest(self) -> str:
+        """Names the reply's layout: client and server must mean the same."""
+        return layout_digest(self.headers)
 
     @property
     def reply_nbytes(self) -> int:
         """Bytes of the reply's tensors."""
         return sum(header.nbytes for header in self.headers.values())
 
-    def encode(self, trained: Mapping[str, Tensor], seed: int) -> dict[str, bytes]:
-        """The bodies of the reply's tensors.
+    def encode(self, trained: Mapping[str, Tensor], seed: int) -> bytes:
+        """The reply's buffer.
 
         Args:
             trained: The tensors that are sent, after training.
             seed: The run's, for formats that round at random.
         """
-        return {
-            name: encode_change(tensor, self.starts[name], self.wire, self._rounding_seed(seed, name))
-            for name, tensor in trained.items()
-        }
+        return joined(
+            encode_change(trained[name], self.starts[name], self.wire, self._rounding_seed(seed, name))
+            for name in self.headers
+        )
+
+    def decode(self, buffer: bytes) -> dict[str, Tensor]:
+        """The trained tensors of a buffer of `reply_nbytes`.
+
+        Raises:
+            ReplyError: it holds codes that the wire format does not make.
+        """
+        parts = sliced(self.headers, buffer)
+        return {name: decode_change(self.headers[name], parts[name], start) for name, start in self.starts.items()}
 
     def as_received(self, trained: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-        """What the server would decode of `encode`'s bytes."""
+        """What the server would decode of `encode`'s buffer."""
         return {
             name: as_received(tensor, self.starts[name], self.wire, self._rounding_seed(seed, name))
             for name, tensor in trained.items()
@@ -158,12 +185,13 @@ class FrozenDigest:
 # ------------------------------------------------------------------------------------------------------ heads
 
 
-def request_head(request: TrainRequest, frozen: str) -> dict[str, Any]:
-    """What a request says besides its tensors; `base_updates_of` names those of the base's changes.
+def request_head(request: TrainRequest, frozen: str, buffers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """What a request says besides its tensors.
 
     Args:
         request: To be sent.
         frozen: Digest of the plan's frozen parts.
+        buffers: See `request_tensors`.
     """
     plan = request.plan
     return {
@@ -183,13 +211,15 @@ def request_head(request: TrainRequest, frozen: str) -> dict[str, Any]:
         "proximal_mu": plan.proximal_mu,
         "wire": request.wire,
         "frozen": frozen,
-        "merges": [flatten_base_update(update, f"merge/{index}/")[1] for index, update in enumerate(plan.base_updates)],
+        "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
+        "buffers": {name: layout_json(tensors) for name, tensors in buffers.items()},
     }
 
 
-def update_head(round_number: int, base_digest: str) -> dict[str, Any]:
+def update_head(request: TrainRequest) -> dict[str, Any]:
     """What the reply of a client that has trained says besides tensors and figures."""
-    return {"protocol": PROTOCOL, "kind": "update", "round": round_number, "base_digest": base_digest}
+    said = {"round": request.round, "base_digest": request.base_digest, "layout": request.layout_digest}
+    return {"protocol": PROTOCOL, "kind": "update", **said}
 
 
 def note_head(kind: str, **fields: Any) -> dict[str, Any]:
@@ -204,25 +234,33 @@ def _layout_json(layout: Layout) -> dict[str, list[float]]:
 # ------------------------------------------------------------------------------------------------------ bytes
 
 
-def request_tensors(plan: ClientPlan, *, with_frozen: bool) -> dict[str, Tensor]:
-    """The tensors of a request by the names under which they travel.
+def request_tensors(plan: ClientPlan, *, with_frozen: bool) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each buffer of a request: "adapter", "frozen", and "merge/<version>" for each change of the base.
 
     Args:
         plan: To be sent.
         with_frozen: False for a client that holds the frozen parts already.
     """
-    tensors = {f"adapter/{name}": tensor for name, tensor in trained_tensors(plan).items()}
-    if with_frozen:
-        tensors |= {f"frozen/{name}": tensor for name, tensor in frozen_tensors(plan).items()}
-    for index, update in enumerate(plan.base_updates):
-        tensors |= flatten_base_update(update, f"merge/{index}/")[0]
-    return tensors
+    buffers = {"adapter": trained_tensors(plan)}
+    if with_frozen and (frozen := frozen_tensors(plan)):
+        buffers["frozen"] = frozen
+    return buffers | {merge_buffer(update.version): flatten_base_update(update)[0] for update in plan.base_updates}
+
+
+def merge_buffer(version: int) -> str:
+    """Name of the buffer of a change of the base to this version."""
+    return f"merge/{version}"
 
 
 def request_nbytes(request: TrainRequest, frozen: str, *, with_frozen: bool) -> int:
     """Bytes of a request: tensors, and the head as text."""
-    tensors = request_tensors(request.plan, with_frozen=with_frozen)
-    return sum(tensor.nbytes for tensor in tensors.values()) + head_nbytes(request_head(request, frozen))
+    buffers = request_tensors(request.plan, with_frozen=with_frozen)
+    return tensors_nbytes(buffers) + head_nbytes(request_head(request, frozen, buffers))
+
+
+def tensors_nbytes(buffers: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Bytes of all buffers of a request."""
+    return sum(tensor.nbytes for tensors in buffers.values() for tensor in tensors.values())
 
 
 def head_nbytes(head: Mapping[str, Any]) -> int:

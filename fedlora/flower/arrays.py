@@ -1,25 +1,27 @@
-"""Tensors as Flower's arrays, without a copy more than the bytes themselves."""
+"""The one array in which the tensors of a message travel: Flower moves each array as objects of its own, one by one."""
 
 from __future__ import annotations
 
 from flwr.app import Array
-from torch import Tensor
 
-from fedlora.wire_formats import from_raw, header_of, raw_bytes, raw_header
+from fedlora.errors import ReplyError
 
-
-def to_array(tensor: Tensor) -> Array:
-    """One tensor as raw little-endian bytes with its dtype and shape."""
-    header = raw_header(tensor)
-    return Array(header.dtype, header.shape, header.stype, raw_bytes(tensor))
+_STYPE = "fedlora.buffer.v1"
 
 
-def from_array(array: Array) -> Tensor:
-    """The tensor of a raw array whose header was checked; the result owns its memory."""
-    return from_raw(array.data, array.dtype, tuple(array.shape))
+def to_array(buffer: bytes) -> Array:
+    """A buffer as an array."""
+    return Array("uint8", (len(buffer),), _STYPE, buffer)
 
 
-def change_array(tensor: Tensor, data: bytes, wire: str) -> Array:
-    """The body that `encode_change` made of a tensor, with its header."""
-    header = header_of(wire, tensor.dtype, tuple(tensor.shape))
-    return Array(header.dtype, header.shape, header.stype, data)
+def from_array(array: Array) -> bytes:
+    """The buffer of an array.
+
+    Raises:
+        ReplyError: the array is of another kind.
+    """
+    if array != to_array(array.data):
+        raise ReplyError(
+            "its tensors do not travel in one buffer: install the same fedlora on server and node", code="no-buffer"
+        )
+    return array.data

@@ -15,7 +15,8 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import httpx
@@ -34,7 +35,13 @@ from fedlora.sanitize import clean_text
 
 SLACK = 1 << 20
 """Bytes that a reply may have besides its tensors: heads, names, metrics, words."""
-LARGEST_BODY = {"Message": 1 << 15, "RecordDict": 1 << 12, "MetricRecord": 1 << 13, "ConfigRecord": 1 << 15}
+LARGEST_BODY = {
+    "Message": 1 << 15,
+    "RecordDict": 1 << 12,
+    "MetricRecord": 1 << 13,
+    "ConfigRecord": 1 << 15,
+    "ArrayRecord": 1 << 12,
+}
 """Bytes of an object's body, by its type: parsed, it takes up to fifty times as much."""
 SMALLEST_CHUNK = 1 << 16
 """Bytes; Flower cuts arrays into chunks of 5 MB. Of smaller ones there would be too many objects."""
@@ -47,15 +54,10 @@ class Allowed:
     """What a reply may hold.
 
     Args:
-        arrays: Name -> number of bytes, of each array that was requested.
+        tensor_bytes: Bytes of its tensors, which are in one array.
     """
 
-    arrays: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all arrays together."""
-        return sum(self.arrays.values())
+    tensor_bytes: int = 0
 
     @property
     def most_bytes(self) -> int:
@@ -65,13 +67,11 @@ class Allowed:
     @property
     def objects(self) -> int:
         """How many objects it may consist of."""
-        return 16 + 2 * len(self.arrays) + self.tensor_bytes // SMALLEST_CHUNK
+        return 18 + self.tensor_bytes // SMALLEST_CHUNK
 
     def largest_body(self, kind: str) -> int:
         """Bytes of the body of an object of that type."""
-        if kind == "ArrayRecord":  # name and id of each array
-            return (1 << 12) + sum(6 * len(name) + 128 for name in self.arrays)
-        if kind == "Array":  # and a number for each chunk
+        if kind == "Array":  # it has a number for each chunk
             return (1 << 12) + 8 * (self.tensor_bytes // SMALLEST_CHUNK)
         return LARGEST_BODY.get(kind, 0)
 
@@ -87,7 +87,7 @@ def pull_reply(grid: Grid, message_id: str, allowed: Allowed, patience_s: float)
     Args:
         grid: The grid on which the message was sent.
         message_id: Flower's id of the message that is answered.
-        allowed: The arrays that the reply may hold, and their sizes.
+        allowed: What the reply may hold.
         patience_s: How long to wait for objects that the SuperLink announces but does not hold yet, in seconds.
 
     Raises:
@@ -256,11 +256,13 @@ def _inflate(root: str, objects: dict[str, bytes], chunks: dict[str, bytes], all
     chunks.clear()
     arrays: dict[str, InflatableObject] = {}
     for key, header in headers.items():
-        arrays[key] = header.array(b"".join(bodies[chunk] for chunk in header.chunks))
-        uses.subtract(header.chunks)
+        data = BytesIO()
         for chunk in header.chunks:
+            data.write(bodies[chunk])
+            uses[chunk] -= 1
             if not uses[chunk]:
-                bodies.pop(chunk, None)  # so that a reply is never there twice as a whole
+                del bodies[chunk]  # so that a reply is never there twice as a whole
+        arrays[key] = header.array(data.getvalue())
     message = inflate_object_from_contents(root, objects, objects=arrays)
     if not isinstance(message, Message):
         raise ReplyError(f"its reply is a {type(message).__name__} and no message", code="not-a-message")

@@ -136,7 +136,7 @@ class FlowerClients:
         reply = ClientReply(client_id, bytes_down=payload_bytes(content), simulated_s=planned.simulated_s)
         if planned.failure is not None:
             return reply.failed(planned.failure)
-        allowed = Allowed({name: header.nbytes for name, header in planned.request.headers.items()})
+        allowed = Allowed(planned.request.reply_nbytes)
         sent = self.mail.send(content, node.node_id, MessageType.TRAIN, str(request.number), allowed)
         return _Asked(planned, node, sent, reply)
 

@@ -10,10 +10,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.errors import RunDirError
 from fedlora.files import write_atomically
+from fedlora.flower.arrays import from_array
+from fedlora.flower.messages import BUFFER, update_content
 from fedlora.privacy.ledger import Ledger
 from fedlora.state_io import pack, unpack
 
@@ -67,20 +69,15 @@ class KeptAnswer:
 
 def _packed(content: RecordDict) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The records of an update as named bytes and JSON."""
-    arrays = cast("ArrayRecord", content["update"])
-    bodies = {name: np.frombuffer(bytearray(array.data), np.uint8) for name, array in arrays.items()}
-    tensors = {f"body/{name}": torch.from_numpy(body) for name, body in bodies.items()}
+    buffer = from_array(cast("ArrayRecord", content["update"])[BUFFER])
+    tensors = {BUFFER: torch.from_numpy(np.frombuffer(bytearray(buffer), np.uint8))}
     meta = {
         "reply": dict(cast("ConfigRecord", content["reply"])),
-        "arrays": {name: [array.dtype, list(array.shape), array.stype] for name, array in arrays.items()},
         "metrics": dict(cast("MetricRecord", content["metrics"])),
     }
     return tensors, meta
 
 
 def _unpacked(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> RecordDict:
-    arrays = ArrayRecord()
-    for name, (dtype, shape, stype) in meta["arrays"].items():
-        arrays[name] = Array(dtype, tuple(shape), stype, tensors[f"body/{name}"].numpy().tobytes())
-    reply, metrics = ConfigRecord(meta["reply"]), MetricRecord(meta["metrics"])
-    return RecordDict({"reply": reply, "update": arrays, "metrics": metrics})
+    buffer = tensors[BUFFER].numpy().tobytes()
+    return update_content(ConfigRecord(meta["reply"]), buffer, MetricRecord(meta["metrics"]))

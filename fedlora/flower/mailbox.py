@@ -29,7 +29,7 @@ class Sent:
         message_id: Flower's id; None if the grid did not accept the message.
         node_id: Flower's id of the recipient.
         at: Time of sending on the monotonic clock, in seconds.
-        allowed: The arrays that its reply may hold.
+        allowed: The tensors that its reply may hold.
     """
 
     message_id: str | None
@@ -66,7 +66,7 @@ class Mailbox:
             node_id: Flower's id of the recipient.
             kind: Flower's message type, such as "train" or "query.hello".
             group: The round, for the nodes' logs.
-            allowed: The arrays that the reply may hold; None: no arrays.
+            allowed: The tensors that the reply may hold; None: none.
         """
         message = Message(content, node_id, kind, group_id=group, ttl=self._ttl_s)
         message_id = next(iter(self._grid.push_messages([message])), None)

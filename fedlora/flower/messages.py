@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedlora import __version__
 from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
-from fedlora.aggregators import BaseUpdate, ClientPlan
+from fedlora.aggregators import ClientPlan
 from fedlora.errors import ReplyError
 from fedlora.federation.planner import Planned
 from fedlora.federation.protocol import (
@@ -27,16 +26,19 @@ from fedlora.federation.protocol import (
     OfSameTensors,
     TrainedReply,
     TrainRequest,
+    merge_buffer,
     note_head,
     request_head,
     request_tensors,
     update_head,
 )
-from fedlora.flower.arrays import change_array, from_array, to_array
+from fedlora.flower.arrays import from_array, to_array
 from fedlora.sanitize import clean_text
 from fedlora.state_io import unflatten_base_update
-from fedlora.wire_formats import WIRES, tensors_digest
+from fedlora.wire_formats import WIRES, from_raw, joined, raw_bytes, read_layout, sliced, tensors_digest
 
+BUFFER = "buffer"
+"""Name of the one array of a reply."""
 MAX_HEAD = 16_384
 """Characters that the head of a reply may have."""
 
@@ -59,24 +61,23 @@ def payload_bytes(content: RecordDict) -> int:
 
 @final
 class RequestEncoder:
-    """Makes the contents of train messages; arrays that many clients share are encoded once."""
+    """Makes the contents of train messages; a buffer that many clients share is encoded, and hashed, once."""
 
     def __init__(self) -> None:
-        self._arrays = WeakTensorKeyDictionary()  # weak: with mixed ranks each plan has tensors of its own
-        self._record = OfSameTensors(lambda tensors: ArrayRecord({n: self._array(t) for n, t in tensors.items()}))
+        self._arrays: defaultdict[str, OfSameTensors[Array]] = defaultdict(lambda: OfSameTensors(_packed))
 
     def encode(self, planned: Planned) -> RecordDict:
-        """The content of a train message; messages with the same tensors share one record of arrays."""
-        head = request_head(planned.request, planned.frozen)
-        tensors = request_tensors(planned.request.plan, with_frozen=planned.with_frozen)
-        return RecordDict({"plan": ConfigRecord({"json": json.dumps(head)}), "arrays": self._record(tensors)})
+        """The content of a train message; messages with the same tensors share their arrays."""
+        buffers = request_tensors(planned.request.plan, with_frozen=planned.with_frozen)
+        head = request_head(planned.request, planned.frozen, buffers)
+        arrays = ArrayRecord()
+        for name, tensors in buffers.items():  # one by one: from a dict it would copy them
+            arrays[name] = self._arrays[name](tensors)
+        return RecordDict({"plan": ConfigRecord({"json": json.dumps(head)}), "arrays": arrays})
 
-    def _array(self, tensor: Tensor) -> Array:
-        """`to_array`, remembered while the tensor lives: for an `ArrayRecord`, which copies all but the bytes."""
-        if tensor not in self._arrays:
-            self._arrays[tensor] = to_array(tensor)
-        made: Array = self._arrays[tensor]
-        return made
+
+def _packed(tensors: Mapping[str, Tensor]) -> Array:
+    return to_array(joined(map(raw_bytes, tensors.values())))
 
 
 @final
@@ -132,9 +133,10 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: FrozenPar
         held: Frozen parts of earlier messages; those of this one are added.
 
     Raises:
-        ReplyError: the frozen parts are not those that the head names.
+        ReplyError: a buffer is not as the head lays it out, or the frozen parts are not those that it names.
     """
-    key, frozen = head["frozen"], _tensors(content, "frozen/")
+    buffers = _unpacked(content, head)
+    key, frozen = head["frozen"], buffers.get("frozen")
     if key and frozen:
         if tensors_digest(frozen) != key:
             raise ReplyError(
@@ -142,15 +144,17 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: FrozenPar
                 code="frozen-parts-differ",
             )
         held.put(key, frozen)
-    known = frozen if frozen or not key else held.get(key)
+    known = frozen or (held.get(key) if key else {})
     if known is None:
         return None
     plan = ClientPlan(
-        adapter=_adapter(head, {**_tensors(content, "adapter/"), **known}),
+        adapter=_adapter(head, {**buffers["adapter"], **known}),
         trains=frozenset(head["trains"]),
         sends=frozenset(head["sends"]),
         base_version=head["base_version"],
-        base_updates=_base_updates(content, head),
+        base_updates=tuple(
+            unflatten_base_update(buffers[merge_buffer(meta["version"])], meta) for meta in head["merges"]
+        ),
         fresh_seed=head["fresh_seed"],
         proximal_mu=head["proximal_mu"],
     )
@@ -173,23 +177,33 @@ def request_digest(content: RecordDict, head: Mapping[str, Any], config: str) ->
         head: See `decode_request_head`.
         config: Digest of the config by which the node trains.
     """
-    said = {key: value for key, value in head.items() if key not in ("merges", "since_digest")}
-    text = json.dumps([said, tensors_digest(_tensors(content, "adapter/")), config], sort_keys=True)
+    said = {key: value for key, value in head.items() if key not in ("merges", "since_digest", "buffers")}
+    start = hashlib.sha256(from_array(cast("ArrayRecord", content["arrays"])["adapter"])).hexdigest()
+    text = json.dumps([said, head["buffers"]["adapter"], start, config], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _tensors(content: RecordDict, prefix: str, *, whole_names: bool = False) -> dict[str, Tensor]:
-    """The tensors of a message under one prefix, by the names of `AdapterState.tensors`."""
-    arrays = cast("ArrayRecord", content["arrays"])
-    cut = 0 if whole_names else len(prefix)
-    return {key[cut:]: from_array(array) for key, array in arrays.items() if key.startswith(prefix)}
+def _unpacked(content: RecordDict, head: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each buffer of a message; all layouts are checked before a buffer is sliced.
 
-
-def _base_updates(content: RecordDict, head: Mapping[str, Any]) -> tuple[BaseUpdate, ...]:
-    return tuple(
-        unflatten_base_update(_tensors(content, f"merge/{index}/", whole_names=True), meta, f"merge/{index}/")
-        for index, meta in enumerate(head["merges"])
-    )
+    Raises:
+        ReplyError: a buffer is not as the head lays it out.
+    """
+    arrays, layouts = cast("ArrayRecord", content["arrays"]), head["buffers"]
+    if not isinstance(layouts, dict) or layouts.keys() != set(arrays):
+        raise ReplyError(
+            "the message's buffers are not those that it names: install the same fedlora on server and node",
+            code="invalid-layout",
+        )
+    buffers = {name: from_array(array) for name, array in arrays.items()}
+    checked = {name: read_layout(layouts[name], len(buffer)) for name, buffer in buffers.items()}
+    return {
+        name: {
+            key: from_raw(part, layout[key].dtype, layout[key].shape)
+            for key, part in sliced(layout, buffers[name]).items()
+        }
+        for name, layout in checked.items()
+    }
 
 
 def _adapter(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState:
@@ -217,18 +231,13 @@ def encode_reply(reply: TrainedReply, seed: int) -> RecordDict:
         reply: What is sent.
         seed: The run's, for formats that round at random.
     """
-    request = reply.request
-    arrays = ArrayRecord()
-    for name, data in request.encode(reply.tensors, seed).items():  # one by one: from a dict it would copy them
-        arrays[name] = change_array(reply.tensors[name], data, request.wire)
-    head = update_head(request.round, request.base_digest)
-    return RecordDict(
-        {
-            "reply": ConfigRecord({"json": json.dumps(head)}),
-            "update": arrays,
-            "metrics": MetricRecord(dict(reply.figures)),
-        }
-    )
+    head, buffer = update_head(reply.request), reply.request.encode(reply.tensors, seed)
+    return update_content(ConfigRecord({"json": json.dumps(head)}), buffer, MetricRecord(dict(reply.figures)))
+
+
+def update_content(head: ConfigRecord, buffer: bytes, figures: MetricRecord) -> RecordDict:
+    """The records of a reply of a client that has trained."""
+    return RecordDict({"reply": head, "update": ArrayRecord({BUFFER: to_array(buffer)}), "metrics": figures})
 
 
 def encode_note(kind: str, **fields: Any) -> RecordDict:

@@ -1,8 +1,8 @@
 """Nothing that a node sends touches a tensor before it passed these checks, in this order.
 
-1. the reply is no error; 2. its records and the keys of its tensors are exactly those that were asked for; 3. it is not
-larger than it can be; 4. each header fits (serialisation, dtype, shape as asked, length of the body); 5. it is for the
-round and the base that were asked for, and holds codes that the wire format can make.
+1. the reply is no error; 2. its records are exactly those that were asked for, with one buffer of tensors; 3. that
+buffer is laid out as was asked for (names, shapes, types and wire format of all tensors, by a digest) and as long as
+that; 4. it is for the round and the base that were asked for; 5. it holds codes that the wire format can make.
 
 Which values are used is decided by `fedlora.federation.screen`, in simulations too.
 """
@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlora import __version__
 from fedlora.errors import ReplyError
 from fedlora.federation.protocol import TrainRequest
-from fedlora.flower.messages import decode_head
+from fedlora.flower.arrays import from_array
+from fedlora.flower.messages import BUFFER, decode_head
 from fedlora.sanitize import clean_text
-from fedlora.wire_formats import Header, decode_change
 
 RECORDS = {"reply": ConfigRecord, "update": ArrayRecord, "metrics": MetricRecord}
 """What the reply of a client that has trained holds."""
@@ -120,38 +120,26 @@ def check_update(content: RecordDict, request: TrainRequest) -> tuple[dict[str, 
             "the reply does not hold exactly the records reply, update and metrics", code="unexpected-records"
         )
     arrays = cast("ArrayRecord", content["update"])
-    if odd := set(arrays) ^ set(request.headers):
-        name = min(odd)
-        what = "was not asked for" if name in arrays else "is missing"
-        raise ReplyError(f"tensor {clean_text(name, 80)!r} {what}", code="unexpected-tensors")
-    size = sum(len(array.data) for array in arrays.values())
-    if size > (cap := request.reply_nbytes):
-        raise ReplyError(f"the reply has {size} bytes of tensors, {cap} were asked for", code="reply-too-large")
-    for name, header in request.headers.items():
-        _require_header(name, arrays[name], header)
+    if list(arrays) != [BUFFER]:
+        raise ReplyError(
+            f"the reply's tensors are not in one array {BUFFER!r}: install the same fedlora on server and node",
+            code="unexpected-records",
+        )
+    buffer = from_array(arrays[BUFFER])
+    if head.get("layout") != request.layout_digest:
+        raise ReplyError(
+            "the reply's tensors are others than were asked for, or of other shapes, types or wire format: install the "
+            "same fedlora on server and node",
+            code="other-layout",
+        )
+    if (size := len(buffer)) != (asked := request.reply_nbytes):
+        raise ReplyError(f"the reply has {size} bytes of tensors, {asked} were asked for", code="other-size")
     if type(head.get("round")) is not int or head["round"] != request.round:
         theirs = clean_text(head.get("round"), 20)
         raise ReplyError(f"the reply is for round {theirs}, not {request.round}", code="other-round")
     if head.get("base_digest") != request.base_digest:
         raise ReplyError("the update was trained on another version of the base", code="other-base")
-    tensors = {
-        name: decode_change(header, arrays[name].data, request.starts[name]) for name, header in request.headers.items()
-    }
-    return tensors, dict(cast("MetricRecord", content["metrics"]))
-
-
-def _require_header(name: str, array: Array, header: Header) -> None:
-    if array.stype != header.stype:
-        problem = f"is serialised as {clean_text(array.stype, 40)!r}, not {header.stype!r}"
-    elif array.dtype != header.dtype:
-        problem = f"is of type {clean_text(array.dtype, 40)!r}, not {header.dtype!r}"
-    elif tuple(array.shape) != header.shape or not all(type(side) is int for side in array.shape):
-        problem = f"has shape {clean_text(tuple(array.shape)[:8], 80)}, not {header.shape}"
-    elif len(array.data) != header.nbytes:
-        problem = f"has {len(array.data)} bytes, not {header.nbytes}"
-    else:
-        return
-    raise ReplyError(f"tensor {name!r} {problem}", code="unexpected-header")
+    return request.decode(buffer), dict(cast("MetricRecord", content["metrics"]))
 
 
 def error_text(reply: Message) -> str:

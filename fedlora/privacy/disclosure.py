@@ -38,7 +38,7 @@ HEADS: Final[Mapping[str, frozenset[str]]] = {
     "need": frozenset({"frozen", "base"}),
     "spent": frozenset({"error"}),
     "error": frozenset({"error"}),
-    "update": frozenset({"round", "base_digest"}),
+    "update": frozenset({"round", "base_digest", "layout"}),
 }
 """Kind of a reply -> keys of its head beside "protocol" and "kind"."""
 

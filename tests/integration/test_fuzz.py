@@ -46,14 +46,13 @@ TRAINED = PLAN.adapter.with_tensors(
     {name: (t + torch.randn(t.shape, generator=G)).to(t.dtype) for name, t in PLAN.adapter.tensors().items()}
 )
 WIRES = ("float32", "bfloat16", "int8")
-STYPES = ["fedlora.raw.v1", "fedlora.change-bf16.v1", "fedlora.change-int8.v1"]
 SCREEN = Screen(
     parse_config("", ["server.max_examples=1000", "server.max_norm=50.0", "server.max_norm_ratio=off"]),
     cast("Workspace", SimpleNamespace(data=SimpleNamespace(clients=[range(2000)] * 2))),
 )
-SHAPES = {"m:A": (2, 3), "m:B": (4, 2), "head": (2,)}
+SHAPES = {"head": (2,), "m:A": (2, 3), "m:B": (4, 2)}  # in the order of their bytes
 METRICS = {"loss", "steps", "seconds", "compute_seconds", "examples_seen"}
-HEAD = {"protocol": 1, "kind": "update", "round": 5, "base_digest": "base"}
+HEAD = {"protocol": 2, "kind": "update", "round": 5, "base_digest": "base", "layout": ""}
 ODD: list[Any] = [
     *(None, True, False, 0, 1, 5, -1, 2**63, 10**400, 0.5, 1e308, math.nan, math.inf, "", "5", "update", "need"),
     *("\ud800", "x" * 100_000, [], [1], ["update"], {}, {"a": 1}, b"", b"\x00"),
@@ -76,27 +75,36 @@ def good(wire: str) -> RecordDict:
     return encode_reply(TrainedReply(asked(wire), TRAINED.tensors(), figures), seed=0)
 
 
-def values_of(name: str, array: Array, wire: str) -> np.ndarray | None:
-    """The float32 values of an array by NumPy, or None if it is not in the wire format. The head is in bfloat16, and
-    two bytes a number are no more than it would take in any format."""
-    shape, size = SHAPES[name], math.prod(SHAPES[name])
-    if tuple(array.shape) != shape or any(type(side) is not int for side in array.shape):
+def values_of(arrays: ArrayRecord, wire: str) -> dict[str, np.ndarray] | None:
+    """The float32 values of a reply's tensors by NumPy, or None if they are not in the wire format.
+
+    The head is in bfloat16, and two bytes a number are no more than it would take in any format.
+    """
+    if list(arrays) != ["buffer"]:
         return None
-    kind = "head" if name == "head" else wire
-    stype, dtype, length = {
-        "head": ("fedlora.raw.v1", "bfloat16", 2 * size),
-        "float32": ("fedlora.raw.v1", "float32", 4 * size),
-        "bfloat16": ("fedlora.change-bf16.v1", "bfloat16", 2 * size),
-        "int8": ("fedlora.change-int8.v1", "int8", 4 * 2 + size),  # both matrices have two rows along the longer side
-    }[kind]
-    if (array.stype, array.dtype, len(array.data)) != (stype, dtype, length):
-        return None
+    array, at, found = arrays["buffer"], 0, dict[str, np.ndarray]()
+    for name, shape in SHAPES.items():
+        size, kind = math.prod(shape), "head" if name == "head" else wire
+        # both matrices have two rows along the longer side
+        length = {"head": 2 * size, "float32": 4 * size, "bfloat16": 2 * size, "int8": 4 * 2 + size}[kind]
+        values = one_of(name, kind, array.data[at : at + length]) if at + length <= len(array.data) else None
+        if values is None:
+            return None
+        found[name] = values
+        at += length
+    described = (array.stype, array.dtype, array.shape) == ("fedlora.buffer.v1", "uint8", (at,))
+    return found if described and at == len(array.data) else None
+
+
+def one_of(name: str, kind: str, data: bytes) -> np.ndarray | None:
+    """The float32 values of one tensor."""
+    shape = SHAPES[name]
     if kind == "float32":
-        return np.frombuffer(array.data, "<f4").reshape(shape)
+        return np.frombuffer(data, "<f4").reshape(shape)
     if kind in ("head", "bfloat16"):
-        values = (np.frombuffer(array.data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
     else:
-        steps, codes = np.frombuffer(array.data[:8], "<f4"), np.frombuffer(array.data[8:], "i1")
+        steps, codes = np.frombuffer(data[:8], "<f4"), np.frombuffer(data[8:], "i1")
         if (steps < 0).any() or (codes == -128).any():
             return None
         values = codes.reshape(2, -1).astype("<f4") * steps[:, None]
@@ -119,19 +127,18 @@ def honest(content: RecordDict, wire: str) -> bool:
     if record or len(text) > 2**14 or not isinstance(head, dict):
         return False
     arrays, metrics = content.array_records["update"], dict(content.metric_records["metrics"])
-    if {key: head.get(key) for key in HEAD} != HEAD or set(arrays) != set(SHAPES):
+    if {key: head.get(key) for key in HEAD} != head_of(wire) or (found := values_of(arrays, wire)) is None:
         return False
-    square = 0.0
-    for name, array in arrays.items():
-        values = values_of(name, array, wire)
-        if values is None:
-            return False
-        square += float((values.astype(float) ** 2).sum())
+    square = sum(float((values.astype(float) ** 2).sum()) for values in found.values())
     weight = metrics.pop("num_examples", None)
     numbers = all(isinstance(v, int | float) and abs(v) <= sys.float_info.max for v in metrics.values())
     numbers = numbers and all(0 <= metrics.get(name, 0) <= most for name, most in LARGEST_FIGURES.items())
     fair = type(weight) is int and 1 <= weight <= 1000 and set(metrics) <= METRICS and numbers
     return fair and math.isfinite(square) and math.sqrt(square) <= 50.0
+
+
+def head_of(wire: str) -> dict[str, Any]:
+    return {**HEAD, "layout": asked(wire).layout_digest}
 
 
 def change_array(content: RecordDict, draw: random.Random) -> None:
@@ -156,8 +163,9 @@ def change_array(content: RecordDict, draw: random.Random) -> None:
         ">f4",
     ]
     shapes = [(), (0,), old.shape[::-1], (1, *old.shape), (2**40, 2**40), (-2, -3), (6,), (2, 0), (True, 3)]
-    stypes = ["", "numpy.ndarray", "pickle", "torch", *STYPES]
+    stypes = ["", "numpy.ndarray", "pickle", "torch", "fedlora.buffer.v1"]
     bodies = [b"", old.data[:-1], old.data + b"\0", old.data * 2, b"\x93NUMPY" + old.data, bytes(10_000)]
+    bodies += [old.data[1:] + old.data[:1], old.data[::-1], bytes(len(old.data))]
     makes: list[Callable[[], Array]] = [
         lambda: Array(old.dtype, old.shape, old.stype, bytes(data)),
         lambda: Array(draw.choice(dtypes), old.shape, old.stype, old.data),
@@ -174,7 +182,7 @@ def change_keys(content: RecordDict, draw: random.Random) -> None:
     name = draw.choice(list(arrays))
     array = arrays[name] if draw.random() < 0.5 else arrays.pop(name)
     if draw.random() < 0.7:
-        arrays[draw.choice(["../../x", "", "m:C", "m:A", "m:B", "head", "a\0b", "x" * 9999])] = array
+        arrays[draw.choice(["../../x", "", "m:A", "buffer", "Buffer", "a\0b", "x" * 9999])] = array
 
 
 def change_metric(content: RecordDict, draw: random.Random) -> None:
@@ -189,8 +197,10 @@ def change_metric(content: RecordDict, draw: random.Random) -> None:
 
 
 def change_head(content: RecordDict, draw: random.Random) -> None:
-    head: Any = dict(HEAD)
-    head[draw.choice([*HEAD, "extra", ""])] = draw.choice([v for v in ODD if not isinstance(v, bytes)])
+    layouts = [asked(wire).layout_digest for wire in WIRES]
+    before = str(content.config_records["reply"].get("json", ""))
+    head: Any = {**HEAD, "layout": next((digest for digest in layouts if digest in before), "")}
+    head[draw.choice([*HEAD, "extra", ""])] = draw.choice([v for v in [*ODD, *layouts] if not isinstance(v, bytes)])
     text = json.dumps(head)
     texts = [
         "[" * 70_000,
@@ -263,11 +273,10 @@ def test_a_mutated_reply_is_refused_or_is_one_that_could_have_been_honest(wire: 
             continue
         assert honest(content, wire), f"seed {seed} ({change.__name__}) was accepted"
         seen["accepted"] += 1
-        arrays = content.array_records["update"]
+        values = values_of(content.array_records["update"], wire)
+        assert values is not None
         for name, tensor in got.update.adapter.tensors().items():
-            values = values_of(name, arrays[name], wire)
-            assert values is not None
-            assert tensor.float().numpy().tobytes() == values.tobytes()
+            assert tensor.float().numpy().tobytes() == values[name].tobytes()
         assert got.update.num_examples == content.metric_records["metrics"]["num_examples"]
     assert seen["refused"] > 2000
     assert seen["accepted"] > 100  # the mutations are near enough to the edge to fall on both sides

@@ -34,8 +34,9 @@ from fedlora.federation.protocol import TrainedReply, TrainRequest
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower import mailbox as post
+from fedlora.flower.arrays import to_array
 from fedlora.flower.bounded_pull import Allowed, pull_reply
-from fedlora.flower.messages import encode_note, encode_reply
+from fedlora.flower.messages import BUFFER, encode_note, encode_reply
 from fedlora.flower.task_identity import task_identity
 from fedlora.flower.update_checks import check_head, check_update
 from fedlora.runs.rundir import RunDir
@@ -60,7 +61,7 @@ def answer_to(request: TrainRequest) -> Message:
 
 
 def allowed(request: TrainRequest) -> Allowed:
-    return Allowed({name: header.nbytes for name, header in request.headers.items()})
+    return Allowed(request.reply_nbytes)
 
 
 def outcome(link: Any, request: TrainRequest, limit: Allowed) -> str:
@@ -135,6 +136,21 @@ def test_no_reply_takes_twice_the_memory_that_it_may_have(bomb: str) -> None:
     assert peak < 2 * limit.most_bytes
     assert link.pulled < 2 * limit.most_bytes
     assert (said == "it came") == (bomb == "as it was asked for"), said
+
+
+def test_an_array_of_many_chunks_is_joined_without_being_there_twice() -> None:
+    size = 24 << 20
+    request = request_of(size // 4)
+    reply, limit = answer_to(request), allowed(request)
+    reply.content.array_records["update"][BUFFER] = to_array(random.Random(0).randbytes(request.reply_nbytes))
+    link = Link(reply, Pushed.of(thing_of(reply)))
+    tracemalloc.start()
+    try:
+        assert pull_reply(grid_on(link), "f" * 64, limit, 0.01) is not None
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * size
 
 
 @pytest.mark.parametrize("kind", ["node_unavail", "msg_unavail"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.errors import raises
@@ -27,6 +27,8 @@ from fedlora.federation.plausibility import (
 )
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
+from fedlora.flower.arrays import from_array, to_array
+from fedlora.flower.messages import BUFFER
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
@@ -122,10 +124,9 @@ def lying(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RecordDict, in
 def scaled(factor: float, *rounds: int) -> Callable[[RecordDict, int], None]:
     def change(content: RecordDict, number: int) -> None:
         arrays = content.array_records["update"]
-        for name, array in list(arrays.items()):
-            if number in rounds:
-                data = (np.frombuffer(array.data, "<f4") * np.float32(factor)).tobytes()
-                arrays[name] = Array(array.dtype, array.shape, array.stype, data)
+        if number in rounds:
+            values = np.frombuffer(from_array(arrays[BUFFER]), "<f4") * np.float32(factor)
+            arrays[BUFFER] = to_array(values.tobytes())
 
     return change
 

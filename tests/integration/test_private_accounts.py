@@ -278,9 +278,10 @@ def ask(config: RunConfig, ledger: Path, plan: RecordDict) -> RecordDict:
 def changed(plan: RecordDict, arrays: Callable[[torch.Tensor], torch.Tensor] | None = None, **head: Any) -> RecordDict:
     """A plan with other values in its head, or in its tensors."""
     told = json.loads(str(plan.config_records["plan"]["json"])) | head
-    own = ArrayRecord()
-    for name, array in plan.array_records["arrays"].items():
-        own[name] = to_array(arrays(from_array(array))) if arrays and name.startswith("adapter/") else array
+    own = ArrayRecord(dict(plan.array_records["arrays"].items()))
+    if arrays:
+        start = torch.frombuffer(bytearray(from_array(own["adapter"])), dtype=torch.float32)
+        own["adapter"] = to_array(arrays(start).numpy().tobytes())
     return RecordDict({"plan": ConfigRecord({"json": json.dumps(told)}), "arrays": own})
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
+import tracemalloc
 from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -21,17 +26,23 @@ from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
 from fedlora.wire_formats import (
-    BF16_STYPE,
-    INT8_STYPE,
-    STYPE,
+    BF16,
+    DTYPES,
+    INT8,
+    RAW,
     WIRES,
     as_received,
     decode_change,
     encode_change,
     from_raw,
     header_of,
+    joined,
+    layout_digest,
+    layout_json,
     raw_bytes,
-    raw_header,
+    read_layout,
+    sliced,
+    tensors_digest,
 )
 
 MakeConfig = Callable[..., RunConfig]
@@ -67,7 +78,7 @@ def test_every_tensor_survives_every_format_with_its_header(
     assert (back.dtype, back.shape) == (dtype, trained.shape)
     change = trained.double() - start.double()
     largest = float(change.abs().max()) if change.numel() else 0.0
-    bound = {STYPE: 0.0, BF16_STYPE: 2**-8, INT8_STYPE: 1 / 127}[header.stype]
+    bound = {RAW: 0.0, BF16: 2**-8, INT8: 1 / 127}[header.form]
     rounding = torch.finfo(dtype).eps * float(start.abs().max()) if start.numel() and bound else 0.0
     assert bool(((back.double() - trained.double()).abs() <= bound * largest * 1.001 + rounding).all())
     assert torch.equal(trained, kept[0])
@@ -82,7 +93,7 @@ def test_sizes_are_half_and_a_quarter_and_never_more_than_raw() -> None:
         for shape in ((), (1,), (2,), (1, 1), (7, 1), (0,), (3, 3)):
             raw, *lossy = [header_of(wire, dtype, shape) for wire in WIRES]
             assert all(header == raw or header.nbytes < raw.nbytes for header in lossy)
-    assert header_of("bfloat16", torch.float16, (9, 9)).stype == STYPE
+    assert header_of("bfloat16", torch.float16, (9, 9)).form == RAW
 
 
 @pytest.mark.parametrize("wire", LOSSY)
@@ -113,8 +124,7 @@ def test_int8_codes_that_no_client_makes_are_refused() -> None:
 def test_the_raw_format_is_the_tensor_itself() -> None:
     value = torch.randn(3, 4, generator=G)
     assert encode_change(value, torch.zeros(3, 4), "float32", 0) == raw_bytes(value) == value.numpy().tobytes()
-    header = raw_header(value)
-    assert torch.equal(from_raw(value.numpy().tobytes(), header.dtype, header.shape), value)
+    assert torch.equal(from_raw(value.numpy().tobytes(), "float32", (3, 4)), value)
 
 
 def test_what_is_decoded_owns_its_memory() -> None:
@@ -127,23 +137,160 @@ def test_each_tensor_client_and_round_is_rounded_by_its_own_draw() -> None:
     start = AdapterState({}, {name: torch.zeros(1, 400) for name in ("a", "b")})
     trained = {name: torch.linspace(0.1, 1.0, 400)[None] for name in ("a", "b")}
 
-    def sent(round_number: int, client_id: int, seed: int = 0) -> dict[str, bytes]:
-        return TrainRequest(ClientPlan(start), round_number, client_id, wire="int8").encode(trained, seed)
+    def sent(round_number: int, client_id: int, seed: int = 0) -> dict[str, memoryview]:
+        request = TrainRequest(ClientPlan(start), round_number, client_id, wire="int8")
+        return sliced(request.headers, request.encode(trained, seed))
 
     assert sent(1, 0) == sent(1, 0)
     bodies = [*sent(1, 0).values(), sent(2, 0)["a"], sent(1, 1)["a"], sent(1, 0, seed=1)["a"]]
-    assert len(set(bodies)) == 5
+    assert len({bytes(body) for body in bodies}) == 5
 
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_a_simulation_uses_what_a_server_would_decode(wire: str) -> None:
-    start = AdapterState({}, {name: torch.randn(3, 40, generator=G) for name in ("a", "b")})
-    request = TrainRequest(ClientPlan(start), 2, 1, wire=wire)
-    trained = {name: value + 0.1 for name, value in request.starts.items()}
-    bodies, received = request.encode(trained, 7), request.as_received(trained, 7)
-    assert bodies.keys() == received.keys() == trained.keys()
-    for name, data in bodies.items():
-        assert torch.equal(decode_change(request.headers[name], data, request.starts[name]), received[name])
+    shapes = {"b": (3, 40), "odd": (5, 3), "a": (40, 3), "half": (7,), "one": (), "none": (0, 4)}
+    dtypes = {"half": torch.bfloat16, "one": torch.float64}
+    start = {name: torch.randn(shape, generator=G).to(dtypes.get(name)) for name, shape in shapes.items()}
+    request = TrainRequest(ClientPlan(AdapterState({}, start)), 2, 1, wire=wire)
+    trained = {name: value + 0.1 for name, value in reversed(request.starts.items())}
+    buffer, received = request.encode(trained, 7), request.as_received(trained, 7)
+    assert len(buffer) == request.reply_nbytes
+    got = request.decode(buffer)
+    assert list(got) == list(start)  # the server's own order, in which it adds
+    assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in start.items()}
+    assert all(torch.equal(got[name], received[name]) for name in start)
+    other = AdapterState({}, dict(reversed(start.items())))
+    assert TrainRequest(ClientPlan(other), 2, 1, wire=wire).encode(trained, 7) == buffer
+
+
+# ------------------------------------------------------------------------------------------------ many tensors
+
+
+def named(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Tensors of odd sizes, of which one is transposed and one is a slice."""
+    whole = torch.randn(6, 7, generator=G).to(dtype)
+    return {"z": whole.T, "a": whole[1:4, 2:5], "half": torch.ones(3).half(), "one": whole[0, 0], "none": whole[:0]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_tensors_survive_as_a_layout_and_one_buffer(dtype: torch.dtype) -> None:
+    tensors = named(dtype)
+    buffer = joined(map(raw_bytes, tensors.values()))
+    layout = read_layout(json.loads(json.dumps(layout_json(tensors))), len(buffer))
+    parts = sliced(layout, buffer)
+    back = {name: from_raw(parts[name], header.dtype, header.shape) for name, header in layout.items()}
+    assert list(back) == list(tensors)
+    assert tensors_digest(back) == tensors_digest(tensors)
+
+
+def test_a_buffer_is_as_long_as_its_tensors_and_sliced_without_a_copy() -> None:
+    tensors = {name: torch.ones(1 << 20) for name in "abc"}
+    tracemalloc.start()
+    try:
+        buffer = joined(map(raw_bytes, tensors.values()))
+        layout = read_layout(layout_json(tensors), len(buffer))
+        parts = sliced(layout, buffer)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(map(len, parts.values())) == len(buffer) == 12 << 20
+    assert peak < 1.2 * len(buffer)
+
+
+GOOD = [["a", "float32", [2, 3]], ["b", "bfloat16", [4]]]  # 32 bytes
+
+
+def changed(place: int, field: int, value: object) -> list[Any]:
+    said = json.loads(json.dumps(GOOD))
+    said[place][field] = value
+    return said
+
+
+NO_LAYOUTS: dict[str, Any] = {
+    "nothing": None,
+    "an object": {"a": ["float32", [2, 3]]},
+    "text": "ab",
+    "too many": [[f"{n}", "float32", [0]] for n in range((1 << 16) + 1)],
+    "a tensor of two fields": [GOOD[0], GOOD[1][:2]],
+    "a tensor of four fields": [GOOD[0], [*GOOD[1], 24]],
+    "a tensor as text": ["abc", GOOD[1]],
+    "a name twice": changed(1, 0, "a"),
+    "a name twice, and the second is all": [GOOD[0], ["a", "float32", [8]]],
+    "no name": changed(0, 0, ""),
+    "a number as a name": changed(0, 0, 7),
+    "a long name": changed(0, 0, "x" * 1025),
+    "another type": changed(0, 1, "int8"),
+    "an object type": changed(0, 1, "object"),
+    "a type of a list": changed(0, 1, ["float32"]),
+    "a wider type": changed(0, 1, "float64"),
+    "a narrower type": changed(0, 1, "float16"),
+    "a shape as a number": changed(0, 2, 6),
+    "a negative side": changed(0, 2, [-2, -3]),
+    "a real side": changed(0, 2, [2.0, 3]),
+    "a side that is no number": changed(0, 2, [True, 6]),
+    "nested sides": changed(0, 2, [[2, 3]]),
+    "nine sides": changed(0, 2, [2, 3, 1, 1, 1, 1, 1, 1, 1]),
+    "more than the buffer": changed(0, 2, [2, 4]),
+    "less than the buffer": changed(0, 2, [2, 2]),
+    "a tensor too few": GOOD[:1],
+    "terabytes": changed(0, 2, [1 << 20, 1 << 20]),
+    "nothing of terabytes": [*GOOD, ["c", "float32", [0, 1 << 62, 1 << 62]]],
+    "a number of 400 digits": changed(0, 2, [10**400]),
+}
+
+
+@pytest.mark.parametrize("case", NO_LAYOUTS)
+def test_what_is_no_layout_of_the_buffer_is_refused(case: str) -> None:
+    with raises(ReplyError, "invalid-layout", "install the same fedlora") as caught:
+        read_layout(NO_LAYOUTS[case], 32)
+    assert len(str(caught.value)) < 300
+
+
+def test_thousands_of_mutated_layouts_are_refused_or_describe_the_whole_buffer() -> None:
+    values = [*(None, True, -1, 0, 1, 2, 3, 4, 6, 2**63, 0.5, "", "a", "b", "float32", "float16", "bfloat16", "int8")]
+    values += [*([], [2, 3], [3, 2], [6], [4], [2, 2], [1, 4], [0], [True], [[2]], {}, GOOD[0], GOOD[1])]
+    kept, refused = 0, set[tuple[str, bool]]()
+    for seed in range(4000):
+        draw = random.Random(seed)
+        said = json.loads(json.dumps(GOOD))
+        for _ in range(draw.randint(1, 3)):
+            where = draw.choice([said, *(entry for entry in said if isinstance(entry, list) and entry)])
+            what = draw.randrange(3)
+            if what == 0 and where:
+                where[draw.randrange(len(where))] = deepcopy(draw.choice(values))
+            elif what == 1 and where:
+                where.pop(draw.randrange(len(where)))
+            else:
+                where.insert(draw.randrange(len(where) + 1), deepcopy(draw.choice(values)))
+        try:
+            layout = read_layout(said, 32)
+        except ReplyError as error:
+            refused.add((error.code, str(error).isprintable()))
+            continue
+        kept += 1
+        parts = sliced(layout, bytes(range(32)))
+        assert b"".join(parts.values()) == bytes(range(32))
+        for name, header in layout.items():
+            assert from_raw(parts[name], header.dtype, header.shape).shape == header.shape
+    assert refused == {("invalid-layout", True)}
+    assert 20 < kept < 2000
+
+
+def test_a_digest_names_names_order_shapes_types_and_formats() -> None:
+    f32, shape = torch.float32, (16, 64)
+    layouts: list[dict[str, Any]] = [
+        {"a": header_of("float32", f32, shape), "b": header_of("float32", f32, shape)},
+        {"b": header_of("float32", f32, shape), "a": header_of("float32", f32, shape)},
+        {"a": header_of("float32", f32, shape)},
+        {"a": header_of("float32", f32, shape[::-1])},
+        {"a": header_of("float32", torch.float64, shape)},
+        {"a": header_of("bfloat16", f32, shape)},
+        {"a": header_of("float32", torch.bfloat16, shape)},
+        {"a": header_of("int8", f32, shape)},
+        {},
+    ]
+    assert len({layout_digest(layout) for layout in layouts}) == len(layouts)
+    assert layout_digest(layouts[0]) == layout_digest(dict(layouts[0]))
 
 
 # ------------------------------------------------------------------------------------------------ whole runs

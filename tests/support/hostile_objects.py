@@ -130,7 +130,8 @@ class Link:
         for hook in self._client.event_hooks["response"]:  # as httpx does, before it reads a body
             hook(SimpleNamespace(headers={"content-length": str(len(content or b""))}))
         self.pulled += len(content or b"")
-        return SimpleNamespace(object_found=there, object_available=there, object_content=content)
+        received = None if content is None else bytes(bytearray(content))  # a copy of its own, as from a socket
+        return SimpleNamespace(object_found=there, object_available=there, object_content=received)
 
     def ConfirmMessageReceived(self, request: Any) -> None:
         self.confirmed.append(request.message_object_id)
@@ -249,9 +250,9 @@ def _chunks(thing: Thing, draw: random.Random) -> None:
     if thing.kind == "Array":
         thing.body = json.dumps(
             {
-                "dtype": "float32",
-                "shape": [4, 8],
-                "stype": "fedlora.raw.v1",
+                "dtype": "uint8",
+                "shape": [312],
+                "stype": "fedlora.buffer.v1",
                 "arraychunk_ids": draw.choice(
                     [[0] * 400, [0] * 1300, [-1], [7], [0.0], ["0"], [True], 0, None, {"0": 0}]
                 ),

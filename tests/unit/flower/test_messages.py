@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from support.errors import raises
 
-from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, fresh_pairs
+from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import BaseUpdate, ClientPlan
 from fedlora.errors import ReplyError
 from fedlora.federation.planner import Planned
@@ -78,19 +79,35 @@ def same(left: AdapterState, right: AdapterState) -> bool:
 # ------------------------------------------------------------------------------------------------ arrays
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (), (1,)])
-def test_a_tensor_survives_as_an_array(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    value = torch.randn(shape).to(dtype)
-    back = from_array(to_array(value))
-    assert back.dtype == dtype
-    assert back.shape == value.shape
-    assert torch.equal(back, value)
+def test_a_buffer_survives_as_an_array_and_another_array_is_none() -> None:
+    good = to_array(b"abcd")
+    assert from_array(good) == b"abcd"
+    for odd in (
+        Array("uint8", (4,), "numpy.ndarray", b"abcd"),
+        Array("float32", (1,), good.stype, b"abcd"),
+        Array("uint8", (2, 2), good.stype, b"abcd"),
+        Array("uint8", (4,), good.stype, b"abcde"),
+        Array(np.zeros(4, np.uint8)),
+    ):
+        with raises(ReplyError, "no-buffer"):
+            from_array(odd)
 
 
-def test_a_transposed_tensor_is_sent_as_it_reads() -> None:
-    value = torch.arange(6.0).reshape(2, 3).T
-    assert torch.equal(from_array(to_array(value)), value)
+@pytest.mark.parametrize("layers", [1, 30])
+def test_a_message_has_one_array_and_one_for_each_part_that_travels_by_itself(layers: int) -> None:
+    pairs = {f"m{n}": LoraPair(torch.ones(2, 3), torch.ones(4, 2), 2.0) for n in range(layers)}
+    updates = tuple(BaseUpdate(version - 1, version, AdapterState(pairs, {})) for version in (3, 4))
+    plan = ClientPlan(
+        AdapterState(pairs, {}),
+        trains=frozenset("B"),
+        sends=frozenset("B"),
+        base_version=4,
+        base_updates=updates,
+    )
+    request = planned(plan).request
+    assert set(encoded(plan).array_records["arrays"]) == {"adapter", "frozen", "merge/3", "merge/4"}
+    assert set(encoded(plan, with_frozen=False).array_records["arrays"]) == {"adapter", "merge/3", "merge/4"}
+    assert len(encode_reply(TrainedReply(request, request.starts, {}), 0).array_records["update"]) == 1
 
 
 # ------------------------------------------------------------------------------------------------ requests
@@ -117,10 +134,14 @@ def test_a_request_survives_its_message(name: str) -> None:
 
 def test_frozen_parts_travel_apart_and_can_be_left_out() -> None:
     whole, short = encoded(FROZEN_A), encoded(FROZEN_A, with_frozen=False)
-    frozen = {name for name in whole.array_records["arrays"] if name.startswith("frozen/")}
-    assert frozen == {"frozen/a:A", "frozen/b:A"}
-    assert set(short.array_records["arrays"]) == set(whole.array_records["arrays"]) - frozen
-    assert payload_bytes(whole) - payload_bytes(short) == 2 * 3 * 5 * 4
+    layouts = [decode_request_head(content)["buffers"] for content in (whole, short)]
+    assert [[name for name, *_ in layout] for layout in layouts[0].values()] == [
+        ["b:B", "a:B", "head.weight"],
+        ["b:A", "a:A"],
+    ]
+    assert layouts[1] == {"adapter": layouts[0]["adapter"]}
+    sizes = [sum(len(array.data) for array in content.array_records["arrays"].values()) for content in (whole, short)]
+    assert sizes[0] - sizes[1] == 2 * 3 * 5 * 4
     held = FrozenParts()
     assert decoded(short, held) is None
     assert decoded(whole, held) is not None
@@ -131,7 +152,7 @@ def test_frozen_parts_travel_apart_and_can_be_left_out() -> None:
 
 def test_frozen_parts_that_are_not_those_that_the_head_names_are_refused_and_not_kept() -> None:
     content, held = encoded(FROZEN_A), FrozenParts()
-    content.array_records["arrays"]["frozen/a:A"] = to_array(torch.zeros(3, 5))
+    content.array_records["arrays"]["frozen"] = to_array(bytes(2 * 3 * 5 * 4))
     with raises(ReplyError, "frozen-parts-differ"):
         decoded(content, held)
     assert decoded(encoded(FROZEN_A, with_frozen=False), held) is None
@@ -147,32 +168,33 @@ def test_only_the_frozen_parts_that_were_used_last_are_held() -> None:
 
 
 def test_fresh_pairs_are_drawn_by_the_client_and_do_not_travel() -> None:
-    assert set(encoded(FRESH).array_records["arrays"]) == {"adapter/head"}
+    assert decode_request_head(encoded(FRESH))["buffers"] == {"adapter": [["head", "float32", [2]]]}
 
 
-def test_requests_share_a_record_of_arrays_if_they_send_the_very_same_tensors() -> None:
+def test_requests_share_the_arrays_of_the_very_same_tensors() -> None:
     encoder, plan = RequestEncoder(), ClientPlan(adapter(), trains=frozenset({"B", "dense"}))
 
     def sent(plan: ClientPlan, *, with_frozen: bool = True) -> ArrayRecord:
-        record = encoder.encode(planned(plan, with_frozen=with_frozen)).array_records["arrays"]
-        found = {name.partition("/")[2]: from_array(array) for name, array in record.items()}
-        own = plan.adapter.tensors(ALL_PARTS if with_frozen else plan.trains)
-        assert found.keys() == own.keys()
-        assert all(torch.equal(found[name], value) for name, value in own.items())
-        return record
+        content, held = encoder.encode(planned(plan, with_frozen=with_frozen)), FrozenParts()
+        if not with_frozen:
+            held.put(FrozenDigest()(plan), frozen_tensors(plan))
+        received = decoded(content, held)
+        assert received is not None
+        assert same(received.plan.adapter, plan.adapter)
+        return content.array_records["arrays"]
 
     head = plan.adapter.with_tensors({"head.weight": torch.ones(2, 4)})
     frozen = plan.adapter.with_tensors({"a:A": torch.ones(3, 5)})
     first = sent(plan)
-    assert sent(replace(plan, proximal_mu=1.0)) is first
-    for other in (
-        sent(plan, with_frozen=False),
-        sent(replace(plan, adapter=head)),
-        sent(replace(plan, adapter=frozen)),
-        sent(replace(plan, adapter=plan.adapter.clone())),  # equal, but nobody looks at the values
+    for other, shared in (
+        (sent(replace(plan, proximal_mu=1.0)), {"adapter", "frozen"}),
+        (sent(plan, with_frozen=False), {"adapter"}),
+        (sent(replace(plan, adapter=head)), {"frozen"}),
+        (sent(plan), {"frozen"}),  # only the last ones are kept
+        (sent(replace(plan, adapter=frozen)), set()),
+        (sent(replace(plan, adapter=plan.adapter.clone())), set()),  # equal, but nobody looks at the values
     ):
-        assert other is not first
-        assert other["adapter/a:B"] is not first["adapter/a:B"]
+        assert {name for name in other if other[name] is first[name]} == shared
 
 
 def test_a_digest_of_frozen_parts_is_never_another_plans() -> None:
@@ -208,6 +230,34 @@ def with_head(content: RecordDict, **fields: object) -> RecordDict:
     return content
 
 
+LAYOUT = decode_request_head(encoded(FROZEN_A))["buffers"]
+
+
+@pytest.mark.parametrize(
+    "buffers",
+    [
+        None,
+        {},
+        {"adapter": []},
+        {"adapter": [["x", "float32", [1]]], "frozen": []},
+        {"adapter": LAYOUT["adapter"]},
+        {**LAYOUT, "more": []},
+        [["adapter", []]],
+    ],
+)
+def test_a_request_that_is_not_laid_out_as_it_says_is_refused_before_it_is_read(buffers: Any) -> None:
+    with raises(ReplyError, "invalid-layout", "install the same"):
+        decoded(with_head(encoded(FROZEN_A), buffers=buffers))
+
+
+@pytest.mark.parametrize("buffer", [b"", bytes(10_000)])
+def test_a_request_whose_buffer_is_shorter_or_longer_is_refused(buffer: bytes) -> None:
+    content = encoded(FROZEN_A)
+    content.array_records["arrays"]["adapter"] = to_array(buffer)
+    with raises(ReplyError, "invalid-layout", "describes", "buffer has"):
+        decoded(content)
+
+
 def test_another_protocol_is_refused_with_both_versions() -> None:
     with raises(ReplyError, "other-protocol", "protocol 99 (fedlora 9.9)", "install the same"):
         decode_request_head(with_head(encoded(FROZEN_A), protocol=99, fedlora="9.9"))
@@ -220,7 +270,7 @@ def test_a_format_that_a_node_does_not_know_is_refused() -> None:
 
 def test_what_the_server_sends_is_the_same_in_every_format() -> None:
     sent = [encoded(PLANS["plain"], wire=wire).array_records["arrays"] for wire in WIRES]
-    bodies = [{name: (a.stype, a.data) for name, a in record.items()} for record in sent]
+    bodies = [{name: array.data for name, array in record.items()} for record in sent]
     assert bodies[0] == bodies[1] == bodies[2]
 
 
@@ -240,7 +290,7 @@ def test_a_simulation_counts_the_bytes_of_the_reply(wire: str) -> None:
     request = TrainRequest(PLANS["plain"], 12, 3, "digest", wire=wire)
     figures = {"num_examples": 7, "loss": 0.5}
     content = encode_reply(TrainedReply(request, request.starts, figures), seed=0)
-    head = head_nbytes(update_head(request.round, request.base_digest))
+    head = head_nbytes(update_head(request))
     assert payload_bytes(content) == request.reply_nbytes + head + FIGURE_BYTES * len(figures)
 
 
