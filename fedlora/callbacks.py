@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
 
 from fedlora.aggregators import GlobalState
 from fedlora.config import RunConfig
 
-if TYPE_CHECKING:
-    from fedlora.training.evaluate import Evaluation
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by name ("accuracy", "loss", ...).
+
+    Args:
+        overall: over all examples.
+        domains: domain -> the same figures over its examples, the largest first; empty without a domain column.
+        measures: what the task measured of each example, [n, ...] by name, in the examples' order.
+    """
+
+    overall: dict[str, float]
+    domains: dict[str, dict[str, float]] = field(default_factory=dict)
+    measures: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
 
 
 class Callback:
@@ -53,47 +68,14 @@ class Callbacks(Callback):
     def __init__(self, *callbacks: Callback) -> None:
         self._all = callbacks
 
-    def started(self, config: RunConfig, clients: int, rounds: int) -> None:
-        """Tell all."""
-        for one in self._all:
-            one.started(config, clients, rounds)
 
-    def round_started(self, number: int, asked: Sequence[int]) -> None:
-        """Tell all."""
+def _tell_all(name: str) -> Callable[..., None]:
+    def tell(self: Callbacks, *args: Any) -> None:
         for one in self._all:
-            one.round_started(number, asked)
+            getattr(one, name)(*args)
 
-    def reply(self, number: int, client_id: int, ok: bool, note: str) -> None:
-        """Tell all."""
-        for one in self._all:
-            one.reply(number, client_id, ok, note)
+    return tell
 
-    def evaluated(self, state: GlobalState, evaluation: Evaluation) -> None:
-        """Tell all."""
-        for one in self._all:
-            one.evaluated(state, evaluation)
 
-    def measured(self, record: Mapping[str, Any]) -> None:
-        """Tell all."""
-        for one in self._all:
-            one.measured(record)
-
-    def state_reached(self, state: GlobalState) -> None:
-        """Tell all."""
-        for one in self._all:
-            one.state_reached(state)
-
-    def round_ended(self, record: Mapping[str, Any]) -> None:
-        """Tell all."""
-        for one in self._all:
-            one.round_ended(record)
-
-    def ended(self, state: GlobalState) -> None:
-        """Tell all."""
-        for one in self._all:
-            one.ended(state)
-
-    def message(self, text: str) -> None:
-        """Tell all."""
-        for one in self._all:
-            one.message(text)
+for _name in [name for name in vars(Callback) if not name.startswith("_")]:
+    setattr(Callbacks, _name, _tell_all(_name))

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from fedlora.aggregators import GlobalState
-from fedlora.callbacks import Callback
+from fedlora.callbacks import Callback, Evaluation
 from fedlora.federation.generations import write_samples
 from fedlora.runs.outcomes import write_outcomes
 from fedlora.runs.rundir import RunDir
-from fedlora.training.evaluate import Evaluation
 from fedlora.training.workspace import Workspace
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -21,15 +20,16 @@ from torch.nn import Parameter
 from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair, PairShape, Part
 from fedlora.aggregators import BaseUpdate
 from fedlora.config import AdapterConfig, ModelConfig
-from fedlora.errors import ModelError, nearest
+from fedlora.errors import ModelError
 from fedlora.hashing import tensors_digest
 from fedlora.model.base_weights import BaseWeights
-from fedlora.model.device import seeded
 from fedlora.model.lora_init import STARTS, residual
+from fedlora.model.new_weights import draw_anew
+from fedlora.model.pair_shapes import alpha_of, pair_shape, require_fit
 from fedlora.model.peft_methods import Method
 from fedlora.model.peft_tuners import ADAPTER, frozen_digest, magnitudes, trained_tensors
 from fedlora.model.plain import Recipe
-from fedlora.model.targets import check_patterns, ends_with, is_transposed, linear_shape, matching, suffixes
+from fedlora.model.targets import check_patterns, ends_with, is_transposed, linear_shape, suffixes
 from fedlora.rng import derive
 
 
@@ -172,7 +172,9 @@ class Base:
                 code="mixed-ranks",
             )
         if wanted not in self._layouts:
-            self._layouts[wanted] = {name: self._pair_shape(name, wanted) for name in self._layers}
+            self._layouts[wanted] = {
+                name: pair_shape(config, self.method, name, self._shapes[name], wanted) for name in self._layers
+            }
         return dict(self._layouts[wanted])
 
     def initial_adapter(self, seed: int) -> AdapterState:
@@ -193,11 +195,7 @@ class Base:
         for name, wrapper in self._wrappers.items():
             module = copy.deepcopy(wrapper.original_module).to("cpu", self.adapter_dtype)
             known = {inner: value.detach().clone() for inner, value in module.named_parameters()}
-            with seeded(derive(seed, "head", name), torch.device("cpu")), torch.no_grad():
-                for part in module.modules():
-                    for draw in (getattr(part, "reset_parameters", None), self._class_init(part)):
-                        if draw is not None:
-                            draw()
+            draw_anew(module, derive(seed, "head", name), getattr(self.model, "_init_weights", None))
             for inner, value in module.named_parameters():
                 full = f"{name}.{inner}"
                 dense[full] = value.detach().clone() if full in self._drawn else known[inner]
@@ -259,27 +257,7 @@ class Base:
 
     def require_fit(self, state: AdapterState) -> None:
         """Raise `ModelError` unless an adapter has this model's modules, parameters and shapes, of any ranks."""
-        for what, given, own in (("pair", state.pairs, self._layers), ("dense tensor", state.dense, self._dense)):
-            if given.keys() != own.keys():
-                odd = min(given.keys() ^ own.keys())
-                which = f"the {what} {odd!r}"
-                lacks = f"the model lacks {which}; {nearest(odd, own)}" if odd in given else f"it lacks {which}"
-                raise ModelError(f"the adapter does not fit the model: {lacks}", code="tensors-differ")
-        for name, pair in state.pairs.items():
-            shape = (pair.B.shape[0], pair.A.shape[1])
-            if shape != self._shapes[name]:
-                raise ModelError(
-                    f"the adapter does not fit the model: pair {name!r} is for a layer of {list(shape)}, and the "
-                    f"model's is {list(self._shapes[name])}: server and client must load the same base",
-                    code="shape-mismatch",
-                )
-        for name, value in state.dense.items():
-            if value.shape != self._dense[name].shape:
-                raise ModelError(
-                    f"the adapter does not fit the model: {name!r} is {list(value.shape)}, and the model's is "
-                    f"{list(self._dense[name].shape)}: server and client must have the same labels",
-                    code="shape-mismatch",
-                )
+        require_fit(state, {name: self._shapes[name] for name in self._layers}, self._dense)
 
     @property
     def pair_layers(self) -> Mapping[str, nn.Module]:
@@ -392,20 +370,6 @@ class Base:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _pair_shape(self, name: str, rank: int) -> PairShape:
-        config = self.adapter_config
-        own = matching(config.rank_pattern, name) or config.rank
-        alpha = float(matching(config.alpha_pattern, name) or config.alpha)
-        scaled = own if rank == config.rank else max(1, round(own * rank / config.rank))
-        if config.alpha_scaling == "proportional" and scaled != own:
-            alpha = alpha * scaled / own
-        d_out, d_in = self._shapes[name]
-        return PairShape(d_out, d_in, scaled, alpha / (math.sqrt(scaled) if self.method.root_scale else scaled))
-
-    def _class_init(self, module: nn.Module) -> Callable[[], None] | None:
-        draw = getattr(self.model, "_init_weights", None)
-        return None if draw is None else lambda: draw(module)
-
     def _new(self, value: Tensor) -> Parameter:
         return Parameter(
             value.detach().to(self.device, self.adapter_dtype).clone(memory_format=torch.contiguous_format)
@@ -422,19 +386,6 @@ class Base:
     @cached_property
     def _with_statistics(self) -> tuple[nn.Module, ...]:
         return tuple(m for m in self.model.modules() if getattr(m, "running_mean", None) is not None)
-
-
-def alpha_of(scale: float, rank: int, rslora: bool) -> float:
-    """The alpha from which PEFT computes exactly this scale: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-
-    alpha = scale * rank can miss by a rounding; then a neighbouring float is taken.
-    """
-    divisor = math.sqrt(rank) if rslora else float(rank)
-    if not rank:
-        return scale
-    alpha = scale * divisor
-    near = (alpha, float(round(alpha)), math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((value for value in near if value / divisor == scale), alpha)
 
 
 def _set_trained(parameter: Parameter, train: bool, trained: list[Parameter]) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate
 from fedlora.errors import ModelError
-from fedlora.model.base_model import Base, alpha_of
+from fedlora.model.base_model import Base
+from fedlora.model.pair_shapes import alpha_of
 from fedlora.model.peft_tuners import ADAPTER, merged_weights, saved_tensors
 from fedlora.model.plain import quiet_transformers
 from fedlora.model.targets import in_any

@@ -8,11 +8,13 @@ checkpoint and is not is refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from fedlora.errors import ModelError
+from fedlora.model.device import seeded
 from fedlora.model.targets import in_any
 
 MISSING = "is missing"
@@ -76,3 +78,13 @@ def _comes_with_a_task(model: nn.Module, tensor: str, matter: str) -> bool:
     if not trunk or not hasattr(model, trunk):
         return False
     return not in_any(tensor, [trunk]) or (matter == MISSING and POOLER in tensor.split("."))
+
+
+def draw_anew(module: nn.Module, seed: int, class_init: Callable[[nn.Module], None] | None) -> None:
+    """Draw a module's weights as its layers do, and then as the model class does, where that has a way of its own."""
+    with seeded(seed, torch.device("cpu")), torch.no_grad():
+        for part in module.modules():
+            if (reset := getattr(part, "reset_parameters", None)) is not None:
+                reset()
+            if class_init is not None:
+                class_init(part)

@@ -27,9 +27,7 @@ that a checkpoint is never ahead of the metrics; a resume cuts the metrics back 
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +37,7 @@ from typing import Any, Literal
 
 from fedlora.aggregators import GlobalState
 from fedlora.config import RunConfig, flat_keys, load_config
-from fedlora.errors import ConfigError, FedloraError, RunDirError, nearest_file
+from fedlora.errors import FedloraError, RunDirError, nearest_file
 from fedlora.files import locked, write_atomically
 from fedlora.privacy.disclosure import Disclosure
 from fedlora.provenance import Provenance, in_words
@@ -47,7 +45,7 @@ from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.config_changes import Change, changes_of, differs_in_more_than_machine, record, refused
 from fedlora.runs.environment import describe_environment
 from fedlora.runs.metrics_log import MetricsLog, plain
-from fedlora.sanitize import clean_text
+from fedlora.runs.place import path_of, refuse_foreign, refuse_taken, unwritable
 
 Keep = Literal["all", "adapter", "metrics"]
 """How much of a finished run stays on disk."""
@@ -106,13 +104,16 @@ class RunDir:
             RunDirError: the folder is there, with an earlier run or with something else.
             ConfigError: the run's name cannot be a folder's name.
         """
-        path = _path_of(config, root)
+        path = path_of(config, root)
         run = cls(path, config)
         try:
-            run._make_way(overwrite)
+            refuse_foreign(path) if overwrite else refuse_taken(path)
+            if path.exists():
+                with run.writing():
+                    shutil.rmtree(path)
             path.mkdir(parents=True)
         except OSError as error:
-            raise _unwritable(path, error) from None
+            raise unwritable(path, error) from None
         try:
             write_atomically(path / "config.toml", config.with_absolute_paths().to_toml().encode())
             run.write_json("environment.json", describe_environment(config))
@@ -120,23 +121,8 @@ class RunDir:
                 write_atomically(path / "run-id", uuid.uuid4().hex.encode())
         except OSError as error:  # half a folder would be in the way of the next start
             shutil.rmtree(path, ignore_errors=True)
-            raise _unwritable(path, error) from None
+            raise unwritable(path, error) from None
         return run
-
-    @classmethod
-    def check_free(cls, config: RunConfig, root: str | Path | None = None, *, overwrite: bool = False) -> None:
-        """Raise what `create` would raise of an earlier run, or of a place that cannot be written; changes nothing."""
-        path = _path_of(config, root)
-        try:
-            run = cls(path, config)
-            run._refuse_if_foreign() if overwrite else run._refuse_if_taken()
-            above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        except OSError as error:
-            raise _unwritable(path, error) from None
-        if not above.is_dir():
-            raise _unwritable(path, NotADirectoryError(errno.ENOTDIR, f"{str(above)!r} is a file"))
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise _unwritable(path, PermissionError(errno.EACCES, f"no permission to write {str(above)!r}"))
 
     @classmethod
     def open(cls, path: str | Path, config: RunConfig | None = None, *, same: bool = False) -> RunDir:
@@ -385,61 +371,6 @@ class RunDir:
             return False
         shutil.rmtree(self.path, ignore_errors=True)
         return True
-
-    def _make_way(self, overwrite: bool) -> None:
-        if not overwrite:
-            self._refuse_if_taken()
-        self._refuse_if_foreign()
-        if self.path.exists():
-            with self.writing():
-                shutil.rmtree(self.path)
-
-    def _refuse_if_foreign(self) -> None:
-        """Whatever is no run's is not touched, even where overwriting was asked for."""
-        path = self.path
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise RunDirError(
-                f"{str(path)!r} exists and is not a folder: choose another name with --set name=...",
-                code="not-a-folder",
-            )
-        if path.exists() and any(path.iterdir()) and not (path / "config.toml").is_file():
-            raise RunDirError(
-                f"{str(path)!r} holds files that are not a run's: choose another name with --set name=...",
-                code="folder-holds-other-files",
-            )
-
-    def _refuse_if_taken(self) -> None:
-        path = self.path
-        self._refuse_if_foreign()
-        if not (path / "config.toml").is_file():
-            return
-        if (path / "result.json").is_file():
-            raise RunDirError(
-                f"{str(path)!r} holds a finished run: replace it with --overwrite, or choose another name with --set "
-                "name=...",
-                code="run-exists",
-            )
-        raise RunDirError(
-            f"{str(path)!r} holds an unfinished run: continue it with --resume {path}, replace it with --overwrite, "
-            "or choose another name with --set name=...",
-            code="run-unfinished",
-        )
-
-
-def _path_of(config: RunConfig, root: str | Path | None) -> Path:
-    if config.name in ("", ".", "..") or any(mark in config.name for mark in ("/", "\\", "\0")):
-        raise ConfigError(
-            f"name {config.name!r} must be a plain folder name: letters, digits, '-', '_' and '.'", code="bad-run-name"
-        )
-    return Path(config.output if root is None else root) / config.name
-
-
-def _unwritable(path: Path, error: OSError) -> RunDirError:
-    return RunDirError(
-        f"the run's folder {clean_text(repr(str(path)), 300)} cannot be created: {error.strerror or error}; choose "
-        "another place with --set output=... or --set name=...",
-        code="folder-not-writable",
-    )
 
 
 def _why_not(changed: Sequence[str]) -> str:

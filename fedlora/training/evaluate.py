@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from fedlora.callbacks import Evaluation
 from fedlora.errors import DataError, nearest
 from fedlora.progress import activity
 from fedlora.tasks._base import Examples, Measurable, Task, length_batches, to_device
 
 CPU_TOKENS = 2048
 DEVICE_TOKENS = 16384
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures by name ("accuracy", "loss", ...).
-
-    Args:
-        overall: over all examples.
-        domains: domain -> the same figures over its examples, the largest first; empty without a domain column.
-        measures: what the task measured of each example, [n, ...] by name, in the examples' order.
-    """
-
-    overall: dict[str, float]
-    domains: dict[str, dict[str, float]] = field(default_factory=dict)
-    measures: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
 
 
 def evaluate(

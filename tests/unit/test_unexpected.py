@@ -14,10 +14,12 @@ import pytest
 from support.errors import raises
 from typer.testing import CliRunner
 
+import fedlora.api  # noqa: F401  # before `load_config` is replaced
 from fedlora.cli import app
 from fedlora.config import load_config
 from fedlora.errors import RunDirError
 from fedlora.federation import client, server
+from fedlora.runs.place import check_free
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.unexpected import KEPT_LOGS, describe_exception, keep_traceback
@@ -212,7 +214,7 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_loaded(
         RunDir.create(config)
     if place != "/proc/x":  # the kernel's own refusal comes with the attempt alone
         with raises(RunDirError, "folder-not-writable", "--set output"):
-            RunDir.check_free(config)
+            check_free(config)
 
 
 def test_half_a_folder_is_no_run(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from fedlora.aggregators import BaseUpdate
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ConfigError, FedloraError, ModelError
 from fedlora.model import Base, BaseWeights, load_base, loading, save_adapter, save_merged
-from fedlora.model.base_model import alpha_of
+from fedlora.model.pair_shapes import alpha_of
 from fedlora.speedups.last_layer import restore_unread
 
 HEAD = ("classifier", "score")
