@@ -19,6 +19,7 @@ from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.errors import ConfigError, ExportError
 from fedlora.passed_in import keep_data, kept_model, names_of_classes, shown, split_objects, with_objects
+from fedlora.runs.place import check_free
 from fedlora.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -208,21 +209,22 @@ def train(
         return folder
     resume = folder is not None
     if not resume:
-        RunDir.check_free(config, overwrite=overwrite)
+        check_free(config, overwrite=overwrite)
     load_aggregator(config.strategy.name, config.strategy.fields)  # a wrong name is said before anything is loaded
     require_tracker(config)
     before = None if replay is None else RunDir.open(replay)
     if before is not None:
-        from fedlora.simulation.replay import require_rounds
+        from fedlora.simulation.replay import require_clients, require_replayable
         from fedlora.simulation.run import as_begun
 
-        require_rounds(before.read_metrics(), config.rounds)
+        require_replayable(before, config)
         config = as_begun(config, before)
     workspace = open_workspace(config)  # before an earlier run is removed: the config may turn out to be wrong
 
     from fedlora.simulation.run import refuse_early, run_simulation
 
     if before is not None:
+        require_clients(before, len(workspace.data.clients))
         before.require(workspace.pins)
     refuse_early(config, workspace)
     folder = folder or RunDir.create(config, overwrite=overwrite)

@@ -116,9 +116,17 @@ def _by_client(source: Source, data: Path | None, most: int | None, show: Show) 
     }
     spread = fairness(list(values.values()), higher_is_better=task.higher_is_better)
     domains = main_domains(federated)
+    if domains == list(federated.client_names):  # the names say it
+        domains = None
+    names = federated.client_names or [str(k) for k in range(len(shares))]
     worst = sorted(values, key=lambda k: values[k], reverse=not task.higher_is_better)[:MOST_CLIENTS]
     rows = [
-        [str(k), *([domains[k]] if domains else []), str(len(shares[k])), show(task.metric, values[k])]
+        [
+            names[k] if names else str(k),
+            *([domains[k]] if domains else []),
+            str(len(shares[k])),
+            show(task.metric, values[k]),
+        ]
         for k in (sorted(values) if len(values) <= MOST_CLIENTS else worst)
     ]
     few = "" if len(values) <= MOST_CLIENTS else f"the {MOST_CLIENTS} worst of {len(values)} clients, "

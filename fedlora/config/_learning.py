@@ -91,9 +91,9 @@ class DataConfig(Section):
     """Column with each example's domain (site, user), for figures per domain and for domain partitions."""
     group: str | None = None
     """Column whose groups are never split between training and test (document, patient)."""
-    group_names: dict[str, str] = Field(default={})
-    """Value -> name to show in its place, for the columns of domains, groups and natural clients:
-    {"7" = "St. Mary's"}."""
+    group_names: dict[str, dict[str, str]] = Field(default={})
+    """Column of domains, groups or natural clients -> value -> name to show in its place:
+    { hospital = { 7 = "St. Mary's" } }."""
     limit: PositiveInt | None = None
     """Use at most this many examples, drawn with the seed."""
     own: str | None = None

@@ -182,30 +182,46 @@ def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, st
     return task.prepare(table, Checkpoint.of(config.model), columns, keep=keep), digest_of_rows(digests)
 
 
-def _with_names(table: Table, columns: Sequence[str], names: Mapping[str, str], *, all_occur: bool = True) -> Table:
+def _with_names(
+    table: Table, columns: Sequence[str], names: Mapping[str, Mapping[str, str]], *, all_occur: bool = True
+) -> Table:
     """The table with `data.group_names` in the place of the values of some columns.
 
+    Args:
+        table: raw examples.
+        columns: of domains, groups and clients.
+        names: column -> value -> name.
+        all_occur: whether each column and value must be there, as in the training source and not in a file beside it.
+
     Raises:
-        ConfigError: a value is in none of these columns, or a name would stand for two values.
+        ConfigError: a column or value is not there, or a name would stand for two values.
     """
-    if not names:
-        return table
-    found = {column: [str(value) for value in table.columns[column]] for column in columns}
-    values: set[str] = set().union(*found.values())
-    if all_occur and (unknown := sorted(names.keys() - values)):
-        raise ConfigError(
-            f"data.group_names names the value {unknown[0]!r}, which is in no column of domains, groups or clients; "
-            f"{nearest(unknown[0], [closest(unknown[0], values) or min(values)])}",
-            code="no-such-value",
-        )
-    after = [names.get(value, value) for value in values]
-    if twice := sorted(name for name in set(after) if after.count(name) > 1):
-        raise ConfigError(
-            f"data.group_names gives the name {twice[0]!r} to two values: give each a name of its own",
-            code="name-given-twice",
-        )
-    renamed = {column: [names.get(value, value) for value in cells] for column, cells in found.items()}
-    return Table({**table.columns, **renamed}, table.label_names)
+    renamed: dict[str, list[str]] = {}
+    for column, mine in names.items():
+        if column not in columns:
+            if not all_occur:
+                continue
+            raise ConfigError(
+                f"data.group_names names {column!r}, which is no column of domains, groups or clients; "
+                f"{nearest(column, columns)}",
+                code="no-such-column",
+            )
+        cells = [str(value) for value in table.columns[column]]
+        values = set(cells)
+        if all_occur and (unknown := sorted(mine.keys() - values)):
+            raise ConfigError(
+                f"data.group_names.{column} names the value {unknown[0]!r}, which is not in that column; "
+                f"{nearest(unknown[0], [closest(unknown[0], values) or min(values)])}",
+                code="no-such-value",
+            )
+        after = [mine.get(value, value) for value in values]
+        if twice := sorted(name for name in set(after) if after.count(name) > 1):
+            raise ConfigError(
+                f"data.group_names.{column} gives the name {twice[0]!r} to two values: give each a name of its own",
+                code="name-given-twice",
+            )
+        renamed[column] = [mine.get(value, value) for value in cells]
+    return Table({**table.columns, **renamed}, table.label_names) if renamed else table
 
 
 def column_roles(data: DataConfig) -> dict[str, str]:

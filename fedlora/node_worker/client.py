@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from fedlora import __version__
 from fedlora.errors import WorkerError
 from fedlora.flower.app_config import config_of
 from fedlora.node_worker.frames import pack, unpack
-from fedlora.node_worker.socket import METHOD, SERVICE, UNLIMITED, code_digest, require_own
+from fedlora.node_worker.socket import ERROR_CODE, METHOD, SERVICE, UNLIMITED, code_digest, require_own
+from fedlora.registry import OWN_CLASS
 
 HEALTH_TIMEOUT_S = 5.0
 # A request is sent once: a second sending by gRPC itself could train twice.
@@ -66,8 +68,10 @@ def ask(path: Path, message: Message, context: Context) -> RecordDict:
             answer: bytes = channel.unary_unary(METHOD)(request, timeout=max(left, 1.0))
         except grpc.RpcError as error:
             if error.code() in GONE:
+                said = dict(error.trailing_metadata() or ())
                 raise WorkerError(
-                    f"the worker at {str(path)!r} gave no answer: {error.details()}", code="no-answer"
+                    f"the worker at {str(path)!r} gave no answer: {error.details()}",
+                    code=said.get(ERROR_CODE, "no-answer"),
                 ) from None
             raise RuntimeError(f"the worker failed: {error.details()}") from None
     _, contents = unpack(answer)
@@ -93,10 +97,8 @@ def _run_config(context: Context) -> dict[str, bool | float | int | str]:
     """The run's config with its text in place of a file's name: the worker does not have the app's folder."""
     plain = Context(context.run_id, context.node_id, {}, RecordDict(), context.run_config)
     config = config_of(plain)
-    for table in (config.task, config.partition):
-        if ":" in table.name:
-            raise WorkerError(
-                f"{table.name!r} is code of the app's own, which the worker does not have", code="foreign-code"
-            )
+    for name in (config.task.name, config.partition.name, config.data.source):
+        if re.match(OWN_CLASS, name):
+            raise WorkerError(f"{name!r} is code of the app's own, which the worker does not have", code="foreign-code")
     others = {key: value for key, value in context.run_config.items() if key not in ("config", "set")}
     return {**others, "toml": config.to_toml()}

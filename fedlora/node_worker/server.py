@@ -22,7 +22,7 @@ from fedlora.errors import WorkerError
 from fedlora.flower import client_app
 from fedlora.flower.task_identity import task_identity
 from fedlora.node_worker.frames import pack, unpack
-from fedlora.node_worker.socket import METHOD, SERVICE, UNLIMITED, VARIABLE, code_digest, make_folder
+from fedlora.node_worker.socket import ERROR_CODE, METHOD, SERVICE, UNLIMITED, VARIABLE, code_digest, make_folder
 from fedlora.node_worker.supervisor import stop_without_parent
 from fedlora.training.workspace import close_workspace
 
@@ -125,6 +125,7 @@ class Worker:
         except futures.CancelledError:
             call.abort(grpc.StatusCode.UNAVAILABLE, "the worker is being stopped")
         except WorkerError as error:
+            call.set_trailing_metadata(((ERROR_CODE, error.code),))
             call.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except Exception as error:
             call.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")

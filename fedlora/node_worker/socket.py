@@ -23,6 +23,8 @@ LONGEST = 100
 """Bytes of a socket's path; the kernel allows 107, and gRPC needs some for itself."""
 METHOD = "/fedlora.Worker/Answer"
 SERVICE = "fedlora.Worker"
+ERROR_CODE = "fedlora-error-code"
+"""Trailing metadata with the code of a `WorkerError`, whose text is the status's."""
 UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 

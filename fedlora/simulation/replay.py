@@ -10,8 +10,10 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
+from fedlora.config import RunConfig, flat_keys
 from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.client_pool import ClientInfo, ClientPool, ClientReply, Failure, Reply, RoundRequest
+from fedlora.runs.rundir import RunDir
 
 
 def answered_in(records: Iterable[Mapping[str, Any]]) -> dict[int, frozenset[int]]:
@@ -60,14 +62,38 @@ class ReplayPool:
         yield from self._pool.train(replace(request, clients=[k for k in request.clients if k in answered]))
 
 
-def require_rounds(before: Iterable[Mapping[str, Any]], rounds: int) -> None:
-    """Raise `ConfigError` where a replay would have more or fewer rounds than the run has, before it is trained."""
-    last = max(answered_in(before), default=0)
-    if rounds != last:
+SAMPLING = ("seed", "server.fraction", "server.clients_per_round")
+"""Keys by which a round's clients are drawn."""
+
+
+def require_replayable(run: RunDir, config: RunConfig) -> None:
+    """Raise `ConfigError` where a replay would have other rounds or clients than the run, before it is trained."""
+    last = max(answered_in(run.read_metrics()), default=0)
+    if config.rounds != last:
         raise ConfigError(
-            f"a replay has the rounds of its run, which are {last}, and the config asks for {rounds}: "
+            f"a replay has the rounds of its run, which are {last}, and the config asks for {config.rounds}: "
             f"replay it with --set rounds={last}",
             code="replay-rounds-differ",
+        )
+    then, now = flat_keys(run.config), flat_keys(config)
+    for key in SAMPLING:
+        if then.get(key) != now.get(key):
+            raise ConfigError(
+                f"a replay asks the clients of its run, which had {key} = {then.get(key)}, and the config has "
+                f"{now.get(key)}: replay it with --set {key}={then.get(key, '')}",
+                code="replay-clients-differ",
+            )
+
+
+def require_clients(run: RunDir, number: int) -> None:
+    """Raise `ConfigError` where there are more or fewer clients than in the run, as far as it says how many."""
+    sizes = (run.read_json("partition.json") or {}).get("sizes")
+    then = run.config.partition.fields.get("clients") if sizes is None else len(sizes)
+    if then is not None and then != number:
+        raise ConfigError(
+            f"a replay asks the clients of its run, which had {then}, and the config has {number}: replay it with the "
+            "data and the partition of the run",
+            code="replay-clients-differ",
         )
 
 

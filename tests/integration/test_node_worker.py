@@ -312,7 +312,7 @@ def test_a_worker_of_other_code_is_not_used(
     app = query_app(lambda message, context: RecordDict())
     with Serving(folder / "w.sock", app=app):
         monkeypatch.setattr(client, "code_digest", lambda: "other")
-        with raises(WorkerError, "no-answer", "(source other)", "restart the worker"):
+        with raises(WorkerError, "other-version", "(source other)", "restart the worker"):
             ask(folder / "w.sock", message_of(QUESTION, "query.it"), context_of(tiny_config()))
         monkeypatch.undo()
         ask(folder / "w.sock", message_of(QUESTION, "query.it"), context_of(tiny_config()))

@@ -226,14 +226,26 @@ def test_a_replay_that_cannot_be_the_run_says_so(tiny_config: MakeConfig) -> Non
         run_simulation(config, RunDir.create(config), Callback(), replay=records)
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_a_replay_of_more_or_fewer_rounds_trains_and_removes_nothing(rounds: int, tiny_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    ("change", "code", "cure"),
+    [
+        ("rounds=1", "replay-rounds-differ", "--set rounds=2"),
+        ("rounds=3", "replay-rounds-differ", "--set rounds=2"),
+        ("seed=5", "replay-clients-differ", "--set seed=0"),
+        ("partition.clients=6", "replay-clients-differ", "had 4"),
+        ("server.clients_per_round=2", "replay-clients-differ", "--set server.clients_per_round="),
+        ("partition={name='natural', column='document'}", "replay-clients-differ", "had 4"),
+    ],
+)
+def test_a_replay_with_other_rounds_or_clients_trains_and_removes_nothing(
+    change: str, code: str, cure: str, tiny_config: MakeConfig
+) -> None:
     config = tiny_config("rounds=2")
     folder = RunDir.create(config)
     run_simulation(config, folder, Callback())
     before = folder.read_metrics()
-    again = tiny_config(f"rounds={rounds}")
-    with raises(ConfigError, "replay-rounds-differ", "--set rounds=2"):
+    again = tiny_config("rounds=2", change)
+    with raises(ConfigError, code, cure):
         train(again, Callback(), overwrite=True, replay=folder.path)
     assert folder.read_metrics() == before
 

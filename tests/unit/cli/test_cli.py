@@ -404,7 +404,7 @@ def test_a_missing_tracker_is_said_before_anything_is_loaded(
 
 def test_a_table_is_whole_where_no_terminal_cuts_it(tiny_toml: Path) -> None:
     names = [f"a site with quite a long name, in town number {k}, and with a branch in the next one" for k in range(2)]
-    labels = [f"data.group_names={{films='{names[0]}', phones='{names[1]}'}}"]
+    labels = [f"data.group_names.domain={{films='{names[0]}', phones='{names[1]}'}}"]
     natural = "partition={name='natural', column='domain'}"
     words = ["partition", str(tiny_toml), *(word for one in [*labels, natural] for word in ("--set", one))]
     result = CliRunner().invoke(app, words, env={"COLUMNS": None})

@@ -405,13 +405,14 @@ def test_a_test_set_of_one_group_is_said() -> None:
 
 def test_groups_have_the_names_that_people_know(tiny_bert: Path, tiny_csv: Path) -> None:
     natural = "{name='natural', column='domain'}"
-    names = "data.group_names={phones='Telephones'}"
+    names = "data.group_names={domain={phones='Telephones'}}"
     data = load_data(configure(tiny_bert, tiny_csv, names, partition=natural))
     assert data.client_names == data.domains == ("Telephones", "films")
     assert [set(data.train.columns["domain"][rows]) for rows in data.clients] == [{"Telephones"}, {"films"}]
     for wrong, code, named in [
-        ("{fones='x'}", "no-such-value", ("'fones'", "'phones'")),
-        ("{phones='films'}", "name-given-twice", ("'films'",)),
+        ("{domain={fones='x'}}", "no-such-value", ("'fones'", "'phones'")),
+        ("{domain={phones='films'}}", "name-given-twice", ("'films'",)),
+        ("{domian={phones='x'}}", "no-such-column", ("'domian'", "'domain'")),
     ]:
         with raises(ConfigError, code, *named):
             load_data(configure(tiny_bert, tiny_csv, f"data.group_names={wrong}", partition=natural))

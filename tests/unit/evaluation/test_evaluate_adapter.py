@@ -14,6 +14,7 @@ from click.testing import Result
 from support.tiny import write_tiny_toml
 from typer.testing import CliRunner
 
+import fedlora
 from fedlora.cli import app
 from fedlora.fairness import fairness
 from fedlora.runs.rundir import RunDir
@@ -82,6 +83,14 @@ def test_clients_are_measured_one_by_one(run: Path, cli: Cli) -> None:
     assert float(over["Gini"]) == spread.gini
     few = rows(cli(run, "--clients", "--examples", 3, "--format", "csv"))
     assert {row["examples"] for row in few} == {"3"}
+
+
+def test_clients_that_have_names_stand_by_them(tiny_toml: Path, cli: Cli) -> None:
+    natural = {"name": "natural", "column": "domain"}
+    named = fedlora.run(tiny_toml, name="named", partition=natural, rounds=1, quiet=True)
+    found = rows(cli(named.path, "--clients", "--format", "csv"))
+    assert [row["client"] for row in found] == ["films", "phones"]
+    assert "domain" not in found[0]
 
 
 @pytest.mark.parametrize(
