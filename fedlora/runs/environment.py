@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
     }
 
 
+@cache
 def version_of(name: str) -> str | None:
     """An installed package's version; None where it is not there."""
     try:

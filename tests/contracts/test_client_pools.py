@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 from support.federations import deploy, simulate, timeless
@@ -29,10 +30,10 @@ QUICK = {(rule, WIRES[n % 2], "none", TASKS[n // 2 % 2]) for n, rule in enumerat
 QUICK |= {("fedavg", "int8", unit, TASKS[0]) for unit in ("example", "client")}
 
 
-def cases(*, also: Callable[..., bool] = lambda *case: True) -> list[object]:
-    """Rule, wire, privacy, task; user-level privacy is for rules that need sums alone."""
+def cases(*, also: Callable[..., bool] = lambda *case: True, rest: Any = pytest.mark.slow) -> list[object]:
+    """Rule, wire, privacy, task; user-level privacy is for rules that need sums alone. `rest` marks what takes long."""
     return [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        pytest.param(*case, marks=() if case in QUICK else rest)
         for case in product(RULES, WIRES, PRIVACY, TASKS)
         if (case[2] != "client" or case[0] in ("fedavg", "ffa")) and also(*case)
     ]
@@ -72,7 +73,8 @@ def test_clients_on_a_grid_come_to_what_clients_here_do(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rule", "wire", "privacy", "task"), cases(also=lambda rule, wire, privacy, task: privacy != "example")
+    ("rule", "wire", "privacy", "task"),
+    cases(also=lambda rule, wire, privacy, task: privacy != "example", rest=pytest.mark.nightly),
 )
 def test_clients_in_two_processes_come_to_what_clients_here_do(
     make: Callable[..., RunConfig], same_secrets: Callable[[], None], rule: str, wire: str, privacy: str, task: str

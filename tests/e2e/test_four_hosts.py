@@ -18,7 +18,7 @@ from fedlora.deploy import FederationPlan, NodePlan
 NODES = ("site-a", "site-b", "site-c")
 OUT_S = 20.0
 """For how long a cable is pulled out."""
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ function probe(frame) {
 }
 """
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.nightly]
 
 
 @pytest.fixture(scope="module")

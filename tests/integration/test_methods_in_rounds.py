@@ -37,7 +37,7 @@ def keys(method: str, *more: str) -> list[str]:
     return [*ours, f"adapter.method={method}", *SMALL.get(method, []), *more]
 
 
-FAST = ("dora", "pissa", "vera")
+FAST = ("pissa", "vera")
 
 
 @pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
@@ -49,7 +49,7 @@ def test_a_federation_learns_with_every_method(tiny_config: MakeConfig, method: 
     assert (outcome.rundir.adapter_dir / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "ffa", "fair"])
+@pytest.mark.parametrize("rule", ["fedavg", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("ffa", "fair"))])
 def test_what_the_base_gave_up_is_sent_once_and_survives_a_resume(tiny_config: MakeConfig, rule: str) -> None:
     table = keys("pissa", f"strategy.name={rule}", "rounds=4")
     whole = run(tiny_config(*table, name="whole"))

@@ -61,6 +61,7 @@ def test_the_same_prompts_before_and_after(echo: Any) -> None:
     assert right("after") > right("before")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_said_before(echo: Any) -> None:
     whole = RunDir.create(echo(name="whole"))
     run_simulation(echo(name="whole"), whole)

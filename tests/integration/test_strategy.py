@@ -140,7 +140,9 @@ class EmptyAtFirst(Troubled):
         return list(super().get_node_ids())[: max(0, self.looks - 2)]
 
 
-@pytest.mark.parametrize("grid", [Late, Twice, Misdelivers, EmptyAtFirst])
+@pytest.mark.parametrize(
+    "grid", [Late, Twice, *(pytest.param(one, marks=pytest.mark.slow) for one in (Misdelivers, EmptyAtFirst))]
+)
 def test_how_replies_arrive_changes_no_bit(tiny_config: MakeConfig, grid: type[Troubled]) -> None:
     config = tiny_config("rounds=2", "runtime.cohort=1")
     plain = run_simulation(config, RunDir.create(config), Callback())
@@ -379,8 +381,14 @@ def test_a_run_that_stopped_in_its_first_round_has_one_line_for_round_0(tiny_con
     assert [record["round"] for record in resumed.records] == [0, 1]
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "flora"])
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("finished", "rule"),
+    [
+        (True, "flora"),
+        (False, "fedavg"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(True, "fedavg"), (False, "flora")]),
+    ],
+)
 def test_a_run_that_goes_on_to_more_rounds_ends_as_one_that_had_them(
     tiny_config: MakeConfig, rule: str, finished: bool
 ) -> None:

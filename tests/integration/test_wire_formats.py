@@ -297,7 +297,12 @@ def test_a_digest_names_names_order_shapes_types_and_formats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "wire"), [*((rule, "int8") for rule in ("fedavg", "ffa", "flora", "fair")), ("fedavg", "bfloat16")]
+    ("rule", "wire"),
+    [
+        ("flora", "int8"),
+        ("fedavg", "bfloat16"),
+        *(pytest.param(rule, "int8", marks=pytest.mark.slow) for rule in ("fedavg", "ffa", "fair")),
+    ],
 )
 def test_every_rule_learns_as_well_and_sends_what_was_announced(tiny_config: MakeConfig, rule: str, wire: str) -> None:
     settings = (f"strategy.name={rule}", "server.evaluate_every=3")
@@ -322,7 +327,7 @@ def test_every_rule_learns_as_well_and_sends_what_was_announced(tiny_config: Mak
         assert all(torch.equal(state.pairs[name].A, initial.pairs[name].A) for name in state.pairs)
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "flora"])
+@pytest.mark.parametrize("rule", [pytest.param("fedavg", marks=pytest.mark.slow), "flora"])
 def test_a_rounded_run_that_was_cut_ends_as_one_that_was_not(tiny_config: MakeConfig, rule: str) -> None:
     settings = (f"strategy.name={rule}", "wire.up=int8", "server.fraction=0.5", "server.evaluate_every=3")
     whole = run(tiny_config(*settings, name="whole"))
