@@ -15,7 +15,6 @@ from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.training import open_workspace
 
-FAST = ("per-tensor clipping", "shuffled passes")
 CLIENT = ["privacy.unit='client'", "privacy.clip_norm=0.5", "server.aggregation_error=false"]
 
 
@@ -45,11 +44,10 @@ def audited(folder: Path, config: list[str], canaries: int = 1000) -> Result:
     return CliRunner().invoke(app, command, env={"COLUMNS": "150", "NO_COLOR": "1"})
 
 
-def parametrised(mutants: dict[str, Mutant], fast: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    rows = [
-        pytest.param(mutant, id=name, marks=() if name in fast else pytest.mark.nightly)
-        for name, mutant in mutants.items()
-    ]
+def parametrised(mutants: dict[str, Mutant], fast: str = "", slow: str = "") -> pytest.MarkDecorator:
+    """The default tests have one mutant, the slow ones another; the rest is nightly."""
+    marks = {fast: (), slow: pytest.mark.slow}
+    rows = [pytest.param(one, id=name, marks=marks.get(name, pytest.mark.nightly)) for name, one in mutants.items()]
     return pytest.mark.parametrize("mutant", rows)
 
 
@@ -60,7 +58,7 @@ def test_sound_training_holds(example: list[str], tmp_path: Path) -> None:
     assert "REFUTED" not in done.output
 
 
-@parametrised(dict(STACKED), FAST)
+@parametrised(dict(STACKED), "per-tensor clipping", "shuffled passes")
 def test_broken_training_is_refuted(
     example: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Mutant
 ) -> None:
@@ -77,7 +75,7 @@ def test_sound_training_with_dropout_holds(example: list[str], tmp_path: Path) -
     assert "dropout masks" in done.output
 
 
-@parametrised(dict(DROPPED), ("masks of the clients",))
+@parametrised(dict(DROPPED), slow="masks of the clients")
 def test_masks_that_examples_share_are_refuted(
     example: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Mutant
 ) -> None:
@@ -110,7 +108,7 @@ def test_a_sound_merge_holds(overrides: list[str], tmp_path: Path) -> None:
     assert "REFUTED" not in done.output
 
 
-@parametrised(dict(MERGED), ("an unclipped head", "noise of 8 bits"))
+@parametrised(dict(MERGED), "an unclipped head", "noise of 8 bits")
 def test_a_broken_merge_is_refuted(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Mutant
 ) -> None:

@@ -6,6 +6,7 @@ import csv
 import math
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -275,8 +276,18 @@ def random_examples(causal: bool, vit: bool) -> Examples:
     return Examples({"input_ids": tokens, "labels": Tokens.join(labels, -100)}, None, tokens.lengths)
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["classes", "causal"])
-@pytest.mark.parametrize("name", MODELS)
+OFTEN = [("bert", False), ("gpt2", True), ("llama", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "causal"),
+    [
+        pytest.param(
+            *case, id=f"{case[0]}-{('classes', 'causal')[case[1]]}", marks=() if case in OFTEN else pytest.mark.slow
+        )
+        for case in product(MODELS, [False, True])
+    ],
+)
 def test_every_architecture_trains_in_company(name: str, causal: bool, tmp_path: Path) -> None:
     if causal and name not in ("gpt2", "llama", "qwen2"):
         pytest.skip("no causal model here")
