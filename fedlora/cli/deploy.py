@@ -86,6 +86,23 @@ def up(
             fedlora.deploy.up(folder, typer.echo)
 
 
+@deploy.command("doctor")
+def doctor(folder: Folder, debug: Debug = False) -> None:
+    """Say what is wrong with a coordinator's or a node's folder, its certificates and connections; changes nothing."""
+    with errors_in_one_line(debug):
+        from fedlora.deploy.doctor import examine
+        from fedlora.flower.node_list import registered_nodes
+
+        faults = 0
+        for finding in examine(folder, registered_nodes):
+            typer.echo(finding)
+            faults += bool(finding.cure)
+        if faults:
+            raise DeployError(
+                f"{faults} fault{'s' if faults > 1 else ''} found: see the lines above", code="faults-found"
+            )
+
+
 def _by_node(what: str, values: list[str], nodes: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for value in values:

@@ -1,4 +1,4 @@
-"""Flower's own commands for each program of a federation: `fedlora deploy up`, docker-compose.yml and the demo all
+"""Flower's own programs of a federation, with their options: `fedlora deploy up`, docker-compose.yml and the demo all
 run these.
 
 A SuperLink serves everything on one port: /v1/fleet is for the nodes, /v1/control for whoever starts runs (and so can
@@ -23,6 +23,14 @@ ENVIRONMENT: Mapping[str, str] = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 """What every program gets: nothing is told to Flower's makers, and nothing is installed while a run goes on."""
+
+PATIENT = ("python", "-m", "fedlora.flower.program")
+"""Before those of Flower's programs that call a SuperLink: what it could not do at once is asked of it again."""
+
+REACHED = "state/reached"
+"""In a node's folder: the file whose time is when the SuperLink last answered the node."""
+AWAY_S = 60.0
+"""Seconds without an answer after which a node counts as away: it asks every 3 s, and in training every 30 s."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def superexec(folder: str, runtime: Address) -> list[str]:
         runtime: address of the SuperLink, or of the SuperNode.
     """
     return [
+        *PATIENT,
         "flower-superexec",
         *("--root-certificates", f"{folder}/ca.crt"),
         *("--runtime-api-address", str(runtime)),
@@ -88,6 +97,8 @@ def supernode(folder: str, superlink_address: Address, listen: Address) -> list[
         listen: where the SuperExec beside it finds it.
     """
     return [
+        *PATIENT,
+        *("--reached", f"{folder}/{REACHED}"),
         "flower-supernode",
         *("--isolation", "process"),
         *("--superlink", str(superlink_address)),
@@ -139,6 +150,15 @@ def health(folder: str, server: Address) -> list[str]:
         "import ssl, urllib.request; "
         f"context = ssl.create_default_context(cafile='{folder}/ca.crt'); "
         f"urllib.request.urlopen('https://{server}/health', timeout=5, context=context)"
+    )
+    return ["python", "-c", program]
+
+
+def node_health(folder: str) -> list[str]:
+    """Ends with 0 if the SuperLink has answered the node of a folder in the last `AWAY_S` seconds."""
+    program = (
+        f"import os, time; age = time.time() - os.stat('{folder}/{REACHED}').st_mtime; "
+        f"raise SystemExit(age > {AWAY_S:g} and f'the SuperLink last answered {{age:.0f}} s ago')"
     )
     return ["python", "-c", program]
 

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -171,12 +171,13 @@ def up(folder: Path, say: Callable[[str], None], *, pause_s: float = PAUSE_S) ->
     todo = programs(folder)
     running: dict[str, subprocess.Popen[bytes]] = {}
     again: dict[str, float] = {}
-    guard = Guard()
+    guard, link = Guard(), _Link(todo[0].folder)
     with _until_interrupted() as over:
         try:
             for program in todo:
                 running[program.name] = _start_aloud(program, guard, say)
             while not over.wait(0.2):
+                link.look(say)
                 for program in todo:
                     process = running[program.name]
                     if process.poll() is None:
@@ -193,6 +194,27 @@ def up(folder: Path, say: Callable[[str], None], *, pause_s: float = PAUSE_S) ->
             stop(reversed(running.values()))
             guard.close()
     say("all programs have ended")
+
+
+class _Link:
+    """Whether the SuperLink answers a node: says so when that changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / commands.REACHED if (folder / "node.toml").is_file() else None
+        self._since, self._away = time.time(), False
+
+    def look(self, say: Callable[[str], None]) -> None:
+        if self._file is None:
+            return
+        with suppress(OSError):  # before the first answer there is no file
+            self._since = max(self._since, self._file.stat().st_mtime)
+        away = time.time() - self._since > commands.AWAY_S
+        if away != self._away:
+            self._away = away
+            trouble = (
+                f"has not answered this node for {commands.AWAY_S:g} s: fedlora deploy doctor looks for the reason"
+            )
+            say(f"the SuperLink {trouble if away else 'answers this node again'}")
 
 
 def _start_aloud(program: Program, guard: Guard, say: Callable[[str], None]) -> subprocess.Popen[bytes]:

@@ -25,7 +25,7 @@ from fedlora.federation.screen import Screen
 from fedlora.flower import handshake
 from fedlora.flower.bounded_pull import Allowed
 from fedlora.flower.identities import Bindings, Identity
-from fedlora.flower.mailbox import Mailbox, Sent
+from fedlora.flower.mailbox import LOST, TRIES, Mailbox, Sent
 from fedlora.flower.messages import RequestEncoder, payload_bytes
 from fedlora.flower.node_registry import Node, NodeRegistry
 from fedlora.flower.update_checks import check_head, check_update
@@ -84,7 +84,7 @@ class FlowerClients:
         rundir: RunDir,
         say: Callable[[str], None],
     ) -> None:
-        self._config, self._rundir = config, rundir
+        self._config, self._rundir, self._say = config, rundir, say
         self._planner = Planner(config, rule, workspace, "" if config.example_privacy is None else rundir.run_id)
         self._screen = Screen(config, workspace)
         hello = handshake.question(config, workspace.pins)
@@ -145,15 +145,12 @@ class FlowerClients:
     def _outcome(self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder, deadline: float) -> ClientReply:
         """Wait for one client's reply, and check it."""
         try:
-            message = self._receive(asked, deadline)
+            message = self._receive(request, asked, encoder, deadline)
             if message is not None and check_head(message, self._kinds)["kind"] == "need":
                 asked.node.held.forget()
-                again = self._send(request, asked.node, encoder)
-                if isinstance(again, ClientReply):  # with everything it would be too late
-                    return again.with_bytes(up=asked.reply.bytes_up, down=asked.reply.bytes_down)
-                again.reply = again.reply.with_bytes(up=asked.reply.bytes_up, down=asked.reply.bytes_down)
-                asked = again
-                message = self._receive(asked, deadline)
+                if self._ask_again(request, asked, encoder) is not None:  # with everything it would be too late
+                    return asked.reply
+                message = self._receive(request, asked, encoder, deadline)
                 if message is not None and check_head(message, self._kinds)["kind"] == "need":
                     raise ReplyError("it asks for parts that it was just sent", code="needs-what-it-has")
             if message is None:
@@ -174,11 +171,38 @@ class FlowerClients:
         """Replies that a client may send."""
         return ("update", "need") if self._config.example_privacy is None else ("update", "need", "spent")
 
-    def _receive(self, asked: _Asked, deadline: float) -> Message | None:
-        message = self.mail.receive(asked.sent, deadline)
-        if message is not None:
-            asked.count(message)
-        return message
+    def _ask_again(self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder) -> Failure | None:
+        """Send a client its request again, in place of what was asked; why it is not sent, if it is not."""
+        again = self._send(request, asked.node, encoder)
+        up, down = asked.reply.bytes_up, asked.reply.bytes_down
+        if isinstance(again, ClientReply):
+            asked.reply = again.with_bytes(up=up, down=down)
+        else:
+            asked.planned, asked.sent, asked.reply = again.planned, again.sent, again.reply.with_bytes(up=up, down=down)
+        return asked.reply.failure
+
+    def _receive(
+        self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder, deadline: float
+    ) -> Message | None:
+        """Wait for a reply; a node that is there is asked again at once for one that was lost on the way.
+
+        It answers with what it has kept (`fedlora.flower.client_app`): nothing is trained or spent twice.
+        """
+        for left in reversed(range(TRIES)):
+            try:
+                message = self.mail.receive(asked.sent, deadline)
+                if message is not None:
+                    asked.count(message)
+                return message
+            except ReplyError as error:
+                client_id = asked.node.info.client_id
+                if error.code not in LOST or not left or time.monotonic() >= deadline:
+                    raise
+                self.registry.look()
+                if not self.registry.is_there(client_id) or self._ask_again(request, asked, encoder) is not None:
+                    raise
+                self._say(f"round {request.number}: client {client_id} is asked again: {clean_text(error)}")
+        raise AssertionError("the last try returns or raises")
 
     def _checked(self, message: Message, asked: _Asked) -> tuple[Mapping[str, Any], Mapping[str, object]]:
         """`check_update`; under user-level privacy a refusal does not say what the values were."""

@@ -77,6 +77,13 @@ class Bindings:
     ) -> None:
         self._pins, self._known, self._remember = pins, dict(known or {}), remember
 
+    def name(self, client_id: int) -> str:
+        """The registered name of a client's node, or its key's fingerprint; "" if neither is known."""
+        if client_id < len(self._pins):
+            return self._pins[client_id]
+        node = self._known.get(client_id, Identity())
+        return node.name or node.key
+
     def bind(self, client_id: int, node: Identity | None) -> None:
         """Let a node be a client, and remember it.
 

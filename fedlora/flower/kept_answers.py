@@ -1,4 +1,9 @@
-"""The last answer that a private client released, kept beside its ledger; see `fedlora.federation.client_ledger`."""
+"""What a client answered last, for a server that asks for the same again because the reply was lost on the way.
+
+A private client keeps what it released beside its ledger (see `fedlora.federation.client_ledger`): it must never send a
+second noisy answer for one step. Any other client would train to the same bytes; a process that goes on living, as a
+worker does, keeps its last answer in memory instead.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,28 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.state_io import pack, unpack
 
 logger = logging.getLogger(__name__)
+
+
+class LastAnswer:
+    """The last answer of a client that is not private, in this process's memory."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] | None = None
+        self._content: RecordDict | None = None
+
+    def find(self, key: tuple[object, ...]) -> RecordDict | None:
+        """The answer under this key, if it is the last."""
+        return self._content if key == self._key else None
+
+    def keep(self, key: tuple[object, ...], content: RecordDict) -> None:
+        """Replace what was kept.
+
+        Args:
+            key: Run, node and `fedlora.flower.messages.request_digest` of the request, and a weak reference to the
+                workspace: all that the answer depends on.
+            content: The answer.
+        """
+        self._key, self._content = key, content
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,21 @@
 
 Flower says NODE_UNAVAILABLE of a node that it misses, after a minute or so. A node that is back before that has lost
 the message that it had, and nobody says so: a question that is sent after the message and answered before it does. (A
-SuperNode works off its messages one at a time, in their order.)
+SuperNode works off its messages one at a time, in their order.) The same shows a reply that the node could not send,
+which Flower drops. Whatever was lost of a message to a node that is there is lost with a code of `LOST`: it can be sent
+again.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from flwr.app import Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedlora.errors import ReplyError
 from fedlora.flower.bounded_pull import Allowed, pull_reply
@@ -19,6 +24,16 @@ from fedlora.flower.identities import Identity, identities
 
 POLL_S = (0.02, 0.5)
 """Shortest and longest pause between two looks for a reply."""
+SOONEST_S = 5.0
+"""Seconds without a reply before which no node is asked whether it still has the message."""
+PUSHES = 3
+"""How often a message is handed to the grid while parts of it do not arrive; it is the same one, by its id."""
+TRIES = 4
+"""How often a node is asked for an answer that is lost on the way each time."""
+LOST = frozenset({"message-lost", "incomplete-reply"})
+"""Codes of a `ReplyError` after which nobody works on the message any more, and the node may still be there."""
+UNAVAILABLE = frozenset({ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE})
+"""What Flower answers for a message or a reply that it no longer has."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,8 @@ class Mailbox:
     Args:
         grid: In-process, Ray or a SuperLink.
         hello: Content of the question by which a node is asked to identify itself.
-        patience_s: Seconds without a reply after which a node is asked whether it still has the message.
+        patience_s: Seconds without a reply after which a node is asked whether it still has the message; once there has
+            been a reply it is twice the longest wait for one.
         ttl_s: How long the grid keeps a message, in seconds.
     """
 
@@ -69,8 +85,12 @@ class Mailbox:
             allowed: The tensors that the reply may hold; None: none.
         """
         message = Message(content, node_id, kind, group_id=group, ttl=self._ttl_s)
-        message_id = next(iter(self._grid.push_messages([message])), None)
-        return Sent(message_id, node_id, time.monotonic(), allowed or Allowed())
+        message_id = None
+        for _ in range(PUSHES):
+            with suppress(ObjectPushError):  # the SuperLink gave up waiting for the rest of it
+                message_id = next(iter(self._grid.push_messages([message])), None)
+                break
+        return Sent(message_id or None, node_id, time.monotonic(), allowed or Allowed())
 
     def ask_hello(self, node_id: int) -> Sent:
         """Ask a node who it is."""
@@ -90,7 +110,10 @@ class Mailbox:
             raise ReplyError(
                 "the grid did not take its message: it is too large, or the node is gone", code="message-not-taken"
             )
-        return pull_reply(self._grid, sent.message_id, sent.allowed, patience_s or self._patience_s)
+        reply = pull_reply(self._grid, sent.message_id, sent.allowed, patience_s or self._patience_s)
+        if reply is not None and reply.has_error() and reply.error.code in UNAVAILABLE:
+            raise ReplyError("the SuperLink no longer has its message or reply", code="message-lost")
+        return reply
 
     def receive(self, sent: Sent, deadline: float) -> Message | None:
         """Wait for a reply; None if it is not there at the deadline (on the monotonic clock).
@@ -107,13 +130,15 @@ class Mailbox:
                 return reply
             if answered:
                 raise ReplyError(
-                    "its node lost the message: it was started again in the middle of the round", code="message-lost"
+                    "its node no longer has the message: it was started again, or could not send the reply",
+                    code="message-lost",
                 )
             now = time.monotonic()
             if now >= deadline:
                 return None
             # Twice the longest so far: who is slow is not asked in every round.
-            if question is None and now - sent.at > max(self._patience_s, 2 * self._longest_s):
+            quiet_s = max(SOONEST_S, 2 * self._longest_s) if self._longest_s else self._patience_s
+            if question is None and now - sent.at > quiet_s:
                 question = self.ask_hello(sent.node_id)
                 if question.message_id is None:
                     question = None

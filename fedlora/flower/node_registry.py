@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from flwr.app import Message
+
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError
 from fedlora.federation.client_pool import ClientInfo, nobody
@@ -17,7 +19,7 @@ from fedlora.federation.planner import Held
 from fedlora.federation.round_record import quorum_of
 from fedlora.flower import mailbox
 from fedlora.flower.identities import Bindings, Identity
-from fedlora.flower.mailbox import Mailbox, Sent
+from fedlora.flower.mailbox import LOST, TRIES, Mailbox, Sent
 from fedlora.flower.update_checks import Hello, check_hello
 from fedlora.sanitize import clean_text
 
@@ -65,7 +67,7 @@ class NodeRegistry:
         self._expected, self._fingerprint = expected, fingerprint
         self.nodes: dict[int, Node] = {}
         self._there: list[int] = []
-        self._asked: dict[int, Sent] = {}
+        self._asked: dict[int, list[Sent]] = {}
         self._refused: dict[int, str] = {}
 
     @property
@@ -76,6 +78,11 @@ class NodeRegistry:
     def is_there(self, client_id: int) -> bool:
         """Whether the grid held the client's node to be there at the last look."""
         return self.nodes[client_id].node_id in self._there
+
+    def name(self, client_id: int) -> str:
+        """A client with the name of its node, where that has one."""
+        node = self._bindings.name(client_id)
+        return f"client {client_id}" + (f" (node {clean_text(node, 80)})" if node else "")
 
     def begin(self) -> None:
         """Wait until all clients are there; after `server.node_timeout_s`, until a quorum of them is.
@@ -103,7 +110,10 @@ class NodeRegistry:
             time.sleep(mailbox.POLL_S[1])
         if not self.nodes:
             raise nobody(self._refused)
-        self._say(f"only {len(self.nodes)} of {self._expected} clients are there; the run goes on without the others")
+        away = ", ".join(self.name(k) for k in range(self._expected) if k not in self.nodes)
+        self._say(
+            f"only {len(self.nodes)} of {self._expected} clients are there; the run goes on without the others: {away}"
+        )
 
     def gather(self, number: int, needed: int) -> None:
         """Before a round: who has come since; waits, for `server.node_timeout_s` at most, only below the quorum.
@@ -114,7 +124,7 @@ class NodeRegistry:
         """
         self.look()
         for node_id in self._refused.keys() & set(self._there) - self._asked.keys():
-            self._asked[node_id] = self._mail.ask_hello(node_id)  # it may have been put right
+            self._asked[node_id] = [self._mail.ask_hello(node_id)]  # it may have been put right
         end, said = time.monotonic() + self._server.node_timeout_s, False
         while (there := sum(map(self.is_there, self.nodes))) < min(needed, len(self.nodes)):
             if not said:
@@ -129,21 +139,41 @@ class NodeRegistry:
     def look(self) -> None:
         """Ask nodes that are new, and hear those that were asked; waits for nobody."""
         self._who = self._mail.nodes()
-        self._there = list(self._who)
+        before, self._there = self._there, list(self._who)
+        for client_id, node in self.nodes.items():
+            if (node.node_id in before) != (node.node_id in self._there):
+                what = "is registered and away: is its SuperNode running, and can it reach the SuperLink?"
+                self._say(f"{self.name(client_id)} {'is back' if node.node_id in self._there else what}")
         known = {node.node_id for node in self.nodes.values()}
         for node_id in self._there:
             if node_id not in known and node_id not in self._asked and node_id not in self._refused:
-                self._asked[node_id] = self._mail.ask_hello(node_id)
-        for node_id, sent in list(self._asked.items()):
+                self._asked[node_id] = [self._mail.ask_hello(node_id)]
+        for node_id, questions in list(self._asked.items()):
             try:
-                reply = self._mail.look(sent)
-                if reply is None and time.monotonic() - sent.at < self._server.deadline_s:
+                reply = self._answer(node_id, questions)
+                if reply is None and time.monotonic() - questions[0].at < self._server.deadline_s:
                     continue
                 most = self._max_rank, self._server.max_examples
                 self._let_in(check_hello(reply, self._fingerprint, self._expected, *most), node_id)
             except ReplyError as error:
                 self.refuse(node_id, str(error))
             self._asked.pop(node_id, None)
+
+    def _answer(self, node_id: int, questions: list[Sent]) -> Message | None:
+        """The first answer of a node that was asked; it is asked again where one was lost, or is long in coming."""
+        lost = False
+        for sent in questions:
+            try:
+                if (reply := self._mail.look(sent)) is not None:
+                    return reply
+            except ReplyError as error:
+                if error.code not in LOST or len(questions) == TRIES:
+                    raise
+                lost = lost or sent is questions[-1]
+        late = time.monotonic() - questions[-1].at > self._server.node_timeout_s
+        if (lost or late) and len(questions) < TRIES and node_id in self._there:
+            questions.append(self._mail.ask_hello(node_id))
+        return None
 
     def refuse(self, node_id: int, why: str) -> None:
         """Leave a node out, until it is asked again before the next round."""

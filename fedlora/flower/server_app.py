@@ -13,6 +13,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import FedloraError
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.run import RunOutcome, run_federation
+from fedlora.flower import patience
 from fedlora.flower.app_config import config_of
 from fedlora.flower.flower_clients import FlowerClients
 from fedlora.progress import LONGEST_LINE, PlainProgress
@@ -28,6 +29,7 @@ logger = logging.getLogger("flwr")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds; resume where the run config says `resume = true`."""
+    patience.install()
     try:
         _main(grid, context)
     except Exception as error:

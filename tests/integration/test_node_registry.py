@@ -29,6 +29,7 @@ Config = dict[str, bool | float | int | str]
 @pytest.fixture(autouse=True)
 def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(post, "POLL_S", (0.001, 0.002))
+    monkeypatch.setattr(post, "SOONEST_S", 0.002)
 
 
 class Story(Witness):
@@ -115,14 +116,16 @@ def test_a_node_that_comes_late_takes_part_from_the_next_round(tiny_config: Make
     config = tiny_config("server.node_timeout_s=0.02")
     outcome, lines = tell(config, Moving(config, there=(0, 1, 2)), r3=lambda grid: grid.there.append(5))
     assert answered(outcome) == [[0, 1, 2], [0, 1, 2], [0, 1, 2, 3]]
-    assert "only 3 of 4 clients are there; the run goes on without the others" in lines
+    assert "only 3 of 4 clients are there; the run goes on without the others: client 3" in lines
     assert "client 3 takes part from round 3 on" in lines
 
 
 def test_a_node_that_left_is_asked_again_when_it_is_back_under_its_id(tiny_config: MakeConfig) -> None:
     config = tiny_config()
     grid = Moving(config)
-    outcome, _ = tell(config, grid, r2=lambda g: g.there.remove(3), r3=lambda g: g.there.append(3))
+    outcome, lines = tell(config, grid, r2=lambda g: g.there.remove(3), r3=lambda g: g.there.append(3))
+    told = [line for line in lines if line.startswith("client 1 is ")]
+    assert [line.partition(":")[0] for line in told] == ["client 1 is registered and away", "client 1 is back"]
     assert answered(outcome) == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
     assert outcome.records[2]["refused"] == {"1": "its node is not there"}
     assert grid.kinds.count(("query.hello", 3)) == 1
@@ -204,12 +207,14 @@ def test_a_message_that_its_node_lost_does_not_hold_up_the_round(tiny_config: Ma
     config = tiny_config("rounds=2", "server.node_timeout_s=0.02")  # and a deadline of an hour
     grid = Moving(config)
     grid.silent.add(3)
-    outcome, _ = tell(config, grid, r2=lambda g: g.silent.clear())
+    outcome, lines = tell(config, grid, r2=lambda g: g.silent.clear())
     first, second = outcome.records[1:]
     assert first["answered"] == [0, 2, 3]
-    assert "its node lost the message" in first["refused"]["1"]
+    assert "its node no longer has the message" in first["refused"]["1"]
     assert second["answered"] == [0, 1, 2, 3]
-    assert grid.kinds.count(("query.hello", 3)) == 2
+    assert grid.kinds.count(("train", 3)) == post.TRIES + 1
+    assert grid.kinds.count(("query.hello", 3)) == 1 + post.TRIES
+    assert sum("client 1 is asked again" in line for line in lines) == post.TRIES - 1
 
 
 def test_a_slow_node_is_not_taken_for_one_that_lost_its_message(tiny_config: MakeConfig) -> None:

@@ -1,0 +1,188 @@
+"""`fedlora deploy doctor`: each fault of a folder is one line with its cure, and a sound folder has none."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import shutil
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedlora.cli import app
+from fedlora.config import parse_config
+from fedlora.deploy import FederationPlan, NodePlan, doctor, foreground, keys, write_project
+from fedlora.deploy.commands import AWAY_S, REACHED
+
+SITES = ("site-a", "site-b")
+Found = Mapping[str, tuple[str, str]]
+THERE: Found = dict.fromkeys(SITES, ("online", "2026-01-01"))
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    """As a SuperLink or SuperNode that is asked for its health."""
+
+    late_s = 0.0
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string(time.time() - self.late_s)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path, str], int]]:
+    """Serves with the certificate of a folder; the port."""
+    servers = []
+
+    def begin(folder: Path, name: str) -> int:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / f"{name}.crt", folder / f"{name}.key")
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return int(server.server_address[1])
+
+    yield begin
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def project(tmp_path: Path, serve: Callable[[Path, str], int]) -> Path:
+    """A federation on this machine whose SuperLink and first SuperNode answer."""
+    folder = tmp_path / "f"
+    nodes = tuple(NodePlan(name, ledger=f"/tmp/{name}.jsonl") for name in SITES)
+    write_project(folder, parse_config("", ["partition.clients=2"]), FederationPlan(("127.0.0.1",), nodes))
+    control = serve(folder / "coordinator", "server")
+    node = folder / "nodes" / "site-a"
+    put(folder / "coordinator" / "federation.toml", "8000", str(control))
+    put(node / "node.toml", "8000", str(control))
+    put(node / "node.toml", "8001", str(serve(node, "runtime")))
+    (node / REACHED).touch()
+    return folder
+
+
+def put(file: Path, old: str, new: str) -> None:
+    file.write_text(file.read_text().replace(old, new))
+
+
+def faults(folder: Path, found: Found = THERE) -> list[str]:
+    findings = list(doctor.examine(folder, lambda address, certificate: found))
+    assert len(findings) > 6
+    return [str(finding) for finding in findings if finding.cure]
+
+
+def test_a_sound_federation_has_no_faults(project: Path) -> None:
+    assert faults(project) == []
+    assert faults(project / "nodes" / "site-a") == []
+
+
+def test_nodes_that_are_away_and_not_registered_are_named(project: Path) -> None:
+    first, second = faults(project, {"site-a": ("offline", "2026-02-03"), "stranger": ("online", "")})
+    assert first.startswith("FAULT  node site-a is away since 2026-02-03: ")
+    assert second.startswith("FAULT  node site-b is not registered: let it in: flwr supernode register ")
+    (never,) = faults(project, {**THERE, "site-b": ("registered", "")})
+    assert "node site-b is registered, and was never there" in never
+
+
+def short_lived(folder: Path) -> None:
+    keys.VALID_DAYS = 20
+    authority = keys.make_authority("short")
+    pair = keys.make_server(authority, "short", ("127.0.0.1",))
+    for name, content in (("ca.crt", authority.public), ("server.crt", pair.public), ("server.key", pair.private)):
+        (folder / name).write_bytes(content)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "open": (lambda folder: os.chmod(folder / "server.key", 0o644), ["server.key: others can read it: chmod 600"]),
+    "gone": (lambda folder: (folder / "superexec.secret").unlink(), ["superexec.secret: ", "is missing"]),
+    "damaged": (lambda folder: (folder / "server.crt").write_text("?"), ["server.crt: it cannot be read"]),
+    "another pair": (
+        lambda folder: shutil.copy(folder.parent / "nodes" / "site-a" / "runtime.key", folder / "server.key"),
+        ["server.crt with its key: key and certificate are not of one pair"],
+    ),
+    "another authority": (
+        lambda folder: (folder / "ca.crt").write_bytes(keys.make_authority("other").public),
+        ["server.crt with its key: it is not of this federation's authority", "somebody else"],
+    ),
+    "ends soon": (short_lived, ["ca.crt is valid until", "19 days are left", "server.crt is valid until"]),
+    "nobody": (
+        lambda folder: put(folder / "federation.toml", "control-port = ", "control-port = 1 # "),
+        ["SuperLink at 127.0.0.1:1 is not reached", "start it: fedlora deploy up"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_of_a_coordinator_is_said_with_its_cure(
+    name: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "VALID_DAYS", keys.VALID_DAYS)
+    spoil, said = FAULTS[name]
+    spoil(project / "coordinator")
+    text = "\n".join(faults(project))
+    assert all(words in text for words in said), text
+
+
+def test_a_clock_that_is_off_is_said(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Healthy, "late_s", 60.0)
+    (fault,) = faults(project)
+    assert "the clocks of this machine and 127.0.0.1 agree: set both by NTP" in fault
+
+
+def test_another_flower_is_said(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: "1.42.0")
+    (fault,) = faults(project)
+    assert "this fedlora needs flwr" in fault
+
+
+def test_a_node_that_the_superlink_does_not_answer_is_said(project: Path) -> None:
+    node = project / "nodes" / "site-a"
+    long_ago = time.time() - 2 * AWAY_S
+    os.utime(node / REACHED, (long_ago, long_ago))
+    (fault,) = faults(node)
+    assert "the SuperLink last answered this node 120 s ago: " in fault
+    (node / REACHED).unlink()
+    (fault,) = faults(node)
+    assert "has never answered it" in fault
+
+
+def test_the_command_says_every_finding_and_fails_with_the_faults(project: Path) -> None:
+    node = project / "nodes" / "site-a"
+    sound = CliRunner().invoke(app, ["deploy", "doctor", str(node)])
+    assert (sound.exit_code, "FAULT" in sound.output) == (0, False), sound.output
+    (node / REACHED).unlink()
+    ill = CliRunner().invoke(app, ["deploy", "doctor", str(node)])
+    assert ill.exit_code == 1
+    assert "1 fault found" in ill.output
+    assert ill.output.count("ok     ") == sound.output.count("ok     ") - 1
+
+
+def test_deploy_up_says_when_the_superlink_no_longer_answers_a_node_and_when_it_does_again(tmp_path: Path) -> None:
+    folder, said = tmp_path, list[str]()
+    (folder / "node.toml").touch()
+    (folder / "state").mkdir()
+    link = foreground._Link(folder)
+    link.look(said.append)
+    link._since -= 2 * AWAY_S
+    link.look(said.append)
+    link.look(said.append)
+    (folder / REACHED).touch()
+    link.look(said.append)
+    assert [line.split(":")[0] for line in said] == [
+        "the SuperLink has not answered this node for 60 s",
+        "the SuperLink answers this node again",
+    ]
