@@ -170,7 +170,7 @@ class NodeRegistry:
                 if error.code not in LOST or len(questions) == TRIES:
                     raise
                 lost = lost or sent is questions[-1]
-        late = time.monotonic() - questions[-1].at > self._server.node_timeout_s
+        late = time.monotonic() - questions[-1].at > self._server.node_timeout_s / TRIES
         if (lost or late) and len(questions) < TRIES and node_id in self._there:
             questions.append(self._mail.ask_hello(node_id))
         return None

@@ -65,7 +65,7 @@ def federation(
 ) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("f")
     changes = [f"model.name='{tiny_bert}'", f"data.source='{tiny_csv}'", "partition.name=iid", "partition.clients=2"]
-    changes += ["train.steps=3", "train.batch_size=8", f"rounds={ROUNDS}", "server.node_timeout_s=40"]
+    changes += ["train.steps=3", "train.batch_size=8", f"rounds={ROUNDS}", "server.node_timeout_s=120"]
     changes += ["runtime.device=cpu", "runtime.threads=1", "runtime.cohort=1", "runtime.kernels=off"]
     config = parse_config("", [*changes, "adapter.targets=['query','value']"], name="stumbles")
     nodes = tuple(NodePlan(name, ledger=f"{folder}/{name}.jsonl") for name in NODES)
