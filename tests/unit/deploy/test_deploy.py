@@ -367,7 +367,10 @@ def test_compose_and_the_images_are_of_the_flower_that_is_pinned() -> None:
             assert service["image"].endswith(f":{pinned[1]}")
         elif name != "proxy":
             assert service["build"]["dockerfile"] == "deploy/Dockerfile"
-    assert f"ARG FLWR={pinned[1]}\nFROM flwr/superexec:${{FLWR}}" in (ROOT / "deploy" / "Dockerfile").read_text()
+    assert (
+        f"ARG FLWR={pinned[1]}\nARG BASE=flwr/superexec:${{FLWR}}\nFROM ${{BASE}}"
+        in (ROOT / "deploy" / "Dockerfile").read_text()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -1,0 +1,202 @@
+"""A federation in containers, each site on a machine of its own: `make test-containers`.
+
+docker-compose.yml is started once for each machine, as a project with networks of its own, so that only the published
+port joins them: the coordinator with site a, site b over a slow line whose connections break, and site c. Then a site
+is cut off, the SuperLink and a SuperNode are killed, and a node's disk is full.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.real_federation import ROOT, Federation, demo
+from support.slow_relay import SlowRelay
+
+from fedlora.config import parse_config
+from fedlora.deploy import FederationPlan, NodePlan
+
+ENGINE = os.environ.get("FEDLORA_TEST_ENGINE", "")
+SITES = ("site-a", "site-b", "site-c")
+PORT = 8443
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.containers,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not ENGINE, reason="needs a Docker engine of its own: make test-containers starts one, as root"),
+]
+
+
+class Machine:
+    """One compose project: a machine with some of the services.
+
+    Args:
+        name: Of the project.
+        file: The compose file.
+        environment: Variables that it reads.
+    """
+
+    def __init__(self, name: str, file: Path, environment: dict[str, str]) -> None:
+        self.name, self._file = name, file
+        self._environment = {**os.environ, **environment, "DOCKER_HOST": ENGINE, "COMPOSE_PROJECT_NAME": name}
+
+    def compose(self, *words: str) -> str:
+        return self._run("docker-compose", "--file", str(self._file), *words)
+
+    def docker(self, *words: str) -> str:
+        return self._run("docker", *words)
+
+    def container(self, service: str) -> str:
+        return self.compose("ps", "--quiet", service).strip()
+
+    def ask(self, service: str, template: str) -> str:
+        return self.docker("inspect", "--format", template, self.container(service)).strip()
+
+    def kill(self, service: str) -> None:
+        """As a crash: `docker kill` would count as an order to stay down."""
+        os.kill(int(self.ask(service, "{{.State.Pid}}")), 9)
+
+    def _run(self, *words: str) -> str:
+        done = subprocess.run(words, env=self._environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, f"{words}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
+        return done.stdout
+
+
+def compose_file(site: str, folder: Path) -> Path:
+    """docker-compose.yml of a machine: for a third site, as its operator would change it, with a small disk."""
+    services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text().replace("site-b", site))
+    for service in services["services"].values():
+        service.pop("build", None)  # `images` has built it
+    for name in (f"superexec-{site}", f"worker-{site}"):
+        small = {"type": "tmpfs", "target": "/small", "tmpfs": {"size": 4 << 20}}
+        services["services"][name]["volumes"].append(small)
+        services["services"][name]["environment"]["TMPDIR"] = "/small"
+    services["services"][f"supernode-{site}"]["extra_hosts"] = ["coordinator:${GATEWAY:-127.0.0.1}"]
+    path = folder / f"{site}.yml"
+    path.write_text(yaml.safe_dump(services))
+    return path
+
+
+@pytest.fixture(scope="module")
+def federation(tiny_bert: Path, tiny_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    """The folders; models and data lie where the containers see them."""
+    folder = tmp_path_factory.mktemp("c")
+    models = folder / "models"
+    shutil.copytree(tiny_bert, models / "bert")
+    head, *rows = tiny_csv.read_text(encoding="utf-8").splitlines()
+    parts = {"test": rows[:60], "site-a": rows[60:120], "site-b": rows[120:180], "site-c": rows[180:]}
+    settings = ["model.name=/models/bert", "adapter.targets=['query','value']", "task.name=text-classification"]
+    settings += ["task.labels=['negative','positive']", f"data.test={folder}/test.csv", "rounds=8", "train.steps=3"]
+    settings += ["runtime.device=cpu", "runtime.threads=1", "runtime.cohort=1", "runtime.kernels=off"]
+    settings += ["server.node_timeout_s=120", "server.deadline_s=600", "server.quorum=0.3"]
+    for name, part in parts.items():
+        (folder / f"{name}.csv").write_text("\n".join([head, *part]) + "\n", encoding="utf-8")
+    (folder / "all.csv").write_text(
+        "\n".join([f"{head},site", *(f"{row},{site}" for site in SITES for row in parts[site])]) + "\n",
+        encoding="utf-8",
+    )
+    nodes = tuple(NodePlan(name, data="/data/notes.csv", ledger="/var/lib/fedlora/ledger.jsonl") for name in SITES)
+    config = parse_config("", settings, name="composed")
+    federation = Federation(folder, config, FederationPlan(("coordinator", "proxy"), nodes, port=PORT))
+    for place in ("coordinator", *(f"nodes/{site}" for site in SITES)):
+        (federation.project / place / "data").mkdir()
+        (federation.project / place / "state").mkdir(exist_ok=True)
+    run = federation.project / "coordinator" / "app" / "run.toml"
+    run.write_text(run.read_text().replace(f"{folder}/test.csv", "/data/test.csv"))
+    shutil.copy(folder / "test.csv", federation.project / "coordinator" / "data")
+    for site in SITES:
+        shutil.copy(folder / f"{site}.csv", federation.project / "nodes" / site / "data" / "notes.csv")
+    return federation
+
+
+@pytest.fixture(scope="module")
+def machines(federation: Federation) -> Iterator[dict[str, Machine]]:
+    """The coordinator with site a, and a machine for each of the others; all of it up, and the keys let in."""
+    project, folder = federation.project, federation.folder
+    common = {"FEDERATION": str(project), "FEDLORA_MODELS": str(folder / "models")}
+    common |= {"FEDLORA_UID": str(os.getuid()), "FEDLORA_GID": str(os.getgid())}
+    common |= {"FEDERATION_PORT": str(PORT)}
+    hub = Machine("hub", compose_file("site-b", folder), common)
+    machines = {"site-a": hub}
+    relay: SlowRelay | None = None
+    try:
+        hub.compose("up", "--detach", "superlink", "superexec", "proxy")
+        federation.wait(lambda: demo.connects(8000), "the SuperLink")
+        federation.register()
+        gateway = hub.docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}").strip()
+        relay = SlowRelay(("0.0.0.0", 0), ("127.0.0.1", PORT), delay_s=0.1, rate=2e6, breaks=0.2)
+        relay.__enter__()
+        hub.compose("up", "--detach", "supernode-site-a", "worker-site-a", "superexec-site-a")
+        for site, port in (("site-b", relay.port), ("site-c", PORT)):
+            own = {**common, "GATEWAY": gateway, "FEDERATION_ADDRESS": f"coordinator:{port}"}
+            own |= {"SITE_B": str(project / "nodes" / site), "SITE_B_DATA": str(project / "nodes" / site / "data")}
+            machines[site] = Machine(site, compose_file(site, folder), own)
+            machines[site].compose("up", "--detach", f"supernode-{site}", f"worker-{site}", f"superexec-{site}")
+        yield machines
+        assert relay.broken > 0
+    finally:
+        for name, machine in machines.items():
+            (folder / f"{name}.log").write_text(machine.compose("logs", "--no-color"))
+            machine.compose("down", "--timeout", "5")
+        if relay is not None:
+            relay.__exit__()
+
+
+def test_containers_train_through_cuts_kills_a_full_disk_and_a_slow_line(
+    federation: Federation, machines: dict[str, Machine]
+) -> None:
+    hub, third = machines["site-a"], machines["site-c"]
+    run = federation.run()
+    federation.wait(lambda: run.has_finished(1), "round 1")
+    supernode = hub.container("supernode-site-a")
+    hub.docker("network", "disconnect", "hub_fleet", supernode)
+    time.sleep(20)
+    hub.docker("network", "connect", "hub_fleet", supernode)
+    federation.wait(lambda: run.has_finished(2), "round 2")
+    hub.kill("superlink")
+    federation.wait(lambda: run.has_finished(3), "round 3")
+    third.kill("supernode-site-c")
+    federation.wait(lambda: run.has_finished(4), "round 4")
+    for service in ("superexec-site-c", "worker-site-c"):
+        fill = "dd if=/dev/zero of=/small/full bs=64k 2>/dev/null; true"
+        third.docker("exec", third.container(service), "sh", "-c", fill)
+    federation.wait(lambda: run.has_finished(5), "round 5")
+    for service in ("superexec-site-c", "worker-site-c"):
+        third.docker("exec", third.container(service), "rm", "/small/full")
+    run.finish()
+    answers = run.answers()
+    assert answers[0] == answers[-1] == [0, 1, 2]
+    assert sum(map(len, answers)) >= 3 * len(answers) - 4  # each fault costs a site a round at most
+    assert all(third.ask(s, "{{.State.Status}}") == "running" for s in ("supernode-site-c", "worker-site-c"))
+    for site, machine in machines.items():
+        federation.wait(lambda machine=machine, site=site: healthy(machine, site), f"{site}'s health")
+    listed = json.loads(demo.flower(federation.project, "supernode", "list", "federation", "--format", "json"))
+    assert [node["status"] for node in listed["nodes"]] == ["online"] * 3
+    assert third.docker("exec", third.container("supernode-site-c"), "sh", "-c", "getent hosts superlink || true") == ""
+    run.require_equal(simulated(federation, run))
+
+
+def healthy(machine: Machine, site: str) -> bool:
+    return machine.ask(f"supernode-{site}", "{{.State.Health.Status}}") == "healthy"
+
+
+def simulated(federation: Federation, run: Any) -> Path:
+    """The run again, in one process on this machine, where models and data have other paths."""
+    folder = federation.folder
+    model, partition = run.config.model, parse_config("", ["partition.name=natural", "partition.column=site"]).partition
+    config = run.config.model_copy(
+        update={
+            "model": model.model_copy(update={"name": str(folder / "models" / "bert")}),
+            "data": run.config.data.model_copy(update={"source": str(folder / "all.csv")}),
+            "partition": partition,
+        }
+    )
+    return type(run)(federation, config, run.run_id).simulate(replay=run.records())
