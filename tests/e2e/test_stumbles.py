@@ -30,7 +30,7 @@ PLAN = {
     "fleet/pull-messages": ONCE,
     "fleet/pull-object": EITHER,
     "fleet/confirm-message-received": EITHER,
-    "fleet/push-messages": every_second("500", "lost", times=5),
+    "fleet/push-messages": [*every_second("500", times=9), *every_second("lost")],
     "fleet/push-object": EITHER,
     "fleet/send-node-heartbeat": TEN,
     "runtime/acquire-task": every_second("500", "503", times=5),
@@ -51,7 +51,7 @@ PRIVATE = (
     *("server.weighting=uniform", "train.steps=1", "train.batch_size=40", "privacy.public_examples=40"),
     *("privacy.delta=1e-3", "privacy.max_grad_norm=0.5", "privacy.accountant=rdp", "privacy.noise_multiplier=1.5"),
 )
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,8 @@ def federation(
     config = parse_config("", [*changes, "adapter.targets=['query','value']"], name="stumbles")
     nodes = tuple(NodePlan(name, ledger=f"{folder}/{name}.jsonl") for name in NODES)
     federation = Federation(folder, config, FederationPlan(("127.0.0.1",), nodes, control_port=demo.free_ports(3)))
+    patience = pytest.MonkeyPatch()
+    patience.setattr(demo, "PATIENCE_S", 1200.0)  # the SuperLink gives up a broken upload after 180 s
     try:
         federation.up("coordinator", *stumbles.prefix)
         federation.wait(lambda: demo.listens(federation.project), "the SuperLink")
@@ -80,6 +82,7 @@ def federation(
         yield federation
     finally:
         federation.down()
+        patience.undo()
 
 
 def test_a_run_loses_nothing_to_ten_errors_of_each_call(federation: Federation, stumbles: Stumbles) -> None:
