@@ -12,8 +12,8 @@ What Flower 1.41 does by itself, read in its source and seen with injected error
 Repeating does nothing twice. A message is known by its id, a hash of its content, and a SuperLink stores it once;
 `get-nodes`, `pull-object`, `confirm-message-received` and heartbeats can be repeated as they are.
 
-- `push-messages` of a node whose answer was lost may find that the server has fetched the reply's announcement meanwhile.
-  Flower then sends no objects, the SuperLink gives the upload up after 180 s, and the server asks for the reply again.
+- `push-messages` of a node whose answer was lost may find that the server has fetched the announcement meanwhile. Then
+  Flower sends no objects, the SuperLink gives the upload up after 180 s, and the server asks for the reply again.
 - `push-object` says "not stored" where the database was locked, where the push has taken too long, and where an earlier
   try was carried out and its answer lost. It is repeated too, and after such a try "not stored" means that it is there.
 - `pull-messages` hands a message out once: one whose answer was lost on the way is asked for again by the server
