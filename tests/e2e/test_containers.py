@@ -77,7 +77,7 @@ def compose_file(site: str, folder: Path) -> Path:
         service.pop("build", None)  # `images` has built it
     for name in (f"superexec-{site}", f"worker-{site}"):
         small = {"type": "tmpfs", "target": "/small", "tmpfs": {"size": 4 << 20}}
-        services["services"][name]["volumes"].append(small)
+        services["services"][name]["volumes"] = [*services["services"][name]["volumes"], small]
         services["services"][name]["environment"]["TMPDIR"] = "/small"
     services["services"][f"supernode-{site}"]["extra_hosts"] = ["coordinator:${GATEWAY:-127.0.0.1}"]
     path = folder / f"{site}.yml"
