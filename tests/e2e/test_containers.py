@@ -131,7 +131,7 @@ def machines(federation: Federation) -> Iterator[dict[str, Machine]]:
         hub.compose("up", "--detach", "superlink", "superexec", "proxy")
         federation.wait(lambda: demo.connects(8000), "the SuperLink")
         federation.register()
-        gateway = hub.docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}").strip()
+        gateway = hub.ask("proxy", "{{range .NetworkSettings.Networks}}{{.Gateway}} {{end}}").split()[0]
         relay = SlowRelay(("0.0.0.0", 0), ("127.0.0.1", PORT), delay_s=0.1, rate=2e6, breaks=0.2)
         relay.__enter__()
         hub.compose("up", "--detach", "supernode-site-a", "worker-site-a", "superexec-site-a")
