@@ -123,6 +123,10 @@ class Svd(NamedTuple):
         """How many values are not zero."""
         return int((self.S > 0).sum())
 
+    def first(self, count: int) -> Svd:
+        """The largest values alone."""
+        return Svd(self.U[:, :count], self.S[:count], self.Vh[:count])
+
     def pair(
         self,
         rank: int,

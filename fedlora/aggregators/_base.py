@@ -47,6 +47,8 @@ class Claim(enum.Flag):
     """A minority of arbitrary updates moves the result by a bounded amount."""
     ANY_TENSORS = enum.auto()
     """Every tensor is treated alike, so that other methods than LoRA can be averaged, whose tensors are no pairs."""
+    GAUGE_FREE = enum.auto()
+    """Only the products B A of what clients send matter: (G A, B G^-1) is the same update as (A, B)."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,18 @@ class Aggregator(ABC):
     """One aggregation rule. Subclasses are frozen dataclasses; their fields are their config."""
 
     claims: ClassVar[Claim] = Claim.NONE
+    """What the rule promises with its default fields; `_claim` sets what an instance promises with its own."""
     paper: ClassVar[str] = ""
     """Authors, venue and year, arXiv number."""
+    group: ClassVar[str] = ""
+    """Heading under which `fedlora strategies` lists the rule; if empty, one that follows from its claims."""
+    keeps_basis: ClassVar[bool] = True
+    """Whether unit i of the new adapter goes on from unit i of the old one, so that their difference is a step. Rules
+    that draw a new basis, such as singular vectors, say no."""
+
+    def _claim(self, claims: Claim) -> None:
+        """Set what this instance claims, where that depends on its fields: for `__post_init__`."""
+        object.__setattr__(self, "claims", claims)
 
     def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
         """The state before the first round.
@@ -243,6 +255,16 @@ def require_modules(state: GlobalState, layout: Layout, client_id: int) -> None:
                 "base model",
                 code="shape-mismatch",
             )
+
+
+def require_current_base(state: GlobalState, update: ClientUpdate) -> None:
+    """Raise `RuleError` for an update that was trained on another version of the base than the state's."""
+    if update.base_version != state.base_version:
+        raise RuleError(
+            f"client {update.client_id} trained on version {update.base_version} of the base, which is now "
+            f"at {state.base_version}: drop its update; its next plan brings the base updates that it lacks",
+            code="stale-base",
+        )
 
 
 def require_no_magnitudes(rule: Aggregator, adapter: AdapterState) -> None:

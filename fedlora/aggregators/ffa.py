@@ -26,7 +26,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraPair, Part
+from fedlora.adapter import AdapterState, Part
 from fedlora.aggregators._base import (
     Aggregator,
     Claim,
@@ -35,9 +35,9 @@ from fedlora.aggregators._base import (
     ClientUpdate,
     GlobalState,
     WeightedMean,
-    require_modules,
     rules,
 )
+from fedlora.aggregators._nested import nested_start, padded_columns, require_nested
 from fedlora.errors import RuleError
 
 TRAINED: frozenset[Part] = frozenset(("B", "dense"))
@@ -74,16 +74,8 @@ class FfaLora(Aggregator):
             RuleError: if the client's modules are not the global ones, its rank is above the global rank, or one of the
                 scales is zero.
         """
-        self._require_nested(state, client.client_id, client)
-        pairs: dict[str, LoraPair] = {}
-        for name, pair in state.adapter.pairs.items():
-            theirs = client.layout[name]
-            if theirs == pair.shape:
-                pairs[name] = pair
-            else:
-                B = pair.B[:, : theirs.rank] * (pair.scale / theirs.scale)
-                pairs[name] = LoraPair(pair.A[: theirs.rank], B, theirs.scale)
-        return ClientPlan(AdapterState(pairs, state.adapter.dense), trains=TRAINED, sends=TRAINED)
+        start = nested_start(state, client.layout, client.client_id)
+        return ClientPlan(start, trains=TRAINED, sends=TRAINED)
 
     def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """The mean of the padded and rescaled B.
@@ -93,7 +85,7 @@ class FfaLora(Aggregator):
         """
         mean = WeightedMean()
         for update in updates:
-            self._require_nested(state, update.client_id, ClientSpec(update.client_id, update.adapter.layout))
+            require_nested(state, update.adapter.layout, update.client_id)
             tensors: dict[str, Tensor] = dict(update.adapter.dense)
             for name, pair in state.adapter.pairs.items():
                 theirs = update.adapter.pairs[name]
@@ -103,25 +95,7 @@ class FfaLora(Aggregator):
                         "start from this run's plan and keep A fixed",
                         code="frozen-a-changed",
                     )
-                B = theirs.B.new_zeros(pair.B.shape, dtype=torch.float64)
-                B[:, : theirs.rank] = theirs.B
-                tensors[f"{name}:B"] = B.mul_(theirs.scale / pair.scale)
+                tensors[f"{name}:B"] = padded_columns(theirs, pair)
             mean.add(tensors, update.num_examples)
         adapter = state.adapter.with_tensors(mean.result(like=state.adapter.tensors(TRAINED)))
         return replace(state, adapter=adapter, round=state.round + 1)
-
-    def _require_nested(self, state: GlobalState, client_id: int, client: ClientSpec) -> None:
-        require_modules(state, client.layout, client_id)
-        for name, shape in state.adapter.layout.items():
-            theirs = client.layout[name]
-            if theirs.rank > shape.rank:
-                raise RuleError(
-                    f"client {client_id} has rank {theirs.rank} for {name!r}, above the global rank {shape.rank}: "
-                    "set the global rank to the largest of the clients'",
-                    code="rank-above-global",
-                )
-            if theirs.scale == 0 or shape.scale == 0:
-                raise RuleError(
-                    f"the scale of {name!r} is 0 for client {client_id} or globally: set alpha above 0",
-                    code="scale-is-zero",
-                )

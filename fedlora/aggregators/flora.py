@@ -34,13 +34,13 @@ from fedlora.aggregators._base import (
     ClientUpdate,
     GlobalState,
     WeightedMean,
+    require_current_base,
     require_modules,
     require_no_magnitudes,
     require_weight,
     rules,
 )
 from fedlora.aggregators.base_updates import catch_up, compact
-from fedlora.errors import RuleError
 from fedlora.lowrank import stack
 from fedlora.rng import derive
 
@@ -51,7 +51,7 @@ from fedlora.rng import derive
 class Flora(Aggregator):
     """W <- W + sum_k p_k s_k B_k A_k; each client goes on with a fresh pair."""
 
-    claims: ClassVar[Claim] = Claim.EXACT | Claim.MIXED_RANKS | Claim.CHANGES_BASE
+    claims: ClassVar[Claim] = Claim.EXACT | Claim.MIXED_RANKS | Claim.CHANGES_BASE | Claim.GAUGE_FREE
     paper: ClassVar[str] = "Wang et al., NeurIPS 2024, arXiv 2409.05976"
 
     def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
@@ -94,12 +94,7 @@ class Flora(Aggregator):
         mean = WeightedMean()
         terms: dict[str, list[tuple[int, float, LoraPair]]] = {name: [] for name in state.adapter.pairs}
         for update in updates:
-            if update.base_version != state.base_version:
-                raise RuleError(
-                    f"client {update.client_id} trained on version {update.base_version} of the base, which is now "
-                    f"at {state.base_version}: drop its update; its next plan brings the base updates that it lacks",
-                    code="stale-base",
-                )
+            require_current_base(state, update)
             require_weight(update.num_examples, update.client_id)
             require_modules(state, update.adapter.layout, update.client_id)
             mean.add(update.adapter.dense, update.num_examples)

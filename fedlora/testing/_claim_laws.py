@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import unittest
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from fedlora.adapter import AdapterState
-from fedlora.aggregators import Claim, ClientUpdate, WeightedMean, broadcast_change
+from fedlora.adapter import AdapterState, LoraPair
+from fedlora.aggregators import Claim, ClientUpdate, GlobalState, WeightedMean, broadcast_change
 from fedlora.lowrank import relative_error
 from fedlora.testing._require import require, require_same
-from fedlora.testing._toy import WEIGHTS, ToyFederation, alpha_doubled, ideal, noise, visible
+from fedlora.testing._toy import WEIGHTS, ToyFederation, alpha_doubled, ideal, in_another_gauge, noise, scaled, visible
 
 
 class ClaimLaws(ToyFederation):
@@ -70,7 +70,11 @@ class ClaimLaws(ToyFederation):
 
     def test_linear_holds_one_update_at_a_time(self) -> None:
         self._law("test_linear_holds_one_update_at_a_time", Claim.LINEAR)
-        state = self.states()[-1]
+        for state in self.states():  # a rule may ask for other parts in every other round
+            self._require_one_update_at_a_time(state)
+
+    def _require_one_update_at_a_time(self, state: GlobalState) -> None:
+        sent = self.aggregator.plan(state, self.specs()[0]).sends  # the rest is the plan's, and all updates share it
         seen: list[list[weakref.ref[Any]]] = []
 
         def replies() -> Iterator[ClientUpdate]:
@@ -79,7 +83,7 @@ class ClaimLaws(ToyFederation):
                 # The loop that reads this generator may still hold the update before.
                 require(alive <= 1, f"claims LINEAR, but holds {alive} earlier updates")
                 update = self.updates(state, [spec], weights=[weight])[0]
-                seen.append([weakref.ref(t) for n, t in update.adapter.tensors().items() if not n.endswith(":A")])
+                seen.append([weakref.ref(tensor) for tensor in update.adapter.tensors(sent).values()])
                 seen[-1].append(weakref.ref(update))
                 yield update
                 del update
@@ -88,31 +92,58 @@ class ClaimLaws(ToyFederation):
 
     def test_robust_bounds_one_liar(self) -> None:
         self._law("test_robust_bounds_one_liar", Claim.ROBUST)
+        self._require_robust(9, 1, lambda adapter: scaled(adapter, 1e8), "one bad client of 9")
+
+    def test_robust_bounds_a_share_of_liars(self) -> None:
+        self._law("test_robust_bounds_a_share_of_liars", Claim.ROBUST)
+        self._require_robust(20, 2, lambda adapter: scaled(adapter, 1e8), "two bad clients of 20 who say the same")
+
+    def test_robust_bounds_a_liar_in_another_gauge(self) -> None:
+        self._law("test_robust_bounds_a_liar_in_another_gauge", Claim.ROBUST)
+
+        def hidden(adapter: AdapterState) -> AdapterState:
+            pairs = {name: LoraPair(pair.A * 1e8, pair.B / 1e8, pair.scale) for name, pair in adapter.pairs.items()}
+            return AdapterState(pairs, adapter.dense)
+
+        self._require_robust(9, 1, hidden, "one client of 9 with A times 1e8 and B by 1e8")
+
+    def _require_robust(self, count: int, liars: int, lie: Callable[[AdapterState], AdapterState], who: str) -> None:
         for state in self.states():
-            specs = [dataclasses.replace(self.specs()[0], client_id=k) for k in range(9)]
-            updates = self.updates(state, specs, weights=[1.0] * 9)
+            specs = [dataclasses.replace(self.specs()[0], client_id=k) for k in range(count)]
+            updates = self.updates(state, specs, weights=[1.0] * count)
             honest = visible(state, self.aggregator.aggregate(state, updates))
             size = max(float(value.norm()) for value in honest.values())
-            lie = {name: value * 1e8 for name, value in updates[4].adapter.tensors().items()}
-            updates[4] = dataclasses.replace(updates[4], adapter=updates[4].adapter.with_tensors(lie))
+            sent = self.aggregator.plan(state, specs[0]).sends
+            told = lie(updates[4].adapter).tensors(sent)
+            for k in range(4, 4 + liars):
+                updates[k] = dataclasses.replace(updates[k], adapter=updates[k].adapter.with_tensors(told))
             fooled = visible(state, self.aggregator.aggregate(state, updates))
             moved = max(float((fooled[name] - honest[name]).norm()) for name in honest)
-            require(
-                moved < 10 * size,
-                f"claims ROBUST, but one bad client of 9 moves the result by {moved / size:.1e} of its size",
-            )
+            require(moved < 10 * size, f"claims ROBUST, but {who} moves the result by {moved / size:.1e} of its size")
 
     def test_any_tensors_are_treated_alike(self) -> None:
         self._law("test_any_tensors_are_treated_alike", Claim.ANY_TENSORS)
-        state = self.states()[-1]
-        updates = self.updates(state, self.specs())
-        expected = self.aggregator.aggregate(state, updates).adapter.tensors()
-        loose = dataclasses.replace(
-            self.aggregator.init(AdapterState(dense=state.adapter.tensors()), seed=7), round=state.round
-        )
-        renamed = [dataclasses.replace(u, adapter=AdapterState(dense=u.adapter.tensors())) for u in updates]
-        got = self.aggregator.aggregate(loose, renamed).adapter.tensors()
-        require_same(got, expected, 1e-12, "the tensors under other names")
+        for state in self.states():
+            updates = self.updates(state, self.specs())
+            expected = self.aggregator.aggregate(state, updates).adapter.tensors()
+            fresh = self.aggregator.init(AdapterState(dense=state.adapter.tensors()), seed=7)
+            loose = dataclasses.replace(fresh, round=state.round, memory=state.memory)
+            renamed = [dataclasses.replace(u, adapter=AdapterState(dense=u.adapter.tensors())) for u in updates]
+            got = self.aggregator.aggregate(loose, renamed).adapter.tensors()
+            require_same(got, expected, 1e-12, "the tensors under other names")
+
+    def test_gauge_is_not_seen(self) -> None:
+        self._law("test_gauge_is_not_seen", Claim.GAUGE_FREE)
+        for state in self.states():
+            for ranks in self.rank_lists():
+                specs = self.specs(ranks)
+                sent = self.aggregator.plan(state, specs[0]).sends
+                require({"A", "B"} <= sent, "claims GAUGE_FREE, but its clients do not send both factors")
+                updates = self.updates(state, specs)
+                expected = visible(state, self.aggregator.aggregate(state, updates))
+                turned = [dataclasses.replace(u, adapter=in_another_gauge(u.adapter, u.client_id)) for u in updates]
+                got = visible(state, self.aggregator.aggregate(state, turned))
+                require_same(got, expected, 1e-9, "each client's (A, B) as (G A, B G^-1)")
 
     def _law(self, name: str, claim: Claim = Claim.NONE) -> None:
         if name in self.exempt:

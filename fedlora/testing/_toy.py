@@ -112,6 +112,19 @@ def alpha_doubled(adapter: AdapterState) -> AdapterState:
     return AdapterState(pairs, adapter.dense)
 
 
+def in_another_gauge(adapter: AdapterState, seed: int) -> AdapterState:
+    """The same changes of weights from other factors, (G A, B G^-1) with a matrix G for each module."""
+    pairs = {}
+    for name, pair in adapter.pairs.items():
+        G = noise(pair.A.new_zeros(pair.rank, pair.rank), seed, name) + 2 * torch.eye(pair.rank, dtype=pair.A.dtype)
+        pairs[name] = LoraPair(G @ pair.A, torch.linalg.solve(G, pair.B, left=False), pair.scale)
+    return AdapterState(pairs, adapter.dense)
+
+
+def scaled(adapter: AdapterState, factor: float) -> AdapterState:
+    return adapter.with_tensors({name: value * factor for name, value in adapter.tensors().items()})
+
+
 def cast_adapter(adapter: AdapterState, dtype: torch.dtype) -> AdapterState:
     return adapter.with_tensors({name: value.to(dtype) for name, value in adapter.tensors().items()})
 

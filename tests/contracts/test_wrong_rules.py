@@ -17,6 +17,8 @@ TWINS, WEIGHTS = "test_one_client_counts_as_its_duplicates", "test_scaling_all_w
 SUMS, ONE_AT_A_TIME = "test_linear_sees_sums_only", "test_linear_holds_one_update_at_a_time"
 STREAM, RESUME = "test_streaming_equals_all_at_once", "test_resume_equals_uninterrupted"
 HALF, INPUTS = "test_half_precision_is_accumulated_wide", "test_inputs_are_not_changed"
+LIAR, LIARS = "test_robust_bounds_one_liar", "test_robust_bounds_a_share_of_liars"
+HIDDEN = "test_robust_bounds_a_liar_in_another_gauge"
 SAME = "test_identical_updates_come_back_unchanged"
 BASE, MIXED = "test_base_is_changed_by_those_that_say_so", "test_mixed_ranks_are_taken_or_refused"
 
@@ -33,7 +35,12 @@ CAUGHT: list[tuple[Aggregator, set[str]]] = [
     (wrong.KeepsAll(), {ONE_AT_A_TIME}),
     (wrong.ClaimsExact(), {EXACT}),
     (wrong.ClaimsLinear(), {SUMS, ONE_AT_A_TIME}),
-    (wrong.ClaimsRobust(), {"test_robust_bounds_one_liar"}),
+    (wrong.ClaimsRobust(), {LIAR, LIARS, HIDDEN}),
+    (wrong.ClaimsGaugeFree(), {"test_gauge_is_not_seen"}),
+    (wrong.DropsOne(), {LIARS, DENSE}),
+    (wrong.AveragesWhatKrumChose(), {HIDDEN, TWINS, DENSE}),
+    (wrong.MomentumOfPairs(), {"test_any_tensors_are_treated_alike", ALONE, SAME}),
+    (wrong.KeepsEveryA(), {ONE_AT_A_TIME}),
     (wrong.HeadFrozenWithA(), {DENSE, ALONE, SAME}),
     (wrong.PadsWithoutScale(), {EXACT, SAME}),
     (wrong.TakesAnyRank(), {MIXED}),

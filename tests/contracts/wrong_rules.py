@@ -21,10 +21,12 @@ from fedlora.aggregators import (
     base_update_chain,
     require_modules,
 )
+from fedlora.aggregators._around import gram_of_changes, received, squared_distances
 from fedlora.aggregators.fair import Fair
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.ffa import TRAINED, FfaLora
 from fedlora.aggregators.flora import Flora
+from fedlora.aggregators.krum import Krum, krum_scores
 from fedlora.rng import derive
 
 
@@ -313,3 +315,72 @@ class WrongForSeveral(Aggregator):
         after = FedAvg().aggregate(state, given := list(updates))
         longer = {f"{name}:B": pair.B * (1.1 if len(given) > 1 else 1.0) for name, pair in after.adapter.pairs.items()}
         return replace(after, adapter=after.adapter.with_tensors(longer))
+
+
+@dataclass(frozen=True)
+class ClaimsGaugeFree(Aggregator):
+    """The mean of the factors, sold as one that sees their products alone."""
+
+    claims: ClassVar[Claim] = Claim.GAUGE_FREE
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return FedAvg().aggregate(state, updates)
+
+
+@dataclass(frozen=True)
+class DropsOne(Aggregator):
+    """Drops the one update that moved furthest, however many there are: a count where a share is needed."""
+
+    claims: ClassVar[Claim] = Claim.ROBUST
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        given = received(self, state, updates)
+        kept = sorted(given, key=lambda one: one.length)[: max(1, len(given) - 1)]
+        return FedAvg().aggregate(state, [one.update for one in kept])
+
+
+@dataclass(frozen=True)
+class AveragesWhatKrumChose(Krum):  # type: ignore[misc]
+    """Multi-Krum by products, and then a mean of factors that nobody has looked at."""
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        given = received(self, state, updates)
+        n = len(given)
+        scores = krum_scores(squared_distances(gram_of_changes(given)).tolist(), max(1, n - int(0.3 * n) - 2))
+        best = sorted(range(n), key=lambda i: scores[i])[: max(1, int(0.6 * n))]
+        return self.inner.aggregate(state, [given[i].update for i in sorted(best)])
+
+
+@dataclass(frozen=True)
+class MomentumOfPairs(Aggregator):
+    """Momentum for A and B alone, sold as a rule for any tensors."""
+
+    claims: ClassVar[Claim] = Claim.ANY_TENSORS
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        after = FedAvg().aggregate(state, updates)
+        last, now = state.adapter.tensors(), after.adapter.tensors()
+        memory = {
+            name: now[name] - last[name] + 0.5 * state.memory.get(name, torch.zeros_like(now[name]))
+            for name in state.adapter.tensors(("A", "B"))
+        }
+        moved = {name: last[name] + step for name, step in memory.items()}
+        return replace(after, adapter=after.adapter.with_tensors(moved), memory=memory)
+
+
+@dataclass(frozen=True)
+class KeepsEveryA(Aggregator):
+    """Right, but claims LINEAR while it holds the A of every update."""
+
+    claims: ClassVar[Claim] = Claim.LINEAR
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        kept = []
+
+        def seen() -> Iterable[ClientUpdate]:
+            for update in updates:
+                kept.extend(pair.A for pair in update.adapter.pairs.values())
+                yield update
+                del update
+
+        return FedAvg().aggregate(state, seen())

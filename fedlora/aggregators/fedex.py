@@ -1,0 +1,116 @@
+"""FedEx-LoRA: FedAvg of the factors, and what that lacks of the ideal update goes into the base.
+
+Singhal, Ponkshe, Vepakomma, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large Language
+Models", ACL 2025, arXiv 2410.09432, equations (6) to (8):
+
+    A = sum_k p_k A_k,  B = sum_k p_k B_k,      W <- W + sum_k p_k s_k B_k A_k - s B A;
+
+training goes on from (A, B). The residual is sent in factored form, cut to its numerical rank, (K - 1) r for K clients
+(the paper sends (K + 1) r from a Gram-Schmidt process). It is taken against the averages as they are broadcast, so that
+the rounding of A and B is made good in the base.
+
+`rank_cap` is the paper's truncation for many clients: the best residual of that rank (Eckart and Young 1936). The rule
+is not exact then, and does not claim it.
+
+DoRA is refused (`require_no_magnitudes`); other dense parts are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+
+from fedlora.adapter import AdapterState
+from fedlora.aggregators._base import (
+    Aggregator,
+    BaseUpdate,
+    Claim,
+    ClientPlan,
+    ClientSpec,
+    ClientUpdate,
+    GlobalState,
+    WeightedMean,
+    require_current_base,
+    require_no_magnitudes,
+    require_same_ranks,
+    rules,
+)
+from fedlora.aggregators.base_updates import catch_up, compact
+from fedlora.errors import ConfigError
+from fedlora.lowrank import DeltaSum, Svd, svd
+
+
+@final
+@rules.register("fedex")
+@dataclass(frozen=True)
+class FedEx(Aggregator):
+    """A <- sum_k p_k A_k, B <- sum_k p_k B_k, W <- W + D* - s B A; dense parts are averaged.
+
+    Memory grows with the number of clients, up to where `DeltaSum` compresses their sum.
+
+    Args:
+        rank_cap: largest rank of the residual in each module; None: all of it, exactly.
+
+    Raises:
+        ConfigError: if `rank_cap` is below 1.
+    """
+
+    rank_cap: int | None = None
+
+    claims: ClassVar[Claim] = Claim.EXACT | Claim.CHANGES_BASE | Claim.GAUGE_FREE
+    paper: ClassVar[str] = "Singhal et al., ACL 2025, arXiv 2410.09432"
+
+    def __post_init__(self) -> None:
+        if self.rank_cap is not None:
+            if self.rank_cap < 1:
+                raise ConfigError(f"fedex: rank_cap must be at least 1, not {self.rank_cap}", code="out-of-range")
+            self._claim(Claim.CHANGES_BASE)
+
+    def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
+        """Version 0 of the base.
+
+        Raises:
+            RuleError: for a DoRA adapter.
+        """
+        require_no_magnitudes(self, adapter)
+        return GlobalState(adapter=adapter, seed=seed)
+
+    def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
+        """The averages, and the base updates that the client lacks."""
+        require_same_ranks(self, state, client)
+        return ClientPlan(
+            state.adapter,
+            base_version=state.base_version,
+            base_updates=catch_up(state.base_updates, client.base_version),
+        )
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        """Equations (6) to (8).
+
+        Raises:
+            RuleError: if there is no update, one does not fit, or one was trained on another version of the base.
+        """
+        mean, ideal = WeightedMean(), DeltaSum()
+        for update in updates:
+            require_current_base(state, update)
+            require_same_ranks(self, state, ClientSpec(update.client_id, update.adapter.layout))
+            mean.add(update.adapter.tensors(), update.num_examples)
+            ideal.add(update.adapter.pairs, update.num_examples)
+        averaged = state.adapter.with_tensors(mean.result(like=state.adapter.tensors()))
+        change = {}
+        for name, pair in averaged.pairs.items():
+            wanted = [(weight / mean.total, theirs) for weight, theirs in ideal.terms(name)]
+            dtype = torch.promote_types(torch.float32, pair.A.dtype)
+            found = svd([*wanted, (-1.0, pair)])
+            change[name] = found.pair(_rank(found, dtype, self.rank_cap), dtype=dtype)
+        log = (*state.base_updates, BaseUpdate(state.base_version, state.base_version + 1, AdapterState(change)))
+        return replace(state, adapter=averaged, round=state.round + 1, base_updates=compact(log))
+
+
+def _rank(found: Svd, dtype: torch.dtype, cap: int | None) -> int:
+    """How many singular values a pair of that dtype can tell from the rounding of the largest; at least 1."""
+    above = int((torch.finfo(dtype).eps * found.S.max() < found.S).sum()) if len(found.S) else 0
+    return max(1, above if cap is None else min(above, cap))

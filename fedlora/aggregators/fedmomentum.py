@@ -1,0 +1,101 @@
+"""FedMomentum: the largest singular values of the ideal update stay in the adapter, the others go into the base.
+
+Yan et al. 2026, arXiv 2603.08014 (abstract, and a third-party implementation). With the singular values of
+D* = sum_k p_k s_k B_k A_k,
+
+    s B A <- the r largest, B and A sharing sqrt(S);      W <- W + the others, up to a share of their energy.
+
+It is FlexLoRA, and what FlexLoRA throws away is kept in the base. No rule of that rank moves less into the base: what
+it moves is the Eckart-Young tail. At energy = 1 it is exact for mixed ranks too, without restarting the adapter.
+
+A receiver of rank r_k < r gets the first r_k units. What the units behind them hold is not in its model, as in
+FFA-LoRA: it trains without it. A unit whose singular value is zero keeps its old row of A, as in FlexLoRA.
+DoRA is refused (`require_no_magnitudes`); other dense parts are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+
+from fedlora.adapter import AdapterState
+from fedlora.aggregators._base import (
+    Aggregator,
+    BaseUpdate,
+    Claim,
+    ClientPlan,
+    ClientSpec,
+    ClientUpdate,
+    GlobalState,
+    require_current_base,
+    require_no_magnitudes,
+    rules,
+)
+from fedlora.aggregators._nested import collect, nested_start, shares
+from fedlora.aggregators.base_updates import catch_up, compact
+from fedlora.aggregators.flexlora import require_energy
+from fedlora.lowrank import Svd, svd
+
+
+@final
+@rules.register("fedmomentum")
+@dataclass(frozen=True)
+class FedMomentum(Aggregator):
+    """s B A <- the top r of D*, W <- W + its tail up to `energy`; dense parts are averaged.
+
+    Args:
+        energy: share of the tail's squared singular values that goes into the base; at 1 the rule is exact.
+
+    Raises:
+        ConfigError: if `energy` is not in (0, 1].
+    """
+
+    energy: float = 0.9999
+
+    claims: ClassVar[Claim] = Claim.CHANGES_BASE | Claim.MIXED_RANKS | Claim.GAUGE_FREE
+    paper: ClassVar[str] = "Yan et al. 2026, arXiv 2603.08014"
+    keeps_basis: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_energy("fedmomentum", self.energy)
+        if self.energy == 1:
+            self._claim(type(self).claims | Claim.EXACT)
+
+    def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
+        """Version 0 of the base.
+
+        Raises:
+            RuleError: for a DoRA adapter.
+        """
+        require_no_magnitudes(self, adapter)
+        return GlobalState(adapter=adapter, seed=seed)
+
+    def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
+        """The first r_k units of the adapter, and the base updates that the client lacks."""
+        return ClientPlan(
+            nested_start(state, client.layout, client.client_id),
+            base_version=state.base_version,
+            base_updates=catch_up(state.base_updates, client.base_version),
+        )
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        """One decomposition for each module; `collect` says what is refused, and what is held in memory."""
+
+        def current() -> Iterable[ClientUpdate]:
+            for update in updates:
+                require_current_base(state, update)
+                yield update
+
+        dense, terms = collect(state, current())
+        pairs, change = {}, {}
+        for name, pair in state.adapter.pairs.items():
+            mine = shares(terms.pop(name))
+            kept = svd(mine).pair(pair.rank, pair.scale, pair.A.dtype, idle=pair.A)
+            tail: Svd = svd([*mine, (-1.0, kept)])  # with the rounding of what is broadcast
+            wide = torch.promote_types(torch.float32, pair.A.dtype)
+            pairs[name], change[name] = kept, tail.pair(tail.rank_of_energy(self.energy), dtype=wide)
+        log = (*state.base_updates, BaseUpdate(state.base_version, state.base_version + 1, AdapterState(change)))
+        return replace(state, adapter=AdapterState(pairs, dense), round=state.round + 1, base_updates=compact(log))
