@@ -179,7 +179,11 @@ class FedAdagrad(Adaptive):
 @rules.register("fedadam")
 @dataclass(frozen=True)
 class FedAdam(Adaptive):
-    """v <- beta2 v + (1 - beta2) Delta^2, x <- x + lr m / (sqrt v + tau)."""
+    """v <- beta2 v + (1 - beta2) Delta^2, x <- x + lr m / (sqrt v + tau).
+
+    Args:
+        beta2: of the second moment.
+    """
 
     beta2: float = 0.99
 
@@ -196,7 +200,11 @@ class FedAdam(Adaptive):
 @rules.register("fedyogi")
 @dataclass(frozen=True)
 class FedYogi(Adaptive):
-    """v <- v - (1 - beta2) Delta^2 sign(v - Delta^2), x <- x + lr m / (sqrt v + tau)."""
+    """v <- v - (1 - beta2) Delta^2 sign(v - Delta^2), x <- x + lr m / (sqrt v + tau).
+
+    Args:
+        beta2: of the second moment.
+    """
 
     beta2: float = 0.99
 

@@ -10,7 +10,11 @@ from fedlora.errors import FedloraError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedlora.aggregators import Aggregator
     from fedlora.config import RunConfig
+
+GROUPS = ("exact", "mixed ranks", "robust", "server optimiser", "baseline")
+"""Headings under which rules are listed; others come last."""
 
 
 @app.command()
@@ -29,21 +33,45 @@ def strategies(config_path: MaybeConfig = None, overrides: Overrides = None, deb
         console = open_console()
         config = load_config(config_path, overrides or []) if config_path else RunConfig()
         sizes = _traffic(config, console)
-        for name, cls in rules.items():
-            console.print(Text(name, style="bold"))
-            lines = [(cls.__doc__ or "").strip().splitlines()[0], cls.paper]
-            claims = [claim.name.lower().replace("_", " ") for claim in cls.claims if claim.name]
-            lines.append("claims: " + (", ".join(claims) or "none"))
-            fields = [_field(field) for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
-            lines.append("fields: " + (", ".join(fields) or "none"))
-            lines.append(sizes.get(name, ""))
-            console.print(Padding(Text("\n".join(line for line in lines if line)), (0, 0, 1, 4), expand=False))
+        groups = dict.fromkeys(group_of(cls) for _, cls in rules.items())
+        for group in sorted(groups, key=lambda group: GROUPS.index(group) if group in GROUPS else len(GROUPS)):
+            console.print(Text(group.upper(), style="bold dim"))
+            console.print()
+            for name, cls in rules.items():
+                if group_of(cls) != group:
+                    continue
+                console.print(Text(name, style="bold"))
+                lines = [(cls.__doc__ or "").strip().splitlines()[0], cls.paper]
+                claims = [claim.name.lower().replace("_", " ") for claim in cls.claims if claim.name]
+                lines.append("claims: " + (", ".join(claims) or "none"))
+                fields = [_field(field) for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+                lines.append("fields: " + (", ".join(fields) or "none"))
+                lines.append(sizes.get(name, ""))
+                text = Text("\n".join(line for line in lines if line))
+                console.print(Padding(text, (0, 0, 1, 4), expand=False))
+
+
+def group_of(rule: type[Aggregator]) -> str:
+    """The heading of a rule: its own `group`, or what its claims say."""
+    from fedlora.aggregators import Claim
+
+    if rule.group or Claim.ROBUST in rule.claims:
+        return rule.group or "robust"
+    if Claim.EXACT in rule.claims:
+        return "exact"
+    return "mixed ranks" if Claim.MIXED_RANKS in rule.claims else "baseline"
 
 
 def _field(field: Any) -> str:
     import dataclasses
 
-    return field.name if field.default is dataclasses.MISSING else f"{field.name} = {field.default!r}"
+    from fedlora.aggregators import Aggregator, rules
+
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if isinstance(default, Aggregator):
+        name = next(name for name, cls in rules.items() if cls is type(default))
+        return f'{field.name} = {{name = "{name}"}}'
+    return field.name if default is dataclasses.MISSING else f"{field.name} = {default!r}"
 
 
 def _traffic(config: RunConfig, console: Console) -> dict[str, str]:

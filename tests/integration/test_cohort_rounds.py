@@ -50,14 +50,17 @@ PRIVACY = {
     ],
     "client": ["privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}"],
 }
-QUICK = ("text-classification", "none")
+TEXTS = "text-classification"
+QUICK = {("fedavg", TEXTS, privacy) for privacy in PRIVACY} | {
+    (rule, TEXTS, "none") for rule in ("ffa", "flora", "fair", "rolora", "flexlora")
+}
 
 
 def matrix() -> list[object]:
     """Rule, task, privacy; user-level privacy is for rules that need sums alone."""
     linear = names_claiming(Claim.LINEAR)
     return [
-        pytest.param(*case, marks=() if case[1:] == QUICK or case[:2] == ("fedavg", QUICK[0]) else pytest.mark.slow)
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
         for case in product(sorted(rules), ("text-classification", "causal-lm", "image-classification"), PRIVACY)
         if case[2] != "client" or case[0] in linear
     ]

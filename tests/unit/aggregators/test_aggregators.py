@@ -33,11 +33,19 @@ from fedlora.aggregators import (
     names_claiming,
     rules,
 )
+from fedlora.aggregators.clipping import CentredClipping, NormBound
+from fedlora.aggregators.coordinatewise import Median
 from fedlora.aggregators.fair import Fair
 from fedlora.aggregators.fedavg import FedAvg
+from fedlora.aggregators.fedrot import FedRot
 from fedlora.aggregators.ffa import FfaLora
 from fedlora.aggregators.flora import Flora
-from fedlora.errors import ConfigError, RuleError
+from fedlora.aggregators.fltrust import FlTrust
+from fedlora.aggregators.geometric_median import GeometricMedian
+from fedlora.aggregators.krum import Krum
+from fedlora.aggregators.server_optimisers import FedAdam
+from fedlora.cli.strategies import GROUPS, group_of
+from fedlora.errors import ConfigError, PrivacyError, RuleError
 
 
 def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -63,9 +71,89 @@ def log(count: int, rank: int = 2, dtype: torch.dtype = torch.float32) -> tuple[
 # ------------------------------------------------------------------------------------------------ finding a rule
 
 
-def test_the_four_rules_are_found_by_name_and_say_where_they_come_from() -> None:
-    assert {"fedavg", "ffa", "flora", "fair"} <= set(rules)
-    assert all("arXiv" in cls.paper for cls in dict(rules.items()).values())
+NAMES = """centred_clipping fair fedadagrad fedadam fedavg fedavgm fedex fedmomentum fedrot fedsvd fedyogi ffa flexlora
+flora florist fltrust frlora fslora geometric_median hetlora krum median norm_bound raflora rolora trimmed_mean"""
+
+
+def test_every_rule_is_found_by_name_and_says_where_it_comes_from() -> None:
+    assert set(NAMES.split()) <= set(rules)
+    assert all("arXiv" in cls.paper or "OpenReview" in cls.paper for cls in dict(rules.items()).values())
+    assert {group_of(cls) for cls in dict(rules.items()).values()} == set(GROUPS)
+    assert [group_of(rules.get(name)) for name in ("ffa", "hetlora", "krum", "fedadam", "fedavg")] == list(GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("inner", "wanted"),
+    [
+        ("flora", Krum(inner=Flora())),
+        ({"name": "fair", "regularisation": 0.5}, Krum(inner=Fair(0.5))),
+        ({"name": "fedadam", "inner": {"name": "median"}}, Krum(inner=FedAdam(inner=Median()))),
+    ],
+)
+def test_a_rule_takes_an_inner_rule(inner: object, wanted: Krum) -> None:
+    built = load_aggregator("krum", {"inner": inner})
+    assert built == wanted
+    assert built.claims == wanted.claims
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "code", "named"),
+    [
+        ("krum", {"inner": "flroa"}, "unknown-name", "'flora'"),
+        ("krum", {"inner": {"name": "flora", "rank": 3}}, "unknown-key", "'rank'"),
+        ("krum", {"inner": 3}, "bad-inner", "inner"),
+        ("krum", {"inner": {"regularisation": 1.0}}, "bad-inner", "inner"),
+        ("median", {"inner": "flora"}, "rule-not-linear", "Flora"),
+        ("fedadam", {"inner": "flora"}, "no-step", "changes the base"),
+        ("fedadam", {"inner": "fedsvd"}, "no-step", "new basis"),
+        ("fedavgm", {"inner": {"name": "krum", "inner": "flexlora"}}, "no-step", "new basis"),
+        ("krum", {"liars": 0.5}, "out-of-range", "liars"),
+        ("krum", {"liars": 0.3, "keep": 0.8}, "out-of-range", "keep"),
+        ("trimmed_mean", {"trim": -0.1}, "out-of-range", "trim"),
+        ("norm_bound", {"bound": 0.0}, "out-of-range", "bound"),
+        ("centred_clipping", {"radius": math.inf}, "out-of-range", "radius"),
+        ("centred_clipping", {"iterations": 0}, "out-of-range", "iterations"),
+        ("fedadam", {"lr": 0.0}, "out-of-range", "lr"),
+        ("fedadam", {"beta2": 1.0}, "out-of-range", "beta2"),
+        ("fedyogi", {"tau": -1.0}, "out-of-range", "tau"),
+        ("fedavgm", {"momentum": 1.0}, "out-of-range", "momentum"),
+        ("fedrot", {"strength": 1.5}, "out-of-range", "strength"),
+        ("flexlora", {"energy": 0.0}, "out-of-range", "energy"),
+        ("flexlora", {"energy": 0.9, "svd": "randomised"}, "keys-exclude-each-other", "energy"),
+        ("fedex", {"rank_cap": 0}, "out-of-range", "rank_cap"),
+    ],
+)
+def test_what_a_rule_cannot_be_is_refused(name: str, fields: dict[str, object], code: str, named: str) -> None:
+    with raises(ConfigError, code, named):
+        load_aggregator(name, fields)
+
+
+def test_fedrot_refuses_a_rule_that_freezes_a_factor() -> None:
+    with raises(RuleError, "rule-method-mismatch", "FfaLora"):
+        FedRot(inner=FfaLora()).init(initial())
+
+
+def test_updates_that_are_not_finite_are_dropped_by_screens() -> None:
+    update = ClientUpdate(0, initial(), 1.0)
+    broken = ClientUpdate(1, initial().with_tensors({"head": torch.full((5,), math.nan)}), 1.0)
+    for rule in (Krum(), GeometricMedian(), NormBound(), CentredClipping(), FlTrust(root=2)):
+        state = rule.init(initial())
+        with raises(RuleError, "not-finite"):
+            rule.aggregate(state, [broken])
+        after = rule.aggregate(state, [broken, update, replace(update, client_id=2)])
+        assert all(bool(torch.isfinite(value).all()) for value in after.adapter.tensors().values())
+
+
+def test_private_sums_take_linear_rules_alone() -> None:
+    from fedlora.privacy.server_dp import ServerDP
+
+    for name in names_claiming(Claim.LINEAR):
+        ServerDP(load_aggregator(name), noise_multiplier=1.0, clip_norm=1.0)
+    for name in sorted(set(rules) - set(names_claiming(Claim.LINEAR))):
+        with raises(PrivacyError, "rule-not-linear"):
+            ServerDP(load_aggregator(name), noise_multiplier=1.0, clip_norm=1.0)
+    with raises(PrivacyError, "rule-not-linear"):  # the sum that is private would be of something else
+        ServerDP(FedAdam(inner=Median()), noise_multiplier=1.0, clip_norm=1.0)
 
 
 def test_fields_are_the_config() -> None:

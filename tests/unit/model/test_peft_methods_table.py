@@ -60,14 +60,18 @@ def load(path: Path, method: str) -> Base:
     return load_base(config, "AutoModelForSequenceClassification", ("classifier",), {"num_labels": 2}, "SEQ_CLS")
 
 
+def letter(column: int) -> str:
+    """The heading of a column of rules."""
+    return chr(ord("A") + column)
+
+
 def page(path: Path) -> str:
     """The whole page."""
-    names = list(rules)
     notes: list[str] = []
-    rows = []
+    rows: dict[str, dict[str, str]] = {}  # rules whose words for no differ are columns of their own
     for name, method in METHODS.items():
         base = load(path, name)
-        cells = []
+        rows[name] = {}
         for rule_name, rule_class in rules.items():
             rule = load_aggregator(rule_name, {})
             try:
@@ -76,14 +80,23 @@ def page(path: Path) -> str:
                 reason = str(error).replace(rule_class.__name__, "The rule").replace(f"method {name!r}", "the method")
                 reason = reason.replace(f" ({method.trains})", "")
                 notes += [reason] if reason not in notes else []
-                cells.append(f"no ({notes.index(reason) + 1})")
+                rows[name][rule_name] = f"no ({notes.index(reason) + 1})"
             else:
-                cells.append("runs")
+                rows[name][rule_name] = "runs"
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for rule_name in rules:
+        alike.setdefault(tuple(row[rule_name] for row in rows.values()), []).append(rule_name)
+    header = ["method", "trains", *(letter(k) for k in range(len(alike))), "keys of `[adapter]`", "paper"]
+    lines = [header, ["---"] * len(header)]
+    for name, method in METHODS.items():
         keys = PAIR_KEYS[:4] if method.pairs else (*method.keys, "options")
-        rows.append([f"`{name}`", method.trains, *cells, ", ".join(keys), method.paper])
-    header = ["method", "trains", *(f"`{name}`" for name in names), "keys of `[adapter]`", "paper"]
-    lines = [header, ["---"] * len(header), *rows]
+        cells = [rows[name][members[0]] for members in alike.values()]
+        lines.append([f"`{name}`", method.trains, *cells, ", ".join(keys), method.paper])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    groups = "\n".join(
+        f"| {letter(k)} | {', '.join(f'`{name}`' for name in members)} |" for k, members in enumerate(alike.values())
+    )
+    table = f"| column | rules |\n| --- | --- |\n{groups}\n\n{table}"
     reasons = "\n".join(f"{number}. {note}." for number, note in enumerate(notes, 1))
     refused = "\n".join(f"| `{name}` | {reason} |" for name, reason in REFUSED.items())
     return (
