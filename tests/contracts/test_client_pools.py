@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.federations import deploy, simulate, timeless
 
+from fedlora.aggregators import rules
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
 
@@ -92,6 +93,32 @@ def test_clients_in_two_processes_come_to_what_clients_here_do(
         if "aggregation_error" in mine:
             assert theirs.pop("aggregation_error") == pytest.approx(mine.pop("aggregation_error"), rel=1e-12, abs=1e-14)
     require_same(here, two)
+
+
+def all_rules() -> list[object]:
+    """Every rule with its own fields, and rules around rules; a few of them in the quick tests."""
+    quick = {"rolora", "krum"}
+    alone = [pytest.param(name, marks=() if name in quick else pytest.mark.slow, id=name) for name in rules]
+    around = [
+        "{name='krum', keep=0.5, inner={name='flora'}}",
+        "{name='fedadam', inner={name='ffa'}}",
+        "{name='median', inner={name='rolora'}}",
+    ]
+    return [*alone, *(pytest.param(table, marks=pytest.mark.slow) for table in around)]
+
+
+@pytest.mark.parametrize("rule", all_rules())
+def test_every_rule_comes_to_the_same_in_one_process_and_in_two(make: Callable[..., RunConfig], rule: str) -> None:
+    table = rule if rule.startswith("{") else f"{{name='{rule}'}}"
+    runs = []
+    for name, more in (("one", ()), ("two", ("runtime.processes=2",))):
+        outcome = simulate(make("fedavg", "float32", "none", TASKS[0], name, "rounds=3", f"strategy={table}", *more))
+        assert [record["answered"] for record in outcome.records[1:]] == [[0, 1, 2, 3]] * 3
+        runs.append(outcome)
+    for mine, theirs in zip(*(outcome.records for outcome in runs), strict=True):
+        if "aggregation_error" in mine:
+            assert theirs.pop("aggregation_error") == pytest.approx(mine.pop("aggregation_error"), rel=1e-9, abs=1e-12)
+    require_same(*runs)
 
 
 def test_the_comparison_sees_another_run(make: Callable[..., RunConfig]) -> None:
