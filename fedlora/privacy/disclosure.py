@@ -50,6 +50,7 @@ FILES: Final = frozenset(
         "config.toml",
         "config_changes.json",
         "environment.json",
+        "nodes.json",
         "provenance.json",
         "run-id",
         "privacy",
@@ -68,7 +69,7 @@ FILES: Final = frozenset(
         ".lock",
     }
 )
-"""Files and folders of a private run."""
+"""Files and folders of a private run; nodes.json has the names and keys under which nodes are registered."""
 
 ENVIRONMENT: Final = frozenset(
     {

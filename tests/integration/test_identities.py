@@ -160,6 +160,18 @@ def test_after_a_resume_a_client_is_still_its_key(tiny_config: MakeConfig) -> No
     assert any("refused node 6: client 1 is the node 'site-b'" in line for line in lines)
 
 
+def test_a_private_run_remembers_its_nodes_too(tiny_config: MakeConfig) -> None:
+    changes = ("rounds=1", "train.steps=1", "train.batch_size=40", "server.weighting=uniform", "privacy.delta=1e-3")
+    private = ("privacy.public_examples=40", "privacy.max_grad_norm=0.5", "privacy.noise_multiplier=1.5")
+    config = tiny_config(*changes, *private, "server.node_timeout_s=0.1")
+    names, rundir = ["site-a", "site-b", "site-c", "site-d"], RunDir.create(config)
+    grid = Registered(config, range(4), names)
+    for node_id, context in grid._contexts.items():
+        context.node_config["ledger"] = str(rundir.path.parent / f"node-{node_id}.jsonl")
+    run(config, grid, rundir)
+    assert [row["name"] for row in rundir.read_json("nodes.json").values()] == names
+
+
 def test_nobody_who_is_pinned_ends_in_words(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=1", "server.node_timeout_s=0.1", "server.nodes=['w','x','y','z']")
     with raises(RoundError, "no-node", "server.nodes"):
