@@ -52,8 +52,8 @@ from fedlora.training.dp_loop import train_private_cohort
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.job import TrainJob, batches, rows_of
 from fedlora.training.opacus_loop import train_by_opacus
+from fedlora.training.row_groups import pass_cost
 from fedlora.training.runtime import keep_memory
-from fedlora.training.step_scheduler import step_budget
 
 
 def arguments() -> argparse.Namespace:
@@ -202,7 +202,7 @@ def main() -> None:
     first = next(iter(medians.values()))
     print(
         f"{args.shape}, {args.dtype}, {size['tokens']} tokens, {args.clients} clients of {config.steps} steps of batch "
-        f"{args.batch_size}; at most {step_budget(base).tokens} tokens in a step; torch {torch.__version__}"
+        f"{args.batch_size}; at most {pass_cost(base).most} tokens in a pass; torch {torch.__version__}"
     )
     peak = statistics.median(peaks)
     theirs, ours = (1e-9 * work[engine] / len(jobs) for engine in (False, True))

@@ -41,7 +41,7 @@ from fedlora.privacy.dpsgd import secret_generator, secret_rng
 from fedlora.privacy.ledger import Ledger
 from fedlora.training import dp_loop as private_cohort
 from fedlora.training.dp_settings import PrivateSettings
-from fedlora.training.dropout_masks import Stream
+from fedlora.training.dropout_masks import Keys
 from fedlora.training.workspace import Workspace
 
 NUMBERS = 30_000_000
@@ -85,7 +85,7 @@ def _sensitivity(trainer: Trainer) -> Iterator[Check]:
     Dropout is on. An example has the same masks in every company, as if they were drawn before: given all masks, each
     example may move the sum by no more than C, and masks that are drawn anew keep that on average.
     """
-    data, C, device = trainer.workspace.data.train, trainer.settings.max_grad_norm, trainer.base.device
+    data, C = trainer.workspace.data.train, trainer.settings.max_grad_norm
     if len(data) < 2:
         return
     rng, generator = secret_rng(), secret_generator()
@@ -110,8 +110,8 @@ def _sensitivity(trainer: Trainer) -> Iterator[Check]:
         ]
         rows = data.take([int(chosen[place]) for place in places])
 
-        def masks(indices: np.ndarray) -> list[Stream]:
-            return [Stream(int(seeds[places[index]]), device) for index in indices]
+        def masks(indices: np.ndarray) -> Keys:
+            return np.array([seeds[places[index]] for index in indices], np.uint64)
 
         return -trainer.run(probe, rows, clients, settings, masks=masks, lr=trainer.clip_rate).double()
 

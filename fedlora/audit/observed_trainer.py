@@ -33,8 +33,11 @@ from fedlora.training.dropout_masks import Masks
 from fedlora.training.job import TrainJob
 from fedlora.training.loop import Outcome
 from fedlora.training.opacus_loop import train_by_opacus
+from fedlora.training.row_groups import PassCost
 from fedlora.training.workspace import Workspace
 
+AT_ONCE = PassCost(0.0, float("inf"), 1 << 62)
+"""A `Silent` probe is to see each sample whole, and its passes cost nothing."""
 QUIET = 1e-6
 """The noise multiplier where sums are measured: a tensor that does not move in a noisy step is refused."""
 
@@ -118,7 +121,7 @@ class Trainer:
             probe = Scaled(self.workspace.task, [1.0] * 2 * rows, [0] * rows + [1] * rows)
             crowd = [Client(np.arange(k * rows, (k + 1) * rows), k, self.job.adapter) for k in range(clients)]
             self.run(probe, own, crowd, settings, lr=0.0)
-            found += [np.stack(probe.seen[k]) for k in range(clients)]
+            found += [np.concatenate(probe.seen[k]).reshape(steps, rows) for k in range(clients)]
         return found
 
     @property
@@ -147,11 +150,11 @@ class Trainer:
 
         Args:
             probe: the task.
-            examples: that the clients' indices number.
+            examples: that the clients' indices number; a `Silent` probe needs none.
             clients: at least one.
             settings: of all.
             look: whether a `Silent` probe is to see the values of each step.
-            masks: each example's stream of dropout masks; None: as production draws them.
+            masks: each example's key of dropout masks; None: as production draws them.
             config: of training, beside plain gradient descent.
 
         Raises:
@@ -170,10 +173,14 @@ class Trainer:
         plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "proximal_mu": 0.0}
         train: TrainConfig = self.workspace.config.train_of(0).model_copy(update={**plain, **config})
         configs = [train] * len(jobs)
+        cost = None
+        if isinstance(probe, Silent):
+            most = max((int(job.indices.max(initial=0)) for job in jobs), default=0)
+            cost, examples = AT_ONCE, Examples({}, None, np.ones(most + 1, np.int64))
         outcomes: list[Outcome]
         if self.why_alone is None and (look or masks):
             work = list(zip(jobs, configs, strict=True))
-            loop = PrivateTrainingLoop(self.base, probe.task, examples, work, every, masks=masks)
+            loop = PrivateTrainingLoop(self.base, probe.task, examples, work, every, cost=cost, masks=masks)
             if isinstance(probe, Silent):
                 probe.look = lambda: torch.cat([leaf.flatten(1) for leaf in loop.leaves], dim=1)
             outcomes = loop.run()
@@ -184,7 +191,7 @@ class Trainer:
             if look and isinstance(probe, Silent):
                 own = self.base.parameters
                 probe.look = lambda: torch.cat([own[name].flatten() for name in self.names])[None]
-            outcomes = train_private_cohort(self.base, probe.task, examples, jobs, configs, every)
+            outcomes = train_private_cohort(self.base, probe.task, examples, jobs, configs, every, cost=cost)
         moved = []
         for job, outcome in zip(jobs, outcomes, strict=True):
             if isinstance(outcome, Exception):

@@ -42,11 +42,6 @@ class Probe:
         """The task's own batch, with the numbers of its examples."""
         return {**self._task.collate(examples, indices), NUMBER: torch.from_numpy(np.asarray(indices))}
 
-    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:
-        """The task's own way to join batches."""
-        joined = self._task.join(examples, [_without_numbers(batch) for batch in batches])
-        return {**joined, NUMBER: torch.cat([batch[NUMBER] for batch in batches])}
-
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The task's own losses [b]."""
         return self._task.losses(model, _without_numbers(batch))
@@ -84,14 +79,6 @@ class Silent(Probe):
             self.samples.setdefault(int(client), []).append(numbers[numbers // self._n == client] % self._n)
         return {NUMBER: torch.from_numpy(numbers)}
 
-    def tokens(self, batch: Batch) -> int | None:
-        """One: the model is not asked."""
-        return 1
-
-    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:
-        """All numbers after each other."""
-        return {NUMBER: torch.cat([batch[NUMBER] for batch in batches])}
-
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Zeros [b] that depend on nothing trained."""
         numbers = batch[NUMBER]
@@ -113,7 +100,7 @@ class Scaled(Probe):
         owners: the client that each example belongs to [n].
 
     Attributes:
-        seen: client -> the losses of each batch before the factor, in the order of its examples.
+        seen: client -> the losses of each pass before the factor, in the order of its examples.
     """
 
     def __init__(self, task: Task, factors: Sequence[float], owners: Sequence[int]) -> None:

@@ -102,7 +102,7 @@ ENVIRONMENT: Final = frozenset(
         "cohort_why",
         "processes",
         "processes_why",
-        "step_tokens",  # by the size of the model
+        "pass_cost",  # by the size of the model
         "new_weights",
         "resumed",
     }

@@ -26,12 +26,12 @@ from fedlora.simulation.machines import Machine, most_threads, room
 from fedlora.simulation.processes import with_threads
 from fedlora.training.cohort import why_alone
 from fedlora.training.job import examples_of
+from fedlora.training.row_groups import pass_cost
 from fedlora.training.runtime import own_cores, usable_cores
-from fedlora.training.step_scheduler import step_budget
 from fedlora.training.workspace import Workspace
 
 VARIETY = 4
-"""Clients that wait for each that takes part in a step, so that those with texts of like length find each other."""
+"""Passes' worth of rows in a step, so that those of like length find each other."""
 MOST = 64
 COPIES = 8
 """Adapters' worth of memory for a client: values, optimiser's states, gradients, anchor, plan and reply."""
@@ -142,21 +142,22 @@ def cohort_size(workspace: Workspace, asked: int, processes: int = 1) -> CohortC
         return CohortChoice(1, f"one after the other: {alone}")
     if config.runtime.cohort != "auto":
         return CohortChoice(config.runtime.cohort, "asked for")
-    budget = step_budget(base)
+    pass_tokens = pass_cost(base).most
     lengths = lengths_to_tell(workspace)
-    typical = float(np.quantile(lengths, 0.9)) if len(lengths) else 1.0  # the longest of a batch sets its length
+    typical = float(lengths.mean()) if len(lengths) else 1.0
     clients = len(workspace.data.clients)
     rows = float(np.median([config.train_of(k).batch_size for k in range(min(clients, 1000))]))
-    in_a_step = int(budget.tokens // (rows * typical))
-    if in_a_step < 2:
-        return CohortChoice(1, f"one client's {rows:g} x {typical:g} tokens fill a step of {budget.tokens}")
-    wanted = in_a_step * (VARIETY if len(np.unique(lengths)) > 1 else 1)
+    in_a_pass = int(pass_tokens // (rows * typical))
+    alike = len(np.unique(lengths)) < 2
+    if in_a_pass < 2 and alike:
+        return CohortChoice(1, f"one client's {rows:g} x {typical:g} tokens fill a pass of {pass_tokens}")
+    wanted = max(1, in_a_pass) * (1 if alike else VARIETY)
     share = MEMORY_SHARE if base.device.type == "cuda" else MEMORY_SHARE / processes
     room = int(share * total_bytes(base.device) / (COPIES * base.initial_adapter(config.seed).nbytes()))
     most = max(1, min(wanted, room, asked, MOST))
     turns = -(-asked // (most * processes))
     chosen = most if processes == 1 else -(-asked // (turns * processes))
-    return CohortChoice(chosen, f"{in_a_step} clients of {rows:g} x {typical:g} tokens in a step of {budget.tokens}")
+    return CohortChoice(chosen, f"{rows:g} rows of {typical:.3g} tokens a client, passes of {pass_tokens} tokens")
 
 
 def modules_of(workspace: Workspace) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from fedlora.aggregators import Aggregator
@@ -30,7 +31,7 @@ from fedlora.simulation.pool_worker import Begin
 from fedlora.simulation.ray_pool import Cluster, open_cluster, require_ray
 from fedlora.simulation.replay import ReplayPool, require_same
 from fedlora.simulation.worker_pool import WorkerPool, child_processes
-from fedlora.training.step_scheduler import step_budget
+from fedlora.training.row_groups import pass_cost
 from fedlora.training.workspace import Workspace, open_workspace
 
 
@@ -102,7 +103,7 @@ def _pool(
         choice = process_count(workspace, asked, cluster.machines if cluster else ())
         cohort = cohort_size(workspace, asked, choice.processes)
         facts: dict[str, Any] = {"processes": choice.processes, "processes_why": choice.reason}
-        facts["step_tokens"] = step_budget(workspace.base).tokens
+        facts["pass_cost"] = asdict(pass_cost(workspace.base))
         rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
         if choice.processes == 1:
             yield LocalClients(config, rule, workspace, cohort.clients, run, ledgers)

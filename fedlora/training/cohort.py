@@ -19,8 +19,8 @@ from fedlora.tasks._base import Examples, Task
 from fedlora.training.dropout_masks import RowsError
 from fedlora.training.job import TrainJob, TrainResult, rows_of
 from fedlora.training.loop import Outcome, TrainingLoop
+from fedlora.training.row_groups import PassCost
 from fedlora.training.stacked_lora import cannot_stack
-from fedlora.training.step_scheduler import Budget
 
 
 def train(
@@ -52,7 +52,7 @@ def train_cohort(
     jobs: Sequence[TrainJob],
     configs: Sequence[TrainConfig],
     *,
-    budget: Budget | None = None,
+    cost: PassCost | None = None,
     synchronize: bool = False,
 ) -> list[Outcome]:
     """Train many clients' adapters, side by side where the base allows it.
@@ -67,7 +67,7 @@ def train_cohort(
         examples: the whole training set.
         jobs: adapter, trained parts and examples of each client.
         configs: optimiser, rates and batch size, one for each job.
-        budget: tokens of one joint step; None: chosen by the model's size.
+        cost: of a pass over some rows; None: by the model's size.
         synchronize: wait for the device at each step, so that `compute_seconds` is exact on a GPU (slower).
 
     Returns:
@@ -82,7 +82,7 @@ def train_cohort(
         if len(part) > 1 and why_alone(base) is not None:
             todo = [[number] for number in part] + todo
             continue
-        run = TrainingLoop(base, task, examples, [(jobs[k], configs[k]) for k in part], budget, synchronize)
+        run = TrainingLoop(base, task, examples, [(jobs[k], configs[k]) for k in part], cost, synchronize)
         try:
             outcomes.update(zip(part, run.run(), strict=True))
         except RowsError as error:

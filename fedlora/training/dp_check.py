@@ -16,7 +16,6 @@ from fedlora.errors import PrivacyError
 from fedlora.model import Base
 from fedlora.privacy.preflight import preflight
 from fedlora.tasks._base import Batch, Examples, Task
-from fedlora.training.dropout_masks import Masks, Stream
 from fedlora.training.job import TrainJob
 from fedlora.training.opacus_loop import masked_losses
 
@@ -52,10 +51,9 @@ def check_model(base: Base, task: Task, examples: Examples, job: TrainJob) -> No
             code="too-few-examples",
         )
     together, alone = company_of(task, examples)
-    own: Masks = lambda rows: [Stream(int(row), base.device) for row in rows]  # noqa: E731
 
     def losses(model: torch.nn.Module, batch: Batch, rows: Sequence[int]) -> Tensor:
-        return masked_losses(task, model, batch, own(np.asarray(rows)), base.device)
+        return masked_losses(task, model, batch, np.asarray(rows, dtype=np.uint64), base.device)
 
     with base.uncached():
         preflight(base.model, losses, together, alone)

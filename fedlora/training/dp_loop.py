@@ -1,6 +1,6 @@
 """DP-SGD of many clients at once (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1 for each of them).
 
-Every example of a joint batch is given an adapter of its own, a copy of its client's: the same stacked layers that keep
+Every example of a group is given an adapter of its own, a copy of its client's: the same stacked layers that keep
 clients apart then give each example's gradient, all in one backward pass. Clipping, sums, noise and the division by the
 expected batch size are each client's own. The numbers are those of Opacus and `fedlora.privacy.dpsgd.PrivateStep`,
 which stays in charge where a base's layers have no stacked form.
@@ -9,7 +9,7 @@ Batches are Poisson samples of unequal sizes, empty ones included; they, the noi
 drawn from the operating system's randomness. The company that an example keeps shows in its gradient by rounding
 alone, for which `fedlora.privacy.dpsgd.clipping_norm` leaves room.
 
-Shapes: b = examples of the joint batch, k = clients in it, p = trained entries of an adapter.
+Shapes: b = examples of a group, k = clients in it, p = trained entries of an adapter.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.cohort import alike, why_alone
 from fedlora.training.dp_settings import PrivateSettings
-from fedlora.training.dropout_masks import Masks, Part, RowsError, Streams, example_parts, secret_masks
+from fedlora.training.dropout_masks import Keys, Masks, RowDropout, RowsError, secret_keys
 from fedlora.training.job import TrainJob, TrainResult, learning_rate
-from fedlora.training.loop import Client, Loop, Outcome
+from fedlora.training.loop import Client, Group, Loop, Outcome
 from fedlora.training.opacus_loop import secret_seed, train_by_opacus, unshared_losses, veiled
+from fedlora.training.row_groups import PassCost
 from fedlora.training.row_optimizer import put, take
-from fedlora.training.step_scheduler import Budget
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ class PrivateTrainingLoop(Loop):
         examples: the whole training set.
         work: each client's job and config.
         settings: each client's rates and noise.
-        budget: tokens of one joint step; None: chosen by the model's size.
+        cost: of a pass over some rows; None: by the model's size.
         generators: draw each client's noise; None: seeded by the operating system. A test may bring its own.
         samples: each client's batches, as positions among its examples; None: Poisson samples from the operating
             system's randomness. A test may bring its own.
-        masks: each example's stream of dropout masks; None: seeded by the operating system. A test may bring its own.
+        masks: each example's key of dropout masks; None: from the operating system. A test may bring its own.
 
     Attributes:
         leaves: each example's own trained tensors in the step under way, [b, *shape] each; an audit attacks them.
@@ -70,14 +70,14 @@ class PrivateTrainingLoop(Loop):
         work: Sequence[tuple[TrainJob, TrainConfig]],
         settings: Sequence[PrivateSettings],
         *,
-        budget: Budget | None = None,
+        cost: PassCost | None = None,
         generators: Sequence[torch.Generator] | None = None,
         samples: Sequence[Iterator[np.ndarray]] | None = None,
         masks: Masks | None = None,
     ) -> None:
-        super().__init__(base, task, examples, work, budget, synchronize=False)
+        super().__init__(base, task, examples, work, cost, synchronize=False)
         self.leaves: list[Tensor] = []
-        self._masks = masks or secret_masks(base.device)
+        self._masks = masks or secret_keys
         self._how: dict[int, PrivateSettings] = {}
         self._noise: dict[int, torch.Generator] = {}
         self._samples: dict[int, Iterator[np.ndarray]] = {}
@@ -97,23 +97,17 @@ class PrivateTrainingLoop(Loop):
         """The next part of the client's sample; empty samples take their steps of noise on the way."""
         key = id(client)
         try:
-            while True:
-                while not self._parts[key]:
-                    if client.done == client.steps:
-                        client.outcome = self._ended(client)
-                        return
-                    sample = client.job.indices[next(self._samples[key])]
-                    size = self._how[key].physical_batch_size or max(1, len(sample))
-                    self._parts[key] = [sample[start : start + size] for start in range(0, len(sample), size)]
-                    self._sums[key] = self._values.new_zeros(self._columns.width)
-                    if not len(sample):
-                        self._step_with_noise(client)
-                client.chosen = self._parts[key].pop(0)
-                try:
-                    client.batch = self._task.collate(self._examples, client.chosen)
+            while not self._parts[key]:
+                if client.done == client.steps:
+                    client.outcome = self._ended(client)
                     return
-                except Exception as error:
-                    self._narrow(client, error)
+                sample = client.job.indices[next(self._samples[key])]
+                size = self._how[key].physical_batch_size or max(1, len(sample))
+                self._parts[key] = [sample[start : start + size] for start in range(0, len(sample), size)]
+                self._sums[key] = self._values.new_zeros(self._columns.width)
+                if not len(sample):
+                    self._step_with_noise(client)
+            client.chosen = self._parts[key].pop(0)
         except Exception as error:
             self._fail(client, error)
 
@@ -143,28 +137,30 @@ class PrivateTrainingLoop(Loop):
     def _fail(self, client: Client, error: Exception) -> None:
         client.outcome = veiled(error)
 
-    def _random(self, clients: list[Client]) -> tuple[Streams, int]:
-        return Streams(), secret_seed()
+    def _random(self, clients: list[Client]) -> tuple[RowDropout, int]:
+        return RowDropout(), secret_seed()
 
-    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:
-        chosen = np.concatenate([client.chosen for client in members])
-        return example_parts(joined, self._task.tokens(joined), self._masks(chosen))
+    def _keys(self, group: Group) -> Keys:
+        return self._masks(group.chosen)
 
     def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
         return unshared_losses(self._task, self._base.model, batch, self._base.device)
 
-    def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
-        """Add each member's clipped gradients to its sum, and step with those whose sample is complete."""
-        owners = torch.repeat_interleave(torch.arange(len(members)), torch.tensor(sizes)).to(self._values.device)
-        rows = torch.tensor([client.row for client in members], device=self._values.device)[owners]
-        leaves = self.leaves = self._binding.bind(self._values[rows], rows.tolist(), [1] * len(rows))
+    def _gradients(self, group: Group, batch: Batch) -> tuple[Float[Tensor, "k p"], Float[Tensor, "b"]]:
+        """The sums of the clients' clipped gradients."""
+        owners = torch.tensor(group.of_examples(range(len(group.clients))), device=self._values.device)
+        rows = group.of_examples([client.row for client in group.clients])
+        leaves = self.leaves = self._binding.bind(self._values[rows], rows, [1] * len(rows))
         losses = self._losses(batch)
         if losses.shape != owners.shape:
             raise ValueError(f"{list(losses.shape)} losses for {len(owners)} examples: they must be one for each")
         found = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
         gradients = torch.cat([gradient.reshape(len(rows), -1) for gradient in found], dim=1)
-        sums = self._clipped_sums(gradients, owners, members)
-        for client, own in zip(members, sums, strict=True):
+        return self._clipped_sums(gradients, owners, group.clients), losses
+
+    def _move(self, members: list[Client], gradients: Float[Tensor, "k p"], losses: Float[Tensor, "k"]) -> None:
+        """Add each member's clipped gradients to its sum, and step with those whose sample is complete."""
+        for client, own in zip(members, gradients, strict=True):
             self._sums[id(client)] += own
             try:
                 if not self._parts[id(client)]:
@@ -247,7 +243,7 @@ def train_private_cohort(
     configs: Sequence[TrainConfig],
     settings: Sequence[PrivateSettings],
     *,
-    budget: Budget | None = None,
+    cost: PassCost | None = None,
 ) -> list[Outcome]:
     """Train many clients' adapters with DP-SGD, side by side where the base allows it; `check_model` comes first.
 
@@ -261,7 +257,7 @@ def train_private_cohort(
         jobs: what to train; without examples a client takes steps of noise alone, as far as anybody can tell.
         configs: learning rate, optimiser and proximal term; `clip_norm` is not used.
         settings: each client's rates and noise.
-        budget: tokens of one joint step; None: chosen by the model's size.
+        cost: of a pass over some rows; None: by the model's size.
 
     Returns:
         For each job the adapter, with `num_examples` 1 and no figure that depends on the data but the seconds; or an
@@ -284,7 +280,7 @@ def train_private_cohort(
             continue
         work, how = [(jobs[k], configs[k]) for k in part], [settings[k] for k in part]
         try:
-            found = PrivateTrainingLoop(base, task, examples, work, how, budget=budget).run()
+            found = PrivateTrainingLoop(base, task, examples, work, how, cost=cost).run()
         except RowsError as error:
             base.alone = str(error)
             todo.insert(0, part)

@@ -1,18 +1,19 @@
-"""Each part of a batch has its own stream of dropout masks, whoever is beside it and however far its texts are padded.
+"""Each row of a batch has dropout masks of its own, whoever is beside it and however far its text is padded.
 
-While `Streams` is entered, torch's dropout, the dropout inside its fused attention, and stochastic depth draw a part's
-masks from that part's generator, in the shape that the part has in a batch of its own. In plain training a part is a
-client, and its masks follow from the run's seed. In private training a part is one example, and its masks come from
-the operating system's randomness: masks that followed from a public seed and a place in the batch would let one
-example change all others' gradients (DP-SGD's sensitivity was 15 C with 200 others at p = 0.1).
+While `RowDropout` is entered, torch's dropout, the dropout inside its fused attention, and stochastic depth draw each
+row's masks from that row's key: a mask's bit is a function of the key, of how many masks the forward pass has drawn
+before, and of the entry's place in the row. So a row has the same masks in a batch of any size and any length. In plain
+training the keys follow from the run's seed, the step and the row's place in its client's batch. In private training
+they come from the operating system's randomness: masks that followed from a public seed and a place in the batch would
+let one example change all others' gradients (DP-SGD's sensitivity was 15 C with 200 others at p = 0.1).
 
-On a CPU the bits come from numpy's SFC64 through one comparison: torch's own dropout takes some ten times as long
-there, which is a quarter of a small encoder's training step. The probability is rounded to a multiple of 2^-16 and the
-scale follows it exactly.
+The bits are SplitMix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), four draws of
+16 bits in a word: the probability is rounded to a multiple of 2^-16, and the scale follows it exactly. torch's own
+dropout takes some ten times as long on a CPU, which is a quarter of a small encoder's training step.
 
 What draws random numbers in another way is not seen here; `Watch` notices it.
 
-Shapes: n = rows of the joint batch, t = its tokens, h = heads, d = features.
+Shapes: b = rows of the batch, t = its tokens, h = heads, d = features.
 """
 
 from __future__ import annotations
@@ -20,138 +21,59 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import UInt64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 LEVELS = 1 << 16  # of a 16-bit draw
+GOLDEN = 0x9E3779B97F4A7C15
+FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+Keys: TypeAlias = UInt64[np.ndarray, "b"]
+Masks: TypeAlias = Callable[[np.ndarray], Keys]
+"""Positions of examples in the training set [b] -> a key for each of them, for one forward pass."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows of the joint batch that share a stream: one client's, or one example.
-
-    Args:
-        rows: the first, and one after the last.
-        tokens: in the part's own longest row; None where nothing is padded.
-        stream: draws the part's masks.
-    """
-
-    rows: tuple[int, int]
-    tokens: int | None
-    stream: Stream
+def secret_keys(indices: np.ndarray) -> Keys:
+    """A fresh key for each example of each forward pass, from the operating system's randomness."""
+    return np.frombuffer(os.urandom(8 * len(indices)), dtype=np.uint64)
 
 
-class Stream:
-    """One part's random bits.
+def row_keys(seed: int, step: int, places: np.ndarray) -> Keys:
+    """The keys of some of a client's rows in one of its steps.
 
     Args:
-        seed: decides all its masks; a device other than the CPU takes its low 63 bits.
-        device: on which the masks are wanted.
+        seed: the client's in this round.
+        step: number of the step, from 0.
+        places: of the rows in the client's batch.
     """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed, self._device = seed, device
-
-    # Made when they are first wanted: in most fine-tuning nothing is dropped out.
-
-    @cached_property
-    def _bits(self) -> np.random.SFC64 | None:
-        return np.random.SFC64(self._seed) if self._device.type == "cpu" else None
-
-    @cached_property
-    def _generator(self) -> torch.Generator | None:
-        if self._device.type == "cpu":
-            return None
-        return torch.Generator(self._device).manual_seed(self._seed & ((1 << 63) - 1))
-
-    @property
-    def state(self) -> Any:
-        """Where the stream is, to be set again."""
-        return self._generator.get_state() if self._bits is None and self._generator else self._bits.state  # type: ignore[union-attr]
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if self._bits is None and self._generator:
-            self._generator.set_state(value)
-        else:
-            self._bits.state = value  # type: ignore[union-attr]
-
-    def fill(self, noise: Tensor, p: float) -> None:
-        """Write 0 with probability p and 1 / (1 - p) otherwise into a tensor."""
-        if self._bits is None:
-            drawn = torch.empty(noise.shape, dtype=noise.dtype, device=noise.device)
-            noise.copy_(drawn.bernoulli_(1 - p, generator=self._generator).div_(1 - p))
-            return
-        cut = min(round(p * LEVELS), LEVELS - 1)
-        bits = self._bits.random_raw(-(-noise.numel() // 4)).view(np.uint16)[: noise.numel()].reshape(noise.shape)
-        kept = bits >= np.uint16(cut)
-        if noise.dtype in (torch.float32, torch.float64):
-            out = noise.numpy()
-            np.multiply(kept, out.dtype.type(LEVELS / (LEVELS - cut)), out=out)
-        else:
-            noise.copy_(torch.from_numpy(kept)).mul_(LEVELS / (LEVELS - cut))
-
-    def uniform(self, out: Tensor) -> None:
-        """Write numbers from [0, 1) into a tensor."""
-        if self._bits is None:
-            out.copy_(torch.rand(out.shape, dtype=out.dtype, device=out.device, generator=self._generator))
-            return
-        drawn = (self._bits.random_raw(out.numel()) >> np.uint64(40)).astype(np.float64) / (1 << 24)  # exact in float32
-        out.copy_(torch.from_numpy(drawn).view(out.shape))
+    own = _mixed(np.array([(seed + step * GOLDEN) % (1 << 64)], dtype=np.uint64))
+    return _mixed(own + places.astype(np.uint64) * np.uint64(GOLDEN))
 
 
-Masks: TypeAlias = Callable[[np.ndarray], Sequence[Stream]]
-"""Positions of examples in the training set [b] -> a stream for each of them, for one forward pass."""
-
-
-def secret_masks(device: torch.device) -> Masks:
-    """A fresh stream for each example of each forward pass, seeded by the operating system.
-
-    On a CPU every example has a stream of its own. Elsewhere one secret stream serves all examples in turn, since a
-    generator for each would cost more than the training step: none of its numbers is used twice, so that no example's
-    masks tell or change anything of another's there either.
-    """
-    if device.type != "cpu":
-        shared = Stream(int.from_bytes(os.urandom(32), "big"), device)
-        return lambda indices: [shared] * len(indices)
-    return lambda indices: [Stream(int.from_bytes(os.urandom(32), "big"), device) for _ in indices]
-
-
-def example_parts(batch: Mapping[str, Tensor], tokens: int | None, streams: Sequence[Stream]) -> list[Part]:
-    """Each row of a batch as a part of its own.
+class RowDropout(TorchFunctionMode):
+    """Inside, every dropout is drawn row by row; call `begin` before each forward pass.
 
     Args:
-        batch: on the CPU; where its attention mask ends, a row's padding begins.
-        tokens: in each row, padding included; None where nothing is padded.
-        streams: one for each row.
+        strict: whether a dropout whose rows are not the batch's is an error; otherwise it is drawn as one row's.
     """
-    if streams and all(stream is streams[0] for stream in streams):
-        return [Part((0, len(streams)), tokens, streams[0])]
-    own: list[int | None] = [tokens] * len(streams)
-    mask = batch.get("attention_mask")
-    if tokens is not None and mask is not None and mask.shape == (len(streams), tokens):
-        places = torch.arange(1, tokens + 1)
-        own = list((places * (mask != 0)).amax(dim=1).tolist())
-    return [Part((row, row + 1), width, stream) for row, (width, stream) in enumerate(zip(own, streams, strict=True))]
 
-
-class Streams(TorchFunctionMode):
-    """Inside, every dropout is drawn part by part; set `parts` before each forward pass."""
-
-    def __init__(self) -> None:
+    def __init__(self, *, strict: bool = True) -> None:
         super().__init__()
-        self.parts: Sequence[Part] = ()
-        self.tokens: int | None = None
-        """Of the joint batch; None where nothing is padded."""
+        self._strict = strict
+        self._keys: Keys = np.empty(0, np.uint64)
+        self._drawn = 0
+
+    def begin(self, keys: Keys) -> None:
+        """The keys of the next forward pass's rows."""
+        self._keys, self._drawn = keys, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -163,21 +85,16 @@ class Streams(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and _dropout_of(args, kwargs):
             return self._attention(*args, **kwargs)
         if func is torch.rand and (shape := self._paths(args, kwargs)) is not None:
-            return self._depth(shape, kwargs)
+            drawn = _mixed(self._next_keys(len(self._keys))) >> np.uint64(40)  # 24 bits: exact in float32
+            return torch.empty(shape, **kwargs).copy_(torch.from_numpy(drawn / (1 << 24)).view(shape))
         return func(*args, **kwargs)
 
     def _paths(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """The shape [n, 1, ...] of one number a row, with which stochastic depth (arXiv 1603.09382) is drawn."""
+        """The shape [b, 1, ...] of one number a row, with which stochastic depth (arXiv 1603.09382) is drawn."""
         shape = tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
         plain = shape and all(isinstance(size, int) for size in shape) and not kwargs.keys() - {"dtype", "device"}
-        rows = self.parts[-1].rows[1] if self.parts else 0
+        rows = len(self._keys)
         return shape if plain and len(shape) > 1 and shape[0] == rows and math.prod(shape) == rows else None
-
-    def _depth(self, shape: tuple[int, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        out = torch.empty(shape, **kwargs)
-        for part in self.parts:
-            part.stream.uniform(out[part.rows[0] : part.rows[1]])
-        return out
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
         if not training or p == 0.0 or not input.numel():
@@ -186,33 +103,42 @@ class Streams(TorchFunctionMode):
         return input.mul_(noise) if inplace else input * noise
 
     def noise(self, shape: torch.Size, p: float, like: Tensor) -> Tensor:
-        """The factors of one dropout.
+        """The factors of one dropout: 0 with probability p, else 1 / (1 - p).
 
         Args:
-            shape: [n, ...]; tokens are the second of three dimensions, the last two of four where both are `t`, and the
-                last of four where there is one query.
+            shape: [b, ...].
             p: probability of a zero.
             like: a tensor of the wanted dtype and device.
 
         Raises:
             RowsError: the first dimension is not the batch's rows, so that nobody knows whose entry is whose.
         """
-        noise = torch.empty(shape, dtype=like.dtype, device=like.device)
-        if len(self.parts) == 1 and self.parts[0].tokens == self.tokens:
-            self.parts[0].stream.fill(noise, p)
+        keys, sizes = self._next_keys(shape[0]), tuple(shape)
+        if len(keys) != shape[0]:
+            sizes = (1, *sizes)
+        if len(sizes) == 1:
+            sizes = (*sizes, 1)
+        cut = min(round(p * LEVELS), LEVELS - 1)
+        scale = LEVELS / (LEVELS - cut)
+        if like.device.type != "cpu":
+            return (_draws_on_device(keys, sizes, like.device) >= cut).to(like.dtype).mul_(scale).view(shape)
+        noise = torch.empty(shape, dtype=like.dtype)
+        kept = (_draws(keys, sizes) >= np.uint16(cut)).reshape(shape)
+        if noise.dtype in (torch.float32, torch.float64):
+            out = noise.numpy()
+            np.multiply(kept, out.dtype.type(scale), out=out)
             return noise
-        if shape[0] != self.parts[-1].rows[1]:
-            raise RowsError(f"a dropout sees {shape[0]} rows where the batch has {self.parts[-1].rows[1]}")
-        for part in self.parts:
-            own = noise[part.rows[0] : part.rows[1]]
-            if part.tokens != self.tokens and part.tokens is not None:
-                own.fill_(1.0)
-                if len(shape) == 3 and shape[1] == self.tokens:
-                    own = own[:, : part.tokens]
-                elif len(shape) == 4 and shape[3] == self.tokens and shape[2] in (1, self.tokens):
-                    own = own[:, :, : part.tokens, : part.tokens]
-            part.stream.fill(own, p)
-        return noise
+        return noise.copy_(torch.from_numpy(kept)).mul_(scale)
+
+    def _next_keys(self, rows: int) -> Keys:
+        """The rows' keys for the next mask of `rows` rows; the first row's alone where the mask is as one row's."""
+        keys = self._keys
+        if len(keys) != rows and len(keys) != 1:
+            if self._strict:
+                raise RowsError(f"a dropout sees {rows} rows where the batch has {len(keys)}")
+            keys = keys[:1]
+        self._drawn += 1
+        return _mixed(keys ^ np.uint64(self._drawn * SECOND & (2**64 - 1)))
 
     def _attention(
         self,
@@ -240,6 +166,50 @@ class Streams(TorchFunctionMode):
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(dim=-1, dtype=wide).to(query.dtype)
         return torch.matmul(weights * self.noise(weights.shape, dropout_p, weights), value)
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function, in place."""
+    other = words >> np.uint64(30)
+    words ^= other
+    words *= np.uint64(FIRST)
+    np.right_shift(words, np.uint64(27), out=other)
+    words ^= other
+    words *= np.uint64(SECOND)
+    np.right_shift(words, np.uint64(31), out=other)
+    words ^= other
+    return words
+
+
+def _strides(dimensions: int) -> list[int]:
+    """By what each place in a row moves the generator: powers of an odd number, whatever the sizes."""
+    return [pow(GOLDEN, dimensions - axis, 1 << 64) for axis in range(dimensions)]
+
+
+def _draws(keys: Keys, sizes: tuple[int, ...]) -> np.ndarray:
+    """Numbers of 16 bits [b, ...]; an entry's goes by its row's key and its place in the row."""
+    inner = (*sizes[1:-1], -(-sizes[-1] // 4))
+    words = keys.reshape(-1, *(1 for _ in inner))
+    for axis, (size, stride) in enumerate(zip(inner, _strides(len(inner)), strict=True), start=1):
+        places = np.arange(size, dtype=np.uint64) * np.uint64(stride)
+        words = words + places.reshape(-1, *(1 for _ in inner[axis:]))
+    return _mixed(words).view(np.uint16)[..., : sizes[-1]]
+
+
+def _draws_on_device(keys: Keys, sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """`_draws` by torch, which has no unsigned words: int64 with the same bits, and the draws as int32."""
+    inner = (*sizes[1:-1], -(-sizes[-1] // 4))
+    words = torch.from_numpy(keys.view(np.int64)).to(device).view(-1, *(1 for _ in inner))
+    for axis, (size, stride) in enumerate(zip(inner, _strides(len(inner)), strict=True), start=1):
+        places = torch.arange(size, device=device) * _signed(stride)
+        words = words + places.view(-1, *(1 for _ in inner[axis:]))
+    for shift, factor in ((30, FIRST), (27, SECOND), (31, 1)):
+        words = (words ^ (words >> shift & (1 << (64 - shift)) - 1)).mul_(_signed(factor))
+    return words.view(torch.int16).to(torch.int32).bitwise_and_(LEVELS - 1)[..., : sizes[-1]]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
 
 
 class RowsError(Exception):

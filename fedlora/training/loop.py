@@ -1,8 +1,11 @@
 """The training loop: some clients with a common optimiser and common trained parts, until all of them are done.
 
-`Loop` is what plain and private training share; `TrainingLoop` is plain training.
+In each step every client that is not done has its next batch. The rows of all these batches are computed in groups of
+like length (`fedlora.training.row_groups`), whoever's they are; each client's gradients are added up, and then it takes
+its optimiser step. `Loop` is what plain and private training share; `TrainingLoop` is plain training.
 
-Shapes: K = clients, k = those in one step, p = trained entries of an adapter, b = examples of a joint batch.
+Shapes: K = clients, k = those in one step or group, p = trained entries of an adapter, b = rows of a group, e = its
+examples (as many as rows, where the task does not pack them).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedlora.config import TrainConfig
@@ -25,11 +28,11 @@ from fedlora.model import Base, seeded
 from fedlora.progress import activity
 from fedlora.rng import derive
 from fedlora.tasks._base import Batch, Examples, Task, to_device
-from fedlora.training.dropout_masks import Part, RowsError, Stream, Streams, Watch, drops_out
+from fedlora.training.dropout_masks import Keys, RowDropout, RowsError, Watch, drops_out, row_keys
 from fedlora.training.job import TrainJob, TrainResult, batches, learning_rate, number_of_steps
+from fedlora.training.row_groups import PassCost, cut, pass_cost
 from fedlora.training.row_optimizer import Columns, FlatOptimizer, put, take
-from fedlora.training.stacked_lora import Alone, Stacked, cannot_stack, groups_of
-from fedlora.training.step_scheduler import Budget, Waiting, choose, step_budget
+from fedlora.training.stacked_lora import Alone, Stacked, cannot_stack
 
 CHECK_EVERY = 32  # steps between looks at the losses on a device where looking waits for all work to end
 
@@ -39,22 +42,53 @@ Outcome: TypeAlias = TrainResult | Exception
 
 @dataclass
 class Client:
-    """State of one client; `row` is its row in the matrices, and `stream` draws its dropout masks in plain training."""
+    """State of one client; `row` is its row in the matrices.
+
+    `whole` is its batch where that cannot be taken apart: a task that packs examples into rows, or a model in which
+    they depend on each other.
+    """
 
     row: int
     job: TrainJob
     config: TrainConfig
-    stream: Stream | None = None
     steps: int = 0
     batches: Iterator[np.ndarray] = field(default_factory=lambda: iter(()))
     chosen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    batch: Batch | None = None
+    whole: Batch | None = None
     done: int = 0
     seen: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     compute: float = 0.0
     outcome: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are computed in one pass, each client's after each other.
+
+    Args:
+        members: places of their clients in the step.
+        clients: the members themselves.
+        rows: how many rows of the batch each has.
+        places: of each client's examples in its batch.
+        batch: on the CPU.
+    """
+
+    members: list[int]
+    clients: list[Client]
+    rows: list[int]
+    places: list[np.ndarray]
+    batch: Batch
+
+    @property
+    def chosen(self) -> Int[np.ndarray, "e"]:
+        """Positions of the examples in the training set."""
+        return np.concatenate([client.chosen[places] for client, places in zip(self.clients, self.places, strict=True)])
+
+    def of_examples(self, values: Sequence[Any]) -> list[Any]:
+        """A value for each example, from one for each client."""
+        return [value for value, places in zip(values, self.places, strict=True) for _ in places]
 
 
 class Binding(Protocol):
@@ -85,7 +119,7 @@ class Loop(ABC):
         task: gives batches and losses.
         examples: the whole training set.
         work: each client's job and config.
-        budget: tokens of one joint step; None: chosen by the model's size.
+        cost: of a pass over some rows; None: by the model's size.
         synchronize: wait for the device at each step.
     """
 
@@ -95,11 +129,11 @@ class Loop(ABC):
         task: Task,
         examples: Examples,
         work: Sequence[tuple[TrainJob, TrainConfig]],
-        budget: Budget | None,
+        cost: PassCost | None,
         synchronize: bool,
     ) -> None:
         self._base, self._task, self._examples = base, task, examples
-        self._budget = budget or step_budget(base)
+        self._cost = cost or pass_cost(base)
         self._synchronize = synchronize
         self._clients = [Client(row, job, config) for row, (job, config) in enumerate(work)]
 
@@ -137,29 +171,38 @@ class Loop(ABC):
         """Set a client's steps and batches; an error leaves it out."""
 
     @abstractmethod
-    def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
-        """Take a step with the members' batches, in this order, joined in `batch`."""
+    def _keys(self, group: Group) -> Keys:
+        """The keys of the dropout masks of a group's rows."""
+
+    @abstractmethod
+    def _gradients(self, group: Group, batch: Batch) -> tuple[Float[Tensor, "k p"], Float[Tensor, "e"]]:
+        """A group's part of its clients' gradients, and the loss of each example.
+
+        Args:
+            group: whose rows.
+            batch: the group's, where the model is.
+        """
+
+    @abstractmethod
+    def _move(self, members: list[Client], gradients: Float[Tensor, "k p"], losses: Float[Tensor, "k"]) -> None:
+        """Take a step.
+
+        Args:
+            members: whose.
+            gradients: of each, over its whole batch.
+            losses: the mean of each one's batch.
+        """
 
     @abstractmethod
     def _ended(self, client: Client) -> Outcome:
         """The outcome of a client that has done its steps."""
 
     @abstractmethod
-    def _random(self, clients: list[Client]) -> tuple[Streams | None, int]:
-        """The streams of dropout masks (None if nothing drops out), and a seed for torch's default generators."""
+    def _random(self, clients: list[Client]) -> tuple[RowDropout | None, int]:
+        """What draws dropout masks (None if nothing drops out), and a seed for torch's default generators."""
 
     @abstractmethod
-    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:
-        """Which rows of the joint batch draw their masks from which stream.
-
-        Args:
-            members: in the order of their rows in the batch.
-            own: each member's batch, on the CPU.
-            joined: all batches in one, on the CPU.
-        """
-
-    @abstractmethod
-    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
+    def _losses(self, batch: Batch) -> Float[Tensor, "e"]:
         """The loss of each example."""
 
     def _alone_failed(self, client: Client, error: Exception) -> None:
@@ -191,32 +234,30 @@ class Loop(ABC):
         self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
         self._anchor = self._values.clone() if any(self._mu) else None
         self._optimizer = FlatOptimizer(len(jobs), self._columns.width, [client.config for client in clients], like)
-        self._streams, seed = self._random(clients)
+        self._dropout, seed = self._random(clients)
         base.train_mode(True)
         with ExitStack() as stack:
             stack.enter_context(seeded(seed, base.device))
-            if self._streams is not None:
-                stack.enter_context(self._streams)
+            if self._dropout is not None:
+                stack.enter_context(self._dropout)
             alone = cannot_stack(base) is not None
             binding: Binding = Alone(base, self._columns) if alone else Stacked(base, self._columns, adapters)
             self._binding = stack.enter_context(binding)
             for client in clients:
                 self._next_batch(client)
             while active := [client for client in clients if client.outcome is None]:
-                waiting = [self._waiting(client) for client in active]
                 activity.info(
                     "training: %d of %d steps of %d clients",
                     sum(client.done for client in clients),
                     sum(client.steps for client in clients),
                     len(clients),
                 )
-                self._joint([active[place] for place in choose(waiting, self._budget)])
+                self._joint(active)
 
     # ------------------------------------------------------------------------------------------ one step
 
     def _joint(self, members: list[Client]) -> None:
         """One step of some clients; if that fails, of each of them alone, to see whose fault it is."""
-        before = [(c.stream, c.stream.state) for c in members if c.stream and self._streams and len(members) > 1]
         try:
             self._step(members)
         except Exception as error:
@@ -225,26 +266,29 @@ class Loop(ABC):
             if len(members) == 1:
                 self._alone_failed(members[0], error)
                 return
-            for stream, state in before:
-                stream.state = state
             for client in members:
                 self._joint([client])
 
     def _step(self, members: list[Client]) -> None:
-        begin = time.perf_counter()
-        members = sorted(members, key=lambda client: (-self._rows(client), client.row))
-        sizes = [self._rows(client) for client in members]
-        own = [client.batch for client in members if client.batch is not None]
-        joined = self._task.join(self._examples, own)
-        if self._streams is not None:
-            self._streams.tokens = self._task.tokens(joined)
-            self._streams.parts = self._mask_parts(members, own, joined)
-        batch = to_device(joined, self._base.device)
+        begin, computed = time.perf_counter(), 0.0
+        gradients = self._values.new_zeros(len(members), self._columns.width)
+        losses = self._values.new_zeros(len(members))
+        for group in self._groups(members):
+            if self._dropout is not None:
+                self._dropout.begin(self._keys(group))
+            batch = to_device(group.batch, self._base.device)
+            started = self._now()
+            found, each = self._gradients(group, batch)
+            places = torch.tensor(group.members, device=losses.device)
+            gradients.index_add_(0, places, found)
+            owners = torch.tensor(group.of_examples(group.members), device=losses.device)
+            losses.index_add_(0, owners, each.detach().to(losses.dtype))
+            computed += self._now() - started
         started = self._now()
-        self._move(members, batch, sizes)
-        computed = self._now() - started
-        total = sum(sizes)
-        weights = [size / total for size in sizes]
+        self._move(members, gradients, losses / losses.new_tensor([max(1, len(c.chosen)) for c in members]))
+        computed += self._now() - started
+        tokens = [float(self._examples.lengths[client.chosen].sum()) for client in members]
+        weights = [own / sum(tokens) for own in tokens]
         for client, weight in zip(members, weights, strict=True):
             client.compute += computed * weight
             if client.outcome is None:
@@ -254,6 +298,27 @@ class Loop(ABC):
             client.seconds += taken * weight
             if isinstance(client.outcome, TrainResult):
                 client.outcome = TrainResult(**{**vars(client.outcome), "compute_seconds": client.compute})
+
+    def _groups(self, members: list[Client]) -> Iterator[Group]:
+        """The step's rows, in groups of like length; in each those first whose client has the most there."""
+        if wholes := [client.whole for client in members if client.whole is not None]:
+            sizes = np.array([len(next(iter(whole.values()))) for whole in wholes])
+            for found in cut(np.array([self._task.tokens(whole) or 1 for whole in wholes]), self._cost, sizes):
+                order = sorted(found.tolist(), key=lambda k: (-sizes[k], k))
+                batch = self._task.join(self._examples, [wholes[k] for k in order])
+                own = [np.arange(len(members[k].chosen)) for k in order]
+                yield Group(order, [members[k] for k in order], sizes[order].tolist(), own, batch)
+            return
+        owners = np.repeat(np.arange(len(members)), [len(client.chosen) for client in members])
+        places = np.concatenate([np.arange(len(client.chosen)) for client in members])
+        chosen = np.concatenate([client.chosen for client in members])
+        for found in cut(self._examples.lengths[chosen], self._cost):
+            held = np.bincount(owners[found], minlength=len(members))
+            order = sorted(np.flatnonzero(held).tolist(), key=lambda k: (-held[k], k))
+            own = [np.sort(places[found[owners[found] == k]]) for k in order]
+            clients = [members[k] for k in order]
+            wanted = np.concatenate([c.chosen[p] for c, p in zip(clients, own, strict=True)])
+            yield Group(order, clients, held[order].tolist(), own, self._task.collate(self._examples, wanted))
 
     @torch.no_grad()
     def _add_proximal(self, rows: Sequence[int], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]) -> None:
@@ -267,18 +332,10 @@ class Loop(ABC):
     def _next_batch(self, client: Client) -> None:
         try:
             client.chosen = next(client.batches)
-            client.batch = self._task.collate(self._examples, client.chosen)
+            if self._base.coupled is not None or not self._task.rows_are_examples:
+                client.whole = self._task.collate(self._examples, client.chosen)
         except Exception as error:
             self._fail(client, error)
-
-    def _rows(self, client: Client) -> int:
-        assert client.batch is not None
-        return len(next(iter(client.batch.values())))
-
-    def _waiting(self, client: Client) -> Waiting:
-        assert client.batch is not None
-        tokens = self._task.tokens(client.batch) or int(self._examples.lengths[client.chosen].max())
-        return Waiting(self._rows(client), tokens, client.steps - client.done)
 
     def _now(self) -> float:
         device = self._base.device
@@ -305,20 +362,18 @@ class TrainingLoop(Loop):
         client.steps = number_of_steps(size, client.config)
         client.batches = batches(client.job.indices, client.config.batch_size, client.steps, client.job.seed)
 
-    def _random(self, clients: list[Client]) -> tuple[Streams | None, int]:
-        for client in clients:
-            client.stream = Stream(derive(client.job.seed, "dropout"), self._base.device)
-        return Streams() if drops_out(self._base.model) else None, derive(clients[0].job.seed, "dropout")
+    def _random(self, clients: list[Client]) -> tuple[RowDropout | None, int]:
+        self._seeds = [derive(client.job.seed, "dropout") for client in clients]
+        return RowDropout(strict=len(clients) > 1) if drops_out(self._base.model) else None, self._seeds[0]
 
-    def _mask_parts(self, members: list[Client], own: list[Batch], joined: Batch) -> list[Part]:
-        parts, end = [], 0
-        for client, one in zip(members, own, strict=True):
-            assert client.stream is not None
-            parts.append(Part((end, end := end + self._rows(client)), self._task.tokens(one), client.stream))
-        return parts
+    def _keys(self, group: Group) -> Keys:
+        keys = []
+        for client, rows, places in zip(group.clients, group.rows, group.places, strict=True):
+            own = np.arange(rows) if client.whole is not None else places
+            keys.append(row_keys(self._seeds[client.row], client.done, own))
+        return np.concatenate(keys)
 
-    def _losses(self, batch: Batch) -> Float[Tensor, "b"]:
-        """The loss of each example."""
+    def _losses(self, batch: Batch) -> Float[Tensor, "e"]:
         if len(self._clients) == 1:
             return self._task.losses(self._base.model, batch)
         with Watch(self._base.device) as watch:
@@ -327,14 +382,17 @@ class TrainingLoop(Loop):
             raise RowsError("it draws random numbers in a way that cannot be told apart by clients")
         return each
 
-    def _move(self, members: list[Client], batch: Batch, sizes: list[int]) -> None:
+    def _gradients(self, group: Group, batch: Batch) -> tuple[Float[Tensor, "k p"], Float[Tensor, "e"]]:
+        rows = [client.row for client in group.clients]
+        leaves = self._binding.bind(take(self._values, rows), rows, group.rows)
+        each = self._losses(batch)
+        shares = each.new_tensor(group.of_examples([1 / len(client.chosen) for client in group.clients]))
+        found = torch.autograd.grad(each, leaves, shares, materialize_grads=True)
+        return torch.cat([gradient.reshape(len(rows), -1) for gradient in found], dim=1), each
+
+    def _move(self, members: list[Client], gradients: Float[Tensor, "k p"], losses: Float[Tensor, "k"]) -> None:
         rows = [client.row for client in members]
         values = take(self._values, rows)
-        leaves = self._binding.bind(values, rows, sizes)
-        each, counts = self._losses(batch), [len(client.chosen) for client in members]
-        shares = each.new_tensor([1 / count for count in counts for _ in range(count)])  # of an example in its mean
-        found = torch.autograd.grad(each, leaves, shares, materialize_grads=True)
-        gradients = torch.cat([gradient.reshape(len(members), -1) for gradient in found], dim=1)
         self._add_proximal(rows, values, gradients)
         if any(client.config.clip_norm is not None for client in members):
             most = [c.config.clip_norm if c.config.clip_norm is not None else float("inf") for c in members]
@@ -346,8 +404,7 @@ class TrainingLoop(Loop):
         for client in members:
             client.done += 1
             client.seen += len(client.chosen)
-        means = [each.detach()[g.rows].reshape(g.size, -1).mean(1) for g in groups_of(counts)]
-        self._unseen.append((members, torch.cat(means)))
+        self._unseen.append((members, losses))
         ended = any(client.done == client.steps for client in members)
         if ended or sum(len(clients) for clients, _ in self._unseen) >= self._look_every:
             self._look()

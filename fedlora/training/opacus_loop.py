@@ -22,25 +22,22 @@ from fedlora.privacy.dpsgd import PrivateStep, poisson_batches
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task, to_device
 from fedlora.training.dp_settings import PrivateSettings
-from fedlora.training.dropout_masks import Masks, RowsError, Stream, Streams, Watch, example_parts, secret_masks
+from fedlora.training.dropout_masks import Keys, Masks, RowDropout, RowsError, Watch, secret_keys
 from fedlora.training.job import TrainJob, TrainResult, learning_rate
 
 logger = logging.getLogger(__name__)
 
 
-def masked_losses(
-    task: Task, model: torch.nn.Module, batch: Batch, streams: Sequence[Stream], device: torch.device
-) -> Tensor:
-    """The loss of each example of a batch on the CPU, each with masks from its own stream.
+def masked_losses(task: Task, model: torch.nn.Module, batch: Batch, keys: Keys, device: torch.device) -> Tensor:
+    """The loss of each example of a batch on the CPU, each with masks from its own key.
 
     Raises:
         PrivacyError: the model draws random numbers that no example owns, or masks whose rows are not examples.
     """
-    masks = Streams()
-    masks.tokens = task.tokens(batch)
-    masks.parts = example_parts(batch, masks.tokens, streams)
+    dropout = RowDropout()
+    dropout.begin(keys)
     try:
-        with masks:
+        with dropout:
             return unshared_losses(task, model, to_device(batch, device), device)
     except RowsError as error:
         raise PrivacyError(
@@ -51,7 +48,7 @@ def masked_losses(
 
 
 def unshared_losses(task: Task, model: torch.nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """The loss of each example; inside `Streams`.
+    """The loss of each example; inside `RowDropout`.
 
     Raises:
         PrivacyError: the model draws random numbers that no example owns.
@@ -92,7 +89,7 @@ def train_by_opacus(
         job: what to train; without examples it takes steps of noise alone, as far as anybody can tell.
         config: learning rate, optimiser and proximal term; `clip_norm` is not used.
         settings: rates and noise.
-        masks: each example's stream of dropout masks; None: seeded by the operating system. A test may bring its own.
+        masks: each example's key of dropout masks; None: from the operating system. A test may bring its own.
 
     Returns:
         The adapter, with `num_examples` 1, and no figure that depends on the data but the seconds.
@@ -111,12 +108,12 @@ def train_by_opacus(
     mu = job.proximal_mu or config.proximal_mu
     anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
     optimizer = make_optimizer(parameters, config)
-    plan, streams = settings.schedule, masks or secret_masks(base.device)
+    plan, keys = settings.schedule, masks or secret_keys
     clip = settings.clipping_norm(base.dtype)
 
     def losses(positions: np.ndarray) -> Tensor:
         rows = job.indices[positions]
-        return masked_losses(task, base.model, task.collate(examples, rows), streams(rows), base.device)
+        return masked_losses(task, base.model, task.collate(examples, rows), keys(rows), base.device)
 
     try:
         with (

@@ -5,7 +5,7 @@ computes  y = x W^T + s_k (x A_k^T) B_k^T  on client k's rows, with one batched 
 a trained head does the same with its dense weights. PEFT's layers stay where they are, with another `forward` on the
 instance, which is taken off again however training ends.
 
-Shapes: k = clients, n = rows of the joint batch, m = rows and tokens of one client, i = d_in, o = d_out, r = rank,
+Shapes: k = clients, n = rows of the batch, m = rows and tokens of one client, i = d_in, o = d_out, r = rank,
 *t = any dimensions between rows and features.
 """
 
@@ -31,7 +31,7 @@ from fedlora.training.row_optimizer import Columns, take
 
 
 @dataclass(frozen=True)
-class Group:
+class Block:
     """Clients that follow each other and have equally many rows.
 
     Args:
@@ -48,16 +48,16 @@ class Group:
         return int(self.clients.stop - self.clients.start)
 
 
-def groups_of(rows: Sequence[int]) -> tuple[Group, ...]:
-    """Groups of clients by their numbers of rows, in the order given."""
-    groups: list[Group] = []
+def blocks_of(rows: Sequence[int]) -> tuple[Block, ...]:
+    """Blocks of clients by their numbers of rows, in the order given."""
+    blocks: list[Block] = []
     first = begin = 0
     for number, size in enumerate(rows):
         if number + 1 == len(rows) or rows[number + 1] != size:
             end = begin + size * (number + 1 - first)
-            groups.append(Group(slice(first, number + 1), slice(begin, end)))
+            blocks.append(Block(slice(first, number + 1), slice(begin, end)))
             first, begin = number + 1, end
-    return tuple(groups)
+    return tuple(blocks)
 
 
 @dataclass
@@ -65,26 +65,26 @@ class Step:
     """What the layers compute with at present.
 
     Args:
-        groups: whose rows are whose.
+        blocks: whose rows are whose.
         tensors: stacked by name, [k, ...], names as in `AdapterState.tensors`.
         scales: module name -> [k, 1, 1].
     """
 
-    groups: tuple[Group, ...] = ()
+    blocks: tuple[Block, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def groups_in(self, x: Tensor) -> tuple[Group, ...]:
-        """The groups of a layer's input.
+    def blocks_in(self, x: Tensor) -> tuple[Block, ...]:
+        """The blocks of a layer's input.
 
         Raises:
             RowsError: its first dimension is not the batch's rows.
         """
-        if len(self.groups) == 1 and self.groups[0].size == 1:
-            return (Group(slice(0, 1), slice(0, x.shape[0])),)
-        if x.shape[0] != self.groups[-1].rows.stop:
-            raise RowsError(f"a layer sees {x.shape[0]} rows where the batch has {self.groups[-1].rows.stop}")
-        return self.groups
+        if len(self.blocks) == 1 and self.blocks[0].size == 1:
+            return (Block(slice(0, 1), slice(0, x.shape[0])),)
+        if x.shape[0] != self.blocks[-1].rows.stop:
+            raise RowsError(f"a layer sees {x.shape[0]} rows where the batch has {self.blocks[-1].rows.stop}")
+        return self.blocks
 
 
 @final
@@ -115,7 +115,7 @@ class Stacked:
             frozen = take(self._frozen, rows)
             tensors |= {column.name: column.of(frozen) for column in self._kept.columns}
         scales = take(self._scales, rows).T[:, :, None, None].unbind()
-        self.step = Step(groups_of(sizes), tensors, dict(zip(self._base.targets, scales, strict=True)))
+        self.step = Step(blocks_of(sizes), tensors, dict(zip(self._base.targets, scales, strict=True)))
         return leaves
 
     def __enter__(self) -> Stacked:
@@ -150,7 +150,7 @@ class Stacked:
             out: Tensor = layer.base_layer(x, *args, **kwargs)
             A, B = step.tensors[f"{name}:A"], step.tensors[f"{name}:B"]
             inner = x if plain else dropout(x.to(A.dtype))
-            return add_pairs(out, inner, A, B, step.scales[name], step.groups_in(x))
+            return add_pairs(out, inner, A, B, step.scales[name], step.blocks_in(x))
 
         return forward
 
@@ -158,10 +158,10 @@ class Stacked:
         def forward(x: Float[Tensor, "n *t i"]) -> Float[Tensor, "n *t o"]:
             weight, bias = self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias")
             parts = []
-            for group in self.step.groups_in(x):
-                own, w = x[group.rows].reshape(group.size, -1, x.shape[-1]), weight[group.clients].transpose(1, 2)
-                out = own @ w if bias is None else torch.baddbmm(bias[group.clients, None], own, w)
-                parts.append(out.view(*x[group.rows].shape[:-1], weight.shape[1]))
+            for block in self.step.blocks_in(x):
+                own, w = x[block.rows].reshape(block.size, -1, x.shape[-1]), weight[block.clients].transpose(1, 2)
+                out = own @ w if bias is None else torch.baddbmm(bias[block.clients, None], own, w)
+                parts.append(out.view(*x[block.rows].shape[:-1], weight.shape[1]))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         return forward
@@ -171,10 +171,10 @@ class Stacked:
             out = functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
             weight, bias = self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias")
             parts = []
-            for group in self.step.groups_in(x):
-                own = out[group.rows].reshape(group.size, -1, *module.normalized_shape) * weight[group.clients, None]
-                own = own if bias is None else own + bias[group.clients, None]
-                parts.append(own.view(x[group.rows].shape))
+            for block in self.step.blocks_in(x):
+                own = out[block.rows].reshape(block.size, -1, *module.normalized_shape) * weight[block.clients, None]
+                own = own if bias is None else own + bias[block.clients, None]
+                parts.append(own.view(x[block.rows].shape))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         return forward
@@ -277,12 +277,12 @@ def add_pairs(
     A: Float[Tensor, "k r i"],
     B: Float[Tensor, "k o r"],
     scales: Float[Tensor, "k 1 1"],
-    groups: tuple[Group, ...],
+    blocks: tuple[Block, ...],
 ) -> Float[Tensor, "n *t o"]:
     """out + s_k (x A_k^T) B_k^T on each client's rows, in `out`'s dtype; `out` itself may be overwritten."""
     if out._is_view() or (out.requires_grad and out.is_leaf) or not out.is_contiguous():
         out = out.clone()
-    added: Tensor = _AddPairs.apply(out, x, A, B, scales, groups)
+    added: Tensor = _AddPairs.apply(out, x, A, B, scales, blocks)
     return added
 
 
@@ -295,21 +295,21 @@ class _AddPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, groups: tuple[Group, ...]
+        ctx: Any, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, blocks: tuple[Block, ...]
     ) -> Tensor:
         ctx.mark_dirty(out)
         dtype = out.dtype if out.dtype == torch.bfloat16 else A.dtype
         down, up = A.to(dtype), (B * scales).to(dtype)
         inner = []
-        for group in groups:
-            h = torch.bmm(down[group.clients], _rows(x, group).to(dtype).transpose(1, 2))
-            ht, upt, target = h.transpose(1, 2), up[group.clients].transpose(1, 2), _rows(out, group)
+        for block in blocks:
+            h = torch.bmm(down[block.clients], _rows(x, block).to(dtype).transpose(1, 2))
+            ht, upt, target = h.transpose(1, 2), up[block.clients].transpose(1, 2), _rows(out, block)
             if out.dtype == dtype:
                 target.baddbmm_(ht, upt)
             else:
                 target.copy_(torch.bmm(ht, upt).add_(target))
             inner.append(h)
-        ctx.groups = groups
+        ctx.blocks = blocks
         ctx.save_for_backward(x, down, up, scales, *inner)
         return out
 
@@ -321,22 +321,22 @@ class _AddPairs(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None
         dA = torch.empty_like(down, dtype=scales.dtype, memory_format=torch.contiguous_format) if wants_A else None
         dB = torch.empty_like(up, dtype=scales.dtype, memory_format=torch.contiguous_format) if wants_B else None
-        for group, h in zip(ctx.groups, inner, strict=True):
-            g, mine = _rows(gradient, group).to(down.dtype), group.clients
+        for block, h in zip(ctx.blocks, inner, strict=True):
+            g, mine = _rows(gradient, block).to(down.dtype), block.clients
             if dB is not None:
                 torch.mul(torch.bmm(h, g).transpose(1, 2), scales[mine], out=dB[mine])
             if dA is None and dx is None:
                 continue
             dh = torch.bmm(up[mine].transpose(1, 2), g.transpose(1, 2))
             if dA is not None:
-                dA[mine] = torch.bmm(dh, _rows(x, group).to(down.dtype))
+                dA[mine] = torch.bmm(dh, _rows(x, block).to(down.dtype))
             if dx is not None and dx.dtype == down.dtype:
-                torch.bmm(dh.transpose(1, 2), down[mine], out=_rows(dx, group))
+                torch.bmm(dh.transpose(1, 2), down[mine], out=_rows(dx, block))
             elif dx is not None:
-                _rows(dx, group).copy_(torch.bmm(dh.transpose(1, 2), down[mine]))
+                _rows(dx, block).copy_(torch.bmm(dh.transpose(1, 2), down[mine]))
         return grads[0], dx, dA, dB, None, None
 
 
-def _rows(x: Tensor, group: Group) -> Float[Tensor, "k m f"]:
-    """A group's part of a tensor [n, *t, f], each client's rows and tokens together."""
-    return x[group.rows].reshape(group.size, -1, x.shape[-1])
+def _rows(x: Tensor, block: Block) -> Float[Tensor, "k m f"]:
+    """A block's part of a tensor [n, *t, f], each client's rows and tokens together."""
+    return x[block.rows].reshape(block.size, -1, x.shape[-1])

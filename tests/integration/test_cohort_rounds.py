@@ -101,7 +101,7 @@ def test_the_size_of_the_cohort_is_recorded_and_kept(tiny_config: MakeConfig) ->
     outcome = run(tiny_config("rounds=1"))
     facts = outcome.rundir.read_json("environment.json")
     assert facts["cohort"] == 4
-    assert "tokens in a step of" in facts["cohort_why"]
+    assert "tokens a client, passes of" in facts["cohort_why"]
     outcome.rundir.note_environment(cohort=2)
     run_simulation(tiny_config("rounds=2"), outcome.rundir, Callback(), resume=True)
     again = outcome.rundir.read_json("environment.json")

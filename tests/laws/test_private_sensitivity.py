@@ -30,7 +30,7 @@ from fedlora.training import TrainJob, TrainResult
 from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import PrivateTrainingLoop
 from fedlora.training.dp_settings import PrivateSettings
-from fedlora.training.dropout_masks import Masks, Stream, secret_masks
+from fedlora.training.dropout_masks import Keys, Masks, RowDropout, secret_keys
 from fedlora.training.loop import Client
 from fedlora.training.opacus_loop import train_by_opacus
 
@@ -51,8 +51,8 @@ def moved(base: Base) -> AdapterState:
     )
 
 
-def own_masks(indices: np.ndarray) -> list[Stream]:
-    return [Stream(int(index) + 1000, torch.device("cpu")) for index in indices]
+def own_masks(indices: np.ndarray) -> Keys:
+    return np.asarray(indices + 1000, dtype=np.uint64)
 
 
 def noise_free_sums(
@@ -145,23 +145,18 @@ def test_one_example_more_moves_berts_sum_by_c(
 
 @pytest.mark.parametrize("path", ["alone", "opacus"])
 def test_masks_by_place_in_the_batch_move_everybody(bert: tuple[Base, Task, Examples], path: str) -> None:
-    def by_place(indices: np.ndarray) -> list[Stream]:
-        return [Stream(place, torch.device("cpu")) for place in range(len(indices))]
-
-    def by_place_in_one(indices: np.ndarray) -> list[Stream]:
-        return [Stream(0, torch.device("cpu"))] * len(indices)
+    def by_place(indices: np.ndarray) -> Keys:
+        return np.arange(len(indices), dtype=np.uint64)
 
     assert largest_movement(*bert, path, 3, masks=by_place) > 1.2, "the law sees it"
-    assert largest_movement(*bert, path, 3, masks=by_place_in_one) > 1.2
 
 
 def test_production_draws_each_examples_masks_from_the_operating_system() -> None:
-    draw = secret_masks(torch.device("cpu"))
-    drawn = []
-    for stream in (*draw(np.arange(40)), *draw(np.arange(40))):
-        drawn.append(torch.empty(64))
-        stream.fill(drawn[-1], 0.5)
-    bits = torch.stack(drawn) > 0
+    dropout, drawn = RowDropout(), []
+    for _ in range(2):
+        dropout.begin(secret_keys(np.arange(40)))
+        drawn.append(dropout.noise(torch.Size([40, 64]), 0.5, torch.empty(0)))
+    bits = torch.cat(drawn) > 0
     assert len({tuple(row.tolist()) for row in bits}) == 80, "no two are the same, of another step neither"
     agree = (bits[:, None] == bits[None]).float().mean(2)[~torch.eye(80, dtype=torch.bool)]
     assert 0.49 < float(agree.mean()) < 0.51
@@ -172,7 +167,7 @@ def test_production_draws_each_examples_masks_from_the_operating_system() -> Non
 def test_no_two_private_steps_have_the_same_masks(bert: tuple[Base, Task, Examples], path: str) -> None:
     """The run's seed is public and the same in both; noise is next to none."""
     batches = [np.arange(12)] * 2
-    secret, again = noise_free_sums(*bert, batches, path, secret_masks(torch.device("cpu")))
+    secret, again = noise_free_sums(*bert, batches, path, secret_keys)
     assert float((secret - again).norm()) > 0.1 * C
     given, same = noise_free_sums(*bert, batches, path, own_masks)
     assert float((given - same).norm()) < 1e-6 * C

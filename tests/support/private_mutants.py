@@ -27,7 +27,7 @@ from fedlora.rng import derive
 from fedlora.training import dp_loop as private_cohort
 from fedlora.training import opacus_loop
 from fedlora.training.dp_loop import PrivateTrainingLoop
-from fedlora.training.dropout_masks import Part, Stream
+from fedlora.training.dropout_masks import Keys, row_keys
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
 
@@ -311,32 +311,28 @@ def half_the_steps(patch: pytest.MonkeyPatch) -> None:
 
 
 def masks_of_the_clients(patch: pytest.MonkeyPatch) -> None:
-    """A stream for each client, from the run's public seed: an example's masks go by its place in the batch."""
+    """Masks from the run's public seed: an example's go by its place in the batch."""
 
-    def parts(self: Any, members: Sequence[Any], own: Sequence[Any], joined: Any) -> list[Part]:
-        streams, out, end = vars(self).setdefault("streams", {}), [], 0
-        for client in members:
-            seed = derive(client.job.seed, "dropout")
-            stream = streams.setdefault(id(client), Stream(seed, self._base.device))
-            out.append(Part((end, end := end + self._rows(client)), self._task.tokens(client.batch), stream))
-        return out
+    def keys(self: Any, group: Any) -> Keys:
+        of_each = [
+            row_keys(derive(client.job.seed, "dropout"), client.done, places)
+            for client, places in zip(group.clients, group.places, strict=True)
+        ]
+        return np.concatenate(of_each)
 
-    patch.setattr(PrivateTrainingLoop, "_mask_parts", parts)
+    patch.setattr(PrivateTrainingLoop, "_keys", keys)
 
 
 def _masks(make: Callable[[int], Callable[[], int]]) -> Mutant:
-    """Seeds of the streams: number of rows -> what gives one seed after the other."""
+    """Keys: number of rows -> what gives one after the other."""
 
-    def secret_masks(device: torch.device) -> Any:
-        def masks(rows: np.ndarray) -> list[Stream]:
-            seed = make(len(rows))
-            return [Stream(seed(), device) for _ in rows]
-
-        return masks
+    def secret_keys(rows: np.ndarray) -> Keys:
+        key = make(len(rows))
+        return np.array([key() for _ in rows], np.uint64)
 
     def mutant(patch: pytest.MonkeyPatch) -> None:
         for module in (private_cohort, opacus_loop):
-            patch.setattr(module, "secret_masks", secret_masks)
+            patch.setattr(module, "secret_keys", secret_keys)
 
     return mutant
 

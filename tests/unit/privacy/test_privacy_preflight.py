@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from support.errors import raises
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy import preflight as module
-from fedlora.training.dropout_masks import Stream, Streams, example_parts
+from fedlora.training.dropout_masks import RowDropout
 
 Batch = dict[str, torch.Tensor]
 Losses = Callable[[torch.nn.Module, Batch], torch.Tensor]
@@ -20,10 +21,8 @@ def preflight(model: torch.nn.Module, of: Losses, together: Batch) -> None:
     """The check, with each example cut to its own length and with masks of its own."""
 
     def masked(model: torch.nn.Module, batch: Batch, rows: Sequence[int]) -> torch.Tensor:
-        with Streams() as streams:
-            streams.tokens = batch["input_ids"].shape[1] if "input_ids" in batch else None
-            own = [Stream(row, torch.device("cpu")) for row in rows]
-            streams.parts = example_parts(batch, streams.tokens, own)
+        with RowDropout() as dropout:
+            dropout.begin(np.array(rows, dtype=np.uint64))
             return of(model, batch)
 
     lengths = (

@@ -29,13 +29,16 @@ from fedlora.tasks._text import Tokens
 from fedlora.tasks.image_classification import Pixels
 from fedlora.training import TrainJob, TrainResult, train, train_cohort
 from fedlora.training.cohort import why_alone
+from fedlora.training.dropout_masks import RowDropout, _draws, _draws_on_device, row_keys
 from fedlora.training.job import batches
+from fedlora.training.row_groups import PassCost, cut
 from fedlora.training.row_optimizer import FlatOptimizer
-from fedlora.training.stacked_lora import add_pairs, groups_of
-from fedlora.training.step_scheduler import Budget, Waiting, choose
+from fedlora.training.stacked_lora import add_pairs, blocks_of
 
-WIDE = Budget(10**6, 10**6)
-"""Everybody who waits goes."""
+WIDE = PassCost(1e9, math.inf, 10**9)
+"""All rows of a step in one pass."""
+PASSES = (PassCost(30.0, 64.0, 300), PassCost(0.0, math.inf, 1))
+"""Some rows in a pass, and each row in one of its own."""
 
 
 def texts(folder: Path, file: Path) -> tuple[Task, Examples]:
@@ -105,12 +108,11 @@ def together(base: Base, task: Task, examples: Examples, clients: list[Client], 
 
 
 def check_alike(base: Base, task: Task, examples: Examples, clients: list[Client], within: float = 1e-10) -> None:
-    """All together, each alone, and few at a time come to the same."""
-    alone = [train(base, task, examples, job, config) for job, config in clients]
-    for budget in (WIDE, Budget(300, 40)):
-        for one, found, (job, _) in zip(
-            alone, together(base, task, examples, clients, budget=budget), clients, strict=True
-        ):
+    """All together and each alone, in passes of any size, come to the same."""
+    alone = [together(base, task, examples, [one], cost=WIDE)[0] for one in clients]
+    for cost in PASSES:
+        found_together = together(base, task, examples, clients, cost=cost)
+        for one, found, (job, _) in zip(alone, found_together, clients, strict=True):
             assert isinstance(found, TrainResult), found
             assert gap(one.adapter, found.adapter) < within
             assert gap(one.adapter, job.adapter) > 1e-4, "it did train"
@@ -207,7 +209,7 @@ def test_the_pairs_products_are_exact_up_to_their_dtypes_rounding(
     x, out, g = draw(7, tokens, 12, like=base_dtype), draw(7, tokens, 20, like=base_dtype), draw(7, tokens, 20)
     A, B, scales = draw(3, 4, 12), draw(3, 20, 4), draw(3, 1, 1)
     leaves = [value.requires_grad_() for value in (x, A, B)]
-    found = add_pairs(out.clone(), *leaves, scales, groups_of(sizes))
+    found = add_pairs(out.clone(), *leaves, scales, blocks_of(sizes))
     gradients = torch.autograd.grad(found, leaves, g.to(base_dtype))
     exact = [value.detach().double().requires_grad_() for value in leaves]
     owner = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
@@ -433,7 +435,7 @@ def test_a_step_that_fails_is_found_to_be_one_clients(tmp_path: Path, monkeypatc
     embeddings = base.model.get_submodule("bert.embeddings")
     refuses = Refuses(embeddings.word_embeddings, odd)  # type: ignore[arg-type]
     monkeypatch.setitem(embeddings._modules, "word_embeddings", refuses)
-    found = together(base, task, examples, clients, budget=WIDE)
+    found = together(base, task, examples, clients, cost=WIDE)
     assert str(found[2]) == "this token is too much"
     for k in (0, 1, 3, 4):
         assert gap(alone[k].adapter, found[k].adapter) < 1e-10
@@ -466,28 +468,78 @@ def test_the_base_is_given_back_whatever_happens(
     assert gap(base.read(), clients[0][0].adapter) == 0
 
 
-# ---------------------------------------------------------------------------------------------- who goes with whom
+# ---------------------------------------------------------------------------------------------- rows and passes
+
+
+def price(tokens: np.ndarray, passes: list[np.ndarray], cost: PassCost) -> float:
+    longest = [int(tokens[places].max()) for places in passes]
+    return sum(cost.fixed + len(p) * t * (1 + t / cost.attention) for p, t in zip(passes, longest, strict=True))
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=20),
-    st.integers(1, 800),
-    st.integers(0, 100),
+    st.lists(st.integers(1, 60), min_size=1, max_size=40), st.floats(0, 100), st.floats(1, 1000), st.integers(1, 800)
 )
-def test_a_step_keeps_its_budget(rows: list[tuple[int, int, int]], tokens: int, waste: int) -> None:
-    waiting = [Waiting(*row) for row in rows]
-    chosen = choose(waiting, Budget(tokens, waste))
-    assert chosen == sorted(set(chosen))
-    size = sum(waiting[k].rows for k in chosen) * max(waiting[k].tokens for k in chosen)
-    assert len(chosen) == 1 or size <= tokens
-    assert size - sum(waiting[k].rows * waiting[k].tokens for k in chosen) <= waste * len(chosen)
-    most = max(one.left * one.rows * one.tokens for one in waiting)
-    assert any(waiting[k].left * waiting[k].rows * waiting[k].tokens == most for k in chosen), "nobody waits for ever"
+def test_a_cut_holds_every_row_once_within_its_limit(
+    lengths: list[int], fixed: float, attention: float, most: int
+) -> None:
+    tokens, cost = np.array(lengths), PassCost(fixed, attention, most)
+    passes = cut(tokens, cost)
+    assert sorted(np.concatenate(passes).tolist()) == list(range(len(tokens)))
+    assert all(len(places) == 1 or len(places) * tokens[places].max() <= most for places in passes)
+    in_order = [int(tokens[place]) for places in passes for place in places]
+    assert in_order == sorted(in_order)
 
 
-def test_texts_of_like_length_go_together() -> None:
-    waiting = [Waiting(4, length, 3) for length in (10, 31, 60, 30, 11, 29)]
-    assert choose(waiting, Budget(1000, 10)) == [2]
-    assert choose([one for one in waiting if one.tokens < 60], Budget(1000, 10)) == [1, 2, 4]
-    assert choose([one for one in waiting if one.tokens < 60], Budget(250, 10)) == [1, 2]
-    assert choose(waiting, Budget(10**6, 10**6)) == [0, 1, 2, 3, 4, 5]
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.floats(0, 30), st.floats(1, 100))
+def test_no_cut_is_cheaper(lengths: list[int], fixed: float, attention: float) -> None:
+    tokens, cost = np.array(lengths), PassCost(fixed, attention, 10**6)
+    ascending = np.argsort(tokens, kind="stable")
+    every = [
+        np.split(ascending, [k + 1 for k in range(len(tokens) - 1) if choice >> k & 1])
+        for choice in range(1 << (len(tokens) - 1))
+    ]
+    best = min(price(tokens, passes, cost) for passes in every)
+    assert price(tokens, cut(tokens, cost), cost) == pytest.approx(best, rel=1e-12)
+
+
+def test_rows_that_stay_together_do() -> None:
+    found = cut(np.array([9, 4, 9]), PassCost(0.0, math.inf, 40), np.array([3, 2, 1]))
+    assert [places.tolist() for places in found] == [[1], [0, 2]]
+
+
+def test_a_device_draws_the_bits_that_a_cpu_draws() -> None:
+    keys = row_keys(5, 3, np.arange(7))
+    for sizes in ((7, 9, 13), (7, 4, 9, 9), (7, 5), (7, 1), (7, 2, 3, 4, 5)):
+        assert np.array_equal(_draws(keys, sizes), _draws_on_device(keys, sizes, torch.device("cpu")).numpy())
+
+
+def test_a_rows_masks_do_not_depend_on_its_padding_nor_on_its_company() -> None:
+    keys = row_keys(5, 3, np.arange(7))
+    assert np.array_equal(_draws(keys, (7, 9, 16))[2:4, :5], _draws(keys[2:4], (2, 5, 16)))
+    assert np.array_equal(_draws(keys, (7, 4, 9, 9))[3:, :, :5, :5], _draws(keys[3:], (4, 4, 5, 5)))
+
+
+def test_masks_are_fair_and_no_two_are_alike() -> None:
+    """Of rows, steps, clients and dropouts: 16 bits a draw, each of them as often 0 as 1, and in no two masks alike."""
+    masks = []
+    for seed, step in product(range(3), range(3)):
+        dropout = RowDropout()
+        dropout.begin(row_keys(seed, step, np.arange(4)))
+        masks += [dropout.noise(torch.Size([4, 64, 64]), 0.5, torch.empty(0)) for _ in range(3)]
+    kept = torch.cat(masks).flatten(1) > 0
+    assert kept.float().mean(1).sub(0.5).abs().max() < 0.04, "five deviations"
+    agree = (kept[:, None] == kept[None]).float().mean(2)
+    assert agree.sub(torch.eye(len(kept)) / 2).sub(0.5).abs().max() < 0.05
+    bits = np.unpackbits(_draws(row_keys(1, 0, np.arange(4)), (4, 100, 100)).reshape(-1, 1).view(np.uint8), axis=1)
+    assert np.abs(bits.mean(0) - 0.5).max() < 0.02
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9999999])
+def test_a_dropout_keeps_the_mean(p: float) -> None:
+    dropout = RowDropout()
+    dropout.begin(row_keys(0, 0, np.arange(4)))
+    noise = dropout.noise(torch.Size([4, 400, 400]), p, torch.empty(0, dtype=torch.float64))
+    assert len(noise.unique()) == 2
+    cut_off = min(round(p * 65536), 65535) / 65536
+    assert float((noise == 0).double().mean()) == pytest.approx(cut_off, abs=0.004)
+    assert float(noise.max()) == pytest.approx(1 / (1 - cut_off))
