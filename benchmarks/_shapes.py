@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from fedlora.config import load_config
 from fedlora.model import seeded
+from fedlora.runs.environment import processor
 
 SHAPES: dict[str, dict[str, Any]] = {
     "encoder": {"layers": 6, "hidden": 384, "heads": 12, "tokens": 64, "steps": 4},
@@ -16,6 +19,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 VOCABULARY = 2000
 CLASSES = 4
+TEXTS = ("fixed", "corpus")
+
+
+def machine() -> str:
+    """The processor, the vector instructions that torch uses, and torch's version."""
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+def lengths(texts: str, shape: str, count: int) -> np.ndarray:
+    """Tokens of random texts [count]: all of the shape's, or as in the quickstart's corpus, cut to the shape's."""
+    longest = SHAPES[shape]["tokens"]
+    if texts == "fixed":
+        return np.full(count, longest)
+    from fedlora.data import load_data
+
+    found = load_data(load_config("quickstart", [f"task.max_length={longest}"])).train.lengths
+    return np.random.default_rng(0).choice(found, count)
 
 
 def causal(shape: str) -> bool:

@@ -4,8 +4,10 @@
     python benchmarks/cohort.py --shape llama --dtype bfloat16
     python benchmarks/cohort.py --private --batch-size 1
     python benchmarks/cohort.py --top 2                       # adapters in the upper two layers
+    python benchmarks/cohort.py --texts corpus --batch-size 16
 
-Random weights, texts of a fixed length, LoRA of rank 8 on query and value with a trained head, AdamW, one thread.
+Random weights, random texts of a fixed length or of the quickstart's lengths (--texts corpus), LoRA of rank 8 on query
+and value with a trained head, AdamW, one thread.
 First each client's adapter is compared with the one that it gets alone (row 0). Then all arms take turns in one
 process; the table gives medians of CPU milliseconds for a client, and ratios to the first arm. The arms change one
 thing after another: PEFT and torch in a plain loop; the same with the kernels that the engine uses; the engine, one
@@ -33,7 +35,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from _peak import best_product, flop_of
-from _shapes import CLASSES, SHAPES, VOCABULARY, auto_class, causal, targets, write_model
+from _shapes import CLASSES, SHAPES, TEXTS, VOCABULARY, auto_class, causal, lengths, machine, targets, write_model
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
@@ -61,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="encoder")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--texts", choices=TEXTS, default="fixed", help="their lengths")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, help="of each client; by the shape if not given")
@@ -86,10 +89,10 @@ def random_model(shape: str, dtype: str, dropout: float, top: int | None, folder
     return base, load_task(OpenTable(name="causal-lm" if causal(shape) else "text-classification"))
 
 
-def random_texts(count: int, shape: str) -> Examples:
-    """Texts of one length, of random tokens and classes."""
+def random_texts(count: int, shape: str, texts: str) -> Examples:
+    """Texts of random tokens and classes."""
     draw = np.random.default_rng(0)
-    rows = Tokens.join(list(draw.integers(1, VOCABULARY, (count, SHAPES[shape]["tokens"]))), 0)
+    rows = Tokens.join([draw.integers(1, VOCABULARY, length) for length in lengths(texts, shape, count)], 0)
     if causal(shape):
         return Examples({"input_ids": rows, "labels": replace(rows, pad_id=-100)}, None, rows.lengths)
     return Examples({"input_ids": rows}, draw.integers(0, CLASSES, count), rows.lengths)
@@ -125,7 +128,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base, task = random_model(args.shape, args.dtype, args.dropout, args.top, Path(folder))
         base.fingerprint  # noqa: B018 (reads the folder while it is there)
-    examples = random_texts(args.clients * 64, args.shape)
+    examples = random_texts(args.clients * 64, args.shape, args.texts)
     config = TrainConfig(steps=args.steps or size["steps"], batch_size=args.batch_size, lr=1e-3)
     start = base.initial_adapter(0)
     jobs = [TrainJob(start, ALL_PARTS, np.arange(64 * k, 64 * k + 64), k) for k in range(args.clients)]
@@ -201,8 +204,8 @@ def main() -> None:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     first = next(iter(medians.values()))
     print(
-        f"{args.shape}, {args.dtype}, {size['tokens']} tokens, {args.clients} clients of {config.steps} steps of batch "
-        f"{args.batch_size}; at most {pass_cost(base).most} tokens in a pass; torch {torch.__version__}"
+        f"{args.shape}, {args.dtype}, texts of {examples.lengths.mean():.0f} tokens, {args.clients} clients of "
+        f"{config.steps} steps of batch {args.batch_size}; at most {pass_cost(base).most} tokens in a pass; {machine()}"
     )
     peak = statistics.median(peaks)
     theirs, ours = (1e-9 * work[engine] / len(jobs) for engine in (False, True))

@@ -2,10 +2,13 @@
 
     python benchmarks/peers.py --pfl ~/.cache/fedlora/pfl            # the encoder, float32
     python benchmarks/peers.py --shape tiny --pfl ~/.cache/fedlora/pfl
+    python benchmarks/peers.py --texts corpus --pfl ~/.cache/fedlora/pfl
     python benchmarks/peers.py --shape llama --dtype float32 bfloat16 --peers flower-ray
 
-Random weights, texts of one length, LoRA of rank 8 on query and value with a trained head, AdamW, batch 4, federated
-averaging of 32 clients a round. Each arm has two cores: two processes of one thread, or one process of two threads.
+Random weights, random texts of one length or of the quickstart's lengths (--texts corpus: each arm then batches as its
+own users do, and the peers pad each client's batch to its longest text), LoRA of rank 8 on query and value with a
+trained head, AdamW, batch 4, federated averaging of 32 clients a round. Each arm has two cores: two processes of one
+thread, or one process of two threads.
 
 - fedlora: whole rounds of a run, checks, merge and checkpoint included, in one process of two threads
   (`runtime.processes = 1`), and by a server that has two processes of one thread train. With torch's kernels and
@@ -32,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _shapes import CLASSES, SHAPES, VOCABULARY, auto_class, causal, targets, write_model
+from _shapes import CLASSES, SHAPES, TEXTS, VOCABULARY, auto_class, causal, lengths, machine, targets, write_model
 from peer.peer_arms import Arm, fedlora_processes, flower_processes, pfl_processes, pfl_python
 from peer.peer_client import BATCH, RATE
 
@@ -51,6 +54,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="encoder")
+    parser.add_argument("--texts", choices=TEXTS, default="fixed", help="their lengths")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="of the base")
     parser.add_argument("--peers", nargs="*", choices=["flower-ray", "pfl"], default=["flower-ray", "pfl"])
     parser.add_argument("--clients", type=int, default=32)
@@ -60,7 +64,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def federation(shape: str, clients: int, folder: Path) -> RunConfig:
+def federation(shape: str, clients: int, folder: Path, texts: str = "fixed") -> RunConfig:
     """Write a model, its tokeniser, texts and the config of a run."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -71,7 +75,7 @@ def federation(shape: str, clients: int, folder: Path) -> RunConfig:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder / "model")
     draw, size = np.random.default_rng(0), SHAPES[shape]
-    rows = draw.integers(1, VOCABULARY, (clients * SIZE + 8, size["tokens"]))
+    rows = [draw.integers(1, VOCABULARY, length) for length in lengths(texts, shape, clients * SIZE + 8)]
     lines = ["text,label", *(f"{' '.join(f'w{k}' for k in row)},{draw.integers(CLASSES)}" for row in rows)]
     (folder / "texts.csv").write_text("\n".join(lines) + "\n")
     task = "name='causal-lm',form='text'" if causal(shape) else "name='text-classification'"
@@ -105,8 +109,8 @@ def export(shape: str, config: RunConfig, folder: Path) -> None:
     workspace = open_workspace(config)
     save_adapter(workspace.base, workspace.base.initial_adapter(config.seed), folder / "adapter", {})
     train, steps = workspace.data.train, config.train.steps or 1
-    ids = np.stack(list(train.inputs["input_ids"])).astype(np.int64)
-    labels = np.stack(list(train.inputs["labels"])) if causal(shape) else np.asarray(train.labels)
+    ids, _ = train.inputs["input_ids"].pad(np.arange(len(train)))
+    labels = train.inputs["labels"].pad(np.arange(len(train)))[0] if causal(shape) else torch.from_numpy(train.labels)
     drawn = [
         [
             list(batches(rows, BATCH, steps, derive(config.seed, "train", number, client)))
@@ -114,8 +118,7 @@ def export(shape: str, config: RunConfig, folder: Path) -> None:
         ]
         for number in range(1, ROUNDS + 1)
     ]
-    assert ids.shape[1] == SHAPES[shape]["tokens"]
-    np.savez(folder / "schedule.npz", ids=ids, labels=labels.astype(np.int64), rows=np.array(drawn))
+    np.savez(folder / "schedule.npz", ids=ids.numpy(), labels=labels.numpy().astype(np.int64), rows=np.array(drawn))
     facts = {"auto_class": auto_class(shape), "model": str(folder / "model"), "adapter": str(folder / "adapter")}
     (folder / "peer.json").write_text(json.dumps(facts))
     close_workspace()
@@ -190,7 +193,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
         ray = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
-        export(args.shape, federation(args.shape, args.clients, folder), folder)
+        export(args.shape, federation(args.shape, args.clients, folder, args.texts), folder)
         arms = arms_of(args, folder, ray)
         for group in {id(arm.group): arm.group for arm in arms}.values():
             stack.callback(group.stop)
@@ -205,8 +208,9 @@ def main() -> None:
                     table[arm.label].append(1e3 * seconds / rounds / args.clients)
     size = SHAPES[args.shape]
     print(
-        f"\n{args.shape}: {size['layers']} layers of {size['hidden']}, {size['tokens']} tokens, {args.clients} clients "
-        f"of {size['steps']} steps of batch {BATCH}; {args.repeats} turns of {rounds} rounds; torch {torch.__version__}"
+        f"\n{args.shape}: {size['layers']} layers of {size['hidden']}, {size['tokens']} tokens ({args.texts}), "
+        f"{args.clients} clients of {size['steps']} steps of batch {BATCH}; "
+        f"{args.repeats} turns of {rounds} rounds; {machine()}"
     )
     print("\n| arm | wall ms a client | CPU ms a client |\n|---|---|---|")
     for arm in arms:

@@ -14,6 +14,7 @@ import statistics
 from dataclasses import replace
 
 import numpy as np
+from _shapes import machine
 
 from fedlora.adapter import ALL_PARTS
 from fedlora.config import parse_config
@@ -54,7 +55,8 @@ def main() -> None:
             private.append(other)
     first, second = statistics.median(plain), statistics.median(private)
     print(
-        f"{args.steps} steps of batch {b}, kernels {workspace.speedups.kernels.mode}: plain {first:.3f} s, "
+        f"{machine()}: {args.steps} steps of batch {b} of real texts, "
+        f"kernels {workspace.speedups.kernels.mode}: plain {first:.3f} s, "
         f"private {second:.3f} s, ratio {second / first:.3f} "
         f"(single pairs {min(q / p for p, q in zip(plain, private, strict=True)):.3f} to "
         f"{max(q / p for p, q in zip(plain, private, strict=True)):.3f})"

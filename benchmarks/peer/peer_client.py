@@ -68,8 +68,11 @@ def optimizer(parameters: Any, lr: float = RATE) -> torch.optim.Optimizer:
 
 
 def loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of one batch of texts of one length."""
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+    """Of one batch, padded with 0 to its longest text; of a language model the mean over its tokens."""
+    mask = ids != 0
+    longest = int(mask.sum(1).max())
+    labels = labels[:, :longest] if labels.dim() == 2 else labels
+    return model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest].long(), labels=labels).loss
 
 
 def train(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> None:

@@ -22,6 +22,14 @@ SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "c
 """Where the ready files are: inside an installed package, and beside it in a checkout."""
 
 
+ALWAYS = "rows of like length are always computed together, whatever is sampled: remove it"
+ELSEWHERE = {
+    "group_by_length": ALWAYS,  # transformers
+    "padding_free": f"{ALWAYS}, or set task.packing = true for causal-lm",  # TRL
+}
+"""Keys of other libraries -> what to do here."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file and apply `key=value` overrides.
 
@@ -121,7 +129,8 @@ def _refuse_nul(tree: Any, key: str) -> None:
 def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
     for key, value in tree.items():
         if key not in section.model_fields:
-            raise ConfigError(f"unknown key {prefix + key!r}; {nearest(key, section.model_fields)}", code="unknown-key")
+            cure = ELSEWHERE.get(key) or nearest(key, section.model_fields)
+            raise ConfigError(f"unknown key {prefix + key!r}; {cure}", code="unknown-key")
         annotation = section.model_fields[key].annotation
         inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
         if key == "privacy" and isinstance(value, Mapping):

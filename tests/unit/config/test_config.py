@@ -94,6 +94,8 @@ def test_another_name_in_an_open_table_drops_the_other_ones_fields() -> None:
     ("override", "code", "named"),
     [
         ("runds=3", "unknown-key", ("'runds'", "'rounds'")),
+        ("train.group_by_length=true", "unknown-key", ("'train.group_by_length'", "computed together", "remove it")),
+        ("train.padding_free=true", "unknown-key", ("'train.padding_free'", "task.packing = true")),
         ("train.batchsize=3", "unknown-key", ("'train.batchsize'", "'batch_size'")),
         ("rounds=0", "bad-value", ("rounds", "0")),
         ("rounds=two", "bad-value", ("rounds", "'two'")),
