@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fedlora.deploy.commands import CONNECTION, ENVIRONMENT, Address
 from fedlora.deploy.foreground import Program, programs, script, start, stop, up
-from fedlora.deploy.guard import Guard
 from fedlora.deploy.project import FederationPlan, NodePlan, write_project
 
 __all__ = [
@@ -12,7 +11,6 @@ __all__ = [
     "ENVIRONMENT",
     "Address",
     "FederationPlan",
-    "Guard",
     "NodePlan",
     "Program",
     "programs",

@@ -2,7 +2,7 @@
 
 A program that ends is started again after a pause, as `restart: unless-stopped` has it: Flower turns a node away that
 comes back before it was missed. Ctrl-C ends them all, with everything that they started; so does whatever else ends
-`up`, SIGKILL included: see `fedlora.deploy.guard`.
+`up`, SIGKILL included: see `fedlora.programs`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import hashlib
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fedlora.deploy import commands
 from fedlora.deploy.commands import Address
-from fedlora.deploy.guard import GRACE_S, Guard, end_groups
 from fedlora.deploy.project import read_toml, write_connection
 from fedlora.errors import DeployError
 from fedlora.node_worker.socket import LONGEST
+from fedlora.programs import GRACE_S, end_groups, keep_running
 
 PAUSE_S = 5.0
 """Before a program that ended is started again."""
@@ -169,30 +169,8 @@ def up(folder: Path, say: Callable[[str], None], *, pause_s: float = PAUSE_S) ->
         DeployError: the folder is none, or a program is not installed.
     """
     todo = programs(folder)
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    again: dict[str, float] = {}
-    guard, link = Guard(), _Link(todo[0].folder)
-    with _until_interrupted() as over:
-        try:
-            for program in todo:
-                running[program.name] = _start_aloud(program, guard, say)
-            while not over.wait(0.2):
-                link.look(say)
-                for program in todo:
-                    process = running[program.name]
-                    if process.poll() is None:
-                        continue
-                    if program.name not in again:
-                        say(f"{program.name} ended with status {process.returncode}; starts again in {pause_s:g} s")
-                        again[program.name] = time.monotonic() + pause_s
-                        stop([process], grace_s=1.0)  # what it started and left behind
-                        guard.forget(process)
-                    elif time.monotonic() >= again[program.name]:
-                        del again[program.name]
-                        running[program.name] = _start_aloud(program, guard, say)
-        finally:
-            stop(reversed(running.values()))
-            guard.close()
+    starts = {program.name: partial(_start_aloud, program, say) for program in todo}
+    keep_running(starts, say, pause_s=(pause_s, pause_s), look=partial(_Link(todo[0].folder).look, say))
     say("all programs have ended")
 
 
@@ -217,10 +195,9 @@ class _Link:
             say(f"the SuperLink {trouble if away else 'answers this node again'}")
 
 
-def _start_aloud(program: Program, guard: Guard, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
+def _start_aloud(program: Program, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
     say(f"{program.name}: {program.shell()}")
     process = start(program)
-    guard.watch(process)
 
     def read() -> None:
         for line in process.stdout or ():
@@ -228,15 +205,3 @@ def _start_aloud(program: Program, guard: Guard, say: Callable[[str], None]) -> 
 
     threading.Thread(target=read, daemon=True).start()
     return process
-
-
-@contextmanager
-def _until_interrupted() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set."""
-    over = threading.Event()
-    before = {number: signal.signal(number, lambda *_: over.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield over
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -23,7 +23,6 @@ from fedlora.flower import client_app
 from fedlora.flower.task_identity import task_identity
 from fedlora.node_worker.frames import pack, unpack
 from fedlora.node_worker.socket import ERROR_CODE, METHOD, SERVICE, UNLIMITED, VARIABLE, code_digest, make_folder
-from fedlora.node_worker.supervisor import stop_without_parent
 from fedlora.training.workspace import close_workspace
 
 logger = logging.getLogger(__name__)
@@ -192,5 +191,4 @@ def run(path: Path, device: str | None = None, ready: Callable[[str], object] = 
     worker = Worker(path, device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.stop)
-    stop_without_parent(worker.stop)
     return worker.serve(ready)

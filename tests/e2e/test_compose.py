@@ -13,7 +13,8 @@ import yaml
 from support.real_federation import ROOT, Federation, demo
 
 from fedlora.config import parse_config
-from fedlora.deploy import FederationPlan, Guard, NodePlan, Program, start, stop
+from fedlora.deploy import FederationPlan, NodePlan, Program, start, stop
+from fedlora.programs import Guard
 
 NODES = ("site-a", "site-b")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -20,8 +20,9 @@ import pytest
 from support.real_federation import ROOT, Federation, Run, demo
 
 from fedlora.config import load_config
-from fedlora.deploy import FederationPlan, Guard, NodePlan, Program, programs, start, stop
+from fedlora.deploy import FederationPlan, NodePlan, Program, programs, start, stop
 from fedlora.deploy.keys import make_authority, make_node_key
+from fedlora.programs import Guard
 
 NODES = ("site-a", "site-b", "site-c")
 STRANGERS = {

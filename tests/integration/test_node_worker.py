@@ -22,7 +22,6 @@ from support.errors import raises
 
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig
-from fedlora.deploy import Guard
 from fedlora.errors import WorkerError
 from fedlora.federation.client_pool import ClientInfo, RoundRequest
 from fedlora.federation.planner import Held, Planner
@@ -38,6 +37,7 @@ from fedlora.node_worker.server import BROKEN, Worker
 from fedlora.node_worker.socket import code_digest, make_folder, named_by, require_own
 from fedlora.node_worker.supervisor import supervise
 from fedlora.privacy.ledger import Ledger
+from fedlora.programs import Guard
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -409,22 +409,13 @@ def test_a_supervisor_does_not_repeat_a_mistake() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_supervisor_passes_on_the_signal_that_ends_it(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_supervisor_that_is_ended_asks_its_program_to_end(number: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(number)
-    trap = f"trap 'echo told > {tmp_path}/told; kill $!; exit 0' {number.name[3:]}; sleep 30 & sleep 0.3"
+    trap = f"trap 'echo told > {tmp_path}/told; kill $!; exit 0' TERM; sleep 30 & sleep 0.3"
     script = f"{trap}; kill -{int(number)} {os.getpid()}; wait"
     assert supervise(["sh", "-c", script], print) == 0
     assert (tmp_path / "told").exists()
     assert signal.getsignal(number) is before
-
-
-def test_a_worker_whose_supervisor_is_gone_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped = threading.Event()
-    monkeypatch.setenv(supervisor.PARENT, str(os.getppid()))
-    supervisor.stop_without_parent(stopped.set, every_s=0.01)
-    assert not stopped.wait(0.1)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert stopped.wait(30)
 
 
 def test_the_command_line_says_whether_a_worker_serves(folder: Path) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 from support.errors import raises
 
-from fedlora.deploy import Address, Guard, Program, commands, start
+from fedlora.deploy import Address, Program, commands, start
 from fedlora.deploy.keys import make_authority, make_server
 from fedlora.errors import DeployError
+from fedlora.programs import Guard
 
 UP = """
 import signal, sys
@@ -77,7 +78,7 @@ def test_up_starts_again_what_ended_and_leaves_nothing_behind(number: signal.Sig
     finally:
         runner.kill()
     assert runner.returncode == 0
-    assert "a ended with status -9; starts again in 0.2 s" in output
+    assert "a was killed by signal 9; starting it again in 0.2 s" in output
     assert output.endswith("all programs have ended\n")
     assert len(pids(b)) == 1
     for pid in pids(a) + pids(b):
@@ -101,7 +102,7 @@ def test_up_leaves_nothing_behind_however_it_ends(number: signal.Signals, tmp_pa
 
 OWNER = """
 import subprocess, sys, time
-from fedlora.deploy import Guard
+from fedlora.programs import Guard
 guard = Guard(grace_s=0.5)
 for _ in range(2):
     program = subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 600 & wait; sleep 600"], start_new_session=True)

@@ -1,8 +1,9 @@
-"""Ends programs when the process that started them is gone, however it went: `kill -9` of it leaves nothing behind.
+"""Programs that run beside this process: started again when they end, and gone when it is gone, however it went.
 
 A `Guard` starts this file as a process of its own and holds a pipe to it, which nobody else has: it closes when its
-owner ends, and whatever is watched then is ended, with all that it started. The file imports nothing of fedlora's, so
-that the process is small.
+owner ends, `kill -9` included, and whatever is watched then is ended, with all that it started. The file imports
+nothing of fedlora's, so that the process is small. (Processes that share Python objects are those of
+`fedlora.simulation.processes`.)
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import final
 
 GRACE_S = 10.0
@@ -99,6 +102,73 @@ def _signal_group(pid: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def keep_running(
+    starts: Mapping[str, Callable[[], subprocess.Popen[bytes]]],
+    say: Callable[[str], object],
+    *,
+    pause_s: tuple[float, float],
+    lived_s: float = 60.0,
+    final: Collection[int] = (),
+    grace_s: float = GRACE_S,
+    look: Callable[[], object] = lambda: None,
+) -> int:
+    """Run programs, each started again whenever it ends, until Ctrl-C or SIGTERM; then end them in reverse order.
+
+    Args:
+        starts: name -> starts the program, as the leader of a process group.
+        say: told in a line of what ended.
+        pause_s: the first and the longest pause before a program is started again; it doubles.
+        lived_s: after a life of so many seconds its pauses begin anew.
+        final: statuses with which a program ends for good, and all the others with it.
+        grace_s: between asking the programs to end and ending them.
+        look: called a few times a second.
+
+    Returns:
+        0, or the status of `final` with which one ended.
+    """
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    due, born, pauses = dict.fromkeys(starts, 0.0), dict.fromkeys(starts, 0.0), dict.fromkeys(starts, pause_s[0])
+    guard = Guard(min(grace_s, GRACE_S))
+    with _until_interrupted() as over:
+        try:
+            while not over.is_set():
+                look()
+                for name, start in starts.items():
+                    process, now = running.get(name), time.monotonic()
+                    if process is None:
+                        if now >= due[name] and not over.is_set():
+                            running[name], born[name] = start(), now
+                            guard.watch(running[name])
+                    elif (status := process.poll()) is not None:
+                        del running[name]
+                        end_groups([process.pid], 1.0)  # what it started and left behind
+                        guard.forget(process)
+                        if status in final:
+                            return status
+                        pause = pause_s[0] if now - born[name] > lived_s else pauses[name]
+                        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+                        say(f"{name} {how}; starting it again in {pause:g} s")
+                        due[name], pauses[name] = now + pause, min(2 * pause, pause_s[1])
+                over.wait(min(0.2, pause_s[0]))
+        finally:
+            left = list(reversed(running.values()))
+            end_groups([process.pid for process in left], grace_s, lambda: [process.poll() for process in left])
+            guard.close()
+    return 0
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set."""
+    over = threading.Event()
+    before = {number: signal.signal(number, lambda *_: over.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield over
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:
