@@ -68,11 +68,9 @@ def ask(path: Path, message: Message, context: Context) -> RecordDict:
             answer: bytes = channel.unary_unary(METHOD)(request, timeout=max(left, 1.0))
         except grpc.RpcError as error:
             if error.code() in GONE:
-                said = dict(error.trailing_metadata() or ())
-                raise WorkerError(
-                    f"the worker at {str(path)!r} gave no answer: {error.details()}",
-                    code=said.get(ERROR_CODE, "no-answer"),
-                ) from None
+                gone = WorkerError(f"the worker at {str(path)!r} gave no answer: {error.details()}", code="no-answer")
+                gone.code = dict(error.trailing_metadata() or ()).get(ERROR_CODE, gone.code)  # the worker's own
+                raise gone from None
             raise RuntimeError(f"the worker failed: {error.details()}") from None
     _, contents = unpack(answer)
     for key in list(context.state):

@@ -514,8 +514,10 @@ def test_with_a_worker_without_and_after_its_death_the_bytes_are_the_same(
         assert not itself
         assert node.worker is not None
         before = pid_of_the_worker(node.socket)
+        node.worker.send_signal(signal.SIGSTOP)  # the supervisor starts no other before the message was answered
         os.kill(before, signal.SIGKILL)
         alone, itself, said = node.end(node.begin())
+        node.worker.send_signal(signal.SIGCONT)
         assert itself
         assert "this process does the work" in said
         node.wait()  # the supervisor started another

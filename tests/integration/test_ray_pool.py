@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from support.errors import raises
+from support.states import same_state
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
@@ -24,7 +25,6 @@ from fedlora.simulation import processes, ray_pool
 from fedlora.simulation.machines import Machine, most_threads, room
 from fedlora.simulation.ray_pool import Actor, Cluster, require_ray
 from fedlora.simulation.run import run_simulation
-from fedlora.state_io import same_state
 
 MakeConfig = Callable[..., RunConfig]
 TWO = ("runtime.processes=2", "rounds=3", "partition.clients=5", "runtime.cohort=1")

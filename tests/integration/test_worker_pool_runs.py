@@ -16,6 +16,7 @@ import psutil
 import pytest
 from support.errors import raises
 from support.interrupted import cut
+from support.states import same_state
 
 from fedlora.adapter import AdapterState
 from fedlora.callbacks import Callback
@@ -25,7 +26,6 @@ from fedlora.federation.run import RunOutcome
 from fedlora.partition import partitioners
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.state_io import same_state
 
 MakeConfig = Callable[..., RunConfig]
 TWO = "runtime.processes=2"

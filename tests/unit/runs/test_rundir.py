@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.errors import raises
+from support.states import same_state
 
 from fedlora import files, state_io
 from fedlora.adapter import AdapterState, LoraPair
@@ -23,7 +24,6 @@ from fedlora.state_io import (
     flatten_adapter,
     flatten_state,
     pack,
-    same_state,
     unflatten_adapter,
     unflatten_state,
     unpack,
