@@ -96,9 +96,9 @@ def test_clients_in_two_processes_come_to_what_clients_here_do(
 
 
 def all_rules() -> list[object]:
-    """Every rule with its own fields, and rules around rules; a few of them in the quick tests."""
-    quick = {"rolora", "krum"}
-    alone = [pytest.param(name, marks=() if name in quick else pytest.mark.slow, id=name) for name in rules]
+    """Every rule with its own fields, and rules around rules: one quick, one of each kind slow, all others nightly."""
+    marks: dict[str, Any] = {"krum": (), **dict.fromkeys(("rolora", "flexlora", "median", "fedadam"), pytest.mark.slow)}
+    alone = [pytest.param(name, marks=marks.get(name, pytest.mark.nightly), id=name) for name in rules]
     around = [
         "{name='krum', keep=0.5, inner={name='flora'}}",
         "{name='fedadam', inner={name='ffa'}}",

@@ -74,6 +74,7 @@ def ledger(rundir: RunDir) -> Ledger:
 # ------------------------------------------------------------------------------------------------ the claim
 
 
+@pytest.mark.slow
 def test_the_claim_is_that_of_another_library_and_says_that_it_is_user_level(central: MakeConfig) -> None:
     import dp_accounting
     from dp_accounting.pld import PLDAccountant

@@ -52,15 +52,20 @@ PRIVACY = {
 }
 TEXTS = "text-classification"
 QUICK = {("fedavg", TEXTS, privacy) for privacy in PRIVACY} | {
-    (rule, TEXTS, "none") for rule in ("ffa", "flora", "fair", "rolora", "flexlora")
+    (rule, TEXTS, "none") for rule in ("ffa", "flora", "fair")
 }
 
 
 def matrix() -> list[object]:
-    """Rule, task, privacy; user-level privacy is for rules that need sums alone."""
-    linear = names_claiming(Claim.LINEAR)
+    """Rule, task, privacy; user-level privacy is for rules that need sums alone.
+
+    A rule sees updates, not who trained beside whom: beyond four rules the matrix is nightly.
+    """
+    linear, often = names_claiming(Claim.LINEAR), ("fedavg", "ffa", "flora", "fair")
     return [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        pytest.param(
+            *case, marks=() if case in QUICK else pytest.mark.slow if case[0] in often else pytest.mark.nightly
+        )
         for case in product(sorted(rules), ("text-classification", "causal-lm", "image-classification"), PRIVACY)
         if case[2] != "client" or case[0] in linear
     ]

@@ -416,7 +416,10 @@ def deploy(config: RunConfig, nodes: list[dict[str, Any]]) -> Callable[[RunDir, 
     return run
 
 
-@pytest.mark.parametrize("unit", [EXAMPLE, CLIENT], ids=["example", "client"])
+@pytest.mark.parametrize(
+    "unit",
+    [pytest.param(EXAMPLE, id="example"), pytest.param(CLIENT, id="client", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("some", ["few", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_node_answers_as_any_other_whatever_its_own_file_holds(
     federated: Any, everything: Everything, reviews: Rows, tmp_path: Path, unit: list[str], some: str

@@ -35,8 +35,8 @@ Run = Callable[..., RunOutcome]
 
 
 run = simulate
-both = pytest.mark.parametrize("run", [simulate, deploy])
-"""For laws of a round wherever its clients are."""
+both = pytest.mark.parametrize("run", [pytest.param(simulate, marks=pytest.mark.slow), deploy])
+"""For laws of a round wherever its clients are; the pools' contract says that both come to the same."""
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:
@@ -63,7 +63,9 @@ def test_a_run_is_a_function_of_its_config(tiny_config: MakeConfig) -> None:
     assert not same(one.state.adapter, other.state.adapter)
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora", "fair"])
+@pytest.mark.parametrize(
+    "rule", ["fedavg", "flora", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("ffa", "fair"))]
+)
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_config: MakeConfig, rule: str) -> None:
     whole = run(tiny_config(f"strategy.name={rule}", "rounds=4", "server.fraction=0.5", name="whole"))
     config = tiny_config(f"strategy.name={rule}", "rounds=4", "server.fraction=0.5", name="cut")

@@ -113,6 +113,7 @@ def test_an_answer_is_what_the_next_turn_says() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_pictures_for_pretraining_are_kept_from_everything_else() -> None:
     lines = [
         ",".join([*(str((number + place) % 256) for place in range(784)), str(number % 10)]) for number in range(2500)

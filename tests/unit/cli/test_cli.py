@@ -196,7 +196,7 @@ def without_seconds(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupted_run_says_how_to_go_on_and_ends_as_if_it_had_not_been(
     cli: Cli, tiny_toml: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:

@@ -59,6 +59,7 @@ def test_seconds_add_up_from_the_link_and_the_speed() -> None:
     assert devices.seconds(server, bytes_down=10**9, examples=10**6, bytes_up=10**9) == 0.0
 
 
+@pytest.mark.slow
 def test_draws_have_the_given_rates_and_a_key_of_their_own() -> None:
     devices = SimulatedDevices.of(parse_config(PROFILES))
     phone = next(k for k in range(4) if devices.profile(k).name == "phone")

@@ -105,7 +105,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_exports_what_it_trained(kind: str, dtype: str, tmp_path: Path) -> None:
     auto_class, config = FAMILIES[kind]

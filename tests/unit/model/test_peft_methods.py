@@ -208,7 +208,7 @@ def test_a_plan_brings_what_the_base_gave_up(tiny_bert: Path) -> None:
     assert plan_for(rule, state, ClientSpec(0, base.layout(), base_version=1)).base_updates == ()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_other_precisions_train_too(tiny_bert: Path, method: str, dtype: str) -> None:
     base = load(tiny_bert, method, dtype)

@@ -137,6 +137,7 @@ def test_dirichlet_of_equal_sizes_with_a_small_alpha_gives_each_client_one_label
     assert np.sum(entropy(counts) > 0) <= 4
 
 
+@pytest.mark.slow
 def test_dirichlet_skew_grows_as_alpha_falls() -> None:
     divergences = [
         np.mean(

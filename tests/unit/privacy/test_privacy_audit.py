@@ -95,6 +95,7 @@ def test_randomised_response_is_audited_soundly() -> None:
     assert eps / 2 < bound < eps
 
 
+@pytest.mark.slow
 def test_two_worlds_of_a_known_mechanism() -> None:
     rng = np.random.default_rng(0)
     far = audit_two_worlds(lambda there: rng.normal(3.0 * there), claimed=1.0, delta=DELTA)

@@ -159,6 +159,7 @@ def test_the_model_is_looked_at_once_on_examples_of_the_caller(
 # ------------------------------------------------------------------------------------------------ settings
 
 
+@pytest.mark.slow
 def test_noise_is_calibrated_for_all_rounds_from_declared_numbers() -> None:
     config = config_of("privacy.epsilon=4", "train.batch_size=10", "train.steps=2", "rounds=5")
     found = private_settings(config, 0)
