@@ -35,16 +35,23 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.protobuf.client import ProtobufClient
 
+from fedlora.sanitize import clean_text
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
 logger = logging.getLogger("flwr")
 
 BOUND_S = 120.0
 """For how long a call is repeated that the SuperLink answers with an error of its own."""
+UNREACHED_S = 600.0
+"""For how long the server's app waits for a SuperLink that is gone: Flower gives up the run after a minute."""
 PAUSE_S = (0.5, 10.0)
 """First and longest pause between two tries; it doubles, and each is drawn between half of it and all of it."""
 PASSING = frozenset({500, 502, 503, 504})
@@ -65,6 +72,22 @@ def install(reached: Path | None = None) -> None:
     """
     if not hasattr(ProtobufClient._send, "__wrapped__"):
         ProtobufClient._send = patient(ProtobufClient._send, reached=reached)  # type: ignore[method-assign]
+
+
+def bound(grid: Grid) -> None:
+    """Let a server's app give up after `UNREACHED_S` without a connection: Flower would try for ever."""
+    from flwr.superlink.grid.http_grid import HttpGrid
+
+    if isinstance(grid, HttpGrid):
+        grid._retry_invoker.max_time = UNREACHED_S
+
+
+def in_words(error: Exception) -> str | None:
+    """The line for a call that was repeated in vain; None for any other error."""
+    if not isinstance(error, httpx.HTTPError):
+        return None
+    why = clean_text(str(error).partition("\n")[0], 200)
+    return f"the SuperLink cannot be reached, or answers with errors ({why}): see its log, then go on with resume=true"
 
 
 def patient(

@@ -30,11 +30,13 @@ logger = logging.getLogger("flwr")
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds; resume where the run config says `resume = true`."""
     patience.install()
+    patience.bound(grid)
     try:
         _main(grid, context)
     except Exception as error:
         # Flower logs a traceback: before it, the line that matters.
-        line = str(error) if isinstance(error, FedloraError) else describe_exception(error)
+        known = str(error) if isinstance(error, FedloraError) else patience.in_words(error)
+        line = known or describe_exception(error)
         logger.error("error: %s", clean_text(line, LONGEST_LINE))
         raise
 

@@ -13,8 +13,10 @@ from flwr.proto.runtime_pb2 import GetNodesRequest, GetNodesResponse
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid.http_grid import HttpGrid
 from google.protobuf.message import Message
 
+from fedlora.flower import patience
 from fedlora.flower.patience import BOUND_S, PAUSE_S, patient
 
 Answer = int | bytes | Exception
@@ -138,3 +140,15 @@ def test_flowers_own_client_comes_through(monkeypatch: pytest.MonkeyPatch) -> No
     client._client = httpx.Client(transport=httpx.MockTransport(answer))
     assert [node.node_id for node in client.GetNodes(GetNodesRequest()).nodes] == [7]
     assert asked == [("/v1/runtime/get-nodes", "flwr-serverapp")] * 3
+
+
+def test_a_servers_app_does_not_wait_for_ever_for_a_superlink_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "UNREACHED_S", 0.05)
+    grid = HttpGrid("127.0.0.1:1", insecure=True, token="x")
+    patience.bound(grid)
+    with pytest.raises(httpx.ConnectError) as caught:
+        list(grid.get_nodes())
+    line = patience.in_words(caught.value)
+    assert line is not None
+    assert "resume=true" in line
+    assert patience.in_words(ValueError("x")) is None
