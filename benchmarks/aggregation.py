@@ -3,10 +3,10 @@
     python benchmarks/aggregation.py                                   # 32 layers, d = 4096, r = 16, 100 clients
     python benchmarks/aggregation.py --layers 2 --d 512 --clients 20   # small
 
-Each rule runs in a process of its own. Updates are drawn while `merge` asks for them, and the time of drawing is not
-counted; CPU seconds tell a busy machine from a slow rule. Memory is the peak of the resident set during `merge`, above
-what was resident before plus one update plus the result: for a rule that needs sums only it does not grow with the
-number of clients.
+Each rule that a config can name runs, and some around others, in a process of its own. Updates are drawn while
+`aggregate` asks for them, and the time of drawing is not counted; CPU seconds tell a busy machine from a slow rule.
+Memory is the peak of the resident set during `aggregate`, above what was resident before plus one update plus the
+result: for a rule that needs sums only it does not grow with the number of clients.
 The last line compares the best rank-r approximation of one layer's mean update by QR of the stacked factors with that
 by SVD of the dense matrix, both in this process.
 """
@@ -24,16 +24,18 @@ from pathlib import Path
 import torch
 
 from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
-from fedlora.aggregators import ClientSpec, ClientUpdate, GlobalState, load_aggregator
+from fedlora.aggregators import ClientSpec, ClientUpdate, GlobalState, load_aggregator, rules
 from fedlora.lowrank import compress, stack
 from fedlora.rng import derive
 
-RULES: dict[str, tuple[str, dict[str, object]]] = {
-    "fedavg": ("fedavg", {}),
-    "ffa": ("ffa", {}),
-    "flora": ("flora", {}),
-    "fair": ("fair", {}),
+RULES: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in rules}
+RULES |= {
     "fair, cosine, 20 steps": ("fair", {"solver": "cosine", "steps": 20}),
+    "flexlora, randomised": ("flexlora", {"svd": "randomised"}),
+    "krum of flora": ("krum", {"keep": 0.5, "inner": {"name": "flora"}}),
+    "geometric_median of flora": ("geometric_median", {"inner": {"name": "flora"}}),
+    "fedadam of ffa": ("fedadam", {"inner": {"name": "ffa"}}),
+    "median of ffa": ("median", {"inner": {"name": "ffa"}}),
 }
 MIB = 2**20
 
