@@ -1,0 +1,374 @@
+"""What a round of a deployment costs beyond training, and whether the number of tensors shows.
+
+    python benchmarks/deployed_round.py                          # 1 and 40 MiB, 3 turns of 5 rounds
+    python benchmarks/deployed_round.py --mib 1 --poll 1 0.05    # what the SuperExec's poll interval is worth
+
+A SuperLink with its database on the disk and two SuperNodes with a worker each, all real and on this machine. fedlora's
+ServerApp and ClientApp carry a BERT of 2 and of 32 layers, all linear layers adapted at ranks that make as many bytes;
+the worker answers from memory instead of training. Beside them a plain Flower app sends one array of as many bytes to
+each node and gets one back. The arms take turns. A round is what lies between two lines of the server's metrics.
+
+Of the echo's round it prints where the time goes, by the clock of this machine: from the server's push to the start of
+the ClientApp's process (polling of the SuperNode and its SuperExec), from there to the app's first line (Python's
+start, imports, and the message's way in), and from the app's answer to the server's hands (objects pushed one after the
+other, polling of the SuperNode).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+HIDDEN = 64
+NODES = 2
+PATIENCE_S = 600.0
+WORDS = ("good", "bad", "warm", "cold", "film", "book", "song", "play")
+
+PROJECT = """
+[project]
+name = "round"
+version = "1.0.0"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "fedlora"
+[tool.flwr.app.components]
+serverapp = "{server}:app"
+clientapp = "{client}:app"
+[tool.flwr.app.config]
+config = "run.toml"
+set = ""
+file = ""
+nbytes = 0
+rounds = 0
+nodes = 2
+"""
+
+ECHO_SERVER = """
+import json, time
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    config = context.run_config
+    while len(nodes := list(grid.get_node_ids())) < config["nodes"]:
+        time.sleep(0.2)
+    for number in range(config["rounds"]):
+        values = np.random.default_rng(number).integers(0, 256, config["nbytes"], np.uint8)
+        record = ArrayRecord([values])
+        pushed, times = time.time(), []
+        ids = set(grid.push_messages([Message(RecordDict({"a": record}), node, "train") for node in nodes]))
+        while ids:
+            for reply in grid.pull_messages(ids):
+                ids.discard(reply.metadata.reply_to_message_id)
+                said = reply.content["times"]
+                times.append([said["begun"] - pushed, said["came"] - said["begun"], time.time() - said["left"]])
+            time.sleep(0.1)
+        with open(config["file"], "a") as file:
+            file.write(json.dumps({"round": number, "times": times}) + "\\n")
+"""
+
+ECHO_CLIENT = """
+import os, time
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+@app.train()
+def train(message, context):
+    came = time.time()
+    ticks = int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[19])
+    up = float(open("/proc/uptime").read().split()[0])
+    begun = time.time() - (up - ticks / os.sysconf("SC_CLK_TCK"))
+    values = message.content["a"].to_numpy_ndarrays()[0] + np.uint8(1 + context.node_config["partition-id"])
+    times = ConfigRecord({"begun": begun, "came": came, "left": time.time()})
+    return Message(RecordDict({"a": ArrayRecord([values]), "times": times}), reply_to=message)
+"""
+
+
+def replay() -> None:
+    """Let clients of this process answer what they were sent, moved by a little that differs by round and client."""
+    from fedlora.federation.protocol import TrainedReply, TrainRequest
+    from fedlora.flower import client_app
+
+    def replayed(_workspace: object, requests: list[TrainRequest], _account: object) -> Iterator[TrainedReply]:
+        for asked in requests:
+            step = 1e-4 * (asked.round + asked.client_id)
+            yield TrainedReply(asked, {k: v + step for k, v in asked.starts.items()}, {"num_examples": 8, "loss": 1.0})
+
+    client_app.answer = replayed  # type: ignore[assignment]
+
+
+def worker(path: str) -> None:
+    """A node's worker that answers without training."""
+    from fedlora.node_worker.server import Worker
+
+    replay()
+    Worker(Path(path)).serve()
+
+
+# ---------------------------------------------------------------------------------------------- what is run
+
+
+def write_ours(folder: Path, layers: int, mib: float, nodes: int = NODES) -> int:
+    """The app of a BERT of so many layers; gives the rank."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    vocabulary = {token: number for number, token in enumerate([*special.values(), "[MASK]", *WORDS])}
+    inner = BertWordPieceTokenizer(vocab=vocabulary)._tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special, model_max_length=16).save_pretrained(folder / "bert")
+    size = {"hidden_size": HIDDEN, "num_attention_heads": 2, "intermediate_size": 4 * HIDDEN}
+    BertModel(
+        BertConfig(vocab_size=len(vocabulary), num_hidden_layers=layers, max_position_embeddings=16, **size)
+    ).save_pretrained(folder / "bert")
+    draw = random.Random(0)
+    rows = [f"{draw.choice(WORDS)} {draw.choice(WORDS)},{number % 2}" for number in range(16 * nodes)]
+    (folder / "texts.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    rank = max(1, round(mib * 2**20 / (4 * 18 * HIDDEN * layers)))  # a layer has 18 times HIDDEN numbers for each rank
+    (folder / "app").mkdir()
+    (folder / "app" / "pyproject.toml").write_text(
+        PROJECT.format(server="fedlora.flower.server_app", client="fedlora.node_worker.node_app")
+    )
+    (folder / "app" / "run.toml").write_text(
+        f"""
+        output = "{folder}/runs"
+        model.name = "{folder}/bert"
+        adapter = {{ rank = {rank}, targets = ["query", "key", "value", "dense"] }}
+        data = {{ source = "{folder}/texts.csv", test_fraction = 0.25 }}
+        partition = {{ name = "iid", clients = {nodes} }}
+        server = {{ evaluate_every = 1000, aggregation_error = false, quorum = 1.0 }}
+        runtime = {{ threads = 1, kernels = "off", device = "cpu" }}
+        """
+    )
+    return rank
+
+
+def write_echo(folder: Path) -> None:
+    """Flower's own app."""
+    (folder / "app").mkdir(parents=True)
+    (folder / "app" / "pyproject.toml").write_text(PROJECT.format(server="echo_server", client="echo_client"))
+    (folder / "app" / "echo_server.py").write_text(ECHO_SERVER)
+    (folder / "app" / "echo_client.py").write_text(ECHO_CLIENT)
+
+
+class Federation:
+    """SuperLink, nodes and workers.
+
+    Args:
+        folder: For logs, sockets and the database.
+        poll_s: FLWR_SUPEREXEC_TASK_POLL_INTERVAL.
+    """
+
+    def __init__(self, folder: Path, poll_s: float) -> None:
+        self.folder = folder
+        folder.mkdir(mode=0o700)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "FLWR_HOME": str(folder / "flower"),
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(poll_s),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def begin(self, nodes: int = NODES) -> str:
+        """Start all; gives the SuperLink's address."""
+        link, *runtimes = free_ports(1 + nodes)
+        (self.folder / "flower").mkdir()
+        (self.folder / "flower" / "config.toml").write_text(
+            f'[superlink]\ndefault = "bench"\n[superlink.bench]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
+        )
+        plain = ["--insecure", "--host", "127.0.0.1"]
+        database = ["--database", str(self.folder / "state.db"), "--disable-runtime-dependency-installation"]
+        self._start("superlink", "flower-superlink", *plain, "--port", str(link), *database)
+        wait_for(lambda: listens(link), "the SuperLink", self._all_there)
+        for number, port in enumerate(runtimes):
+            path = self.folder / f"{number}.sock"
+            self._start(f"worker-{number}", sys.executable, __file__, "--worker", str(path))
+            node = f'partition-id={number} num-partitions={nodes} worker="{path}"'
+            where = ["--superlink", f"127.0.0.1:{link}", "--port", str(port), "--node-config", node]
+            self._start(f"supernode-{number}", "flower-supernode", *plain, *where)
+            wait_for(path.exists, "the worker", self._all_there)
+        return f"127.0.0.1:{link}"
+
+    def end(self) -> None:
+        """End all that was started, and what it started."""
+        for process in reversed(self._processes):
+            process.terminate()
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def rounds(
+        self, app: Path, file: Path, count: int, settings: str, look: Callable[[], None] = lambda: None
+    ) -> tuple[list[float], list[dict[str, object]]]:
+        """Run an app, and give the seconds between its lines in a file, but the first and the last, and the lines."""
+        command = ["flwr", "run", str(app), "bench", "--run-config", settings]
+        subprocess.run(command, check=True, env=self._environment, stdout=subprocess.DEVNULL)
+        at, end = list[float](), time.monotonic() + PATIENCE_S
+        while len(at) < count:
+            if time.monotonic() > end:
+                raise SystemExit(f"no more rounds in {file}: logs are in {self.folder}")
+            lines = file.read_bytes().count(b"\n") if file.is_file() else 0
+            if lines > len(at):
+                at += [time.monotonic()] * (lines - len(at))
+                end = time.monotonic() + PATIENCE_S
+                look()
+            time.sleep(0.02)
+        wait_for(self._idle, "the end of the run")
+        lines_read = [json.loads(line) for line in file.read_text().splitlines()]
+        return [after - before for before, after in itertools.pairwise(at)][1:-1], lines_read
+
+    @property
+    def superlink(self) -> int:
+        """Process id of the SuperLink, which is its group's."""
+        return self._processes[0].pid
+
+    def _all_there(self) -> None:
+        for process in self._processes:
+            if process.poll() is not None:
+                raise SystemExit(f"{process.args} ended: its log is in {self.folder}")
+
+    def _idle(self) -> bool:
+        said = subprocess.run(
+            ["flwr", "list", "bench", "--format", "json"], env=self._environment, capture_output=True, check=True
+        )
+        time.sleep(1)
+        return all(run["status"].startswith("finished") for run in json.loads(said.stdout)["runs"])
+
+    def _start(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self._processes.append(
+                subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
+            )
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections."""
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(condition: Callable[[], bool], what: str, check: Callable[[], object] = lambda: None) -> None:
+    """Wait, or give up."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        check()
+        if time.monotonic() > end:
+            raise SystemExit(f"{what} did not come")
+        time.sleep(0.1)
+
+
+# ---------------------------------------------------------------------------------------------- what is printed
+
+
+@contextmanager
+def federation(folder: Path, poll_s: float) -> Iterator[Federation]:
+    """A federation that ends with the block."""
+    one = Federation(folder, poll_s)
+    try:
+        one.begin()
+        yield one
+    finally:
+        one.end()
+
+
+def measure(folder: Path, poll_s: float, sizes: list[float], arms: list[str], turns: int, rounds: int) -> None:
+    """Print seconds of a round of each arm, and of the echo's where they go."""
+    taken: dict[tuple[float, str], list[float]] = {(mib, arm): [] for mib in sizes for arm in arms}
+    parts: dict[float, list[list[float]]] = {mib: [] for mib in sizes}
+    with federation(folder / f"poll-{poll_s}", poll_s) as running:
+        for turn, (mib, arm) in itertools.product(range(turns), taken):
+            place = folder / f"{arm}-{mib}"
+            if arm == "echo":
+                file = place / f"{poll_s}-{turn}.jsonl"
+                settings = f'file="{file}" nbytes={round(mib * 2**20)} rounds={rounds + 3}'
+                seconds, lines = running.rounds(place / "app", file, rounds + 3, settings)
+                parts[mib] += [part for line in lines[1:] for part in line["times"]]  # type: ignore[attr-defined]
+            else:
+                name = f"r{poll_s}-{turn}".replace(".", "-")
+                file = place / "runs" / name / "metrics.jsonl"  # with a line for round 0
+                settings = f'set="name={name} rounds={rounds + 2}"'
+                seconds, _ = running.rounds(place / "app", file, rounds + 3, settings)
+            taken[mib, arm] += seconds
+            print(f"{mib:g} MiB, {arm}, turn {turn}: {' '.join(f'{s:.1f}' for s in seconds)}", flush=True)
+    print(f"\nFLWR_SUPEREXEC_TASK_POLL_INTERVAL={poll_s:g}: seconds of a round, medians of {turns} x {rounds}")
+    for mib in sizes:
+        medians = {arm: statistics.median(taken[mib, arm]) for arm in arms}
+        line = "  ".join(f"{arm} {value:.1f}" for arm, value in medians.items())
+        if "echo" in medians:
+            line += "".join(f"  {arm} / echo {v / medians['echo']:.2f}" for arm, v in medians.items() if arm != "echo")
+        if {"2", "32"} <= medians.keys():
+            line += f"  32 / 2 layers {medians['32'] / medians['2']:.2f}"
+        print(f"{mib:g} MiB: {line}")
+        if parts[mib]:
+            reach, begin, back = (statistics.median(column) for column in zip(*parts[mib], strict=True))
+            print(f"   echo: {reach:.1f} s to the process, {begin:.1f} s to its first line, {back:.1f} s back")
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--mib", type=float, nargs="+", default=[1.0, 40.0])
+    parser.add_argument("--arms", nargs="+", default=["echo", "2", "32"], help="echo, or a number of layers")
+    parser.add_argument("--poll", type=float, nargs="+", default=[1.0], help="seconds between a SuperExec's looks")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="fedlora-") as name:
+        folder = Path(name)
+        for mib, arm in itertools.product(args.mib, args.arms):
+            place = folder / f"{arm}-{mib}"
+            if arm == "echo":
+                write_echo(place)
+            else:
+                print(f"{mib:g} MiB, {arm} layers: rank {write_ours(place, int(arm), mib)}")
+        for poll_s in args.poll:
+            measure(folder, poll_s, args.mib, args.arms, args.turns, args.rounds)
+    return None
+
+
+if __name__ == "__main__":
+    main()
