@@ -113,10 +113,10 @@ class Svd(NamedTuple):
     Vh: Float[Tensor, "k i"]
 
     def rank_of_energy(self, energy: float) -> int:
-        """The smallest k >= 1 whose first k values hold the share `energy` of sum_i sigma_i^2."""
+        """The smallest k >= 1 whose first k values hold the share `energy` of sum_i sigma_i^2; all of them at 1."""
         squares = self.S.square()
-        reached = squares.cumsum(0) >= energy * squares.sum() * (1 - 1e-12)
-        return max(1, min(self.rank, int((~reached).sum()) + 1))
+        reached = squares.cumsum(0) >= energy * squares.sum()
+        return max(1, self.rank if energy >= 1 else min(self.rank, int((~reached).sum()) + 1))
 
     @property
     def rank(self) -> int:

@@ -21,10 +21,21 @@ from fedlora.aggregators import (
     compact,
     follow,
 )
+from fedlora.aggregators.clipping import NormBound
+from fedlora.aggregators.coordinatewise import Median
 from fedlora.aggregators.fair import Fair
 from fedlora.aggregators.fedavg import FedAvg
+from fedlora.aggregators.fedmomentum import FedMomentum
+from fedlora.aggregators.fedsvd import FedSvd
 from fedlora.aggregators.ffa import FfaLora
+from fedlora.aggregators.flexlora import FlexLora
 from fedlora.aggregators.flora import Flora
+from fedlora.aggregators.florist import Florist
+from fedlora.aggregators.geometric_median import GeometricMedian
+from fedlora.aggregators.hetlora import HetLora
+from fedlora.aggregators.krum import Krum
+from fedlora.aggregators.raflora import RaFlora
+from fedlora.aggregators.rolora import RoLora
 from fedlora.lowrank import DeltaSum, compress, frobenius, relative_error
 from fedlora.rng import derive
 
@@ -62,7 +73,7 @@ def federations(draw: st.DrawFn) -> tuple[PairShape, list[PairShape], list[float
 @given(federations())
 def test_exact_rules_are_exact(drawn: tuple[PairShape, list[PairShape], list[float], torch.dtype]) -> None:
     shape, shapes, ns, dtype = drawn
-    for rule in (FfaLora(), Flora()):
+    for rule in (FfaLora(), Flora(), RoLora(), FedSvd(), FedMomentum(1.0), Florist(1.0)):
         state = rule.init(AdapterState(fresh_pairs({"m": shape}, 1, dtype)), seed=2)
         for _ in range(2):
             specs = [ClientSpec(k, {"m": theirs}) for k, theirs in enumerate(shapes)]
@@ -96,6 +107,28 @@ def test_fair_is_never_further_from_the_ideal_than_fedavg(
             ideal.add(update.adapter.pairs, update.num_examples)
         errors.append(relative_error(broadcast_change(state, rule.aggregate(state, updates)), ideal, sum(ns)))
     assert errors[0] <= errors[1] + 3 * ROUNDING[dtype]
+
+
+@QUICK
+@given(dims, dims, st.integers(1, 6), scales, st.lists(weights, min_size=1, max_size=5), dtypes)
+def test_singular_values_are_never_further_from_the_ideal_than_other_rules_of_their_rank(
+    o: int, i: int, rank: int, scale: float, ns: list[float], dtype: torch.dtype
+) -> None:
+    """Eckart and Young: from the same updates, over two rounds of each rule's own."""
+    start = AdapterState(fresh_pairs({"m": PairShape(o, i, rank, scale)}, 1, dtype))
+    for other in (FedAvg(), Fair(0.0), HetLora(), RaFlora(), Krum(), Median(), GeometricMedian(), NormBound()):
+        state = other.init(start)
+        for _ in range(2):
+            specs = [ClientSpec(k, start.layout) for k in range(len(ns))]
+            updates = [trained(other, state, spec, n, dtype) for spec, n in zip(specs, ns, strict=True)]
+            ideal = DeltaSum()
+            for update in updates:
+                ideal.add(update.adapter.pairs, update.num_examples)
+            after = other.aggregate(state, updates)
+            best = FlexLora().aggregate(state, updates)
+            errors = [relative_error(broadcast_change(state, made), ideal, sum(ns)) for made in (best, after)]
+            assert errors[0] <= errors[1] + 3 * ROUNDING[dtype]
+            state = after
 
 
 @QUICK

@@ -86,7 +86,7 @@ def test_singular_values_and_vectors_are_the_dense_ones_with_signs_of_their_own(
 
 
 def test_rank_of_energy_is_the_smallest_that_reaches_it() -> None:
-    found = Svd(torch.eye(5).double(), torch.tensor([2.0, 1.0, 1.0, 1e-3, 0.0]).double(), torch.eye(5).double())
+    found = Svd(torch.eye(5).double(), torch.tensor([2.0, 1.0, 1.0, 1e-9, 0.0]).double(), torch.eye(5).double())
     ranks = {energy: found.rank_of_energy(energy) for energy in (0.0, 0.5, 0.6, 0.7, 0.9999, 1.0)}
     assert ranks == {0.0: 1, 0.5: 1, 0.6: 1, 0.7: 2, 0.9999: 3, 1.0: 4}
     assert svd([(1.0, LoraPair(torch.zeros(2, 11), torch.zeros(7, 2), 1.0))]).rank_of_energy(0.9) == 1
