@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -102,8 +103,15 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     """Whatever is raised inside becomes one line on standard error and an exit status: 1, or 130 after Ctrl-C.
 
     A `FedloraError` says its own line. Any other exception is described by `fedlora.unexpected`, which keeps the
-    traceback of one that nobody foresaw in a file.
+    traceback of one that nobody foresaw in a file. What Flower and PEFT tell on standard error is of use to find an
+    error alone.
+
+    Args:
+        debug: tell everything, and raise errors as they are.
     """
+    if not debug:
+        for name in ("flwr", "datasets", "transformers"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
         sys.stdout.flush()  # a reader that is gone is noticed here, not by the interpreter at its end
@@ -154,12 +162,3 @@ def open_workspace(config: RunConfig) -> Workspace:
 
     load_aggregator(config.strategy.name, config.strategy.fields)  # a wrong name is said before anything is loaded
     return open_workspace(config)
-
-
-def calm_loggers(debug: bool) -> None:
-    """Flower and PEFT tell their own story on standard error; it is only of use to find an error."""
-    import logging
-
-    if not debug:
-        for name in ("flwr", "datasets", "transformers"):
-            logging.getLogger(name).setLevel(logging.ERROR)

@@ -11,7 +11,6 @@ from fedlora.cli._common import (
     Debug,
     Overrides,
     app,
-    calm_loggers,
     errors_in_one_line,
     open_console,
     open_workspace,
@@ -43,7 +42,6 @@ def audit(
     with errors_in_one_line(debug):
         from fedlora.config import load_config
 
-        calm_loggers(debug)
         console = open_console()
         config = load_config(config_path, overrides or [])
         with console.status(f"loading {config.model.name} and {config.data.source}"):

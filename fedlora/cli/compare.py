@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, app, calm_loggers, errors_in_one_line
+from fedlora.cli._common import Debug, app, errors_in_one_line
 
 if TYPE_CHECKING:
     from fedlora.compare import Comparison
@@ -37,7 +37,6 @@ def compare(
     with errors_in_one_line(debug):
         from fedlora.compare import compare as compare_runs
 
-        calm_loggers(debug)
         show(compare_runs(runs, reach=reach, against=against), form, picture)
 
 

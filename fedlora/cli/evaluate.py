@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Adapter, Debug, Overrides, app, calm_loggers, errors_in_one_line
+from fedlora.cli._common import Adapter, Debug, Overrides, app, errors_in_one_line
 from fedlora.cli.compare import Form
 from fedlora.errors import ConfigError, PrivacyError
 
@@ -47,7 +47,6 @@ def evaluate(
         from fedlora.evaluation.pretrained_adapter import find_adapter
         from fedlora.progress import format_metric
 
-        calm_loggers(debug)
         require_format(form)
         if examples is not None and not clients:
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, app, calm_loggers, errors_in_one_line, open_workspace
+from fedlora.cli._common import Debug, app, errors_in_one_line, open_workspace
 from fedlora.errors import RunDirError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ def export(
         from fedlora.provenance import MODEL
         from fedlora.runs.rundir import RunDir
 
-        calm_loggers(debug)
         run_dir = RunDir.open(run_path)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunDirError(f"{str(out)!r} already exists: name a new or empty folder", code="path-taken")

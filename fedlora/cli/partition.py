@@ -13,7 +13,6 @@ from fedlora.cli._common import (
     Debug,
     Overrides,
     app,
-    calm_loggers,
     errors_in_one_line,
     open_console,
 )
@@ -42,7 +41,6 @@ def partition(
         from fedlora.data import load_data
         from fedlora.data.describe import clients_table, describe_partition, draw_labels
 
-        calm_loggers(debug)
         console = open_console()
         config = load_config(config_path, overrides or [])
         with console.status(f"loading {config.data.source}"):

@@ -12,7 +12,6 @@ from fedlora.cli._common import (
     MaybeConfig,
     Overrides,
     app,
-    calm_loggers,
     errors_in_one_line,
     open_console,
     open_workspace,
@@ -63,7 +62,6 @@ def run(
         from fedlora.report import write_report
         from fedlora.terminal import Terminal
 
-        calm_loggers(debug)
         console = open_console()
         config, run_dir = _which_run(config_path, overrides or [], resume, overwrite)
         if baselines and config.privacy is not None:

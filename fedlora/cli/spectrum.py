@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli._common import Adapter, Debug, Overrides, app, calm_loggers, errors_in_one_line
+from fedlora.cli._common import Adapter, Debug, Overrides, app, errors_in_one_line
 from fedlora.cli.compare import Form
 from fedlora.errors import ConfigError
 
@@ -33,7 +33,6 @@ def spectrum(
         from fedlora.model import changed_weights
         from fedlora.spectrum import spectrum as look
 
-        calm_loggers(debug)
         require_format(form)
         if not 0 < epsilon < 1:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedlora.cli._common import Debug, MaybeConfig, Overrides, app, calm_loggers, errors_in_one_line, open_console
+from fedlora.cli._common import Debug, MaybeConfig, Overrides, app, errors_in_one_line, open_console
 from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ def strategies(config_path: MaybeConfig = None, overrides: Overrides = None, deb
         from fedlora.aggregators import rules
         from fedlora.config import RunConfig, load_config
 
-        calm_loggers(debug)
         console = open_console()
         config = load_config(config_path, overrides or []) if config_path else RunConfig()
         sizes = _traffic(config, console)

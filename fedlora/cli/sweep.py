@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Config, Debug, app, calm_loggers, errors_in_one_line, open_console, stops_in_one_line
+from fedlora.cli._common import Config, Debug, app, errors_in_one_line, open_console, stops_in_one_line
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def sweep(
         from fedlora.sweep import run_sweep
         from fedlora.sweep.screen import Screen
 
-        calm_loggers(debug)
         what = _what(config_path, sets or [], seeds, select or [], select_seed, processes, out, keep)
         console = open_console()
         with stops_in_one_line(lambda: "the same command goes on"), Screen(console) as screen:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, app, calm_loggers, errors_in_one_line
+from fedlora.cli._common import Debug, app, errors_in_one_line
 
 Socket = Annotated[
     Path, typer.Option("--socket", metavar="PATH", help="A Unix socket, in a folder that is the user's alone.")
@@ -48,6 +48,5 @@ def worker(
             raise typer.Exit(keep(worker_command(str(path), device), say))
         from fedlora.node_worker.server import run
 
-        calm_loggers(debug)
         if status := run(path, device, say):
             raise typer.Exit(status)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedlora.partition import classes, dirichlet, domain, iid, natural, quantity, shards
 from fedlora.partition._base import Partition, Partitioner, PartitionInput, partitioners
 from fedlora.partition.statistics import count_values, entropy, js_divergence, mean_js_divergence
 
@@ -19,19 +18,12 @@ __all__ = [
     "Partition",
     "PartitionInput",
     "Partitioner",
-    "classes",
     "count_values",
-    "dirichlet",
-    "domain",
     "entropy",
-    "iid",
     "js_divergence",
     "load_partitioner",
     "mean_js_divergence",
-    "natural",
     "partitioners",
-    "quantity",
-    "shards",
 ]
 
 
