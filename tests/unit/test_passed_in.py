@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from support.errors import raises
-from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
 import fedlora
 from fedlora.model.fingerprint import fingerprint
@@ -194,6 +194,13 @@ def injected(model: PreTrainedModel) -> Any:
 def rebuilt(model: Any) -> Any:
     model.pooler.dense = torch.nn.Sequential(model.pooler.dense)
     return model
+
+
+def test_a_model_that_was_never_saved_stays_as_it_is() -> None:
+    made = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    before = made.config.to_dict()
+    keep_model(made)
+    assert made.config.to_dict() == before
 
 
 class Mine(BertModel):
