@@ -166,6 +166,11 @@ def _require_fit(update: ClientUpdate, plan: ClientPlan) -> None:
             f"client {update.client_id}'s update does not fit the global adapter: {odd!r} {side}", code="tensors-differ"
         )
     for name, value in mine.items():
+        if not value.is_floating_point():
+            raise RuleError(
+                f"{name!r} holds {value.dtype} values, which cannot be averaged: leave it out of the adapter",
+                code="not-averageable",
+            )
         if value.shape != theirs[name].shape:
             raise RuleError(
                 f"client {update.client_id}'s {name!r} has shape {tuple(theirs[name].shape)} where it was sent "

@@ -87,7 +87,8 @@ class ServerOptimiser(Around):
 
 
 def _wide(adapter: AdapterState) -> AdapterState:
-    return adapter.with_tensors({name: value.double() for name, value in adapter.tensors().items()})
+    tensors = adapter.tensors().items()
+    return adapter.with_tensors({name: value.double() for name, value in tensors if value.is_floating_point()})
 
 
 def _widened(updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:

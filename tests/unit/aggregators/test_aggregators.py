@@ -16,6 +16,7 @@ from support.errors import raises
 
 from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import (
+    Aggregator,
     BaseUpdate,
     Claim,
     ClientPlan,
@@ -43,7 +44,7 @@ from fedlora.aggregators.flora import Flora
 from fedlora.aggregators.fltrust import FlTrust
 from fedlora.aggregators.geometric_median import GeometricMedian
 from fedlora.aggregators.krum import Krum
-from fedlora.aggregators.server_optimisers import FedAdam
+from fedlora.aggregators.server_optimisers import FedAdam, FedAvgM
 from fedlora.cli.strategies import GROUPS, group_of
 from fedlora.errors import ConfigError, PrivacyError, RuleError
 
@@ -142,6 +143,13 @@ def test_updates_that_are_not_finite_are_dropped_by_screens() -> None:
             rule.aggregate(state, [broken])
         after = rule.aggregate(state, [broken, update, replace(update, client_id=2)])
         assert all(bool(torch.isfinite(value).all()) for value in after.adapter.tensors().values())
+
+
+@pytest.mark.parametrize("rule", [Krum(), Median(), NormBound(), FedAdam(), FedAvgM(inner=Median())], ids=repr)
+def test_integers_are_averaged_by_no_rule(rule: Aggregator) -> None:
+    counted = AdapterState(dense={"bn.num_batches_tracked": torch.tensor([3])})
+    with raises(RuleError, "not-averageable", "bn.num_batches_tracked"):
+        rule.aggregate(rule.init(counted), [ClientUpdate(0, counted, 1.0)])
 
 
 def test_private_sums_take_linear_rules_alone() -> None:
