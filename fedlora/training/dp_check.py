@@ -81,7 +81,7 @@ def company_of(task: Task, examples: Examples, indices: Sequence[int] | np.ndarr
         indices: which; empty: a shortest, a middling and a longest one.
 
     Returns:
-        The joint batch and the single ones, on the CPU, in the same order.
+        One padded batch of all and the single ones, on the CPU, in the same order.
     """
     chosen = np.asarray(indices, dtype=np.int64)
     if not len(chosen):

@@ -2,7 +2,8 @@
 
 In each step every client that is not done has its next batch. The rows of all these batches are computed in groups of
 like length (`fedlora.training.row_groups`), whoever's they are; each client's gradients are added up, and then it takes
-its optimiser step. `Loop` is what plain and private training share; `TrainingLoop` is plain training.
+its optimiser step. `Loop` is what plain training (`fedlora.training.plain_loop`) and private training
+(`fedlora.training.dp_loop`) share.
 
 Shapes: K = clients, k = those in one step or group, p = trained entries of an adapter, b = rows of a group, e = its
 examples (as many as rows, where the task does not pack them).
@@ -15,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, final
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -26,15 +27,12 @@ from fedlora.config import TrainConfig
 from fedlora.errors import TrainingError
 from fedlora.model import Base, seeded
 from fedlora.progress import activity
-from fedlora.rng import derive
 from fedlora.tasks._base import Batch, Examples, Task, to_device
-from fedlora.training.dropout_masks import Keys, RowDropout, RowsError, Watch, drops_out, row_keys
-from fedlora.training.job import TrainJob, TrainResult, batches, learning_rate, number_of_steps
+from fedlora.training.dropout_masks import Keys, RowDropout, RowsError
+from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.row_groups import PassCost, cut, pass_cost
-from fedlora.training.row_optimizer import Columns, FlatOptimizer, put, take
+from fedlora.training.row_optimizer import Columns, FlatOptimizer, take
 from fedlora.training.stacked_lora import Alone, Stacked, cannot_stack
-
-CHECK_EVERY = 32  # steps between looks at the losses on a device where looking waits for all work to end
 
 Outcome: TypeAlias = TrainResult | Exception
 """A client's result, or the error that its training raised."""
@@ -344,103 +342,3 @@ class Loop(ABC):
         elif self._synchronize and device.type == "mps":
             torch.mps.synchronize()
         return time.perf_counter()
-
-
-@final
-class TrainingLoop(Loop):
-    """Plain training; see `Loop`."""
-
-    def _begin(self, client: Client) -> None:
-        self._unseen: list[tuple[list[Client], Tensor]] = []
-        self._look_every = 1 if self._base.device.type == "cpu" else CHECK_EVERY
-        size = len(client.job.indices)
-        if not size:
-            raise TrainingError(
-                "the client has no examples: give it some, or leave it out with a larger min_size in [partition]",
-                code="no-examples",
-            )
-        client.steps = number_of_steps(size, client.config)
-        client.batches = batches(client.job.indices, client.config.batch_size, client.steps, client.job.seed)
-
-    def _random(self, clients: list[Client]) -> tuple[RowDropout | None, int]:
-        self._seeds = [derive(client.job.seed, "dropout") for client in clients]
-        return RowDropout(strict=len(clients) > 1) if drops_out(self._base.model) else None, self._seeds[0]
-
-    def _keys(self, group: Group) -> Keys:
-        keys = []
-        for client, rows, places in zip(group.clients, group.rows, group.places, strict=True):
-            own = np.arange(rows) if client.whole is not None else places
-            keys.append(row_keys(self._seeds[client.row], client.done, own))
-        return np.concatenate(keys)
-
-    def _losses(self, batch: Batch) -> Float[Tensor, "e"]:
-        if len(self._clients) == 1:
-            return self._task.losses(self._base.model, batch)
-        with Watch(self._base.device) as watch:
-            each = self._task.losses(self._base.model, batch)
-        if watch.drawn:
-            raise RowsError("it draws random numbers in a way that cannot be told apart by clients")
-        return each
-
-    def _gradients(self, group: Group, batch: Batch) -> tuple[Float[Tensor, "k p"], Float[Tensor, "e"]]:
-        rows = [client.row for client in group.clients]
-        leaves = self._binding.bind(take(self._values, rows), rows, group.rows)
-        each = self._losses(batch)
-        shares = each.new_tensor(group.of_examples([1 / len(client.chosen) for client in group.clients]))
-        found = torch.autograd.grad(each, leaves, shares, materialize_grads=True)
-        return torch.cat([gradient.reshape(len(rows), -1) for gradient in found], dim=1), each
-
-    def _move(self, members: list[Client], gradients: Float[Tensor, "k p"], losses: Float[Tensor, "k"]) -> None:
-        rows = [client.row for client in members]
-        values = take(self._values, rows)
-        self._add_proximal(rows, values, gradients)
-        if any(client.config.clip_norm is not None for client in members):
-            most = [c.config.clip_norm if c.config.clip_norm is not None else float("inf") for c in members]
-            norms = torch.linalg.vector_norm(gradients, dim=1)
-            gradients.mul_((values.new_tensor(most) / (norms + 1e-6)).clamp_(max=1.0)[:, None])
-        rates = [learning_rate(client.done, client.config) for client in members]
-        self._optimizer.step(values, gradients, rows, rates)
-        put(self._values, rows, values)
-        for client in members:
-            client.done += 1
-            client.seen += len(client.chosen)
-        self._unseen.append((members, losses))
-        ended = any(client.done == client.steps for client in members)
-        if ended or sum(len(clients) for clients, _ in self._unseen) >= self._look_every:
-            self._look()
-
-    def _look(self) -> None:
-        """Take note of the losses so far; clients whose loss is not finite leave, and those that are done end."""
-        found = torch.cat([losses for _, losses in self._unseen]).tolist()
-        for client, loss in zip((client for members, _ in self._unseen for client in members), found, strict=True):
-            client.losses.append(loss)
-            if not np.isfinite(loss) and client.outcome is None:
-                client.outcome = TrainingError(
-                    f"the loss is not finite at step {len(client.losses)}: {_cure(client.config)}",
-                    code="loss-not-finite",
-                )
-            elif client.done == client.steps == len(client.losses) and client.outcome is None:
-                client.outcome = self._ended(client)
-        self._unseen.clear()
-
-    def _ended(self, client: Client) -> Outcome:
-        row = self._values[client.row]
-        if not bool(torch.isfinite(row).all()):
-            return TrainingError(
-                f"the adapter is not finite after step {client.steps}: {_cure(client.config)}",
-                code="adapter-not-finite",
-            )
-        return TrainResult(
-            adapter=self._columns.read(row, client.job.adapter),
-            num_examples=len(client.job.indices),
-            steps=client.steps,
-            examples_seen=client.seen,
-            loss=float(np.mean(client.losses)),
-            seconds=client.seconds,
-            compute_seconds=client.compute,
-        )
-
-
-def _cure(config: TrainConfig) -> str:
-    clip = "" if config.clip_norm is not None else ", or set train.clip_norm (1.0 is usual)"
-    return f"lower train.lr (now {config.lr:g}){clip}"
