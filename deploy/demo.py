@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedlora.deploy import Guard
+    from fedlora.programs import Guard
 
 SITES = ("site-a", "site-b", "site-c")
 VICTIM = "site-b"
@@ -186,7 +186,7 @@ def bury(process: subprocess.Popen[bytes]) -> None:
 @cache
 def guard() -> Guard:
     """Ends what `start` started when this process is gone, however it went."""
-    from fedlora.deploy import Guard
+    from fedlora.programs import Guard
 
     return Guard(grace_s=30.0)
 
