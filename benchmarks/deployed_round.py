@@ -159,7 +159,8 @@ def write_ours(folder: Path, layers: int, mib: float, nodes: int = NODES) -> int
         adapter = {{ rank = {rank}, targets = ["query", "key", "value", "dense"] }}
         data = {{ source = "{folder}/texts.csv", test_fraction = 0.25 }}
         partition = {{ name = "iid", clients = {nodes} }}
-        server = {{ evaluate_every = 1000, aggregation_error = false, quorum = 1.0 }}
+        server = {{ aggregation_error = false, quorum = 1.0 }}
+        evaluation = {{ every = 1000 }}
         runtime = {{ threads = 1, kernels = "off", device = "cpu" }}
         """
     )

@@ -37,7 +37,7 @@ def main() -> None:
             f"strategy.name={args.strategy}",
             "adapter.targets=['query','value']",
             "data.limit=4000",
-            f"server.evaluate_every={args.rounds}",
+            f"evaluation.every={args.rounds}",
             "runtime.processes=1",
         ],
         name="overhead",

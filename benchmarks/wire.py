@@ -94,7 +94,7 @@ def accuracy(config: str, overrides: list[str], rounds: int, seeds: int, arms: l
                 f"rounds={rounds}",
                 f"seed={seed}",
                 f"wire.up={wire}",
-                f"server.evaluate_every={rounds}",
+                f"evaluation.every={rounds}",
             ]
             rows[arm].append(measure(load_config(config, [*overrides, *keys]), arm))
             print(f"seed {seed}, {arm}: {rows[arm][-1]}", flush=True)

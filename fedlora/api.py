@@ -237,7 +237,9 @@ def train(
         if not resume:
             folder.discard_if_untrained()
         raise
-    plot_accuracy(folder.read_metrics(), folder.path / "accuracy.png")
+    records = folder.read_metrics()
+    if any("loss" in record for record in records):
+        plot_accuracy(records, folder.path / "accuracy.png")
     if not folder.report.is_file():
         write_report(folder)
     return folder

@@ -20,11 +20,13 @@ class Evaluation:
         overall: over all examples.
         domains: domain -> the same figures over its examples, the largest first; empty without a domain column.
         measures: what the task measured of each example, [n, ...] by name, in the examples' order.
+        sums: the task's statistics of all examples, from which `overall` follows.
     """
 
     overall: dict[str, float]
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
     measures: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
+    sums: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
 
 
 class Callback:
@@ -50,6 +52,9 @@ class Callback:
 
     def state_reached(self, state: GlobalState) -> None:
         """The state after a round, or the one before the first."""
+
+    def best_reached(self, state: GlobalState) -> None:
+        """With `[selection]`: this round is the best so far; its checkpoint was written."""
 
     def round_ended(self, record: Mapping[str, Any]) -> None:
         """A round is over (round 0: the evaluation before training); this is its line of metrics."""

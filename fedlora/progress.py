@@ -105,7 +105,7 @@ NOT_METRICS = {
 }
 
 
-SHARES = {"accuracy", "balanced_accuracy", "majority_share", "f1", "macro_f1", "exact_match"}
+SHARES = {"accuracy", "balanced_accuracy", "majority_share", "f1", "macro_f1", "weighted_f1", "exact_match"}
 """Figures that are shown as percentages."""
 
 
@@ -116,14 +116,22 @@ def main_metric(record: Mapping[str, Any]) -> str:
 
 
 def beside_accuracy(metric: str, record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What an accuracy is read against, as rows of a table: a name, and a record that has the figure as `metric`."""
+    """What a figure is read against, as rows of a table: a name, and a record that has the figure as `metric`.
+
+    The classes' balance and the largest class beside an accuracy, and the clients' own figures where they evaluate.
+    """
     rows = {"the same, balanced over classes": "balanced_accuracy", "always the largest class": "majority_share"}
     domains: Mapping[str, Mapping[str, Any]] = record.get("domains") or {}
-    return [
+    beside = [
         (words, {metric: record[key], "domains": {name: {metric: of.get(key)} for name, of in domains.items()}})
         for words, key in rows.items()
         if metric == "accuracy" and key in record
     ]
+    federated: Mapping[str, Mapping[str, Any]] = record.get("federated") or {}
+    at_clients = {"macro": "mean over the clients", "worst_tenth": "worst tenth of the clients"}
+    if domains and federated:  # the server has a test set of its own
+        at_clients = {"figures": "on the clients' own examples", **at_clients}
+    return beside + [(words, dict(federated[key])) for key, words in at_clients.items() if federated.get(key)]
 
 
 def format_metric(name: str, value: float | None) -> str:

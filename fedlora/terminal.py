@@ -211,7 +211,10 @@ class Terminal(Callback):
 
 
 def outcome_table(
-    records: Sequence[Mapping[str, Any]], baselines: Mapping[str, Any] | None = None, width: int = 80
+    records: Sequence[Mapping[str, Any]],
+    baselines: Mapping[str, Any] | None = None,
+    width: int = 80,
+    kept: int | None = None,
 ) -> Table:
     """The run in a few rows: base model, federated, and the baselines where they were trained.
 
@@ -220,11 +223,14 @@ def outcome_table(
         baselines: what baselines.json holds.
         width: columns that the table may take; of the domains those that are worst after the last
             round, as many as have room.
+        kept: the round whose model was kept; None: the last that was evaluated.
     """
     metric = main_metric(records[0])
     evaluated = [record for record in records if record.get(metric) is not None]
+    if not evaluated:
+        return Table("no round was evaluated", box=None, pad_edge=False, header_style="dim")
     rows = [("base model", evaluated[0])] if evaluated[0]["round"] == 0 else []
-    last = evaluated[-1]
+    last = next((record for record in evaluated if record["round"] == kept), evaluated[-1])
     rows.append((f"federated, round {last['round']}", last))
     rows += beside_accuracy(metric, last)
     alone = (baselines or {}).get("local_only")

@@ -82,7 +82,7 @@ class Trainer:
     def __init__(self, workspace: Workspace, settings: PrivateSettings) -> None:
         self.workspace, self.base, self.settings = workspace, workspace.base, settings
         self.job = first_job(workspace)
-        check_model(self.base, workspace.task, workspace.data.test, self.job)
+        check_model(self.base, workspace.task, workspace.data.probes, self.job)
         self.names = tuple(self.base.tensor_names(self.job.trains))
         own = self.job.adapter.tensors()
         self.sizes = [own[name].numel() for name in self.names]

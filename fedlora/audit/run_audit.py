@@ -215,7 +215,7 @@ def through_model(workspace: Workspace, settings: PrivateSettings, canaries: int
         The attack, and of how many canaries: at most as many as the adapter has entries.
     """
     job = first_job(workspace)
-    check_model(workspace.base, workspace.task, workspace.data.test, job)
+    check_model(workspace.base, workspace.task, workspace.data.probes, job)
     if settings.physical_batch_size is None:  # an audit's samples are larger than a client's
         settings = replace(settings, physical_batch_size=PHYSICAL)
     plain = {"optimizer": "sgd", "lr": 1e-2, "momentum": 0.0, "weight_decay": 0.0, "warmup_steps": 0}

@@ -33,8 +33,8 @@ def export(
         run_dir = RunDir.open(run_path)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunDirError(f"{str(out)!r} already exists: name a new or empty folder", code="path-taken")
-        state = run_dir.latest_checkpoint()
-        number = run_dir.rounds_done
+        state = run_dir.kept_checkpoint()
+        number = run_dir.kept_round
         like = "checked when the run ended"
         if not base_update and run_dir.finished and run_dir.adapter_dir.is_dir():
             import shutil

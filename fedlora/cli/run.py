@@ -130,13 +130,13 @@ def _baselines(config: RunConfig, run_dir: RunDir, number: int | None, terminal:
 def _show_outcome(console: Console, run_dir: RunDir) -> None:
     from fedlora.terminal import outcome_table, samples_table, totals
 
-    records = run_dir.read_metrics()
+    records, result = run_dir.read_metrics(), run_dir.read_json("result.json") or {}
     console.print()
-    console.print(outcome_table(records, run_dir.read_json("baselines.json"), console.width))
+    console.print(outcome_table(records, run_dir.read_json("baselines.json"), console.width, result.get("kept_round")))
     console.print()
     if samples := run_dir.read_json("samples.json"):
         console.print(samples_table(samples))
-    claim = (run_dir.read_json("result.json") or {}).get("privacy", {}).get("statement")
+    claim = result.get("privacy", {}).get("statement")
     console.print(totals(records, claim), highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"files: {run_dir.path} (adapter/ is in PEFT's format)", highlight=False, soft_wrap=True, markup=False

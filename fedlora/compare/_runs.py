@@ -33,10 +33,11 @@ class Run:
         task: the task that was trained.
         records: the lines of metrics.jsonl, one for each round.
         test: identifies its test examples; "" where the run kept no outcomes.
-        outcomes: name -> measurement of each test example after the last round, [n].
+        outcomes: name -> measurement of each test example after the round whose model was kept, [n].
         epsilon: the epsilon that it spent, or None.
         provenance: hashes of the base, tokenizer and data that it was made with, where known.
         changes: changes of its config when it was resumed.
+        kept_round: whose model was kept; None: the last.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Run:
     epsilon: float | None = None
     provenance: Provenance = NOTHING_KNOWN
     changes: Sequence[Change] = ()
+    kept_round: int | None = None
 
     @property
     def seed(self) -> int:
@@ -76,8 +78,9 @@ class Run:
 
     @property
     def final(self) -> float:
-        """The main figure after the last round."""
-        return float(self.curve.sort_index().iloc[-1])
+        """The main figure after the round whose model was kept: the last, or the best by validation examples."""
+        curve = self.curve.sort_index()
+        return float(curve.iloc[-1] if self.kept_round not in curve.index else curve[self.kept_round])
 
     @property
     def best(self) -> float:
@@ -86,8 +89,9 @@ class Run:
 
     @property
     def worst_domain(self) -> float | None:
-        """The main figure after the last round in the domain where it is worst; None without domains."""
-        last = [record for record in self.records if self.metric in record][-1]
+        """The main figure in the domain where it is worst, after the round that `final` is of; None without domains."""
+        evaluated = [record for record in self.records if self.metric in record]
+        last = next((record for record in evaluated if record["round"] == self.kept_round), evaluated[-1])
         known = [row[self.metric] for row in last.get("domains", {}).values() if row.get(self.metric) is not None]
         return (min if self.higher_is_better else max)(known, default=None)
 
@@ -123,12 +127,15 @@ def read_run(path: str | Path) -> Run:
             code="no-evaluated-round",
         )
     test, outcomes = read_outcomes(folder.path) or ("", None)
-    claim = (folder.read_json("result.json") or {}).get("privacy") or {}
+    result = folder.read_json("result.json") or {}
+    claim, kept = result.get("privacy") or {}, result.get("kept_round")
     made, changes = folder.provenance, folder.changes
     keys = flat_keys(folder.config)
     if changes:  # a run that went on with other values is a setting of its own
         keys[CHANGED] = ", ".join(map(str, changes))
-    return Run(Path(path), keys, task, records, made.test_data or test, outcomes, claim.get("epsilon"), made, changes)
+    return Run(
+        Path(path), keys, task, records, made.test_data or test, outcomes, claim.get("epsilon"), made, changes, kept
+    )
 
 
 def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:

@@ -6,6 +6,7 @@ keys are that entry's dataclass fields. They are checked against it when the par
 
 from fedlora.config._base import OPEN_TABLES, OpenTable, Section
 from fedlora.config._effect import overruled
+from fedlora.config._evaluation import EvaluationConfig, SelectionConfig
 from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig, WireConfig
 from fedlora.config._flat import different_keys, flat_keys, flatten
 from fedlora.config._learning import NODES, AdapterConfig, DataConfig, ModelConfig, TrainConfig
@@ -21,6 +22,7 @@ __all__ = [
     "ClientPrivacyConfig",
     "ClientsConfig",
     "DataConfig",
+    "EvaluationConfig",
     "ExamplePrivacyConfig",
     "ModelConfig",
     "OpenTable",
@@ -28,6 +30,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "Section",
+    "SelectionConfig",
     "ServerConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -24,6 +24,7 @@ def without_effect(config: RunConfig) -> Iterator[str]:
     yield from _train(config)
     yield from _data(config)
     yield from _server(config)
+    yield from _evaluation(config)
     privacy, tracking, runtime = config.privacy, config.tracking, config.runtime
     if isinstance(privacy, ClientPrivacyConfig) and not privacy.adaptive_clipping:
         for key in ("quantile", "clip_lr"):
@@ -37,7 +38,7 @@ def without_effect(config: RunConfig) -> Iterator[str]:
 
 def overruled(config: RunConfig) -> Iterator[str]:
     """Keys that another one overrules as its documentation says, which is no mistake and worth a line in a run."""
-    if config.data.test is not None:
+    if config.data.test is not None and config.evaluation.on == "server":
         for key in ("test_fraction", "group"):
             if _changed(config.data, key):
                 yield f"data.{key} has no effect: data.test names the test set, and none is cut off"
@@ -84,6 +85,19 @@ def _server(config: RunConfig) -> Iterator[str]:
             yield "server.max_weight_ratio has no effect with server.weighting = 'uniform': remove it"
         elif config.data.source != NODES:
             yield "server.max_weight_ratio applies to nodes that bring their own data: remove it"
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    evaluation, at_clients = config.evaluation, config.evaluation.on in ("clients", "both")
+    for key in ("clients_fraction", "min_examples"):
+        if _changed(evaluation, key) and not at_clients:
+            yield f"evaluation.{key} applies to evaluation at the clients: set evaluation.on = 'clients', or remove it"
+    if evaluation.on == "off" and _changed(evaluation, "every"):
+        yield "evaluation.every has no effect with evaluation.on = 'off': remove it"
+    if evaluation.on == "clients" and config.data.test is not None:
+        yield "data.test has no effect with evaluation.on = 'clients', where clients test: remove it, or set 'both'"
+    if config.selection is None and _changed(config.data, "validation_fraction"):
+        yield "data.validation_fraction has no effect without a table [selection]: add one, or remove it"
 
 
 def _changed(section: BaseModel, key: str) -> bool:

@@ -119,8 +119,6 @@ class ServerConfig(Section):
     says so stays it for the run. `fedlora deploy init` writes it."""
     aggregation_error: bool = True
     """Measure the aggregation error each round (keeps the round's factors in memory)."""
-    evaluate_every: PositiveInt = 1
-    """Evaluate the global model after each so many rounds, and always after the last."""
     node_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds to wait at the start for all nodes to be there and say hello (then a quorum is enough), before a round
     for a quorum of them, and for a reply before its node is asked whether it still has the message."""

@@ -79,7 +79,11 @@ class DataConfig(Section):
     test: str | None = None
     """A second file, or the name of a split, with the test examples; None: cut from the source by `test_fraction`."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the source that becomes the test set, where `test` names none."""
+    """Share of the source that becomes the test set, where `test` names none; with `evaluation.on` = "clients" or
+    "both" also the share of its examples that each client keeps apart."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """With `[selection]`: share of the examples that is set apart for it; of the clients' own or, where the server
+    selects, of the source (of `test`, where each node brings its own data)."""
     text: str = "text"
     """Name of the column with the text."""
     label: str = "label"
@@ -99,6 +103,9 @@ class DataConfig(Section):
     own: str | None = None
     """Set on nodes only: the file that the node's own config names (`--node-config 'data="..."'`). Never set it in a
     run's config."""
+    own_test: str | None = None
+    """Set on nodes only: a second file, of examples to be tested on (`--node-config 'test="..."'`), where the node does
+    not keep a part of the first. Never set it in a run's config."""
 
 
 class TrainConfig(Section):

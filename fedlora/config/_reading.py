@@ -26,8 +26,9 @@ ALWAYS = "rows of like length are always computed together, whatever is sampled:
 ELSEWHERE = {
     "group_by_length": ALWAYS,  # transformers
     "padding_free": f"{ALWAYS}, or set task.packing = true for causal-lm",  # TRL
+    "evaluate_every": "it is evaluation.every now",
 }
-"""Keys of other libraries -> what to do here."""
+"""Keys of other libraries, and old ones -> what to do here."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

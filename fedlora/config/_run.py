@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from fedlora.config._base import OpenTable, PositiveInt, Section
 from fedlora.config._effect import without_effect
+from fedlora.config._evaluation import EvaluationConfig, SelectionConfig
 from fedlora.config._federation import ClientsConfig, ServerConfig, WireConfig
 from fedlora.config._learning import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._paths import with_absolute_paths
@@ -76,6 +77,9 @@ class RunConfig(Section):
     clients: ClientsConfig = ClientsConfig()
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    selection: SelectionConfig | None = None
+    """None: the last round's model is kept, and no validation part is set apart."""
     wire: WireConfig = WireConfig()
     strategy: OpenTable = OpenTable(name="fedavg")
     privacy: PrivacyConfig | None = None
@@ -106,6 +110,22 @@ class RunConfig(Section):
         problem = next(without_effect(self), None)
         if problem is not None:
             raise ConfigError(problem, code="key-without-effect")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation(self) -> RunConfig:
+        on = self.evaluation.on
+        if self.privacy is not None and on in ("clients", "both"):
+            raise PrivacyError(
+                f"evaluation.on = {on!r} lets clients send counts of their own examples, which [privacy] protects: set "
+                "evaluation.on = 'server' (test data that are public) or 'off'",
+                code="evaluation-not-private",
+            )
+        if self.selection is not None and on == "off":
+            raise ConfigError(
+                "[selection] compares rounds, and evaluation.on = 'off' measures none: remove one of them",
+                code="selection-without-evaluation",
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ process: tokenised examples and whole partitions are remembered by what they dep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from fedlora.data._sources import (
     select,
     source_files,
 )
-from fedlora.data._split import describe_split, split_test
+from fedlora.data._split import Split, describe_split, keep_apart, own_parts, split_test
 from fedlora.data.source import DataSource, own_source
 from fedlora.errors import ConfigError, DataError, closest, nearest
 from fedlora.hashing import Stamp, digest_of_rows, row_digests, stamp
@@ -48,13 +48,29 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
+class Apart:
+    """A part of the clients' own examples that nobody trains on.
+
+    Args:
+        examples: of all clients here, clean.
+        clients: sorted indices into `examples` of each client's; some may be empty.
+    """
+
+    examples: Examples
+    clients: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class FederatedData:
     """The data of one federation.
 
     Args:
         train: training examples of all clients, noisy where the partition says so.
-        test: examples for evaluating the global model, always clean.
-        clients: sorted indices into `train` of each client's examples.
+        test: the server's examples for evaluating the global model, always clean; those of all clients together where
+            a simulation evaluates at the clients. None where this machine has none.
+        probes: examples that may be looked at before anything is trained and whatever is private: to try out the
+            model, and to compare exports. Never measured for their own sake; in a private run they are public.
+        clients: sorted indices into `train` of the examples that each client trains on.
         client_names: of the clients, where the data name them; empty otherwise.
         dropped: sorted indices into `train` of the examples that no client holds.
         label_names: names of the classes.
@@ -68,10 +84,14 @@ class FederatedData:
             task and the partition read of each; "" where this machine has no such source.
         test_digest: a hash of the test examples in their order, by what the task reads of each: two runs with the same
             one were tested on the same examples, whatever their models make of them.
+        validation: the server's examples by which rounds are compared; None without a table [selection], or where it
+            lies with the clients.
+        apart: "test" and "validation" -> what each client keeps apart of its own.
     """
 
     train: Examples
-    test: Examples
+    test: Examples | None
+    probes: Examples
     clients: tuple[np.ndarray, ...]
     dropped: np.ndarray
     label_names: tuple[str, ...]
@@ -84,6 +104,18 @@ class FederatedData:
     feature_noise: tuple[float, ...] = ()
     train_digest: str = ""
     test_digest: str = ""
+    validation: Examples | None = None
+    apart: Mapping[str, Apart] = field(default_factory=dict)
+
+    def require_test(self) -> Examples:
+        """The test examples; `DataError` where this machine has none."""
+        if self.test is None:
+            raise DataError(
+                "this machine has no test examples, which stay with the clients here: name a file (data.test, or "
+                "fedlora evaluate --data)",
+                code="no-test-data",
+            )
+        return self.test
 
 
 @dataclass(frozen=True)
@@ -128,13 +160,13 @@ def load_data(config: RunConfig) -> FederatedData:
     key = _Key(
         model=checkpoint,
         task=config.task.model_dump_json(),
-        # The share of the test is applied after the tokens are there.
-        data=config.data.model_copy(update={"test_fraction": 0.5}).model_dump_json(),
+        # The shares of test and validation are applied after the tokens are there.
+        data=config.data.model_copy(update={"test_fraction": 0.5, "validation_fraction": 0.5}).model_dump_json(),
         keep=tuple(dict.fromkeys(keep)),
         stamps=(*map(stamp, files), *checkpoint.stamps()),
         limit_seed=0 if config.data.limit is None else config.seed,
     )
-    return _federate(key, config.partition.model_dump_json(), config.data.test_fraction, config.seed)
+    return _federate(key, config.partition.model_dump_json(), Split.of(config), config.seed)
 
 
 def require_shared(config: RunConfig) -> None:
@@ -150,7 +182,8 @@ def require_shared(config: RunConfig) -> None:
 def load_local(config: RunConfig, path: str | Path) -> Examples:
     """The examples of one file: of a node that brings its own data, or a server's own test file.
 
-    Columns have the names that the config gives them; the domains' column is carried along if the file has it. The
+    Columns have the names that the config gives them; those of domains and groups are carried along if the file has
+    them. The
     classes must be known beforehand, from `task.labels` or from the named corpus of `data.source`, since a node's
     file may lack one. `data.limit` applies.
 
@@ -171,8 +204,8 @@ def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, st
             f"the file {str(path)!r} may not hold every class: name all classes, as in task.labels = ['no', 'yes']",
             code="classes-unknown",
         )
-    domain = column_roles(config.data).get("domain")
-    keep = (domain,) if domain is not None and domain in table.columns else ()
+    roles = column_roles(config.data)
+    keep = tuple(dict.fromkeys(roles[r] for r in ("domain", "group") if r in roles and roles[r] in table.columns))
     columns = task_columns(task, config.data)
     table = limited(select(table, (*columns.values(), *keep), repr(str(path))), config.data.limit, config.seed)
     for name in keep:
@@ -314,7 +347,7 @@ def _prepared(key: _Key) -> _Prepared:
 
 
 @lru_cache(maxsize=8)
-def _federate(key: _Key, partition_table: str, test_fraction: float, seed: int) -> FederatedData:
+def _federate(key: _Key, partition_table: str, split: Split, seed: int) -> FederatedData:
     data = DataConfig.model_validate_json(key.data)
     task = load_task(OpenTable.model_validate_json(key.task))
     table = OpenTable.model_validate_json(partition_table)
@@ -323,20 +356,31 @@ def _federate(key: _Key, partition_table: str, test_fraction: float, seed: int) 
     roles = column_roles(data)
     domain = roles.get("domain")
     values = None if domain is None else examples.columns[domain].astype(str)
+    groups = examples.columns[roles["group"]] if "group" in roles else None
+    facts = {"groups": groups, "domains": values, "labels": examples.labels}
+    rows = np.arange(len(examples) if begin is None else begin)
+    tested = np.empty(0, np.int64) if begin is None else np.arange(begin, len(examples))
     test_note = ""
-    if begin is not None:
-        mask = np.arange(len(examples)) >= begin
-    else:
-        groups = examples.columns[roles["group"]] if "group" in roles else None
-        mask = split_test(len(examples), test_fraction, seed, groups=groups, domains=values, labels=examples.labels)
-        test_note = describe_split(mask, test_fraction, groups)
-    train, test = examples.take(np.flatnonzero(~mask)), examples.take(np.flatnonzero(mask))
+    if begin is None and split.server_test:
+        mask = split_test(len(examples), split.server_test, seed, **facts)
+        test_note = describe_split(mask, split.server_test, groups)
+        rows, tested = np.flatnonzero(~mask), np.flatnonzero(mask)
+    validated = np.empty(0, np.int64)
+    if split.server_validation:
+        rows, validated = keep_apart(rows, split.server_validation, seed, "validation", **facts)
+    train = examples.take(rows)
     info = PartitionInput(size=len(train), labels=train.labels, columns=train.columns, domain=domain)
     partition = load_partitioner(table.name, table.fields).split(info, derive(seed, "partition"))
+    shares, places = own_parts([rows[share] for share in partition.clients], split, seed, facts)
+    if split.client_test and not len(tested):
+        tested = np.sort(np.concatenate(places["test"]))
+    test = examples.take(tested) if len(tested) else None
+    clients = tuple(np.searchsorted(rows, share) for share in shares)
     return FederatedData(
-        train=_with_noise(task, train, partition, seed),
+        train=_with_noise(task, train, replace(partition, clients=clients), seed),
         test=test,
-        clients=partition.clients,
+        probes=examples.take(rows[:1]) if test is None else test,
+        clients=clients,
         dropped=partition.dropped,
         label_names=examples.label_names,
         domains=() if values is None else tuple(str(name) for name in np.unique(values)),
@@ -347,7 +391,9 @@ def _federate(key: _Key, partition_table: str, test_fraction: float, seed: int) 
         label_noise=partition.label_noise,
         feature_noise=partition.feature_noise,
         train_digest=prepared.source,
-        test_digest=digest_of_rows(prepared.rows[mask]),
+        test_digest=digest_of_rows(prepared.rows[tested]) if len(tested) else "",
+        validation=examples.take(validated) if len(validated) else None,
+        apart={part: Apart(examples, tuple(of_clients)) for part, of_clients in places.items()},
     )
 
 

@@ -1,13 +1,17 @@
-"""Which examples are kept for the test.
+"""Which examples are kept for the test and for validation, by the server and by each client.
 
 Shapes: n = examples, g = groups of a domain, c = classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Int
 
+from fedlora.config import RunConfig
 from fedlora.errors import DataError
 from fedlora.partition._base import largest_remainder
 from fedlora.rng import derive
@@ -42,28 +46,89 @@ def split_test(
     Raises:
         DataError: no example would be in the test.
     """
-    classes = np.zeros(size, dtype=np.int64) if labels is None else labels
-    if groups is None:
-        first, units = np.arange(size), np.arange(size)
-    else:
-        _, first, units = np.unique(groups, return_index=True, return_inverse=True)
-    counts = np.zeros((len(first), int(classes.max(initial=0)) + 1), dtype=np.int64)
-    np.add.at(counts, (units, classes), 1)
-    homes = np.zeros(len(first), dtype=np.int64) if domains is None else domains[first]
-    chosen = np.zeros(len(first), dtype=bool)
-    for home in np.unique(homes):
-        generator = np.random.default_rng(derive(seed, "test", str(home)))
-        members = generator.permutation(np.flatnonzero(homes == home))
-        take = _examples if groups is None else _groups
-        chosen[members[take(counts[members], fraction)]] = True
-    mask = np.asarray(chosen[units])
+    mask, units = _mask(size, fraction, seed, "test", groups, domains, labels)
     if not mask.any():
         raise DataError(
-            f"data.test_fraction = {fraction} of {size} examples in {len(first)} groups leaves no test example: raise "
+            f"data.test_fraction = {fraction} of {size} examples in {units} groups leaves no test example: raise "
             "it, or give data.test",
             code="empty-test-set",
         )
     return mask
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shares of the examples that nobody trains on, 0 for none.
+
+    Args:
+        server_test: of the source, with the server.
+        server_validation: of what is left of the source, with the server.
+        client_test: of each client's examples, with the client.
+        client_validation: of what is left of them, with the client.
+    """
+
+    server_test: float = 0.0
+    server_validation: float = 0.0
+    client_test: float = 0.0
+    client_validation: float = 0.0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Split:
+        """As a run's config says."""
+        data, on = config.data, config.evaluation.on
+        validation = data.validation_fraction if config.selection is not None else 0.0
+        return cls(
+            server_test=data.test_fraction if on != "clients" and data.test is None else 0.0,
+            server_validation=validation if on != "clients" else 0.0,
+            client_test=data.test_fraction if on in ("clients", "both") else 0.0,
+            client_validation=validation if on == "clients" else 0.0,
+        )
+
+
+def keep_apart(
+    rows: Int[np.ndarray, "n"],
+    fraction: float,
+    seed: int,
+    purpose: str,
+    *,
+    groups: np.ndarray | None = None,
+    domains: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "k"]]:
+    """Some examples in two parts, as `split_test` divides them: what is left, and what is kept apart (maybe nothing).
+
+    Args:
+        rows: their positions in `groups`, `domains` and `labels`, ascending.
+        fraction: to be kept apart.
+        seed: of the draw.
+        purpose: names the draw.
+        groups: of all examples; None if each stands for itself.
+        domains: of all examples; None if there is but one.
+        labels: of all examples; None where there are none.
+    """
+    groups, domains, labels = (None if of is None else of[rows] for of in (groups, domains, labels))
+    mask, _ = _mask(len(rows), fraction, seed, purpose, groups, domains, labels)
+    return rows[~mask], rows[mask]
+
+
+def own_parts(
+    clients: Sequence[Int[np.ndarray, "n"]], split: Split, seed: int, facts: Mapping[str, np.ndarray | None]
+) -> tuple[list[Int[np.ndarray, "m"]], dict[str, list[Int[np.ndarray, "k"]]]]:
+    """What each client trains on, and by "test" and "validation" what it keeps apart.
+
+    Args:
+        clients: positions of each client's examples, ascending.
+        split: the shares.
+        seed: of the run.
+        facts: "groups", "domains" and "labels" of all examples, as for `keep_apart`.
+    """
+    shares, apart = list(clients), {}
+    for part, fraction in (("test", split.client_test), ("validation", split.client_validation)):
+        if fraction:
+            # The same draw for all: a node that reads its own file does not know whose it is.
+            cut = [keep_apart(share, fraction, derive(seed, "own"), part, **facts) for share in shares]
+            shares, apart[part] = [kept for kept, _ in cut], [away for _, away in cut]
+    return shares, apart
 
 
 def describe_split(mask: np.ndarray, fraction: float, groups: np.ndarray | None) -> str:
@@ -84,6 +149,33 @@ def describe_split(mask: np.ndarray, fraction: float, groups: np.ndarray | None)
         f"the test set is {mask.sum():,} of {len(mask):,} examples ({100 * share:.1f}%), {whose}: with whole groups "
         f"(data.group) there is no better way to {100 * fraction:g}%; give data.test, or another data.test_fraction"
     )
+
+
+def _mask(
+    size: int,
+    fraction: float,
+    seed: int,
+    purpose: str,
+    groups: np.ndarray | None,
+    domains: np.ndarray | None,
+    labels: np.ndarray | None,
+) -> tuple[np.ndarray, int]:
+    """See `split_test`; a mask, bool [n], and how many groups there are."""
+    classes = np.zeros(size, dtype=np.int64) if labels is None else labels
+    if groups is None:
+        first, units = np.arange(size), np.arange(size)
+    else:
+        _, first, units = np.unique(groups, return_index=True, return_inverse=True)
+    counts = np.zeros((len(first), int(classes.max(initial=0)) + 1), dtype=np.int64)
+    np.add.at(counts, (units, classes), 1)
+    homes = np.zeros(len(first), dtype=np.int64) if domains is None else domains[first]
+    chosen = np.zeros(len(first), dtype=bool)
+    for home in np.unique(homes):
+        generator = np.random.default_rng(derive(seed, purpose, str(home)))
+        members = generator.permutation(np.flatnonzero(homes == home))
+        take = _examples if groups is None else _groups
+        chosen[members[take(counts[members], fraction)]] = True
+    return np.asarray(chosen[units]), len(first)
 
 
 def _examples(counts: Int[np.ndarray, "g c"], fraction: float) -> np.ndarray:

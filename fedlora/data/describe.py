@@ -21,13 +21,15 @@ def describe_partition(data: FederatedData) -> dict[str, Any]:
     Returns:
         Numbers and names only: "client_names" where the data name the clients, "sizes" [clients], "label_names" and
         "label_counts" [clients, labels] with "label_entropy" (bits, [clients]) and "label_js_divergence" (bits, mean
-        weighted by size); the same for "domains"; "test_size", "dropped" (how many), "note" (why) and "test_note" (what
-        is unusual about the test set). What the data has not (classes, domains) is left out.
+        weighted by size); the same for "domains"; "test_size" of the server, "test_sizes" and "validation_sizes"
+        [clients] of what the clients keep apart, "dropped" (how many), "note" (why) and "test_note" (what is unusual
+        about the test set). What the data has not (classes, domains) is left out.
     """
     out: dict[str, Any] = {
         **({"client_names": list(data.client_names)} if data.client_names else {}),
         "sizes": [len(rows) for rows in data.clients],
-        "test_size": len(data.test),
+        "test_size": 0 if data.test is None else len(data.test),
+        **{f"{part}_sizes": [len(rows) for rows in apart.clients] for part, apart in data.apart.items()},
         "dropped": len(data.dropped),
         "note": data.note,
         "test_note": data.test_note,

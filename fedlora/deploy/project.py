@@ -128,14 +128,15 @@ def run_config(config: RunConfig, plan: FederationPlan) -> RunConfig:
                 code="clients-are-not-nodes",
             )
         return config
-    if config.data.test is None:
+    test = config.data.test
+    if test is None and config.evaluation.on in ("server", "both"):
         raise DeployError(
-            "the nodes keep their data, so the server needs test data of its own: --set data.test=FILE",
+            "the nodes keep their data, so the server needs test data of its own: --set data.test=FILE, or let the "
+            "nodes evaluate: --set evaluation.on=clients",
             code="no-test-data",
         )
-    data = config.data.model_copy(
-        update={"source": "nodes", "test": str(Path(config.data.test).expanduser().resolve())}
-    )
+    found = None if test is None else str(Path(test).expanduser().resolve())
+    data = config.data.model_copy(update={"source": "nodes", "test": found})
     partition = OpenTable(name="nodes", clients=number)  # type: ignore[call-arg]
     fitted = config.model_copy(update={"data": data, "partition": partition})
     from fedlora.data.own import require_labels  # reads the task's class, and so imports torch

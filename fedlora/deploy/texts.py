@@ -36,6 +36,7 @@ RUN_HEAD = "# What is trained, the same for all machines; where a node's data is
 
 NODE_CONFIG_HEAD = """\
 # What this node tells the app. partition-id is its number in the federation; data, device, rank and ledger are its own.
+# test = "/path/to/file" names examples to evaluate on (evaluation.on = "clients"), in the place of a part of data.
 """
 
 

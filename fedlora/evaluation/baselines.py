@@ -148,7 +148,7 @@ def _train_and_test(
             raise result
         workspace.base.write(result.adapter, frozenset())
         found = evaluate(
-            workspace.base, workspace.task, workspace.data.test, domain_column=workspace.data.domain_column
+            workspace.base, workspace.task, workspace.data.require_test(), domain_column=workspace.data.domain_column
         )
         facts = {"steps": result.steps, "examples_seen": result.examples_seen, "train_loss": result.loss}
         yield {**facts, **found.overall, "domains": found.domains}

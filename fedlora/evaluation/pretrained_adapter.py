@@ -157,7 +157,7 @@ def examples_for(source: Source, data: Path | None) -> Examples:
     if data is None:
         if source.run is None:
             raise ConfigError("an adapter alone has no test examples: name a file with --data", code="no-examples")
-        return data_for(source).test
+        return data_for(source).require_test()
     return load_local(_with_labels(source), data)
 
 

@@ -98,7 +98,7 @@ def _require_private(config: RunConfig, workspace: Workspace, plan: ClientPlan, 
     for client_id in clients:
         private_settings(config, client_id)
     job = TrainJob(plan.adapter, frozenset(plan.trains), np.empty(0, np.int64), 0)
-    check_model(workspace.base, workspace.task, workspace.data.test, job)
+    check_model(workspace.base, workspace.task, workspace.data.probes, job)
 
 
 def clients_wanted(config: RunConfig, there: int) -> int:

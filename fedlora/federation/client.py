@@ -28,7 +28,7 @@ from fedlora.errors import (
     in_words,
 )
 from fedlora.federation.client_ledger import Account
-from fedlora.federation.client_pool import Failure
+from fedlora.federation.client_pool import Failure, Sums
 from fedlora.federation.discretion import withheld
 from fedlora.federation.protocol import TrainedReply, TrainRequest, update_head
 from fedlora.model.base_history import follow
@@ -40,6 +40,7 @@ from fedlora.training.cohort import train_cohort
 from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import train_private_cohort
 from fedlora.training.dp_settings import PrivateSettings, private_settings
+from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.loop import Outcome
 from fedlora.training.workspace import Workspace
@@ -82,6 +83,32 @@ def answer(
         except Exception as error:
             answers.append(failure_of(error, config))
     return answers
+
+
+def measure_apart(
+    workspace: Workspace, client_id: int, adapter: AdapterState, parts: Sequence[str]
+) -> dict[str, Sums] | Failure:
+    """What a client reports of an adapter: sums over examples that it keeps apart, and nothing of a few examples.
+
+    Args:
+        workspace: Of the client, its base brought to the version that the adapter belongs to.
+        client_id: Which.
+        adapter: To be measured; the base holds it afterwards.
+        parts: "test", "validation" or both.
+    """
+    config, found = workspace.config, dict[str, Sums]()
+    if config.privacy is not None:
+        return Failure("refused", "in a private run no client evaluates on its own examples")
+    workspace.base.write(adapter)
+    for part in parts:
+        apart = workspace.data.apart.get(part)
+        rows = () if apart is None or client_id >= len(apart.clients) else apart.clients[client_id]
+        if apart is not None and len(rows) >= config.evaluation.min_examples:
+            found[part] = evaluate(workspace.base, workspace.task, apart.examples, indices=np.asarray(rows)).sums
+    if found:
+        return found
+    least = config.evaluation.min_examples
+    return Failure("refused", f"it keeps fewer than {least} examples apart (evaluation.min_examples)")
 
 
 def failure_of(error: Exception, config: RunConfig | None) -> Failure | Exception:
@@ -231,7 +258,7 @@ def _answer_privately(
                     continue
                 # Test examples are public; on a node with data of its own they are invented ones.
                 nothing = _job(workspace, request, np.empty(0, np.int64))
-                check_model(workspace.base, workspace.task, workspace.data.test, nothing)
+                check_model(workspace.base, workspace.task, workspace.data.probes, nothing)
                 attempt = own.ledger.spend(settings.entry, run=own.run, round=request.round, budget=settings.budget)
                 attempts[number] = _Attempted(own, settings, ledgers.enter_context(attempt))
             except Exception as error:

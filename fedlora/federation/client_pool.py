@@ -1,4 +1,4 @@
-"""The seam of a round: a pool of clients that can be asked to train, wherever they are.
+"""The seam of a round: a pool of clients that can be asked to train and to evaluate, wherever they are.
 
 `LocalClients` trains them in this process, `fedlora.simulation` in several processes or on a Ray cluster, and
 `fedlora.flower.FlowerClients` sends Flower messages to nodes. The server's loop knows none of them.
@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
+
+import numpy as np
 
 from fedlora.adapter import ALL_PARTS, Part
 from fedlora.aggregators import ClientUpdate, GlobalState
@@ -127,6 +129,29 @@ class PartialAggregate:
 Reply = ClientReply | PartialAggregate
 
 
+Sums = Mapping[str, np.ndarray]
+"""Statistics of some examples that add up, as `Task.sums` gives them."""
+
+
+@dataclass(frozen=True)
+class ClientEvaluation:
+    """What a client measured of a state, on examples that it keeps apart.
+
+    Args:
+        client_id: Whose.
+        sums: Of each part that was asked for and that the client may report on ("test", "validation").
+        failure: Why there are none.
+        bytes_down: That were sent to it.
+        bytes_up: That came back.
+    """
+
+    client_id: int
+    sums: Mapping[str, Sums] = field(default_factory=dict)
+    failure: Failure | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
 class ClientPool(Protocol):
     """Clients that can be asked."""
 
@@ -159,6 +184,15 @@ class ClientPool(Protocol):
         """
         ...
 
+    def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
+        """Let clients measure the request's state on examples that they keep apart; yield the outcome of each.
+
+        Args:
+            request: The clients, and the state after round `number`. Simulated devices take no time for it.
+            parts: "test", "validation" or both.
+        """
+        ...
+
 
 class SimulatedClients(ABC):
     """What the pools of a simulation share: all clients of a partition can be asked in every round.
@@ -185,6 +219,10 @@ class SimulatedClients(ABC):
 
     @abstractmethod
     def train(self, request: RoundRequest) -> Generator[Reply, None, None]:
+        """See `ClientPool`."""
+
+    @abstractmethod
+    def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """See `ClientPool`."""
 
 

@@ -23,7 +23,7 @@ def write_samples(rundir: RunDir, workspace: Workspace, when: Literal["before", 
         workspace: with the test examples that are asked; the adapter last written to its base answers.
         when: before training or after it.
     """
-    test, base = workspace.data.test, workspace.base
+    test, base = workspace.data.require_test(), workspace.base
     generator = np.random.default_rng(derive(workspace.config.seed, "samples"))
     chosen = np.sort(generator.permutation(len(test))[:NUMBER])
     base.train_mode(False)

@@ -13,9 +13,16 @@ from fedlora.aggregators import Aggregator
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ReplyError
-from fedlora.federation.client import Answer, answer
+from fedlora.federation.client import Answer, answer, measure_apart
 from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
-from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, RoundRequest, SimulatedClients
+from fedlora.federation.client_pool import (
+    ClientEvaluation,
+    ClientInfo,
+    ClientReply,
+    Failure,
+    RoundRequest,
+    SimulatedClients,
+)
 from fedlora.federation.planner import Held, Planned, Planner
 from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, head_nbytes, note_head, update_head
 from fedlora.federation.screen import Screen
@@ -84,6 +91,33 @@ class LocalClients(SimulatedClients):
         """
         pairs = list(zip(clients, held, strict=True))
         return self._outcomes(request, [(self._planner.request(request, *pair), pair[1]) for pair in pairs])
+
+    def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
+        """Measure the state on what each client keeps apart, one client after the other."""
+        for client_id in request.clients:
+            held = self._held.setdefault(client_id, Held())
+            yield self.evaluate_one(request, self._clients[client_id], held, parts)
+
+    def evaluate_one(
+        self, request: RoundRequest, client: ClientInfo, held: Held, parts: Sequence[str]
+    ) -> ClientEvaluation:
+        """Measure the state on what one client keeps apart.
+
+        Args:
+            request: The round's.
+            client: Which.
+            held: What it holds; changed in place.
+            parts: See `ClientPool`.
+        """
+        planned = self._planner.evaluation(request, client, held)
+        bring_to(self._workspace.base, request.state, request.digests)
+        found = measure_apart(self._workspace, client.client_id, request.state.adapter, parts)
+        planned.received_by(held)
+        if isinstance(found, Failure):
+            nbytes = head_nbytes(note_head("error", error=clean_text(found.why, MAX_ERROR)))
+            return ClientEvaluation(client.client_id, failure=found, bytes_down=planned.nbytes, bytes_up=nbytes)
+        nbytes = sum(values.nbytes for sums in found.values() for values in sums.values())
+        return ClientEvaluation(client.client_id, found, bytes_down=planned.nbytes, bytes_up=nbytes)
 
     def _outcomes(self, request: RoundRequest, group: Sequence[tuple[Planned, Held]]) -> list[ClientReply]:
         """Train those of a group whose devices answer in time; the outcome of each."""

@@ -91,7 +91,11 @@ class Planner:
 
     def request(self, asked: RoundRequest, client: ClientInfo, held: Held) -> Planned:
         """What a client is asked in a round."""
-        plan = self.plan(asked.state, client, held.base_version)
+        planned = self._sent(asked, client, held, self.plan(asked.state, client, held.base_version))
+        return planned if not self._devices.simulated else self._simulated(planned)
+
+    def _sent(self, asked: RoundRequest, client: ClientInfo, held: Held, plan: ClientPlan) -> Planned:
+        """A plan as it is sent."""
         since = held.base_digest if plan.base_updates and plan.base_updates[0].since == held.base_version else ""
         if not plan.base_updates:
             since = asked.base_digest
@@ -100,8 +104,14 @@ class Planner:
         frozen = self._frozen(plan)
         with_frozen = held.frozen != frozen
         nbytes = request_nbytes(request, frozen, with_frozen=with_frozen)
-        planned = Planned(request, frozen, with_frozen, nbytes)
-        return planned if not self._devices.simulated else self._simulated(planned)
+        return Planned(request, frozen, with_frozen, nbytes)
+
+    def evaluation(self, asked: RoundRequest, client: ClientInfo, held: Held) -> Planned:
+        """What a client is sent to measure a state: the plan of one that trains, with the global adapter and no answer
+        but sums."""
+        plan = self.plan(asked.state, client, held.base_version)
+        plan = replace(plan, adapter=asked.state.adapter, sends=frozenset(), fresh_seed=None)
+        return self._sent(asked, client, held, plan)
 
     def _simulated(self, planned: Planned) -> Planned:
         """With what the client's simulated device makes of it."""

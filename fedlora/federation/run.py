@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ from fedlora.callbacks import Callback, Callbacks
 from fedlora.config import RunConfig, overruled
 from fedlora.data.describe import describe_partition
 from fedlora.data.own import brought_by_nodes
-from fedlora.errors import ExportError, FedloraError
+from fedlora.errors import ExportError, FedloraError, RunDirError
 from fedlora.federation.client_pool import ClientPool
 from fedlora.federation.privacy_account import PrivacyAccount, open_account
 from fedlora.federation.run_files import RunFiles
+from fedlora.federation.selection import Selection
 from fedlora.federation.server import FederatedServer
 from fedlora.provenance import MODEL
 from fedlora.report import write_report
 from fedlora.runs.rundir import PROVENANCE, RunDir
 from fedlora.tracking import tracked
 from fedlora.training.export import export_adapter
-from fedlora.training.workspace import Workspace
+from fedlora.training.workspace import Workspace, open_workspace
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def run_federation(
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(workspace.data))
         with tracked(told, config, rundir) as trackers:
-            everybody = Callbacks(RunFiles(rundir, workspace, config.rounds), *callbacks, *trackers)
+            everybody = Callbacks(RunFiles(rundir, workspace), *callbacks, *trackers)
             server = FederatedServer(pool, config, rule, workspace, account, everybody, str(rundir.path))
             state = server.run(state, rundir.read_metrics())
             outcome = _finish(state, config, workspace, rundir, account)
@@ -113,6 +115,10 @@ def _finish(
     state: GlobalState, config: RunConfig, workspace: Workspace, rundir: RunDir, account: PrivacyAccount
 ) -> RunOutcome:
     """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
+    records, last_state = rundir.read_metrics(), state
+    selection = None if config.selection is None else Selection(config.selection, workspace.task, records)
+    if config.selection is not None and config.selection.keep == "best":
+        state = _best(rundir, selection) or state
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
     refusal: ExportError | None = None
     checked: dict[str, Any] = {}
@@ -126,9 +132,45 @@ def _finish(
         checked["logits_difference"] = export_adapter(workspace, state, adapter, error, rundir.adapter_dir, facts)
     except ExportError as unlike:  # what was measured is told all the same
         refusal, checked["error"] = unlike, str(unlike)
-    records = rundir.read_metrics()
-    last = {key: value for key, value in records[-1].items() if key not in ("clients", "asked", "answered")}
+    shutil.rmtree(rundir.last_adapter_dir, ignore_errors=True)
+    if state.round != last_state.round:
+        checked |= _export_last(last_state, config, rundir, facts)
+    kept = next(record for record in records if record["round"] == state.round)
+    last = {key: value for key, value in kept.items() if key not in ("clients", "asked", "answered")}
     claim = account.summary(records)
-    result = {"rounds": state.round, "relative_error": error, "export": checked, "last": last}
+    result = {"rounds": last_state.round, "relative_error": error, "export": checked, "last": last}
+    if selection is not None:
+        best = None if selection.best is None else asdict(selection.best)
+        stopped = selection.stopped if last_state.round < config.rounds else None
+        result |= {"kept_round": state.round, "best": best, "stopped": stopped}
     rundir.write_json("result.json", result | ({"privacy": claim} if claim else {}))
-    return RunOutcome(state, adapter, records, rundir, refusal)
+    return RunOutcome(last_state, adapter, records, rundir, refusal)
+
+
+def _best(rundir: RunDir, selection: Selection | None) -> GlobalState | None:
+    """The state of the best round; None where no round has a validation figure.
+
+    Raises:
+        RunDirError: it is lost.
+    """
+    if selection is None or selection.best is None:
+        return None
+    state = rundir.best_checkpoint()
+    if state is None or state.round != selection.best.round:
+        raise RunDirError(
+            f"the state after round {selection.best.round}, the best, is not in {str(rundir.path)!r}: set "
+            "selection.keep = 'last' and resume",
+            code="best-round-lost",
+        )
+    return state
+
+
+def _export_last(state: GlobalState, config: RunConfig, rundir: RunDir, facts: dict[str, Any]) -> dict[str, str]:
+    """Write the last round's adapter beside that of the best; what is said if it could not be verified."""
+    adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
+    workspace = open_workspace(config)  # again, if the base made way for the verification of the best
+    try:
+        export_adapter(workspace, state, adapter, error, rundir.last_adapter_dir, facts | {"rounds": str(state.round)})
+    except ExportError as unlike:
+        return {"last_error": str(unlike)}
+    return {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, final
 
+import numpy as np
+
 from fedlora.aggregators import GlobalState
 from fedlora.callbacks import Callback, Evaluation
 from fedlora.federation.generations import write_samples
@@ -24,18 +26,20 @@ class RunFiles(Callback):
     Args:
         rundir: The folder.
         workspace: With the test examples.
-        rounds: Of the whole run.
     """
 
-    def __init__(self, rundir: RunDir, workspace: Workspace, rounds: int) -> None:
-        self._rundir, self._workspace, self._rounds = rundir, workspace, rounds
+    def __init__(self, rundir: RunDir, workspace: Workspace) -> None:
+        self._rundir, self._workspace = rundir, workspace
+        chosen = workspace.config.selection
+        self._selects = chosen is not None and chosen.keep == "best"
+        self._outcomes: tuple[int, Mapping[str, np.ndarray]] | None = None
 
     def evaluated(self, state: GlobalState, evaluation: Evaluation) -> None:
-        """Keep the last round's outcomes by example; before training, what the model says."""
+        """Keep the outcomes by example of the round whose model is kept; before training, what the model says."""
         self._rundir.measured = frozenset(evaluation.overall)
-        if state.round == self._rounds:
-            digest = self._workspace.data.test_digest
-            write_outcomes(self._rundir.path, state.round, digest, evaluation.measures)
+        self._outcomes = state.round, evaluation.measures
+        if not self._selects:
+            self._write_outcomes()
         if state.round == 0:
             write_samples(self._rundir, self._workspace, "before")
 
@@ -47,6 +51,17 @@ class RunFiles(Callback):
         """Save a checkpoint."""
         self._rundir.save_checkpoint(state)
 
+    def best_reached(self, state: GlobalState) -> None:
+        """Keep the state, with its outcomes by example."""
+        self._rundir.keep_best(state)
+        if self._selects and self._outcomes is not None and self._outcomes[0] == state.round:
+            self._write_outcomes()
+
     def ended(self, state: GlobalState) -> None:
-        """Write what the trained model says."""
-        write_samples(self._rundir, self._workspace, "after")
+        """Write what the trained model says, where there are test examples to ask it."""
+        if self._workspace.data.test is not None:
+            write_samples(self._rundir, self._workspace, "after")
+
+    def _write_outcomes(self) -> None:
+        assert self._outcomes is not None
+        write_outcomes(self._rundir.path, self._outcomes[0], self._workspace.data.test_digest, self._outcomes[1])

@@ -20,18 +20,19 @@ from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, RoundError
 from fedlora.federation.checks import clients_wanted, require_servable
 from fedlora.federation.client_pool import ClientInfo, ClientPool, PartialAggregate, RoundRequest, nobody
+from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import require_one_start
 from fedlora.federation.planner import Planner
 from fedlora.federation.plausibility import Expectations, median_change
 from fedlora.federation.privacy_account import PrivacyAccount
 from fedlora.federation.round_record import RoundRecord, quorum_of
+from fedlora.federation.selection import Selection
 from fedlora.federation.simulated_devices import SimulatedDevices
 from fedlora.lowrank import relative_error
-from fedlora.model.base_history import bring_to, chain_digest, next_digest
+from fedlora.model.base_history import chain_digest, next_digest
 from fedlora.rng import derive
 from fedlora.training.dp_settings import private_settings
-from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import Workspace
 
 
@@ -63,6 +64,7 @@ class FederatedServer:
         self.account, self.callbacks, self.where = account, callbacks, where
         self.clients: Mapping[int, ClientInfo] = {}
         self._planner = Planner(config, rule, workspace)
+        self._evaluator = Evaluator(pool, config, workspace, callbacks)
         self._devices = SimulatedDevices.of(config)
         self._digests = {0: ""}
         self._failed_rounds = 0
@@ -87,6 +89,11 @@ class FederatedServer:
         known = self.account.base_of(state)
         self._digests[state.base_version] = chain_digest("", state.base_updates) if known is None else known
         self._median_change = median_change(history)
+        selection = None
+        if self.config.selection is not None:
+            selection = Selection(self.config.selection, self.workspace.task, history)
+            if selection.best is not None and selection.best.round == state.round:
+                self.callbacks.best_reached(state)  # a kill may have come between its checkpoint and this
         self._require_servable(state)
         self.callbacks.started(self.config, len(self.clients), self.config.rounds)
         if fresh:
@@ -95,14 +102,19 @@ class FederatedServer:
             self.callbacks.state_reached(state)
             self.callbacks.round_ended(record)
         for number in range(state.round + 1, self.config.rounds + 1):
-            state = self._round(state, number)
-        self._show(state)
+            if selection is not None and selection.stopped is not None:
+                self.callbacks.message(f"the run ends after round {state.round}: {selection.stopped}")
+                break
+            state, line = self._round(state, number)
+            if selection is not None and selection.see(line):
+                self.callbacks.best_reached(state)
+        self._evaluator.show(state, self._digests)
         self.callbacks.ended(state)
         return state
 
     # ------------------------------------------------------------------------------------------------ a round
 
-    def _round(self, state: GlobalState, number: int) -> GlobalState:
+    def _round(self, state: GlobalState, number: int) -> tuple[GlobalState, Mapping[str, Any]]:
         self._take_in(state, number)
         started = time.perf_counter()
         record = self._sample(number)
@@ -116,7 +128,7 @@ class FederatedServer:
             line = self._line(state, after, record)
             self._digests[after.base_version] = next_digest(request.base_digest, state, after)
             trained = time.perf_counter()
-            if number % self.config.server.evaluate_every == 0 or number == self.config.rounds:
+            if number % self.config.evaluation.every == 0 or number == self.config.rounds:
                 line |= self._evaluate(after)
             ended = time.perf_counter()
             if self.config.privacy is None:  # how long clients take tells of their data
@@ -126,7 +138,7 @@ class FederatedServer:
             self._require_progress(record)  # without a checkpoint: a resume repeats the round
             self.callbacks.state_reached(after)
             self.callbacks.round_ended(line)
-        return after
+        return after, line
 
     def _take_in(self, state: GlobalState, number: int) -> None:
         """See who can be asked, and whether the rule can serve who has come since the last round."""
@@ -286,17 +298,8 @@ class FederatedServer:
                 record.ideal.add(update.change.pairs, record.weight)
         return relative_error(change, record.ideal, record.weight)
 
-    def _show(self, state: GlobalState) -> None:
-        """Write the global model to the server's own base."""
-        bring_to(self.workspace.base, state, self._digests)
-        self.workspace.base.write(state.adapter)
-
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
-        self._show(state)
-        data = self.workspace.data
-        result = evaluate(self.workspace.base, self.workspace.task, data.test, domain_column=data.domain_column)
-        self.callbacks.evaluated(state, result)
-        return {**result.overall, "domains": dict(result.domains)}
+        return self._evaluator.measure(state, self._digests, self.clients)
 
 
 def _require_finite(state: GlobalState, number: int) -> None:

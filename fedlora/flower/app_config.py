@@ -25,6 +25,7 @@ NODE_KEYS = {
     "partition-id": int,  # the client's number, 0 to n - 1
     "num-partitions": int,  # n, which Flower's own examples give; nobody reads it
     "data": str,  # its own data file
+    "test": str,  # a second file, on which it evaluates
     "device": str,  # what it trains on
     "rank": int,  # of its adapter
     "ledger": str,  # its privacy ledger
@@ -40,9 +41,10 @@ def config_of(context: Context) -> RunConfig:
         ConfigError: if the run config has neither key, or a config is wrong.
     """
     config = _run_config_of(context)
-    if config.data.own is not None:
+    if config.data.own is not None or config.data.own_test is not None:
         raise ConfigError(
-            "data.own is a node's own matter: remove it, and name the file in the node's --node-config",
+            "data.own and data.own_test are a node's own matter: remove them, and name the files in the node's "
+            "--node-config",
             code="own-data-in-run-config",
         )
     for key, value in context.node_config.items():
@@ -56,7 +58,8 @@ def config_of(context: Context) -> RunConfig:
             )
     data, device = context.node_config.get("data"), context.node_config.get("device")
     if data:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"own": data})})
+        own = {"own": data, "own_test": context.node_config.get("test")}
+        config = config.model_copy(update={"data": config.data.model_copy(update=own)})
     elif config.data.source == NODES and "partition-id" in context.node_config:
         raise ConfigError(
             "each node brings its own data: start this one with --node-config 'data=\"/path/to/file\"'",

@@ -16,12 +16,13 @@ from flwr.clientapp import ClientApp
 from fedlora import __version__
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
-from fedlora.federation.client import answer, examples_of_client, failure_of
+from fedlora.federation.client import answer, examples_of_client, failure_of, measure_apart
 from fedlora.federation.client_ledger import LedgerPlace
 from fedlora.federation.client_pool import Failure
 from fedlora.federation.discretion import looking_at_data
 from fedlora.federation.protocol import TrainedReply, TrainRequest, plan_config
 from fedlora.flower.app_config import client_id_of, config_of, rank_of
+from fedlora.flower.evaluation_messages import encode_sums
 from fedlora.flower.handshake import require_same_config, require_same_ground
 from fedlora.flower.kept_answers import KeptAnswer, LastAnswer
 from fedlora.flower.messages import (
@@ -34,7 +35,7 @@ from fedlora.flower.messages import (
     request_digest,
 )
 from fedlora.flower.plain_client import is_plain, train_plain
-from fedlora.model.base_history import can_follow
+from fedlora.model.base_history import can_follow, follow
 from fedlora.privacy.disclosure import Disclosure
 from fedlora.privacy.ledger import Attempt
 from fedlora.training.workspace import Workspace, open_workspace
@@ -89,8 +90,47 @@ def train(message: Message, context: Context) -> Message:
     return Message(reply, reply_to=message)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure a state on what this client keeps apart: sums out, and nothing of single examples."""
+    config: RunConfig | None = None
+    try:
+        config = config_of(context)
+        found, workspace = _request(message.content, context, config)
+        if isinstance(found, TrainRequest):
+            plan = found.plan
+            follow(workspace.base, plan.base_updates, plan.base_version, found.base_digest, found.since_digest)
+            parts = decode_request_head(message.content).get("parts", ())
+            measured = measure_apart(workspace, found.client_id, plan.adapter, parts)
+            reply = _note(measured) if isinstance(measured, Failure) else encode_sums(found, measured)
+        else:
+            reply = found
+    except Exception as error:
+        reply = _note(failure_of(error, config))
+    return Message(reply, reply_to=message)
+
+
 def _trained(content: RecordDict, context: Context, config: RunConfig) -> RecordDict:
-    """The content of the reply to a request."""
+    """The content of the reply to a request to train."""
+    request, workspace = _request(content, context, config)
+    if not isinstance(request, TrainRequest):
+        return request
+    if config.example_privacy is not None:
+        return _trained_privately(content, decode_request_head(content), request, context, workspace)
+    digest = request_digest(content, decode_request_head(content), plan_config(config))
+    key = (context.run_id, context.node_id, digest, weakref.ref(workspace))
+    if (before := last_answer.find(key)) is not None:
+        return before
+    (found,) = answer(workspace, [request], _no_account)
+    if not isinstance(found, TrainedReply):
+        return _note(found)
+    reply = encode_reply(found, config.seed)
+    last_answer.keep(key, reply)
+    return reply
+
+
+def _request(content: RecordDict, context: Context, config: RunConfig) -> tuple[TrainRequest | RecordDict, Workspace]:
+    """The request in a message, or a note that says what is needed to read it; and the client's workspace."""
     head, client_id = decode_request_head(content), client_id_of(context)
     with looking_at_data(config):
         workspace = open_workspace(config)
@@ -101,18 +141,8 @@ def _trained(content: RecordDict, context: Context, config: RunConfig) -> Record
     request = decode_request(content, head, frozen_parts)
     base_fits = can_follow(workspace.base, head["base_digest"], head["since_digest"])
     if request is None or not base_fits:
-        return encode_note("need", frozen=request is None, base=not base_fits)
-    if config.example_privacy is not None:
-        return _trained_privately(content, head, request, context, workspace)
-    key = (context.run_id, context.node_id, request_digest(content, head, plan_config(config)), weakref.ref(workspace))
-    if (before := last_answer.find(key)) is not None:
-        return before
-    (found,) = answer(workspace, [request], _no_account)
-    if not isinstance(found, TrainedReply):
-        return _note(found)
-    reply = encode_reply(found, config.seed)
-    last_answer.keep(key, reply)
-    return reply
+        return encode_note("need", frozen=request is None, base=not base_fits), workspace
+    return request, workspace
 
 
 def _trained_privately(

@@ -9,21 +9,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, final
 
+import numpy as np
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedlora.aggregators import Aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
-from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, RoundRequest
+from fedlora.federation.client_pool import ClientEvaluation, ClientInfo, ClientReply, Failure, RoundRequest, Sums
 from fedlora.federation.planner import Planned, Planner
 from fedlora.federation.screen import Screen
 from fedlora.flower import handshake
 from fedlora.flower.bounded_pull import Allowed
+from fedlora.flower.evaluation_messages import check_sums, layout_of
 from fedlora.flower.identities import Bindings, Identity
 from fedlora.flower.mailbox import LOST, TRIES, Mailbox, Sent
 from fedlora.flower.messages import RequestEncoder, payload_bytes
@@ -32,6 +35,7 @@ from fedlora.flower.update_checks import check_head, check_update
 from fedlora.privacy.disclosure import REFUSED
 from fedlora.runs.rundir import RunDir
 from fedlora.sanitize import clean_text
+from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -49,12 +53,14 @@ class _Asked:
         node: Whom.
         sent: The message.
         reply: What is known of the outcome so far.
+        parts: Of its own examples on which it evaluates; none: it trains.
     """
 
     planned: Planned
     node: Node
     sent: Sent
     reply: ClientReply
+    parts: Sequence[str] = ()
 
     def count(self, message: Message) -> None:
         """Add the bytes of a reply, whether it can be used or not."""
@@ -84,7 +90,7 @@ class FlowerClients:
         rundir: RunDir,
         say: Callable[[str], None],
     ) -> None:
-        self._config, self._rundir, self._say = config, rundir, say
+        self._config, self._rundir, self._workspace, self._say = config, rundir, workspace, say
         self._planner = Planner(config, rule, workspace, "" if config.example_privacy is None else rundir.run_id)
         self._screen = Screen(config, workspace)
         hello = handshake.question(config, workspace.pins)
@@ -120,42 +126,69 @@ class FlowerClients:
             one = asked.popleft()
             yield one if isinstance(one, ClientReply) else self._outcome(request, one, encoder, deadline)
 
+    def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
+        """Send all requests, then wait for each reply until the round's deadline."""
+        encoder = RequestEncoder()
+        deadline = time.monotonic() + self._config.server.deadline_s
+        asked = deque(self._ask(request, client_id, encoder, parts) for client_id in request.clients)
+        while asked:
+            one = asked.popleft()
+            sums: Mapping[str, Sums] = {}
+            reply = one if isinstance(one, ClientReply) else one.reply
+            if isinstance(one, _Asked):
+                try:
+                    if (message := self._heard(request, one, encoder, deadline)) is not None:
+                        sums = check_sums(message.content, one.planned.request, self._sums_like, parts)
+                        one.planned.received_by(one.node.held)
+                    reply = one.reply
+                except ReplyError as error:
+                    reply = one.reply.failed(Failure("refused", clean_text(error)))
+            traffic = {"bytes_down": reply.bytes_down, "bytes_up": reply.bytes_up}
+            yield ClientEvaluation(reply.client_id, sums, reply.failure, **traffic)
+
+    @cached_property
+    def _sums_like(self) -> Sums:
+        """Sums of one example: those of clients are of the same shapes."""
+        base, task, probes = self._workspace.base, self._workspace.task, self._workspace.data.probes
+        return evaluate(base, task, probes, indices=np.arange(1)).sums
+
     # ------------------------------------------------------------------------------------------------ asking
 
-    def _ask(self, request: RoundRequest, client_id: int, encoder: RequestEncoder) -> _Asked | ClientReply:
+    def _ask(
+        self, request: RoundRequest, client_id: int, encoder: RequestEncoder, parts: Sequence[str] = ()
+    ) -> _Asked | ClientReply:
         """Send a client its request; its outcome, where it is not asked."""
         if not self.registry.is_there(client_id):
             return ClientReply(client_id).failed(Failure("refused", "its node is not there"))
         node = self.registry.nodes[client_id]
-        return self._send(request, node, encoder)
+        return self._send(request, node, encoder, parts)
 
-    def _send(self, request: RoundRequest, node: Node, encoder: RequestEncoder) -> _Asked | ClientReply:
-        planned = self._planner.request(request, node.info, node.held)
-        content = encoder.encode(planned)
+    def _send(
+        self, request: RoundRequest, node: Node, encoder: RequestEncoder, parts: Sequence[str]
+    ) -> _Asked | ClientReply:
+        plan = self._planner.evaluation if parts else self._planner.request
+        planned = plan(request, node.info, node.held)
+        content = encoder.encode(planned, parts)
         client_id = node.info.client_id
         reply = ClientReply(client_id, bytes_down=payload_bytes(content), simulated_s=planned.simulated_s)
         if planned.failure is not None:
             return reply.failed(planned.failure)
-        allowed = Allowed(planned.request.reply_nbytes)
-        sent = self.mail.send(content, node.node_id, MessageType.TRAIN, str(request.number), allowed)
-        return _Asked(planned, node, sent, reply)
+        nbytes, kind = planned.request.reply_nbytes, MessageType.TRAIN
+        if parts:
+            nbytes = sum(header.nbytes for header in layout_of(self._sums_like, parts).values())
+            kind = MessageType.EVALUATE
+        sent = self.mail.send(content, node.node_id, kind, str(request.number), Allowed(nbytes))
+        return _Asked(planned, node, sent, reply, parts)
 
     # ------------------------------------------------------------------------------------------------ replies
 
     def _outcome(self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder, deadline: float) -> ClientReply:
         """Wait for one client's reply, and check it."""
         try:
-            message = self._receive(request, asked, encoder, deadline)
-            if message is not None and check_head(message, self._kinds)["kind"] == "need":
-                asked.node.held.forget()
-                if self._ask_again(request, asked, encoder) is not None:  # with everything it would be too late
-                    return asked.reply
-                message = self._receive(request, asked, encoder, deadline)
-                if message is not None and check_head(message, self._kinds)["kind"] == "need":
-                    raise ReplyError("it asks for parts that it was just sent", code="needs-what-it-has")
+            message = self._heard(request, asked, encoder, deadline)
             if message is None:
-                return asked.reply.failed(Failure("missing", "no reply before the deadline"))
-            head = check_head(message, self._kinds)
+                return asked.reply
+            head = check_head(message, self._kinds(asked))
             if head["kind"] == "spent":
                 why = clean_text(head.get("error", "its privacy budget is spent"))
                 return asked.reply.failed(Failure("spent", why))
@@ -166,14 +199,30 @@ class FlowerClients:
         asked.planned.received_by(asked.node.held)
         return asked.reply.trained(admitted.update, admitted.figures)
 
-    @property
-    def _kinds(self) -> tuple[str, ...]:
+    def _kinds(self, asked: _Asked) -> tuple[str, ...]:
         """Replies that a client may send."""
+        if asked.parts:
+            return ("sums", "need")
         return ("update", "need") if self._config.example_privacy is None else ("update", "need", "spent")
+
+    def _heard(self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder, deadline: float) -> Message | None:
+        """Wait for one client's reply; it is sent everything if it needs that. None: `asked.reply` says why."""
+        kinds = self._kinds(asked)
+        message = self._receive(request, asked, encoder, deadline)
+        if message is not None and check_head(message, kinds)["kind"] == "need":
+            asked.node.held.forget()
+            if self._ask_again(request, asked, encoder) is not None:  # with everything it would be too late
+                return None
+            message = self._receive(request, asked, encoder, deadline)
+            if message is not None and check_head(message, kinds)["kind"] == "need":
+                raise ReplyError("it asks for parts that it was just sent", code="needs-what-it-has")
+        if message is None:
+            asked.reply = asked.reply.failed(Failure("missing", "no reply before the deadline"))
+        return message
 
     def _ask_again(self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder) -> Failure | None:
         """Send a client its request again, in place of what was asked; why it is not sent, if it is not."""
-        again = self._send(request, asked.node, encoder)
+        again = self._send(request, asked.node, encoder, asked.parts)
         up, down = asked.reply.bytes_up, asked.reply.bytes_down
         if isinstance(again, ClientReply):
             asked.reply = again.with_bytes(up=up, down=down)

@@ -152,7 +152,7 @@ def evaluate_fn(config: RunConfig) -> Callable[[int, ArrayRecord], MetricRecord]
     def measure(_round: int, arrays: ArrayRecord) -> MetricRecord:
         workspace = open_workspace(config)
         workspace.base.write(adapter_for(workspace.base.initial_adapter(config.seed), arrays))
-        figures = evaluate(workspace.base, workspace.task, workspace.data.test).overall
+        figures = evaluate(workspace.base, workspace.task, workspace.data.require_test()).overall
         return MetricRecord({name: float(value) for name, value in figures.items()})
 
     return measure

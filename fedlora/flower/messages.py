@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast, final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -66,10 +66,15 @@ class RequestEncoder:
     def __init__(self) -> None:
         self._arrays: defaultdict[str, OfSameTensors[Array]] = defaultdict(lambda: OfSameTensors(_packed))
 
-    def encode(self, planned: Planned) -> RecordDict:
-        """The content of a train message; messages with the same tensors share their arrays."""
+    def encode(self, planned: Planned, parts: Sequence[str] = ()) -> RecordDict:
+        """The content of a message; messages with the same tensors share their arrays.
+
+        Args:
+            planned: What is asked.
+            parts: Of its own examples on which a client is to evaluate; none: it trains.
+        """
         buffers = request_tensors(planned.request.plan, with_frozen=planned.with_frozen)
-        head = request_head(planned.request, planned.frozen, buffers)
+        head = request_head(planned.request, planned.frozen, buffers) | ({"parts": list(parts)} if parts else {})
         arrays = ArrayRecord()
         for name, tensors in buffers.items():  # one by one: from a dict it would copy them
             arrays[name] = self._arrays[name](tensors)

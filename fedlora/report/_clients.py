@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedlora.progress import format_bytes, format_seconds
-from fedlora.report._blocks import Block, Table
+from fedlora.progress import format_bytes, format_seconds, trouble
+from fedlora.report._blocks import Block, Table, short
 from fedlora.report._client_charts import KINDS, MOST_ROWS, holdings, participation_grid, traffic_columns
 from fedlora.report._facts import Facts, Record, number, statuses
 from fedlora.report.figures import Chart
@@ -43,6 +43,34 @@ def traffic(facts: Facts) -> list[Block]:
     if facts.total("simulated_seconds"):
         spent += f" On the simulated devices and links they took {format_seconds(facts.total('simulated_seconds'))}."
     return [Chart(draw, label, caption), spent]
+
+
+def evaluation(facts: Facts) -> list[Block]:
+    """What each client measured on examples that it keeps apart."""
+    if not facts.evaluated or not (federated := facts.last.get("federated")):
+        return []
+    metric, clients, names = facts.metric, federated["clients"], facts.partition.get("client_names") or ()
+    rows = [
+        (
+            names[int(k)] if int(k) < len(names) else f"client {k}",
+            f"{row['examples']:.0f}",
+            facts.show(row),
+            short(row["loss"]),
+        )
+        for k, row in sorted(clients.items(), key=lambda one: trouble(metric, one[1].get(metric)))
+    ]
+    examples = sum(row["examples"] for row in clients.values())
+    said = (
+        f"{len(clients)} clients measured the model of round {facts.last['round']} on {examples:.0f} examples of their "
+        f"own that nobody trains on, and sent sums: {facts.show(federated['figures'])} over all examples, "
+        f"{facts.show(federated.get('macro') or {})} as the mean over clients, "
+        f"{facts.show(federated.get('worst_tenth') or {})} over the worst tenth of them."
+    )
+    out: list[Block] = [said]
+    if federated["left_out"]:
+        out.append(" ".join(f"Client {k} is left out: {why}." for k, why in federated["left_out"].items()))
+    head = ("client", "examples", metric.replace("_", " "), "loss")
+    return [*out, Table("Each client, the worst first", head, rows, "Each client" if len(rows) > 20 else "")]
 
 
 def privacy(facts: Facts) -> list[Block]:

@@ -73,6 +73,22 @@ class Facts:
         return [record for record in self.records if self.value(record) is not None]
 
     @cached_property
+    def last(self) -> Record:
+        """Of the evaluated lines that of the round whose model was kept: the best if rounds were selected, or the last.
+
+        Raises:
+            IndexError: none was evaluated.
+        """
+        kept = self.result.get("kept_round")
+        return next((record for record in self.evaluated if record["round"] == kept), self.evaluated[-1])
+
+    @property
+    def test_size(self) -> int:
+        """How many examples the main figure is measured on; 0 where that is not known."""
+        clients = (self.last.get("federated") or {}).get("clients") or {} if self.evaluated else {}
+        return int(self.partition.get("test_size") or sum(row["examples"] for row in clients.values()))
+
+    @cached_property
     def rounds(self) -> list[Record]:
         """The lines of rounds of training."""
         return [record for record in self.records if record["round"] > 0]
@@ -151,7 +167,7 @@ def interval(facts: Facts, value: float) -> tuple[float, float] | None:
     Wilson's score interval ("Probable Inference, the Law of Succession, and Statistical Inference", Journal of the
     American Statistical Association 22, 1927), which is not empty where all examples are right.
     """
-    size = facts.partition.get("test_size")
+    size = facts.test_size
     if facts.metric != "accuracy" or not size:
         return None
     z2 = 1.96**2

@@ -73,7 +73,7 @@ def aggregation_error(facts: Facts) -> list[Block]:
 
 def _outcome(facts: Facts) -> Table:
     """The run beside its base model and baselines, where there are any."""
-    metric, first, last = facts.metric, facts.evaluated[0], facts.evaluated[-1]
+    metric, first, last = facts.metric, facts.evaluated[0], facts.last
     records: list[tuple[str, Record]] = [("base model", first)] if first["round"] == 0 else []
     records.append((f"federated, round {last['round']}", last))
     strong = len(records) - 1

@@ -56,7 +56,7 @@ def _learning(facts: Facts) -> Iterator[str]:
         yield f"After {rounds} the {_words(metric)} was no finite number: a lower train.lr may help."
     if len(evaluated) < 2:
         return
-    first, last = evaluated[0], evaluated[-1]
+    first, last = evaluated[0], facts.last
     start, end = float(first[metric]), float(last[metric])
     if first["round"] == 0 and not better(metric, end, start):
         yield (
@@ -68,10 +68,11 @@ def _learning(facts: Facts) -> Iterator[str]:
         best = record if better(metric, record[metric], best[metric]) else best
     known = interval(facts, end)
     room = 0.02 * abs(end) if known is None else (known[1] - known[0]) / 2
-    if best["round"] > 0 and abs(best[metric] - end) > room:
+    if facts.config.selection is None and best["round"] > 0 and abs(best[metric] - end) > room:
         yield (
             f"Round {best['round']} was better ({format_metric(metric, best[metric])}) than the last one "
-            f"({format_metric(metric, end)}); adapter/ holds the last one."
+            f"({format_metric(metric, end)}); adapter/ holds the last one. A table [selection] keeps the "
+            "best, by examples of its own."
         )
     if first["round"] == 0:
         pairs = ((name, facts.value(first, domain=name), facts.value(last, domain=name)) for name in facts.domains)
@@ -80,7 +81,7 @@ def _learning(facts: Facts) -> Iterator[str]:
             yield f"Worse than before the training: {_list(worse)}."
     if known is not None and known[1] - known[0] > 2 * SMALL_TEST:
         yield (
-            f"The test set has only {facts.partition['test_size']} examples: the last accuracy lies between "
+            f"The test set has only {facts.test_size} examples: the last accuracy lies between "
             f"{100 * known[0]:.0f} and {100 * known[1]:.0f}% (95% interval), and smaller differences mean nothing."
         )
     largest = number(last.get("majority_share"))

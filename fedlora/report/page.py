@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fedlora import __version__
 from fedlora.files import write_atomically
 from fedlora.passed_in import shown
-from fedlora.progress import format_bytes, format_seconds
+from fedlora.progress import format_bytes, format_metric, format_seconds
 from fedlora.report import _clients, _learning, _setup
 from fedlora.report._blocks import Block
 from fedlora.report._facts import Facts, interval, number
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SECTIONS: Mapping[str, tuple[str, Callable[[Facts], list[Block]]]] = {
     "learning": ("What was learned", _learning.learning),
+    "evaluation": ("On the clients' own examples", _clients.evaluation),
     "samples": ("What the model says", _learning.samples),
     "clients": ("How far apart the clients are", _learning.client_losses),
     "error": ("Aggregation error", _learning.aggregation_error),
@@ -94,16 +95,21 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
     """A name, a figure and a remark."""
     config = facts.config
     if facts.evaluated:
-        last = facts.evaluated[-1]
+        last = facts.last
         small = f"after round {last['round']}"
         known = interval(facts, float(last[facts.metric]))
         if known is not None:
             low, high = (100 * end for end in known)
-            small += f", {low:.1f} to {high:.1f}% (95%, {facts.partition['test_size']} test examples)"
+            small += f", {low:.1f} to {high:.1f}% (95%, {facts.test_size} test examples)"
         if facts.value(last, "majority_share") is not None:
             balanced, largest = (facts.show(last, key) for key in ("balanced_accuracy", "majority_share"))
             small += f"; balanced {balanced}, largest class {largest}"
         yield facts.metric.replace("_", " "), facts.show(last), small
+    if facts.result.get("best"):
+        best = facts.result["best"]
+        small = f"round {best['round']}, on validation examples"
+        small += f"; the run ended early: {facts.result['stopped']}" if facts.result.get("stopped") else ""
+        yield f"best {best['metric'].replace('_', ' ')}", format_metric(best["metric"], best["value"]), small
     took = "" if config.privacy is not None else f", {format_seconds(facts.total('seconds'))}"
     yield "rounds", f"{facts.done} of {config.rounds}", ("finished" if facts.finished else "not finished") + took
     used = [record for record in facts.rounds if record.get("answered") and number(record.get("bytes_up"))]

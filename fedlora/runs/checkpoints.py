@@ -19,6 +19,8 @@ from fedlora.state_io import (
 
 KEPT = 2
 """The last one, and the one before it in case the last is lost to a bad disk."""
+BEST = "best"
+"""Folder beside them of the state that `[selection]` found best."""
 
 
 @final
@@ -55,6 +57,22 @@ class Checkpoints:
         self._clean()
         return path
 
+    def keep_best(self, state: GlobalState) -> None:
+        """Keep a state that was saved, beyond the rounds that follow, in the place of the one kept before."""
+        path = self._states / BEST / f"{state.round:06d}.safetensors"
+        write_atomically(path, pack(*flatten_state(state, base_updates=False)))
+        for other in path.parent.glob("*.safetensors"):
+            if other.name != path.name:
+                other.unlink()
+
+    def best(self) -> GlobalState | None:
+        """What `keep_best` kept last; None before the first time."""
+        found = sorted((self._states / BEST).glob("*.safetensors"))
+        if not found:
+            return None
+        tensors, meta = _read(found[-1], "the best round is lost: set selection.keep = 'last' and resume")
+        return unflatten_state(tensors, meta, self._read_base_update)
+
     def latest(self) -> GlobalState | None:
         """The newest state, or None before the first one. Changes nothing.
 
@@ -85,7 +103,7 @@ class Checkpoints:
         if not self._changes.is_dir():
             return
         named: set[str] = set()
-        for path in found[-KEPT:]:
+        for path in (*found[-KEPT:], *(self._states / BEST).glob("*.safetensors")):
             _, meta = _read(path, "remove it")
             named.update(_file_name(entry["since"], entry["version"]) for entry in meta["merges"])
         for path in self._changes.glob("*.safetensors"):

@@ -13,8 +13,15 @@ MACHINE = ("output", "rounds", "runtime", "tracking")
 who else is told."""
 PLACES = ("model.name", "model.revision", "model.trust_remote_code", "data.source", "data.options", "data.test")
 """Keys that say where something lies: it may be moved, since its content is compared (`fedlora.provenance`)."""
-FROM_NOW_ON = ("train", "server")
-"""Tables that decide the rounds to come and leave those that are done as they are."""
+FROM_NOW_ON = (
+    "train",
+    "server",
+    "evaluation.every",
+    "evaluation.clients_fraction",
+    "selection.patience",
+    "selection.keep",
+)
+"""Tables and keys that decide the rounds to come and leave those that are done as they are."""
 
 MECHANISM = {
     "example": ("train.steps", "train.epochs", "train.batch_size"),

@@ -193,7 +193,8 @@ class RunDir:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end, that of the config it was opened with."""
-        return (self.path / "result.json").is_file() and self.rounds_done >= self.config.rounds
+        result = self.read_json("result.json")
+        return result is not None and (bool(result.get("stopped")) or self.rounds_done >= self.config.rounds)
 
     @property
     def run_id(self) -> str:
@@ -225,6 +226,11 @@ class RunDir:
     def adapter_dir(self) -> Path:
         """Where the final adapter goes, in PEFT's format."""
         return self.path / "adapter"
+
+    @property
+    def last_adapter_dir(self) -> Path:
+        """Where the last round's adapter goes if `adapter_dir` has that of another round."""
+        return self.path / "adapter-last"
 
     @property
     def unverified(self) -> bool:
@@ -310,6 +316,24 @@ class RunDir:
         """Write the state after a round; call it after that round's `append_metrics`."""
         return self._checkpoints.save(state)
 
+    def keep_best(self, state: GlobalState) -> None:
+        """Keep the state of a round that `[selection]` found best; call it after that round's `save_checkpoint`."""
+        self._checkpoints.keep_best(state)
+
+    def best_checkpoint(self) -> GlobalState | None:
+        """What `keep_best` kept last."""
+        return self._checkpoints.best()
+
+    @property
+    def kept_round(self) -> int:
+        """The round whose model is kept: of a finished run that selected one the best, or else the last."""
+        return int((self.read_json("result.json") or {}).get("kept_round", self.rounds_done))
+
+    def kept_checkpoint(self) -> GlobalState | None:
+        """The state after `kept_round`; None where there is none (yet)."""
+        latest = self.latest_checkpoint()
+        return latest if latest is None or latest.round == self.kept_round else self.best_checkpoint()
+
     def latest_checkpoint(self) -> GlobalState | None:
         """The newest state, or None before the first one. Changes nothing."""
         return self._checkpoints.latest()
@@ -349,7 +373,7 @@ class RunDir:
             return
         names = ["checkpoints", "merges"]
         if keep == "metrics":
-            names += ["adapter", unverified(self.adapter_dir).name]
+            names += ["adapter", unverified(self.adapter_dir).name, "adapter-last"]
         for name in names:
             shutil.rmtree(self.path / name, ignore_errors=True)
 

@@ -173,9 +173,9 @@ def modules_of(workspace: Workspace) -> list[str]:
 
 
 def lengths_to_tell(workspace: Workspace) -> np.ndarray:
-    """Tokens of examples, where something that is written down goes by them: in a private run of the test examples."""
+    """Tokens of examples, where something that is written down goes by them: in a private run of public ones."""
     data = workspace.data
-    return np.asarray(data.train.lengths if workspace.config.privacy is None else data.test.lengths)
+    return np.asarray(data.train.lengths if workspace.config.privacy is None else data.probes.lengths)
 
 
 def expected_tokens(workspace: Workspace) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any, final
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError
 from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
-from fedlora.federation.client_pool import ClientInfo, ClientReply, PartialAggregate, RoundRequest
+from fedlora.federation.client_pool import ClientEvaluation, ClientInfo, ClientReply, PartialAggregate, RoundRequest
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.local_clients import LocalClients
 from fedlora.federation.planner import Held, Planner
@@ -71,6 +71,33 @@ class TrainGroup:
 
     place: int
     clients: Sequence[ClientInfo]
+    held: Sequence[Held]
+
+
+@dataclass(frozen=True)
+class EvaluateClients:
+    """Let some clients measure a state.
+
+    Args:
+        place: For which.
+        request: The state.
+        parts: Of their examples.
+        clients: In the order of their numbers.
+        held: What each of them holds.
+    """
+
+    place: int
+    request: RoundRequest
+    parts: Sequence[str]
+    clients: Sequence[ClientInfo]
+    held: Sequence[Held]
+
+
+@dataclass(frozen=True)
+class ClientsEvaluated:
+    """The outcome of an `EvaluateClients`: of each client, and what it holds now."""
+
+    found: Sequence[ClientEvaluation]
     held: Sequence[Held]
 
 
@@ -150,8 +177,14 @@ class PoolWorker:
         self._measures_error = Planner(config, self._rule, workspace).measures_error
         self._sums: dict[int, RunningAggregate] = {}
 
-    def do(self, job: StartRound | TrainGroup | EndRound) -> GroupTrained | PartialAggregate | None:
+    def do(
+        self, job: StartRound | TrainGroup | EndRound | EvaluateClients
+    ) -> GroupTrained | PartialAggregate | ClientsEvaluated | None:
         """One job."""
+        if isinstance(job, EvaluateClients):
+            pairs = zip(job.clients, job.held, strict=True)
+            found = [self._clients.evaluate_one(job.request, *pair, job.parts) for pair in pairs]
+            return ClientsEvaluated(found, job.held)
         if isinstance(job, TrainGroup):
             return self._train(job)
         if isinstance(job, EndRound):

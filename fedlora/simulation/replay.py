@@ -6,13 +6,21 @@ its metrics: with the same ones in each round the simulation has the same update
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
 from fedlora.config import RunConfig, flat_keys
 from fedlora.errors import ConfigError, RoundError
-from fedlora.federation.client_pool import ClientInfo, ClientPool, ClientReply, Failure, Reply, RoundRequest
+from fedlora.federation.client_pool import (
+    ClientEvaluation,
+    ClientInfo,
+    ClientPool,
+    ClientReply,
+    Failure,
+    Reply,
+    RoundRequest,
+)
 from fedlora.runs.rundir import RunDir
 
 
@@ -60,6 +68,10 @@ class ReplayPool:
                 why = "it did not answer in the run that is replayed"
                 yield ClientReply(client_id).failed(Failure("refused", why))
         yield from self._pool.train(replace(request, clients=[k for k in request.clients if k in answered]))
+
+    def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
+        """See `ClientPool`."""
+        return self._pool.evaluate(request, parts)
 
 
 SAMPLING = ("seed", "server.fraction", "server.clients_per_round")

@@ -23,6 +23,7 @@ from typing import Any, final
 
 from fedlora.errors import PoolError, in_words
 from fedlora.federation.client_pool import (
+    ClientEvaluation,
     ClientInfo,
     ClientReply,
     PartialAggregate,
@@ -34,8 +35,10 @@ from fedlora.federation.planner import Held
 from fedlora.progress import activity
 from fedlora.simulation.pool_worker import (
     Begin,
+    ClientsEvaluated,
     Doing,
     EndRound,
+    EvaluateClients,
     Failed,
     GroupTrained,
     StartRound,
@@ -49,7 +52,7 @@ AHEAD = 2
 MOST_DEATHS = 3
 """Deaths of one kind that end a run."""
 
-Job = TrainGroup | EndRound
+Job = TrainGroup | EndRound | EvaluateClients
 
 
 @dataclass(eq=False)
@@ -76,7 +79,7 @@ class _Place:
     worker: _Worker
     done: list[Job] = field(default_factory=list)
     pending: deque[Job] = field(default_factory=deque)
-    ready: deque[GroupTrained | PartialAggregate] = field(default_factory=deque)
+    ready: deque[GroupTrained | PartialAggregate | ClientsEvaluated] = field(default_factory=deque)
     work: float = 0.0
 
 
@@ -120,13 +123,10 @@ class WorkerPool(SimulatedClients):
         Raises:
             PoolError: a process cannot go on, or has died and cannot be replaced.
         """
-        for number, place in enumerate(self._places):
-            while place.pending:  # of a round that the rule broke off
-                self._result(number)
+        self._settle()
         self._request = request
         for number, place in enumerate(self._places):
-            place.done, place.work = [], 0.0
-            place.ready.clear()  # of a round that was broken off while one process stood in for two places
+            place.work = 0.0
             self._tell(place.worker, StartRound(number, request))
         size = self._begin.cohort * len(self._places)
         todo = deque(request.clients[start : start + size] for start in range(0, len(request.clients), size))
@@ -146,6 +146,31 @@ class WorkerPool(SimulatedClients):
                 self._ask(number, EndRound(number))
             for number in range(len(self._places)):
                 yield self._result(number)
+
+    def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
+        """Let the processes measure the state, each for a part of the clients."""
+        self._settle()
+        self._request = request
+        number = len(self._places)
+        groups = [request.clients[place::number] for place in range(number)]
+        for place, ids in enumerate(groups):
+            held = [self._held.get(client_id) or Held() for client_id in ids]
+            clients = [self._clients[client_id] for client_id in ids]
+            self._ask(place, EvaluateClients(place, request, parts, clients, held))
+        found: list[ClientEvaluation] = []
+        for place, ids in enumerate(groups):
+            evaluated: ClientsEvaluated = self._result(place)
+            found.extend(evaluated.found)
+            self._held.update(zip(ids, evaluated.held, strict=True))
+        yield from sorted(found, key=lambda one: one.client_id)
+
+    def _settle(self) -> None:
+        """Take in what is still to come of a round that the rule broke off, and forget what was done."""
+        for number, place in enumerate(self._places):
+            while place.pending:
+                self._result(number)
+            place.done = []
+            place.ready.clear()  # of a round that was broken off while one process stood in for two places
 
     def _send(self, wave: Sequence[int]) -> list[int]:
         """Share some clients out, the largest first, to whoever has least to do; the places that got any."""

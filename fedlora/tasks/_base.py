@@ -123,7 +123,7 @@ class Task(ABC):
     auto_class: ClassVar[str]
     """Name of the transformers class that loads the model, such as "AutoModelForSequenceClassification"."""
     metric: ClassVar[str]
-    """Name of the main figure in the results of `summarise`."""
+    """Name of the main one of `figures`."""
     higher_is_better: ClassVar[bool] = True
     peft_task_type: ClassVar[str | None] = None
     """PEFT's TaskType name, written into the adapter's config."""
@@ -216,7 +216,7 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
-        """What evaluation needs of each example, for `summarise`."""
+        """What evaluation needs of each example, for `sums`."""
 
     def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
         """The same examples with noise in the inputs of some: `partition.feature_noise` of one client.
@@ -255,8 +255,30 @@ class Task(ABC):
         return ()
 
     @abstractmethod
+    def sums(self, measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Statistics of some examples that add up: those of two sets together are the sums of each set's.
+
+        A client that evaluates on its own examples sends these and nothing else, so that the figures of a federation
+        are those of its examples in one place.
+
+        Args:
+            measures: what `measure` gave, [n, ...] by name.
+
+        Returns:
+            Arrays of fixed shapes, "examples" (the number n) among them.
+        """
+
+    @abstractmethod
+    def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Figures of the examples that were added up: at least `metric` and "loss".
+
+        Args:
+            sums: of at least one example.
+        """
+
     def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Figures over some examples: at least `metric` and "loss"."""
+        return self.figures(self.sums(measures))
 
 
 def _joined(tensors: Sequence[Tensor], fill: int | None) -> Tensor:

@@ -25,6 +25,7 @@ from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.tasks._class_figures import class_figures, class_sums
 from fedlora.tasks._text import require_encodable
 
 
@@ -51,29 +52,22 @@ class Classification(Task):
         return functional.cross_entropy(self._wide_logits(model, batch), batch["labels"], reduction="none")
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
-        """For each example: "loss" in nats, "correct" as 0 or 1, and "label", the number of its class."""
+        """For each example "loss" in nats, the numbers "label" and "predicted" of classes, "probabilities" [b, c]."""
         logits = self._wide_logits(model, batch)
         return {
             "loss": functional.cross_entropy(logits, batch["labels"], reduction="none"),
-            "correct": (logits.argmax(dim=-1) == batch["labels"]).to(logits.dtype),
             "label": batch["labels"].to(logits.dtype),
+            "predicted": logits.argmax(dim=-1).to(logits.dtype),
+            "probabilities": logits.softmax(dim=-1),
         }
 
-    def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """The mean loss in nats, and as fractions the accuracy and what it is read against.
+    def sums(self, measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `fedlora.tasks._class_figures`."""
+        return class_sums(*(measures[name] for name in ("loss", "label", "predicted", "probabilities")))
 
-        "balanced_accuracy" is the mean over the classes of the share of their examples that are right, and
-        "majority_share" the share of the largest class: the accuracy of always answering with it.
-        """
-        label = np.asarray(measures["label"]).astype(np.int64)
-        sizes = np.bincount(label)
-        right = np.bincount(label, weights=measures["correct"])
-        return {
-            "accuracy": float(np.mean(measures["correct"], dtype=np.float64)),
-            "balanced_accuracy": float(np.mean(right[sizes > 0] / sizes[sizes > 0])),
-            "majority_share": float(sizes.max() / sizes.sum()),
-            "loss": float(np.mean(measures["loss"], dtype=np.float64)),
-        }
+    def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """See `fedlora.tasks._class_figures`."""
+        return class_figures(sums)
 
     def _wide_logits(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
         logits = self.logits(model, batch)

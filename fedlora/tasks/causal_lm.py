@@ -186,13 +186,22 @@ class CausalLM(Task):
         loss, tokens = _by_example(model, batch)
         return {"loss": loss, "tokens": tokens}
 
-    def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Perplexity and "token_loss", its logarithm, weigh every token alike; "loss" weighs every example alike."""
+    def sums(self, measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The numbers of "examples" and counted "tokens", and the losses in nats added up over each."""
         loss, tokens = (np.asarray(measures[name], dtype=np.float64) for name in ("loss", "tokens"))
-        token_loss = float(np.sum(loss * tokens) / np.sum(tokens))
+        return {
+            "examples": np.asarray(float(len(loss))),
+            "tokens": np.asarray(np.sum(tokens)),
+            "loss": np.asarray(np.sum(loss)),
+            "token_loss": np.asarray(np.sum(loss * tokens)),
+        }
+
+    def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Perplexity and "token_loss", its logarithm, weigh every token alike; "loss" weighs every example alike."""
+        token_loss = float(sums["token_loss"] / sums["tokens"])
         # exp overflows near 709; a diverged model has a perplexity of infinity, not an error.
         perplexity = float(np.exp(min(token_loss, 709.0))) if token_loss <= 709.0 else float("inf")
-        return {"perplexity": perplexity, "loss": float(np.mean(loss)), "token_loss": token_loss}
+        return {"perplexity": perplexity, "loss": float(sums["loss"] / sums["examples"]), "token_loss": token_loss}
 
     def samples(
         self,

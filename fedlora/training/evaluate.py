@@ -75,4 +75,5 @@ def evaluate(
         for domain in sorted(sizes, key=lambda name: (-sizes[name], str(name))):
             inside = column == domain
             domains[str(domain)] = task.summarise({name: every[inside] for name, every in measures.items()})
-    return Evaluation(task.summarise(measures), domains, measures)
+    sums = task.sums(measures)
+    return Evaluation(task.figures(sums), domains, measures, sums)

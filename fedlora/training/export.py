@@ -55,7 +55,7 @@ def export_adapter(
     """
     base = workspace.base
     served = (state.adapter, state.base_updates) if error <= EXACT else (adapter, ())
-    reference = reference_of(base, workspace.task, workspace.data.test, *served)
+    reference = reference_of(base, workspace.task, workspace.data.probes, *served)
     base.rebase(0, ())
     save_adapter(base, adapter, unverified(folder), {**facts, "relative_error": repr(error)})
     return _verify(workspace, folder, lambda: verify_adapter(unverified(folder), base.recipe, reference, base.device))
@@ -64,7 +64,7 @@ def export_adapter(
 def export_merged(workspace: Workspace, state: GlobalState, folder: Path) -> float:
     """Write a whole model, load it with plain transformers, and put it in place; see `export_adapter`."""
     base = workspace.base
-    reference = reference_of(base, workspace.task, workspace.data.test, state.adapter, state.base_updates)
+    reference = reference_of(base, workspace.task, workspace.data.probes, state.adapter, state.base_updates)
     save_merged(base, state.adapter, state.base_updates, unverified(folder))
     return _verify(workspace, folder, lambda: verify_merged(unverified(folder), base.recipe, reference, base.device))
 

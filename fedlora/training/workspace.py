@@ -25,7 +25,7 @@ from fedlora.training.stacked_lora import cannot_share
 if TYPE_CHECKING:
     from fedlora.data import FederatedData
 
-SECTIONS = ("seed", "model", "adapter", "task", "data", "partition", "runtime")
+SECTIONS = ("seed", "model", "adapter", "task", "data", "partition", "evaluation", "selection", "runtime")
 """The parts of a config that decide what is opened; two configs that differ elsewhere share it."""
 
 
@@ -113,11 +113,11 @@ def _opened(config: RunConfig, kept: list[Base]) -> Workspace:
         kept.clear()  # two large bases do not fit a device
     base = kept[0] if kept else load_base(*wanted)
     # What is found out on examples is written down, or ends the run: in a private run on public ones alone.
-    public, secret = ([data.test], [data.train]) if config.privacy else ([data.test, data.train], [])
+    public, secret = ([data.probes], [data.train]) if config.privacy else ([data.probes, data.train], [])
     require_fit(config, base, task, public)
     activity.info("choosing how to compute")
     trial = Trial(base, task, public)
-    speedups = install(trial, config.runtime, public if secret else [data.train, data.test], secret)
+    speedups = install(trial, config.runtime, public if secret else [data.train, data.probes], secret)
     base.alone = cannot_share(trial) or base.alone
     return Workspace(config, task, data, base, machine, speedups)
 

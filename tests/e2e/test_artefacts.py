@@ -27,7 +27,8 @@ def accuracy(model: torch.nn.Module, data: FederatedData, task_table: object) ->
     right = 0.0
     with torch.inference_mode():
         for places in length_batches(np.asarray(data.test.lengths), 2048):
-            right += float(task.measure(model, task.collate(data.test, places))["correct"].sum())
+            found = task.measure(model, task.collate(data.test, places))
+            right += float((found["predicted"] == found["label"]).sum())
     return right / len(data.test)
 
 
@@ -48,7 +49,7 @@ def test_adapter_and_merged_model_are_as_good_as_the_run_says(
             "train.batch_size=4",
             "data.limit=1000",
             "data.test_fraction=0.2",
-            "server.evaluate_every=2",
+            "evaluation.every=2",
             "runtime.kernels=off",
             "runtime.threads=1",
         ],

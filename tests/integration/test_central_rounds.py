@@ -46,7 +46,7 @@ def central(tiny_config: MakeConfig) -> MakeConfig:
         return tiny_config(
             "train.steps=1",
             "server.aggregation_error=false",
-            f"server.evaluate_every={ROUNDS}",
+            f"evaluation.every={ROUNDS}",
             "privacy.unit=client",
             f"privacy.{noise}",
             f"privacy.delta={DELTA}",

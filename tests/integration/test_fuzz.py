@@ -332,7 +332,7 @@ def test_a_hostile_client_changes_nothing_and_is_named_in_each_round(
         lambda content: content.metric_records["metrics"].update(num_examples=10**18),
         lambda content: content.config_records["reply"].update(json="["),
     ]
-    settings = ("rounds=4", "wire.up=int8", "server.evaluate_every=4", "runtime.cohort=1")
+    settings = ("rounds=4", "wire.up=int8", "evaluation.every=4", "runtime.cohort=1")
     configs = [tiny_config(*settings, name=name) for name in "ab"]
 
     def answer(self: LoopbackGrid, message: Message) -> Message:

@@ -24,7 +24,7 @@ from fedlora.testing.loopback_grid import LoopbackGrid
 MakeConfig = Callable[..., RunConfig]
 PRIVATE = (
     "server.weighting=uniform",
-    "server.evaluate_every=2",
+    "evaluation.every=2",
     "partition.clients=2",
     "train.steps=1",
     "train.batch_size=40",

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from support.errors import raises
-from support.federations import deploy
+from support.federations import deploy, require_alike
 
 from fedlora.api import train
 from fedlora.callbacks import Callback
@@ -95,6 +95,45 @@ def test_files_of_their_own_give_the_bytes_of_one_file_that_was_divided(configs:
     assert weights(deployed) == weights(simulated)
     assert deployed.records[-1]["accuracy"] == simulated.records[-1]["accuracy"]
     assert not (deployed.rundir.path / "partition.json").exists()
+
+
+def test_a_server_without_data_has_the_figures_of_its_nodes(configs: Any, files: Path) -> None:
+    more = ("evaluation.min_examples=2", "data.test_fraction=0.3", "selection.patience=9", "data.group=document")
+    own, one = configs("data.test=", "evaluation.on=clients", *more)
+    nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("ab")]
+    deployed = federate(own, nodes)
+    simulated = run_simulation(one, RunDir.create(one), Callback())
+    assert weights(deployed) == weights(simulated)
+    for mine, theirs in zip(deployed.records, simulated.records, strict=True):
+        require_alike(mine["validation"], theirs["validation"])
+        for key in ("figures", "clients", "macro", "worst_tenth"):
+            require_alike(mine["federated"][key], theirs["federated"][key])
+    assert open_workspace(own).data.test is None
+    assert deployed.rundir.report.is_file()
+    assert not (deployed.rundir.path / "outcomes.safetensors").exists()
+
+
+def test_a_node_may_name_a_file_to_be_tested_on(configs: Any, files: Path) -> None:
+    own, _ = configs("data.test=", "evaluation.on=clients")
+    nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("ab")]
+    nodes[0]["test"] = str(files / "test.csv")
+    last = federate(own, nodes).records[-1]
+    assert last["clients"]["0"]["num_examples"] == 70  # all of the first file is trained on
+    assert last["federated"]["clients"]["0"]["examples"] == 60
+    nodes[0]["test"] = "/no/such.csv"
+    refused = federate(own.model_copy(update={"name": "refused"}), nodes)
+    assert "no data file '/no/such.csv'" in next(iter(refused.records[-1]["turned_away"].values()))
+
+
+def test_a_node_whose_groups_are_not_known_is_refused(configs: Any, files: Path, tmp_path: Path) -> None:
+    rows = list(csv.DictReader((files / "a.csv").open(encoding="utf-8")))
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["text", "label"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    own, _ = configs("data.test=", "evaluation.on=clients", "data.group=document")
+    with raises(DataError, "no-group-column", "data.group", "document"):
+        load_data(own.model_copy(update={"data": own.data.model_copy(update={"own": str(tmp_path / "a.csv")})}))
 
 
 def test_a_node_more_may_join_when_a_run_goes_on(configs: Any, files: Path) -> None:

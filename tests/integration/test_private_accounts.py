@@ -39,7 +39,7 @@ def private(tiny_config: MakeConfig) -> MakeConfig:
         return tiny_config(
             "server.weighting=uniform",
             "server.node_timeout_s=0.05",
-            f"server.evaluate_every={ROUNDS}",
+            f"evaluation.every={ROUNDS}",
             "partition.clients=2",
             "train.steps=1",
             "train.batch_size=40",
@@ -185,7 +185,7 @@ def test_a_lost_ledger_of_the_server_makes_no_claim_smaller(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(
-        "train.steps=1", "rounds=2", "server.aggregation_error=false", "server.evaluate_every=2",
+        "train.steps=1", "rounds=2", "server.aggregation_error=false", "evaluation.every=2",
         "privacy.unit=client", "privacy.noise_multiplier=2", f"privacy.delta={DELTA}", "privacy.clip_norm=0.1",
         "privacy.accountant=rdp",
     )  # fmt: skip
@@ -225,7 +225,7 @@ def test_a_deployment_whose_server_dies_spends_what_an_uninterrupted_one_does(
 def test_a_log_of_changes_that_was_compacted_is_the_same_question(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = private("strategy.name=flora", "rounds=5", "adapter.rank=6", "server.evaluate_every=5")
+    config = private("strategy.name=flora", "rounds=5", "adapter.rank=6", "evaluation.every=5")
     nodes = nodes_of(tmp_path)
     rundir = die(monkeypatch, config, nodes, 5, "append_metrics")
     state = rundir.latest_checkpoint()
@@ -263,7 +263,7 @@ def plans(private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     monkeypatch.setattr(client_app, "_trained", trained)
     (tmp_path / "honest").mkdir()
-    deploy(private("rounds=2", "server.evaluate_every=2"), nodes_of(tmp_path / "honest"))
+    deploy(private("rounds=2", "evaluation.every=2"), nodes_of(tmp_path / "honest"))
     monkeypatch.undo()
     return sent
 
@@ -294,8 +294,8 @@ def sent_bytes(reply: RecordDict) -> bytes | None:
 def test_whatever_a_server_asks_again_each_answer_is_one_attempt_that_counts(
     private: MakeConfig, plans: list[RecordDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, ledger = private("rounds=2", "server.evaluate_every=2"), tmp_path / "mine.jsonl"
-    faster = private("rounds=2", "server.evaluate_every=2", "train.lr=0.5")
+    config, ledger = private("rounds=2", "evaluation.every=2"), tmp_path / "mine.jsonl"
+    faster = private("rounds=2", "evaluation.every=2", "train.lr=0.5")
     first, second = plans
     tricks: list[tuple[RunConfig, RecordDict]] = [
         (config, first),
@@ -326,7 +326,7 @@ def test_whatever_a_server_asks_again_each_answer_is_one_attempt_that_counts(
 def test_a_node_that_dies_between_training_and_sending_sends_what_it_kept_or_nothing(
     private: MakeConfig, plans: list[RecordDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, ledger = private("rounds=2", "server.evaluate_every=2"), tmp_path / "mine.jsonl"
+    config, ledger = private("rounds=2", "evaluation.every=2"), tmp_path / "mine.jsonl"
 
     def dies(self: Attempt) -> None:
         raise KeyboardInterrupt
@@ -363,7 +363,7 @@ def test_a_node_that_dies_between_training_and_sending_sends_what_it_kept_or_not
 def test_a_kept_answer_that_is_damaged_is_computed_again_and_counts(
     private: MakeConfig, plans: list[RecordDict], tmp_path: Path, damage: bytes | None
 ) -> None:
-    config, ledger = private("rounds=2", "server.evaluate_every=2"), tmp_path / "mine.jsonl"
+    config, ledger = private("rounds=2", "evaluation.every=2"), tmp_path / "mine.jsonl"
     kept = tmp_path / "mine.jsonl.answer"
     first = sent_bytes(ask(config, ledger, plans[0]))
     data = bytearray(kept.read_bytes())

@@ -52,7 +52,7 @@ def private(tiny_config: MakeConfig) -> MakeConfig:
             f"privacy.delta={DELTA}",
             "privacy.max_grad_norm=0.5",
             "privacy.accountant=rdp",
-            f"server.evaluate_every={ROUNDS}",
+            f"evaluation.every={ROUNDS}",
             f"privacy.{noise}",
             f"rounds={ROUNDS}",
             *overrides,
@@ -159,7 +159,7 @@ SLOW = [pytest.param(rule, marks=pytest.mark.slow) for rule in ("ffa", "fair")]
 
 @pytest.mark.parametrize("rule", ["flora", *SLOW])
 def test_every_rule_takes_noised_updates(private: MakeConfig, rule: str) -> None:
-    outcome = run(private(f"strategy.name={rule}", "rounds=2", "server.evaluate_every=2"))
+    outcome = run(private(f"strategy.name={rule}", "rounds=2", "evaluation.every=2"))
     assert outcome.records[-1]["answered"] == [0, 1, 2, 3]
     assert "aggregation_error" in outcome.records[-1]  # computed from noised updates: post-processing
 

@@ -305,7 +305,7 @@ def test_a_digest_names_names_order_shapes_types_and_formats() -> None:
     ],
 )
 def test_every_rule_learns_as_well_and_sends_what_was_announced(tiny_config: MakeConfig, rule: str, wire: str) -> None:
-    settings = (f"strategy.name={rule}", "server.evaluate_every=3")
+    settings = (f"strategy.name={rule}", "evaluation.every=3")
     exact, config = run(tiny_config(*settings, name="exact")), tiny_config(*settings, f"wire.up={wire}")
     rounded = run(config)
     workspace = open_workspace(config)
@@ -329,7 +329,7 @@ def test_every_rule_learns_as_well_and_sends_what_was_announced(tiny_config: Mak
 
 @pytest.mark.parametrize("rule", [pytest.param("fedavg", marks=pytest.mark.slow), "flora"])
 def test_a_rounded_run_that_was_cut_ends_as_one_that_was_not(tiny_config: MakeConfig, rule: str) -> None:
-    settings = (f"strategy.name={rule}", "wire.up=int8", "server.fraction=0.5", "server.evaluate_every=3")
+    settings = (f"strategy.name={rule}", "wire.up=int8", "server.fraction=0.5", "evaluation.every=3")
     whole = run(tiny_config(*settings, name="whole"))
     config = tiny_config(*settings, name="cut")
     resumed = cut_and_resumed(config, 2)
@@ -338,7 +338,7 @@ def test_a_rounded_run_that_was_cut_ends_as_one_that_was_not(tiny_config: MakeCo
 
 def test_a_private_run_is_rounded_after_the_noise_and_claims_the_same(tiny_config: MakeConfig) -> None:
     settings = (
-        *("server.weighting=uniform", "train.steps=2", "train.batch_size=10", "server.evaluate_every=2", "rounds=2"),
+        *("server.weighting=uniform", "train.steps=2", "train.batch_size=10", "evaluation.every=2", "rounds=2"),
         *("privacy.public_examples=40", "privacy.delta=1e-3", "privacy.max_grad_norm=0.5", "privacy.accountant=rdp"),
         "privacy.noise_multiplier=1.5",
     )

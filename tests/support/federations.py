@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
@@ -64,6 +66,16 @@ def forget(config: RunConfig) -> None:
 def timeless(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of metrics without what a clock measured."""
     return [_timeless(record) for record in records]
+
+
+def require_alike(one: Any, other: Any) -> None:
+    """Two records with the same numbers, but for the rounding of products in another process."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            require_alike(one[key], other[key])
+    else:
+        assert one == (pytest.approx(other, rel=1e-5) if isinstance(other, float) else other)
 
 
 def _timeless(value: Any) -> Any:

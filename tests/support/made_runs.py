@@ -55,7 +55,9 @@ def make_run(
     if correct is not None:
         values = np.asarray(correct, dtype=np.float64)
         label = np.arange(len(values)) % 2
-        write_outcomes(folder, len(curve) - 1, test, {"correct": values, "loss": 1 - values, "label": label})
+        predicted = np.where(values > 0, label, 1 - label)
+        measures = {"loss": 1 - values, "label": label, "predicted": predicted, "probabilities": np.eye(2)[predicted]}
+        write_outcomes(folder, len(curve) - 1, test, measures)
     if finished:
         run.write_json("result.json", {"rounds": len(curve) - 1})
     return folder

@@ -175,4 +175,4 @@ def test_the_small_transformer_knows_digits_that_it_has_not_seen() -> None:
     model = AutoModelForImageClassification.from_pretrained(path).eval()
     with torch.no_grad():
         found = task.measure(model, task.collate(examples, range(len(rows))))
-    assert float(found["correct"].mean()) > 0.9
+    assert float((found["predicted"] == found["label"]).float().mean()) > 0.9

@@ -79,7 +79,7 @@ def test_what_decides_the_rounds_to_come_may_change(
 
 
 def test_every_place_that_is_named_is_a_key() -> None:
-    names = {*flat_keys(config(*EXAMPLE)), *RunConfig.model_fields}
+    names = {*flat_keys(config(*EXAMPLE, "selection.patience=2")), *RunConfig.model_fields}
     assert names >= {*MACHINE, *PLACES, *FROM_NOW_ON, *SAMPLING, *(key for keys in MECHANISM.values() for key in keys)}
 
 

@@ -107,7 +107,7 @@ def test_figures_are_the_means_of_what_was_measured(dtype: torch.dtype) -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]], dtype=dtype)
     batch = {"input_ids": torch.zeros(3, 1), "attention_mask": torch.ones(3, 1), "labels": torch.tensor([0, 1, 1])}
     measures = {name: values.numpy() for name, values in task.measure(Fixed(logits), batch).items()}
-    assert measures["correct"].tolist() == [1.0, 1.0, 0.0]
+    assert (measures["predicted"] == measures["label"]).tolist() == [True, True, False]
     right = np.log1p(np.exp(-2.0))
     np.testing.assert_allclose(measures["loss"], [right, right, right + 2], rtol=1e-6)
     figures = task.summarise(measures)
@@ -208,12 +208,17 @@ def test_noise_changes_about_the_asked_share_of_words_of_the_asked_rows_only() -
     assert set(noisy.flat) <= set(before)
 
 
+def measured(label: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
+    certain = np.eye(int(max(label.max(), predicted.max())) + 1)[predicted.astype(int)]
+    return {"loss": label, "label": label, "predicted": predicted, "probabilities": certain}
+
+
 def test_the_largest_class_and_the_balance_stand_beside_the_accuracy() -> None:
     task = load_task(OpenTable(name="text-classification"))
     label = np.array([0.0] * 96 + [1.0] * 4)
-    lazy = task.summarise({"correct": 1.0 - label, "loss": label, "label": label})
+    lazy = task.summarise(measured(label, np.zeros(100)))
     assert (lazy["accuracy"], lazy["balanced_accuracy"], lazy["majority_share"]) == pytest.approx((0.96, 0.5, 0.96))
     even = np.arange(9.0) % 3
     right = np.array([1, 1, 0, 1, 0, 0, 1, 0, 0.0])
-    found = task.summarise({"correct": right, "loss": right, "label": even})
+    found = task.summarise(measured(even, np.where(right, even, (even + 1) % 3)))
     assert found["balanced_accuracy"] == pytest.approx(found["accuracy"])  # of classes of one size

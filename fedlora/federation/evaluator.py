@@ -1,0 +1,153 @@
+"""Measures the global model: on the server's test set, at the clients on what they keep apart, or on both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import numpy as np
+
+from fedlora.aggregators import GlobalState
+from fedlora.callbacks import Callback
+from fedlora.config import RunConfig
+from fedlora.errors import ReplyError
+from fedlora.fairness import fairness
+from fedlora.federation.client_pool import ClientEvaluation, ClientInfo, ClientPool, Failure, RoundRequest, Sums
+from fedlora.model.base_history import bring_to
+from fedlora.rng import derive
+from fedlora.training.evaluate import evaluate
+from fedlora.training.workspace import Workspace
+
+
+@final
+class Evaluator:
+    """Evaluates states as `[evaluation]` and `[selection]` say.
+
+    Args:
+        pool: Of the clients.
+        config: Of the run.
+        workspace: The server's.
+        callbacks: Told of each evaluation on the server's test set, and of clients that report nothing.
+    """
+
+    def __init__(self, pool: ClientPool, config: RunConfig, workspace: Workspace, callbacks: Callback) -> None:
+        self._pool, self._config, self._workspace, self._callbacks = pool, config, workspace, callbacks
+        self._said: dict[int, str] = {}
+
+    def show(self, state: GlobalState, digests: Mapping[int, str]) -> None:
+        """Write a state's model to the server's own base.
+
+        Args:
+            state: Any of the run.
+            digests: Of the base by version, as this run has made them.
+        """
+        bring_to(self._workspace.base, state, digests)
+        self._workspace.base.write(state.adapter)
+
+    def measure(
+        self, state: GlobalState, digests: Mapping[int, str], clients: Mapping[int, ClientInfo]
+    ) -> dict[str, Any]:
+        """Figures of a state.
+
+        Args:
+            state: To be measured.
+            digests: Of the base by version, as this run has made them.
+            clients: Those that can be asked.
+
+        Returns:
+            For a line of metrics: the figures ("accuracy", "loss", ...) and "domains" of the server's test set, or the
+            figures over all clients where they alone evaluate; "federated", where clients evaluate: "figures" over all
+            their examples, "clients" (number -> its main figure, "loss" and "examples"), "macro" (the mean over
+            clients), "worst_tenth" (the mean over the worst tenth of them), "left_out" (number -> why), "bytes_up" and
+            "bytes_down"; "validation": the figures by which rounds are compared.
+        """
+        on, selecting, data = self._config.evaluation.on, self._config.selection is not None, self._workspace.data
+        line: dict[str, Any] = {}
+        if on in ("server", "both"):
+            self.show(state, digests)
+            base, task = self._workspace.base, self._workspace.task
+            result = evaluate(base, task, data.require_test(), domain_column=data.domain_column)
+            self._callbacks.evaluated(state, result)
+            line |= {**result.overall, "domains": dict(result.domains)}
+            if data.validation is not None:
+                line["validation"] = evaluate(base, task, data.validation).overall
+        if on in ("clients", "both"):
+            parts = ("test", "validation") if on == "clients" and selecting else ("test",)
+            request = RoundRequest(state.round, self._sampled(state.round, clients), state, dict(digests))
+            found = [self._checked(one) for one in self._pool.evaluate(request, parts)]
+            line["federated"] = self._federated(found)
+            if on == "clients":
+                line |= {**line["federated"]["figures"], "domains": {}}
+                if selecting:
+                    line["validation"] = self._pooled(found, "validation")
+        return line
+
+    def _sampled(self, number: int, clients: Mapping[int, ClientInfo]) -> list[int]:
+        share = self._config.evaluation.clients_fraction
+        wanted = max(1, round(share * len(clients)))
+        generator = np.random.default_rng(derive(self._config.seed, "evaluate", number))
+        return sorted(int(k) for k in generator.choice(sorted(clients), size=wanted, replace=False))
+
+    def _checked(self, one: ClientEvaluation) -> ClientEvaluation:
+        """A client's evaluation, if it can be one of examples."""
+        try:
+            for sums in one.sums.values():
+                _require_sums(sums, self._config.server.max_examples)
+        except ReplyError as error:
+            return replace(one, sums={}, failure=Failure("refused", str(error)))
+        return one
+
+    def _pooled(self, found: Sequence[ClientEvaluation], part: str) -> dict[str, float]:
+        sums = [one.sums[part] for one in found if part in one.sums]
+        return dict(self._workspace.task.figures(added(sums))) if sums else {}
+
+    def _federated(self, found: Sequence[ClientEvaluation]) -> dict[str, Any]:
+        task = self._workspace.task
+        clients: dict[str, dict[str, float]] = {}
+        left_out: dict[str, str] = {}
+        for one in found:
+            if "test" in one.sums:
+                figures = task.figures(one.sums["test"])
+                clients[str(one.client_id)] = {
+                    "examples": float(one.sums["test"]["examples"]),
+                    **{name: figures[name] for name in dict.fromkeys((task.metric, "loss"))},
+                }
+            else:
+                why = one.failure.why if one.failure is not None else "it reports nothing of its test examples"
+                left_out[str(one.client_id)] = why
+                if self._said.get(one.client_id) != why:
+                    self._said[one.client_id] = why
+                    self._callbacks.message(f"client {one.client_id} is left out of the evaluation: {why}")
+        line: dict[str, Any] = {"figures": self._pooled(found, "test"), "clients": clients}
+        if clients:
+            spread = fairness([row[task.metric] for row in clients.values()], higher_is_better=task.higher_is_better)
+            line |= {"macro": {task.metric: spread.mean}, "worst_tenth": {task.metric: spread.worst_decile}}
+        return line | {
+            "left_out": left_out,
+            "bytes_up": sum(one.bytes_up for one in found),
+            "bytes_down": sum(one.bytes_down for one in found),
+        }
+
+
+def _require_sums(sums: Sums, most_examples: int) -> None:
+    """Raise `ReplyError` for what no examples give."""
+    examples = float(sums["examples"])
+    if not (examples.is_integer() and 1 <= examples <= most_examples):
+        raise ReplyError(
+            f"it says to have evaluated {examples:g} examples, and that is no whole number from 1 to "
+            f"server.max_examples = {most_examples}",
+            code="invalid-weight",
+        )
+    for name, values in sums.items():
+        if not bool(np.isfinite(values).all()) or bool((np.asarray(values) < 0).any()):
+            raise ReplyError(f"its sum {name!r} is negative or not finite", code="invalid-sums")
+
+
+def added(sums: Sequence[Sums]) -> dict[str, np.ndarray]:
+    """Statistics of several sets of examples as one, in float64.
+
+    Args:
+        sums: At least one, of one task; in the order in which they are added.
+    """
+    return {name: np.asarray(np.sum([one[name] for one in sums], axis=0, dtype=np.float64)) for name in sums[0]}

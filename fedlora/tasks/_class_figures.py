@@ -1,0 +1,114 @@
+"""What is said of a classifier, computed from sums that add up over sets of examples.
+
+A client that evaluates on its own examples sends the sums alone; those of all clients together give the figures of
+their examples in one place.
+
+Shapes: n = examples, c = classes, h = bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+SCORE_BINS = 200
+"""Bins of equal width in which the AUROC sees probabilities."""
+CALIBRATION_BINS = 15
+"""Bins of equal width of the expected calibration error, as in Guo et al. 2017 (arXiv 1706.04599)."""
+MOST_CLASSES = 100
+"""With more classes, no histograms of their probabilities are kept, and there is no AUROC."""
+
+
+def class_sums(
+    loss: Float[np.ndarray, "n"],
+    label: Float[np.ndarray, "n"],
+    predicted: Float[np.ndarray, "n"],
+    probabilities: Float[np.ndarray, "n c"],
+) -> dict[str, np.ndarray]:
+    """Sums over some examples.
+
+    Args:
+        loss: in nats.
+        label: number of the right class.
+        predicted: number of the class with the largest probability.
+        probabilities: of each class.
+
+    Returns:
+        "examples"; "loss", their sum; "confusion" [c, c], examples of each label (row) by what was predicted (column);
+        "calibration" [h, 3], for each bin of the predicted class's probability its examples, their probabilities added
+        up, and how many are right; "scores" [c, 2, h] (for at most 100 classes), for each class the histogram of its
+        probability over the examples of other classes and over its own.
+    """
+    n, c = probabilities.shape
+    labels, guesses = label.astype(np.int64), predicted.astype(np.int64)
+    confidence = np.take_along_axis(probabilities, guesses[:, None], axis=1)[:, 0]
+    bins = _bins(confidence, CALIBRATION_BINS)
+    columns = (np.ones(n), confidence, (guesses == labels).astype(np.float64))
+    sums: dict[str, np.ndarray] = {
+        "examples": np.asarray(float(n)),
+        "loss": np.asarray(np.sum(loss, dtype=np.float64)),
+        "confusion": np.bincount(labels * c + guesses, minlength=c * c).reshape(c, c).astype(np.float64),
+        "calibration": np.stack([np.bincount(bins, column, CALIBRATION_BINS) for column in columns], axis=1),
+    }
+    if c <= MOST_CLASSES:
+        classes = np.arange(c)
+        place = (classes * 2 + (labels[:, None] == classes)) * SCORE_BINS + _bins(probabilities, SCORE_BINS)
+        counts = np.bincount(place.ravel(), minlength=c * 2 * SCORE_BINS)
+        sums["scores"] = counts.reshape(c, 2, SCORE_BINS).astype(np.float64)
+    return sums
+
+
+def class_figures(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Figures of the examples that were added up.
+
+    Classes without an example are left out of means over classes.
+
+    Returns:
+        "accuracy"; "balanced_accuracy", the mean recall over the classes; "majority_share", the accuracy of always
+        answering with the largest class; "macro_f1" and "weighted_f1", the mean F1 over the classes that occur as label
+        or as prediction, and the mean weighted by their examples; "mcc", the Matthews correlation coefficient (for c
+        classes Gorodkin's R_K, 2004), 0 where it is not defined; "auroc", one class against the others, the mean over
+        the classes, from probabilities in bins (NaN with one class alone, left out with more than 100 classes);
+        "ece", the expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation (3)); "loss", the mean.
+    """
+    confusion, examples = sums["confusion"], float(sums["examples"])
+    right, of_class, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    there = of_class > 0
+    f1 = 2 * right / np.maximum(of_class + guessed, 1)
+    count, confidence, hits = sums["calibration"].T
+    figures = {
+        "accuracy": float(right.sum() / examples),
+        "balanced_accuracy": float(np.mean(right[there] / of_class[there])),
+        "majority_share": float(of_class.max() / examples),
+        "macro_f1": float(np.mean(f1[of_class + guessed > 0])),
+        "weighted_f1": float(f1 @ of_class / examples),
+        "mcc": _matthews(right.sum(), of_class, guessed, examples),
+        "ece": float(np.abs(confidence - hits).sum() / max(count.sum(), 1.0)),
+        "loss": float(sums["loss"] / examples),
+    }
+    if "scores" in sums:
+        figures["auroc"] = _auroc(sums["scores"])
+    return figures
+
+
+def _bins(values: np.ndarray, number: int) -> np.ndarray:
+    """Places of probabilities in so many bins; those of a diverged model, which are none, go to the first."""
+    return np.minimum((np.nan_to_num(values) * number).astype(np.int64), number - 1)
+
+
+def _matthews(
+    right: float, of_class: Float[np.ndarray, "c"], guessed: Float[np.ndarray, "c"], examples: float
+) -> float:
+    spread = (examples**2 - guessed @ guessed) * (examples**2 - of_class @ of_class)
+    return float((right * examples - of_class @ guessed) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def _auroc(scores: Float[np.ndarray, "c 2 h"]) -> float:
+    """Probability that an example of a class has more of its probability than another; a tie of bins counts half."""
+    others, own = scores[:, 0], scores[:, 1]
+    pairs = own.sum(axis=1) * others.sum(axis=1)
+    below = np.cumsum(others, axis=1) - others / 2
+    areas = (own * below).sum(axis=1)[pairs > 0] / pairs[pairs > 0]
+    return float(np.mean(areas)) if len(areas) else float("nan")

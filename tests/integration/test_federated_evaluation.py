@@ -1,0 +1,291 @@
+"""Evaluation where the data are: figures of all clients' own examples as in one place, and the round that is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.errors import raises
+from support.federations import deploy, require_alike, simulate, timeless
+from support.interrupted import cut_and_resumed
+from typer.testing import CliRunner
+
+from fedlora.api import load_run
+from fedlora.callbacks import Callback
+from fedlora.cli import app
+from fedlora.config import RunConfig, parse_config
+from fedlora.errors import ConfigError, PrivacyError
+from fedlora.federation.run import RunOutcome
+from fedlora.federation.selection import Selection
+from fedlora.tasks._classification import Classification
+from fedlora.training.evaluate import evaluate
+from fedlora.training.workspace import Workspace, open_workspace
+
+MakeConfig = Callable[..., RunConfig]
+AT_CLIENTS = ("evaluation.on=clients", "evaluation.min_examples=2")
+OVERFITS = (*AT_CLIENTS, "selection.metric=loss", "data.validation_fraction=0.3", "train.lr=0.05", "train.steps=6")
+
+
+def on_all_own_examples(workspace: Workspace, outcome: RunOutcome, part: str) -> dict[str, float]:
+    """Figures of the last state over what all clients keep apart, in one place."""
+    workspace.base.rebase(outcome.state.base_version, outcome.state.base_updates)
+    workspace.base.write(outcome.state.adapter)
+    apart = workspace.data.apart[part]
+    rows = np.concatenate(apart.clients)
+    return evaluate(workspace.base, workspace.task, apart.examples, indices=rows).overall
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora"])
+@pytest.mark.parametrize("run", [simulate, deploy])
+def test_federated_figures_are_those_of_all_examples_in_one_place(
+    tiny_config: MakeConfig, run: Callable[..., RunOutcome], rule: str
+) -> None:
+    config = tiny_config(*AT_CLIENTS, f"strategy.name={rule}")
+    outcome = run(config)
+    pooled = on_all_own_examples(open_workspace(config), outcome, "test")
+    last = outcome.records[-1]
+    counted = ("accuracy", "balanced_accuracy", "majority_share", "macro_f1", "weighted_f1", "mcc")
+    assert {name: last[name] for name in counted} == {name: pooled[name] for name in counted}
+    assert last["loss"] == pytest.approx(pooled["loss"], rel=1e-5)
+    federated = last["federated"]
+    assert federated["figures"] == {name: last[name] for name in federated["figures"]}
+    own = [row["accuracy"] for row in federated["clients"].values()]
+    assert len(own) == 4
+    assert federated["macro"]["accuracy"] == pytest.approx(np.mean(own))
+    assert federated["worst_tenth"]["accuracy"] == min(own)
+    assert federated["bytes_up"] > 0
+    assert federated["bytes_down"] > 0
+    assert "federated" in outcome.records[0]  # before training
+
+
+def test_what_clients_keep_apart_is_in_whole_groups_and_nobody_trains_on_it(tiny_config: MakeConfig) -> None:
+    data = open_workspace(tiny_config(*AT_CLIENTS, "selection.patience=9", "data.group=document")).data
+    documents = data.train.columns["document"]
+    apart = data.apart["test"].examples.columns["document"]
+    for k, rows in enumerate(data.clients):
+        parts = [set(documents[rows]), *(set(apart[data.apart[part].clients[k]]) for part in ("test", "validation"))]
+        assert all(parts)
+        assert len(set.union(*parts)) == sum(map(len, parts))
+    assert data.test is not None
+    assert sorted(data.test.columns["document"]) == sorted(apart[np.concatenate(data.apart["test"].clients)])
+    total = sum(len(rows) for held in (data.clients, *(a.clients for a in data.apart.values())) for rows in held)
+    assert total + len(data.dropped) == len(data.train)
+
+
+def test_processes_and_clients_here_report_the_same(tiny_config: MakeConfig) -> None:
+    alike = ("runtime.cohort=1", "runtime.prefix_cache=off")
+    keys = (*AT_CLIENTS, *alike, "selection.patience=9", "evaluation.clients_fraction=0.75")
+    here = simulate(tiny_config(*keys, name="here"))
+    two = simulate(tiny_config(*keys, "runtime.processes=2", name="two"))
+    for mine, theirs in zip(timeless(here.records), timeless(two.records), strict=True):
+        require_alike(mine["federated"], theirs["federated"])
+        require_alike(mine["validation"], theirs["validation"])
+        assert len(mine["federated"]["clients"]) == 3
+
+
+def test_on_both_the_servers_figures_stand_first(tiny_config: MakeConfig) -> None:
+    outcome = simulate(tiny_config("evaluation.on=both", "evaluation.min_examples=2"))
+    server = simulate(tiny_config(name="server")).records[0]
+    first = outcome.records[0]
+    assert {name: first[name] for name in server["domains"]["films"]} == {
+        name: server[name] for name in server["domains"]["films"]
+    }
+    assert first["domains"] == server["domains"]
+    assert len(first["federated"]["clients"]) == 4
+
+
+def test_a_client_reports_nothing_of_a_few_examples(tiny_config: MakeConfig) -> None:
+    said: list[str] = []
+
+    class Listening(Callback):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    keys = ("evaluation.on=clients", "partition.name=quantity", "partition.alpha=0.3", "partition.clients=6")
+    outcome = simulate(tiny_config(*keys, "evaluation.min_examples=8"), Listening())
+    federated = outcome.records[-1]["federated"]
+    assert federated["left_out"]
+    assert federated["clients"]
+    assert not federated["left_out"].keys() & federated["clients"].keys()
+    for client_id in federated["left_out"]:
+        assert sum(text.startswith(f"client {client_id} is left out of the evaluation") for text in said) == 1
+    nobody = simulate(tiny_config(*keys, "evaluation.min_examples=5000", name="nobody"))
+    assert nobody.records[-1]["federated"]["clients"] == {}
+    assert "accuracy" not in nobody.records[-1]
+    assert nobody.rundir.finished
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("examples", 1e9, "server.max_examples"),
+        ("examples", 0.5, "whole number"),
+        ("loss", np.nan, "not finite"),
+        ("confusion", -1.0, "negative"),
+    ],
+)
+def test_sums_that_no_examples_give_are_left_out_by_name(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str, value: float, said: str
+) -> None:
+    real = Classification.sums
+    lied: list[int] = []
+
+    def lying(self: Classification, measures: Any) -> dict[str, np.ndarray]:
+        sums = real(self, measures)
+        lied.append(1)
+        return sums if len(lied) % 4 else sums | {name: np.full_like(sums[name], value)}  # the last of four clients
+
+    config = tiny_config(*AT_CLIENTS, "rounds=1")
+    honest = simulate(config)
+    monkeypatch.setattr(Classification, "sums", lying)
+    federated = simulate(tiny_config(*AT_CLIENTS, "rounds=1", name="lied")).records[-1]["federated"]
+    assert list(federated["left_out"]) == ["3"]
+    assert said in federated["left_out"]["3"]
+    true = honest.records[-1]["federated"]["clients"]
+    assert federated["clients"] == {k: row for k, row in true.items() if k != "3"}
+
+
+def test_nothing_is_measured_where_evaluation_is_off(tiny_config: MakeConfig) -> None:
+    outcome = simulate(tiny_config("evaluation.on=off"))
+    assert all("accuracy" not in record for record in outcome.records)
+    assert outcome.rundir.report.is_file()
+
+
+# ------------------------------------------------------------------------------------------------ selection
+
+
+def test_the_best_round_by_validation_is_kept_and_the_last_beside_it(tiny_config: MakeConfig) -> None:
+    outcome = simulate(tiny_config(*OVERFITS, "rounds=8", name="whole"))
+    losses = {record["round"]: record["validation"]["loss"] for record in outcome.records[1:]}
+    best = min(losses, key=lambda number: losses[number])
+    assert best < 8  # it overfits
+    result = outcome.rundir.read_json("result.json")
+    assert (result["kept_round"], result["best"]["round"], result["stopped"]) == (best, best, None)
+    assert result["best"]["value"] == losses[best]
+    short = simulate(tiny_config(*OVERFITS, f"rounds={best}", name="short"))
+    last = simulate(tiny_config(*OVERFITS, "rounds=8", "selection.keep=last", name="last"))
+    assert weights(outcome.rundir.adapter_dir) == weights(short.rundir.adapter_dir)
+    assert weights(outcome.rundir.last_adapter_dir) == weights(last.rundir.adapter_dir)
+    assert not last.rundir.last_adapter_dir.exists()
+    assert weights(outcome.rundir.adapter_dir) != weights(last.rundir.adapter_dir)
+
+
+def test_an_exported_model_is_that_of_the_round_that_was_kept(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    outcome = simulate(tiny_config(*OVERFITS, "rounds=6"))
+    kept = outcome.rundir.read_json("result.json")["kept_round"]
+    assert kept < 6
+    for flags, folder in (([], "adapter"), (["--merge"], "model")):
+        words = ["export", str(outcome.rundir.path), str(tmp_path / folder), *flags]
+        said = CliRunner().invoke(app, words)
+        assert f"of round {kept} is in" in said.output
+    assert weights(tmp_path / "adapter") == weights(outcome.rundir.adapter_dir)
+    best = outcome.rundir.kept_checkpoint()
+    assert best is not None
+    assert best.round == kept
+
+
+def test_a_run_ends_early_and_says_so(tiny_config: MakeConfig) -> None:
+    said: list[str] = []
+
+    class Listening(Callback):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    outcome = simulate(tiny_config(*OVERFITS, "rounds=30", "selection.patience=2"), Listening())
+    result = outcome.rundir.read_json("result.json")
+    assert outcome.state.round == result["kept_round"] + 2 < 30
+    assert result["stopped"] in next(text for text in said if text.startswith("the run ends after round"))
+    assert outcome.rundir.finished
+    assert "ended early" in outcome.rundir.report.read_text()
+    assert load_run(outcome.rundir.path).finished
+
+
+@pytest.mark.parametrize("cut", [2, 4])
+def test_a_resumed_run_keeps_the_same_round(tiny_config: MakeConfig, cut: int) -> None:
+    whole = simulate(tiny_config(*OVERFITS, "rounds=6", "selection.patience=3", name="whole"))
+    resumed = cut_and_resumed(tiny_config(*OVERFITS, "rounds=6", "selection.patience=3", name="cut"), cut)
+    assert weights(resumed.rundir.adapter_dir) == weights(whole.rundir.adapter_dir)
+    one, other = (outcome.rundir.read_json("result.json") for outcome in (whole, resumed))
+    assert (one["kept_round"], one["best"], one["stopped"]) == (other["kept_round"], other["best"], other["stopped"])
+
+
+def test_the_server_selects_by_examples_that_it_does_not_test_on(tiny_config: MakeConfig) -> None:
+    config = tiny_config("selection.patience=9", "data.validation_fraction=0.2", "data.group=document")
+    data = open_workspace(config).data
+    assert data.test is not None
+    assert data.validation is not None
+    parts = [set(part.columns["document"]) for part in (data.train, data.test, data.validation)]
+    assert len(set.union(*parts)) == sum(map(len, parts))
+    outcome = simulate(config)
+    assert all("accuracy" in record["validation"] for record in outcome.records)
+
+
+@pytest.mark.parametrize(
+    ("values", "keys", "best", "stopped"),
+    [
+        ([0.5, 0.7, 0.6, 0.65], ["selection.patience=2"], 2, True),
+        ([0.5, 0.7, 0.6, 0.8], ["selection.patience=2"], 4, False),
+        ([0.5, 0.505, 0.51], ["selection.min_delta=0.05", "selection.patience=2"], 1, True),
+        ([0.5, 0.4, 0.45], ["selection.metric=loss"], 2, False),
+        ([0.5, 0.4, 0.45], ["selection.metric=loss", "selection.mode=max"], 1, False),
+        ([None, 0.4, None], ["selection.patience=1"], 2, True),
+    ],
+)
+def test_rounds_are_compared_as_asked(
+    values: list[float | None], keys: list[str], best: int, stopped: bool, tiny_config: MakeConfig
+) -> None:
+    config = parse_config("", keys)
+    assert config.selection is not None
+    task = open_workspace(tiny_config()).task
+    figures = [{"accuracy": value, "loss": value} for value in values]
+    history = [{"round": 0, "validation": {"accuracy": 1.0, "loss": 0.0}}]
+    history += [{"round": number, "validation": row} for number, row in enumerate(figures, 1)]
+    selection = Selection(config.selection, task, history)
+    assert selection.best is not None
+    assert selection.best.round == best  # never that before training
+    assert (selection.stopped is not None) == stopped
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "code", "names"),
+    [
+        (["evaluation.on=off", "selection.patience=2"], ConfigError, "selection-without-evaluation", "[selection]"),
+        (["evaluation.min_examples=3"], ConfigError, "key-without-effect", "evaluation.on = 'clients'"),
+        (["data.validation_fraction=0.3"], ConfigError, "key-without-effect", "[selection]"),
+        (["evaluation.on=clients", "data.test=x.csv"], ConfigError, "key-without-effect", "data.test"),
+        (
+            ["evaluation.on=clients", "privacy={unit='client', epsilon=3.0, delta=1e-3, clip_norm=1}"],
+            PrivacyError,
+            "evaluation-not-private",
+            "evaluation.on = 'server'",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_a_line(
+    keys: list[str], kind: type[Exception], code: str, names: str
+) -> None:
+    with raises(kind, code, names):
+        parse_config("", keys)
+
+
+def test_an_unknown_figure_is_named(tiny_config: MakeConfig) -> None:
+    with raises(ConfigError, "unknown-metric", "selection.metric", "macro_f1"):
+        simulate(tiny_config("selection.metric=macrof1"))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_compare_takes_the_round_that_was_kept(tiny_config: MakeConfig) -> None:
+    from fedlora.compare._runs import read_run
+
+    outcome = simulate(tiny_config(*OVERFITS, "rounds=6"))
+    run = read_run(outcome.rundir.path)
+    kept = outcome.rundir.read_json("result.json")["kept_round"]
+    assert run.final == outcome.records[kept]["accuracy"]
+    assert json.loads((outcome.rundir.path / "result.json").read_text())["last"]["round"] == kept
