@@ -196,7 +196,7 @@ def measure(folder: Path, arm: str, count: int, args: argparse.Namespace) -> Non
             fleet.end()
     finally:
         running.end()
-    per = count * (args.rounds + 2)
+    per = count * (args.rounds + (3 if arm == "fedavg" else 2))
     print(
         f"{arm:7} {count:4} nodes, {args.mib:g} MiB in {2 * 6 * args.layers} tensors (rank {rank}): "
         f"{statistics.median(seconds):6.1f} s a round; of each node and round {fleet.calls / per:.0f} calls, "
