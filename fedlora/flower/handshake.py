@@ -17,7 +17,10 @@ from fedlora.config import NODES, RunConfig
 from fedlora.errors import ReplyError
 from fedlora.provenance import DATA, WORDS, Provenance, in_words
 
-TABLES = ("seed", "model", "adapter", "task", "partition", "clients", "train", "strategy", "wire", "privacy")
+TABLES = (
+    *("seed", "model", "adapter", "task", "partition", "clients", "train", "strategy", "wire", "privacy"),
+    *("evaluation", "selection"),  # which examples are kept from training
+)
 
 
 def question(config: RunConfig, pins: Provenance) -> RecordDict:

@@ -41,7 +41,8 @@ def test_every_key_of_the_models_is_explained_and_no_other() -> None:
     dumped: set[str] = set()
     for unit in units:
         server = {"weighting": "uniform", "aggregation_error": False}
-        config = RunConfig.model_validate({"privacy": claim | unit, "server": server, "tracking": {"name": "wandb"}})
+        tables = {"server": server, "tracking": {"name": "wandb"}, "selection": {}}
+        config = RunConfig.model_validate({"privacy": claim | unit, **tables})
         dumped |= leaves(config.model_dump(mode="json")) - {"partition.clients"}
     assert {path for path in known if not path.startswith("clients.profiles.")} == dumped
 
@@ -64,7 +65,7 @@ def test_defaults_are_those_of_the_models() -> None:
     for key in keys():
         if not key.entry and key.default not in (REQUIRED, "none") and "profiles" not in key.path:
             table, _, name = key.path.rpartition(".")
-            if table in ("privacy", "tracking"):  # none by default
+            if table in ("privacy", "selection", "tracking"):  # none by default
                 continue
             given = getattr(RunConfig(), table) if table else RunConfig()
             value = getattr(given, name)

@@ -18,7 +18,7 @@ import fedlora.api  # noqa: F401  # before `load_config` is replaced
 from fedlora.cli import app
 from fedlora.config import load_config
 from fedlora.errors import RunDirError
-from fedlora.federation import client, server
+from fedlora.federation import client, evaluator
 from fedlora.runs.place import check_free
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
@@ -175,7 +175,7 @@ def test_a_fault_of_the_program_ends_a_simulation_and_frees_its_place(broken: Pa
 def test_a_run_that_has_trained_keeps_its_folder(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(tiny_toml)
     run = RunDir.create(config)
-    evaluate = server.evaluate
+    evaluate = evaluator.evaluate
     calls = []
 
     def fail_later(*args: object, **options: object) -> object:
@@ -184,7 +184,7 @@ def test_a_run_that_has_trained_keeps_its_folder(tiny_toml: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, "No space left on device")
         return evaluate(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(server, "evaluate", fail_later)
+    monkeypatch.setattr(evaluator, "evaluate", fail_later)
     with pytest.raises(OSError, match="No space"):
         run_simulation(config, run)
     assert not run.discard_if_untrained()

@@ -259,8 +259,8 @@ def test_wrong_options_are_refused(
     [
         ("flora", "pissa", "draws its clients' A and B anew"),
         ("flora", "dora", "merges into the base"),
-        ("fair", "vera", "choose strategy 'fedavg'"),
-        ("ffa", "ia3", "choose strategy 'fedavg'"),
+        ("fair", "vera", "or 'fedavg' or"),
+        ("ffa", "ia3", "or 'fedavg' or"),
     ],
 )
 def test_a_rule_that_cannot_average_a_method_says_what_can(tiny_bert: Path, rule: str, method: str, words: str) -> None:

@@ -109,7 +109,7 @@ def test_noise_is_fresh_in_each_merge_whatever_the_seed() -> None:
 
 
 def test_rules_that_look_at_single_updates_are_refused_with_the_reason() -> None:
-    with raises(PrivacyError, "rule-not-linear", "Flora", "fedavg, ffa"):
+    with raises(PrivacyError, "rule-not-linear", "Flora", "fedavg", "ffa"):
         ServerDP(Flora(), noise_multiplier=1.0, clip_norm=1.0)
 
 
