@@ -12,6 +12,7 @@ Everything private to flwr's inflation and its HTTP client is touched in this fi
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,9 +141,7 @@ def _pull(grid: HttpGrid, message_id: str, allowed: Allowed, patience_s: float) 
 
         def pull(ids: Sequence[str]) -> dict[str, bytes]:
             def one(object_id: str) -> bytes:
-                content = pull_one(object_id)
-                budget.spend(len(content))
-                return content
+                return budget.count(pull_one(object_id))
 
             try:
                 return pull_objects(list(ids), one, max_time=patience_s)
@@ -169,21 +168,32 @@ def _pull(grid: HttpGrid, message_id: str, allowed: Allowed, patience_s: float) 
 
 
 class _Budget:
-    """Bytes that may still come."""
+    """Bytes that may still come. Several threads read at once: what each will read is taken off before it does."""
 
     def __init__(self, most: int) -> None:
-        self.left = most
+        self._left = most
+        self._lock, self._here = threading.Lock(), threading.local()
 
     def spend(self, count: int) -> None:
-        self.left -= count
-        if self.left < 0:
-            raise _too_large()
+        with self._lock:
+            self._left -= count
+            if self._left < 0:
+                raise _too_large()
 
     def look(self, response: httpx.Response) -> None:
         """Before a response's body is read."""
         size = response.headers.get("content-length", "")
-        if size.isdecimal() and int(size) > min(self.left, LARGEST_OBJECT) + 4096:
-            raise _too_large()
+        self._here.told = size.isdecimal()
+        if self._here.told:
+            if int(size) > LARGEST_OBJECT + 4096:
+                raise _too_large()
+            self.spend(int(size))
+
+    def count(self, content: bytes) -> bytes:
+        """What this thread has just read; it is taken off now if its response did not say how long it is."""
+        if not getattr(self._here, "told", False):
+            self.spend(len(content))
+        return content
 
 
 def _too_large() -> ReplyError:
