@@ -13,7 +13,7 @@ unit = "client": one client against the server's noise, where it weighs most and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -245,9 +245,9 @@ def _on_entries(
             places = torch.from_numpy(entries).to(canary.device)[canary]
             return 1e4 * own.gather(1, places[:, None]).squeeze(1)
 
-        task = cast(Task, _CanaryTask(workspace.task, lambda model: (model, term)))
+        task = cast(Task, _CanaryTask(workspace, lambda model: (model, term)))
         work = [(replace(job, indices=members), config)]
-        loop = PrivateTrainingLoop(workspace.base, task, workspace.data.train, work, [settings])
+        loop = PrivateTrainingLoop(workspace.base, task, _carriers(workspace, len(entries)), work, [settings])
         (outcome,) = loop.run()
         if isinstance(outcome, Exception):
             raise outcome
@@ -263,9 +263,9 @@ def _on_parameters(
 
     def attack(members: np.ndarray) -> np.ndarray:
         model = _WithCanaries(workspace.base.model, Canaries(canaries).to(workspace.base.device))
-        task = cast(Task, _CanaryTask(workspace.task, lambda _: (model.user, model.canaries)))
+        task = cast(Task, _CanaryTask(workspace, lambda _: (model.user, model.canaries)))
         base = cast(Base, _CanaryBase(workspace.base, model))
-        train_by_opacus(base, task, workspace.data.train, replace(job, indices=members), config, settings)
+        train_by_opacus(base, task, _carriers(workspace, canaries), replace(job, indices=members), config, settings)
         return model.canaries.scores()
 
     return attack
@@ -293,26 +293,28 @@ class _CanaryBase:
         return self._base.read()
 
 
+def _carriers(workspace: Workspace, canaries: int) -> Examples:
+    """One example for each canary, by its length alone: `_CanaryTask` takes the rest from the training set."""
+    return Examples({}, None, np.resize(workspace.data.train.lengths, canaries))
+
+
 class _CanaryTask:
-    """The config's task, whose example i is an example of the training set with canary i on it.
+    """The config's task, whose example i is example i modulo n of the n in the training set, with canary i on it.
 
     Args:
-        task: the config's.
+        workspace: of the config.
         parts: what the loop calls the model -> the task's own model, and canaries [b] -> their losses [b].
     """
 
-    def __init__(self, task: Task, parts: Callable[[Any], tuple[Any, Callable[[Tensor], Tensor]]]) -> None:
-        self._task, self._parts = task, parts
+    def __init__(self, workspace: Workspace, parts: Callable[[Any], tuple[Any, Callable[[Tensor], Tensor]]]) -> None:
+        self._task, self._train, self._parts = workspace.task, workspace.data.train, parts
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
-        return {**self._task.collate(examples, indices % len(examples)), "canary": torch.from_numpy(indices)}
-
-    def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:
-        (only,) = batches
-        return only
+        own = self._task.collate(self._train, indices % len(self._train))
+        return {**own, "canary": torch.from_numpy(indices)}
 
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         user, canaries = self._parts(model)

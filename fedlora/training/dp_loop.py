@@ -91,6 +91,10 @@ class PrivateTrainingLoop(Loop):
             self._samples[key] = samples[number] if samples else poisson_batches(size, plan.sample_rate, plan.steps)
 
     def _begin(self, client: Client) -> None:
+        if client.job.indices.max(initial=-1) >= len(self._examples):  # each would be left out as if it were broken
+            raise PrivacyError(
+                "a client's examples are not all in the training set: report this bug", code="no-such-example"
+            )
         client.steps = self._how[id(client)].schedule.steps
 
     def _next_batch(self, client: Client) -> None:

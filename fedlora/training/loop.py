@@ -282,11 +282,12 @@ class Loop(ABC):
             owners = torch.tensor(group.of_examples(group.members), device=losses.device)
             losses.index_add_(0, owners, each.detach().to(losses.dtype))
             computed += self._now() - started
+        # Whatever can fail on the data comes before the move: a step that failed is taken again.
+        tokens = [float(np.maximum(self._examples.lengths[client.chosen], 1).sum()) for client in members]
+        weights = [own / sum(tokens) for own in tokens]
         started = self._now()
         self._move(members, gradients, losses / losses.new_tensor([max(1, len(c.chosen)) for c in members]))
         computed += self._now() - started
-        tokens = [float(self._examples.lengths[client.chosen].sum()) for client in members]
-        weights = [own / sum(tokens) for own in tokens]
         for client, weight in zip(members, weights, strict=True):
             client.compute += computed * weight
             if client.outcome is None:

@@ -179,7 +179,8 @@ def test_nothing_leaves_a_client_but_noised_tensors_and_public_figures(
     updates = [(reply, note) for reply, note in zip(replies, notes, strict=True) if note["kind"] == "update"]
     assert len(updates) == 4 * ROUNDS
     heads = [set(note) for _, note in updates]
-    assert all(head == {"protocol", "kind", "round", "base_digest"} for head in heads)
+    assert all(head == {"protocol", "kind", "round", "base_digest", "layout"} for head in heads)
+    assert len({note["layout"] for _, note in updates}) == 1  # of the tensors that were asked for, whoever answers
     for reply, note in updates:
         assert set(reply.content) == {"reply", "update", "metrics"}
         assert dict(reply.content.metric_records["metrics"]) == {

@@ -228,6 +228,41 @@ def test_an_example_that_cannot_be_computed_adds_nothing_and_moves_nobody_else(
     assert sum("left out of a private step" in record.getMessage() for record in caplog.records) == times > 4
 
 
+def test_examples_of_no_length_are_added_once(base: Base, task: Task, examples: Examples) -> None:
+    """A task of one's own may say nothing of lengths: what follows from them must not have a part added twice."""
+    work, settings, samples = clients(base, optimizer="sgd", lr=0.1)
+    parts = samples[1][1]  # the sample comes in parts of two
+
+    def run(lengths: np.ndarray) -> AdapterState:
+        (outcome,) = PrivateTrainingLoop(
+            base,
+            task,
+            replace(examples, lengths=lengths),
+            [work[1]],
+            [settings[1]],
+            generators=[torch.Generator().manual_seed(0)],
+            samples=[iter(samples[1])],
+        ).run()
+        assert isinstance(outcome, TrainResult), outcome
+        return outcome.adapter
+
+    for silent in (parts[:2], np.arange(40)):
+        lengths = examples.lengths.copy()
+        lengths[work[1][0].indices[silent]] = 0
+        assert gap(run(lengths), run(examples.lengths)) < 1e-10
+
+
+def test_a_client_whose_examples_are_not_there_fails_and_does_not_train_on_the_others_alone(
+    base: Base, task: Task, examples: Examples
+) -> None:
+    work, settings, _ = clients(base)
+    beyond = replace(work[0][0], indices=np.array([0, len(examples)]))
+    found = PrivateTrainingLoop(base, task, examples, [(beyond, work[0][1]), *work[1:]], settings).run()
+    assert isinstance(found[0], PrivacyError)
+    assert found[0].code == "no-such-example"
+    assert all(isinstance(outcome, TrainResult) for outcome in found[1:])
+
+
 def test_what_the_model_cannot_do_for_any_example_ends_its_client(
     base: Base, task: Task, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
