@@ -56,6 +56,7 @@ REAL_PROCESSES = ("e2e", "test_ray_pool", "test_node_worker", "test_deploy_up")
 """Folder and files whose tests start servers, clusters or nodes: one after the other, whoever tests beside them."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in REAL_PROCESSES or item.path.parent.name in REAL_PROCESSES:
