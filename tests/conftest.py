@@ -53,14 +53,17 @@ FILLERS = ["a", "and", "but", "is", "it", "of", "on", "so", "that", "the", "this
 
 DRAW = Chart.svg
 REAL_PROCESSES = ("e2e", "test_ray_pool", "test_node_worker", "test_deploy_up")
-"""Folder and files whose tests start servers, clusters or nodes: one after the other, whoever tests beside them."""
+"""Folder and files whose tests start servers, clusters or nodes: the slow ones of them run one after the other.
+
+They have the mark "processes" for it. (xdist's groups have no effect under pytest 9.2, which no longer reads the node
+ids that they change.)
+"""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.stem in REAL_PROCESSES or item.path.parent.name in REAL_PROCESSES:
-            item.add_marker(pytest.mark.xdist_group("real processes"))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Before `pytest_collection_modifyitems`, which selects by marks."""
+    if item.path.stem in REAL_PROCESSES or item.path.parent.name in REAL_PROCESSES:
+        item.add_marker(pytest.mark.processes)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
