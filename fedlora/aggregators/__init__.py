@@ -27,6 +27,8 @@ from fedlora.aggregators.base_updates import (
     compact,
     equivalent_adapter,
     follow,
+    on_current_base,
+    with_change,
 )
 
 __all__ = [
@@ -48,10 +50,12 @@ __all__ = [
     "follow",
     "load_aggregator",
     "names_claiming",
+    "on_current_base",
     "require_current_base",
     "require_modules",
     "require_no_magnitudes",
     "require_same_ranks",
     "require_weight",
     "rules",
+    "with_change",
 ]

@@ -181,7 +181,12 @@ class Aggregator(ABC):
         Args:
             adapter: the initial global adapter, at the rank of the config.
             seed: from which the rule derives its own draws.
+
+        Raises:
+            RuleError: the rule claims CHANGES_BASE, which a DoRA adapter does not survive.
         """
+        if Claim.CHANGES_BASE in self.claims:
+            require_no_magnitudes(self, adapter)
         return GlobalState(adapter=adapter, seed=seed)
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:

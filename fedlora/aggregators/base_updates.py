@@ -7,6 +7,7 @@ The base of a client is always W = W0 + acc, where `acc` is what `accumulate` ma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,6 +93,23 @@ def catch_up(base_updates: Sequence[BaseUpdate], since: int) -> tuple[BaseUpdate
     if sum(base_update.change.nbytes() for base_update in chain) <= _dense_nbytes(base_updates):
         return chain
     return (_fold(base_updates),)
+
+
+def on_current_base(plan: ClientPlan, state: GlobalState, held: int) -> ClientPlan:
+    """A plan on the state's version of the base, for a client whose base has version `held`."""
+    return replace(plan, base_version=state.base_version, base_updates=catch_up(state.base_updates, held))
+
+
+def with_change(state: GlobalState, adapter: AdapterState, change: Mapping[str, LoraPair]) -> GlobalState:
+    """The state after a round that gave a new adapter and changed the base.
+
+    Args:
+        state: before the round.
+        adapter: the new one.
+        change: of the base, module name -> pair.
+    """
+    update = BaseUpdate(state.base_version, state.base_version + 1, AdapterState(change))
+    return replace(state, adapter=adapter, round=state.round + 1, base_updates=compact((*state.base_updates, update)))
 
 
 def compact(base_updates: Sequence[BaseUpdate]) -> tuple[BaseUpdate, ...]:

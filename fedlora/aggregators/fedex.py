@@ -18,15 +18,13 @@ DoRA is refused (`require_no_magnitudes`); other dense parts are averaged.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
 
-from fedlora.adapter import AdapterState
 from fedlora.aggregators._base import (
     Aggregator,
-    BaseUpdate,
     Claim,
     ClientPlan,
     ClientSpec,
@@ -34,11 +32,10 @@ from fedlora.aggregators._base import (
     GlobalState,
     WeightedMean,
     require_current_base,
-    require_no_magnitudes,
     require_same_ranks,
     rules,
 )
-from fedlora.aggregators.base_updates import catch_up, compact
+from fedlora.aggregators.base_updates import on_current_base, with_change
 from fedlora.errors import ConfigError
 from fedlora.lowrank import DeltaSum, Svd, svd
 
@@ -69,23 +66,9 @@ class FedEx(Aggregator):
                 raise ConfigError(f"fedex: rank_cap must be at least 1, not {self.rank_cap}", code="out-of-range")
             self._claim(Claim.CHANGES_BASE)
 
-    def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
-        """Version 0 of the base.
-
-        Raises:
-            RuleError: for a DoRA adapter.
-        """
-        require_no_magnitudes(self, adapter)
-        return GlobalState(adapter=adapter, seed=seed)
-
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
         """The averages, and the base updates that the client lacks."""
-        require_same_ranks(self, state, client)
-        return ClientPlan(
-            state.adapter,
-            base_version=state.base_version,
-            base_updates=catch_up(state.base_updates, client.base_version),
-        )
+        return on_current_base(super().plan(state, client), state, client.base_version)
 
     def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """Equations (6) to (8).
@@ -106,8 +89,7 @@ class FedEx(Aggregator):
             dtype = torch.promote_types(torch.float32, pair.A.dtype)
             found = svd([*wanted, (-1.0, pair)])
             change[name] = found.pair(_rank(found, dtype, self.rank_cap), dtype=dtype)
-        log = (*state.base_updates, BaseUpdate(state.base_version, state.base_version + 1, AdapterState(change)))
-        return replace(state, adapter=averaged, round=state.round + 1, base_updates=compact(log))
+        return with_change(state, averaged, change)
 
 
 def _rank(found: Svd, dtype: torch.dtype, cap: int | None) -> int:

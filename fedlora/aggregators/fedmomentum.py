@@ -16,7 +16,7 @@ DoRA is refused (`require_no_magnitudes`); other dense parts are averaged.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -24,18 +24,16 @@ import torch
 from fedlora.adapter import AdapterState
 from fedlora.aggregators._base import (
     Aggregator,
-    BaseUpdate,
     Claim,
     ClientPlan,
     ClientSpec,
     ClientUpdate,
     GlobalState,
     require_current_base,
-    require_no_magnitudes,
     rules,
 )
 from fedlora.aggregators._nested import collect, nested_start, shares
-from fedlora.aggregators.base_updates import catch_up, compact
+from fedlora.aggregators.base_updates import on_current_base, with_change
 from fedlora.aggregators.flexlora import require_energy
 from fedlora.lowrank import Svd, svd
 
@@ -64,22 +62,10 @@ class FedMomentum(Aggregator):
         if self.energy == 1:
             self._claim(type(self).claims | Claim.EXACT)
 
-    def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
-        """Version 0 of the base.
-
-        Raises:
-            RuleError: for a DoRA adapter.
-        """
-        require_no_magnitudes(self, adapter)
-        return GlobalState(adapter=adapter, seed=seed)
-
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
         """The first r_k units of the adapter, and the base updates that the client lacks."""
-        return ClientPlan(
-            nested_start(state, client.layout, client.client_id),
-            base_version=state.base_version,
-            base_updates=catch_up(state.base_updates, client.base_version),
-        )
+        plan = ClientPlan(nested_start(state, client.layout, client.client_id))
+        return on_current_base(plan, state, client.base_version)
 
     def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """One decomposition for each module; `collect` says what is refused, and what is held in memory."""
@@ -97,5 +83,4 @@ class FedMomentum(Aggregator):
             tail: Svd = svd([*mine, (-1.0, kept)])  # with the rounding of what is broadcast
             wide = torch.promote_types(torch.float32, pair.A.dtype)
             pairs[name], change[name] = kept, tail.pair(tail.rank_of_energy(self.energy), dtype=wide)
-        log = (*state.base_updates, BaseUpdate(state.base_version, state.base_version + 1, AdapterState(change)))
-        return replace(state, adapter=AdapterState(pairs, dense), round=state.round + 1, base_updates=compact(log))
+        return with_change(state, AdapterState(pairs, dense), change)

@@ -36,11 +36,10 @@ from fedlora.aggregators._base import (
     WeightedMean,
     require_current_base,
     require_modules,
-    require_no_magnitudes,
     require_weight,
     rules,
 )
-from fedlora.aggregators.base_updates import catch_up, compact
+from fedlora.aggregators.base_updates import on_current_base, with_change
 from fedlora.lowrank import stack
 from fedlora.rng import derive
 
@@ -60,10 +59,10 @@ class Flora(Aggregator):
         Raises:
             RuleError: for a DoRA adapter.
         """
-        require_no_magnitudes(self, adapter)
+        cold = super().init(_without_change(adapter), seed=seed)
         warm = any(pair.B.any() and pair.A.any() for pair in adapter.pairs.values())
         base_updates = (BaseUpdate(0, 1, AdapterState(adapter.pairs)),) if warm else ()
-        return GlobalState(adapter=_without_change(adapter), seed=seed, base_updates=base_updates)
+        return replace(cold, base_updates=base_updates)
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
         """The missing base updates, and a fresh pair for each module in the client's own layout.
@@ -74,12 +73,8 @@ class Flora(Aggregator):
         require_modules(state, client.layout, client.client_id)
         seed = derive(state.seed, "flora", state.round, client.client_id)
         dtype = next((pair.A.dtype for pair in state.adapter.pairs.values()), torch.float32)
-        return ClientPlan(
-            AdapterState(fresh_pairs(client.layout, seed, dtype), state.adapter.dense),
-            base_version=state.base_version,
-            base_updates=catch_up(state.base_updates, client.base_version),
-            fresh_seed=seed,
-        )
+        fresh = AdapterState(fresh_pairs(client.layout, seed, dtype), state.adapter.dense)
+        return on_current_base(ClientPlan(fresh, fresh_seed=seed), state, client.base_version)
 
     def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """The stack of all updates as one more entry of the log.
@@ -106,9 +101,8 @@ class Flora(Aggregator):
             mine = sorted(terms.pop(name), key=lambda term: term[0])
             total = math.fsum(weight for _, weight, _ in mine)
             change[name] = stack([(weight / total, pair) for _, weight, pair in mine])
-        log = (*state.base_updates, BaseUpdate(state.base_version, state.base_version + 1, AdapterState(change)))
         adapter = AdapterState(_without_change(state.adapter).pairs, dense)
-        return replace(state, adapter=adapter, round=state.round + 1, base_updates=compact(log))
+        return with_change(state, adapter, change)
 
 
 def _without_change(adapter: AdapterState) -> AdapterState:

@@ -23,7 +23,6 @@ import torch
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators._base import (
     Aggregator,
-    BaseUpdate,
     Claim,
     ClientPlan,
     ClientSpec,
@@ -31,11 +30,10 @@ from fedlora.aggregators._base import (
     GlobalState,
     WeightedMean,
     require_current_base,
-    require_no_magnitudes,
     require_same_ranks,
     rules,
 )
-from fedlora.aggregators.base_updates import catch_up, compact
+from fedlora.aggregators.base_updates import on_current_base, with_change
 from fedlora.lowrank import stack
 
 
@@ -48,23 +46,9 @@ class FrLora(Aggregator):
     claims: ClassVar[Claim] = Claim.CHANGES_BASE
     paper: ClassVar[str] = "Yan et al., ICLR 2025, OpenReview e0rQRMUhs7"
 
-    def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
-        """The initial adapter's factors are those of every round.
-
-        Raises:
-            RuleError: for a DoRA adapter.
-        """
-        require_no_magnitudes(self, adapter)
-        return GlobalState(adapter=adapter, seed=seed)
-
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
         """(A0, B0), and the base updates that the client lacks."""
-        require_same_ranks(self, state, client)
-        return ClientPlan(
-            state.adapter,
-            base_version=state.base_version,
-            base_updates=catch_up(state.base_updates, client.base_version),
-        )
+        return on_current_base(super().plan(state, client), state, client.base_version)
 
     def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
         """The means, and the step of their product as one more base update of rank 2 r.
@@ -83,6 +67,5 @@ class FrLora(Aggregator):
             wide = torch.promote_types(torch.float32, pair.A.dtype)
             averaged = LoraPair(exact[f"{name}:A"].to(wide), exact[f"{name}:B"].to(wide), pair.scale)
             change[name] = stack([(1.0, averaged), (-1.0, replace(pair, B=pair.B.to(wide)))])
-        log = (*state.base_updates, BaseUpdate(state.base_version, state.base_version + 1, AdapterState(change)))
         adapter = AdapterState(state.adapter.pairs, {name: rounded[name] for name in state.adapter.dense})
-        return replace(state, adapter=adapter, round=state.round + 1, base_updates=compact(log))
+        return with_change(state, adapter, change)

@@ -12,8 +12,8 @@ from fedlora.aggregators import (
     ClientPlan,
     ClientSpec,
     GlobalState,
-    catch_up,
     names_claiming,
+    on_current_base,
 )
 from fedlora.errors import RuleError
 from fedlora.model.base_model import Base
@@ -49,9 +49,7 @@ def plan_for(rule: Aggregator, state: GlobalState, client: ClientSpec) -> Client
     plan = rule.plan(state, client)
     if Claim.CHANGES_BASE in rule.claims:
         return plan
-    return replace(
-        plan, base_version=state.base_version, base_updates=catch_up(state.base_updates, client.base_version)
-    )
+    return on_current_base(plan, state, client.base_version)
 
 
 def require_method(rule: Aggregator, method: Method) -> None:
