@@ -149,8 +149,8 @@ def trouble(metric: str, value: float | None) -> float:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Losses, perplexities and errors."""
-    return "loss" in metric or "perplexity" in metric or metric.endswith("error")
+    """Losses, perplexities and errors, that of calibration ("ece") among them."""
+    return "loss" in metric or "perplexity" in metric or metric.endswith("error") or metric == "ece"
 
 
 def format_bytes(count: float) -> str:

@@ -88,9 +88,9 @@ def _server(config: RunConfig) -> Iterator[str]:
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
-    evaluation, at_clients = config.evaluation, config.evaluation.on in ("clients", "both")
+    evaluation = config.evaluation
     for key in ("clients_fraction", "min_examples"):
-        if _changed(evaluation, key) and not at_clients:
+        if _changed(evaluation, key) and not evaluation.at_clients:
             yield f"evaluation.{key} applies to evaluation at the clients: set evaluation.on = 'clients', or remove it"
     if evaluation.on == "off" and _changed(evaluation, "every"):
         yield "evaluation.every has no effect with evaluation.on = 'off': remove it"

@@ -23,6 +23,16 @@ class EvaluationConfig(Section):
     min_examples: PositiveInt = 10
     """A client that keeps fewer examples apart reports nothing: figures of a few examples would tell of each."""
 
+    @property
+    def at_server(self) -> bool:
+        """Whether the server measures, on a test set of its own."""
+        return self.on in ("server", "both")
+
+    @property
+    def at_clients(self) -> bool:
+        """Whether clients measure, on what they keep apart."""
+        return self.on in ("clients", "both")
+
 
 class SelectionConfig(Section):
     """Which round's model is kept: the best by a validation part of the data, which is neither trained on nor part of

@@ -115,7 +115,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _evaluation(self) -> RunConfig:
         on = self.evaluation.on
-        if self.privacy is not None and on in ("clients", "both"):
+        if self.privacy is not None and self.evaluation.at_clients:
             raise PrivacyError(
                 f"evaluation.on = {on!r} lets clients send counts of their own examples, which [privacy] protects: set "
                 "evaluation.on = 'server' (test data that are public) or 'off'",

@@ -80,7 +80,7 @@ class Split:
         return cls(
             server_test=data.test_fraction if on != "clients" and data.test is None else 0.0,
             server_validation=validation if on != "clients" else 0.0,
-            client_test=data.test_fraction if on in ("clients", "both") else 0.0,
+            client_test=data.test_fraction if config.evaluation.at_clients else 0.0,
             client_validation=validation if on == "clients" else 0.0,
         )
 

@@ -114,7 +114,7 @@ def load_own(config: RunConfig) -> FederatedData:
 def _of_server(config: RunConfig, number: int) -> FederatedData:
     """What the server has: its test set, or invented examples with which the model is tried out."""
     if config.data.test is None:
-        if config.evaluation.on in ("server", "both"):
+        if config.evaluation.at_server:
             raise ConfigError(
                 "the nodes keep their data, so the server needs test data of its own: set data.test to a file, or let "
                 "the nodes evaluate with evaluation.on = 'clients'",

@@ -129,7 +129,7 @@ def run_config(config: RunConfig, plan: FederationPlan) -> RunConfig:
             )
         return config
     test = config.data.test
-    if test is None and config.evaluation.on in ("server", "both"):
+    if test is None and config.evaluation.at_server:
         raise DeployError(
             "the nodes keep their data, so the server needs test data of its own: --set data.test=FILE, or let the "
             "nodes evaluate: --set evaluation.on=clients",

@@ -85,21 +85,17 @@ def answer(
     return answers
 
 
-def measure_apart(
-    workspace: Workspace, client_id: int, adapter: AdapterState, parts: Sequence[str]
-) -> dict[str, Sums] | Failure:
-    """What a client reports of an adapter: sums over examples that it keeps apart, and nothing of a few examples.
+def measure_apart(workspace: Workspace, client_id: int, parts: Sequence[str]) -> dict[str, Sums] | Failure:
+    """What a client reports of a state: sums over examples that it keeps apart, and nothing of a few examples.
 
     Args:
-        workspace: Of the client, its base brought to the version that the adapter belongs to.
+        workspace: Of the client; its base holds the state.
         client_id: Which.
-        adapter: To be measured; the base holds it afterwards.
         parts: "test", "validation" or both.
     """
     config, found = workspace.config, dict[str, Sums]()
     if config.privacy is not None:
         return Failure("refused", "in a private run no client evaluates on its own examples")
-    workspace.base.write(adapter)
     for part in parts:
         apart = workspace.data.apart.get(part)
         rows = () if apart is None or client_id >= len(apart.clients) else apart.clients[client_id]

@@ -62,9 +62,9 @@ class Evaluator:
             clients), "worst_tenth" (the mean over the worst tenth of them), "left_out" (number -> why), "bytes_up" and
             "bytes_down"; "validation": the figures by which rounds are compared.
         """
-        on, selecting, data = self._config.evaluation.on, self._config.selection is not None, self._workspace.data
+        how, selecting, data = self._config.evaluation, self._config.selection is not None, self._workspace.data
         line: dict[str, Any] = {}
-        if on in ("server", "both"):
+        if how.at_server:
             self.show(state, digests)
             base, task = self._workspace.base, self._workspace.task
             result = evaluate(base, task, data.require_test(), domain_column=data.domain_column)
@@ -72,12 +72,12 @@ class Evaluator:
             line |= {**result.overall, "domains": dict(result.domains)}
             if data.validation is not None:
                 line["validation"] = evaluate(base, task, data.validation).overall
-        if on in ("clients", "both"):
-            parts = ("test", "validation") if on == "clients" and selecting else ("test",)
+        if how.at_clients:
+            parts = ("test", "validation") if how.on == "clients" and selecting else ("test",)
             request = RoundRequest(state.round, self._sampled(state.round, clients), state, dict(digests))
             found = [self._checked(one) for one in self._pool.evaluate(request, parts)]
             line["federated"] = self._federated(found)
-            if on == "clients":
+            if how.on == "clients":
                 line |= {**line["federated"]["figures"], "domains": {}}
                 if selecting:
                     line["validation"] = self._pooled(found, "validation")

@@ -93,25 +93,31 @@ class LocalClients(SimulatedClients):
         return self._outcomes(request, [(self._planner.request(request, *pair), pair[1]) for pair in pairs])
 
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
-        """Measure the state on what each client keeps apart, one client after the other."""
-        for client_id in request.clients:
-            held = self._held.setdefault(client_id, Held())
-            yield self.evaluate_one(request, self._clients[client_id], held, parts)
+        """Measure the state on what each client keeps apart."""
+        held = [self._held.setdefault(client_id, Held()) for client_id in request.clients]
+        yield from self.evaluate_some(request, [self._clients[client_id] for client_id in request.clients], held, parts)
 
-    def evaluate_one(
-        self, request: RoundRequest, client: ClientInfo, held: Held, parts: Sequence[str]
-    ) -> ClientEvaluation:
-        """Measure the state on what one client keeps apart.
+    def evaluate_some(
+        self, request: RoundRequest, clients: Sequence[ClientInfo], held: Sequence[Held], parts: Sequence[str]
+    ) -> list[ClientEvaluation]:
+        """Measure the state on what some clients keep apart, one client after the other.
 
         Args:
             request: The round's.
-            client: Which.
-            held: What it holds; changed in place.
+            clients: Which.
+            held: What each holds; changed in place.
             parts: See `ClientPool`.
         """
-        planned = self._planner.evaluation(request, client, held)
         bring_to(self._workspace.base, request.state, request.digests)
-        found = measure_apart(self._workspace, client.client_id, request.state.adapter, parts)
+        self._workspace.base.write(request.state.adapter)
+        return [self._evaluated(request, *pair, parts) for pair in zip(clients, held, strict=True)]
+
+    def _evaluated(
+        self, request: RoundRequest, client: ClientInfo, held: Held, parts: Sequence[str]
+    ) -> ClientEvaluation:
+        """What one client reports of the state that the base holds."""
+        planned = self._planner.evaluation(request, client, held)
+        found = measure_apart(self._workspace, client.client_id, parts)
         planned.received_by(held)
         if isinstance(found, Failure):
             nbytes = head_nbytes(note_head("error", error=clean_text(found.why, MAX_ERROR)))

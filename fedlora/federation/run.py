@@ -19,7 +19,7 @@ from fedlora.errors import ExportError, FedloraError, RunDirError
 from fedlora.federation.client_pool import ClientPool
 from fedlora.federation.privacy_account import PrivacyAccount, open_account
 from fedlora.federation.run_files import RunFiles
-from fedlora.federation.selection import Selection
+from fedlora.federation.selection import Best, Selection
 from fedlora.federation.server import FederatedServer
 from fedlora.provenance import MODEL
 from fedlora.report import write_report
@@ -117,8 +117,8 @@ def _finish(
     """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
     records, last_state = rundir.read_metrics(), state
     selection = None if config.selection is None else Selection(config.selection, workspace.task, records)
-    if config.selection is not None and config.selection.keep == "best":
-        state = _best(rundir, selection) or state
+    if config.selection is not None and config.selection.keep == "best" and selection is not None and selection.best:
+        state = _best(rundir, selection.best)
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
     refusal: ExportError | None = None
     checked: dict[str, Any] = {}
@@ -147,18 +147,12 @@ def _finish(
     return RunOutcome(last_state, adapter, records, rundir, refusal)
 
 
-def _best(rundir: RunDir, selection: Selection | None) -> GlobalState | None:
-    """The state of the best round; None where no round has a validation figure.
-
-    Raises:
-        RunDirError: it is lost.
-    """
-    if selection is None or selection.best is None:
-        return None
+def _best(rundir: RunDir, best: Best) -> GlobalState:
+    """The state of the best round; `RunDirError` where it is lost."""
     state = rundir.best_checkpoint()
-    if state is None or state.round != selection.best.round:
+    if state is None or state.round != best.round:
         raise RunDirError(
-            f"the state after round {selection.best.round}, the best, is not in {str(rundir.path)!r}: set "
+            f"the state after round {best.round}, the best, is not in {str(rundir.path)!r}: set "
             "selection.keep = 'last' and resume",
             code="best-round-lost",
         )

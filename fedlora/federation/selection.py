@@ -9,10 +9,8 @@ from typing import Any, final
 
 from fedlora.config import SelectionConfig
 from fedlora.errors import ConfigError, nearest
+from fedlora.progress import lower_is_better
 from fedlora.tasks import Task
-
-LOWER_IS_BETTER = ("loss", "token_loss", "perplexity", "ece")
-"""Figures besides a task's main one of which less is better."""
 
 
 @final
@@ -83,4 +81,4 @@ class Best:
 def _higher(config: SelectionConfig, metric: str, task: Task) -> bool:
     if config.mode != "auto":
         return config.mode == "max"
-    return task.higher_is_better if metric == task.metric else metric not in LOWER_IS_BETTER
+    return task.higher_is_better if metric == task.metric else not lower_is_better(metric)

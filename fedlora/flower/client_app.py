@@ -96,12 +96,12 @@ def evaluate(message: Message, context: Context) -> Message:
     config: RunConfig | None = None
     try:
         config = config_of(context)
-        found, workspace = _request(message.content, context, config)
+        head, found, workspace = _request(message.content, context, config)
         if isinstance(found, TrainRequest):
             plan = found.plan
             follow(workspace.base, plan.base_updates, plan.base_version, found.base_digest, found.since_digest)
-            parts = decode_request_head(message.content).get("parts", ())
-            measured = measure_apart(workspace, found.client_id, plan.adapter, parts)
+            workspace.base.write(plan.adapter)
+            measured = measure_apart(workspace, found.client_id, head["parts"])
             reply = _note(measured) if isinstance(measured, Failure) else encode_sums(found, measured)
         else:
             reply = found
@@ -112,12 +112,12 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _trained(content: RecordDict, context: Context, config: RunConfig) -> RecordDict:
     """The content of the reply to a request to train."""
-    request, workspace = _request(content, context, config)
+    head, request, workspace = _request(content, context, config)
     if not isinstance(request, TrainRequest):
         return request
     if config.example_privacy is not None:
-        return _trained_privately(content, decode_request_head(content), request, context, workspace)
-    digest = request_digest(content, decode_request_head(content), plan_config(config))
+        return _trained_privately(content, head, request, context, workspace)
+    digest = request_digest(content, head, plan_config(config))
     key = (context.run_id, context.node_id, digest, weakref.ref(workspace))
     if (before := last_answer.find(key)) is not None:
         return before
@@ -129,8 +129,10 @@ def _trained(content: RecordDict, context: Context, config: RunConfig) -> Record
     return reply
 
 
-def _request(content: RecordDict, context: Context, config: RunConfig) -> tuple[TrainRequest | RecordDict, Workspace]:
-    """The request in a message, or a note that says what is needed to read it; and the client's workspace."""
+def _request(
+    content: RecordDict, context: Context, config: RunConfig
+) -> tuple[dict[str, Any], TrainRequest | RecordDict, Workspace]:
+    """A message's head, its request or a note that says what is needed to read it, and the client's workspace."""
     head, client_id = decode_request_head(content), client_id_of(context)
     with looking_at_data(config):
         workspace = open_workspace(config)
@@ -141,8 +143,8 @@ def _request(content: RecordDict, context: Context, config: RunConfig) -> tuple[
     request = decode_request(content, head, frozen_parts)
     base_fits = can_follow(workspace.base, head["base_digest"], head["since_digest"])
     if request is None or not base_fits:
-        return encode_note("need", frozen=request is None, base=not base_fits), workspace
-    return request, workspace
+        return head, encode_note("need", frozen=request is None, base=not base_fits), workspace
+    return head, request, workspace
 
 
 def _trained_privately(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from fedlora.errors import ReplyError
 from fedlora.federation.client_pool import Sums
 from fedlora.federation.protocol import TrainRequest, note_head
-from fedlora.flower.arrays import from_array, to_array
+from fedlora.flower.arrays import to_array
 from fedlora.flower.messages import BUFFER, decode_head
+from fedlora.flower.update_checks import require_buffer, require_layout, require_same_round
 from fedlora.sanitize import clean_text
 from fedlora.wire_formats import Header, from_raw, header_of, joined, layout_digest, raw_bytes, sliced
 
@@ -71,29 +71,13 @@ def check_sums(
         ReplyError: they are others than were asked for.
     """
     head = decode_head(content)
-    if {name: type(record) for name, record in content.items()} != RECORDS:
-        raise ReplyError("the reply does not hold exactly the records reply and sums", code="unexpected-records")
-    arrays = cast("ArrayRecord", content["sums"])
-    if list(arrays) != [BUFFER]:
-        raise ReplyError(f"the reply's sums are not in one array {BUFFER!r}", code="unexpected-records")
-    if type(head.get("round")) is not int or head["round"] != request.round:
-        theirs = clean_text(head.get("round"), 20)
-        raise ReplyError(f"the reply is for round {theirs}, not {request.round}", code="other-round")
-    if head.get("base_digest") != request.base_digest:
-        raise ReplyError("the evaluation is of another version of the base", code="other-base")
+    buffer = require_buffer(content, RECORDS)
+    require_same_round(head, request)
     said = head.get("parts")
     if not isinstance(said, list) or not said or any(part not in parts for part in said) or len(set(said)) < len(said):
         raise ReplyError(f"the reply is about {clean_text(said, 40)}, not {', '.join(parts)}", code="other-layout")
     headers = layout_of(like, said)
-    if head.get("layout") != layout_digest(headers):
-        raise ReplyError(
-            "the reply's sums are of other shapes than this task's: give server and node the same fedlora, task and "
-            "classes",
-            code="other-layout",
-        )
-    buffer = from_array(arrays[BUFFER])
-    if (size := len(buffer)) != (asked := sum(header.nbytes for header in headers.values())):
-        raise ReplyError(f"the reply has {size} bytes of sums, {asked} were asked for", code="other-size")
+    require_layout(head, buffer, layout_digest(headers), sum(header.nbytes for header in headers.values()))
     raw = sliced(headers, buffer)
     values = {name: from_raw(raw[name], header.dtype, header.shape).numpy() for name, header in headers.items()}
     return {part: {name: values[f"{part}/{name}"] for name in like} for part in said}

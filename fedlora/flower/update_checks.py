@@ -9,7 +9,7 @@ Which values are used is decided by `fedlora.federation.screen`, in simulations 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -115,31 +115,47 @@ def check_update(content: RecordDict, request: TrainRequest) -> tuple[dict[str, 
         ReplyError: naming the first check that failed.
     """
     head = decode_head(content)
-    if {name: type(record) for name, record in content.items()} != RECORDS:
+    buffer = require_buffer(content, RECORDS)
+    require_layout(head, buffer, request.layout_digest, request.reply_nbytes)
+    require_same_round(head, request)
+    return request.decode(buffer), dict(cast("MetricRecord", content["metrics"]))
+
+
+def require_buffer(content: RecordDict, records: Mapping[str, type]) -> bytes:
+    """Check 2: the one buffer of a reply of these records, one of which is an ArrayRecord."""
+    if {name: type(record) for name, record in content.items()} != records:
+        *names, last = records
         raise ReplyError(
-            "the reply does not hold exactly the records reply, update and metrics", code="unexpected-records"
+            f"the reply does not hold exactly the records {', '.join(names)} and {last}", code="unexpected-records"
         )
-    arrays = cast("ArrayRecord", content["update"])
+    arrays = cast("ArrayRecord", next(content[name] for name, kind in records.items() if kind is ArrayRecord))
     if list(arrays) != [BUFFER]:
         raise ReplyError(
             f"the reply's tensors are not in one array {BUFFER!r}: install the same fedlora on server and node",
             code="unexpected-records",
         )
-    buffer = from_array(arrays[BUFFER])
-    if head.get("layout") != request.layout_digest:
+    return from_array(arrays[BUFFER])
+
+
+def require_layout(head: Mapping[str, Any], buffer: bytes, digest: str, nbytes: int) -> None:
+    """Check 3: the buffer is laid out as was asked for, and as long as that."""
+    if head.get("layout") != digest:
         raise ReplyError(
             "the reply's tensors are others than were asked for, or of other shapes, types or wire format: install the "
             "same fedlora on server and node",
             code="other-layout",
         )
-    if (size := len(buffer)) != (asked := request.reply_nbytes):
-        raise ReplyError(f"the reply has {size} bytes of tensors, {asked} were asked for", code="other-size")
+    if len(buffer) != nbytes:
+        raise ReplyError(f"the reply has {len(buffer)} bytes of tensors, {nbytes} were asked for", code="other-size")
+
+
+def require_same_round(head: Mapping[str, Any], request: TrainRequest) -> None:
+    """Check 4: the reply is for the round and the base that were asked for."""
     if type(head.get("round")) is not int or head["round"] != request.round:
         theirs = clean_text(head.get("round"), 20)
         raise ReplyError(f"the reply is for round {theirs}, not {request.round}", code="other-round")
     if head.get("base_digest") != request.base_digest:
-        raise ReplyError("the update was trained on another version of the base", code="other-base")
-    return request.decode(buffer), dict(cast("MetricRecord", content["metrics"]))
+        raise ReplyError("the reply is about another version of the base", code="other-base")
 
 
 def error_text(reply: Message) -> str:

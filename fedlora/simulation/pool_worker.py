@@ -182,8 +182,7 @@ class PoolWorker:
     ) -> GroupTrained | PartialAggregate | ClientsEvaluated | None:
         """One job."""
         if isinstance(job, EvaluateClients):
-            pairs = zip(job.clients, job.held, strict=True)
-            found = [self._clients.evaluate_one(job.request, *pair, job.parts) for pair in pairs]
+            found = self._clients.evaluate_some(job.request, job.clients, job.held, job.parts)
             return ClientsEvaluated(found, job.held)
         if isinstance(job, TrainGroup):
             return self._train(job)
