@@ -60,7 +60,7 @@ class Selection:
         if patience is None or self._without_better < patience:
             return None
         best = "no round had a figure" if self.best is None else f"round {self.best.round} is still the best"
-        return f"{best} by {self.metric} after {self._without_better} evaluations more (selection.patience)"
+        return f"{best} by {self.metric} after {self._without_better} more evaluations (selection.patience)"
 
     def _is_better(self, value: float) -> bool:
         if self.best is None:
