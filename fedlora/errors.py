@@ -14,6 +14,7 @@ FedloraError
 │   └── PoolError      a process that trains clients of a simulation is gone
 ├── PrivacyError       a private run would not be private, or its budget is spent
 ├── WorkerError        a node's worker is not there, or could be somebody else's
+├── PolicyError        a site's policy does not allow what a run asks of it
 ├── DeployError        a federation's folders are in the way, incomplete or not usable
 └── RunDirError        a run directory is in the way, incomplete or damaged
 ```
@@ -87,6 +88,21 @@ class PrivacyError(FedloraError):
 
 class WorkerError(FedloraError):
     """A node's worker is not there, or could be somebody else's; the node's own process can do the work."""
+
+
+class PolicyError(FedloraError):
+    """A site's policy does not allow what a run asks of it.
+
+    As text it is what the coordinator is told: the clause, and no value of the site's.
+
+    Args:
+        clause: Key of the policy that forbids it.
+        why: The reason in full, for the node's own log.
+    """
+
+    def __init__(self, clause: str, why: str, *, code: str = "") -> None:
+        super().__init__(f"this site's policy does not allow it: {clause}", code=code)
+        self.clause, self.why = clause, why
 
 
 class DeployError(FedloraError):

@@ -11,7 +11,7 @@ from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfi
 from fedlora.config._flat import different_keys, flat_keys, flatten
 from fedlora.config._learning import NODES, AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
-from fedlora.config._reading import find_config, load_config, parse_config
+from fedlora.config._reading import find_config, load_config, load_section, parse_config
 from fedlora.config._run import RunConfig, RuntimeConfig, TrackingConfig
 from fedlora.config._settled import settle
 
@@ -40,6 +40,7 @@ __all__ = [
     "flat_keys",
     "flatten",
     "load_config",
+    "load_section",
     "overruled",
     "parse_config",
     "settle",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,6 +18,7 @@ from fedlora.config._run import RunConfig
 from fedlora.errors import ConfigError, nearest, nearest_file
 from fedlora.registry import first_problem
 
+S = TypeVar("S", bound=Section)
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 """Where the ready files are: inside an installed package, and beside it in a checkout."""
 
@@ -44,22 +45,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing or no TOML, a key is unknown (with the nearest valid one), a value is wrong.
     """
     path = find_config(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        others += [other.stem for folder in SHIPPED for other in folder.glob("*.toml") if not path.suffix]
-        raise ConfigError(
-            f"there is no config file {str(path)!r}; {nearest_file(path, others)}", code="no-such-file"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config file {str(path)!r} is not UTF-8 text: convert it", code="not-utf8") from None
-    except OSError as error:
-        raise ConfigError(
-            f"config file {str(path)!r} cannot be read: {error.strerror or error}", code="file-not-readable"
-        ) from None
+    text = _read(path, "config file", [other.stem for folder in SHIPPED for other in folder.glob("*.toml")])
     refuse_twice(overrides)
     return parse_config(text, overrides, source=str(path), name=path.stem, folder=path.parent)
+
+
+def load_section(path: Path, section: type[S], what: str) -> S:
+    """Read a TOML file that is one table of its own, such as a site's policy.
+
+    Args:
+        path: The file.
+        section: The table's model.
+        what: Words for the file in messages, such as "policy".
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    tree = _tree(_read(path, what), str(path))
+    _refuse_unknown(tree, section, "")
+    _refuse_nul(tree, "")
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error)}", code="bad-value") from None
 
 
 def find_config(path: str | Path) -> Path:
@@ -88,10 +96,7 @@ def parse_config(
         folder: that the text's relative paths are relative to, those of `overrides` being relative to the current one;
             None: all paths stay as they are.
     """
-    try:
-        tree = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{source} is not valid TOML: {error}", code="not-toml") from None
+    tree = _tree(text, source)
     if name is not None:
         tree.setdefault("name", name)
     if folder is not None:
@@ -112,6 +117,30 @@ def parse_config(
         for unit in UNITS:  # pydantic names the branch of a union, which is no table of the file
             problem = problem.replace(f"privacy.{unit}.", "privacy.")
         raise ConfigError(f"{source}: {problem}", code="bad-value") from None
+
+
+def _read(path: Path, what: str, shipped: Sequence[str] = ()) -> str:
+    """The text of a TOML file; without a suffix a name may also have been meant as one of those that are shipped."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        others += [] if path.suffix else shipped
+        raise ConfigError(
+            f"there is no {what} {str(path)!r}; {nearest_file(path, others)}", code="no-such-file"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what} {str(path)!r} is not UTF-8 text: convert it", code="not-utf8") from None
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"{what} {str(path)!r} cannot be read: {why}", code="file-not-readable") from None
+
+
+def _tree(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}", code="not-toml") from None
 
 
 def _refuse_nul(tree: Any, key: str) -> None:
