@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -25,7 +25,7 @@ from fedlora.errors import PrivacyError, ReplyError
 from fedlora.federation.client_ledger import ledger_path
 from fedlora.federation.client_pool import RoundRequest
 from fedlora.federation.protocol import plan_config
-from fedlora.privacy._file import Appender
+from fedlora.hash_chain import TORN, ChainError, ChainWriter, read_chain
 from fedlora.privacy.accounting import Entry, epsilon, merged, statement
 from fedlora.privacy.ledger import Ledger
 from fedlora.runs.rundir import RunDir
@@ -33,8 +33,6 @@ from fedlora.state_io import flatten_base_update, flatten_state
 from fedlora.training.dp_settings import PrivateSettings, private_settings, require_privacy
 from fedlora.wire_formats import tensors_digest
 
-_TORN = b'{"event": "torn"}'
-"""A line that stands for the one above it, which a crash cut short."""
 Key = tuple[int, str]
 """Number of a round, and the digest of the state and config on which it was asked for."""
 
@@ -149,12 +147,11 @@ class ExampleLevelAccount:
         entries = {client_id: private_settings(self._config, client_id).entry for client_id in request.clients}
         key = request.number, self._digest(request.state, request.base_digest)
         question = _Question(key, request.base_digest, entries)
-        appender = Appender(self._path)
         try:
-            data = appender.read()
-            appender.append([question.line()], b"\n" + _TORN + b"\n" if data[-1:] not in (b"", b"\n") else b"")
-        finally:
-            appender.close()
+            with closing(ChainWriter(self._path, "the record of what was asked", PrivacyError)) as writer:
+                writer.append([question.line()])
+        except ChainError as error:
+            raise self._damaged(error) from None
         self._note(question)
         yield
 
@@ -261,21 +258,25 @@ class ExampleLevelAccount:
     def _read(self) -> Iterator[_Question]:
         """The lines of the record; one that was cut short was of a round in which nobody had been asked yet."""
         try:
-            lines = self._path.read_bytes().splitlines()
+            records = read_chain(self._path.read_bytes()).records
         except FileNotFoundError:
             return
-        for number, text in enumerate(lines, start=1):
-            if text == _TORN:
+        except ChainError as error:
+            raise self._damaged(error) from None
+        for record in records:
+            if record.get("event") == TORN:
                 continue
             try:
-                yield _Question.read(json.loads(text))
+                yield _Question.read(record)
             except (ValueError, KeyError, TypeError, PrivacyError):
-                if number < len(lines) and lines[number] != _TORN:
-                    raise PrivacyError(
-                        f"{str(self._path)!r} is damaged at line {number}: restore it from a backup; without it nobody "
-                        "knows what this run asked of its clients",
-                        code="ledger-damaged",
-                    ) from None
+                raise self._damaged(ChainError(record["line"], "is no question")) from None
+
+    def _damaged(self, broken: ChainError) -> PrivacyError:
+        return PrivacyError(
+            f"{str(self._path)!r} is damaged: {broken}; restore it from a backup, without which nobody knows what this "
+            "run asked of its clients",
+            code="ledger-damaged",
+        )
 
     def _known_here(self) -> bool:
         """Whether any of the ledgers that can be read knows this run; otherwise the nodes have ledgers of their own."""

@@ -1,7 +1,7 @@
 """One ledger for each client (or for the server), through all its rounds, runs and crashes.
 
-A ledger is an append-only file of JSON lines, kept by whoever holds the data; each line is on the disk (fsync) before
-what it announces happens:
+A ledger is an append-only file of hash-chained JSON lines (`fedlora.hash_chain`), kept by whoever holds the data; each
+line is on the disk (fsync) before what it announces happens:
 
 ```
 started    before a private step touches the data        counts as spent from here on
@@ -34,18 +34,18 @@ only an attempt of which nothing left is ever made void.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from fedlora.errors import PrivacyError
-from fedlora.privacy._file import Appender
+from fedlora.hash_chain import Chain, ChainError, ChainWriter, read_chain
 from fedlora.privacy.accounting import UNITS, Budget, Entry, epsilon, merged, statement
 
 _PROCESS = uuid.uuid4().hex
@@ -73,8 +73,6 @@ class _Content:
     extra: list[Entry] = field(default_factory=list)
     torn: bool = False
     """The last line cannot be read, and nothing stands for it yet."""
-    ends: bool = True
-    """The last line has its line break."""
 
     def counted(self, new: tuple[str, int, str] | None = None) -> list[Entry]:
         """What counts; given the run, round and session of a new attempt, what counts once it has begun."""
@@ -146,21 +144,14 @@ class Ledger:
         Raises:
             PrivacyError: another process or thread is using the ledger.
         """
-        appender = Appender(self.path)
-        try:
-            content = self._fold(appender.read())
+        with closing(self._writer()) as writer:
+            content = self._fold(writer.chain)
             found = content.attempts.get(attempt)
             if found is None or found.status == "void":
                 return False
             if found.status == "started":
-                lines: list[Mapping[str, Any]] = [
-                    {"event": "torn", **_amount(cost)} for cost in self._torn_cost(content, None)
-                ]
-                lines.append({"event": "released", "attempt": attempt})
-                appender.append(lines, b"" if content.ends else b"\n")
+                self._append(writer, content, [{"event": "released", "attempt": attempt}])
             return True
-        finally:
-            appender.close()
 
     def rounds(self, run: str) -> frozenset[int]:
         """Rounds of a run that have an entry: a run that resumes after round k without them has lost its ledger."""
@@ -177,19 +168,15 @@ class Ledger:
         Raises:
             PrivacyError: another process or thread is using the ledger.
         """
-        appender = Appender(self.path)
-        try:
-            content = self._fold(appender.read())
-            lines: list[Mapping[str, Any]] = [{"event": "torn", **_amount(c)} for c in self._torn_cost(content, None)]
-            lines += [
+        with closing(self._writer()) as writer:
+            content = self._fold(writer.chain)
+            lines = [
                 {"event": "released", "attempt": name}
                 for name, attempt in content.attempts.items()
                 if attempt.status == "started" and (attempt.run, attempt.round) == (run, round)
             ]
-            if lines:
-                appender.append(lines, b"" if content.ends else b"\n")
-        finally:
-            appender.close()
+            if lines or content.torn:
+                self._append(writer, content, lines)
 
     def spend(
         self,
@@ -213,9 +200,9 @@ class Ledger:
         Raises:
             PrivacyError: the budget does not allow it, or another process or thread is using the ledger.
         """
-        appender = Appender(self.path)
+        writer = self._writer()
         try:
-            content = self._fold(appender.read())
+            content = self._fold(writer.chain)
             torn_cost = self._torn_cost(content, entry)
             before = [*content.counted((run, round, self.session)), *torn_cost]
             if budget is not None and not budget.holds([*before, entry]):
@@ -225,7 +212,7 @@ class Ledger:
                     f"round would exceed {budget.epsilon:g}; stop here, raise epsilon, or plan fewer rounds",
                     code="budget-spent",
                 )
-            lines: list[Mapping[str, Any]] = [{"event": "torn", **_amount(cost)} for cost in torn_cost]
+            lines: list[Mapping[str, Any]] = []
             for name, attempt in content.attempts.items():
                 if attempt.replaced_by(run, round, self.session):
                     why = "never released; the round is tried again"
@@ -233,18 +220,66 @@ class Ledger:
             name = uuid.uuid4().hex
             key = {"unit": self.unit, "run": run, "round": round, "session": self.session}
             lines.append({"event": "started", "attempt": name, **key, **_amount(entry)})
-            # A line that is whole but for its line break is completed; a torn one is closed by the "torn" line.
-            appender.append(lines, b"" if content.ends else b"\n")
+            head = self._append(writer, content, lines, entry)
         except BaseException:
-            appender.close()
+            writer.close()
             raise
-        return Attempt(appender, name)
+        return Attempt(writer, name, head)
+
+    def head(self) -> str:
+        """The hash of the last line, by which an older copy of the file or a changed one is known; "" before the first.
+
+        See `require_head`.
+        """
+        return self._chain().head
+
+    def require_head(self, seen: str) -> None:
+        """Raise unless this ledger goes on from a head that somebody has seen of it.
+
+        Nothing is written, made void or believed on the strength of what is asked: who asks with a head that this
+        ledger never had gets a refusal, and nothing else.
+
+        Args:
+            seen: A `head` that it had at some time; "" for none.
+
+        Raises:
+            PrivacyError: it never had that head: it was replaced by an older copy, or was changed.
+        """
+        if seen and not self._chain().holds(seen):
+            raise PrivacyError(
+                f"privacy ledger {str(self.path)!r} was rolled back or changed: it lacks a line that it had when its "
+                "head was last seen; put the file back as it was, without which what was spent on this data is not "
+                "known",
+                code="ledger-rolled-back",
+            )
+
+    def _writer(self) -> ChainWriter:
+        try:
+            return ChainWriter(self.path, "privacy ledger", PrivacyError)
+        except ChainError as error:
+            raise self._damaged(error) from None
+
+    def _chain(self) -> Chain:
+        try:
+            return read_chain(self.path.read_bytes())
+        except FileNotFoundError:
+            return Chain()
+        except ChainError as error:
+            raise self._damaged(error) from None
+
+    def _append(
+        self,
+        writer: ChainWriter,
+        content: _Content,
+        lines: Sequence[Mapping[str, Any]],
+        planned: Entry | None = None,
+    ) -> str:
+        """Write lines, and before them one that counts for an unreadable end; the new head."""
+        cost = self._torn_cost(content, planned)
+        return writer.append(lines, _amount(cost[0]) if cost else None)
 
     def _read(self) -> _Content:
-        try:
-            return self._fold(self.path.read_bytes())
-        except FileNotFoundError:
-            return _Content()
+        return self._fold(self._chain())
 
     def _torn_cost(self, content: _Content, planned: Entry | None) -> list[Entry]:
         candidates = content.known() + ([planned] if planned else [])
@@ -252,31 +287,21 @@ class Ledger:
             return []
         return [max(candidates, key=lambda entry: epsilon([entry], 1e-6, "rdp"))]
 
-    def _fold(self, data: bytes) -> _Content:
-        content = _Content(ends=data.endswith(b"\n") or not data)
-        for number, text in enumerate(data.splitlines() if data else (), start=1):
+    def _fold(self, chain: Chain) -> _Content:
+        content = _Content(torn=chain.torn is not None)
+        for record in chain.records:
             try:
-                line = json.loads(text)
-            except (ValueError, UnicodeDecodeError):
-                line = None
-            if content.torn and not (isinstance(line, dict) and line.get("event") == "torn"):
-                raise self._damaged(number - 1)
-            if line is None:
-                content.torn = True
-                continue
-            try:
-                self._apply(content, line)
+                self._apply(content, record)
             except (KeyError, TypeError, AttributeError, ValueError, PrivacyError) as error:
                 if isinstance(error, PrivacyError) and error.code == "unit-mismatch":
                     raise
-                raise self._damaged(number, f" ({error})") from None
+                raise self._damaged(ChainError(record["line"], f"is not a ledger's ({error})")) from None
         return content
 
     def _apply(self, content: _Content, line: Mapping[str, Any]) -> None:
         event = line["event"]
         if event == "torn":
             content.extra.append(_entry(line))
-            content.torn = False
         elif event == "started":
             if line["unit"] != self.unit:
                 raise PrivacyError(
@@ -295,10 +320,17 @@ class Ledger:
         else:
             raise ValueError(f"unknown event {event!r}")
 
-    def _damaged(self, number: int, why: str = "") -> PrivacyError:
+    def _damaged(self, broken: ChainError) -> PrivacyError:
+        if broken.earlier:
+            return PrivacyError(
+                f"privacy ledger {str(self.path)!r} was written by an earlier fedlora, without a hash chain, and "
+                "cannot be continued: move it away, and lower privacy.epsilon by what the fedlora that wrote it says "
+                "was spent",
+                code="ledger-of-earlier-version",
+            )
         return PrivacyError(
-            f"privacy ledger {str(self.path)!r} is damaged at line {number}{why}: restore it from a backup; without "
-            "it nobody can say how much privacy was spent on this data",
+            f"privacy ledger {str(self.path)!r} is damaged: {broken}; restore it from a backup, without which nobody "
+            "can say how much privacy was spent on this data",
             code="ledger-damaged",
         )
 
@@ -308,11 +340,12 @@ class Attempt:
 
     Attributes:
         name: a random one, by which the ledger knows it.
+        head: the hash of the line that began it.
     """
 
-    def __init__(self, appender: Appender, name: str) -> None:
-        self._appender = appender
-        self.name = name
+    def __init__(self, writer: ChainWriter, name: str, head: str) -> None:
+        self._writer = writer
+        self.name, self.head = name, head
         self._done = False
 
     def release(self) -> None:
@@ -322,7 +355,7 @@ class Attempt:
             PrivacyError: if the attempt is closed, void or released.
         """
         self._require_open("released")
-        self._appender.append([{"event": "released", "attempt": self.name}])
+        self._writer.append([{"event": "released", "attempt": self.name}])
         self._done = True
 
     def void(self, why: str) -> None:
@@ -334,13 +367,13 @@ class Attempt:
             PrivacyError: if the attempt is closed, void or released.
         """
         self._require_open("made void")
-        self._appender.append([{"event": "void", "attempt": self.name, "why": why}])
+        self._writer.append([{"event": "void", "attempt": self.name, "why": why}])
         self._done = True
 
     def close(self) -> None:
         """Give the lock back; an attempt that was not released goes on counting (see the module's notes)."""
         self._done = True
-        self._appender.close()
+        self._writer.close()
 
     def __enter__(self) -> Attempt:
         return self

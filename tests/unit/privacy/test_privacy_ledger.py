@@ -7,12 +7,14 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support.errors import raises
 
 from fedlora.errors import PrivacyError
+from fedlora.hash_chain import ChainWriter
 from fedlora.privacy import ledger as ledger_module
 from fedlora.privacy.accounting import Budget, Entry, epsilon
 from fedlora.privacy.ledger import Ledger
@@ -133,7 +135,7 @@ def test_an_attempt_is_resolved_once_and_before_it_is_closed(tmp_path: Path) -> 
 def test_one_client_trains_one_round_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     attempt = Ledger(path).spend(ROUND, run="r", round=1)
-    with raises(PrivacyError, "ledger-in-use", path):
+    with raises(PrivacyError, "file-in-use", path):
         Ledger(path).spend(ROUND, run="r", round=1)
     attempt.close()
     Ledger(path).spend(ROUND, run="r", round=1).close()
@@ -198,6 +200,72 @@ def test_damage_before_the_end_is_an_error(tmp_path: Path, text: str) -> None:
     path.write_text(text + path.read_text())
     with raises(PrivacyError, "ledger-damaged", path, "line 1"):
         Ledger(path).epsilon(DELTA)
+
+
+@pytest.mark.parametrize("record", [{"event": "released", "attempt": "unknown"}, {"event": "paid"}, {}])
+def test_a_chained_line_that_is_no_ledgers_is_an_error(tmp_path: Path, record: dict[str, str]) -> None:
+    path = tmp_path / "c.jsonl"
+    Ledger(path).spend(ROUND, run="r", round=1).close()
+    with closing(ChainWriter(path, "ledger", PrivacyError)) as writer:
+        writer.append([record])
+    with raises(PrivacyError, "ledger-damaged", path, "line 2"):
+        Ledger(path).epsilon(DELTA)
+
+
+def test_a_ledger_without_a_chain_is_said_to_be_an_earlier_fedloras(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"attempt": "a", "event": "started", "round": 1}\n{"attempt": "a", "event": "released"}\n')
+    for read in (lambda: Ledger(path).epsilon(DELTA), lambda: Ledger(path).spend(ROUND, run="r", round=1)):
+        with raises(PrivacyError, "ledger-of-earlier-version", path, "privacy.epsilon"):
+            read()
+
+
+def spent(path: Path, rounds: range) -> list[str]:
+    """Spend some rounds; the ledger's head after each."""
+    heads = []
+    for number in rounds:
+        with Ledger(path).spend(ROUND, run="r", round=number) as attempt:
+            attempt.release()
+        heads.append(Ledger(path).head())
+    return heads
+
+
+def test_a_ledger_goes_on_from_every_head_that_it_had(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    assert Ledger(path).head() == ""
+    heads = spent(path, range(1, 4))
+    assert len(set(heads)) == 3
+    with Ledger(path).spend(ROUND, run="r", round=4) as attempt:
+        heads.append(attempt.head)
+    before = path.read_bytes()
+    for head in ("", *heads):
+        Ledger(path).require_head(head)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", [2, 0, None])
+def test_a_ledger_that_was_rolled_back_is_known_by_the_head_that_was_seen(tmp_path: Path, kept: int | None) -> None:
+    path = tmp_path / "c.jsonl"
+    *_, seen = spent(path, range(1, 4))
+    if kept is None:
+        path.unlink()
+    else:
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:kept]))
+    with raises(PrivacyError, "ledger-rolled-back", path):
+        Ledger(path).require_head(seen)
+    spent(path, range(4, 8))  # and going on from there does not hide it
+    with raises(PrivacyError, "ledger-rolled-back", path):
+        Ledger(path).require_head(seen)
+
+
+def test_a_head_that_a_ledger_never_had_changes_nothing_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    spent(path, range(1, 3))
+    before = path.read_bytes()
+    for lie in ("f" * 64, "0" * 64, "x"):
+        with raises(PrivacyError, "ledger-rolled-back", path):
+            Ledger(path).require_head(lie)
+    assert path.read_bytes() == before
 
 
 def test_figures_for_examples_and_for_clients_do_not_mix(tmp_path: Path) -> None:
