@@ -32,9 +32,10 @@ def clean_text(text: object, limit: int = 400) -> str:
 
 
 def clean_lines(text: object, limit: int = 20_000) -> str:
-    """As `clean_text`, for text of several lines: line breaks and indentation stay, a tab becomes four blanks."""
+    """As `clean_text`, for text of several lines: line breaks and indentation stay, a tab becomes four blanks; empty
+    lines at the end are dropped."""
     lines = _as_text(text)[: 2 * limit].expandtabs(4).splitlines()
-    return _fit("\n".join(map(_printable, lines)), limit)
+    return _fit("\n".join(map(_printable, lines)).rstrip("\n"), limit)
 
 
 def _as_text(text: object) -> str:

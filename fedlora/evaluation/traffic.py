@@ -9,7 +9,7 @@ import torch
 
 from fedlora.adapter import AdapterState, Layout
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState
-from fedlora.federation.protocol import FrozenDigest, TrainRequest, request_tensors, tensors_nbytes
+from fedlora.federation.protocol import PartDigests, TrainRequest, request_tensors, tensors_nbytes
 from fedlora.rng import derive
 
 ROUNDS = 3
@@ -46,14 +46,16 @@ def measure_traffic(
         RuleError: the rule cannot serve these layouts.
     """
     state = rule.init(initial)
-    held: list[set[str]] = [set() for _ in layouts]
+    held: list[frozenset[str]] = [frozenset() for _ in layouts]
     versions = [0] * len(layouts)
     up = down = first = 0.0
     for number in range(1, ROUNDS + 1):
-        digest, updates = FrozenDigest(), []
+        digests_of, updates = PartDigests(), []
         for k, layout in enumerate(layouts):
             plan = rule.plan(state, ClientSpec(k, layout, versions[k]))
-            received = _down(plan, digest, held[k])
+            digests = digests_of(plan)
+            received = tensors_nbytes(request_tensors(plan, {p for p, digest in digests.items() if digest in held[k]}))
+            held[k] = frozenset(digests.values())
             if number == 1:
                 first += received
             else:
@@ -64,13 +66,6 @@ def measure_traffic(
         state = _merge(rule, state, updates, number)
     counted = len(layouts) * (ROUNDS - 1)
     return Traffic(up / counted, down / counted, first / len(layouts))
-
-
-def _down(plan: ClientPlan, digest: FrozenDigest, held: set[str]) -> int:
-    frozen = digest(plan)
-    buffers = request_tensors(plan, with_frozen=frozen not in held)
-    held.add(frozen)
-    return tensors_nbytes(buffers)
 
 
 def _moved(plan: ClientPlan, seed: int) -> AdapterState:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
+from fedlora.adapter import Part
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, GlobalState
 from fedlora.config import RunConfig
 from fedlora.federation.client_pool import ClientInfo, Failure, RoundRequest
 from fedlora.federation.initial_state import plan_for
-from fedlora.federation.protocol import FrozenDigest, TrainRequest, request_nbytes
+from fedlora.federation.protocol import PartDigests, TrainRequest, request_nbytes
 from fedlora.federation.simulated_devices import SimulatedDevices, examples_to_tell
 from fedlora.training.workspace import Workspace
 
@@ -19,18 +21,18 @@ class Held:
     """What a client holds from earlier rounds, as far as is known.
 
     Args:
-        frozen: Digest of the frozen parts.
+        digests: Of the parts of the adapter that it was sent last.
         base_version: Of the base, with its digest.
         base_digest: See `base_version`.
     """
 
-    frozen: str = ""
+    digests: frozenset[str] = frozenset()
     base_version: int = 0
     base_digest: str = ""
 
     def forget(self) -> None:
         """The client turned out to hold nothing."""
-        self.frozen, self.base_version, self.base_digest = "", 0, ""
+        self.digests, self.base_version, self.base_digest = frozenset(), 0, ""
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,23 @@ class Planned:
 
     Args:
         request: What is asked.
-        frozen: Digest of the plan's frozen parts.
-        with_frozen: Whether they travel.
+        digests: Of the plan's parts.
+        held: The parts that the client holds: they do not travel.
         nbytes: Of the request.
         simulated_s: Simulated seconds until its reply; None: no device is simulated.
         failure: Why the simulated device will not answer; it is not asked then.
     """
 
     request: TrainRequest
-    frozen: str
-    with_frozen: bool
+    digests: Mapping[Part, str]
+    held: frozenset[Part]
     nbytes: int
     simulated_s: float | None = None
     failure: Failure | None = None
 
     def received_by(self, held: Held) -> None:
         """Note that the client holds now what it was sent."""
-        held.frozen = self.frozen
+        held.digests = frozenset(self.digests.values())
         held.base_version, held.base_digest = self.request.plan.base_version, self.request.base_digest
 
 
@@ -73,7 +75,7 @@ class Planner:
     def __init__(self, config: RunConfig, rule: Aggregator, workspace: Workspace, run: str = "") -> None:
         self._config, self._rule, self._workspace, self._run = config, rule, workspace, run
         self._devices = SimulatedDevices.of(config)
-        self._frozen = FrozenDigest()
+        self._digests = PartDigests()
 
     @property
     def measures_error(self) -> bool:
@@ -101,10 +103,9 @@ class Planner:
             since = asked.base_digest
         wire = self._config.wire.up
         request = TrainRequest(plan, asked.number, client.client_id, asked.base_digest, since, wire=wire, run=self._run)
-        frozen = self._frozen(plan)
-        with_frozen = held.frozen != frozen
-        nbytes = request_nbytes(request, frozen, with_frozen=with_frozen)
-        return Planned(request, frozen, with_frozen, nbytes)
+        digests = self._digests(plan)
+        parts = frozenset(part for part, digest in digests.items() if digest in held.digests)
+        return Planned(request, digests, parts, request_nbytes(request, digests, parts))
 
     def evaluation(self, asked: RoundRequest, client: ClientInfo, held: Held) -> Planned:
         """What a client is sent to measure a state: the plan of one that trains, with the global adapter and no answer

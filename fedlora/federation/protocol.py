@@ -1,19 +1,21 @@
 """What travels between the server and a client in a round, whoever carries it: Flower's messages, or nobody.
 
-What a client needs of a plan is sent once: frozen parts (FFA-LoRA's A) are named by a digest and left out for a client
-that is known to hold them, and changes of the base are sent from the version that the client holds. A simulation sends
-nothing, and counts the same bytes.
+What a client holds is not sent again: each part of an adapter (A, B, dense) is named by its digest and left out for a
+client that is known to hold it, as FFA-LoRA's A in all rounds but a client's first, or the factor that RoLoRA trains
+next. Changes of the base are sent from the version that the client holds. A simulation sends nothing, and counts the
+same bytes.
 
-Tensors travel as one buffer for each message, and one for each part that travels by itself; see `fedlora.wire_formats`.
+The adapter travels as one buffer, and each change of the base as one; see `fedlora.wire_formats`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar, cast, final
+from typing import Any, Generic, TypeVar, final
 
 from torch import Tensor
 
@@ -36,7 +38,9 @@ from fedlora.wire_formats import (
     tensors_digest,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
+ADAPTER = "adapter"
+"""Name of the buffer of the adapter's tensors."""
 MAX_ERROR = 1_000
 """Characters of an error that a client tells; escaped they fit into a head."""
 FIGURE_BYTES = 8
@@ -134,17 +138,10 @@ class TrainedReply:
     figures: Mapping[str, float]
 
 
-def trained_tensors(plan: ClientPlan) -> dict[str, Tensor]:
-    """Tensors of a plan that always travel: what is trained, unless the client can draw it from the plan's seed."""
-    tensors = plan.adapter.tensors(plan.trains)
-    return tensors if plan.fresh_seed is None else {n: t for n, t in tensors.items() if n in plan.adapter.dense}
-
-
-def frozen_tensors(plan: ClientPlan) -> dict[str, Tensor]:
-    """Tensors of a plan that no client changes, and that travel once."""
-    if plan.fresh_seed is not None:
-        return {}
-    return plan.adapter.tensors(cast("set[Part]", {"A", "B", "dense"} - plan.trains))
+def tensors_by_part(plan: ClientPlan) -> dict[Part, dict[str, Tensor]]:
+    """The tensors of each part of a plan's adapter, but those that a client can draw from the plan's seed."""
+    parts: tuple[Part, ...] = ("A", "B", "dense") if plan.fresh_seed is None else ("dense",)
+    return {part: tensors for part in parts if (tensors := plan.adapter.tensors({part}))}
 
 
 @final
@@ -171,26 +168,28 @@ class OfSameTensors(Generic[T]):
 
 
 @final
-class FrozenDigest:
-    """Digest of the parts of a plan that it does not train, "" where there are none; of shared tensors taken once."""
+class PartDigests:
+    """The digest of each part of a plan's adapter; of tensors that plans share it is taken once."""
 
     def __init__(self) -> None:
-        self._digest = OfSameTensors(lambda tensors: tensors_digest(tensors) if tensors else "")
+        self._digests = defaultdict[Part, OfSameTensors[str]](lambda: OfSameTensors(tensors_digest))
 
-    def __call__(self, plan: ClientPlan) -> str:
-        """The digest."""
-        return self._digest(frozen_tensors(plan))
+    def __call__(self, plan: ClientPlan) -> dict[Part, str]:
+        """The digests."""
+        return {part: self._digests[part](tensors) for part, tensors in tensors_by_part(plan).items()}
 
 
 # ------------------------------------------------------------------------------------------------------ heads
 
 
-def request_head(request: TrainRequest, frozen: str, buffers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+def request_head(
+    request: TrainRequest, digests: Mapping[Part, str], buffers: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
     """What a request says besides its tensors.
 
     Args:
         request: To be sent.
-        frozen: Digest of the plan's frozen parts.
+        digests: Of the plan's parts; see `PartDigests`.
         buffers: See `request_tensors`.
     """
     plan = request.plan
@@ -201,7 +200,6 @@ def request_head(request: TrainRequest, frozen: str, buffers: Mapping[str, Mappi
         "round": request.round,
         "client_id": request.client_id,
         "layout": _layout_json(plan.adapter.layout),
-        "dense": sorted(plan.adapter.dense),
         "trains": sorted(plan.trains),
         "sends": sorted(plan.sends),
         "base_version": plan.base_version,
@@ -210,7 +208,7 @@ def request_head(request: TrainRequest, frozen: str, buffers: Mapping[str, Mappi
         "fresh_seed": plan.fresh_seed,
         "proximal_mu": plan.proximal_mu,
         "wire": request.wire,
-        "frozen": frozen,
+        "digests": digests,
         "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
         "buffers": {name: layout_json(tensors) for name, tensors in buffers.items()},
     }
@@ -223,7 +221,7 @@ def update_head(request: TrainRequest) -> dict[str, Any]:
 
 
 def note_head(kind: str, **fields: Any) -> dict[str, Any]:
-    """A reply without tensors: kind "need" (frozen parts or base changes are missing), "error", "spent" or "hello"."""
+    """A reply without tensors: kind "need" (parts or changes of the base are missing), "error", "spent" or "hello"."""
     return {"protocol": PROTOCOL, "kind": kind, **fields}
 
 
@@ -234,16 +232,16 @@ def _layout_json(layout: Layout) -> dict[str, list[float]]:
 # ------------------------------------------------------------------------------------------------------ bytes
 
 
-def request_tensors(plan: ClientPlan, *, with_frozen: bool) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each buffer of a request: "adapter", "frozen", and "merge/<version>" for each change of the base.
+def request_tensors(plan: ClientPlan, held: Container[Part] = ()) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each buffer of a request: `ADAPTER`, if anything is in it, and one for each change of the base.
 
     Args:
         plan: To be sent.
-        with_frozen: False for a client that holds the frozen parts already.
+        held: Parts that the client holds already.
     """
-    buffers = {"adapter": trained_tensors(plan)}
-    if with_frozen and (frozen := frozen_tensors(plan)):
-        buffers["frozen"] = frozen
+    parts = tensors_by_part(plan).items()
+    adapter = {name: tensor for part, tensors in parts if part not in held for name, tensor in tensors.items()}
+    buffers = {ADAPTER: adapter} if adapter else {}
     return buffers | {merge_buffer(update.version): flatten_base_update(update)[0] for update in plan.base_updates}
 
 
@@ -252,10 +250,10 @@ def merge_buffer(version: int) -> str:
     return f"merge/{version}"
 
 
-def request_nbytes(request: TrainRequest, frozen: str, *, with_frozen: bool) -> int:
+def request_nbytes(request: TrainRequest, digests: Mapping[Part, str], held: Container[Part]) -> int:
     """Bytes of a request: tensors, and the head as text."""
-    buffers = request_tensors(request.plan, with_frozen=with_frozen)
-    return tensors_nbytes(buffers) + head_nbytes(request_head(request, frozen, buffers))
+    buffers = request_tensors(request.plan, held)
+    return tensors_nbytes(buffers) + head_nbytes(request_head(request, digests, buffers))
 
 
 def tensors_nbytes(buffers: Mapping[str, Mapping[str, Tensor]]) -> int:

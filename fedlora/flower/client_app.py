@@ -26,7 +26,7 @@ from fedlora.flower.evaluation_messages import encode_sums
 from fedlora.flower.handshake import require_same_config, require_same_ground
 from fedlora.flower.kept_answers import KeptAnswer, LastAnswer
 from fedlora.flower.messages import (
-    FrozenParts,
+    HeldParts,
     decode_head,
     decode_request,
     decode_request_head,
@@ -43,7 +43,7 @@ from fedlora.training.workspace import Workspace, open_workspace
 app = ClientApp()
 logger = logging.getLogger(__name__)
 
-frozen_parts = FrozenParts()
+held_parts = HeldParts()
 """Of an imported module: Ray pickles an app's globals by value for each message, so a cache in a closure or in
 `__main__` would do nothing."""
 last_answer = LastAnswer()
@@ -116,8 +116,8 @@ def _trained(content: RecordDict, context: Context, config: RunConfig) -> Record
     if not isinstance(request, TrainRequest):
         return request
     if config.example_privacy is not None:
-        return _trained_privately(content, head, request, context, workspace)
-    digest = request_digest(content, head, plan_config(config))
+        return _trained_privately(head, request, context, workspace)
+    digest = request_digest(head, plan_config(config))
     key = (context.run_id, context.node_id, digest, weakref.ref(workspace))
     if (before := last_answer.find(key)) is not None:
         return before
@@ -140,21 +140,21 @@ def _request(
         raise ReplyError(
             f"the plan is for client {head['client_id']}, and this node is client {client_id} now", code="other-client"
         )
-    request = decode_request(content, head, frozen_parts)
+    request = decode_request(content, head, held_parts)
     base_fits = can_follow(workspace.base, head["base_digest"], head["since_digest"])
     if request is None or not base_fits:
-        return head, encode_note("need", frozen=request is None, base=not base_fits), workspace
+        return head, encode_note("need", parts=request is None, base=not base_fits), workspace
     return head, request, workspace
 
 
 def _trained_privately(
-    content: RecordDict, head: dict[str, Any], request: TrainRequest, context: Context, workspace: Workspace
+    head: dict[str, Any], request: TrainRequest, context: Context, workspace: Workspace
 ) -> RecordDict:
     """As `_trained`; asked for the same again, the client sends the same bytes again."""
     config, place = workspace.config, ledger_place(context)
     ledger = place.open(request.client_id, request.run).ledger
     kept = KeptAnswer(ledger.path.with_name(f"{ledger.path.name}.answer"))
-    digest = request_digest(content, head, plan_config(config))
+    digest = request_digest(head, plan_config(config))
     if (before := kept.find(digest, ledger)) is not None:
         return before
     released: list[RecordDict] = []

@@ -16,11 +16,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlora import __version__
-from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
+from fedlora.adapter import AdapterState, Layout, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import ClientPlan
 from fedlora.errors import ReplyError
 from fedlora.federation.planner import Planned
 from fedlora.federation.protocol import (
+    ADAPTER,
     MAX_ERROR,
     PROTOCOL,
     OfSameTensors,
@@ -73,8 +74,8 @@ class RequestEncoder:
             planned: What is asked.
             parts: Of its own examples on which a client is to evaluate; none: it trains.
         """
-        buffers = request_tensors(planned.request.plan, with_frozen=planned.with_frozen)
-        head = request_head(planned.request, planned.frozen, buffers) | ({"parts": list(parts)} if parts else {})
+        buffers = request_tensors(planned.request.plan, planned.held)
+        head = request_head(planned.request, planned.digests, buffers) | ({"parts": list(parts)} if parts else {})
         arrays = ArrayRecord()
         for name, tensors in buffers.items():  # one by one: from a dict it would copy them
             arrays[name] = self._arrays[name](tensors)
@@ -86,25 +87,30 @@ def _packed(tensors: Mapping[str, Tensor]) -> Array:
 
 
 @final
-class FrozenParts:
-    """Frozen tensors by their digest, the most recently used few of them."""
+class HeldParts:
+    """Parts of adapters by their digests: those of the last request, and of earlier ones as many as fit.
 
-    def __init__(self, size: int = 16) -> None:
-        self._size = size
+    Args:
+        nbytes: Bytes of all that is held; the last request's parts are held even if they have more.
+    """
+
+    def __init__(self, nbytes: int = 1 << 28) -> None:
+        self._nbytes = nbytes
         self._held: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
 
-    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under their digest."""
-        self._held[key] = tensors
-        self._held.move_to_end(key)
-        while len(self._held) > self._size:
-            self._held.popitem(last=False)
+    def keep(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Keep the parts of a request under their digests."""
+        for digest, tensors in parts.items():
+            self._held[digest] = tensors
+            self._held.move_to_end(digest)
+        total = sum(tensor.nbytes for tensors in self._held.values() for tensor in tensors.values())
+        while total > self._nbytes and len(self._held) > len(parts):
+            _, dropped = self._held.popitem(last=False)
+            total -= sum(tensor.nbytes for tensor in dropped.values())
 
-    def get(self, key: str) -> Mapping[str, Tensor] | None:
-        """The tensors of a digest, or None if they are not held."""
-        if key in self._held:
-            self._held.move_to_end(key)
-        return self._held.get(key)
+    def get(self, digest: str) -> Mapping[str, Tensor] | None:
+        """The tensors of a part, or None if it is not held."""
+        return self._held.get(digest)
 
 
 def decode_request_head(content: RecordDict) -> dict[str, Any]:
@@ -129,31 +135,32 @@ def decode_request_head(content: RecordDict) -> dict[str, Any]:
     return head
 
 
-def decode_request(content: RecordDict, head: Mapping[str, Any], held: FrozenParts) -> TrainRequest | None:
-    """The request in a train message; None where it leaves frozen parts out that are not held here.
+def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts) -> TrainRequest | None:
+    """The request in a train message; None where it leaves parts out that are not held here.
 
     Args:
         content: Of the message.
         head: See `decode_request_head`.
-        held: Frozen parts of earlier messages; those of this one are added.
+        held: Parts of earlier messages; those of this one are added.
 
     Raises:
-        ReplyError: a buffer is not as the head lays it out, or the frozen parts are not those that it names.
+        ReplyError: a buffer is not as the head lays it out, or its parts are not those that the head names.
     """
-    buffers = _unpacked(content, head)
-    key, frozen = head["frozen"], buffers.get("frozen")
-    if key and frozen:
-        if tensors_digest(frozen) != key:
+    buffers, layout = _unpacked(content, head), _layout_from_json(head["layout"])
+    sent = _by_part(buffers.get(ADAPTER, {}), layout)
+    parts: dict[str, Mapping[str, Tensor]] = {}
+    for part, digest in head["digests"].items():
+        if part in sent and tensors_digest(sent[part]) != digest:
             raise ReplyError(
-                "the frozen parts of the plan are not those that it names (another hash): report this bug",
-                code="frozen-parts-differ",
+                f"{part} of the plan is not what it names (another hash): report this bug", code="parts-differ"
             )
-        held.put(key, frozen)
-    known = frozen or (held.get(key) if key else {})
-    if known is None:
-        return None
+        tensors = sent.get(part) or held.get(digest)
+        if tensors is None:
+            return None
+        parts[digest] = tensors
+    held.keep(parts)
     plan = ClientPlan(
-        adapter=_adapter(head, {**buffers["adapter"], **known}),
+        adapter=_adapter(layout, head["fresh_seed"], {name: t for part in parts.values() for name, t in part.items()}),
         trains=frozenset(head["trains"]),
         sends=frozenset(head["sends"]),
         base_version=head["base_version"],
@@ -174,18 +181,15 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: FrozenPar
     )
 
 
-def request_digest(content: RecordDict, head: Mapping[str, Any], config: str) -> str:
+def request_digest(head: Mapping[str, Any], config: str) -> str:
     """Names what is asked for, however much of it this message leaves out.
 
     Args:
-        content: Of the message.
         head: See `decode_request_head`.
         config: Digest of the config by which the node trains.
     """
     said = {key: value for key, value in head.items() if key not in ("merges", "since_digest", "buffers")}
-    start = hashlib.sha256(from_array(cast("ArrayRecord", content["arrays"])["adapter"])).hexdigest()
-    text = json.dumps([said, head["buffers"]["adapter"], start, config], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([said, config], sort_keys=True).encode()).hexdigest()
 
 
 def _unpacked(content: RecordDict, head: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -211,15 +215,21 @@ def _unpacked(content: RecordDict, head: Mapping[str, Any]) -> dict[str, dict[st
     }
 
 
-def _adapter(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState:
+def _by_part(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, dict[str, Tensor]]:
+    """A buffer's tensors by the part that they belong to."""
+    factors = {f"{name}:{factor}": factor for name in layout for factor in "AB"}
+    parts = defaultdict[str, dict[str, Tensor]](dict)
+    for name, tensor in tensors.items():
+        parts[factors.get(name, "dense")][name] = tensor
+    return parts
+
+
+def _adapter(layout: Layout, fresh_seed: int | None, tensors: Mapping[str, Tensor]) -> AdapterState:
     """Where training starts."""
-    layout = _layout_from_json(head["layout"])
-    if head["fresh_seed"] is not None:
-        pairs = fresh_pairs(layout, head["fresh_seed"])
-        return AdapterState(pairs, {name: tensors[name] for name in head["dense"]})
+    if fresh_seed is not None:
+        return AdapterState(fresh_pairs(layout, fresh_seed), dict(tensors))
     pairs = {name: LoraPair(tensors[f"{name}:A"], tensors[f"{name}:B"], shape.scale) for name, shape in layout.items()}
-    of_pairs = {f"{name}:{factor}" for name in layout for factor in "AB"}
-    return AdapterState(pairs, {name: value for name, value in tensors.items() if name not in of_pairs})
+    return AdapterState(pairs, _by_part(tensors, layout).get("dense", {}))
 
 
 def _layout_from_json(layout: Mapping[str, Iterable[Any]]) -> dict[str, PairShape]:

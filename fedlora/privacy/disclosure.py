@@ -35,7 +35,7 @@ FIGURES: Final[Mapping[str, frozenset[str]]] = {
 
 HEADS: Final[Mapping[str, frozenset[str]]] = {
     "hello": frozenset({"client_id", "fedlora", "fingerprint", "rank"}),
-    "need": frozenset({"frozen", "base"}),
+    "need": frozenset({"parts", "base"}),
     "spent": frozenset({"error"}),
     "error": frozenset({"error"}),
     "update": frozenset({"round", "base_digest", "layout"}),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.errors import raises
 from support.federations import deploy, require_alike, simulate, timeless
 from support.interrupted import cut_and_resumed
@@ -28,6 +29,11 @@ from fedlora.training.workspace import Workspace, open_workspace
 MakeConfig = Callable[..., RunConfig]
 AT_CLIENTS = ("evaluation.on=clients", "evaluation.min_examples=2")
 OVERFITS = (*AT_CLIENTS, "selection.metric=loss", "data.validation_fraction=0.3", "train.lr=0.05", "train.steps=6")
+
+
+def same_adapter(one: RunOutcome, other: RunOutcome) -> bool:
+    mine, theirs = one.state.adapter.tensors(), other.state.adapter.tensors()
+    return all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def on_all_own_examples(workspace: Workspace, outcome: RunOutcome, part: str) -> dict[str, float]:
@@ -60,6 +66,18 @@ def test_federated_figures_are_those_of_all_examples_in_one_place(
     assert federated["bytes_up"] > 0
     assert federated["bytes_down"] > 0
     assert "federated" in outcome.records[0]  # before training
+
+
+@pytest.mark.parametrize("run", [simulate, deploy])
+def test_a_state_that_clients_have_measured_is_not_sent_again(
+    tiny_config: MakeConfig, run: Callable[..., RunOutcome]
+) -> None:
+    measured = run(tiny_config(*AT_CLIENTS))
+    unmeasured = run(tiny_config(*AT_CLIENTS, "evaluation.every=1000", name="unmeasured"))
+    assert same_adapter(measured, unmeasured)
+    downs = [[record["bytes_down"] for record in outcome.records[2:]] for outcome in (unmeasured, measured)]
+    saved = [full - short for full, short in zip(*downs, strict=True)]  # before round 1 both were measured
+    assert all(nbytes > 4 * measured.state.adapter.nbytes() for nbytes in saved)
 
 
 def test_what_clients_keep_apart_is_in_whole_groups_and_nobody_trains_on_it(tiny_config: MakeConfig) -> None:

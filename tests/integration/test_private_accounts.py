@@ -28,6 +28,7 @@ from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training.dp_settings import private_settings
+from fedlora.wire_formats import from_raw, joined, raw_bytes, read_layout, sliced, tensors_digest
 
 MakeConfig = Callable[..., RunConfig]
 DELTA, ROUNDS = 1e-3, 3
@@ -280,8 +281,12 @@ def changed(plan: RecordDict, arrays: Callable[[torch.Tensor], torch.Tensor] | N
     told = json.loads(str(plan.config_records["plan"]["json"])) | head
     own = ArrayRecord(dict(plan.array_records["arrays"].items()))
     if arrays:
-        start = torch.frombuffer(bytearray(from_array(own["adapter"])), dtype=torch.float32)
-        own["adapter"] = to_array(arrays(start).numpy().tobytes())
+        buffer = from_array(own["adapter"])
+        parts = sliced(read_layout(told["buffers"]["adapter"], len(buffer)), buffer)
+        tensors = {n: arrays(from_raw(parts[n], dtype, tuple(shape))) for n, dtype, shape in told["buffers"]["adapter"]}
+        own["adapter"] = to_array(joined(map(raw_bytes, tensors.values())))
+        of = {n: n[-1] if n[-2:] in (":A", ":B") else "dense" for n in tensors}
+        told["digests"] = {p: tensors_digest({n: t for n, t in tensors.items() if of[n] == p}) for p in told["digests"]}
     return RecordDict({"plan": ConfigRecord({"json": json.dumps(told)}), "arrays": own})
 
 

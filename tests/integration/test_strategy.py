@@ -25,12 +25,12 @@ from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError, RunDirError
 from fedlora.federation.planner import Planned
-from fedlora.federation.protocol import FrozenDigest, TrainRequest
+from fedlora.federation.protocol import PartDigests, TrainRequest
 from fedlora.federation.round_record import quorum_of
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower import mailbox as post
-from fedlora.flower.messages import FrozenParts, RequestEncoder, decode_request, decode_request_head
+from fedlora.flower.messages import HeldParts, RequestEncoder, decode_request, decode_request_head
 from fedlora.flower.server_app import serve
 from fedlora.flower.task_identity import task_identity
 from fedlora.model.base_history import can_follow, digest_of, next_digest
@@ -275,16 +275,16 @@ def ffa_plan(rank: int) -> ClientPlan:
 
 
 def planned(plan: ClientPlan, client_id: int = 0) -> Planned:
-    return Planned(TrainRequest(plan, 1, client_id), FrozenDigest()(plan), with_frozen=True, nbytes=0)
+    return Planned(TrainRequest(plan, 1, client_id), PartDigests()(plan), held=frozenset(), nbytes=0)
 
 
-def test_frozen_digests_follow_the_rank_of_each_plan() -> None:
-    frozen = FrozenDigest()
+def test_digests_follow_the_rank_of_each_plan() -> None:
+    digests = PartDigests()
     known = {rank: tensors_digest({"m:A": ffa_plan(rank).adapter.pairs["m"].A}) for rank in (1, 2, 3, 4)}
     draw = random.Random(0)
     for _ in range(200):  # each plan's tensors are freed, so that the next one's may lie at the same address
         rank = draw.randint(1, 4)
-        assert frozen(ffa_plan(rank)) == known[rank]
+        assert digests(ffa_plan(rank))["A"] == known[rank]
 
 
 def test_the_encoder_holds_no_more_than_the_plans_under_way() -> None:
@@ -302,23 +302,23 @@ def test_ffa_with_mixed_ranks_sends_each_client_its_a_once(tiny_config: MakeConf
 
     class Forgets(Callback):
         def round_started(self, number: int, asked: object) -> None:
-            client_app.frozen_parts = FrozenParts()
+            client_app.held_parts = HeldParts()
 
     again = deploy(tiny_config(*settings, name="forgetful"), Forgets())
     assert same(outcome.adapter, again.adapter)
     assert again.records[2]["bytes_down"] > outcome.records[2]["bytes_down"]
     first, *others = [record["bytes_down"] for record in outcome.records[1:]]
     frozen = outcome.state.adapter.nbytes(("A",)) * (4 + 2 + 1 + 3) // 4
-    layout = json.dumps(layout_json(outcome.state.adapter.tensors(("A",))))  # of one digit for any of the ranks
-    assert [first - other for other in others] == [frozen + 4 * len(f', "frozen": {layout}')] * 3
+    layout = json.dumps(layout_json(outcome.state.adapter.tensors(("A",))))[1:-1]  # of one digit for any of the ranks
+    assert [first - other for other in others] == [frozen + 4 * len(f"{layout}, ")] * 3
     assert all(not record["refused"] for record in (*outcome.records[1:], *again.records[1:]))
 
 
-def test_a_client_refuses_frozen_parts_of_another_hash() -> None:
+def test_a_client_refuses_parts_of_another_hash() -> None:
     content = RequestEncoder().encode(planned(ffa_plan(2)))
-    head, held = decode_request_head(content), FrozenParts()
-    with raises(ReplyError, "frozen-parts-differ"):
-        decode_request(content, {**head, "frozen": "0" * 64}, held)
+    head, held = decode_request_head(content), HeldParts()
+    with raises(ReplyError, "parts-differ"):
+        decode_request(content, {**head, "digests": head["digests"] | {"A": "0" * 64}}, held)
     assert held.get("0" * 64) is None
     assert decode_request(content, head, held) is not None
 

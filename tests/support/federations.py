@@ -12,7 +12,7 @@ from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
-from fedlora.flower.messages import FrozenParts
+from fedlora.flower.messages import HeldParts
 from fedlora.flower.server_app import serve
 from fedlora.flower.task_identity import task_identity
 from fedlora.runs.rundir import RunDir
@@ -60,7 +60,7 @@ def deploy(
 def forget(config: RunConfig) -> None:
     """Hold nothing of earlier rounds, as a new process does."""
     open_workspace(config).base.rebase(0, ())
-    client_app.frozen_parts = FrozenParts()
+    client_app.held_parts = HeldParts()
 
 
 def timeless(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedlora.sanitize import REPLACEMENT, clean_lines, clean_text
@@ -26,6 +26,9 @@ def test_one_line_of_what_can_be_printed_and_encoded(text: str, limit: int) -> N
 
 
 @settings(deadline=None)
+@example("a\n\n", 1)
+@example("\x1e\r", 1)
+@example("a\n\u200b", 9)
 @given(ANY_TEXT, st.integers(1, 80))
 def test_cleaning_twice_changes_nothing(text: str, limit: int) -> None:
     assert clean_text(clean_text(text, limit), limit) == clean_text(text, limit)

@@ -35,6 +35,19 @@ def test_a_frozen_factor_travels_once() -> None:
     assert (found.up, found.down, found.first_down) == (B + HEAD, B + HEAD, A + B + HEAD)
 
 
+def test_of_two_factors_that_are_trained_in_turn_each_travels_when_it_has_changed() -> None:
+    A, B = bytes_of(2)
+    found = measure_traffic(load_aggregator("rolora"), initial(2), [layout(2)] * CLIENTS)
+    assert (found.up, found.down, found.first_down) == ((A + B) / 2 + HEAD, (A + B) / 2 + HEAD, A + B + HEAD)
+
+
+def test_a_start_that_stays_the_same_travels_once() -> None:
+    A, B = bytes_of(2)
+    found = measure_traffic(load_aggregator("frlora"), initial(2), [layout(2)] * CLIENTS)
+    change = 2 * (A + B)  # the round's change of the base, of rank 2 r
+    assert (found.first_down, found.down) == (A + B + HEAD, change + HEAD)
+
+
 def test_stacking_sends_back_everybodys_factors_and_fresh_pairs_are_drawn_not_sent() -> None:
     found = measure_traffic(load_aggregator("flora"), initial(2), [layout(2)] * CLIENTS)
     assert found.up == sum(bytes_of(2)) + HEAD

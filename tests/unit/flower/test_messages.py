@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,23 +14,23 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from support.errors import raises
 
-from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
+from fedlora.adapter import AdapterState, LoraPair, PairShape, Part, fresh_pairs
 from fedlora.aggregators import BaseUpdate, ClientPlan
 from fedlora.errors import ReplyError
 from fedlora.federation.planner import Planned
 from fedlora.federation.protocol import (
     FIGURE_BYTES,
-    FrozenDigest,
+    PartDigests,
     TrainedReply,
     TrainRequest,
-    frozen_tensors,
     head_nbytes,
     request_nbytes,
+    tensors_by_part,
     update_head,
 )
 from fedlora.flower.arrays import from_array, to_array
 from fedlora.flower.messages import (
-    FrozenParts,
+    HeldParts,
     RequestEncoder,
     decode_request,
     decode_request_head,
@@ -58,17 +60,17 @@ FRESH = ClientPlan(AdapterState(fresh_pairs({"m": PairShape(4, 5, 3, 2.0)}, 7), 
 PLANS = {"plain": ClientPlan(adapter()), "frozen A": FROZEN_A, "base update": WITH_UPDATE, "fresh": FRESH}
 
 
-def planned(plan: ClientPlan, *, with_frozen: bool = True, **fields: Any) -> Planned:
+def planned(plan: ClientPlan, held: Iterable[Part] = (), **fields: Any) -> Planned:
     request = TrainRequest(plan, **{"round": 1, "client_id": 0, **fields})
-    return Planned(request, FrozenDigest()(plan), with_frozen, 0)
+    return Planned(request, PartDigests()(plan), frozenset(held), 0)
 
 
-def encoded(plan: ClientPlan, *, with_frozen: bool = True, **fields: Any) -> RecordDict:
-    return RequestEncoder().encode(planned(plan, with_frozen=with_frozen, **fields))
+def encoded(plan: ClientPlan, held: Iterable[Part] = (), **fields: Any) -> RecordDict:
+    return RequestEncoder().encode(planned(plan, held, **fields))
 
 
-def decoded(content: RecordDict, held: FrozenParts | None = None) -> TrainRequest | None:
-    return decode_request(content, decode_request_head(content), held or FrozenParts())
+def decoded(content: RecordDict, held: HeldParts | None = None) -> TrainRequest | None:
+    return decode_request(content, decode_request_head(content), held or HeldParts())
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:
@@ -94,7 +96,7 @@ def test_a_buffer_survives_as_an_array_and_another_array_is_none() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 30])
-def test_a_message_has_one_array_and_one_for_each_part_that_travels_by_itself(layers: int) -> None:
+def test_a_message_has_one_array_for_the_adapter_and_one_for_each_change_of_the_base(layers: int) -> None:
     pairs = {f"m{n}": LoraPair(torch.ones(2, 3), torch.ones(4, 2), 2.0) for n in range(layers)}
     updates = tuple(BaseUpdate(version - 1, version, AdapterState(pairs, {})) for version in (3, 4))
     plan = ClientPlan(
@@ -105,8 +107,9 @@ def test_a_message_has_one_array_and_one_for_each_part_that_travels_by_itself(la
         base_updates=updates,
     )
     request = planned(plan).request
-    assert set(encoded(plan).array_records["arrays"]) == {"adapter", "frozen", "merge/3", "merge/4"}
-    assert set(encoded(plan, with_frozen=False).array_records["arrays"]) == {"adapter", "merge/3", "merge/4"}
+    for held in ("", "A", "B"):
+        assert set(encoded(plan, held).array_records["arrays"]) == {"adapter", "merge/3", "merge/4"}
+    assert set(encoded(plan, "AB").array_records["arrays"]) == {"merge/3", "merge/4"}
     assert len(encode_reply(TrainedReply(request, request.starts, {}), 0).array_records["update"]) == 1
 
 
@@ -132,17 +135,16 @@ def test_a_request_survives_its_message(name: str) -> None:
     assert received.headers == TrainRequest(plan, 3, 1, wire="int8").headers
 
 
-def test_frozen_parts_travel_apart_and_can_be_left_out() -> None:
-    whole, short = encoded(FROZEN_A), encoded(FROZEN_A, with_frozen=False)
-    layouts = [decode_request_head(content)["buffers"] for content in (whole, short)]
-    assert [[name for name, *_ in layout] for layout in layouts[0].values()] == [
-        ["b:B", "a:B", "head.weight"],
-        ["b:A", "a:A"],
-    ]
-    assert layouts[1] == {"adapter": layouts[0]["adapter"]}
-    sizes = [sum(len(array.data) for array in content.array_records["arrays"].values()) for content in (whole, short)]
-    assert sizes[0] - sizes[1] == 2 * 3 * 5 * 4
-    held = FrozenParts()
+SENT = {"A": ["b:A", "a:A"], "B": ["b:B", "a:B"], "dense": ["head.weight"]}
+
+
+@pytest.mark.parametrize("left_out", [{"A"}, {"B"}, {"dense"}, {"A", "B"}, {"A", "dense"}, {"A", "B", "dense"}])
+def test_parts_that_a_client_holds_can_be_left_out(left_out: set[Part]) -> None:
+    whole, short = encoded(FROZEN_A), encoded(FROZEN_A, left_out)
+    assert [name for name, *_ in decode_request_head(whole)["buffers"]["adapter"]] == [*chain(*SENT.values())]
+    sent = decode_request_head(short)["buffers"].get("adapter", [])
+    assert [name for name, *_ in sent] == [*chain(*(names for part, names in SENT.items() if part not in left_out))]
+    held = HeldParts()
     assert decoded(short, held) is None
     assert decoded(whole, held) is not None
     again = decoded(short, held)
@@ -150,21 +152,26 @@ def test_frozen_parts_travel_apart_and_can_be_left_out() -> None:
     assert same(again.plan.adapter, FROZEN_A.adapter)
 
 
-def test_frozen_parts_that_are_not_those_that_the_head_names_are_refused_and_not_kept() -> None:
-    content, held = encoded(FROZEN_A), FrozenParts()
-    content.array_records["arrays"]["frozen"] = to_array(bytes(2 * 3 * 5 * 4))
-    with raises(ReplyError, "frozen-parts-differ"):
-        decoded(content, held)
-    assert decoded(encoded(FROZEN_A, with_frozen=False), held) is None
+@pytest.mark.parametrize("part", ["A", "B", "dense"])
+def test_parts_that_are_not_those_that_the_head_names_are_refused_and_not_kept(part: Part) -> None:
+    other = FROZEN_A.adapter.with_tensors({SENT[part][0]: FROZEN_A.adapter.tensors()[SENT[part][0]] + 1})
+    content, held = encoded(replace(FROZEN_A, adapter=other)), HeldParts()
+    good = PartDigests()(FROZEN_A)
+    with raises(ReplyError, "parts-differ", part):
+        decoded(with_head(content, digests=good), held)
+    assert all(held.get(digest) is None for digest in good.values())
 
 
-def test_only_the_frozen_parts_that_were_used_last_are_held() -> None:
-    held, tensors = FrozenParts(size=2), {"a": torch.ones(1)}
-    held.put("1", tensors)
-    held.put("2", tensors)
-    assert held.get("1") is tensors
-    held.put("3", tensors)
+def test_the_parts_that_were_used_last_are_held_as_far_as_they_fit() -> None:
+    held, tensors = HeldParts(nbytes=8), {"a": torch.ones(1)}
+    held.keep({"1": tensors})
+    held.keep({"2": tensors})
+    held.keep({"1": tensors})
+    held.keep({"3": tensors})
     assert [held.get(key) is tensors for key in "123"] == [True, False, True]
+    large = {"b": torch.ones(9)}
+    held.keep({"4": large, "5": large})  # the last request's, whatever their size
+    assert [held.get(key) is not None for key in "12345"] == [False, False, False, True, True]
 
 
 def test_fresh_pairs_are_drawn_by_the_client_and_do_not_travel() -> None:
@@ -172,44 +179,42 @@ def test_fresh_pairs_are_drawn_by_the_client_and_do_not_travel() -> None:
 
 
 def test_requests_share_the_arrays_of_the_very_same_tensors() -> None:
-    encoder, plan = RequestEncoder(), ClientPlan(adapter(), trains=frozenset({"B", "dense"}))
+    encoder, plan = RequestEncoder(), replace(WITH_UPDATE, trains=frozenset({"B", "dense"}))
 
-    def sent(plan: ClientPlan, *, with_frozen: bool = True) -> ArrayRecord:
-        content, held = encoder.encode(planned(plan, with_frozen=with_frozen)), FrozenParts()
-        if not with_frozen:
-            held.put(FrozenDigest()(plan), frozen_tensors(plan))
-        received = decoded(content, held)
+    def sent(plan: ClientPlan, held: Iterable[Part] = ()) -> ArrayRecord:
+        content, parts = encoder.encode(planned(plan, held)), tensors_by_part(plan)
+        holds = HeldParts()
+        holds.keep({PartDigests()(plan)[part]: parts[part] for part in held})
+        received = decoded(content, holds)
         assert received is not None
         assert same(received.plan.adapter, plan.adapter)
         return content.array_records["arrays"]
 
     head = plan.adapter.with_tensors({"head.weight": torch.ones(2, 4)})
-    frozen = plan.adapter.with_tensors({"a:A": torch.ones(3, 5)})
     first = sent(plan)
     for other, shared in (
-        (sent(replace(plan, proximal_mu=1.0)), {"adapter", "frozen"}),
-        (sent(plan, with_frozen=False), {"adapter"}),
-        (sent(replace(plan, adapter=head)), {"frozen"}),
-        (sent(plan), {"frozen"}),  # only the last ones are kept
-        (sent(replace(plan, adapter=frozen)), set()),
-        (sent(replace(plan, adapter=plan.adapter.clone())), set()),  # equal, but nobody looks at the values
+        (sent(replace(plan, proximal_mu=1.0)), {"adapter", "merge/2"}),
+        (sent(plan, {"A"}), {"merge/2"}),
+        (sent(plan), {"merge/2"}),  # only the last ones are kept
+        (sent(replace(plan, adapter=head)), {"merge/2"}),
+        (sent(replace(plan, adapter=plan.adapter.clone())), {"merge/2"}),  # equal, but nobody looks at the values
     ):
         assert {name for name in other if other[name] is first[name]} == shared
 
 
-def test_a_digest_of_frozen_parts_is_never_another_plans() -> None:
-    digest_of, plan = FrozenDigest(), ClientPlan(adapter(), trains=frozenset({"B"}))
+def test_a_digest_of_parts_is_never_another_plans() -> None:
+    digests_of, plan = PartDigests(), ClientPlan(adapter(), trains=frozenset({"B"}))
     for change in ({}, {"a:B": torch.ones(4, 3)}, {"a:A": torch.ones(3, 5)}, {"head.weight": torch.ones(2, 4)}, {}):
         asked = replace(plan, adapter=plan.adapter.with_tensors(change))
-        assert digest_of(asked) == tensors_digest(frozen_tensors(asked))
+        assert digests_of(asked) == {part: tensors_digest(tensors) for part, tensors in tensors_by_part(asked).items()}
 
 
 def test_a_request_is_named_by_what_it_asks_however_much_of_it_is_sent() -> None:
     def named(content: RecordDict, config: str = "config") -> str:
-        return request_digest(content, decode_request_head(content), config)
+        return request_digest(decode_request_head(content), config)
 
     usual = named(encoded(FROZEN_A))
-    assert usual == named(encoded(FROZEN_A, with_frozen=False)) == named(encoded(FROZEN_A, since_digest="other"))
+    assert usual == named(encoded(FROZEN_A, {"A"})) == named(encoded(FROZEN_A, since_digest="other"))
     other_start = replace(FROZEN_A, adapter=FROZEN_A.adapter.with_tensors({"a:B": torch.ones(4, 3)}))
     other_frozen = replace(FROZEN_A, adapter=FROZEN_A.adapter.with_tensors({"a:A": torch.ones(3, 5)}))
     others = [
@@ -218,7 +223,7 @@ def test_a_request_is_named_by_what_it_asks_however_much_of_it_is_sent() -> None
         named(encoded(FROZEN_A, run="ab" * 16)),
         named(encoded(FROZEN_A, base_digest="another")),
         named(encoded(other_start)),
-        named(encoded(other_frozen, with_frozen=False)),
+        named(encoded(other_frozen, {"A"})),
         named(encoded(replace(FROZEN_A, proximal_mu=1.0))),
     ]
     assert len({usual, *others}) == 1 + len(others)
@@ -239,8 +244,8 @@ LAYOUT = decode_request_head(encoded(FROZEN_A))["buffers"]
         None,
         {},
         {"adapter": []},
-        {"adapter": [["x", "float32", [1]]], "frozen": []},
-        {"adapter": LAYOUT["adapter"]},
+        {"adapter": [["x", "float32", [1]]]},
+        {"adapter": LAYOUT["adapter"][:-1]},
         {**LAYOUT, "more": []},
         [["adapter", []]],
     ],
@@ -278,10 +283,10 @@ def test_what_the_server_sends_is_the_same_in_every_format() -> None:
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("with_frozen", [True, False])
-def test_a_simulation_counts_the_bytes_of_the_request(name: str, with_frozen: bool) -> None:
-    one = planned(PLANS[name], with_frozen=with_frozen, round=12, base_digest="digest")
-    counted = request_nbytes(one.request, one.frozen, with_frozen=with_frozen)
+@pytest.mark.parametrize("held", ["", "A", "AB"])
+def test_a_simulation_counts_the_bytes_of_the_request(name: str, held: Any) -> None:
+    one = planned(PLANS[name], held, round=12, base_digest="digest")
+    counted = request_nbytes(one.request, one.digests, one.held)
     assert counted == payload_bytes(RequestEncoder().encode(one))
 
 

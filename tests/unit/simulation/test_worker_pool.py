@@ -90,7 +90,7 @@ class Thread:
         replies = []
         for client, held in zip(job.clients, job.held, strict=True):
             k = client.client_id
-            held.frozen = f"held by {k}"
+            held.digests = frozenset({f"held by {k}"})
             if k == 13:
                 replies.append(ClientReply(k).failed(Failure("refused", "unlucky")))
                 continue
@@ -203,12 +203,12 @@ def test_what_a_client_holds_goes_to_whoever_trains_it_next(make: Make) -> None:
     train(pool, [3, 4])
     train(pool, [4, 5])
     held = {
-        client.client_id: held.frozen
+        client.client_id: held.digests
         for child in children
         for job in [job for job in child.told if isinstance(job, TrainGroup)][-1:]
         for client, held in zip(job.clients, job.held, strict=True)
     }
-    assert held[4] == "held by 4"
+    assert held[4] == {"held by 4"}
 
 
 def test_every_process_knows_where_the_round_starts(make: Make) -> None:
