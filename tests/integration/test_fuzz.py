@@ -30,7 +30,7 @@ from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ReplyError
 from fedlora.federation.plausibility import Expectations
-from fedlora.federation.protocol import TrainedReply, TrainRequest
+from fedlora.federation.protocol import PROTOCOL, TrainedReply, TrainRequest
 from fedlora.federation.screen import LARGEST_FIGURES, Admitted, Screen
 from fedlora.flower.messages import encode_note, encode_reply
 from fedlora.flower.task_identity import task_identity
@@ -52,7 +52,7 @@ SCREEN = Screen(
 )
 SHAPES = {"head": (2,), "m:A": (2, 3), "m:B": (4, 2)}  # in the order of their bytes
 METRICS = {"loss", "steps", "seconds", "compute_seconds", "examples_seen"}
-HEAD = {"protocol": 2, "kind": "update", "round": 5, "base_digest": "base", "layout": ""}
+HEAD = {"protocol": PROTOCOL, "kind": "update", "round": 5, "base_digest": "base", "layout": ""}
 ODD: list[Any] = [
     *(None, True, False, 0, 1, 5, -1, 2**63, 10**400, 0.5, 1e308, math.nan, math.inf, "", "5", "update", "need"),
     *("\ud800", "x" * 100_000, [], [1], ["update"], {}, {"a": 1}, b"", b"\x00"),
