@@ -204,12 +204,8 @@ class ChainWriter:
         wanted, chain = list(records), self.chain
         if chain.torn is not None:
             wanted.insert(0, {**(torn or {}), "event": TORN, "sha256": hashlib.sha256(chain.torn).hexdigest()})
-        head, lines, data = self.mark.head, self.mark.lines, b"" if chain.ends else b"\n"
-        for record in wanted:
-            lines += 1
-            content = {**record, "line": lines}
-            head = _hash_of(head or START, content)
-            data += f"{_canonical({**content, 'hash': head})}\n".encode()
+        lines, after = self._chained(wanted)
+        data = (b"" if chain.ends else b"\n") + lines
         try:
             written = os.write(self._fd, data)
             if written == len(data):
@@ -218,9 +214,23 @@ class ChainWriter:
             self._undo(error.strerror or str(error))
         if written != len(data):
             self._undo("no space is left on its disk")
-        self.chain = Chain(ends=True)
-        self.mark = Mark(self.mark.size + len(data), head, lines)
-        return head
+        self.chain = Chain()
+        self.mark = Mark(self.mark.size + len(data), after.head, after.lines)
+        return after.head
+
+    def head_after(self, records: Iterable[Mapping[str, Any]]) -> str:
+        """The head that `append` of these records would give, where nothing is torn."""
+        return self._chained(records)[1].head
+
+    def _chained(self, records: Iterable[Mapping[str, Any]]) -> tuple[bytes, Mark]:
+        """Lines for some records, and where they would leave the file but for its size."""
+        head, lines, data = self.mark.head, self.mark.lines, b""
+        for record in records:
+            lines += 1
+            content = {**record, "line": lines}
+            head = _hash_of(head or START, content)
+            data += f"{_canonical({**content, 'hash': head})}\n".encode()
+        return data, Mark(0, head, lines)
 
     def _undo(self, why: str) -> None:
         os.ftruncate(self._fd, self.mark.size)

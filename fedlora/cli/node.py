@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,3 +24,36 @@ def show(folder: Site, debug: Debug = False) -> None:
 
         for key, value in load_policy(folder).model_dump(exclude_none=True).items():
             typer.echo(f"{key} = {value}")
+
+
+@node.command("log")
+def log(
+    folder: Site,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only say whether each line is as it was written, and the head.")
+    ] = False,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head", metavar="HASH", help="An earlier head, which the log must still have.", show_default=False
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the audit log: each request and answer, with what was sent; ends with 1 where a line was tampered with."""
+    with errors_in_one_line(debug):
+        from fedlora.site.audit_log import read_log
+
+        chain = read_log(folder, head)
+        if not verify:
+            for record in chain.records:
+                facts = {key: value for key, value in record.items() if key not in ("line", "time", "event", "hash")}
+                said = " ".join(f"{key}={json.dumps(value)}" for key, value in facts.items())
+                typer.echo(f"{record['line']} {record.get('time', '-')} {record.get('event')} {said}")
+            return
+        if chain.torn is not None:
+            typer.echo(
+                f"the last line was cut short by a crash or a full disk ({len(chain.torn)} bytes): nothing that was "
+                "written whole is lost, and the worker records it when it starts"
+            )
+        typer.echo(f"{len(chain.records)} lines, each as it was written; head {chain.head or '-'}")

@@ -137,12 +137,12 @@ def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
 
 
 def _reply(
-    request: TrainRequest, trained: AdapterState, figures: Mapping[str, float], config: RunConfig
+    request: TrainRequest, trained: AdapterState, figures: Mapping[str, float], config: RunConfig, ledger: str = ""
 ) -> TrainedReply:
     if config.privacy is not None:
-        head = update_head(request)
+        head = update_head(request, ledger)
         Disclosure(config.privacy.unit).require_reply(head, tuple(figures))
-    return TrainedReply(request, trained.tensors(request.plan.sends), figures)
+    return TrainedReply(request, trained.tensors(request.plan.sends), figures, ledger)
 
 
 def _unchanged(workspace: Workspace, request: TrainRequest, error: Exception) -> TrainResult:
@@ -249,6 +249,7 @@ def _answer_privately(
         for number, request in enumerate(requests):
             try:
                 settings, own = private_settings(config, request.client_id), account(request)
+                own.ledger.require_head(request.ledger)
                 if (spent := _spent(own, settings, request.round)) is not None:
                     answers[number] = spent
                     continue
@@ -265,7 +266,8 @@ def _answer_privately(
                 if isinstance(outcome, Exception):
                     one.attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
                     raise outcome if isinstance(outcome, PrivacyError) else withheld(outcome)
-                reply = _reply(requests[number], outcome.adapter, _private_figures(outcome, one), config)
+                figures = _private_figures(outcome, one)
+                reply = _reply(requests[number], outcome.adapter, figures, config, one.attempt.head)
                 if one.account.release is not None:
                     one.account.release(reply, one.attempt)
                 answers[number] = reply

@@ -146,7 +146,7 @@ class LocalClients(SimulatedClients):
             return sent.failed(Failure(found.kind, clean_text(found.why)), bytes_up=head_nbytes(note))
         if isinstance(found, Exception):
             raise found
-        head = update_head(planned.request)
+        head = update_head(planned.request, found.ledger)
         nbytes = planned.request.reply_nbytes + head_nbytes(head) + FIGURE_BYTES * len(found.figures)
         try:
             received = planned.request.as_received(found.tensors, self._config.seed)

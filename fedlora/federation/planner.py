@@ -13,6 +13,7 @@ from fedlora.federation.client_pool import ClientInfo, Failure, RoundRequest
 from fedlora.federation.initial_state import plan_for
 from fedlora.federation.protocol import PartDigests, TrainRequest, request_nbytes
 from fedlora.federation.simulated_devices import SimulatedDevices, examples_to_tell
+from fedlora.hash_chain import START
 from fedlora.training.workspace import Workspace
 
 
@@ -24,11 +25,13 @@ class Held:
         digests: Of the parts of the adapter that it was sent last.
         base_version: Of the base, with its digest.
         base_digest: See `base_version`.
+        ledger: Head of its ledger when it was last seen; see `fedlora.federation.protocol.TrainRequest`.
     """
 
     digests: frozenset[str] = frozenset()
     base_version: int = 0
     base_digest: str = ""
+    ledger: str = START
 
     def forget(self) -> None:
         """The client turned out to hold nothing."""
@@ -102,7 +105,9 @@ class Planner:
         if not plan.base_updates:
             since = asked.base_digest
         wire = self._config.wire.up
-        request = TrainRequest(plan, asked.number, client.client_id, asked.base_digest, since, wire=wire, run=self._run)
+        ledger = held.ledger if self._config.example_privacy is not None else ""
+        ids = asked.number, client.client_id, asked.base_digest, since
+        request = TrainRequest(plan, *ids, wire=wire, run=self._run, ledger=ledger)
         digests = self._digests(plan)
         parts = frozenset(part for part, digest in digests.items() if digest in held.digests)
         return Planned(request, digests, parts, request_nbytes(request, digests, parts))

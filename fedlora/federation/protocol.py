@@ -61,6 +61,8 @@ class TrainRequest:
         since_digest: Identity of the base to which `plan.base_updates` apply.
         wire: Format of the reply's tensors, one of `fedlora.wire_formats.WIRES`.
         run: Id of a private run's directory, the same after a resume; "" where no ledger needs it.
+        ledger: Head of the client's ledger when the server last saw it, `fedlora.hash_chain.START` if it never did; ""
+            where there is none.
     """
 
     plan: ClientPlan
@@ -70,6 +72,7 @@ class TrainRequest:
     since_digest: str = ""
     wire: str = "float32"
     run: str = ""
+    ledger: str = ""
 
     @cached_property
     def starts(self) -> dict[str, Tensor]:
@@ -131,11 +134,13 @@ class TrainedReply:
         request: That it answers.
         tensors: The parts that were asked for, after training.
         figures: "num_examples" and what else it reports.
+        ledger: Head of its ledger with this round's line; "" where there is none.
     """
 
     request: TrainRequest
     tensors: Mapping[str, Tensor]
     figures: Mapping[str, float]
+    ledger: str = ""
 
 
 def tensors_by_part(plan: ClientPlan) -> dict[Part, dict[str, Tensor]]:
@@ -211,13 +216,19 @@ def request_head(
         "digests": digests,
         "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
         "buffers": {name: layout_json(tensors) for name, tensors in buffers.items()},
+        **({"ledger": request.ledger} if request.ledger else {}),
     }
 
 
-def update_head(request: TrainRequest) -> dict[str, Any]:
-    """What the reply of a client that has trained says besides tensors and figures."""
+def update_head(request: TrainRequest, ledger: str = "") -> dict[str, Any]:
+    """What the reply of a client that has trained says besides tensors and figures.
+
+    Args:
+        request: That it answers.
+        ledger: See `TrainedReply`.
+    """
     said = {"round": request.round, "base_digest": request.base_digest, "layout": request.layout_digest}
-    return {"protocol": PROTOCOL, "kind": "update", **said}
+    return {"protocol": PROTOCOL, "kind": "update", **said, **({"ledger": ledger} if ledger else {})}
 
 
 def note_head(kind: str, **fields: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fedlora.federation.discretion import looking_at_data
 from fedlora.federation.protocol import TrainedReply, TrainRequest, plan_config
 from fedlora.flower.app_config import client_id_of, config_of, rank_of
 from fedlora.flower.evaluation_messages import encode_sums
-from fedlora.flower.handshake import require_same_config, require_same_ground
+from fedlora.flower.handshake import ledger_seen, require_same_config, require_same_ground
 from fedlora.flower.kept_answers import KeptAnswer, LastAnswer
 from fedlora.flower.messages import (
     HeldParts,
@@ -35,9 +35,10 @@ from fedlora.flower.messages import (
     request_digest,
 )
 from fedlora.flower.plain_client import is_plain, train_plain
+from fedlora.hash_chain import START
 from fedlora.model.base_history import can_follow, follow
 from fedlora.privacy.disclosure import Disclosure
-from fedlora.privacy.ledger import Attempt
+from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.training.workspace import Workspace, open_workspace
 
 app = ClientApp()
@@ -66,6 +67,10 @@ def hello(message: Message, context: Context) -> Message:
             facts["num_examples"] = len(indices)
         if (rank := rank_of(context)) is not None:
             facts["rank"] = rank
+        if config.example_privacy is not None and (own := ledger_place(context).own) is not None:
+            ledger = Ledger(own)
+            ledger.require_head(ledger_seen(message.content))
+            facts["ledger"] = ledger.head() or START
         note = encode_note("hello", client_id=client_id, **facts)
         _require_disclosed(note, config)
     except Exception as error:
@@ -153,6 +158,7 @@ def _trained_privately(
     """As `_trained`; asked for the same again, the client sends the same bytes again."""
     config, place = workspace.config, ledger_place(context)
     ledger = place.open(request.client_id, request.run).ledger
+    ledger.require_head(request.ledger)
     kept = KeptAnswer(ledger.path.with_name(f"{ledger.path.name}.answer"))
     digest = request_digest(head, plan_config(config))
     if (before := kept.find(digest, ledger)) is not None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, final
 
 import numpy as np
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.aggregators import Aggregator
@@ -31,7 +31,7 @@ from fedlora.flower.identities import Bindings, Identity
 from fedlora.flower.mailbox import LOST, TRIES, Mailbox, Sent
 from fedlora.flower.messages import RequestEncoder, payload_bytes
 from fedlora.flower.node_registry import Node, NodeRegistry
-from fedlora.flower.update_checks import check_head, check_update
+from fedlora.flower.update_checks import check_head, check_update, ledger_of
 from fedlora.privacy.disclosure import REFUSED
 from fedlora.runs.rundir import RunDir
 from fedlora.sanitize import clean_text
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 NODES_FILE = "nodes.json"
 """In a run's folder: which node is which client, by its key."""
+LEDGERS_FILE = "ledgers.json"
+"""In a private run's folder: the head of each client's ledger when it was last seen."""
 
 
 @dataclass
@@ -93,12 +95,19 @@ class FlowerClients:
         self._config, self._rundir, self._workspace, self._say = config, rundir, workspace, say
         self._planner = Planner(config, rule, workspace, "" if config.example_privacy is None else rundir.run_id)
         self._screen = Screen(config, workspace)
-        hello = handshake.question(config, workspace.pins)
+        question = handshake.question(config, workspace.pins)
+        self._ledgers = {int(k): str(head) for k, head in (rundir.read_json(LEDGERS_FILE) or {}).items()}
+
+        def hello(node_id: int) -> RecordDict:
+            client_id = self.registry.client_of(node_id)
+            known = None if client_id is None else self._ledgers.get(client_id)
+            return question if known is None else handshake.with_ledger(question, known)
+
         self.mail = Mailbox(grid, hello, patience_s=config.server.node_timeout_s, ttl_s=config.server.deadline_s + 60.0)
         known = {int(k): Identity(**row) for k, row in (rundir.read_json(NODES_FILE) or {}).items()}
         bindings = Bindings(config.server.nodes, known, self._remember)
         everybody, fingerprint = len(workspace.data.clients), workspace.base.fingerprint
-        self.registry = NodeRegistry(self.mail, config, everybody, fingerprint, say, bindings)
+        self.registry = NodeRegistry(self.mail, config, everybody, fingerprint, say, bindings, self._ledgers)
 
     @property
     def left_out(self) -> Mapping[str, str]:
@@ -125,6 +134,8 @@ class FlowerClients:
         while asked:  # of those that were heard nothing is kept
             one = asked.popleft()
             yield one if isinstance(one, ClientReply) else self._outcome(request, one, encoder, deadline)
+        if self._config.example_privacy is not None:
+            self._rundir.write_json(LEDGERS_FILE, {str(k): head for k, head in sorted(self._ledgers.items())})
 
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """Send all requests, then wait for each reply until the round's deadline."""
@@ -192,6 +203,8 @@ class FlowerClients:
             if head["kind"] == "spent":
                 why = clean_text(head.get("error", "its privacy budget is spent"))
                 return asked.reply.failed(Failure("spent", why))
+            if self._config.example_privacy is not None:
+                asked.node.held.ledger = self._ledgers[asked.node.info.client_id] = ledger_of(head)
             tensors, figures = self._checked(message, asked)
             admitted = self._screen.admit(asked.planned.request, tensors, figures, request.expected)
         except ReplyError as error:

@@ -35,6 +35,16 @@ def question(config: RunConfig, pins: Provenance) -> RecordDict:
     return RecordDict({"hello": ConfigRecord({"fedlora": __version__, **texts})})
 
 
+def with_ledger(question: RecordDict, ledger: str) -> RecordDict:
+    """A "hello" to a node whose ledger had this head when the server last saw it."""
+    return RecordDict({"hello": ConfigRecord({**question.config_records["hello"], "ledger": ledger})})
+
+
+def ledger_seen(content: RecordDict) -> str:
+    """Head of this node's ledger when the server last saw it, by the server's "hello"; "" if it never did."""
+    return str(content.config_records["hello"].get("ledger", ""))
+
+
 def shared(config: RunConfig, pins: Provenance) -> Provenance:
     """The parts that server and nodes have in common: data only where all read the same source.
 

@@ -84,6 +84,14 @@ class Bindings:
         node = self._known.get(client_id, Identity())
         return node.name or node.key
 
+    def client_of(self, node: Identity | None) -> int | None:
+        """The client that a node is by its pin or has been so far, whatever it says; None if that is not known."""
+        if node is None or not node.key:
+            return None
+        if self._pins:
+            return next((k for k, pin in enumerate(self._pins) if pin in (node.name, node.key)), None)
+        return next((k for k, known in self._known.items() if known.key == node.key), None)
+
     def bind(self, client_id: int, node: Identity | None) -> None:
         """Let a node be a client, and remember it.
 

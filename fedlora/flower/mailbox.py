@@ -10,6 +10,7 @@ again.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -58,13 +59,13 @@ class Mailbox:
 
     Args:
         grid: In-process, Ray or a SuperLink.
-        hello: Content of the question by which a node is asked to identify itself.
+        hello: Gives for a node the content of the question by which it is asked to identify itself.
         patience_s: Seconds without a reply after which a node is asked whether it still has the message; once there has
             been a reply it is twice the longest wait for one.
         ttl_s: How long the grid keeps a message, in seconds.
     """
 
-    def __init__(self, grid: Grid, hello: RecordDict, *, patience_s: float, ttl_s: float) -> None:
+    def __init__(self, grid: Grid, hello: Callable[[int], RecordDict], *, patience_s: float, ttl_s: float) -> None:
         self._grid, self._hello, self._patience_s, self._ttl_s = grid, hello, patience_s, ttl_s
         self._longest_s = 0.0
 
@@ -94,7 +95,7 @@ class Mailbox:
 
     def ask_hello(self, node_id: int) -> Sent:
         """Ask a node who it is."""
-        return self.send(self._hello, node_id, f"{MessageType.QUERY}.hello")
+        return self.send(self._hello(node_id), node_id, f"{MessageType.QUERY}.hello")
 
     def look(self, sent: Sent, patience_s: float | None = None) -> Message | None:
         """The reply, or None if it is not there yet.

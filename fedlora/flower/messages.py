@@ -178,6 +178,7 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
         head["since_digest"],
         wire=head["wire"],
         run=head["run"],
+        ledger=str(head.get("ledger", "")),
     )
 
 
@@ -188,7 +189,7 @@ def request_digest(head: Mapping[str, Any], config: str) -> str:
         head: See `decode_request_head`.
         config: Digest of the config by which the node trains.
     """
-    said = {key: value for key, value in head.items() if key not in ("merges", "since_digest", "buffers")}
+    said = {key: value for key, value in head.items() if key not in ("merges", "since_digest", "buffers", "ledger")}
     return hashlib.sha256(json.dumps([said, config], sort_keys=True).encode()).hexdigest()
 
 
@@ -246,7 +247,7 @@ def encode_reply(reply: TrainedReply, seed: int) -> RecordDict:
         reply: What is sent.
         seed: The run's, for formats that round at random.
     """
-    head, buffer = update_head(reply.request), reply.request.encode(reply.tensors, seed)
+    head, buffer = update_head(reply.request, reply.ledger), reply.request.encode(reply.tensors, seed)
     return update_content(ConfigRecord({"json": json.dumps(head)}), buffer, MetricRecord(dict(reply.figures)))
 
 

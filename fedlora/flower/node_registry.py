@@ -21,6 +21,7 @@ from fedlora.flower import mailbox
 from fedlora.flower.identities import Bindings, Identity
 from fedlora.flower.mailbox import LOST, TRIES, Mailbox, Sent
 from fedlora.flower.update_checks import Hello, check_hello
+from fedlora.hash_chain import START
 from fedlora.sanitize import clean_text
 
 
@@ -49,6 +50,7 @@ class NodeRegistry:
         fingerprint: Hash of the server's base model.
         say: Called with a line whenever a node is refused.
         bindings: Which node may be which client.
+        ledgers: Client -> head of its privacy ledger when it was last seen; those of new clients are added.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class NodeRegistry:
         fingerprint: str,
         say: Callable[[str], None],
         bindings: Bindings | None = None,
+        ledgers: dict[int, str] | None = None,
     ) -> None:
         self._mail, self._server, self._say = mail, config.server, say
         self._max_rank = config.max_rank
+        self._ledgers = {} if ledgers is None else ledgers
         self._bindings = bindings or Bindings(config.server.nodes)
         self._who: dict[int, Identity | None] = {}
         self._expected, self._fingerprint = expected, fingerprint
@@ -83,6 +87,10 @@ class NodeRegistry:
         """A client with the name of its node, where that has one."""
         node = self._bindings.name(client_id)
         return f"client {client_id}" + (f" (node {clean_text(node, 80)})" if node else "")
+
+    def client_of(self, node_id: int) -> int | None:
+        """The client of a node, as far as its key tells; see `Bindings.client_of`."""
+        return self._bindings.client_of(self._who.get(node_id))
 
     def begin(self) -> None:
         """Wait until all clients are there; after `server.node_timeout_s`, until a quorum of them is.
@@ -180,7 +188,8 @@ class NodeRegistry:
         why = clean_text(why)
         self.nodes = {k: node for k, node in self.nodes.items() if node.node_id != node_id}
         if self._refused.get(node_id) != why:
-            self._say(f"refused node {node_id}: {why}")
+            who = self._who.get(node_id)
+            self._say(f"refused node {node_id}{f' {clean_text(who.name, 80)!r}' if who and who.name else ''}: {why}")
         self._refused[node_id] = why
 
     def _let_in(self, hello: Hello, node_id: int) -> None:
@@ -190,4 +199,5 @@ class NodeRegistry:
             raise ReplyError(f"client {client_id} is there already", code="client-already-there")
         self._bindings.bind(client_id, self._who.get(node_id, Identity()))  # who has left since is nobody
         self.nodes[client_id] = Node(node_id, ClientInfo(client_id, hello.rank, hello.num_examples))
+        self.nodes[client_id].held.ledger = self._ledgers.setdefault(client_id, hello.ledger or START)
         self._refused.pop(node_id, None)

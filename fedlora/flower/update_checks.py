@@ -9,6 +9,7 @@ Which values are used is decided by `fedlora.federation.screen`, in simulations 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -48,11 +49,13 @@ class Hello:
         client_id: Number of the client that it serves.
         rank: LoRA rank that it requests, if any.
         num_examples: Number of its training examples; None in private runs, where it does not say.
+        ledger: Head of its privacy ledger; "" where it has none.
     """
 
     client_id: int
     rank: int | None = None
     num_examples: int | None = None
+    ledger: str = ""
 
 
 def check_hello(reply: Message | None, fingerprint: str, clients: int, max_rank: int, max_examples: int) -> Hello:
@@ -98,7 +101,19 @@ def check_hello(reply: Message | None, fingerprint: str, clients: int, max_rank:
             f"server.max_examples = {max_examples}",
             code="invalid-weight",
         )
-    return Hello(client_id, rank, count)
+    return Hello(client_id, rank, count, ledger_of(head) if "ledger" in head else "")
+
+
+def ledger_of(head: Mapping[str, Any]) -> str:
+    """The head of a client's ledger, as its reply states it.
+
+    Raises:
+        ReplyError: it states none.
+    """
+    ledger = head.get("ledger")
+    if not isinstance(ledger, str) or not re.fullmatch(r"[0-9a-f]{64}", ledger):
+        raise ReplyError("it does not state the head of its privacy ledger", code="ledger-not-stated")
+    return ledger
 
 
 def check_update(content: RecordDict, request: TrainRequest) -> tuple[dict[str, Tensor], dict[str, object]]:

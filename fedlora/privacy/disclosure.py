@@ -34,13 +34,15 @@ FIGURES: Final[Mapping[str, frozenset[str]]] = {
 """Unit -> figures that go with an update; they are functions of the plan, of the config and of the ledger."""
 
 HEADS: Final[Mapping[str, frozenset[str]]] = {
-    "hello": frozenset({"client_id", "fedlora", "fingerprint", "rank"}),
+    "hello": frozenset({"client_id", "fedlora", "fingerprint", "rank", "ledger"}),
     "need": frozenset({"parts", "base"}),
     "spent": frozenset({"error"}),
     "error": frozenset({"error"}),
-    "update": frozenset({"round", "base_digest", "layout"}),
+    "update": frozenset({"round", "base_digest", "layout", "ledger"}),
 }
-"""Kind of a reply -> keys of its head beside "protocol" and "kind"."""
+"""Kind of a reply -> keys of its head beside "protocol" and "kind". "ledger" is a hash over what a client was asked for
+and random names, by which a ledger that was rolled back is known: it tells whether the client has spent since, and
+nothing of any example."""
 
 PROVENANCE: Final = frozenset({"base", "tokenizer", "chat_template", "processor", "class_names", "test_data"})
 """Keys of provenance.json: no hash of training data."""
@@ -51,6 +53,7 @@ FILES: Final = frozenset(
         "config_changes.json",
         "environment.json",
         "nodes.json",
+        "ledgers.json",
         "provenance.json",
         "run-id",
         "privacy",
@@ -70,7 +73,8 @@ FILES: Final = frozenset(
         ".lock",
     }
 )
-"""Files and folders of a private run; nodes.json has the names and keys under which nodes are registered."""
+"""Files and folders of a private run; nodes.json has the names and keys under which nodes are registered,
+ledgers.json the hashes by which their ledgers are known."""
 
 ENVIRONMENT: Final = frozenset(
     {

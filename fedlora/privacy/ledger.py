@@ -45,7 +45,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from fedlora.errors import PrivacyError
-from fedlora.hash_chain import Chain, ChainError, ChainWriter, read_chain
+from fedlora.hash_chain import START, Chain, ChainError, ChainWriter, read_chain
 from fedlora.privacy.accounting import UNITS, Budget, Entry, epsilon, merged, statement
 
 _PROCESS = uuid.uuid4().hex
@@ -220,11 +220,11 @@ class Ledger:
             name = uuid.uuid4().hex
             key = {"unit": self.unit, "run": run, "round": round, "session": self.session}
             lines.append({"event": "started", "attempt": name, **key, **_amount(entry)})
-            head = self._append(writer, content, lines, entry)
+            self._append(writer, content, lines, entry)
         except BaseException:
             writer.close()
             raise
-        return Attempt(writer, name, head)
+        return Attempt(writer, name)
 
     def head(self) -> str:
         """The hash of the last line, by which an older copy of the file or a changed one is known; "" before the first.
@@ -240,12 +240,12 @@ class Ledger:
         ledger never had gets a refusal, and nothing else.
 
         Args:
-            seen: A `head` that it had at some time; "" for none.
+            seen: A `head` that it had at some time; "" or `fedlora.hash_chain.START` for none.
 
         Raises:
             PrivacyError: it never had that head: it was replaced by an older copy, or was changed.
         """
-        if seen and not self._chain().holds(seen):
+        if seen not in ("", START) and not self._chain().holds(seen):
             raise PrivacyError(
                 f"privacy ledger {str(self.path)!r} was rolled back or changed: it lacks a line that it had when its "
                 "head was last seen; put the file back as it was, without which what was spent on this data is not "
@@ -340,12 +340,14 @@ class Attempt:
 
     Attributes:
         name: a random one, by which the ledger knows it.
-        head: the hash of the line that began it.
+        head: the ledger's head once the attempt is released; what leaves can name it before it leaves.
     """
 
-    def __init__(self, writer: ChainWriter, name: str, head: str) -> None:
+    def __init__(self, writer: ChainWriter, name: str) -> None:
         self._writer = writer
-        self.name, self.head = name, head
+        self.name = name
+        self._released = {"event": "released", "attempt": name}
+        self.head = writer.head_after([self._released])
         self._done = False
 
     def release(self) -> None:
@@ -355,7 +357,7 @@ class Attempt:
             PrivacyError: if the attempt is closed, void or released.
         """
         self._require_open("released")
-        self._writer.append([{"event": "released", "attempt": self.name}])
+        self._writer.append([self._released])
         self._done = True
 
     def void(self, why: str) -> None:

@@ -157,7 +157,7 @@ def test_after_a_resume_a_client_is_still_its_key(tiny_config: MakeConfig) -> No
     del grid._contexts[3]
     outcome, lines = run(more, grid, rundir, resume=True)
     assert outcome.records[2]["answered"] == [0, 2, 3]
-    assert any("refused node 6: client 1 is the node 'site-b'" in line for line in lines)
+    assert any("refused node 6 'stranger': client 1 is the node 'site-b'" in line for line in lines)
 
 
 def test_a_private_run_remembers_its_nodes_too(tiny_config: MakeConfig) -> None:
@@ -170,6 +170,18 @@ def test_a_private_run_remembers_its_nodes_too(tiny_config: MakeConfig) -> None:
         context.node_config["ledger"] = str(rundir.path.parent / f"node-{node_id}.jsonl")
     run(config, grid, rundir)
     assert [row["name"] for row in rundir.read_json("nodes.json").values()] == names
+    # One of them comes back with an older copy of its ledger: it is known by its key, whatever it says.
+    ledger = rundir.path.parent / "node-3.jsonl"
+    ledger.write_bytes(ledger.read_bytes().splitlines(keepends=True)[0])
+    again = RunDir.open(rundir.path, tiny_config(*changes[1:], *private, "rounds=2", "server.node_timeout_s=0.1"))
+    grid = Registered(again.config, range(4), names)
+    for node_id, context in grid._contexts.items():
+        context.node_config["ledger"] = str(rundir.path.parent / f"node-{node_id}.jsonl")
+    outcome, lines = run(again.config, grid, again, resume=True)
+    assert outcome.records[2]["answered"] == [0, 2, 3]
+    (line,) = [line for line in lines if "rolled back" in line]
+    assert line.startswith("refused node 3 'site-b': ")
+    assert "node-3.jsonl" in line
 
 
 def test_nobody_who_is_pinned_ends_in_words(tiny_config: MakeConfig) -> None:

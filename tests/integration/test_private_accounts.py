@@ -12,9 +12,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from flwr.app.user_config import UserConfig
 from support import federations
+from support.errors import raises
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
+from fedlora.errors import PrivacyError
 from fedlora.federation import client
 from fedlora.federation.client_ledger import ledger_path
 from fedlora.federation.example_level_account import ExampleLevelAccount
@@ -23,6 +25,7 @@ from fedlora.flower import client_app
 from fedlora.flower.app_config import config_of
 from fedlora.flower.arrays import from_array, to_array
 from fedlora.flower.task_identity import task_identity
+from fedlora.hash_chain import START
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.runs.rundir import RunDir
@@ -249,6 +252,63 @@ def test_a_node_that_lost_its_answer_spends_twice_and_the_claim_says_so(
     assert claim(later)["epsilon"] == spent(tmp_path, 1) > spent(tmp_path, 0)
 
 
+# ------------------------------------------------------------------------------------------------ a ledger rolled back
+
+
+@pytest.mark.parametrize("kept", [2, 5])  # of 6 lines; the last only says that what was sent has been released
+def test_a_ledger_that_was_rolled_back_is_left_out_by_name(
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: int
+) -> None:
+    config, nodes = private(), nodes_of(tmp_path)
+    rundir = die(monkeypatch, config, nodes, 3, "append_metrics")
+    seen = rundir.read_json("ledgers.json")
+    assert seen.keys() == {"0", "1"}
+    older = tmp_path / "node-1.jsonl"
+    older.write_bytes(b"".join(older.read_bytes().splitlines(keepends=True)[:kept]))
+    before = older.read_bytes()
+    outcome = deploy(config, nodes, rundir, run_id=2)
+    assert outcome.records[-1]["answered"] == [0]
+    assert "node-1.jsonl" in outcome.records[-1]["refused"]["1"]
+    assert "rolled back" in outcome.records[-1]["refused"]["1"]
+    assert older.read_bytes() == before
+    assert events(tmp_path / "node-0.jsonl") == ["started", "released"] * ROUNDS
+    assert rundir.read_json("ledgers.json")["1"] == seen["1"]  # what was seen last stays what is wanted
+
+
+def test_a_node_whose_ledger_is_replaced_between_two_rounds_sends_nothing_more(
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real, copies = RunDir.save_checkpoint, dict[int, bytes]()
+    path = tmp_path / "node-1.jsonl"
+
+    def replaced(self: RunDir, state: Any) -> Any:
+        copies[state.round] = path.read_bytes() if path.exists() else b""
+        if state.round == 2:
+            path.write_bytes(copies[1])
+        return real(self, state)
+
+    monkeypatch.setattr(RunDir, "save_checkpoint", replaced)
+    outcome = deploy(private(), nodes_of(tmp_path))
+    assert [record.get("answered") for record in outcome.records[1:]] == [[0, 1], [0, 1], [0]]
+    assert path.read_bytes() == copies[1]
+
+
+def test_a_server_that_lies_about_a_ledger_gets_a_refusal_and_nothing_else(
+    private: MakeConfig, plans: list[RecordDict], tmp_path: Path
+) -> None:
+    config, ledger = private("rounds=2", "evaluation.every=2"), tmp_path / "mine.jsonl"
+    first = sent_bytes(ask(config, ledger, plans[0]))
+    heads, before = [record["hash"] for record in map(json.loads, ledger.open())], ledger.read_bytes()
+    for lie in ("f" * 64, heads[0][::-1], "nonsense"):
+        for plan in plans:
+            with raises(PrivacyError, "ledger-rolled-back", ledger):
+                ask(config, ledger, changed(plan, ledger=lie))
+    assert ledger.read_bytes() == before
+    for true in (START, *heads):  # an older head that it had is none the wiser, and asks for nothing new
+        assert sent_bytes(ask(config, ledger, changed(plans[0], ledger=true))) == first
+    assert ledger.read_bytes() == before
+
+
 # ------------------------------------------------------------------------------------------------ a hostile server
 
 
@@ -259,7 +319,8 @@ def plans(private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     real = client_app._trained
 
     def trained(content: RecordDict, context: Context, config: RunConfig) -> RecordDict:
-        sent.extend([content] if context.node_config["partition-id"] == 0 else [])
+        known = changed(content, ledger=START)  # they are sent to another ledger
+        sent.extend([known] if context.node_config["partition-id"] == 0 else [])
         return real(content, context, config)
 
     monkeypatch.setattr(client_app, "_trained", trained)

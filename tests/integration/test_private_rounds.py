@@ -179,7 +179,10 @@ def test_nothing_leaves_a_client_but_noised_tensors_and_public_figures(
     updates = [(reply, note) for reply, note in zip(replies, notes, strict=True) if note["kind"] == "update"]
     assert len(updates) == 4 * ROUNDS
     heads = [set(note) for _, note in updates]
-    assert all(head == {"protocol", "kind", "round", "base_digest", "layout"} for head in heads)
+    assert all(head == {"protocol", "kind", "round", "base_digest", "layout", "ledger"} for head in heads)
+    # Hashes over what was asked for and random names: the line of each ledger that says that this very update left.
+    lines = [json.loads(line) for k in range(4) for line in ledger_path(tmp_path / "ledgers", k).open()]
+    assert {note["ledger"] for _, note in updates} == {line["hash"] for line in lines if line["event"] == "released"}
     assert len({note["layout"] for _, note in updates}) == 1  # of the tensors that were asked for, whoever answers
     for reply, note in updates:
         assert set(reply.content) == {"reply", "update", "metrics"}
