@@ -35,8 +35,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from fedlora.report.figures import Chart  # noqa: E402
+from fedlora.training import export  # noqa: E402
 
 torch.set_num_threads(1)
+os.fsync = lambda fd: (
+    None
+)  # a test's files need not outlive the machine; tests of what is on the disk put their own here
 
 pytest_plugins = ["support.tiny_federations"]
 
@@ -51,7 +55,7 @@ DOMAIN_WORDS = {
 FILLERS = ["a", "and", "but", "is", "it", "of", "on", "so", "that", "the", "this", "very", "was", "with"]
 
 
-DRAW = Chart.svg
+DRAW, VERIFY = Chart.svg, export.verify_adapter
 REAL_PROCESSES = ("e2e", "test_ray_pool", "test_node_worker", "test_deploy_up")
 """Folder and files whose tests start servers, clusters or nodes: the slow ones of them run one after the other.
 
@@ -67,12 +71,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave out what five sixths of a tiny run's time goes into: the charts of a report at which no test looks.
+    """Leave out what most of a tiny run's time goes into and no test looks at: a report's charts, the adapter's check.
 
-    Tests that look at them have the mark "charts"; nightly ones, and runs in processes of their own, always draw them.
+    Tests that look at them have the mark "charts" or "verified"; slow ones, and runs in processes of their own,
+    always draw and check.
     """
-    drawn = any(item.get_closest_marker(mark) for mark in ("charts", "nightly"))
-    Chart.svg = DRAW if drawn else _undrawn  # type: ignore[method-assign]
+
+    def has(mark: str) -> bool:
+        return any(item.get_closest_marker(name) for name in (mark, "slow", "nightly"))
+
+    Chart.svg = DRAW if has("charts") else _undrawn  # type: ignore[method-assign]
+    export.verify_adapter = VERIFY if has("verified") else _unverified  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(trylast=True)
@@ -84,6 +93,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def _undrawn(chart: Chart, width: float) -> str:
     return f'<svg viewBox="0 0 {width} 1" role="img"></svg>'
+
+
+def _unverified(*_: object) -> float:
+    return 0.0
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -107,6 +107,7 @@ def all_rules() -> list[object]:
     return [*alone, *(pytest.param(table, marks=pytest.mark.slow) for table in around)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", all_rules())
 def test_every_rule_comes_to_the_same_in_one_process_and_in_two(make: Callable[..., RunConfig], rule: str) -> None:
     table = rule if rule.startswith("{") else f"{{name='{rule}'}}"

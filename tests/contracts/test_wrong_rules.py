@@ -56,6 +56,7 @@ def _name(value: object) -> str | None:
     return getattr(value, "mistake", "") or type(value).__name__ if isinstance(value, Aggregator) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "laws"), CAUGHT, ids=_name)
 def test_each_mistake_is_caught_by_its_law(rule: Aggregator, laws: set[str]) -> None:
     assert set(broken_laws(rule)) == laws

@@ -82,6 +82,7 @@ def test_the_table_has_no_family_twice() -> None:
     assert {*ALWAYS, *OFTEN} <= set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", [pytest.param(family, id=family.id.replace(" ", "-"), marks=tier(family)) for family in FAMILIES]
 )

@@ -71,6 +71,7 @@ def matrix() -> list[object]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "task", "privacy"), matrix())
 def test_company_changes_nothing(
     tiny_config: MakeConfig,

@@ -94,6 +94,7 @@ def test_what_clients_keep_apart_is_in_whole_groups_and_nobody_trains_on_it(tiny
     assert total + len(data.dropped) == len(data.train)
 
 
+@pytest.mark.slow
 def test_processes_and_clients_here_report_the_same(tiny_config: MakeConfig) -> None:
     alike = ("runtime.cohort=1", "runtime.prefix_cache=off")
     keys = (*AT_CLIENTS, *alike, "selection.patience=9", "evaluation.clients_fraction=0.75")
@@ -137,6 +138,7 @@ def test_a_client_reports_nothing_of_a_few_examples(tiny_config: MakeConfig) -> 
     assert nobody.rundir.finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
@@ -176,6 +178,7 @@ def test_nothing_is_measured_where_evaluation_is_off(tiny_config: MakeConfig) ->
 # ------------------------------------------------------------------------------------------------ selection
 
 
+@pytest.mark.slow
 def test_the_best_round_by_validation_is_kept_and_the_last_beside_it(tiny_config: MakeConfig) -> None:
     outcome = simulate(tiny_config(*OVERFITS, "rounds=8", name="whole"))
     losses = {record["round"]: record["validation"]["loss"] for record in outcome.records[1:]}
@@ -222,6 +225,7 @@ def test_a_run_ends_early_and_says_so(tiny_config: MakeConfig) -> None:
     assert load_run(outcome.rundir.path).finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, 4])
 def test_a_resumed_run_keeps_the_same_round(tiny_config: MakeConfig, cut: int) -> None:
     whole = simulate(tiny_config(*OVERFITS, "rounds=6", "selection.patience=3", name="whole"))

@@ -69,6 +69,7 @@ def config(tiny_config: MakeConfig) -> RunConfig:
     return tiny_config("runtime.cohort=1", "rounds=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fedavg", "fair", "ffa"])
 def test_our_strategy_and_our_client_reach_what_a_run_reaches(config: RunConfig, rule: str) -> None:
     config = config.model_copy(update={"strategy": config.strategy.model_copy(update={"name": rule})})

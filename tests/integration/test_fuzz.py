@@ -290,6 +290,7 @@ json_values = st.recursive(
 keys = st.sampled_from(["kind", "fedlora", "fingerprint", "client_id", "num_examples", "rank"])
 
 
+@pytest.mark.slow
 @given(st.dictionaries(keys, json_values), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_a_mutated_hello_is_refused_or_names_a_client_that_there_is(fields: dict[str, Any], with_ids: bool) -> None:
@@ -322,6 +323,7 @@ def test_errors_of_any_text_are_refused_in_one_line() -> None:
         assert len(str(caught.value)) < 600
 
 
+@pytest.mark.slow
 def test_a_hostile_client_changes_nothing_and_is_named_in_each_round(
     tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def keys(method: str, *more: str) -> list[str]:
 FAST = ("pissa", "vera")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_a_federation_learns_with_every_method(tiny_config: MakeConfig, method: str) -> None:
     outcome = run(tiny_config(*keys(method, "rounds=8", f"train.lr={RATES.get(method, 0.01)}")))
@@ -49,6 +50,7 @@ def test_a_federation_learns_with_every_method(tiny_config: MakeConfig, method: 
     assert (outcome.rundir.adapter_dir / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fedavg", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("ffa", "fair"))])
 def test_what_the_base_gave_up_is_sent_once_and_survives_a_resume(tiny_config: MakeConfig, rule: str) -> None:
     table = keys("pissa", f"strategy.name={rule}", "rounds=4")
@@ -64,6 +66,7 @@ def test_what_the_base_gave_up_is_sent_once_and_survives_a_resume(tiny_config: M
     assert all(torch.equal(value, tensors[name]) for name, value in resumed.adapter.tensors().items())
 
 
+@pytest.mark.slow
 def test_the_aggregation_error_is_that_of_the_change_of_the_pristine_base(tiny_config: MakeConfig) -> None:
     """What the base gave up is far larger than what is learnt: counted in, it would hide any error."""
     errors = {

@@ -242,6 +242,7 @@ def test_a_slow_node_is_not_taken_for_one_that_lost_its_message(tiny_config: Mak
     assert answered(outcome) == [[0, 1, 2, 3]]
 
 
+@pytest.mark.slow
 def test_a_late_reply_is_dropped(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays where it is: the next round's result is that of a run in which it never came."""
     monkeypatch.setattr(post, "SOONEST_S", 600.0)  # a node that is asked by then would say that it lost its message
@@ -284,6 +285,7 @@ def test_a_round_without_quorum_changes_nothing_and_the_next_one_tries_again(tin
     assert outcome.state.round == 3
 
 
+@pytest.mark.slow
 def test_a_lost_round_is_like_a_round_of_nobody_for_the_adapter(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=3", "server.node_timeout_s=0.02", "server.quorum=0.75")
     outcome, _ = tell(config, Moving(config), r2=leave(2, 3), r3=back(2, 3))
@@ -299,6 +301,7 @@ def test_too_many_lost_rounds_end_the_run_with_everything_written(tiny_config: M
     assert [bool(record.get("lost")) for record in lines] == [False, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_after_too_many_lost_rounds_a_resume_goes_on_where_it_stopped(tiny_config: MakeConfig) -> None:
     settings = ("rounds=4", "server.node_timeout_s=0.01", "server.max_failed_rounds=0", "runtime.cohort=1")
     config, whole = tiny_config(*settings), tiny_config(*settings, name="whole")

@@ -232,6 +232,7 @@ def test_a_node_names_its_worker_in_its_config_or_its_environment(monkeypatch: p
 # ------------------------------------------------------------------------------------------------ answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora"])
 def test_the_workers_reply_is_that_of_the_nodes_own_process(
     tiny_config: MakeConfig, folder: Path, rule: str, monkeypatch: pytest.MonkeyPatch
@@ -369,6 +370,7 @@ def test_requests_are_done_one_at_a_time_and_a_stopping_worker_begins_no_other(
     assert isinstance(results[2], WorkerError)
 
 
+@pytest.mark.slow
 def test_the_nodes_app_imports_nothing_heavy() -> None:
     code = (
         "import sys, fedlora.node_worker.node_app, fedlora.node_worker.client, fedlora.node_worker.supervisor\n"
@@ -418,6 +420,7 @@ def test_a_supervisor_that_is_ended_asks_its_program_to_end(number: signal.Signa
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.slow
 def test_the_command_line_says_whether_a_worker_serves(folder: Path) -> None:
     words = [sys.executable, "-m", "fedlora", "worker", "--check", "--socket", str(folder / "w.sock")]
     nobody = subprocess.run(words, capture_output=True, text=True)

@@ -86,6 +86,7 @@ def weights(outcome: RunOutcome) -> bytes:
     return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_files_of_their_own_give_the_bytes_of_one_file_that_was_divided(configs: Any, files: Path) -> None:
     own, one = configs()
     nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("ab")]
@@ -97,6 +98,7 @@ def test_files_of_their_own_give_the_bytes_of_one_file_that_was_divided(configs:
     assert not (deployed.rundir.path / "partition.json").exists()
 
 
+@pytest.mark.slow
 def test_a_server_without_data_has_the_figures_of_its_nodes(configs: Any, files: Path) -> None:
     more = ("evaluation.min_examples=2", "data.test_fraction=0.3", "selection.patience=9", "data.group=document")
     own, one = configs("data.test=", "evaluation.on=clients", *more)
@@ -113,6 +115,7 @@ def test_a_server_without_data_has_the_figures_of_its_nodes(configs: Any, files:
     assert not (deployed.rundir.path / "outcomes.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_node_may_name_a_file_to_be_tested_on(configs: Any, files: Path) -> None:
     own, _ = configs("data.test=", "evaluation.on=clients")
     nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("ab")]
@@ -136,6 +139,7 @@ def test_a_node_whose_groups_are_not_known_is_refused(configs: Any, files: Path,
         load_data(own.model_copy(update={"data": own.data.model_copy(update={"own": str(tmp_path / "a.csv")})}))
 
 
+@pytest.mark.slow
 def test_a_node_more_may_join_when_a_run_goes_on(configs: Any, files: Path) -> None:
     own, _ = configs("rounds=1")
     nodes = [{"partition-id": k, "data": str(files / f"{site}.csv")} for k, site in enumerate("aba")]
@@ -244,6 +248,7 @@ def test_every_key_of_a_node_config_is_in_the_deployment_page() -> None:
 # ------------------------------------------------------------------------------------------------ replays
 
 
+@pytest.mark.slow
 def test_a_replay_has_the_updates_of_the_run_and_its_bytes(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=3", "runtime.cohort=1")
     run = run_simulation(config, RunDir.create(config), Callback())
@@ -265,6 +270,7 @@ def test_a_replay_that_cannot_be_the_run_says_so(tiny_config: MakeConfig) -> Non
         run_simulation(config, RunDir.create(config), Callback(), replay=records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "code", "cure"),
     [
@@ -289,6 +295,7 @@ def test_a_replay_with_other_rounds_or_clients_trains_and_removes_nothing(
     assert folder.read_metrics() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", [False, True])
 def test_no_node_weighs_more_than_its_claim_beside_the_others(
     lie: bool, configs: Any, files: Path, monkeypatch: pytest.MonkeyPatch
@@ -310,6 +317,7 @@ def test_no_node_weighs_more_than_its_claim_beside_the_others(
     assert [row.get("weight") for row in clients.values()] == [None, None, 700.0 if lie else None]
 
 
+@pytest.mark.slow
 def test_a_replay_leaves_out_the_devices_that_dropped_out_or_were_late(tiny_config: MakeConfig) -> None:
     devices = [
         "clients.profiles=[{name='slow',dropout=0.5,examples_per_s=10},{name='fast',examples_per_s=1000}]",

@@ -160,6 +160,7 @@ def test_an_update_that_is_far_too_large_is_refused_in_the_first_round_and_later
             assert "max_norm_ratio" in record["refused"]["2"]
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     tiny_config: MakeConfig, lying: Callable[[Any], None]
 ) -> None:
@@ -183,6 +184,7 @@ def test_unequal_clients_are_not_harmed(tiny_config: MakeConfig) -> None:
     assert all(record["answered"] == [0, 1, 2, 3] for record in results[0].records[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "word"),
     [

@@ -316,6 +316,7 @@ def _cases() -> Iterator[Any]:
     yield pytest.param("text-classification", [*EXAMPLE, "wire.up=int8"], WHOLE, id="int8", marks=slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "overrides", "changes"), list(_cases()))
 def test_a_simulation_writes_the_same_whatever_one_example_is(
     simulated: Any, everything: Everything, reviews: Rows, task: str, overrides: list[str], changes: Sequence[Any]
@@ -416,6 +417,7 @@ def deploy(config: RunConfig, nodes: list[dict[str, Any]]) -> Callable[[RunDir, 
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "unit",
     [pytest.param(EXAMPLE, id="example"), pytest.param(CLIENT, id="client", marks=pytest.mark.slow)],

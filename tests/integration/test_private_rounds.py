@@ -95,6 +95,7 @@ class Says(Callback):
 # ------------------------------------------------------------------------------------------------ the claim
 
 
+@pytest.mark.slow
 def test_the_claim_is_that_of_another_library_and_names_its_unit(private: MakeConfig) -> None:
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
@@ -338,6 +339,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return left
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_a_round_spends_what_an_uninterrupted_one_does(
     private: MakeConfig, killed_after: list[int]
 ) -> None:
@@ -354,6 +356,7 @@ def test_a_run_killed_in_the_middle_of_a_round_spends_what_an_uninterrupted_one_
     assert events.count("void") == 2
 
 
+@pytest.mark.slow
 def test_figures_that_were_written_before_the_checkpoint_count_twice(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,6 +475,7 @@ def test_a_node_writes_that_its_update_leaves_and_a_simulation_once_a_round_is_o
     assert "released" not in events(ledger_path(run(private(name="simulated")).rundir.privacy_dir, 0))
 
 
+@pytest.mark.slow
 def test_baselines_of_a_private_run_are_refused(private: MakeConfig, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 

@@ -63,6 +63,7 @@ def test_a_run_is_a_function_of_its_config(tiny_config: MakeConfig) -> None:
     assert not same(one.state.adapter, other.state.adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", ["fedavg", "flora", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("ffa", "fair"))]
 )
@@ -75,6 +76,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_config: MakeConfig, rul
     assert strip == [{k: v for k, v in r.items() if k != "bytes_down"} for r in timeless(whole.records)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora", "fair"])
 def test_the_broadcast_error_is_what_the_rule_claims(tiny_config: MakeConfig, rule: str) -> None:
     outcome = run(tiny_config(f"strategy.name={rule}"))
@@ -82,6 +84,7 @@ def test_the_broadcast_error_is_what_the_rule_claims(tiny_config: MakeConfig, ru
     assert (max(errors) < 1e-6) == (rule in ("ffa", "flora"))
 
 
+@pytest.mark.slow
 @both
 def test_ffa_sends_a_once_and_b_alone_after_that(tiny_config: MakeConfig, run: Run) -> None:
     full, half = run(tiny_config(name="full")), run(tiny_config("strategy.name=ffa", name="half"))
@@ -96,6 +99,7 @@ def test_ffa_sends_a_once_and_b_alone_after_that(tiny_config: MakeConfig, run: R
     assert all(torch.equal(state.pairs[k].A, initial.pairs[k].A) for k in state.pairs)
 
 
+@pytest.mark.slow
 def test_a_client_that_forgot_what_it_held_is_sent_everything(tiny_config: MakeConfig) -> None:
     expected = deploy(tiny_config("strategy.name=ffa", name="keeps"))
 
@@ -108,6 +112,7 @@ def test_a_client_that_forgot_what_it_held_is_sent_everything(tiny_config: MakeC
     assert outcome.records[2]["bytes_down"] > expected.records[2]["bytes_down"]
 
 
+@pytest.mark.slow
 @both
 def test_flora_clients_that_join_late_or_restart_train_on_the_same_base(tiny_config: MakeConfig, run: Run) -> None:
     # On one base, server and nodes: what a node holds is there before its request comes.
@@ -232,6 +237,7 @@ def test_sampling_is_seeded_and_reaches_everyone(tiny_config: MakeConfig) -> Non
     assert "aggregation_error" not in outcome.records[1]
 
 
+@pytest.mark.slow
 def test_the_base_is_loaded_once_for_all_clients_and_rounds(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def said(rundir: RunDir) -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_same_prompts_before_and_after(echo: Any) -> None:
     config = echo()
     rundir = RunDir.create(config)

@@ -69,6 +69,7 @@ def test_a_round_without_a_quorum_is_lost_and_the_run_goes_on(tiny_config: MakeC
     assert outcome.state.round == 2
 
 
+@pytest.mark.slow
 def test_drop_outs_and_absences_are_on_record_and_repeat_themselves(tiny_config: MakeConfig) -> None:
     settings = (
         profiles('{name="phone", availability=0.6, dropout=0.3}'),

@@ -141,6 +141,7 @@ class EmptyAtFirst(Troubled):
         return list(super().get_node_ids())[: max(0, self.looks - 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "grid", [Late, Twice, *(pytest.param(one, marks=pytest.mark.slow) for one in (Misdelivers, EmptyAtFirst))]
 )
@@ -295,6 +296,7 @@ def test_the_encoder_holds_no_more_than_the_plans_under_way() -> None:
     assert len(encoder._arrays) <= 4
 
 
+@pytest.mark.slow
 def test_ffa_with_mixed_ranks_sends_each_client_its_a_once(tiny_config: MakeConfig) -> None:
     settings = ("strategy.name=ffa", "clients.ranks=[4,2,1,3]", "rounds=4", "runtime.cohort=1")
     config = tiny_config(*settings)
@@ -383,6 +385,7 @@ def test_a_run_that_stopped_in_its_first_round_has_one_line_for_round_0(tiny_con
     assert [record["round"] for record in resumed.records] == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("finished", "rule"),
     [

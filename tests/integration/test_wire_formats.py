@@ -296,6 +296,7 @@ def test_a_digest_names_names_order_shapes_types_and_formats() -> None:
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "wire"),
     [
@@ -336,6 +337,7 @@ def test_a_rounded_run_that_was_cut_ends_as_one_that_was_not(tiny_config: MakeCo
     assert same(resumed.adapter, whole.adapter)
 
 
+@pytest.mark.slow
 def test_a_private_run_is_rounded_after_the_noise_and_claims_the_same(tiny_config: MakeConfig) -> None:
     settings = (
         *("server.weighting=uniform", "train.steps=2", "train.batch_size=10", "evaluation.every=2", "rounds=2"),

@@ -135,6 +135,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Task, Examples
     return loaded(tmp_path_factory.mktemp("bert"), "Bert", num_hidden_layers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "added", "others"), [("cohort", 200, 3), ("alone", 20, 8), ("opacus", 20, 8)])
 def test_one_example_more_moves_berts_sum_by_c(
     bert: tuple[Base, Task, Examples], path: str, added: int, others: int

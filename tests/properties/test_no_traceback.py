@@ -239,6 +239,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_no_start_ends_in_a_traceback(tmp_path: Path, tiny_bert: Path, tiny_csv: Path) -> None:
     statuses = fuzz(FEW, tmp_path, tiny_bert, tiny_csv)
     assert statuses.count(1) > FEW / 2  # most are damaged beyond use, and all say so

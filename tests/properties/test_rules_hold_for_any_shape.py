@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -109,6 +110,7 @@ def test_fair_is_never_further_from_the_ideal_than_fedavg(
     assert errors[0] <= errors[1] + 3 * ROUNDING[dtype]
 
 
+@pytest.mark.slow
 @QUICK
 @given(dims, dims, st.integers(1, 6), scales, st.lists(weights, min_size=1, max_size=5), dtypes)
 def test_singular_values_are_never_further_from_the_ideal_than_other_rules_of_their_rank(

@@ -103,6 +103,7 @@ def test_natural_clients_have_their_names_in_the_partition(tiny_toml: Path) -> N
     assert "domain" not in table  # the name says it
 
 
+@pytest.mark.slow
 def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:
     fedlora.run(tiny_toml, rounds=1, quiet=True)
     with raises(fedlora.FedloraError, "run-exists", "--overwrite"):

@@ -178,6 +178,7 @@ def a_run(tmp_path: Path, tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.M
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("a_run")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_python_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

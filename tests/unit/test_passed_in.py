@@ -52,6 +52,7 @@ def adapter_bytes(run: fedlora.Run) -> bytes:
     return (run.adapter / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [lambda frame: frame, as_dataset, as_rows])
 def test_objects_train_what_their_names_train(
     tiny_toml: Path,
@@ -78,6 +79,7 @@ def test_objects_train_what_their_names_train(
     assert [type(module) for module in model.modules()] == modules
 
 
+@pytest.mark.slow
 def test_the_record_says_that_they_were_passed_in(
     tiny_toml: Path, tiny_csv: Path, model: PreTrainedModel, tokenizer: Any
 ) -> None:
@@ -90,6 +92,7 @@ def test_the_record_says_that_they_were_passed_in(
     assert "passed in by the caller (model-" in run.report.read_text()
 
 
+@pytest.mark.slow
 def test_a_resume_takes_the_same_model_again_and_no_other(
     tiny_toml: Path, tmp_path: Path, model: PreTrainedModel, tokenizer: Any
 ) -> None:
@@ -107,6 +110,7 @@ def test_a_resume_takes_the_same_model_again_and_no_other(
     assert adapter_bytes(fedlora.run(tiny_toml, **given, resume=True)) == adapter_bytes(whole)
 
 
+@pytest.mark.slow
 def test_evaluation_takes_the_same_model_again_and_no_other(
     tiny_toml: Path, tiny_csv: Path, tmp_path: Path, model: PreTrainedModel, tokenizer: Any
 ) -> None:
@@ -125,6 +129,7 @@ def test_evaluation_takes_the_same_model_again_and_no_other(
         fedlora.evaluate(run, dataset=rows)
 
 
+@pytest.mark.slow
 def test_clients_bring_their_own_data(tiny_toml: Path, tiny_csv: Path) -> None:
     frame = pandas.read_csv(tiny_csv)
     parts = {name: part.drop(columns="domain") for name, part in frame.groupby("domain")}

@@ -98,6 +98,7 @@ def test_an_installed_package_offers_its_classes(group: str, tmp_path: Path) -> 
         registry.get("odd")
 
 
+@pytest.mark.slow
 def test_parts_of_ones_own_make_a_run(
     tiny_bert: Path, tiny_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SWEEPS if name != "rules"])
 def test_it_runs_through(name: str, simulate: Callable[[str], list[RunConfig]], tmp_path: Path) -> None:
     require_results(simulate(name), tmp_path)
@@ -68,6 +69,7 @@ def require_results(asked: list[RunConfig], tmp_path: Path) -> None:
     assert len(lines) == 1 + len(settings)
 
 
+@pytest.mark.slow
 def test_rules_chooses_a_rate_for_each_rule(simulate: Callable[[str], list[RunConfig]], tmp_path: Path) -> None:
     asked = simulate("rules")
     require_results(asked, tmp_path)
@@ -84,6 +86,7 @@ def test_rules_chooses_a_rate_for_each_rule(simulate: Callable[[str], list[RunCo
     assert ranks["ffa"][0] == ranks["flora"][0] == 32
 
 
+@pytest.mark.slow
 def test_heterogeneity_reports_a_rate_chosen_at_one_alpha(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[RunConfig] = []
 

@@ -114,6 +114,7 @@ def test_every_command_ends_in_one_line(
         assert debugged.exception is error
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error() -> None:
     """`fedlora config | head -1`, with output that is short enough to wait in a buffer until the end."""
     child = subprocess.Popen(

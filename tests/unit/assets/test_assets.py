@@ -131,6 +131,7 @@ def test_a_wrong_hash_is_refused_before_any_code_runs(
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_an_index_without_the_file_is_one_line_that_names_the_cure(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_an_index_without_the_file_is_one_line_that_names_the_cure(
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_content_that_differs_is_refused_and_the_next_package_is_tried(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def parametrised(mutants: dict[str, Mutant], fast: str = "", slow: str = "") -> 
     return pytest.mark.parametrize("mutant", rows)
 
 
+@pytest.mark.slow
 def test_sound_training_holds(example: list[str], tmp_path: Path) -> None:
     done = audited(tmp_path, example)
     assert done.exit_code == 0, done.output
@@ -58,6 +59,7 @@ def test_sound_training_holds(example: list[str], tmp_path: Path) -> None:
     assert "REFUTED" not in done.output
 
 
+@pytest.mark.slow
 @parametrised(dict(STACKED), "per-tensor clipping", "shuffled passes")
 def test_broken_training_is_refuted(
     example: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Mutant
@@ -108,6 +110,7 @@ def test_a_sound_merge_holds(overrides: list[str], tmp_path: Path) -> None:
     assert "REFUTED" not in done.output
 
 
+@pytest.mark.slow
 @parametrised(dict(MERGED), "an unclipped head", "noise of 8 bits")
 def test_a_broken_merge_is_refuted(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Mutant

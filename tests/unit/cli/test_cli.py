@@ -115,6 +115,7 @@ def test_strategies_says_which_rules_cannot_serve_a_config(cli: Cli, tiny_toml: 
     assert "bytes: sends" in result.stdout
 
 
+@pytest.mark.slow
 def test_partition_adds_up(cli: Cli, tiny_toml: Path, tmp_path: Path) -> None:
     result = cli("partition", tiny_toml, "--picture", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
@@ -175,6 +176,7 @@ def test_quiet_prints_the_table_alone(cli: Cli, tiny_toml: Path) -> None:
     assert "train loss" not in result.stdout
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_kept_until_overwritten(cli: Cli, tiny_toml: Path) -> None:
     folder = tiny_toml.parent / "runs" / "tiny"
     assert cli("run", tiny_toml).exit_code == 0
@@ -196,6 +198,7 @@ def without_seconds(value: Any) -> Any:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupted_run_says_how_to_go_on_and_ends_as_if_it_had_not_been(
     cli: Cli, tiny_toml: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, at: int

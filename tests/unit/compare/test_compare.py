@@ -162,6 +162,7 @@ def test_over_seeds_alone_it_is_students_paired_interval(family: Family) -> None
     assert not found.by_example
 
 
+@pytest.mark.slow
 def test_a_difference_turned_round_is_its_negative(family: Family) -> None:
     draw = np.random.default_rng(0)
     mine = family("a", [0.7, 0.8], correct=draw.integers(0, 2, 50))
@@ -188,6 +189,7 @@ def test_seeds_that_agree_to_the_digit_decide_nothing(family: Family) -> None:
     assert math.isnan(found.low)
 
 
+@pytest.mark.slow
 def test_one_seed_is_judged_by_its_examples(family: Family) -> None:
     size = 400
     mine = np.arange(size) < 320
@@ -205,6 +207,7 @@ def test_one_seed_is_judged_by_its_examples(family: Family) -> None:
     assert difference(*apart).verdict == "undecided"
 
 
+@pytest.mark.slow
 def test_examples_that_all_seeds_share_make_the_interval_wider_and_others_do_not(family: Family) -> None:
     draw = np.random.default_rng(0)
     finals = [[0.7, 0.72, 0.69], [0.7, 0.68, 0.7]]
@@ -243,6 +246,7 @@ def test_without_a_common_seed_there_is_no_pair(family: Family, tmp_path: Path) 
     assert "no seed in common" in compare([*mine, *other]).render()
 
 
+@pytest.mark.slow
 def test_chance_is_called_better_or_worse_as_rarely_as_it_says(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     runs = [read_run(make_run(tmp_path / f"run{seed}", [0.5, 0.5], f"seed={seed}")) for seed in range(5)]
@@ -322,6 +326,7 @@ def test_marks_that_mean_something_are_escaped() -> None:
     assert r"| x\|y | 1 ± 2 |" in render_table(table, "markdown")
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_picture(family: Family, tmp_path: Path) -> None:
     paths = [*family("a", [0.7, 0.8]), *family("b", [0.6, 0.5], "train.lr=0.1")]
     groups = compare(paths).groups
@@ -394,6 +399,7 @@ def test_seeds_on_another_base_of_the_same_name_are_not_pooled(tmp_path: Path) -
     assert "base model" in differing_keys(found.groups).index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "overrides", "told"),
     [

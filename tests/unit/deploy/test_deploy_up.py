@@ -65,6 +65,7 @@ def lives(group: int) -> bool:
     return any(int(pgid) == group and stat[0] != "Z" for pgid, stat in map(str.split, state.splitlines()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_up_starts_again_what_ended_and_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     runner = subprocess.Popen([sys.executable, "-c", UP, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -85,6 +86,7 @@ def test_up_starts_again_what_ended_and_leaves_nothing_behind(number: signal.Sig
         wait_until(lambda pid=pid: group_is_empty(pid))  # init may be a moment behind with burying them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])  # the second: its terminal was closed
 def test_up_leaves_nothing_behind_however_it_ends(number: signal.Signals, tmp_path: Path) -> None:
     runner = subprocess.Popen([sys.executable, "-c", UP, str(tmp_path)], stdout=subprocess.DEVNULL)

@@ -46,6 +46,7 @@ def rows(result: Result) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(result.stdout.split("\n\n")[0])))
 
 
+@pytest.mark.slow
 def test_the_runs_own_test_set_gives_the_runs_own_figures(run: Path, cli: Cli) -> None:
     last = RunDir.open(run).read_metrics()[-1]
     found = {row["domain"]: row for row in rows(cli(run, "--format", "csv"))}
@@ -85,6 +86,7 @@ def test_clients_are_measured_one_by_one(run: Path, cli: Cli) -> None:
     assert {row["examples"] for row in few} == {"3"}
 
 
+@pytest.mark.slow
 def test_clients_that_have_names_stand_by_them(tiny_toml: Path, cli: Cli) -> None:
     natural = {"name": "natural", "column": "domain"}
     named = fedlora.run(tiny_toml, name="named", partition=natural, rounds=1, quiet=True)

@@ -20,6 +20,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ENDS)
 def test_a_supernode_ends_with_its_loop_and_its_threads(how: str) -> None:
     body, status = ENDS[how]

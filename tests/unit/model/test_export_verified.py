@@ -28,6 +28,9 @@ from fedlora.speedups.last_layer import skip_unread
 from fedlora.training import export as exporting
 from fedlora.training import workspace
 
+pytestmark = pytest.mark.verified
+
+
 CPU = torch.device("cpu")
 IDS = torch.tensor([[2, 9, 30, 41, 3, 0], [2, 50, 51, 52, 53, 3]])
 TOKENS = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
@@ -105,6 +108,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_exports_what_it_trained(kind: str, dtype: str, tmp_path: Path) -> None:
@@ -119,6 +123,7 @@ def test_every_family_exports_what_it_trained(kind: str, dtype: str, tmp_path: P
     verify_merged(tmp_path / "merged", base.recipe, wanted, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", "pissa", "rslora", "ia3", "vera", "randlora"])
 def test_other_methods_export_what_they_trained(tiny_bert: Path, tmp_path: Path, method: str) -> None:
     base = load(tiny_bert, method=method, **({} if method not in ("ia3",) else {"rank": 8}))
@@ -309,6 +314,7 @@ def cli(tmp_path: Path, tiny_bert: Path, tiny_csv: Path) -> Cli:
     return call
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_verify_its_adapter_ends_as_an_error_and_keeps_it(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,6 +177,7 @@ def with_head(path: Path, examples: Examples) -> tuple[Base, torch.Tensor]:
     return base, base.initial_adapter(0).dense["classifier.weight"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"labels": ["neg", "pos"]}, {"labels": ["pos", "neg"]}])
 @pytest.mark.parametrize("trained", [("pos", "neg"), ("neg", "pos"), ("POS", "Neg")])
 def test_a_trained_heads_classes_keep_their_logits(

@@ -143,6 +143,7 @@ def _with(state: Any, adapter: AdapterState) -> Any:
     return replace(state, adapter=adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_another_process_draws_the_same_adapter_from_the_same_seed(tiny_bert: Path, method: str) -> None:
     base = load(tiny_bert, method, seed=3)

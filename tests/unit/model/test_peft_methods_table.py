@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from test_peft_methods import SMALL
 
 from fedlora.aggregators import ClientSpec, load_aggregator, rules
@@ -106,6 +107,7 @@ def page(path: Path) -> str:
     )
 
 
+@pytest.mark.slow
 def test_the_page_on_methods_is_what_happens(tiny_bert: Path) -> None:
     found = page(tiny_bert)
     if os.environ.get(WRITE):

@@ -38,6 +38,7 @@ def reference(entries: list[Entry], delta: float) -> float:
 SLOW = [pytest.param(HISTORIES[k], marks=pytest.mark.slow) for k in (0, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entries", HISTORIES[1:5] + SLOW)
 def test_prv_is_within_one_percent_of_dp_accounting_and_never_below_it(entries: list[Entry]) -> None:
     truth = reference(entries, DELTA)

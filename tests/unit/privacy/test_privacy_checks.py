@@ -60,6 +60,7 @@ def dropped(rng: np.random.Generator) -> Check:
     return masks("", [rng.normal(size=(6, 8)) for _ in range(3)], LEVEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", [scale, shape, alike, counted, scattered, dropped])
 def test_false_alarms_are_no_more_than_said(test: Callable[[np.random.Generator], Check]) -> None:
     rng = np.random.default_rng(0)

@@ -75,6 +75,7 @@ def session(path: Path, first: int, last: int, kill: str, mode: str) -> int:
     return subprocess.run([sys.executable, "-c", SESSION, str(path), str(first), str(last), kill, mode]).returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["simulation", "wire"])
 @pytest.mark.parametrize("kill", ["training", "released"])
 def test_a_killed_and_resumed_run_spends_again_what_was_seen_alone(tmp_path: Path, kill: str, mode: str) -> None:

@@ -59,6 +59,7 @@ def test_the_files_hold_neither_date_nor_program(tmp_path: Path) -> None:
     assert b"tIME" not in data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "records",
     [
@@ -118,6 +119,7 @@ def test_labels_with_room_stay_where_they_are(values: list[float]) -> None:
     assert spread(apart, 1.0) == pytest.approx(apart)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [2, 20])
 def test_many_clients_have_a_picture_that_shows_them(tmp_path: Path, labels: int) -> None:
     draw = np.random.default_rng(0)

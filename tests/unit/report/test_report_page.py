@@ -79,6 +79,7 @@ def page(tmp_path: Path) -> Page:
 # ---------------------------------------------------------------------------------------------- what it says
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_that_names_nothing_outside_it(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     path = write_report(run)
@@ -94,6 +95,7 @@ def test_the_report_is_one_file_that_names_nothing_outside_it(tmp_path: Path) ->
     assert "default-src 'none'" in str(policy)
 
 
+@pytest.mark.slow
 def test_it_says_the_last_figures_and_the_first(page: Page) -> None:
     assert "accuracy went from 50.0% to 90.0%" in page.text
     assert "4 of 4" in page.text
@@ -102,6 +104,7 @@ def test_it_says_the_last_figures_and_the_first(page: Page) -> None:
         assert words in page.text
 
 
+@pytest.mark.slow
 def test_the_grid_counts_every_client_of_every_round(page: Page) -> None:
     counted = Counter(kind for record in records()[1:] for kind in statuses(record).values())
     assert counted == {"answered": 12, "late": 4, "refused": 4, "offline": 4}
@@ -115,6 +118,7 @@ def test_of_two_kinds_the_outcome_wins_over_the_question() -> None:
     assert statuses(record) == {0: "answered", 1: "late", 2: "missing", 3: "spent", 4: "offline"}
 
 
+@pytest.mark.slow
 def test_a_private_run_shows_its_claim_and_no_secret(tmp_path: Path) -> None:
     run = make_run(tmp_path, toml=PRIVACY)
     lines = [{**r, "epsilon": 2.0 * r["round"], "clients": {}} if r["round"] else r for r in records()]
@@ -129,6 +133,7 @@ def test_a_private_run_shows_its_claim_and_no_secret(tmp_path: Path) -> None:
     assert text.count("secret under [privacy]") == 2  # losses, and who holds what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claim", [{"epsilon": None, "statement": "THE CLAIM"}, {}], ids=["finished", "not finished"])
 def test_an_epsilon_that_is_infinite_or_unknown_is_not_that_of_an_earlier_round(
     tmp_path: Path, claim: dict[str, Any]
@@ -142,12 +147,14 @@ def test_an_epsilon_that_is_infinite_or_unknown_is_not_that_of_an_earlier_round(
     assert "ε = 2" not in text
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run.path / "result.json").unlink()
     assert f"fedlora run --resume {run.path}" in Page(write_report(run).read_text()).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", ["partition.json", "samples.json", "environment.json", "result.json", "metrics.jsonl"])
 def test_whatever_is_missing_leaves_its_section_out(tmp_path: Path, gone: str) -> None:
     run = make_run(tmp_path)
@@ -159,12 +166,14 @@ def test_whatever_is_missing_leaves_its_section_out(tmp_path: Path, gone: str) -
     assert ("#learning" in links) == (gone != "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_many_clients_and_rounds_stay_readable_and_small(tmp_path: Path) -> None:
     text = write_report(make_run(tmp_path, rounds=250, clients=240)).read_text()
     assert "A cell is 4 clients in 3 rounds" in text
     assert len(text) < 1_500_000
 
 
+@pytest.mark.slow
 def test_writing_it_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
@@ -173,6 +182,7 @@ def test_writing_it_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- data stays data
 
 
+@pytest.mark.slow
 def test_data_never_becomes_markup(tmp_path: Path) -> None:
     run, tame = make_run(tmp_path / "a", HOSTILE), make_run(tmp_path / "b", "word")
     hostile, usual = (Page(write_report(made).read_text()) for made in (run, tame))
@@ -191,6 +201,7 @@ def test_a_text_is_shown_as_it_is_but_for_what_cannot_be_seen(text: str) -> None
 # ---------------------------------------------------------------------------------------------- for everybody
 
 
+@pytest.mark.slow
 def test_pictures_tables_and_headings_speak(page: Page) -> None:
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -338,6 +349,7 @@ def test_a_higher_value_is_drawn_higher() -> None:
     assert y0 > y2 > y1  # SVG counts from the top
 
 
+@pytest.mark.slow
 def test_a_chart_has_the_colours_of_its_page_alone(page: Page) -> None:
     styles = [str(a["style"]) for tag, a in page.tags if "style" in a]
     assert {name for style in styles for name in re.findall(r"var\(--(\w+)\)", style)} <= set(LIGHT) == set(DARK)
@@ -364,6 +376,7 @@ def test_neighbours_of_one_kind_are_one_shape_in_its_colour() -> None:
     assert wide == {1: pytest.approx([2 * cell, cell], abs=0.1), 4: [cell], 7: pytest.approx([cell, cell], abs=0.1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("client", "round_"), [(0, 2), (1, 1), (129, 241)])
 def test_one_refusal_is_seen_among_many_clients_and_rounds(client: int, round_: int) -> None:
     lines: list[dict[str, Any]] = [{"round": k, "answered": list(range(130)), "refused": {}} for k in range(1, 242)]
@@ -374,6 +387,7 @@ def test_one_refusal_is_seen_among_many_clients_and_rounds(client: int, round_: 
     assert "refused: 1." in chart.caption
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_is_what_its_facts_give(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     assert write_report(run).read_text() == render_report(Facts.read(RunDir.open(run.path)))

@@ -75,6 +75,7 @@ def states(draw) -> GlobalState:
     )
 
 
+@pytest.mark.slow
 @given(states())
 @settings(deadline=None)
 def test_a_state_comes_back_bit_for_bit(state: GlobalState) -> None:

@@ -288,6 +288,7 @@ def test_two_sweeps_do_not_share_a_folder(toml: Path, tmp_path: Path, monkeypatc
 # ---------------------------------------------------------------------------------------------- real runs
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
     tiny_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ def drawn(seed: int, n: int, c: int, *, skew: float = 1.0) -> tuple[np.ndarray, 
     return loss, label.astype(float), probabilities.argmax(axis=1).astype(float), probabilities
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 200), c=st.integers(2, 7), skew=st.sampled_from([0.1, 1.0]))
 @settings(deadline=None, max_examples=60)
 def test_figures_are_those_of_scikit_learn(seed: int, n: int, c: int, skew: float) -> None:

@@ -228,6 +228,7 @@ def test_a_name_that_is_nothing_here_says_so_before_the_hubs_words(make: Callabl
         open_workspace(make("model.name=all-MiniLM-L6"))
 
 
+@pytest.mark.slow
 def test_layers_can_be_chosen_in_models_with_experts(tmp_path: Path, tiny_bert: Path) -> None:
     """PEFT reduces full names of such models to their last parts, and would adapt all layers."""
     base = tmp_path / "base"

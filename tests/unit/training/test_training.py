@@ -163,6 +163,7 @@ def reference(base: Base, task: Task, examples: Examples, todo: TrainJob, config
     return base.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mu", "options"),
     [(0.0, {}), (3.0, {}), (0.0, {"warmup_steps": 3}), (0.0, {"clip_norm": 0.05}), (3.0, {"clip_norm": 0.2})],

@@ -139,6 +139,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_company_changes_nothing(
@@ -281,6 +282,7 @@ def random_examples(causal: bool, vit: bool) -> Examples:
 OFTEN = [("bert", False), ("gpt2", True), ("llama", True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "causal"),
     [
@@ -304,6 +306,7 @@ def test_every_architecture_trains_in_company(name: str, causal: bool, tmp_path:
     assert why_alone(base) is None
 
 
+@pytest.mark.slow
 def test_packed_rows_keep_their_clients_apart(tmp_path: Path) -> None:
     base = random_base("llama", tmp_path, causal=True)
     task = load_task(OpenTable(name="causal-lm", packing=True, max_length=32))  # type: ignore[call-arg]
@@ -311,6 +314,7 @@ def test_packed_rows_keep_their_clients_apart(tmp_path: Path) -> None:
     check_alike(base, task, random_examples(causal=True, vit=False), clients)
 
 
+@pytest.mark.slow
 def test_an_adapted_output_layer_goes_in_company(tmp_path: Path) -> None:
     base = random_base("llama", tmp_path, causal=True, targets=("q_proj", "lm_head"))
     task = load_task(OpenTable(name="causal-lm"))
@@ -322,6 +326,7 @@ def test_an_adapted_output_layer_goes_in_company(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- what cannot go together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["embedding", "dora", "ia3"])
 def test_what_has_no_stacked_form_goes_one_by_one(form: str, tmp_path: Path) -> None:
     options: dict[str, Any] = (
@@ -359,6 +364,7 @@ class Flat(torch.nn.Module):
         return torch.cat([self.layer(half) for half in rows.chunk(2)]).view(*x.shape[:-1], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["noise", "rows"])
 def test_a_model_that_mixes_clients_is_noticed(
     tiny_bert: Path, task: Task, examples: Examples, trouble: str, monkeypatch: pytest.MonkeyPatch
