@@ -21,12 +21,14 @@ class Evaluation:
         domains: domain -> the same figures over its examples, the largest first; empty without a domain column.
         measures: what the task measured of each example, [n, ...] by name, in the examples' order.
         sums: the task's statistics of all examples, from which `overall` follows.
+        rows: positions of the test examples that were measured; None: all of them.
     """
 
     overall: dict[str, float]
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
     measures: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
     sums: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
+    rows: np.ndarray | None = field(default=None, compare=False)
 
 
 class Callback:
@@ -45,7 +47,7 @@ class Callback:
         """The outcome of one client; if it is left out of the round, `note` says why."""
 
     def evaluated(self, state: GlobalState, evaluation: Evaluation) -> None:
-        """A state was evaluated on the server's test examples; the server's base holds it."""
+        """A state was evaluated on the server's test examples or a sample of them; the server's base holds it."""
 
     def measured(self, record: Mapping[str, Any]) -> None:
         """A round's line of metrics is complete; its state is not kept yet."""

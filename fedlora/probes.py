@@ -18,13 +18,14 @@ import torch
 
 from fedlora.files import cache_dir, write_atomically
 from fedlora.hashing import digest_of
-from fedlora.runs.environment import processor, version_of
+from fedlora.runs.environment import instructions, processor, version_of
 
 
 def machine() -> dict[str, Any]:
     """What a timing depends on besides what is timed."""
     return {
         "processor": processor(),
+        "instructions": instructions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

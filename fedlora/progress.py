@@ -101,12 +101,16 @@ def headline(config: RunConfig, clients: int, rounds: int) -> str:
 NOT_METRICS = {
     *("round", "asked", "answered", "refused", "missing", "clients", "rule", "domains", "aggregation_error"),
     *("loss", "train_loss", "bytes_up", "bytes_down", "seconds", "seconds_train", "seconds_evaluate"),
-    *("epsilon", "spent"),
+    *("epsilon", "spent", "sample"),
 }
 
 
 SHARES = {"accuracy", "balanced_accuracy", "majority_share", "f1", "macro_f1", "weighted_f1", "exact_match"}
 """Figures that are shown as percentages."""
+
+
+SAMPLED = "~"
+"""Before figures of a sample of the test examples."""
 
 
 def main_metric(record: Mapping[str, Any]) -> str:
@@ -202,8 +206,9 @@ class Columns:
     def row(self, record: Mapping[str, Any]) -> str:
         """One round's line."""
         domains = record.get("domains", {})
-        cells = [str(record["round"]), format_metric(self.metric, record.get(self.metric))]
-        cells += [format_metric(self.metric, domains.get(name, {}).get(self.metric)) for name in self.domains]
+        shares = [record.get(self.metric), *(domains.get(name, {}).get(self.metric) for name in self.domains)]
+        mark = SAMPLED if "sample" in record else ""
+        cells = [str(record["round"]), *(mark + format_metric(self.metric, share) for share in shares)]
         cells += [""] if self.hidden else []
         loss, seconds = record.get("train_loss"), record.get("seconds")
         traffic = record.get("bytes_up", 0) + record.get("bytes_down", 0)

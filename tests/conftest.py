@@ -13,6 +13,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # for programs that pip brings
@@ -36,6 +37,7 @@ import torch  # noqa: E402
 
 from fedlora.report.figures import Chart  # noqa: E402
 from fedlora.training import export  # noqa: E402
+from fedlora.training import kept_evaluation  # noqa: E402
 
 torch.set_num_threads(1)
 os.fsync = lambda fd: (
@@ -43,6 +45,16 @@ os.fsync = lambda fd: (
 )  # a test's files need not outlive the machine; tests of what is on the disk put their own here
 
 pytest_plugins = ["support.tiny_federations"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_evaluation_of_another_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept of base models is this session's: what a test patches is no part of its key."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_evaluation, "cache_dir", lambda: folder)
+        yield
+
 
 LABEL_WORDS = {
     "negative": ["awful", "boring", "broken", "dull", "sad", "terrible", "ugly", "weak"],

@@ -157,6 +157,12 @@ def compare(paths: Iterable[str | Path], *, reach: float | None = None, against:
     reference = known[against] if against is not None else groups[0]
     found = {group.label: difference(group, reference) for group in groups if group is not reference}
     changed = [f"{str(run.path)!r} changed {change}" for run in runs for change in run.changes]
+    sizes = sorted({int(record["sample"]) for run in runs for record in run.records if "sample" in record})
+    if sizes:
+        changed.append(
+            f"between the first and the last round {', '.join(map(str, sizes))} test examples were measured "
+            f"(evaluation.sample): what is said of the best round, or of getting to a figure, is of these"
+        )
     notes = [f"left out: {line}" for line in left_out] + [*changed, *_other_ground(groups), *_one_rate(groups)]
     return Comparison(groups, reference, found, notes, reach)
 

@@ -92,6 +92,8 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
     for key in ("clients_fraction", "min_examples"):
         if _changed(evaluation, key) and not evaluation.at_clients:
             yield f"evaluation.{key} applies to evaluation at the clients: set evaluation.on = 'clients', or remove it"
+    if _changed(evaluation, "sample") and not evaluation.at_server:
+        yield "evaluation.sample applies to the server's test set: set evaluation.on = 'server', or remove it"
     if evaluation.on == "off" and _changed(evaluation, "every"):
         yield "evaluation.every has no effect with evaluation.on = 'off': remove it"
     if evaluation.on == "clients" and config.data.test is not None:

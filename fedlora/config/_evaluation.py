@@ -18,6 +18,11 @@ class EvaluationConfig(Section):
     "both"; or "off". With "clients" and "off" the server needs no test data."""
     every: PositiveInt = 1
     """Evaluate after each so many rounds."""
+    sample: Literal["auto"] | Fraction | Annotated[int, Field(gt=1)] = "auto"
+    """How many of the server's test examples are measured between the first and the last round: a number, or a share
+    (1.0: all), drawn once by the seed with the same shares of domains and classes. "auto": a quarter of the examples
+    that a round trains on, which cost about a tenth of the round, and at least 256. All are measured before training,
+    after the last round, and after each round that is the best so far (`[selection]`)."""
     clients_fraction: Fraction = 1.0
     """Share of the clients that are asked to evaluate."""
     min_examples: PositiveInt = 10

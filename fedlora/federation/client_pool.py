@@ -18,6 +18,7 @@ from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.errors import PoolError, RoundError
 from fedlora.federation.plausibility import Expectations
 from fedlora.lowrank import DeltaSum
+from fedlora.training.evaluate import Measures
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ class PartialAggregate:
 Reply = ClientReply | PartialAggregate
 
 
+ServerPart = Literal["test", "validation"]
+"""Examples that the server has."""
+
 Sums = Mapping[str, np.ndarray]
 """Statistics of some examples that add up, as `Task.sums` gives them."""
 
@@ -150,6 +154,28 @@ class ClientEvaluation:
     failure: Failure | None = None
     bytes_down: int = 0
     bytes_up: int = 0
+
+
+class MeasuringProcesses(Protocol):
+    """Processes that have the server's examples, and share a measurement."""
+
+    @property
+    def threads(self) -> int:
+        """Of each process."""
+        ...
+
+    def measure(self, request: RoundRequest, part: ServerPart, batches: Sequence[np.ndarray]) -> Sequence[Measures]:
+        """Measure the request's state on examples of the server's.
+
+        Args:
+            request: The state.
+            part: Which of the server's examples.
+            batches: Positions in them.
+
+        Returns:
+            The measures of each batch, to the same bits whichever process measured it.
+        """
+        ...
 
 
 class ClientPool(Protocol):
@@ -193,6 +219,11 @@ class ClientPool(Protocol):
         """
         ...
 
+    @property
+    def measuring(self) -> MeasuringProcesses | None:
+        """Processes that can measure on the server's examples; None: only the server's own can."""
+        ...
+
 
 class SimulatedClients(ABC):
     """What the pools of a simulation share: all clients of a partition can be asked in every round.
@@ -224,6 +255,11 @@ class SimulatedClients(ABC):
     @abstractmethod
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """See `ClientPool`."""
+
+    @property
+    def measuring(self) -> MeasuringProcesses | None:
+        """None: the clients are in the server's own process."""
+        return None
 
 
 def nobody(left_out: Mapping[int, str] | Mapping[str, str]) -> RoundError:

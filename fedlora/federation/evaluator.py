@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, final
 
 import numpy as np
 
 from fedlora.aggregators import GlobalState
-from fedlora.callbacks import Callback
+from fedlora.callbacks import Callback, Evaluation
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
 from fedlora.fairness import fairness
-from fedlora.federation.client_pool import ClientEvaluation, ClientInfo, ClientPool, Failure, RoundRequest, Sums
+from fedlora.federation.client_pool import (
+    ClientEvaluation,
+    ClientInfo,
+    ClientPool,
+    Failure,
+    RoundRequest,
+    ServerPart,
+    Sums,
+)
+from fedlora.federation.evaluation_sample import sample_size, stratified
 from fedlora.model.base_history import bring_to
+from fedlora.progress import SAMPLED
 from fedlora.rng import derive
-from fedlora.training.evaluate import evaluate
+from fedlora.tasks import Examples
+from fedlora.training.evaluate import Measures, domains_of, measure_batches, measures_of, summarised
+from fedlora.training.kept_evaluation import kept_measures
 from fedlora.training.workspace import Workspace
 
 
@@ -46,7 +59,11 @@ class Evaluator:
         self._workspace.base.write(state.adapter)
 
     def measure(
-        self, state: GlobalState, digests: Mapping[int, str], clients: Mapping[int, ClientInfo]
+        self,
+        state: GlobalState,
+        digests: Mapping[int, str],
+        clients: Mapping[int, ClientInfo],
+        in_full: Callable[[Mapping[str, Any]], bool],
     ) -> dict[str, Any]:
         """Figures of a state.
 
@@ -54,24 +71,28 @@ class Evaluator:
             state: To be measured.
             digests: Of the base by version, as this run has made them.
             clients: Those that can be asked.
+            in_full: Whether all test examples of the server are measured, or the sample; is given "validation".
 
         Returns:
-            For a line of metrics: the figures ("accuracy", "loss", ...) and "domains" of the server's test set, or the
-            figures over all clients where they alone evaluate; "federated", where clients evaluate: "figures" over all
-            their examples, "clients" (number -> its main figure, "loss" and "examples"), "macro" (the mean over
-            clients), "worst_tenth" (the mean over the worst tenth of them), "left_out" (number -> why), "bytes_up" and
-            "bytes_down"; "validation": the figures by which rounds are compared.
+            For a line of metrics: the figures ("accuracy", "loss", ...) and "domains" of the server's test set, with
+            "sample" (its size) if only that was measured, or the figures over all clients where they alone evaluate;
+            "federated", where clients evaluate: "figures" over all their examples, "clients" (number -> its main
+            figure, "loss" and "examples"), "macro" (the mean over clients), "worst_tenth" (the mean over the worst
+            tenth of them), "left_out" (number -> why), "bytes_up" and "bytes_down"; "validation": the figures by which
+            rounds are compared.
         """
         how, selecting, data = self._config.evaluation, self._config.selection is not None, self._workspace.data
         line: dict[str, Any] = {}
         if how.at_server:
             self.show(state, digests)
-            base, task = self._workspace.base, self._workspace.task
-            result = evaluate(base, task, data.require_test(), domain_column=data.domain_column)
-            self._callbacks.evaluated(state, result)
-            line |= {**result.overall, "domains": dict(result.domains)}
+            validation: dict[str, Any] = {}
             if data.validation is not None:
-                line["validation"] = evaluate(base, task, data.validation).overall
+                validation["validation"] = self._measured(state, digests, "validation", data.validation).overall
+            rows = None if in_full(validation) else self.sample
+            result = self._measured(state, digests, "test", data.require_test(), rows)
+            self._callbacks.evaluated(state, result)
+            line |= {**result.overall, "domains": dict(result.domains), **validation}
+            line |= {} if rows is None else {"sample": len(rows)}
         if how.at_clients:
             parts = ("test", "validation") if how.on == "clients" and selecting else ("test",)
             request = RoundRequest(state.round, self._sampled(state.round, clients), state, dict(digests))
@@ -82,6 +103,59 @@ class Evaluator:
                 if selecting:
                     line["validation"] = self._pooled(found, "validation")
         return line
+
+    def _measured(
+        self,
+        state: GlobalState,
+        digests: Mapping[int, str],
+        part: ServerPart,
+        examples: Examples,
+        rows: np.ndarray | None = None,
+    ) -> Evaluation:
+        base, task, data = self._workspace.base, self._workspace.task, self._workspace.data
+        domains = domains_of(examples, data.domain_column if part == "test" else None)
+
+        processes = self._pool.measuring
+
+        def batches_measured(batches: Sequence[np.ndarray]) -> Sequence[Measures]:
+            if processes is None:
+                return measure_batches(base, task, examples, batches)
+            return processes.measure(RoundRequest(state.round, (), state, dict(digests)), part, batches)
+
+        def measured() -> Measures:
+            return measures_of(base, task, examples, indices=rows, measure=batches_measured)
+
+        if state.round == 0 and part == "test":
+            threads = self._workspace.machine.threads if processes is None else processes.threads
+            measures = kept_measures(self._workspace, state, digests[state.base_version], threads, measured)
+        else:
+            measures = measured()
+        return summarised(task, measures, domains, rows)
+
+    def announce(self, rounds: range) -> None:
+        """Say which rounds are measured on a sample.
+
+        Args:
+            rounds: That are neither done nor the last.
+        """
+        every = self._config.evaluation.every
+        if self.sample is not None and any(number % every == 0 for number in rounds):
+            size, of = len(self.sample), len(self._workspace.data.require_test())
+            self._callbacks.message(
+                f"rounds marked {SAMPLED} are measured on {size} of the {of} test examples (evaluation.sample); "
+                "the first, the last and the kept one on all"
+            )
+
+    @cached_property
+    def sample(self) -> np.ndarray | None:
+        """Positions of the test examples that are measured between the first and the last round; None: all."""
+        test = self._workspace.data.test
+        if test is None or not self._config.evaluation.at_server:
+            return None
+        size = sample_size(self._workspace)
+        return (
+            None if size >= len(test) else stratified(test, self._workspace.data.domain_column, size, self._config.seed)
+        )
 
     def _sampled(self, number: int, clients: Mapping[int, ClientInfo]) -> list[int]:
         share = self._config.evaluation.clients_fraction

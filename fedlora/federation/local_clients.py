@@ -9,6 +9,8 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import final
 
+import numpy as np
+
 from fedlora.aggregators import Aggregator
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
@@ -21,6 +23,7 @@ from fedlora.federation.client_pool import (
     ClientReply,
     Failure,
     RoundRequest,
+    ServerPart,
     SimulatedClients,
 )
 from fedlora.federation.planner import Held, Planned, Planner
@@ -28,6 +31,7 @@ from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, head_nbytes, no
 from fedlora.federation.screen import Screen
 from fedlora.model.base_history import bring_to
 from fedlora.sanitize import clean_text
+from fedlora.training.evaluate import Measures, measure_batches
 from fedlora.training.workspace import Workspace
 
 
@@ -96,6 +100,15 @@ class LocalClients(SimulatedClients):
         """Measure the state on what each client keeps apart."""
         held = [self._held.setdefault(client_id, Held()) for client_id in request.clients]
         yield from self.evaluate_some(request, [self._clients[client_id] for client_id in request.clients], held, parts)
+
+    def measured(self, request: RoundRequest, part: ServerPart, batches: Sequence[np.ndarray]) -> list[Measures]:
+        """Measure the request's state on examples of the server's; see `ClientPool.measure`."""
+        base, data = self._workspace.base, self._workspace.data
+        bring_to(base, request.state, request.digests)
+        base.write(request.state.adapter)
+        examples = data.require_test() if part == "test" else data.validation
+        assert examples is not None
+        return measure_batches(base, self._workspace.task, examples, batches)
 
     def evaluate_some(
         self, request: RoundRequest, clients: Sequence[ClientInfo], held: Sequence[Held], parts: Sequence[str]

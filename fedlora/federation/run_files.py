@@ -37,6 +37,8 @@ class RunFiles(Callback):
     def evaluated(self, state: GlobalState, evaluation: Evaluation) -> None:
         """Keep the outcomes by example of the round whose model is kept; before training, what the model says."""
         self._rundir.measured = frozenset(evaluation.overall)
+        if evaluation.rows is not None:
+            return
         self._outcomes = state.round, evaluation.measures
         if not self._selects:
             self._write_outcomes()

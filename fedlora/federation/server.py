@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, final
 
@@ -71,6 +72,7 @@ class FederatedServer:
         self._interrupted: Exception | None = None
         self._median_change: float | None = None
         self._capped: set[int] = set()
+        self._selection: Selection | None = None
 
     def run(self, state: GlobalState | None, history: Sequence[Mapping[str, Any]]) -> GlobalState:
         """All rounds that are left.
@@ -89,13 +91,15 @@ class FederatedServer:
         known = self.account.base_of(state)
         self._digests[state.base_version] = chain_digest("", state.base_updates) if known is None else known
         self._median_change = median_change(history)
-        selection = None
+        selection: Selection | None = None
         if self.config.selection is not None:
             selection = Selection(self.config.selection, self.workspace.task, history)
             if selection.best is not None and selection.best.round == state.round:
                 self.callbacks.best_reached(state)  # a kill may have come between its checkpoint and this
+        self._selection = selection
         self._require_servable(state)
         self.callbacks.started(self.config, len(self.clients), self.config.rounds)
+        self._evaluator.announce(range(state.round + 1, self.config.rounds))
         if fresh:
             record = {"round": 0, **self._evaluate(state)}
             self.callbacks.measured(record)
@@ -299,7 +303,14 @@ class FederatedServer:
         return relative_error(change, record.ideal, record.weight)
 
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
-        return self._evaluator.measure(state, self._digests, self.clients)
+        return self._evaluator.measure(state, self._digests, self.clients, lambda seen: self._in_full(state, seen))
+
+    def _in_full(self, state: GlobalState, validation: Mapping[str, Any]) -> bool:
+        """Whether a round's model is the first or last of the run, or one that may be kept."""
+        if state.round in (0, self.config.rounds):
+            return True
+        ahead = copy(self._selection)  # as it will be after this round
+        return ahead is not None and (ahead.see({"round": state.round, **validation}) or ahead.stopped is not None)
 
 
 def _require_finite(state: GlobalState, number: int) -> None:

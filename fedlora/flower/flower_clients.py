@@ -21,7 +21,14 @@ from flwr.serverapp import Grid
 from fedlora.aggregators import Aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
-from fedlora.federation.client_pool import ClientEvaluation, ClientInfo, ClientReply, Failure, RoundRequest, Sums
+from fedlora.federation.client_pool import (
+    ClientEvaluation,
+    ClientInfo,
+    ClientReply,
+    Failure,
+    RoundRequest,
+    Sums,
+)
 from fedlora.federation.planner import Planned, Planner
 from fedlora.federation.screen import Screen
 from fedlora.flower import handshake
@@ -156,6 +163,11 @@ class FlowerClients:
                     reply = one.reply.failed(Failure("refused", clean_text(error)))
             traffic = {"bytes_down": reply.bytes_down, "bytes_up": reply.bytes_up}
             yield ClientEvaluation(reply.client_id, sums, reply.failure, **traffic)
+
+    @property
+    def measuring(self) -> None:
+        """None: nodes have none of the server's examples."""
+        return None
 
     @cached_property
     def _sums_like(self) -> Sums:

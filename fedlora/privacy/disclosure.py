@@ -84,6 +84,7 @@ ENVIRONMENT: Final = frozenset(
         "packages",
         "platform",
         "processor",
+        "instructions",
         "cores",
         "usable_cores",
         "threads",
@@ -131,6 +132,7 @@ RECORD: Final = frozenset(
         "late",
         "simulated_seconds",
         "validation",
+        "sample",  # by the config, the size of the test set and what `examples_to_tell` tells
         "rule",
         "turned_away",
         "spent",

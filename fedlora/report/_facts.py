@@ -85,8 +85,13 @@ class Facts:
     @property
     def test_size(self) -> int:
         """How many examples the main figure is measured on; 0 where that is not known."""
-        clients = (self.last.get("federated") or {}).get("clients") or {} if self.evaluated else {}
-        return int(self.partition.get("test_size") or sum(row["examples"] for row in clients.values()))
+        return self.measured_on(self.last) if self.evaluated else int(self.partition.get("test_size") or 0)
+
+    def measured_on(self, record: Record) -> int:
+        """How many examples a round's main figure is measured on; 0 where that is not known."""
+        clients = (record.get("federated") or {}).get("clients") or {}
+        known = record.get("sample") or self.partition.get("test_size")
+        return int(known or sum(row["examples"] for row in clients.values()))
 
     @cached_property
     def rounds(self) -> list[Record]:
@@ -161,13 +166,13 @@ def statuses(record: Record) -> dict[int, str]:
     return found
 
 
-def interval(facts: Facts, value: float) -> tuple[float, float] | None:
-    """The 95% interval of a share of the test examples; None for other figures.
+def interval(facts: Facts, record: Record) -> tuple[float, float] | None:
+    """The 95% interval of a round's share of right answers to the test examples; None for other figures.
 
     Wilson's score interval ("Probable Inference, the Law of Succession, and Statistical Inference", Journal of the
     American Statistical Association 22, 1927), which is not empty where all examples are right.
     """
-    size = facts.test_size
+    size, value = facts.measured_on(record), float(record[facts.metric])
     if facts.metric != "accuracy" or not size:
         return None
     z2 = 1.96**2

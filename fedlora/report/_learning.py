@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedlora.progress import beside_accuracy, format_bytes, format_seconds
+from fedlora.progress import SAMPLED, beside_accuracy, format_bytes, format_seconds
 from fedlora.report._blocks import Block, Table, short
 from fedlora.report._facts import Facts, Record, number
 from fedlora.report.line_charts import Line, accuracy_curve, line_chart
@@ -103,11 +103,14 @@ def _by_round(facts: Facts) -> Table:
     rules = dict.fromkeys(name for record in facts.rounds for name in record.get("rule") or {})
     rows = []
     for record in facts.records:
-        row = [record["round"], *(facts.show(record, domain=domain) for domain in (None, *facts.domains))]
+        mark = SAMPLED if "sample" in record else ""
+        row = [record["round"], *(mark + facts.show(record, domain=domain) for domain in (None, *facts.domains))]
         for _, key, show in columns:
             value = record.get(key)
             value = number(len(value) if isinstance(value, list) else value)
             row.append("-" if value is None else show(value))
         rows.append([*row, *(short((record.get("rule") or {}).get(name)) for name in rules)])
     head = ["round", facts.metric.replace("_", " "), *facts.domains, *(name for name, *_ in columns), *rules]
-    return Table("Every round", head, rows, "All rounds in numbers")
+    sampled = next((record["sample"] for record in facts.records if "sample" in record), None)
+    note = f" ({SAMPLED}: measured on {sampled} of the test examples)" if sampled else ""
+    return Table(f"Every round{note}", head, rows, "All rounds in numbers")

@@ -112,6 +112,8 @@ def accuracy_curve(records: Sequence[Record], metric: str) -> Chart:
     what = f"{metric.replace('_', ' ')} on the test set"
     caption = f"{what[0].upper()}{what[1:]} after each round"
     caption += "." if number else "; round 0 is the base model before any training."
+    if sampled := next((record["sample"] for record in records if "sample" in record), None):
+        caption += f" Between the first and the last round {sampled} test examples were measured (evaluation.sample)."
     if len(domains) > MOST_LINES:
         caption += f" The first {MOST_LINES} of {len(domains)} domains are drawn; the table has all."
     xlabel = "round" if number else f"round (0: base model, {format_metric(metric, start)})"

@@ -97,7 +97,7 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
     if facts.evaluated:
         last = facts.last
         small = f"after round {last['round']}"
-        known = interval(facts, float(last[facts.metric]))
+        known = interval(facts, last)
         if known is not None:
             low, high = (100 * end for end in known)
             small += f", {low:.1f} to {high:.1f}% (95%, {facts.test_size} test examples)"

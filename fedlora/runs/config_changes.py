@@ -17,6 +17,7 @@ FROM_NOW_ON = (
     "train",
     "server",
     "evaluation.every",
+    "evaluation.sample",
     "evaluation.clients_fraction",
     "selection.patience",
     "selection.keep",

@@ -28,6 +28,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "packages": {name: version_of(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "threads": config.runtime.threads or torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -60,6 +61,13 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """The vector instructions that torch uses, and bounds that the environment sets to its libraries."""
+    bounds = {name: os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")}
+    said = [f"{name}={value}" for name, value in bounds.items() if value]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *said])
 
 
 def _commit() -> str | None:

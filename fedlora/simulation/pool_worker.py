@@ -13,16 +13,26 @@ from importlib import import_module
 from queue import SimpleQueue
 from typing import Any, final
 
+import numpy as np
+
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError
 from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
-from fedlora.federation.client_pool import ClientEvaluation, ClientInfo, ClientReply, PartialAggregate, RoundRequest
+from fedlora.federation.client_pool import (
+    ClientEvaluation,
+    ClientInfo,
+    ClientReply,
+    PartialAggregate,
+    RoundRequest,
+    ServerPart,
+)
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.local_clients import LocalClients
 from fedlora.federation.planner import Held, Planner
 from fedlora.progress import Watcher
 from fedlora.simulation.partial_aggregates import RunningAggregate, sums_suffice
 from fedlora.simulation.processes import Channel, listen
+from fedlora.training.evaluate import Measures
 from fedlora.training.workspace import open_workspace
 from fedlora.unexpected import describe_exception
 
@@ -102,6 +112,30 @@ class ClientsEvaluated:
 
 
 @dataclass(frozen=True)
+class MeasureBatches:
+    """Measure a state on examples of the server's, which each process has.
+
+    Args:
+        place: For which.
+        request: The state.
+        part: Which of the server's examples.
+        batches: Positions in them.
+    """
+
+    place: int
+    request: RoundRequest
+    part: ServerPart
+    batches: Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class BatchesMeasured:
+    """The outcome of a `MeasureBatches`: the measures of each batch."""
+
+    found: Sequence[Measures]
+
+
+@dataclass(frozen=True)
 class EndRound:
     """Hand over the sum of a place."""
 
@@ -178,9 +212,11 @@ class PoolWorker:
         self._sums: dict[int, RunningAggregate] = {}
 
     def do(
-        self, job: StartRound | TrainGroup | EndRound | EvaluateClients
-    ) -> GroupTrained | PartialAggregate | ClientsEvaluated | None:
+        self, job: StartRound | TrainGroup | EndRound | EvaluateClients | MeasureBatches
+    ) -> GroupTrained | PartialAggregate | ClientsEvaluated | BatchesMeasured | None:
         """One job."""
+        if isinstance(job, MeasureBatches):
+            return BatchesMeasured(self._clients.measured(job.request, job.part, job.batches))
         if isinstance(job, EvaluateClients):
             found = self._clients.evaluate_some(job.request, job.clients, job.held, job.parts)
             return ClientsEvaluated(found, job.held)

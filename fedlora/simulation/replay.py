@@ -18,6 +18,7 @@ from fedlora.federation.client_pool import (
     ClientPool,
     ClientReply,
     Failure,
+    MeasuringProcesses,
     Reply,
     RoundRequest,
 )
@@ -72,6 +73,11 @@ class ReplayPool:
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """See `ClientPool`."""
         return self._pool.evaluate(request, parts)
+
+    @property
+    def measuring(self) -> MeasuringProcesses | None:
+        """See `ClientPool`."""
+        return self._pool.measuring
 
 
 SAMPLING = ("seed", "server.fraction", "server.clients_per_round")

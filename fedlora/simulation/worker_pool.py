@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, final
 
+import numpy as np
+
 from fedlora.errors import PoolError, in_words
 from fedlora.federation.client_pool import (
     ClientEvaluation,
@@ -29,11 +31,13 @@ from fedlora.federation.client_pool import (
     PartialAggregate,
     Reply,
     RoundRequest,
+    ServerPart,
     SimulatedClients,
 )
 from fedlora.federation.planner import Held
 from fedlora.progress import activity
 from fedlora.simulation.pool_worker import (
+    BatchesMeasured,
     Begin,
     ClientsEvaluated,
     Doing,
@@ -41,18 +45,20 @@ from fedlora.simulation.pool_worker import (
     EvaluateClients,
     Failed,
     GroupTrained,
+    MeasureBatches,
     StartRound,
     TrainGroup,
     serve,
 )
 from fedlora.simulation.processes import Child, Helper, listen
+from fedlora.training.evaluate import Measures
 
 AHEAD = 2
 """Waves that are under way at once: one that trains, and one that waits for it to be done."""
 MOST_DEATHS = 3
 """Deaths of one kind that end a run."""
 
-Job = TrainGroup | EndRound | EvaluateClients
+Job = TrainGroup | EndRound | EvaluateClients | MeasureBatches
 
 
 @dataclass(eq=False)
@@ -79,7 +85,7 @@ class _Place:
     worker: _Worker
     done: list[Job] = field(default_factory=list)
     pending: deque[Job] = field(default_factory=deque)
-    ready: deque[GroupTrained | PartialAggregate | ClientsEvaluated] = field(default_factory=deque)
+    ready: deque[GroupTrained | PartialAggregate | ClientsEvaluated | BatchesMeasured] = field(default_factory=deque)
     work: float = 0.0
 
 
@@ -163,6 +169,31 @@ class WorkerPool(SimulatedClients):
             found.extend(evaluated.found)
             self._held.update(zip(ids, evaluated.held, strict=True))
         yield from sorted(found, key=lambda one: one.client_id)
+
+    @property
+    def measuring(self) -> WorkerPool:
+        """These processes."""
+        return self
+
+    @property
+    def threads(self) -> int:
+        """Of each process."""
+        threads = self._begin.config.runtime.threads
+        assert threads is not None
+        return threads
+
+    def measure(self, request: RoundRequest, part: ServerPart, batches: Sequence[np.ndarray]) -> Sequence[Measures]:
+        """Let the processes measure the state, each every so many of the batches."""
+        self._settle()
+        self._request = request
+        number = len(self._places)
+        for place in range(number):
+            self._ask(place, MeasureBatches(place, request, part, batches[place::number]))
+        found: list[Measures] = [{} for _ in batches]
+        for place in range(number):
+            measured: BatchesMeasured = self._result(place)
+            found[place::number] = measured.found
+        return found
 
     def _settle(self) -> None:
         """Take in what is still to come of a round that the rule broke off, and forget what was done."""

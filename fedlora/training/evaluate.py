@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from fedlora.tasks._base import Examples, Measurable, Task, length_batches, to_d
 
 CPU_TOKENS = 2048
 DEVICE_TOKENS = 16384
+
+Measures = dict[str, np.ndarray]
+"""What a task measured of n examples, [n, ...] by name, float64."""
 
 
 def evaluate(
@@ -27,21 +31,64 @@ def evaluate(
 ) -> Evaluation:
     """Measure the adapter that was written to `base` last.
 
-    Examples of like length share a batch, so little is padded; each example's measures go back to its own place, so
-    the batches show in the result by rounding only.
-
     Args:
         base: the model with its adapter.
         task: measures and summarises.
         examples: to be measured.
         indices: positions of those that count; None for all.
         domain_column: column of `examples.columns` by which to group as well.
-        batch_tokens: most tokens in a batch, padding included (a longer example is a batch of its own); None: 2048 on
-            a CPU, where larger batches leave its caches and take longer, 16384 elsewhere. A base that is `coupled`
-            gets one example at a time.
+        batch_tokens: see `measures_of`.
 
     Raises:
         DataError: there are no examples, or no such column.
+    """
+    domains = domains_of(examples, domain_column)
+    measures = measures_of(base, task, examples, indices=indices, batch_tokens=batch_tokens)
+    return summarised(task, measures, domains, indices)
+
+
+def domains_of(examples: Examples, column: str | None) -> np.ndarray | None:
+    """The domain of each example [n]; None without a column of domains.
+
+    Raises:
+        DataError: there is no such column.
+    """
+    if column is None:
+        return None
+    if column not in examples.columns:
+        raise DataError(
+            f"the examples have no column {column!r}; {nearest(column, examples.columns)}", code="no-such-column"
+        )
+    return np.asarray(examples.columns[column])
+
+
+def measures_of(
+    base: Measurable,
+    task: Task,
+    examples: Examples,
+    *,
+    indices: np.ndarray | None = None,
+    batch_tokens: int | None = None,
+    measure: Callable[[Sequence[np.ndarray]], Sequence[Measures]] | None = None,
+) -> Measures:
+    """What the task measures of some examples.
+
+    Examples of like length share a batch, so little is padded; each example's measures go back to its own place, so
+    the batches show in the result by rounding only.
+
+    Args:
+        base: the model with its adapter.
+        task: measures.
+        examples: to be measured.
+        indices: positions of those that count; None for all.
+        batch_tokens: most tokens in a batch, padding included (a longer example is a batch of its own); None: 2048 on
+            a CPU, where larger batches leave its caches and take longer, 16384 elsewhere. A base that is `coupled`
+            gets one example at a time.
+        measure: is given the batches, as positions in `examples`, and gives the measures of each; None:
+            `measure_batches`, here.
+
+    Raises:
+        DataError: there are no examples.
     """
     chosen = np.arange(len(examples)) if indices is None else np.asarray(indices)
     if len(chosen) == 0:
@@ -49,31 +96,60 @@ def evaluate(
             "there are no examples to evaluate on: raise data.test_fraction, or name a data.test file",
             code="no-examples",
         )
-    if domain_column is not None and domain_column not in examples.columns:
-        raise DataError(
-            f"the examples have no column {domain_column!r}; {nearest(domain_column, examples.columns)}",
-            code="no-such-column",
-        )
     budget = batch_tokens or (CPU_TOKENS if base.device.type == "cpu" else DEVICE_TOKENS)
-    measures: dict[str, np.ndarray] = {}
     if base.coupled is not None:
         budget = 1  # each example alone: what its batch holds would show in its result
+    places = list(length_batches(np.asarray(examples.lengths)[chosen], budget))
+    batches = [chosen[place] for place in places]
+    found = measure(batches) if measure else measure_batches(base, task, examples, batches)
+    measures: Measures = {}
+    for place, part in zip(places, found, strict=True):
+        for name, values in part.items():
+            measures.setdefault(name, np.full((len(chosen), *values.shape[1:]), np.nan))[place] = values
+    return measures
+
+
+def measure_batches(base: Measurable, task: Task, examples: Examples, batches: Sequence[np.ndarray]) -> list[Measures]:
+    """Measure batches of examples with the adapter that was written to `base` last.
+
+    Args:
+        base: the model with its adapter.
+        task: measures.
+        examples: of which the batches are.
+        batches: positions in `examples`.
+
+    Returns:
+        The measures of each batch, in the order of its examples.
+    """
     base.train_mode(False)
-    done = 0
+    count, done = sum(map(len, batches)), 0
+    measured: list[Measures] = []
     with torch.inference_mode():
-        for places in length_batches(np.asarray(examples.lengths)[chosen], budget):
-            activity.info("evaluating: %d of %d test examples", done, len(chosen))
-            done += len(places)
-            batch = to_device(task.collate(examples, chosen[places]), base.device)
-            for name, values in task.measure(base.model, batch).items():
-                found = values.detach().to("cpu", torch.float64).numpy()
-                measures.setdefault(name, np.full((len(chosen), *found.shape[1:]), np.nan))[places] = found
-    domains: dict[str, dict[str, float]] = {}
-    if domain_column is not None:
-        column = np.asarray(examples.columns[domain_column])[chosen]
+        for rows in batches:
+            activity.info("evaluating: %d of %d test examples", done, count)
+            done += len(rows)
+            found = task.measure(base.model, to_device(task.collate(examples, rows), base.device))
+            measured.append({name: x.detach().to("cpu", torch.float64).numpy() for name, x in found.items()})
+    return measured
+
+
+def summarised(
+    task: Task, measures: Measures, domains: np.ndarray | None = None, indices: np.ndarray | None = None
+) -> Evaluation:
+    """The figures of what was measured.
+
+    Args:
+        task: summarises.
+        measures: of all examples, or of those at `indices`.
+        domains: of all examples, see `domains_of`.
+        indices: positions of the examples that were measured; None for all.
+    """
+    by_domain: dict[str, dict[str, float]] = {}
+    if domains is not None:
+        column = domains if indices is None else domains[indices]
         sizes = Counter(column.tolist())
         for domain in sorted(sizes, key=lambda name: (-sizes[name], str(name))):
             inside = column == domain
-            domains[str(domain)] = task.summarise({name: every[inside] for name, every in measures.items()})
+            by_domain[str(domain)] = task.summarise({name: every[inside] for name, every in measures.items()})
     sums = task.sums(measures)
-    return Evaluation(task.figures(sums), domains, measures, sums)
+    return Evaluation(task.figures(sums), by_domain, measures, sums, indices)

@@ -36,6 +36,7 @@ IN_VAIN = [
     ("privacy.quantile=0.9", (CLIENT, *CLIENT_SERVER), (CLIENT, *CLIENT_SERVER, "privacy.adaptive_clipping=true")),
     ("privacy.clip_lr=0.9", (CLIENT, *CLIENT_SERVER), (CLIENT, *CLIENT_SERVER, "privacy.adaptive_clipping=true")),
     ("tracking.project=mine", ("tracking.name=tensorboard",), ("tracking.name=wandb",)),
+    ("evaluation.sample=0.5", ("evaluation.on=clients",), ("evaluation.on=both",)),
     ("runtime.backend=ray", ("runtime.processes=1",), ("runtime.processes=2",)),
 ]
 
