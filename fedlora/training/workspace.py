@@ -113,11 +113,12 @@ def _opened(config: RunConfig, kept: list[Base]) -> Workspace:
         kept.clear()  # two large bases do not fit a device
     base = kept[0] if kept else load_base(*wanted)
     # What is found out on examples is written down, or ends the run: in a private run on public ones alone.
-    public, secret = ([data.probes], [data.train]) if config.privacy else ([data.probes, data.train], [])
+    own = [data.train] if data.validation is None else [data.train, data.validation]
+    public, secret = ([data.probes], own) if config.privacy else ([data.probes, data.train], [])
     require_fit(config, base, task, public)
     activity.info("choosing how to compute")
     trial = Trial(base, task, public)
-    speedups = install(trial, config.runtime, public if secret else [data.train, data.probes], secret)
+    speedups = install(trial, config.runtime, public if secret else [*own, data.probes], secret)
     base.alone = cannot_share(trial) or base.alone
     return Workspace(config, task, data, base, machine, speedups)
 

@@ -264,7 +264,8 @@ LAST = {"accuracy": 0.9, "domains": {"films": {"accuracy": 0.8}}}
 
 @pytest.mark.parametrize(("right", "size"), [(50, 50), (0, 50), (96, 100), (1, 3), (700, 1000)])
 def test_the_interval_of_an_accuracy_is_wilsons(right: int, size: int) -> None:
-    low, high = interval(facts(partition={"test_size": size}), right / size) or (0.0, 0.0)
+    low, high = interval(facts(partition={"test_size": size}), {"accuracy": right / size}) or (0.0, 0.0)
+    assert interval(facts(partition={"test_size": 9999}), {"accuracy": right / size, "sample": size}) == (low, high)
     expected = binomtest(right, size).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=2e-4)
 

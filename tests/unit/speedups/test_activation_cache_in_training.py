@@ -147,6 +147,19 @@ def test_memory_decides(tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.Mon
     assert bench_of(tiny_bert, tiny_csv).speedups.cache.mode == "on"
 
 
+def test_there_is_room_for_all_that_a_run_evaluates_on(tiny_bert: Path, tiny_csv: Path) -> None:
+    workspace = bench_of(tiny_bert, tiny_csv, "selection.patience=3", "data.validation_fraction=0.3")
+    data, prefix = workspace.data, workspace.base.cache
+    assert isinstance(prefix, ActivationCache)
+    fills = []
+    for _ in range(2):
+        for examples in (data.train, data.require_test(), data.validation):
+            assert examples is not None
+            evaluate(workspace.base, workspace.task, examples)
+        fills.append(prefix.fills)
+    assert fills[0] == fills[1]
+
+
 def test_runs_on_the_same_base_share_what_is_kept(tiny_bert: Path, tiny_csv: Path) -> None:
     workspace = bench_of(tiny_bert, tiny_csv)
     evaluate(workspace.base, workspace.task, workspace.data.test)
