@@ -36,8 +36,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from fedlora.report.figures import Chart  # noqa: E402
-from fedlora.training import export  # noqa: E402
-from fedlora.training import kept_evaluation  # noqa: E402
+from fedlora.training import export, kept_evaluation  # noqa: E402
 
 torch.set_num_threads(1)
 os.fsync = lambda fd: (
