@@ -87,6 +87,10 @@ class Registry(Generic[T]):
         """An instance of entry `name` with `fields`, each checked against the dataclass's types."""
         return build(self.get(name), fields, f"{self.kind} {name!r}")
 
+    def is_foreign(self, name: str) -> bool:
+        """Whether a name stands for code of another package: "module:Class", or an entry point that is none of ours."""
+        return ":" in name or (name not in self._built_in() and name in self._offered())
+
     def _built_in(self) -> Mapping[str, type[T]]:
         if not self._complete:
             for module in pkgutil.iter_modules(getattr(sys.modules.get(self._group), "__path__", ())):

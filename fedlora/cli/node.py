@@ -16,14 +16,40 @@ app.add_typer(node, name="node")
 Site = Annotated[Path, typer.Argument(metavar="SITE", help="The folder with the site's policy.toml.")]
 
 
+Digest = Annotated[str, typer.Argument(metavar="HASH", help="Hash of a run's config, or its beginning.")]
+
+
 @node.command("show")
-def show(folder: Site, debug: Debug = False) -> None:
-    """Show the policy as the worker reads it."""
+def show(
+    folder: Site,
+    digest: Annotated[
+        str | None, typer.Argument(metavar="[HASH]", help="A run's config to show instead.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show the policy as the worker reads it, the runs that may run and those that wait; or one run's config."""
     with errors_in_one_line(debug):
+        from fedlora.site.approvals import Approvals
         from fedlora.site.policy import load_policy
 
-        for key, value in load_policy(folder).model_dump(exclude_none=True).items():
-            typer.echo(f"{key} = {value}")
+        approvals = Approvals(folder)
+        if digest is not None:
+            typer.echo(approvals.text(digest), nl=False)
+            return
+        for key, value in load_policy(folder).model_dump(mode="json", exclude_none=True).items():
+            typer.echo(f"{key} = {json.dumps(value)}")
+        for what, found in (("approved", approvals.approved()), ("waits", approvals.waiting())):
+            for one in found:
+                typer.echo(f"{what} {one}")
+
+
+@node.command("approve")
+def approve(folder: Site, digest: Digest, debug: Debug = False) -> None:
+    """Let a run that waits go on, by the hash of its config: read it first."""
+    with errors_in_one_line(debug):
+        from fedlora.site.approvals import Approvals
+
+        typer.echo(f"approved {Approvals(folder).approve(digest)}")
 
 
 @node.command("log")

@@ -18,10 +18,21 @@ Device = Annotated[
 ]
 
 
+Site = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Be the gate of the site in this folder: its policy.toml and node-config.toml say all of the node.",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
 def worker(
     socket: Socket,
     device: Device = None,
+    site: Site = None,
     supervise: Annotated[bool, typer.Option("--supervise", help="Start it again when it dies.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only say whether one serves there, by exit status.")] = False,
     debug: Debug = False,
@@ -32,7 +43,7 @@ def worker(
         if check:
             from fedlora.node_worker.client import check as ask_health
 
-            ask_health(path)
+            ask_health(path, gate=site is not None)
             typer.echo(f"a worker serves {path}")
             return
 
@@ -44,9 +55,9 @@ def worker(
             from fedlora.node_worker.supervisor import supervise as keep
             from fedlora.node_worker.supervisor import worker_command
 
-            make_folder(path)
-            raise typer.Exit(keep(worker_command(str(path), device), say))
+            make_folder(path, for_a_group=site is not None)
+            raise typer.Exit(keep(worker_command(str(path), device=device, site=site), say))
         from fedlora.node_worker.server import run
 
-        if status := run(path, device, say):
+        if status := run(path, device, site, say):
             raise typer.Exit(status)

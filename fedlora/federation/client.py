@@ -21,6 +21,7 @@ from fedlora.errors import (
     ConfigError,
     FedloraError,
     ModelError,
+    PolicyError,
     PrivacyError,
     ReplyError,
     RuleError,
@@ -256,7 +257,9 @@ def _answer_privately(
                 # Test examples are public; on a node with data of its own they are invented ones.
                 nothing = _job(workspace, request, np.empty(0, np.int64))
                 check_model(workspace.base, workspace.task, workspace.data.probes, nothing)
-                attempt = own.ledger.spend(settings.entry, run=own.run, round=request.round, budget=settings.budget)
+                attempt = own.ledger.spend(
+                    settings.entry, run=own.run, round=request.round, budget=settings.budget, cap=own.cap
+                )
                 attempts[number] = _Attempted(own, settings, ledgers.enter_context(attempt))
             except Exception as error:
                 answers[number] = failure_of(error, config)
@@ -278,7 +281,11 @@ def _answer_privately(
 
 def _spent(account: Account, settings: PrivateSettings, number: int) -> Failure | None:
     """What a client answers whose budget does not allow the round; None where it does."""
-    entry, budget = settings.entry, settings.budget
+    entry, budget, cap = settings.entry, settings.budget, account.cap
+    if cap is not None and not account.ledger.affords(entry, cap, run=account.run, round=number):
+        stands = account.ledger.epsilon(cap.delta, cap.accountant)
+        logger.warning("the policy allows epsilon %g over all runs: the ledger stands at %.3f", cap.epsilon, stands)
+        return Failure("spent", str(PolicyError("epsilon", "one more round would pass it", code="refused-by-policy")))
     if budget is None or account.ledger.affords(entry, budget, run=account.run, round=number):
         return None
     epsilon = account.ledger.epsilon(budget.delta, budget.accountant)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fedlora.errors import PrivacyError, ReplyError
 from fedlora.federation.protocol import TrainedReply
+from fedlora.privacy.accounting import Budget
 from fedlora.privacy.ledger import Attempt, Ledger
 
 _RUN = re.compile(r"[0-9a-f]{32}")
@@ -35,11 +36,13 @@ class Account:
         run: Id of the run's directory, by which the ledger knows it.
         release: Called with a reply before it leaves its data's holder, to mark its attempt as released; None where
             one process is client and server, which releases nothing in a round.
+        cap: That its site allows over all runs, whatever a run's own budget is.
     """
 
     ledger: Ledger
     run: str
     release: Callable[[TrainedReply, Attempt], None] | None = None
+    cap: Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class LedgerPlace:
         own: A file of the client's own, as a real node has; it comes first.
         folder: With a file for each client, as simulations have.
         session: Of a simulation: its clients and server end together.
+        cap: See `Account`.
     """
 
     own: Path | None = None
     folder: Path | None = None
     session: str = ""
+    cap: Budget | None = None
 
     @property
     def releases(self) -> bool:
@@ -87,7 +92,7 @@ class LedgerPlace:
                 code="no-ledger",
             )
         if self.releases:
-            return Account(Ledger(self.path(client_id)), run, release)
+            return Account(Ledger(self.path(client_id)), run, release, self.cap)
         return Account(Ledger(self.path(client_id), session=self.session), run)
 
     def path(self, client_id: int) -> Path:

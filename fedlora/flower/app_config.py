@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,6 +30,8 @@ NODE_KEYS = {
     "device": str,  # what it trains on
     "rank": int,  # of its adapter
     "ledger": str,  # its privacy ledger
+    "epsilon": float,  # that all runs together may spend in it, at "delta"; set by its gate, from the site's policy
+    "delta": float,
     "worker": str,  # its worker's socket, which `node_app` reads
 }
 """Keys of a node's config, and their types."""
@@ -47,15 +50,7 @@ def config_of(context: Context) -> RunConfig:
             "--node-config",
             code="own-data-in-run-config",
         )
-    for key, value in context.node_config.items():
-        if key not in NODE_KEYS:
-            raise ConfigError(
-                f"this node's config has an unknown key {key!r}; {nearest(key, NODE_KEYS)}", code="unknown-key"
-            )
-        if type(value) is not NODE_KEYS[key]:
-            raise ConfigError(
-                f"this node's config: {key} must be of type {NODE_KEYS[key].__name__}, not {value!r}", code="wrong-type"
-            )
+    require_node_config(context.node_config)
     data, device = context.node_config.get("data"), context.node_config.get("device")
     if data:
         own = {"own": data, "own_test": context.node_config.get("test")}
@@ -68,6 +63,19 @@ def config_of(context: Context) -> RunConfig:
     if device:
         config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": device})})
     return config
+
+
+def require_node_config(facts: Mapping[str, object]) -> None:
+    """Raise `ConfigError` for a node's config with an unknown key, or a value of another type than `NODE_KEYS` has."""
+    for key, value in facts.items():
+        if key not in NODE_KEYS:
+            raise ConfigError(
+                f"this node's config has an unknown key {key!r}; {nearest(key, NODE_KEYS)}", code="unknown-key"
+            )
+        if type(value) is not NODE_KEYS[key]:
+            raise ConfigError(
+                f"this node's config: {key} must be of type {NODE_KEYS[key].__name__}, not {value!r}", code="wrong-type"
+            )
 
 
 def by_itself(config: RunConfig) -> RunConfig:

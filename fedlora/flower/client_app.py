@@ -37,6 +37,7 @@ from fedlora.flower.messages import (
 from fedlora.flower.plain_client import is_plain, train_plain
 from fedlora.hash_chain import START
 from fedlora.model.base_history import can_follow, follow
+from fedlora.privacy.accounting import Budget
 from fedlora.privacy.disclosure import Disclosure
 from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.training.workspace import Workspace, open_workspace
@@ -183,8 +184,10 @@ def _no_account(_request: object) -> Any:
 
 def ledger_place(context: Context) -> LedgerPlace:
     """Where a client's ledger is: by its node's own config, or by the run's."""
-    own, folder = str(context.node_config.get("ledger", "")), str(context.run_config.get("ledger-dir", ""))
-    return LedgerPlace(Path(own) if own else None, Path(folder) if folder else None)
+    facts, folder = context.node_config, str(context.run_config.get("ledger-dir", ""))
+    own = str(facts.get("ledger", ""))
+    cap = Budget(float(facts["epsilon"]), float(facts["delta"])) if "epsilon" in facts else None
+    return LedgerPlace(Path(own) if own else None, Path(folder) if folder else None, cap=cap)
 
 
 def _note(found: Failure | Exception) -> RecordDict:

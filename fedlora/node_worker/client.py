@@ -25,30 +25,35 @@ GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.
 """The worker died, is stopping, or cannot serve this app."""
 
 
-def check(path: Path) -> None:
+def check(path: Path, *, gate: bool = False) -> None:
     """Ask the health service.
+
+    Args:
+        path: Path of the worker's socket.
+        gate: See `fedlora.node_worker.socket.require_own`.
 
     Raises:
         WorkerError: nobody serves there, or somebody else's socket is there.
     """
-    require_own(path)
+    require_own(path, gate=gate)
     with grpc.insecure_channel(f"unix:{path}", options=OPTIONS) as channel:
         _check(channel, path)
 
 
-def ask(path: Path, message: Message, context: Context) -> RecordDict:
+def ask(path: Path, message: Message, context: Context, *, gate: bool = False) -> RecordDict:
     """The content of the worker's reply; the context's state is brought up to date.
 
     Args:
         path: Path of the worker's socket.
         message: The message to answer.
         context: The node's context, without the key that names the worker.
+        gate: Whether the worker is the site's gate, which knows the node's own facts and code by itself.
 
     Raises:
         WorkerError: the worker is not there, died, or is of another fedlora: answer the message yourself.
         RuntimeError: it met an unexpected error, or did not answer before the message expired.
     """
-    require_own(path)
+    require_own(path, gate=gate)
     head = {
         "fedlora": __version__,
         "code": code_digest(),
@@ -58,7 +63,7 @@ def ask(path: Path, message: Message, context: Context) -> RecordDict:
         "run_id": context.run_id,
         "node_id": context.node_id,
         "node_config": dict(context.node_config),
-        "run_config": _run_config(context),
+        "run_config": _run_config(context, gate),
     }
     request = pack(head, content=message.content, state=context.state)
     left = message.metadata.created_at + message.metadata.ttl - time.time()
@@ -91,12 +96,12 @@ def _check(channel: grpc.Channel, path: Path) -> None:
         raise WorkerError(f"the worker at {str(path)!r} is not serving: it is being stopped", code="worker-stopping")
 
 
-def _run_config(context: Context) -> dict[str, bool | float | int | str]:
+def _run_config(context: Context, gate: bool) -> dict[str, bool | float | int | str]:
     """The run's config with its text in place of a file's name: the worker does not have the app's folder."""
     plain = Context(context.run_id, context.node_id, {}, RecordDict(), context.run_config)
     config = config_of(plain)
     for name in (config.task.name, config.partition.name, config.data.source):
-        if re.match(OWN_CLASS, name):
+        if not gate and re.match(OWN_CLASS, name):
             raise WorkerError(f"{name!r} is code of the app's own, which the worker does not have", code="foreign-code")
     others = {key: value for key, value in context.run_config.items() if key not in ("config", "set")}
     return {**others, "toml": config.to_toml()}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 from filelock import FileLock, Timeout
@@ -22,10 +23,22 @@ from fedlora.errors import WorkerError
 from fedlora.flower import client_app
 from fedlora.flower.task_identity import task_identity
 from fedlora.node_worker.frames import pack, unpack
-from fedlora.node_worker.socket import ERROR_CODE, METHOD, SERVICE, UNLIMITED, VARIABLE, code_digest, make_folder
+from fedlora.node_worker.gated_app import GatedApp
+from fedlora.node_worker.socket import (
+    ERROR_CODE,
+    METHOD,
+    SERVICE,
+    UNLIMITED,
+    VARIABLE,
+    code_digest,
+    make_folder,
+    socket_mode,
+)
 from fedlora.training.workspace import close_workspace
 
 logger = logging.getLogger(__name__)
+MOST_AT_ONCE = 8
+"""Calls that a gate has open at once; each may hold a message of the largest size that its policy allows."""
 BROKEN = 70
 """Exit status after an unexpected error: what the process holds may be half changed, so a fresh one takes over."""
 _SERVING, _STOPPING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -43,7 +56,7 @@ class Worker:
     Args:
         path: Path of the socket.
         device: Device for all computation, in place of the one in a message's config; None: the config's.
-        app: The ClientApp that answers the messages.
+        app: The ClientApp that answers the messages; a `GatedApp` takes nothing from who asks but the message.
 
     Raises:
         WorkerError: the socket's folder is accessible to other users, or a worker is running there already.
@@ -54,7 +67,8 @@ class Worker:
         self._stopping = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = os.environ.get("OMP_NUM_THREADS")
-        make_folder(self._path)
+        self._gate = app if isinstance(app, GatedApp) else None
+        make_folder(self._path, for_a_group=self._gate is not None)
         self._lock = FileLock(f"{self._path}.lock", mode=0o600, thread_local=False)
         try:
             self._lock.acquire(timeout=0)
@@ -66,7 +80,10 @@ class Worker:
         os.environ.pop(VARIABLE, None)  # it does not ask itself
         # Requests wait in their threads; the health service must never wait behind them.
         pool = futures.ThreadPoolExecutor(max_workers=64)
-        self._server = grpc.server(pool, options=UNLIMITED)
+        options, most = UNLIMITED, None
+        if self._gate is not None:  # whoever asks is not trusted
+            options, most = (UNLIMITED[0], (UNLIMITED[1][0], self._gate.policy.message_mb << 20)), MOST_AT_ONCE
+        self._server = grpc.server(pool, options=options, maximum_concurrent_rpcs=most)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         service, method = METHOD.strip("/").split("/")
@@ -74,7 +91,7 @@ class Worker:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
         try:
             self._server.add_insecure_port(f"unix:{self._path}")
-            os.chmod(self._path, 0o600)
+            os.chmod(self._path, socket_mode(self._path.parent))
         except (RuntimeError, OSError) as error:
             self._lock.release()
             raise WorkerError(
@@ -144,21 +161,20 @@ class Worker:
         return 0
 
     def _answer(self, frame: bytes) -> bytes:
-        head, contents = unpack(frame)
+        head, message, context = _request(frame)
         if (head["fedlora"], head["code"]) != (__version__, code_digest()):
             raise WorkerError(
                 f"the worker runs fedlora {__version__} (source {code_digest()}), the app fedlora {head['fedlora']} "
                 f"(source {head['code']}): restart the worker with the app's",
                 code="other-version",
             )
-        self._enter(head["folder"], head["threads"])
-        node_config, run_config = dict(head["node_config"]), dict(head["run_config"])
-        if self._device is not None:
-            node_config.pop("device", None)
-            run_config["set"] = f"runtime.device={self._device}"
-        context = Context(head["run_id"], head["node_id"], node_config, contents["state"], run_config)
-        with task_identity(head["run_id"], head["node_id"]):
-            reply = self._app(Message(contents["content"], head["node_id"], head["type"]), context)
+        if self._gate is None:
+            self._enter(head["folder"], head["threads"])
+            if self._device is not None:
+                context.node_config.pop("device", None)
+                context.run_config["set"] = f"runtime.device={self._device}"
+        with task_identity(context.run_id, context.node_id):
+            reply = self._app(message, context)
         return pack({}, content=reply.content, state=context.state)
 
     def _enter(self, folder: str, threads: str | None) -> None:
@@ -177,18 +193,46 @@ class Worker:
                 os.environ["OMP_NUM_THREADS"] = threads
 
 
-def run(path: Path, device: str | None = None, ready: Callable[[str], object] = logger.info) -> int:
+def _request(frame: bytes) -> tuple[dict[str, Any], Message, Context]:
+    """What a node's process asks.
+
+    Raises:
+        WorkerError: it is none of `fedlora.node_worker.client.ask`'s frames.
+    """
+    try:
+        head, contents = unpack(frame)
+        _ = head["fedlora"], head["code"], head["folder"], head["threads"]
+        run_id, node_id = int(head["run_id"]), int(head["node_id"])
+        context = Context(run_id, node_id, dict(head["node_config"]), contents["state"], dict(head["run_config"]))
+        with task_identity(run_id, node_id):
+            return head, Message(contents["content"], node_id, str(head["type"])), context
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise WorkerError(f"the worker got no request: {type(error).__name__}", code="no-request") from None
+
+
+def run(
+    path: Path, device: str | None = None, site: Path | None = None, ready: Callable[[str], object] = logger.info
+) -> int:
     """Serve until SIGTERM or SIGINT; the status with which to exit.
 
     Args:
         path: Path of the socket.
         device: See `Worker`.
+        site: Folder of a site (`fedlora.site`) whose gate the worker is; relative paths are relative to it. None: it
+            helps a node's process, and takes everything from there.
         ready: See `Worker.serve`.
 
     Raises:
+        ConfigError: a file of the site is missing or wrong.
         WorkerError: see `Worker`.
     """
-    worker = Worker(path, device)
+    path = path.absolute()
+    if site is None:
+        worker = Worker(path, device)
+    else:
+        gate = GatedApp(site, device)
+        os.chdir(gate.site)
+        worker = Worker(path, app=gate)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.stop)
     return worker.serve(ready)

@@ -30,6 +30,12 @@ def supervise(command: Sequence[str], say: Callable[[str], object]) -> int:
     return keep_running(starts, say, pause_s=WAIT_S, final=(0, MISTAKE), grace_s=PATIENCE_S)
 
 
-def worker_command(socket: str, device: str | None) -> list[str]:
-    """The command of the worker itself."""
-    return [sys.executable, "-m", "fedlora", "worker", "--socket", socket, *(("--device", device) if device else ())]
+def worker_command(socket: str, **options: object) -> list[str]:
+    """The command of the worker itself.
+
+    Args:
+        socket: Path of its socket.
+        options: Of the command line, by name; those that are None are left out.
+    """
+    more = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "fedlora", "worker", "--socket", socket, *more]

@@ -185,6 +185,7 @@ class Ledger:
         run: str,
         round: int,  # noqa: A002
         budget: Budget | None = None,
+        cap: Budget | None = None,
     ) -> Attempt:
         """Write down that `entry` is being spent, then return: only now may the data be touched.
 
@@ -193,6 +194,7 @@ class Ledger:
             run: id of the run (see above).
             round: number of the round.
             budget: refused with `PrivacyError` if the entry does not fit.
+            cap: a second one, of whoever holds the data.
 
         Returns:
             The attempt, which holds the ledger's lock until it is closed; a context manager.
@@ -205,7 +207,8 @@ class Ledger:
             content = self._fold(writer.chain)
             torn_cost = self._torn_cost(content, entry)
             before = [*content.counted((run, round, self.session)), *torn_cost]
-            if budget is not None and not budget.holds([*before, entry]):
+            budget = next((b for b in (cap, budget) if b is not None and not b.holds([*before, entry])), None)
+            if budget is not None:
                 spent = epsilon(before, budget.delta, budget.accountant)
                 raise PrivacyError(
                     f"the privacy budget is spent: ledger {str(self.path)!r} is at epsilon {spent:.3f}, and one more "

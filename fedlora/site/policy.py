@@ -28,6 +28,9 @@ class Policy(Section):
     """Delta at which `epsilon` is held; also the largest that a run may name."""
     base_models: dict[str, str] | None = None
     """Base models, as a run's `model.name` writes them (a path must be listed), -> fingerprint of the weights."""
+    sources: tuple[str, ...] | None = None
+    """Where this node names no data file of its own: what a run's `data.source` and `data.test` may be (a path must be
+    listed)."""
     rules: tuple[str, ...] | None = None
     """Aggregation rules by name ("fedavg"), or by a claim in capitals ("ROBUST")."""
     tasks: tuple[str, ...] | None = None

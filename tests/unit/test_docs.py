@@ -24,6 +24,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ from fedlora.aggregators import load_aggregator
 from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.partition import load_partitioner
+from fedlora.site.policy import Policy
 from fedlora.tasks import load_task
 from fedlora.testing import AggregatorContract, broken_laws
 
@@ -56,6 +58,9 @@ def name(page: Path) -> str:
 
 
 def check_toml(block: Block) -> None:
+    if block.text.startswith("# policy.toml"):
+        Policy.model_validate(tomllib.loads(block.text))
+        return
     config = parse_config(block.text)
     if ":" not in config.strategy.name:  # a rule of the page's own
         load_aggregator(config.strategy.name, config.strategy.fields)
