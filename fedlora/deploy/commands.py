@@ -27,8 +27,11 @@ ENVIRONMENT: Mapping[str, str] = {
 PATIENT = ("python", "-m", "fedlora.flower.program")
 """Before those of Flower's programs that call a SuperLink: what it could not do at once is asked of it again."""
 
+SUPERNODE, SUPEREXEC, SITE, SOCKET = "supernode", "superexec", "site", "socket/worker.sock"
+"""In a node's folder: those of its programs (the worker's is SITE), each of which may belong to a user of its own, and
+where the worker listens."""
 REACHED = "state/reached"
-"""In a node's folder: the file whose time is when the SuperLink last answered the node."""
+"""In a SuperNode's folder: the file whose time is when the SuperLink last answered the node."""
 AWAY_S = 60.0
 """Seconds without an answer after which a node counts as away: it asks every 3 s, and in training every 30 s."""
 
@@ -76,7 +79,7 @@ def superexec(folder: str, runtime: Address) -> list[str]:
     """The SuperExec, which starts the app's processes beside a SuperLink or a SuperNode.
 
     Args:
-        folder: of the coordinator or of the node.
+        folder: of the coordinator, or the SuperExec's own.
         runtime: address of the SuperLink, or of the SuperNode.
     """
     return [
@@ -92,7 +95,7 @@ def supernode(folder: str, superlink_address: Address, listen: Address) -> list[
     """A SuperNode, which fetches messages for its node and sends replies: it opens connections and takes none.
 
     Args:
-        folder: of the node.
+        folder: its own.
         superlink_address: of the coordinator's proxy.
         listen: where the SuperExec beside it finds it.
     """
@@ -104,7 +107,6 @@ def supernode(folder: str, superlink_address: Address, listen: Address) -> list[
         *("--superlink", str(superlink_address)),
         *("--root-certificates", f"{folder}/ca.crt"),
         *("--auth-supernode-private-key", f"{folder}/node.key"),
-        *("--node-config", f"{folder}/node-config.toml"),
         *("--ssl-ca-certfile", f"{folder}/ca.crt"),
         *("--ssl-certfile", f"{folder}/runtime.crt"),
         *("--ssl-keyfile", f"{folder}/runtime.key"),
@@ -114,13 +116,14 @@ def supernode(folder: str, superlink_address: Address, listen: Address) -> list[
     ]
 
 
-def worker(socket: str) -> list[str]:
-    """A node's worker, which keeps the base model loaded: without it every message loads it anew.
+def worker(socket: str, site: str) -> list[str]:
+    """A node's worker, which alone has the data, and answers what the site's policy allows.
 
     Args:
         socket: path of its Unix socket; FEDLORA_WORKER names it to the app.
+        site: folder of the site.
     """
-    return ["fedlora", "worker", "--socket", socket]
+    return ["fedlora", "worker", "--socket", socket, "--site", site]
 
 
 def proxy(folder: str) -> list[str]:
@@ -155,7 +158,7 @@ def health(folder: str, server: Address) -> list[str]:
 
 
 def node_health(folder: str) -> list[str]:
-    """Ends with 0 if the SuperLink has answered the node of a folder in the last `AWAY_S` seconds."""
+    """Ends with 0 if the SuperLink has answered the SuperNode of a folder in the last `AWAY_S` seconds."""
     program = (
         f"import os, time; age = time.time() - os.stat('{folder}/{REACHED}').st_mtime; "
         f"raise SystemExit(age > {AWAY_S:g} and f'the SuperLink last answered {{age:.0f}} s ago')"

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from importlib.metadata import requires, version
 from pathlib import Path
 
-from fedlora.deploy.commands import AWAY_S, REACHED, Address
-from fedlora.deploy.foreground import environment_of, programs
+from fedlora.deploy.commands import AWAY_S, REACHED, SUPERNODE, Address
+from fedlora.deploy.foreground import environment_of, home_of, programs
 from fedlora.deploy.project import read_toml
 
 SOON_DAYS = 30
@@ -58,15 +58,14 @@ def examine(folder: Path, nodes: Nodes) -> Iterator[Finding]:
     Raises:
         DeployError: it is neither.
     """
-    todo = programs(folder)
-    folder = todo[0].folder
+    folder, todo = home_of(folder), programs(folder)
     yield from _versions()
     for program in todo:
         name = next((word for word in program.command if word.startswith("flower-")), program.command[0])
         missing = shutil.which(name, path=environment_of(program)["PATH"]) is None
         yield Finding(f"program {name} of {program.name}", "it is not installed on this machine" if missing else "")
     server = (folder / "federation.toml").is_file()
-    yield from _files(folder, "server" if server else "runtime")
+    yield from _files(folder if server else folder / SUPERNODE, "server" if server else "runtime")
     if server:
         yield from _coordinator(folder, nodes)
     else:
@@ -160,11 +159,12 @@ def _node(folder: Path) -> Iterator[Finding]:
     facts = read_toml(folder / "node.toml", ("superlink", "runtime-port"))
     host, _, port = str(facts["superlink"]).rpartition(":")
     away = "is the coordinator up, and does this machine's firewall let connections out?"
-    yield from _reached("SuperLink", Address(host.strip("[]"), int(port)), folder, away)
+    own = folder / SUPERNODE
+    yield from _reached("SuperLink", Address(host.strip("[]"), int(port)), own, away)
     runtime = Address("127.0.0.1", int(facts["runtime-port"]))
-    yield from _reached("SuperNode", runtime, folder, f"start it: fedlora deploy up {folder}")
+    yield from _reached("SuperNode", runtime, own, f"start it: fedlora deploy up {folder}")
     try:
-        age = time.time() - (folder / REACHED).stat().st_mtime
+        age = time.time() - (own / REACHED).stat().st_mtime
     except OSError:
         yield Finding("this node", "the SuperLink has never answered it: start it, and register its key")
         return

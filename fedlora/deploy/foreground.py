@@ -1,5 +1,8 @@
 """Run a folder's programs in the foreground: what a terminal for each of them would do, no more.
 
+A node's programs have a folder each. Where root runs `up`, each program is started as its folder's owner, so that the
+worker's data, the SuperNode's key and the coordinator's app in the SuperExec are three users' matters.
+
 A program that ends is started again after a pause, as `restart: unless-stopped` has it: Flower turns a node away that
 comes back before it was missed. Ctrl-C ends them all, with everything that they started; so does whatever else ends
 `up`, SIGKILL included: see `fedlora.programs`.
@@ -21,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedlora.deploy import commands
 from fedlora.deploy.commands import Address
@@ -54,6 +58,23 @@ class Program:
         return shlex.join(self.command)
 
 
+def home_of(folder: Path) -> Path:
+    """A coordinator's or a node's folder; a federation's is its coordinator's.
+
+    Raises:
+        DeployError: it is neither.
+    """
+    folder = folder.resolve()
+    if (folder / "coordinator" / "federation.toml").is_file():
+        folder = folder / "coordinator"
+    if not any((folder / name).is_file() for name in ("federation.toml", "node.toml")):
+        raise DeployError(
+            f"{str(folder)!r} is neither a coordinator's folder nor a node's: create them with fedlora deploy init",
+            code="not-a-federation",
+        )
+    return folder
+
+
 def programs(folder: Path) -> list[Program]:
     """The programs of a coordinator's or a node's folder, in the order in which they start.
 
@@ -62,45 +83,40 @@ def programs(folder: Path) -> list[Program]:
     Raises:
         DeployError: it is neither.
     """
-    folder = folder.resolve()
-    if (folder / "coordinator" / "federation.toml").is_file():
-        folder = folder / "coordinator"
-    state, more = folder / "state", dict(commands.ENVIRONMENT)
+    folder = home_of(folder)
     if (folder / "federation.toml").is_file():
         facts = read_toml(folder / "federation.toml", ("control-port", "proxied"))
         listen = Address("127.0.0.1", int(facts["control-port"]))
         lines = {
-            "superlink": commands.superlink(str(folder), str(state), listen),
+            "superlink": commands.superlink(str(folder), str(folder / "state"), listen),
             "superexec": commands.superexec(str(folder), listen),
         }
         if facts["proxied"]:
             lines["proxy"] = commands.proxy(str(folder))
-        home = folder / "flower"
         write_connection(folder, listen)
-    elif (folder / "node.toml").is_file():
-        facts = read_toml(folder / "node.toml", ("superlink", "runtime-port"))
-        host, _, port = str(facts["superlink"]).rpartition(":")
-        runtime = Address("127.0.0.1", int(facts["runtime-port"]))
-        socket = worker_socket(state)
-        more["FEDLORA_WORKER"] = socket
-        lines = {
-            "worker": commands.worker(socket),
-            "supernode": commands.supernode(str(folder), Address(host.strip("[]"), int(port)), runtime),
-            "superexec": commands.superexec(str(folder), runtime),
-        }
-        home = state / "flower"
-    else:
-        raise DeployError(
-            f"{str(folder)!r} is neither a coordinator's folder nor a node's: create them with fedlora deploy init",
-            code="not-a-federation",
-        )
-    environment = {**more, "FLWR_HOME": str(home)}
-    return [Program(name, line, folder, environment) for name, line in lines.items()]
+        environment = {**commands.ENVIRONMENT, "FLWR_HOME": str(folder / "flower")}
+        return [Program(name, line, folder, environment) for name, line in lines.items()]
+    facts = read_toml(folder / "node.toml", ("superlink", "runtime-port"))
+    host, _, port = str(facts["superlink"]).rpartition(":")
+    superlink, runtime = Address(host.strip("[]"), int(port)), Address("127.0.0.1", int(facts["runtime-port"]))
+    socket = worker_socket(folder)
+    homes = {name: folder / name for name in (commands.SITE, commands.SUPERNODE, commands.SUPEREXEC)}
+    site, supernode, superexec = (str(home) for home in homes.values())
+    own = {
+        "worker": (homes[commands.SITE], commands.worker(socket, site)),
+        "supernode": (homes[commands.SUPERNODE], commands.supernode(supernode, superlink, runtime)),
+        "superexec": (homes[commands.SUPEREXEC], commands.superexec(superexec, runtime)),
+    }
+    more = {**commands.ENVIRONMENT, "FEDLORA_WORKER": socket}
+    return [
+        Program(name, line, home, {**more, "FLWR_HOME": str(home / "state" / "flower")})
+        for name, (home, line) in own.items()
+    ]
 
 
-def worker_socket(state: Path) -> str:
+def worker_socket(node: Path) -> str:
     """Where a node's worker listens: in its folder, or, as a socket's path has to be short, in the temporary one."""
-    inside = state / "worker.sock"
+    inside = node / commands.SOCKET
     if len(os.fsencode(inside)) <= LONGEST:
         return str(inside)
     short = hashlib.sha256(os.fsencode(inside)).hexdigest()[:16]
@@ -109,15 +125,19 @@ def worker_socket(state: Path) -> str:
 
 def script(folder: Path) -> str:
     """What `up` would run, as lines for a shell, each to be kept in a terminal of its own."""
-    todo = programs(folder)
-    lines = [f"cd {shlex.quote(str(todo[0].folder))}", f"mkdir -p {shlex.quote(str(todo[0].folder / 'state'))}"]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in todo[0].environment.items()]
-    lines += [program.shell() for program in todo]
-    if (todo[0].folder / "federation.toml").is_file():
-        names = read_toml(todo[0].folder / "federation.toml", ("nodes",))["nodes"]
+    folder, lines, said = home_of(folder), list[str](), dict[str, str]()
+    for program in programs(folder):
+        home = shlex.quote(str(program.folder))
+        if f"cd {home}" not in lines:
+            lines += [f"cd {home}", "mkdir -p state"]
+        lines += [f"export {n}={shlex.quote(v)}" for n, v in program.environment.items() if said.get(n) != v]
+        said |= program.environment
+        lines.append(program.shell())
+    if (folder / "federation.toml").is_file():
+        names = read_toml(folder / "federation.toml", ("nodes",))["nodes"]
         lines += ["# once, when the SuperLink is up:"]
-        lines += [shlex.join(commands.register(str(todo[0].folder), name)) for name in names]
-        lines += ["# for each run:", shlex.join(commands.run(str(todo[0].folder)))]
+        lines += [shlex.join(commands.register(str(folder), name)) for name in names]
+        lines += ["# for each run:", shlex.join(commands.run(str(folder)))]
     return "\n".join(lines) + "\n"
 
 
@@ -128,7 +148,7 @@ def environment_of(program: Program) -> dict[str, str]:
 
 
 def start(program: Program, output: int | None = None) -> subprocess.Popen[bytes]:
-    """Start a program in a process group of its own.
+    """Start a program in a process group of its own; root starts it as the owner of its folder.
 
     Args:
         program: to be started.
@@ -137,8 +157,14 @@ def start(program: Program, output: int | None = None) -> subprocess.Popen[bytes
     Raises:
         DeployError: it is not installed.
     """
-    environment = environment_of(program)
-    (program.folder / "state").mkdir(mode=0o700, exist_ok=True)
+    environment, user = environment_of(program), _owner(program.folder)
+    state = program.folder / "state"
+    if not state.is_dir():
+        state.mkdir(mode=0o700)
+        if user:
+            os.chown(state, user["user"], user["group"])
+    if user:
+        environment["HOME"] = str(program.folder)
     found = shutil.which(program.command[0], path=environment["PATH"])
     if found is None:
         cure = "https://caddyserver.com/docs/install" if program.command[0] == "caddy" else "pip install fedlora"
@@ -153,7 +179,16 @@ def start(program: Program, output: int | None = None) -> subprocess.Popen[bytes
         stdout=subprocess.PIPE if output is None else output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        **user,
     )
+
+
+def _owner(folder: Path) -> dict[str, Any]:
+    """As whom a program of a folder is started; {} for the user that we are."""
+    facts = folder.stat()
+    if os.geteuid() or not facts.st_uid:
+        return {}
+    return {"user": facts.st_uid, "group": facts.st_gid, "extra_groups": []}
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]], *, grace_s: float = GRACE_S) -> None:
@@ -168,9 +203,9 @@ def up(folder: Path, say: Callable[[str], None], *, pause_s: float = PAUSE_S) ->
     Raises:
         DeployError: the folder is none, or a program is not installed.
     """
-    todo = programs(folder)
+    todo, link = programs(folder), _Link(home_of(folder))
     starts = {program.name: partial(_start_aloud, program, say) for program in todo}
-    keep_running(starts, say, pause_s=(pause_s, pause_s), look=partial(_Link(todo[0].folder).look, say))
+    keep_running(starts, say, pause_s=(pause_s, pause_s), look=partial(link.look, say))
     say("all programs have ended")
 
 
@@ -178,7 +213,7 @@ class _Link:
     """Whether the SuperLink answers a node: says so when that changes."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / commands.REACHED if (folder / "node.toml").is_file() else None
+        self._file = folder / commands.SUPERNODE / commands.REACHED if (folder / "node.toml").is_file() else None
         self._since, self._away = time.time(), False
 
     def look(self, say: Callable[[str], None]) -> None:

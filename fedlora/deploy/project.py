@@ -11,7 +11,11 @@ DIR/
     flower/config.toml         the Flower connection: FLWR_HOME=.../flower flwr run app federation
     app/pyproject.toml run.toml  what a run is: no code, every machine runs the fedlora that it has installed
   nodes/NAME/
-    README.md node.toml node-config.toml ca.crt node.key runtime.crt runtime.key superexec.secret
+    README.md node.toml        addresses, and what to do
+    site/                      the worker's: policy.toml and node-config.toml, which say all of the node
+    socket/                    where the worker listens
+    supernode/                 ca.crt node.key runtime.crt runtime.key superexec.secret
+    superexec/                 ca.crt superexec.secret: all that the coordinator's app finds
 ```
 """
 
@@ -31,12 +35,15 @@ import tomli_w
 
 from fedlora.config import OpenTable, RunConfig
 from fedlora.deploy import texts
-from fedlora.deploy.commands import CONNECTION, Address, caddyfile
+from fedlora.deploy.commands import CONNECTION, SITE, SOCKET, SUPEREXEC, SUPERNODE, Address, caddyfile
 from fedlora.deploy.keys import Pair, make_authority, make_node_key, make_secret, make_server
 from fedlora.errors import DeployError, nearest
 
 RUNTIME_PORT = 9094
 """Where a SuperExec finds the SuperNode beside it."""
+
+UNKNOWN = "the worker's log says it when a run asks"
+"""In a policy: the fingerprint of a model that is not on the machine where the policy is first written."""
 
 INSIDE = ("localhost", "127.0.0.1", "superlink", "proxy")
 """Names under which the coordinator's own programs, and the services of docker-compose.yml, reach the SuperLink."""
@@ -167,7 +174,7 @@ def write_project(folder: Path, config: RunConfig, plan: FederationPlan, *, over
     for place, node in enumerate(plan.nodes):
         key = make_node_key(node.name)
         _public(folder / "coordinator" / "nodes" / f"{node.name}.pub", key.public)
-        _write_node(folder / "nodes" / node.name, plan, place, authority, key)
+        _write_node(folder / "nodes" / node.name, config, plan, place, authority, key)
 
 
 def _write_coordinator(folder: Path, config: RunConfig, plan: FederationPlan, authority: Pair) -> None:
@@ -193,18 +200,24 @@ def _write_coordinator(folder: Path, config: RunConfig, plan: FederationPlan, au
     _public(folder / "app" / "run.toml", texts.RUN_HEAD + pinned.to_toml())
 
 
-def _write_node(folder: Path, plan: FederationPlan, place: int, authority: Pair, key: Pair) -> None:
+def _write_node(folder: Path, config: RunConfig, plan: FederationPlan, place: int, authority: Pair, key: Pair) -> None:
     node = plan.nodes[place]
     runtime = make_server(authority, f"supernode {node.name}", ("localhost", "127.0.0.1", f"supernode-{node.name}"))
-    _public(folder / "ca.crt", authority.public)
-    _private(folder / "node.key", key.private)
-    _public(folder / "runtime.crt", runtime.public)
-    _private(folder / "runtime.key", runtime.private)
-    _private(folder / "superexec.secret", make_secret())
-    _make_private(folder / "state")
+    secret, supernode, superexec, site = make_secret(), folder / SUPERNODE, folder / SUPEREXEC, folder / SITE
+    for place_of_it in (supernode, superexec):
+        _private(place_of_it / "superexec.secret", secret)
+        _public(place_of_it / "ca.crt", authority.public)
+    _private(supernode / "node.key", key.private)
+    _public(supernode / "runtime.crt", runtime.public)
+    _private(supernode / "runtime.key", runtime.private)
+    for own in (supernode, superexec, site):
+        _make_private(own / "state")
+    _make_private(site)
+    _make_private((folder / SOCKET).parent)
     facts = {"name": node.name, "superlink": str(plan.public), "runtime-port": plan.runtime_port(place)}
     _public(folder / "node.toml", tomli_w.dumps(facts))
-    _public(folder / "node-config.toml", texts.NODE_CONFIG_HEAD + tomli_w.dumps(node_config(plan, place)))
+    _public(site / "node-config.toml", texts.NODE_CONFIG_HEAD + tomli_w.dumps(node_config(plan, place)))
+    _public(site / "policy.toml", texts.POLICY + tomli_w.dumps(first_policy(config, node)))
     _public(folder / "README.md", texts.node(node, plan))
 
 
@@ -213,6 +226,21 @@ def node_config(plan: FederationPlan, place: int) -> dict[str, Any]:
     node = plan.nodes[place]
     config: dict[str, Any] = {"partition-id": place, "num-partitions": len(plan.nodes), "ledger": node.ledger}
     return config | {k: v for k, v in (("data", node.data), ("device", node.device), ("rank", node.rank)) if v}
+
+
+def first_policy(config: RunConfig, node: NodePlan) -> dict[str, Any]:
+    """What a site's policy must list for the run: paths on its machine, which no run may choose unlisted."""
+    from fedlora.assets import Checkpoint
+    from fedlora.model.fingerprint import fingerprint
+
+    model, policy = config.model.name, dict[str, Any]()
+    if node.data is None:
+        sources = [name for name in (config.data.source, config.data.test) if name is not None]
+        policy |= {"sources": sources} if any(PurePosixPath(name).is_absolute() for name in sources) else {}
+    if PurePosixPath(model).is_absolute():
+        known = fingerprint(Checkpoint.of(config.model)) if Path(model).is_dir() else UNKNOWN
+        policy["base_models"] = {model: known}
+    return policy
 
 
 def write_connection(folder: Path, control: Address) -> None:

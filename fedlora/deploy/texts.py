@@ -35,8 +35,22 @@ ledger-dir = ""   # of simulations: a node names its ledger itself
 RUN_HEAD = "# What is trained, the same for all machines; where a node's data is, its node-config.toml says.\n\n"
 
 NODE_CONFIG_HEAD = """\
-# What this node tells the app. partition-id is its number in the federation; data, device, rank and ledger are its own.
+# What this node is, for its worker alone. partition-id is its number in the federation; data, device, rank and ledger
+# are its own.
 # test = "/path/to/file" names examples to evaluate on (evaluation.on = "clients"), in the place of a part of data.
+"""
+
+
+POLICY = """\
+# What runs may do at this site: its own matter, whatever the coordinator asks. docs/site.md has all clauses, such as
+#
+#   approval = true               # each run waits for: fedlora node approve
+#   private_only = true           # with epsilon = 3.0 and delta = 1e-6 over all runs
+#   max_rounds = 100
+#   losses = false
+#
+# A path on this machine can be used by a run only where it is listed.
+
 """
 
 
@@ -66,7 +80,7 @@ def node(plan_of_node: NodePlan, plan: FederationPlan) -> str:
     """A node's README: three lines."""
     data = f"the file {plan_of_node.data}" if plan_of_node.data else "its share of the data that the run config names"
     return f"""\
-Node {plan_of_node.name} of the federation at {plan.public}; node.key is its identity: nobody else may read this folder.
+Node {plan_of_node.name} of the federation at {plan.public}; supernode/node.key is its identity.
 It trains on {data}, keeps its privacy ledger at {plan_of_node.ledger}, and opens no port to the outside.
-Install fedlora, look at node-config.toml, then: fedlora deploy up {plan_of_node.name} (Ctrl-C ends it).
+Install fedlora, look at site/*.toml (its facts, and what you allow), then: fedlora deploy up {plan_of_node.name}
 """

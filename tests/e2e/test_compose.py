@@ -32,16 +32,22 @@ def as_processes(project: Path, caddy: str | None) -> tuple[list[Program], list[
     servers |= {"supernode-site-a:9094": first + 2, "supernode-site-b:9094": first + 3}
     own = {"superlink": first, "supernode-site-a": first + 2, "supernode-site-b": first + 3}
 
-    def here(word: str, name: str, folder: Path) -> str:
-        word = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word).replace("/federation", str(folder))
+    def inside(word: str) -> str:
+        return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word)
+
+    def here(word: str, name: str, mounts: dict[str, str]) -> str:
+        word = inside(word)
+        for there, place in mounts.items():
+            word = word.replace(there, place)
         for server, port in servers.items():
             word = word.replace(server, f"127.0.0.1:{port}")
         return {"0.0.0.0": "127.0.0.1", "8000": str(own.get(name)), "9094": str(own.get(name))}.get(word, word)
 
     todo, checks = [], []
     for name, service in services.items():
-        site = name.partition("-")[2]
-        folder = project / "nodes" / site if site else project / "coordinator"
+        volumes = [inside(volume).split(":") for volume in service["volumes"]]
+        mounts = {there: place.replace("./federation", str(project)) for place, there, *_ in volumes}
+        folder = Path(mounts["/federation"])
         if name == "proxy":
             if caddy is None:
                 continue
@@ -50,9 +56,9 @@ def as_processes(project: Path, caddy: str | None) -> tuple[list[Program], list[
         else:
             _, program, *words = service["healthcheck"]["test"]
             found = {"python": sys.executable}.get(program, str(Path(sys.executable).with_name(program)))
-            checks.append([found, *(here(word, name, folder) for word in words)])
-        command = [here(word, name, folder) for word in (*service["entrypoint"], *service["command"])]
-        environment = {key: here(value, name, folder) for key, value in service["environment"].items() if key != "HOME"}
+            checks.append([found, *(here(word, name, mounts) for word in words)])
+        command = [here(word, name, mounts) for word in (*service["entrypoint"], *service["command"])]
+        environment = {key: here(value, name, mounts) for key, value in service["environment"].items() if key != "HOME"}
         environment.pop("FEDLORA_CACHE", None)
         todo.append(Program(name, command, folder, environment))
     return todo, checks, first

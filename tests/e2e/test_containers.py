@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import yaml
 from support.real_federation import ROOT, Federation, demo
 from support.slow_relay import SlowRelay
 
+from fedlora.assets import Checkpoint
 from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, NodePlan
+from fedlora.model.fingerprint import fingerprint
 
 ENGINE = os.environ.get("FEDLORA_TEST_ENGINE", "")
 SITES = ("site-a", "site-b", "site-c")
@@ -108,7 +111,9 @@ def federation(tiny_bert: Path, tiny_csv: Path, tmp_path_factory: pytest.TempPat
     federation = Federation(folder, config, FederationPlan(("coordinator", "proxy"), nodes, port=PORT))
     for place in ("coordinator", *(f"nodes/{site}" for site in SITES)):
         (federation.project / place / "data").mkdir()
-        (federation.project / place / "state").mkdir(exist_ok=True)
+    known = {"base_models": {"/models/bert": fingerprint(Checkpoint(str(models / "bert")))}}
+    for site in SITES:
+        (federation.project / "nodes" / site / "site" / "policy.toml").write_text(tomli_w.dumps(known))
     run = federation.project / "coordinator" / "app" / "run.toml"
     run.write_text(run.read_text().replace(f"{folder}/test.csv", "/data/test.csv"))
     shutil.copy(folder / "test.csv", federation.project / "coordinator" / "data")

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from support.real_federation import ROOT, Federation, Run, demo
 
-from fedlora.config import load_config
+from fedlora.config import ModelConfig, load_config
 from fedlora.deploy import FederationPlan, NodePlan, Program, programs, start, stop
 from fedlora.deploy.keys import make_authority, make_node_key
 from fedlora.programs import Guard
@@ -42,7 +42,9 @@ def ports() -> int:
 
 
 @pytest.fixture(scope="module")
-def federation(minilm: Path, vader: Path, ports: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+def federation(
+    minilm: Path, vader: Path, tiny_bert: Path, tiny_csv: Path, ports: int, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Federation]:
     """The quickstart on three nodes, with the little that makes processes comparable to the byte."""
     folder = tmp_path_factory.mktemp("f")
     few = ("rounds=1", "train.steps=2", "data.limit=800", "partition.clients=3", "partition.mixing=0.5")
@@ -50,6 +52,7 @@ def federation(minilm: Path, vader: Path, ports: int, tmp_path_factory: pytest.T
     config = load_config(ROOT / "configs" / "quickstart.toml", [*few, *here, "server.node_timeout_s=90"])
     nodes = tuple(NodePlan(name, ledger=f"{folder}/{name}-ledger.jsonl") for name in NODES)
     federation = Federation(folder, config, FederationPlan(("127.0.0.1",), nodes, control_port=ports))
+    federation.allow([config.model, ModelConfig(name=str(tiny_bert))], [config.data.source, str(tiny_csv)])
     try:
         federation.begin()
         for name in NODES:
@@ -124,9 +127,9 @@ def test_strangers_are_turned_away(federation: Federation, ports: int, bereft: R
             command = [*supernode.command, "--max-retries", "1"]
             command[command.index("--port") + 1] = str(ports + 1 + len(NODES) + place)
             if name == "unregistered":
-                (folder / "node.key").write_bytes(make_node_key("stranger").private)
+                (folder / "supernode" / "node.key").write_bytes(make_node_key("stranger").private)
             elif name == "other-authority":
-                (folder / "ca.crt").write_bytes(make_authority("other").public)
+                (folder / "supernode" / "ca.crt").write_bytes(make_authority("other").public)
             else:
                 at = command.index("--auth-supernode-private-key")
                 del command[at : at + 2]
@@ -134,7 +137,7 @@ def test_strangers_are_turned_away(federation: Federation, ports: int, bereft: R
                 at = command.index("--root-certificates")
                 command[at : at + 2] = ["--insecure"]
             with (federation.folder / f"{name}.log").open("wb") as log:
-                running[name] = start(Program(name, command, folder, supernode.environment), log.fileno())
+                running[name] = start(Program(name, command, supernode.folder, supernode.environment), log.fileno())
             guard.watch(running[name])
         for name, process in running.items():
             process.wait(90)

@@ -24,6 +24,7 @@ from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig, parse_config
 from fedlora.federation.client_pool import ClientInfo, RoundRequest
 from fedlora.federation.planner import Held, Planner
+from fedlora.federation.protocol import PROTOCOL
 from fedlora.flower.messages import RequestEncoder
 from fedlora.node_worker.frames import pack
 from fedlora.privacy.ledger import Ledger
@@ -244,7 +245,7 @@ def answered_attempts() -> set[str]:
 
 def test_what_the_policy_forbids_is_refused_by_the_clause_alone(attack: Attack) -> None:
     found = {name: attack.outcomes[name] for name in REFUSED}
-    note = {"protocol": 2, "kind": "error", "records": ["reply"], "figures": []}
+    note = {"protocol": PROTOCOL, "kind": "error", "records": ["reply"], "figures": []}
     assert found == {name: {**note, "error": refusal(clause)} for name, clause in REFUSED.items()}
     assert "the run's epsilon is 1000, the policy's 8" in attack.log
 

@@ -20,9 +20,10 @@ from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError
 from fedlora.federation.client_pool import ClientInfo, RoundRequest
 from fedlora.federation.planner import Held, Planner
+from fedlora.federation.protocol import PROTOCOL
 from fedlora.flower import client_app
 from fedlora.flower.handshake import question
-from fedlora.flower.messages import FrozenParts, RequestEncoder, decode_head
+from fedlora.flower.messages import HeldParts, RequestEncoder, decode_head
 from fedlora.flower.server_app import serve
 from fedlora.flower.task_identity import task_identity
 from fedlora.node_worker.gated_app import GatedApp
@@ -167,7 +168,7 @@ def test_a_clause_refuses_and_lets_through(name: str, own: MakeConfig, site: Mak
         config = own(*refused)
         content = question(own(), open_workspace(own()).pins)
         assert decode_head(ask(folder, config, "query.hello", content)) == {
-            "protocol": 2,
+            "protocol": PROTOCOL,
             "kind": "error",
             "error": refusal(clause),
         }
@@ -307,7 +308,7 @@ def test_all_runs_together_stay_below_the_sites_epsilon(own: MakeConfig, site: M
         heads.append(decode_head(ask(folder, changed, "train", request(changed))))
     ledger = Ledger(folder / "ledger.jsonl")
     (entry,) = ledger.entries()
-    assert heads[-1] == {"protocol": 2, "kind": "spent", "error": refusal("epsilon")}
+    assert heads[-1] == {"protocol": PROTOCOL, "kind": "spent", "error": refusal("epsilon")}
     assert len(heads) > 2
     assert ledger.epsilon(1e-3) <= 3.0 < epsilon([replace(entry, steps=entry.steps + 2)], 1e-3)
 
@@ -349,7 +350,13 @@ def test_a_run_that_the_policy_forbids_does_not_wait_for_approval(own: MakeConfi
         RecordDict(),
         RecordDict({"plan": ConfigRecord({"json": "["})}),
         RecordDict({"plan": ConfigRecord({"json": "{}"})}),
-        RecordDict({"plan": ConfigRecord({"json": '{"protocol": 2, "wire": "float32", "round": "x", "layout": {}}'})}),
+        RecordDict(
+            {
+                "plan": ConfigRecord(
+                    {"json": json.dumps({"protocol": PROTOCOL, "wire": "float32", "round": "x", "layout": {}})}
+                )
+            }
+        ),
         RecordDict({"plan": MetricRecord({"json": 1})}),
         RecordDict({"plan": ConfigRecord({"json": "[" * 100_000})}),
         RecordDict({"a": ArrayRecord(), "b": ArrayRecord()}),
@@ -417,7 +424,7 @@ class ByNode(ClientApp):
 def test_a_site_that_forbids_the_run_is_left_out_by_name(own: MakeConfig, site: MakeSite, tmp_path: Path) -> None:
     config = own("train.steps=1", "server.node_timeout_s=1")
     apps: dict[int, ClientApp] = {2: GatedApp(site(0)), 3: GatedApp(site(1, max_rounds=1))}
-    client_app.frozen_parts = FrozenParts()
+    client_app.held_parts = HeldParts()
     grid = LoopbackGrid(ByNode(apps), [{}, {}], {"toml": config.to_toml()})
     with task_identity(1):
         outcome = serve(grid, config, RunDir.create(config, overwrite=True), resume=False)

@@ -12,17 +12,20 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import tomli_w
 
+from fedlora.assets import Checkpoint
 from fedlora.callbacks import Callback
-from fedlora.config import RunConfig, parse_config
+from fedlora.config import ModelConfig, RunConfig, parse_config
 from fedlora.deploy import FederationPlan, write_project
+from fedlora.model.fingerprint import fingerprint
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from support.nothing_lost import require_nothing_lost
@@ -59,6 +62,13 @@ class Federation:
         self.config, self.names = config, [node.name for node in plan.nodes]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         write_project(self.project, config, plan)
+
+    def allow(self, models: Sequence[ModelConfig], sources: Sequence[str]) -> None:
+        """Let each site's policy list these base models and sources, which may be paths, and forbid nothing else."""
+        known = {model.name: fingerprint(Checkpoint.of(model)) for model in models}
+        for name in self.names:
+            path = self.folder_of(name) / "site" / "policy.toml"
+            path.write_text(tomli_w.dumps({"base_models": known, "sources": list(sources)}))
 
     def begin(self) -> None:
         """Start the coordinator and let the nodes' keys in."""

@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 import os
 import re
+import subprocess
 import tomllib
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from support.errors import raises
+from support.other_user import cannot
 from typer.testing import CliRunner
 
 from fedlora.cli import app
@@ -33,10 +35,13 @@ from fedlora.deploy import (
     script,
     write_project,
 )
-from fedlora.deploy.foreground import worker_socket
+from fedlora.deploy.foreground import start, worker_socket
 from fedlora.deploy.keys import make_authority, make_node_key, make_server
 from fedlora.errors import ConfigError, DeployError, FedloraError
+from fedlora.node_worker.gated_app import GatedApp
 from fedlora.node_worker.socket import LONGEST
+from fedlora.site.policy import Policy, load_policy
+from fedlora.training.workspace import open_workspace
 
 ROOT = Path(__file__).parents[3]
 PLAN = FederationPlan(("example.org", "10.0.0.1"), (NodePlan("site-a"), NodePlan("site-b")))
@@ -107,7 +112,8 @@ def test_what_is_private_can_be_read_by_its_owner_alone(project: Path) -> None:
     assert private == {
         "authority/ca.key",
         *(f"coordinator/{name}" for name in ("server.key", "superexec.secret")),
-        *(f"nodes/{node}/{name}" for node in ("site-a", "site-b") for name in NODE_SECRETS),
+        *(f"nodes/{node}/supernode/{name}" for node in SITES for name in NODE_SECRETS),
+        *(f"nodes/{node}/superexec/superexec.secret" for node in SITES),
     }
     for name in private:
         assert (project / name).stat().st_mode & 0o777 == 0o600
@@ -122,17 +128,24 @@ def secret(path: Path) -> bool:
 
 
 def test_a_node_gets_its_own_secrets_and_nobody_elses(project: Path) -> None:
-    a, b = project / "nodes" / "site-a", project / "nodes" / "site-b"
+    nodes = [project / "nodes" / site for site in SITES]
+    a, b = (node / "supernode" for node in nodes)
     for name in NODE_SECRETS:
         assert (a / name).read_bytes() != (b / name).read_bytes()
-    assert (a / "ca.crt").read_bytes() == (project / "coordinator" / "ca.crt").read_bytes()
-    for node in (a, b):
-        key = serialization.load_ssh_private_key((node / "node.key").read_bytes(), None)
-        public = (project / "coordinator" / "nodes" / f"{node.name}.pub").read_bytes()
-        assert key.public_key() == serialization.load_ssh_public_key(public)
+    for node in nodes:
+        own, app = node / "supernode", node / "superexec"
+        assert sorted(path.name for path in app.iterdir()) == ["ca.crt", "state", "superexec.secret"]
+        assert (app / "superexec.secret").read_bytes() == (own / "superexec.secret").read_bytes()
+        assert (app / "ca.crt").read_bytes() == (project / "coordinator" / "ca.crt").read_bytes()
         assert len((node / "README.md").read_text().splitlines()) == 3
+        for closed in (own, app, node / "site", node / "socket"):
+            assert closed.stat().st_mode & 0o777 == 0o700
+    for node, site in zip((a, b), SITES, strict=True):
+        key = serialization.load_ssh_private_key((node / "node.key").read_bytes(), None)
+        public = (project / "coordinator" / "nodes" / f"{site}.pub").read_bytes()
+        assert key.public_key() == serialization.load_ssh_public_key(public)
         authority = (node / "ca.crt").read_bytes()
-        assert chain_is_valid((node / "runtime.crt").read_bytes(), authority, f"supernode-{node.name}")
+        assert chain_is_valid((node / "runtime.crt").read_bytes(), authority, f"supernode-{site}")
         assert not chain_is_valid((node / "runtime.crt").read_bytes(), authority, "example.org")
     server = (project / "coordinator" / "server.crt").read_bytes()
     for host in ("example.org", "10.0.0.1", "localhost", "127.0.0.1", "superlink", "proxy"):
@@ -158,10 +171,14 @@ def test_a_node_config_says_what_was_asked_for(tmp_path: Path) -> None:
     )
     config = parse_config("", [f"data.test='{tmp_path}/test.csv'", "task.labels=['no','yes']"])
     write_project(tmp_path / "f", config, FederationPlan(("127.0.0.1",), nodes))
-    read = [tomllib.loads((tmp_path / "f" / "nodes" / node.name / "node-config.toml").read_text()) for node in nodes]
+    sites = [tmp_path / "f" / "nodes" / node.name / "site" for node in nodes]
+    read = [tomllib.loads((site / "node-config.toml").read_text()) for site in sites]
     first = {"data": "/srv/a.csv", "device": "cuda:1", "rank": 4, "ledger": "/var/a.jsonl"}
     assert read[0] == {"partition-id": 0, "num-partitions": 2, **first}
     assert read[1] == {"partition-id": 1, "num-partitions": 2, "data": "/srv/b.csv", "ledger": "/var/b.jsonl"}
+    for site in sites:
+        assert load_policy(site) == Policy()  # what has a name needs no permission
+        assert GatedApp(site).policy == Policy()
     run = load_config(tmp_path / "f" / "coordinator" / "app" / "run.toml")
     assert (run.data.source, run.partition.name, run.partition.fields) == ("nodes", "nodes", {"clients": 2})
     ports = [
@@ -231,6 +248,28 @@ def test_plans_that_cannot_work_say_the_cure_and_write_nothing(
     assert not (tmp_path / "f").exists()
 
 
+def test_a_path_of_the_run_is_listed_in_each_sites_policy(tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> None:
+    config = parse_config("", ["partition.clients=2", f"model.name='{tiny_bert}'", f"data.source='{tiny_csv}'"])
+    write_project(tmp_path / "f", config, PLAN)
+    policy = load_policy(tmp_path / "f" / "nodes" / "site-a" / "site")
+    assert policy.base_models == {str(tiny_bert): open_workspace(config).base.fingerprint}
+    assert policy.sources == (str(tiny_csv),)
+
+
+@pytest.mark.skipif(bool(cannot()), reason=cannot())
+def test_root_starts_each_program_of_a_node_as_its_folders_owner(project: Path) -> None:
+    node = project / "nodes" / "site-a"
+    for number, part in enumerate(("site", "supernode", "superexec")):
+        os.chown(node / part, 42_001 + number, 42_001 + number)
+    seen = [
+        start(replace(program, command=["id"]), subprocess.PIPE).communicate()[0].decode() for program in programs(node)
+    ]
+    assert [re.sub("[^0-9=a-z, ]", "", line.split(" groups")[0]) for line in seen] == [
+        f"uid={user} gid={user}" for user in (42_001, 42_002, 42_003)
+    ]
+    assert all("groups=4200" in line and "(root)" not in line for line in seen)
+
+
 # ------------------------------------------------------------------------------------------------ commands
 
 
@@ -268,13 +307,13 @@ def test_a_worker_listens_where_its_path_is_short_enough_and_every_program_knows
         write_project(folder, CONFIG, PLAN)
     sockets = set()
     for node in (Path("/srv/site-a"), *(deep / "nodes" / name for name in ("site-a", "site-b"))):
-        socket = worker_socket(node / "state")
+        socket = worker_socket(node)
         assert len(os.fsencode(socket)) <= LONGEST
         sockets.add(socket)
     assert len(sockets) == 3
-    assert "/srv/site-a/state/worker.sock" in sockets
+    assert "/srv/site-a/socket/worker.sock" in sockets
     for program in programs(deep / "nodes" / "site-b"):
-        assert program.environment["FEDLORA_WORKER"] == worker_socket(deep.resolve() / "nodes" / "site-b" / "state")
+        assert program.environment["FEDLORA_WORKER"] == worker_socket(deep.resolve() / "nodes" / "site-b")
     assert "FEDLORA_WORKER" not in programs(deep)[0].environment
 
 
@@ -313,7 +352,7 @@ def test_compose_runs_the_commands_of_deploy_up() -> None:
         node = f"supernode-{site}"
         expected[node] = commands.supernode(home, Address("proxy", 8443), Address("0.0.0.0", 9094))
         expected[f"superexec-{site}"] = commands.superexec(home, Address(node, 9094))
-        expected[f"worker-{site}"] = commands.worker(f"{home}/state/worker.sock")
+        expected[f"worker-{site}"] = commands.worker("/run/fedlora/worker.sock", home)
     assert {service: command_of(service) for service in SERVICES} == expected
 
 
@@ -326,7 +365,8 @@ def test_compose_checks_the_health_of_every_service() -> None:
         assert SERVICES[service]["healthcheck"]["test"] == ["CMD", *commands.health("/federation", address)]
     for site in SITES:
         worker = SERVICES[f"worker-{site}"]
-        assert worker["healthcheck"]["test"] == ["CMD", *commands.worker("/federation/state/worker.sock"), "--check"]
+        asks = ["CMD", *commands.worker("/run/fedlora/worker.sock", "/federation"), "--check"]
+        assert worker["healthcheck"]["test"] == asks
         assert worker["environment"]["FEDLORA_WORKER"] == SERVICES[f"superexec-{site}"]["environment"]["FEDLORA_WORKER"]
     assert SERVICES["proxy"]["healthcheck"]["test"][-1] == "https://localhost:8443/health"
 
@@ -336,12 +376,15 @@ def test_compose_lets_nodes_reach_the_proxy_alone_and_data_stay() -> None:
     assert networks["proxy"] == {"coordinator", "fleet"}
     for site in SITES:
         assert networks[f"supernode-{site}"] == {"fleet", site}
-        assert networks[f"superexec-{site}"] == {site}  # where the data is
+        assert networks[f"superexec-{site}"] == {site}  # where the coordinator's app is
         assert COMPOSE["networks"][site] == {"internal": True}
         assert SERVICES[f"worker-{site}"]["network_mode"] == "none"
-        mounts = [name for name, service in SERVICES.items() if any("_DATA" in v for v in service.get("volumes", ()))]
-        assert f"superexec-{site}" in mounts
-        assert f"supernode-{site}" not in mounts
+        data = f"{site.upper().replace('-', '_')}_DATA"
+        mounts = {name: [*map(defaults, service.get("volumes", ()))] for name, service in SERVICES.items()}
+        assert [name for name, service in SERVICES.items() if data in str(service.get("volumes"))] == [f"worker-{site}"]
+        node = f"./federation/nodes/{site}"
+        assert mounts[f"supernode-{site}"] == [f"{node}/supernode:/federation"]
+        assert mounts[f"superexec-{site}"] == [f"{node}/superexec:/federation", f"{node}/socket:/run/fedlora:ro"]
     ports = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert ports.keys() == {"superlink", "proxy"}
     assert all(port.startswith("127.0.0.1:") for port in ports["superlink"])
@@ -388,7 +431,7 @@ def test_init_and_print_from_the_command_line(tmp_path: Path) -> None:
     arguments = ["deploy", "init", folder, config, "--node", "a", "--node", "b", "--host", "example.org"]
     code, output = fedlora(*arguments, "--rank", "b=2", "--device", "a=cpu")
     assert (code, "nodes connect to example.org:8443" in output) == (0, True)
-    assert tomllib.loads((folder / "nodes" / "b" / "node-config.toml").read_text())["rank"] == 2
+    assert tomllib.loads((folder / "nodes" / "b" / "site" / "node-config.toml").read_text())["rank"] == 2
     code, output = fedlora("deploy", "up", folder, "--print")
     assert code == 0
     assert output == script(folder)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, NodePlan, doctor, foreground, keys, write_project
-from fedlora.deploy.commands import AWAY_S, REACHED
+from fedlora.deploy.commands import AWAY_S, REACHED, SUPERNODE
 
 SITES = ("site-a", "site-b")
 Found = Mapping[str, tuple[str, str]]
@@ -70,8 +70,8 @@ def project(tmp_path: Path, serve: Callable[[Path, str], int]) -> Path:
     node = folder / "nodes" / "site-a"
     put(folder / "coordinator" / "federation.toml", "8000", str(control))
     put(node / "node.toml", "8000", str(control))
-    put(node / "node.toml", "8001", str(serve(node, "runtime")))
-    (node / REACHED).touch()
+    put(node / "node.toml", "8001", str(serve(node / SUPERNODE, "runtime")))
+    (node / SUPERNODE / REACHED).touch()
     return folder
 
 
@@ -111,7 +111,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "gone": (lambda folder: (folder / "superexec.secret").unlink(), ["superexec.secret: ", "is missing"]),
     "damaged": (lambda folder: (folder / "server.crt").write_text("?"), ["server.crt: it cannot be read"]),
     "another pair": (
-        lambda folder: shutil.copy(folder.parent / "nodes" / "site-a" / "runtime.key", folder / "server.key"),
+        lambda folder: shutil.copy(
+            folder.parent / "nodes" / "site-a" / "supernode" / "runtime.key", folder / "server.key"
+        ),
         ["server.crt with its key: key and certificate are not of one pair"],
     ),
     "another authority": (
@@ -152,10 +154,10 @@ def test_another_flower_is_said(project: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_node_that_the_superlink_does_not_answer_is_said(project: Path) -> None:
     node = project / "nodes" / "site-a"
     long_ago = time.time() - 2 * AWAY_S
-    os.utime(node / REACHED, (long_ago, long_ago))
+    os.utime(node / SUPERNODE / REACHED, (long_ago, long_ago))
     (fault,) = faults(node)
     assert "the SuperLink last answered this node 120 s ago: " in fault
-    (node / REACHED).unlink()
+    (node / SUPERNODE / REACHED).unlink()
     (fault,) = faults(node)
     assert "has never answered it" in fault
 
@@ -164,7 +166,7 @@ def test_the_command_says_every_finding_and_fails_with_the_faults(project: Path)
     node = project / "nodes" / "site-a"
     sound = CliRunner().invoke(app, ["deploy", "doctor", str(node)])
     assert (sound.exit_code, "FAULT" in sound.output) == (0, False), sound.output
-    (node / REACHED).unlink()
+    (node / SUPERNODE / REACHED).unlink()
     ill = CliRunner().invoke(app, ["deploy", "doctor", str(node)])
     assert ill.exit_code == 1
     assert "1 fault found" in ill.output
@@ -174,13 +176,13 @@ def test_the_command_says_every_finding_and_fails_with_the_faults(project: Path)
 def test_deploy_up_says_when_the_superlink_no_longer_answers_a_node_and_when_it_does_again(tmp_path: Path) -> None:
     folder, said = tmp_path, list[str]()
     (folder / "node.toml").touch()
-    (folder / "state").mkdir()
+    (folder / SUPERNODE / "state").mkdir(parents=True)
     link = foreground._Link(folder)
     link.look(said.append)
     link._since -= 2 * AWAY_S
     link.look(said.append)
     link.look(said.append)
-    (folder / REACHED).touch()
+    (folder / SUPERNODE / REACHED).touch()
     link.look(said.append)
     assert [line.split(":")[0] for line in said] == [
         "the SuperLink has not answered this node for 60 s",
