@@ -43,7 +43,7 @@ fetched: setup
 run: fetched  ## train the quickstart federation
 	$(BIN)/fedlora run configs/quickstart.toml --overwrite
 
-deploy-demo: setup  ## three nodes with TLS and node keys on this machine; one is killed and comes back (minutes)
+deploy-demo: setup  ## three nodes with TLS and node keys on this machine; one is killed and comes back, one forbids the run (minutes)
 	$(BIN)/python deploy/demo.py
 
 test: export HF_HUB_OFFLINE := 1

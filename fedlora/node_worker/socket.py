@@ -137,7 +137,7 @@ def _require_ours(above: Path, owner: int) -> None:
 @cache
 def code_digest() -> str:
     """A hash of fedlora's own source: a worker of other code would not give the same bytes."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     sha = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         sha.update(f"{path.relative_to(root).as_posix()}\0".encode())

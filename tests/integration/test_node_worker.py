@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from support.errors import raises
 
+import fedlora
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import WorkerError
@@ -380,9 +382,21 @@ def test_the_nodes_app_imports_nothing_heavy() -> None:
     assert done.stdout.split() == ["[]"]
 
 
-def test_the_digest_of_the_code_is_that_of_any_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_of_the_code_is_that_of_fedlora_alone(tmp_path: Path) -> None:
+    """In any place, whatever else is installed beside it, and of every file of it."""
     assert len(code_digest()) == 16
     assert server.code_digest() == code_digest()
+    code = "from fedlora.node_worker.socket import code_digest; print(code_digest())"
+    shutil.copytree(Path(fedlora.__file__).parent, tmp_path / "fedlora", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "beside.py").write_text("1")
+
+    def of_copy() -> str:
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert of_copy() == code_digest()
+    (tmp_path / "fedlora" / "rng.py").write_text((tmp_path / "fedlora" / "rng.py").read_text() + "\n")
+    assert of_copy() != code_digest()
 
 
 # ------------------------------------------------------------------------------------------------ the supervisor
