@@ -45,6 +45,11 @@ def test_an_empty_policy_forbids_code_alone(tmp_path: Path) -> None:
     assert policy.budget is None
 
 
+def test_the_page_for_the_site_has_every_clause() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "site.md").read_text(encoding="utf-8")
+    assert [key for key in Policy.model_fields if f"`{key}`" not in page] == []
+
+
 def test_a_policy_error_tells_the_clause_and_nothing_else() -> None:
     error = PolicyError("max_rank", "the policy allows 16", code="refused-by-policy")
     assert "max_rank" in str(error)
