@@ -252,10 +252,10 @@ def test_what_the_policy_forbids_is_refused_by_the_clause_alone(attack: Attack) 
 
 def test_what_the_policy_allows_is_an_update_of_this_node_and_nothing_beside(attack: Attack) -> None:
     hello = attack.outcomes["hello"]
-    assert hello.keys() == {"protocol", "kind", "client_id", "fedlora", "fingerprint", "records", "figures"}
+    assert hello.keys() == {"protocol", "kind", "client_id", "fedlora", "fingerprint", "ledger", "records", "figures"}
     assert (hello["kind"], hello["client_id"], hello["figures"]) == ("hello", 0, [])
     first = attack.outcomes["a private round"]
-    assert first.keys() == {"protocol", "kind", "round", "base_digest", "layout", "records", "figures"}
+    assert first.keys() == {"protocol", "kind", "round", "base_digest", "layout", "ledger", "records", "figures"}
     assert first["figures"] == sorted(
         ("num_examples", "steps", "sample_rate", "noise_multiplier", "max_grad_norm", "attempts")
     )
