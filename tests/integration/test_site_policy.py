@@ -198,7 +198,7 @@ def test_no_path_is_the_coordinators_to_choose(name: str, own: MakeConfig, site:
 
 
 def test_a_node_that_takes_its_share_reads_what_is_listed(own: MakeConfig, site: MakeSite, tiny_csv: Path) -> None:
-    config = own(f"data.source='{tiny_csv}'", "partition.name=iid", "data.test=", "task.labels=")
+    config = own(f"data.source='{tiny_csv}'", "partition.name=iid", "data.test=")
     for listed, kind in (((), "error"), ((str(tiny_csv),), "hello"), (None, "error")):
         folder = site(**({} if listed is None else {"sources": list(listed)}))
         (folder / "node-config.toml").write_text("partition-id = 0")
