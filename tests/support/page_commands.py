@@ -203,12 +203,15 @@ PROGRAMS: dict[str, Callable[[Sequence[str], bool], Any]] = {
     ".": anything,
     "for": anything,
     "mkdir": anything,
+    "useradd": anything,
+    "chown": anything,
+    "chmod": anything,
 }
 
 
 def mentions(page: Path) -> list[str]:
     """The commands in the sentences and tables of a page."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    names = "|".join(re.escape(name) for name in PROGRAMS if name not in ("cd", ".", "for", "mkdir"))
+    names = "|".join(re.escape(name) for name, check in PROGRAMS.items() if check is not anything)
     found = re.findall(rf"`((?:[A-Z_]+=\S+ )*(?:{names}) [^`]+)`", text)
     return [" ".join(command.split()) for command in found]
