@@ -86,6 +86,33 @@ def up(
             fedlora.deploy.up(folder, typer.echo)
 
 
+@deploy.command("sign")
+def sign(
+    folder: Folder,
+    key: Annotated[
+        Path, typer.Option("--key", metavar="FILE", help="Your Ed25519 key, as ssh-keygen -t ed25519 makes it.")
+    ],
+    days: Annotated[int, typer.Option(min=0, max=3650, help="How long the signature is valid.")] = 90,
+    debug: Debug = False,
+) -> None:
+    """Sign the app's run.toml as it is, so that sites which name your key in their policy let it run."""
+    with errors_in_one_line(debug):
+        import datetime
+
+        from fedlora.deploy.signing import app_of, config_of_app, write_signature
+        from fedlora.flower.app_config import by_itself
+        from fedlora.node_worker.socket import code_digest
+        from fedlora.site.approvals import config_hash
+        from fedlora.site.signatures import Statement, public_line, read_key, sign
+
+        app, private = app_of(folder), read_key(key)
+        until = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=days)
+        statement = Statement(config_hash(by_itself(config_of_app(app))), code_digest(), until)
+        write_signature(app, sign(statement, private))
+        typer.echo(f"signed until {until}: config {statement.config}, fedlora {statement.code}")
+        typer.echo(f"sites that trust this key have in policy.toml: signers = ['NAME {public_line(private)}']")
+
+
 @deploy.command("doctor")
 def doctor(folder: Folder, debug: Debug = False) -> None:
     """Say what is wrong with a coordinator's or a node's folder, its certificates and connections; changes nothing."""

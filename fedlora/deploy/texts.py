@@ -30,6 +30,7 @@ config = "run.toml"
 set = ""          # changes of single keys: --run-config 'set="name=second rounds=20"'
 resume = false    # go on from the last checkpoint of the run of this name: --run-config resume=true
 ledger-dir = ""   # of simulations: a node names its ledger itself
+signature = ""    # of run.toml as it is, with `set`: fedlora deploy sign writes it
 """
 
 RUN_HEAD = "# What is trained, the same for all machines; where a node's data is, its node-config.toml says.\n\n"

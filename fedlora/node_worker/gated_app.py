@@ -6,8 +6,10 @@ ledger and the socket are, what the client's number is, and what may be done, th
 
 from __future__ import annotations
 
+import datetime
 import logging
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -15,7 +17,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora.config import RunConfig, parse_config
-from fedlora.errors import ConfigError, PolicyError, ReplyError
+from fedlora.errors import ConfigError, DeployError, PolicyError, ReplyError, WorkerError
 from fedlora.federation.client import failure_of
 from fedlora.federation.client_pool import Failure
 from fedlora.federation.discretion import looking_at_data
@@ -23,7 +25,11 @@ from fedlora.flower import client_app
 from fedlora.flower.app_config import client_id_of, config_of, require_node_config
 from fedlora.flower.messages import decode_head, decode_request_head, encode_note
 from fedlora.flower.plain_client import is_plain
+from fedlora.node_worker.audit_entries import of_answer, of_ledger, of_request, of_run
+from fedlora.node_worker.socket import code_digest
+from fedlora.privacy.ledger import Ledger
 from fedlora.site.approvals import Approvals, config_hash
+from fedlora.site.audit_log import AuditLog
 from fedlora.site.gate import (
     figures_kept_here,
     refused,
@@ -33,6 +39,7 @@ from fedlora.site.gate import (
     require_workspace,
 )
 from fedlora.site.policy import Policy, load_policy
+from fedlora.site.signatures import NotSignedError, Signer, require_signed
 from fedlora.training.workspace import open_workspace
 
 logger = logging.getLogger(__name__)
@@ -41,6 +48,8 @@ NODE_CONFIG = "node-config.toml"
 """Name of the file with a node's own facts, in its site's folder."""
 MAX_CONFIG = 1 << 18
 """Characters of a run's config."""
+UNLOGGED = "this site cannot write its audit log, and answers nothing without it"
+"""All that is said when a request or its answer could not be written down."""
 KINDS = ("query.hello", "train", "evaluate")
 """Types of the messages that are answered."""
 
@@ -55,21 +64,56 @@ class GatedApp(ClientApp):
 
     Raises:
         ConfigError: a file of the site is missing or wrong.
+        DeployError: its audit log is damaged, or cannot be written.
     """
 
     def __init__(self, site: Path, device: str | None = None) -> None:
         super().__init__()
         self.site = site.absolute()
         self.policy = load_policy(self.site)
+        self._log = AuditLog(self.site)
         self._facts = _node_config(self.site / NODE_CONFIG)
         if device is not None:
             self._facts["device"] = device
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Answer one message.
+        """Answer one message, with a line in the audit log before anything is done and one before the answer leaves.
 
         Raises:
             RuntimeError: an error that nobody foresaw, of which the log has the details.
+        """
+        facts: dict[str, Any] = {}
+        try:
+            facts["request"] = self._log.write("request", of_request(message, context))
+            try:
+                content = self._answered(message, context, facts)
+            except RuntimeError:
+                self._log.write("answer", {**facts, "kind": "none: it failed"})
+                raise
+            self._log.write("answer", {**facts, **of_answer(message.content, content)})
+        except DeployError as error:
+            logger.error("%s; nothing is answered", error)
+            content = encode_note("error", error=UNLOGGED)
+        return Message(content, reply_to=message)
+
+    def refuse(self, size: int, error: WorkerError) -> None:
+        """Write down that what came was no message, or one of another fedlora's.
+
+        Args:
+            size: Of what came, in bytes.
+            error: Why it is refused.
+        """
+        try:
+            asked = self._log.write("request", {"type": "none", "bytes": size})
+            self._log.write("answer", {"request": asked, "kind": "none", "refused": error.code, "why": str(error)})
+        except DeployError as unlogged:
+            logger.error("%s", unlogged)
+
+    def _answered(self, message: Message, context: Context, facts: dict[str, Any]) -> RecordDict:
+        """The content of an answer; what the audit log is to say of it beside is added to `facts`.
+
+        Raises:
+            RuntimeError: see `__call__`.
         """
         config: RunConfig | None = None
         try:
@@ -78,32 +122,44 @@ class GatedApp(ClientApp):
                 raise ReplyError(f"a node answers messages of the types {', '.join(KINDS)}", code="unknown-kind")
             text = str(context.run_config.get("toml", ""))
             config = _parsed(text)
+            facts |= of_run(config)
             own = Context(context.run_id, context.node_id, self._own_facts(policy), RecordDict(), {"toml": text})
-            self._require(policy, config, message, own)
+            facts |= self._require(policy, config, message, own, str(context.run_config.get("signature", "")))
             reply = client_app.app(message, own)
-            return Message(_without(reply.content, policy, config), reply_to=message)
+            return _without(reply.content, policy, config)
         except PolicyError as error:
             logger.warning("run %d is refused: %s: %s", context.run_id, error.clause, error.why)
-            return Message(encode_note("error", error=str(error)), reply_to=message)
+            facts |= {"refused": error.clause, "why": error.why}
+            return encode_note("error", error=str(error))
         except Exception as error:
             found = failure_of(error, config)
             if not isinstance(found, Failure):
                 logger.exception("a request failed")
                 raise RuntimeError("it failed: see its own log") from None
             logger.warning("a request failed: %s", found.why)
-            return Message(encode_note("error", error=found.why), reply_to=message)
+            return encode_note("error", error=found.why)
+        finally:
+            facts |= of_ledger(str(self._facts.get("ledger", "")), self._log.ledger, config)
 
     def _own_facts(self, policy: Policy) -> dict[str, Any]:
         cap = policy.budget
         return self._facts if cap is None else {**self._facts, "epsilon": cap.epsilon, "delta": cap.delta}
 
-    def _require(self, policy: Policy, config: RunConfig, message: Message, own: Context) -> None:
-        """Hold a message against the policy.
+    def _require(
+        self, policy: Policy, config: RunConfig, message: Message, own: Context, signature: str
+    ) -> dict[str, Any]:
+        """Hold a message against the policy, and the site's ledger against the audit log.
+
+        Returns:
+            Who signed the run, where the policy asks for it.
 
         Raises:
             PolicyError: the policy does not allow what is asked.
             FedloraError: what is asked cannot be done.
         """
+        signed = {} if policy.signers is None else {"signer": _signer(policy.signers, signature, config)}
+        if config.example_privacy is not None and "ledger" in self._facts:
+            Ledger(str(self._facts["ledger"])).require_head(self._log.ledger)
         client_id, evaluates = client_id_of(own), message.metadata.message_type == "evaluate"
         require_config(policy, config, client_id, own_data="data" in self._facts)
         if policy.approval and not Approvals(self.site).allows(config):
@@ -120,6 +176,20 @@ class GatedApp(ClientApp):
         with looking_at_data(whole, always=True):
             workspace = open_workspace(whole)
         require_workspace(policy, workspace, client_id, evaluates=evaluates)
+        return signed
+
+
+def _signer(signers: Sequence[str], signature: str, config: RunConfig) -> str:
+    """Who signed a run.
+
+    Raises:
+        PolicyError: nobody whom the policy names.
+    """
+    known, today = [Signer.read(line) for line in signers], datetime.datetime.now(datetime.UTC).date()
+    try:
+        return require_signed(known, signature, config_hash(config), code_digest(), today).name
+    except NotSignedError as error:
+        raise refused("signers", str(error)) from None
 
 
 def _parsed(text: str) -> RunConfig:

@@ -161,13 +161,12 @@ class Worker:
         return 0
 
     def _answer(self, frame: bytes) -> bytes:
-        head, message, context = _request(frame)
-        if (head["fedlora"], head["code"]) != (__version__, code_digest()):
-            raise WorkerError(
-                f"the worker runs fedlora {__version__} (source {code_digest()}), the app fedlora {head['fedlora']} "
-                f"(source {head['code']}): restart the worker with the app's",
-                code="other-version",
-            )
+        try:
+            head, message, context = _request(frame)
+        except WorkerError as error:
+            if self._gate is not None:
+                self._gate.refuse(len(frame), error)
+            raise
         if self._gate is None:
             self._enter(head["folder"], head["threads"])
             if self._device is not None:
@@ -197,11 +196,17 @@ def _request(frame: bytes) -> tuple[dict[str, Any], Message, Context]:
     """What a node's process asks.
 
     Raises:
-        WorkerError: it is none of `fedlora.node_worker.client.ask`'s frames.
+        WorkerError: it is none of `fedlora.node_worker.client.ask`'s frames, or of another fedlora.
     """
     try:
         head, contents = unpack(frame)
-        _ = head["fedlora"], head["code"], head["folder"], head["threads"]
+        _ = head["folder"], head["threads"]
+        if (theirs := (head["fedlora"], head["code"])) != (__version__, code_digest()):
+            raise WorkerError(
+                f"the worker runs fedlora {__version__} (source {code_digest()}), the app fedlora {theirs[0]} "
+                f"(source {theirs[1]}): restart the worker with the app's",
+                code="other-version",
+            )
         run_id, node_id = int(head["run_id"]), int(head["node_id"])
         context = Context(run_id, node_id, dict(head["node_config"]), contents["state"], dict(head["run_config"]))
         with task_identity(run_id, node_id):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedlora.config import Section, load_section
 from fedlora.errors import ConfigError
 from fedlora.privacy.accounting import Budget
+from fedlora.site.signatures import Signer
 
 POLICY = "policy.toml"
 """Name of the file in a site's folder."""
@@ -54,8 +55,17 @@ class Policy(Section):
     """Whether losses on this site's examples may leave."""
     metrics: bool = True
     """Whether this site evaluates on its own examples for the coordinator."""
+    signers: tuple[str, ...] | None = None
+    """Who may have signed a run (`fedlora deploy sign`): lines of OpenSSH's allowed_signers."""
     message_mb: Annotated[int, Field(gt=0, lt=2048)] = 1024
     """Largest message that the worker reads, in MiB."""
+
+    @field_validator("signers")
+    @classmethod
+    def _are_signers(cls, lines: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for line in lines or ():
+            Signer.read(line)
+        return lines
 
     @model_validator(mode="after")
     def _caps_are_caps(self) -> Policy:
