@@ -131,6 +131,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(measure(options.rule or "fedavg", *shape)))
         return
+    from _shapes import machine
+
+    print(machine())
     print(f"{options.clients} clients, {options.layers} layers, q and v, d = {options.d}, r = {options.rank}, float32")
     print("| rule | merge s | CPU s | one update MiB | result MiB | peak above both MiB |")
     print("|---|---|---|---|---|---|")

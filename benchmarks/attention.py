@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _shapes import machine
 from torch import Tensor
 from torch.nn import functional
 
@@ -131,7 +132,7 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s)")
+    print(f"{machine()}, {options.threads} thread(s)")
     print(f"\n| attention alone: fused / two products | {' | '.join(map(str, options.lengths))} |")
     print("|---|" + "---|" * len(options.lengths))
     for dtype in options.dtypes:

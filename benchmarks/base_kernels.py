@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _shapes import machine
 from torch import Tensor, nn
 
 from fedlora.speedups.linear_kernels import accelerate
@@ -124,7 +125,7 @@ def main() -> None:
     """Prints one table for each way to attend."""
     options = arguments()
     generator = torch.Generator().manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; {options}")
+    print(f"{machine()}; {options}")
     for attention in options.attention:
         models = {arm: classifier(options, attention, arm.dtype) for arm in ARMS}
         vocabulary = next(iter(models.values())).config.vocab_size

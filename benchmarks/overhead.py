@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 
+from _shapes import machine
+
 from fedlora.config import parse_config
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
@@ -45,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         outcome = run_simulation(config, RunDir.create(config, folder))
     inside = total = 0.0
-    print(f"{args.clients} clients, {args.steps} steps of batch {args.batch_size}, rule {args.strategy}")
+    print(f"{machine()}: {args.clients} clients, {args.steps} steps of batch {args.batch_size}, rule {args.strategy}")
     for record in outcome.records[2:]:
         compute = sum(client["compute_seconds"] for client in record["clients"].values())
         print(

@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _shapes import machine
 from torch import Tensor
 from torch.nn import functional
 
@@ -123,7 +124,7 @@ def main() -> None:
     """Prints one table."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; {options}\n")
+    print(f"{machine()}; {options}\n")
     print(f"| ms a step, gain over PEFT on the top layers | {' | '.join(ARMS)} |")
     print("|---|" + "---|" * len(ARMS))
     for name in options.dtypes:

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _shapes import machine
+
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig, load_config
 from fedlora.errors import WorkerError
@@ -90,7 +92,7 @@ def main() -> None:
             worker.terminate()
             worker.wait()
     medians = {arm: [statistics.median(column) for column in zip(*taken, strict=True)] for arm, taken in rows.items()}
-    print(f"{args.config}, one message of {args.messages}, medians")
+    print(f"{machine()}: {args.config}, one message of {args.messages}, medians")
     for arm, (wall, cpu, steps) in medians.items():
         print(f"{arm:8} a worker: {wall:6.2f} s, of which {steps:5.2f} s in training steps; its CPU {cpu:.2f} s")
     outside = {arm: wall - steps for arm, (wall, _, steps) in medians.items()}
