@@ -16,7 +16,7 @@ from test_papers_equations import ALPHA, D_IN, D_OUT, RANK, RANKS, Array, Client
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import Aggregator, ClientSpec, ClientUpdate, GlobalState
-from fedlora.aggregators._around import squared_distances, weighted_median
+from fedlora.aggregators._around import gram_of_changes, received, squared_distances, weighted_median
 from fedlora.aggregators.clipping import CentredClipping, NormBound
 from fedlora.aggregators.coordinatewise import Median, TrimmedMean
 from fedlora.aggregators.fedex import FedEx
@@ -459,6 +459,24 @@ def test_five_names_of_thirteen_win_krum() -> None:
     for copies, chosen in ((3, 6), (4, odd)):
         crowd = np.concatenate([X, np.repeat(X[odd : odd + 1], copies, axis=0)])
         same(centre(Krum(liars=2 / len(crowd)), crowd), X[chosen])
+
+
+def test_of_the_two_that_lie_closest_krum_takes_the_first_whatever_rounding_says() -> None:
+    """With one neighbour two clients are each other's nearest: their scores are the same number, to the last bit."""
+    draw = np.random.default_rng(0)
+
+    def adapter() -> AdapterState:
+        A, B = (torch.from_numpy(draw.normal(size=size)) for size in ((4, 33), (17, 4)))
+        return AdapterState({"m": LoraPair(A, B, 0.7)}, {"x": torch.from_numpy(draw.normal(size=97))})
+
+    state = Krum().init(adapter())
+    for _ in range(20):
+        updates = [ClientUpdate(k, adapter(), 1.0) for k in range(4)]
+        apart = squared_distances(gram_of_changes(received(Krum(), state, updates)))
+        assert torch.equal(apart, apart.T)
+        near = min(range(4), key=krum_scores(apart.tolist(), 1).__getitem__)
+        found = Krum().aggregate(state, updates).adapter
+        assert all(torch.equal(found.tensors()[k], v) for k, v in updates[near].adapter.tensors().items())
 
 
 def test_fltrust_follows_the_root() -> None:
