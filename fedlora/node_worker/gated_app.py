@@ -38,7 +38,7 @@ from fedlora.site.gate import (
     require_request,
     require_workspace,
 )
-from fedlora.site.policy import Policy, load_policy
+from fedlora.site.policy import POLICY, Policy, load_policy
 from fedlora.site.signatures import NotSignedError, Signer, require_signed
 from fedlora.training.workspace import open_workspace
 
@@ -117,7 +117,7 @@ class GatedApp(ClientApp):
         """
         config: RunConfig | None = None
         try:
-            self.policy = policy = load_policy(self.site)
+            policy = self._read_policy()
             if message.metadata.message_type not in KINDS:
                 raise ReplyError(f"a node answers messages of the types {', '.join(KINDS)}", code="unknown-kind")
             text = str(context.run_config.get("toml", ""))
@@ -140,6 +140,18 @@ class GatedApp(ClientApp):
             return encode_note("error", error=found.why)
         finally:
             facts |= of_ledger(str(self._facts.get("ledger", "")), self._log.ledger, config)
+
+    def _read_policy(self) -> Policy:
+        """The policy as it is now.
+
+        Raises:
+            PolicyError: it cannot be read: nothing is allowed then.
+        """
+        try:
+            self.policy = load_policy(self.site)
+        except ConfigError as error:
+            raise refused(POLICY, str(error)) from None
+        return self.policy
 
     def _own_facts(self, policy: Policy) -> dict[str, Any]:
         cap = policy.budget

@@ -407,6 +407,18 @@ def test_a_node_config_that_a_gate_cannot_go_by_is_refused_at_its_start(facts: s
         GatedApp(folder)
 
 
+def test_while_the_policy_cannot_be_read_nothing_is_allowed(own: MakeConfig, site: MakeSite) -> None:
+    config, folder = own(), site(max_rounds=9)
+    gate, policy = GatedApp(folder), (folder / "policy.toml").read_text()
+    for text, kind in (("max_rnds = 77", "error"), (policy, "hello")):
+        (folder / "policy.toml").write_text(text)
+        with task_identity(7, 9):
+            message = Message(question(config, open_workspace(config).pins), 9, "query.hello", ttl=600.0)
+            head = decode_head(gate(message, Context(7, 9, {}, RecordDict(), {"toml": config.to_toml()})).content)
+        assert head["kind"] == kind
+        assert head.get("error", refusal("policy.toml")) == refusal("policy.toml")
+
+
 # ------------------------------------------------------------------------------------------------ a federation
 
 
