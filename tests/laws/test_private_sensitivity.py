@@ -124,8 +124,8 @@ REFUSED = {
     "Yoso": "examples-coupled",
     "MobileBert": "examples-coupled",
     "ConvBert": "examples-coupled",
-    "XLNet": "randomness-not-per-example",
-    "Funnel": "randomness-not-per-example",
+    "XLNet": "dropout-not-per-example",
+    "Funnel": "dropout-not-per-example",
 }
 
 
