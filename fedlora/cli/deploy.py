@@ -99,7 +99,7 @@ def sign(
     with errors_in_one_line(debug):
         import datetime
 
-        from fedlora.deploy.signing import app_of, config_of_app, write_signature
+        from fedlora.deploy.signing import RUN, app_of, read_app, write_signature
         from fedlora.flower.app_config import by_itself
         from fedlora.node_worker.socket import code_digest
         from fedlora.site.approvals import config_hash
@@ -107,21 +107,36 @@ def sign(
 
         app, private = app_of(folder), read_key(key)
         until = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=days)
-        statement = Statement(config_hash(by_itself(config_of_app(app))), code_digest(), until)
+        statement = Statement(config_hash(by_itself(read_app(app / RUN)[0])), code_digest(), until)
         write_signature(app, sign(statement, private))
         typer.echo(f"signed until {until}: config {statement.config}, fedlora {statement.code}")
         typer.echo(f"sites that trust this key have in policy.toml: signers = ['NAME {public_line(private)}']")
 
 
 @deploy.command("doctor")
-def doctor(folder: Folder, debug: Debug = False) -> None:
-    """Say what is wrong with a coordinator's or a node's folder, its certificates and connections; changes nothing."""
+def doctor(
+    folder: Folder,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="FILE", help="On a node: a run.toml, of which to say what would fail here."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Say what is wrong with a coordinator's or a node's folder and connections, and what of a run would fail there."""
     with errors_in_one_line(debug):
         from fedlora.deploy.doctor import examine
+        from fedlora.deploy.run_checks import Run
+        from fedlora.deploy.signing import read_app
+        from fedlora.flower.app_config import by_itself
         from fedlora.flower.node_list import registered_nodes
+        from fedlora.node_worker.socket import code_digest
+
+        def read(file: Path) -> Run:
+            config, signature = read_app(file)
+            return Run(by_itself(config), signature, code_digest())
 
         faults = 0
-        for finding in examine(folder, registered_nodes):
+        for finding in examine(folder, registered_nodes, read, run):
             typer.echo(finding)
             faults += bool(finding.cure)
         if faults:

@@ -1,4 +1,5 @@
-"""What is wrong with a coordinator's or a node's folder, on its machine: files, certificates, versions, who is reached.
+"""What is wrong with a coordinator's or a node's folder, on its machine: files, certificates, versions, who is reached,
+and what of a run would fail there.
 
 Nothing is changed and nothing is started. Each finding is one line, and says the cure where there is a fault.
 """
@@ -16,13 +17,14 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from importlib.metadata import requires, version
 from pathlib import Path
 
-from fedlora.deploy.commands import AWAY_S, REACHED, SUPERNODE, Address
+from fedlora.deploy.commands import AWAY_S, REACHED, SITE, SUPERNODE, Address
 from fedlora.deploy.foreground import environment_of, home_of, programs
 from fedlora.deploy.project import read_toml
+from fedlora.deploy.run_checks import Finding, Run, at_coordinator, at_site
+from fedlora.errors import FedloraError
 
 SOON_DAYS = 30
 """Before a certificate's end, from which on it is a fault."""
@@ -32,28 +34,14 @@ CLOCK_S = 5.0
 Nodes = Callable[[str, bytes], Mapping[str, tuple[str, str]]]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Args:
-        what: It, and what was found.
-        cure: What to do; "" where nothing is wrong.
-    """
-
-    what: str
-    cure: str = ""
-
-    def __str__(self) -> str:
-        return f"FAULT  {self.what}: {self.cure}" if self.cure else f"ok     {self.what}"
-
-
-def examine(folder: Path, nodes: Nodes) -> Iterator[Finding]:
+def examine(folder: Path, nodes: Nodes, run: Callable[[Path], Run], file: Path | None = None) -> Iterator[Finding]:
     """All findings for a folder, one after the other.
 
     Args:
         folder: A coordinator's or a node's; a federation's is its coordinator's.
         nodes: `fedlora.flower.node_list.registered_nodes`.
+        run: Reads a run.toml, with what is in the app beside it.
+        file: The run.toml of a run that is to be looked at on a node; a coordinator's is in its app.
 
     Raises:
         DeployError: it is neither.
@@ -68,8 +56,18 @@ def examine(folder: Path, nodes: Nodes) -> Iterator[Finding]:
     yield from _files(folder if server else folder / SUPERNODE, "server" if server else "runtime")
     if server:
         yield from _coordinator(folder, nodes)
+        file = folder / "app" / "run.toml"
     else:
         yield from _node(folder)
+    try:
+        found = None if file is None else run(file)
+    except FedloraError as error:
+        yield Finding(f"the run in {str(file)!r}", str(error))
+        return
+    if not server:
+        yield from at_site(folder / SITE, found)
+    elif found is not None:
+        yield from at_coordinator(found)
 
 
 def _versions() -> Iterator[Finding]:

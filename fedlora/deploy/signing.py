@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import tomllib
 from pathlib import Path
+from typing import Any
 
 from fedlora.config import RunConfig, load_config
+from fedlora.deploy.project import read_toml
 from fedlora.errors import DeployError
 from fedlora.files import write_atomically
 
@@ -30,23 +31,29 @@ def app_of(folder: Path) -> Path:
     )
 
 
-def config_of_app(app: Path) -> RunConfig:
-    """The config that the app's nodes will read, with the changes that its `set` makes.
+def read_app(run: Path) -> tuple[RunConfig, str]:
+    """The config that an app's nodes will read, with the changes that its `set` makes, and its signature.
+
+    Args:
+        run: The app's run.toml; without the rest of the app beside it nothing is set, and there is no signature.
 
     Raises:
         ConfigError: it is wrong.
         DeployError: it names a file by a relative path, which is another on each machine.
     """
-    table = tomllib.loads((app / PROJECT).read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
-    config = load_config(app / RUN, shlex.split(str(table.get("set", ""))))
+    app, table = run.resolve().parent, dict[str, Any]()
+    if (app / PROJECT).is_file():
+        tree = read_toml(app / PROJECT, ())
+        table = tree.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {})
+    config = load_config(run, shlex.split(str(table.get("set", ""))))
     for key, value in (("data.source", config.data.source), ("data.test", config.data.test)):
         if value is not None and Path(value).is_relative_to(app):
             raise DeployError(
                 f"{key} = {value!r} is relative to the app's folder, which is another on each node: write the path "
-                f"that it has on the machines into {str(app / RUN)!r}",
+                f"that it has on the machines into {str(run)!r}",
                 code="path-not-absolute",
             )
-    return config
+    return config, str(table.get("signature", ""))
 
 
 def write_signature(app: Path, signature: str) -> None:

@@ -8,6 +8,7 @@ import shutil
 import ssl
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,13 @@ from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, NodePlan, doctor, foreground, keys, write_project
 from fedlora.deploy.commands import AWAY_S, REACHED, SUPERNODE
+from fedlora.deploy.run_checks import Run
+from fedlora.deploy.signing import read_app
+from fedlora.flower.app_config import by_itself
+from fedlora.node_worker.socket import code_digest
+from fedlora.privacy.accounting import Entry
+from fedlora.privacy.ledger import Ledger
+from fedlora.site.audit_log import AuditLog
 
 SITES = ("site-a", "site-b")
 Found = Mapping[str, tuple[str, str]]
@@ -61,11 +69,14 @@ def serve() -> Iterator[Callable[[Path, str], int]]:
 
 
 @pytest.fixture
-def project(tmp_path: Path, serve: Callable[[Path, str], int]) -> Path:
+def project(tmp_path: Path, serve: Callable[[Path, str], int], tiny_bert: Path, tiny_csv: Path) -> Path:
     """A federation on this machine whose SuperLink and first SuperNode answer."""
     folder = tmp_path / "f"
-    nodes = tuple(NodePlan(name, ledger=f"/tmp/{name}.jsonl") for name in SITES)
-    write_project(folder, parse_config("", ["partition.clients=2"]), FederationPlan(("127.0.0.1",), nodes))
+    run = ["task.labels=['negative','positive']", f"model.name='{tiny_bert}'", f"data.test='{tiny_csv}'"]
+    for name in SITES:
+        (tmp_path / f"{name}.csv").write_bytes(tiny_csv.read_bytes())
+    nodes = tuple(NodePlan(name, data=f"{tmp_path}/{name}.csv", ledger=f"{tmp_path}/{name}.jsonl") for name in SITES)
+    write_project(folder, parse_config("", run, name="run"), FederationPlan(("127.0.0.1",), nodes))
     control = serve(folder / "coordinator", "server")
     node = folder / "nodes" / "site-a"
     put(folder / "coordinator" / "federation.toml", "8000", str(control))
@@ -79,8 +90,13 @@ def put(file: Path, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new))
 
 
-def faults(folder: Path, found: Found = THERE) -> list[str]:
-    findings = list(doctor.examine(folder, lambda address, certificate: found))
+def read(file: Path) -> Run:
+    config, signature = read_app(file)
+    return Run(by_itself(config), signature, code_digest())
+
+
+def faults(folder: Path, found: Found = THERE, run: Path | None = None) -> list[str]:
+    findings = list(doctor.examine(folder, lambda address, certificate: found, read, run))
     assert len(findings) > 6
     return [str(finding) for finding in findings if finding.cure]
 
@@ -88,6 +104,104 @@ def faults(folder: Path, found: Found = THERE) -> list[str]:
 def test_a_sound_federation_has_no_faults(project: Path) -> None:
     assert faults(project) == []
     assert faults(project / "nodes" / "site-a") == []
+    assert faults(project / "nodes" / "site-a", run=project / "coordinator" / "app" / "run.toml") == []
+
+
+PRIVATE = """
+[privacy]
+epsilon = 2.0
+delta = 1e-3
+max_grad_norm = 1.0
+public_examples = 40
+accountant = "rdp"
+"""
+
+
+def private(site: Path, run: Path) -> None:
+    put(run, "[privacy]", "[unused]") if "[privacy]" in run.read_text() else None
+    text = run.read_text().replace('weighting = "examples"', 'weighting = "uniform"')
+    run.write_text(text.replace("aggregation_error = true", "aggregation_error = false") + PRIVATE)
+
+
+def spent(site: Path, run: Path) -> None:
+    private(site, run)
+    ledger = site.parents[3] / "site-a.jsonl"
+    for number in range(9):
+        Ledger(ledger).spend(Entry(0.5, 1.0, 50), run="r", round=number).close()
+
+
+def rolled(site: Path, run: Path) -> None:
+    private(site, run)
+    (site.parents[3] / "site-a.jsonl").write_text('{"event": "started"}\n')
+
+
+def logged(site: Path, run: Path) -> None:
+    log = AuditLog(site)
+    log.write("request", {"type": "train"})
+    put(log.path, "train", "query")
+
+
+def policy(text: str) -> Callable[[Path, Path], None]:
+    return lambda site, run: (site / "policy.toml").write_text(text + (site / "policy.toml").read_text())
+
+
+RUN_FAULTS: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
+    "a policy that is none": (policy("max_rnak = 3\n"), ["did you mean 'max_rank'?"]),
+    "a run that is none": (
+        lambda site, run: put(run, "rounds = ", "ronuds = "),
+        ["did you mean 'rounds'?"],
+    ),
+    "a clause": (
+        policy("max_rounds = 1\n"),
+        ["allow the run: max_rounds: the number of rounds is"],
+    ),
+    "an approval": (policy("approval = true\n"), ["the run: approval: config ", "fedlora node approve"]),
+    "a signature": (policy("signers = []\n"), ["the run: signers: the run is not signed: fedlora deploy sign does it"]),
+    "another model": (
+        lambda site, run: put(site / "policy.toml", fingerprint_in(site), "0" * 64),
+        ["the run's base model: its fingerprint is ", f"the policy names {'0' * 64}"],
+    ),
+    "no model": (
+        lambda site, run: (put(run, 'name = "/', 'name = "/gone/'), put(site / "policy.toml", '"/', '"/gone/')),
+        ["the run's base model: there is no folder", "gone"],
+    ),
+    "another column": (
+        lambda site, run: put(site.parents[3] / "site-a.csv", "label", "lable"),
+        ["site-a.csv: ", "'label'"],
+    ),
+    "no data": (lambda site, run: (site.parents[3] / "site-a.csv").unlink(), ["there is no data file", "site-a.csv"]),
+    "another number": (
+        lambda site, run: put(site / "node-config.toml", "partition-id = 0", "partition-id = 2"),
+        ["its partition-id is 2, and the run has 2 clients"],
+    ),
+    "a spent budget": (spent, ["the privacy ledger: it stands at epsilon", "the run's 2"]),
+    "a ledger without a chain": (rolled, ["the privacy ledger: ", "earlier fedlora"]),
+    "a log that was edited": (logged, ["the audit log: ", "line 1 was changed"]),
+}
+
+
+def fingerprint_in(site: Path) -> str:
+    (known,) = tomllib.loads((site / "policy.toml").read_text())["base_models"].values()
+    return str(known)
+
+
+@pytest.mark.parametrize("name", RUN_FAULTS)
+def test_what_of_a_run_would_fail_on_a_node_is_said_before_it_starts(name: str, project: Path) -> None:
+    spoil, said = RUN_FAULTS[name]
+    node, run = project / "nodes" / "site-a", project / "coordinator" / "app" / "run.toml"
+    spoil(node / "site", run)
+    (fault,) = faults(node, run=run)
+    assert all(words in fault for words in said), fault
+
+
+def test_what_of_a_run_would_fail_at_the_coordinator_is_said(project: Path, tiny_csv: Path) -> None:
+    run = project / "coordinator" / "app" / "run.toml"
+    put(run, str(tiny_csv), str(project / "gone.csv"))
+    (fault,) = faults(project)
+    assert "the server's test file" in fault
+    put(run, "rounds = ", "ronuds = ")
+    (fault,) = faults(project)
+    assert "did you mean 'rounds'?" in fault
 
 
 def test_nodes_that_are_away_and_not_registered_are_named(project: Path) -> None:
