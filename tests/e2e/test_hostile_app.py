@@ -157,7 +157,8 @@ def attacked(folder: Path, config: RunConfig, forbidden: RunConfig, worker: int)
         "config": config.to_toml(),
         "open": forbidden.to_toml(),
         "files": [
-            *(f"{site}/{name}" for name in ("data.csv", "ledger.jsonl", "policy.toml", "node-config.toml")),
+            *(f"{site}/{name}" for name in ("data.csv", "policy.toml", "node-config.toml")),
+            *(f"{site}/{name}" for name in ("ledger.jsonl", "audit.jsonl")),
             f"{folder}/supernode/node.key",
         ],
         "folders": [str(site), f"{folder}/supernode", f"{folder}/socket", str(Path(fedlora.__file__).parent)],
