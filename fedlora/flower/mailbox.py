@@ -105,7 +105,7 @@ class Mailbox:
             patience_s: How long to wait for the rest of a reply that has arrived in part; None: as long as for a node.
 
         Raises:
-            ReplyError: the grid did not take the message, or the reply cannot be read.
+            ReplyError: the grid did not take the message, or the reply cannot be read or is another node's.
         """
         if sent.message_id is None:
             raise ReplyError(
@@ -114,6 +114,10 @@ class Mailbox:
         reply = pull_reply(self._grid, sent.message_id, sent.allowed, patience_s or self._patience_s)
         if reply is not None and reply.has_error() and reply.error.code in UNAVAILABLE:
             raise ReplyError("the SuperLink no longer has its message or reply", code="message-lost")
+        if reply is not None and not reply.has_error() and reply.metadata.src_node_id != sent.node_id:
+            raise ReplyError(
+                f"node {reply.metadata.src_node_id} answers what another node was asked", code="answer-of-another-node"
+            )
         return reply
 
     def receive(self, sent: Sent, deadline: float) -> Message | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
 from support.errors import raises
 from support.nothing_lost import Witness
@@ -21,6 +22,7 @@ from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app, identities
 from fedlora.flower import mailbox as post
 from fedlora.flower.identities import Bindings, Identity, fingerprint
+from fedlora.flower.task_identity import task_identity
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
@@ -140,6 +142,35 @@ def test_an_impostor_that_is_first_takes_nobodys_place(tiny_config: MakeConfig) 
     assert outcome.records[1]["answered"] == [0, 1, 2, 3]
     assert outcome.records[1]["turned_away"].keys() == {"2"}
     assert "site-a" in outcome.records[1]["turned_away"]["2"]
+
+
+class OneAnswersForAnother(Registered):
+    """Its node 3 answers what node 2 is asked to train: under its own id, or as node 2's client from its own place."""
+
+    def __init__(self, *args: Any, as_itself: bool) -> None:
+        super().__init__(*args)
+        self._as_itself = as_itself
+
+    def _answer(self, message: Message) -> Message:
+        if message.metadata.message_type != "train" or message.metadata.dst_node_id != 2:
+            return super()._answer(message)
+        with task_identity(self.run.run_id, 3):
+            reply = self._client_app(message, self._contexts[3])
+        reply.metadata.__dict__["_src_node_id"] = 3 if self._as_itself else 2
+        return reply
+
+
+@pytest.mark.parametrize(
+    ("as_itself", "said"), [(True, "node 3 answers what another node was asked"), (False, "client 1")]
+)
+def test_a_node_cannot_answer_as_another(tiny_config: MakeConfig, as_itself: bool, said: str) -> None:
+    config = tiny_config(
+        "rounds=1", "train.steps=1", "server.node_timeout_s=0.1", "server.nodes=['site-a','site-b','site-c','site-d']"
+    )
+    grid = OneAnswersForAnother(config, range(4), ["site-a", "site-b", "site-c", "site-d"], as_itself=as_itself)
+    outcome, _ = run(config, grid, RunDir.create(config))
+    assert outcome.records[1]["answered"] == [1, 2, 3]
+    assert said in outcome.records[1]["refused"]["0"]
 
 
 def test_after_a_resume_a_client_is_still_its_key(tiny_config: MakeConfig) -> None:
