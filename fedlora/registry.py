@@ -74,7 +74,7 @@ class Registry(Generic[T]):
             ConfigError: there is none (with the nearest valid name), or it is not of this kind.
         """
         if ":" in name:
-            return self._checked(name, self._imported(name))
+            return self._checked(name, import_named(self.kind, name))
         if name in (found := self._built_in()):
             return found[name]
         if name in (offered := self._offered()):
@@ -102,26 +102,6 @@ class Registry(Generic[T]):
     def _offered(self) -> dict[str, EntryPoint]:
         return _entry_points(self._group, tuple(sys.path))
 
-    def _imported(self, name: str) -> object:
-        if re.match(OWN_CLASS, name) is None:
-            raise ConfigError(
-                f"{self.kind} {name!r}: write it as module:Class, such as my_module:Mine", code="bad-class-path"
-            )
-        module, _, attribute = name.partition(":")
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"{self.kind} {name!r}: there is no Python module {error.name!r} on the path or in this folder",
-                code="class-not-found",
-            ) from None
-        except AttributeError:
-            raise ConfigError(
-                f"{self.kind} {name!r}: the module {module!r} has no {attribute!r}", code="class-not-found"
-            ) from None
-
     def _checked(self, name: str, found: object) -> type[T]:
         if not (isinstance(found, type) and issubclass(found, self._base)):
             base = f"{self._base.__module__.partition('._')[0]}.{self._base.__name__}"
@@ -134,6 +114,34 @@ class Registry(Generic[T]):
                 code="not-a-dataclass",
             )
         return found  # type: ignore[return-value]
+
+
+def import_named(kind: str, name: str) -> object:
+    """What a name such as "my_module:Mine" stands for; the module is on Python's path or in this folder.
+
+    Args:
+        kind: What it is, for messages.
+        name: The name.
+
+    Raises:
+        ConfigError: there is nothing of that name.
+    """
+    if re.match(OWN_CLASS, name) is None:
+        raise ConfigError(f"{kind} {name!r}: write it as module:name, such as my_module:Mine", code="bad-class-path")
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{kind} {name!r}: there is no Python module {error.name!r} on the path or in this folder",
+            code="class-not-found",
+        ) from None
+    except AttributeError:
+        raise ConfigError(
+            f"{kind} {name!r}: the module {module!r} has no {attribute!r}", code="class-not-found"
+        ) from None
 
 
 @lru_cache(maxsize=16)

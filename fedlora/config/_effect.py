@@ -94,8 +94,9 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
             yield f"evaluation.{key} applies to evaluation at the clients: set evaluation.on = 'clients', or remove it"
     if _changed(evaluation, "sample") and not evaluation.at_server:
         yield "evaluation.sample applies to the server's test set: set evaluation.on = 'server', or remove it"
-    if evaluation.on == "off" and _changed(evaluation, "every"):
-        yield "evaluation.every has no effect with evaluation.on = 'off': remove it"
+    for key in ("every", "metric"):
+        if evaluation.on == "off" and _changed(evaluation, key):
+            yield f"evaluation.{key} has no effect with evaluation.on = 'off': remove it"
     if evaluation.on == "clients" and config.data.test is not None:
         yield "data.test has no effect with evaluation.on = 'clients', where clients test: remove it, or set 'both'"
     if config.selection is None and _changed(config.data, "validation_fraction"):

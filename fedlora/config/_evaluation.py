@@ -23,6 +23,9 @@ class EvaluationConfig(Section):
     (1.0: all), drawn once by the seed with the same shares of domains and classes. "auto": a quarter of the examples
     that a round trains on, which cost about a tenth of the round, and at least 256. All are measured before training,
     after the last round, and after each round that is the best so far (`[selection]`)."""
+    metric: str | None = None
+    """One more figure, "my_module:my_metric": a function of `measures` (arrays of the examples, for a value of each, of
+    which the mean counts) or of `sums` (statistics that add up over examples, for the figure itself)."""
     clients_fraction: Fraction = 1.0
     """Share of the clients that are asked to evaluate."""
     min_examples: PositiveInt = 10

@@ -121,6 +121,12 @@ class RunConfig(Section):
                 "evaluation.on = 'server' (test data that are public) or 'off'",
                 code="evaluation-not-private",
             )
+        own = (self.evaluation.metric or "").partition(":")[2]
+        if own and self.selection is not None and (self.selection.metric, self.selection.mode) == (own, "auto"):
+            raise ConfigError(
+                f"nobody knows whether more or less of {own!r} is better: set selection.mode to 'max' or 'min'",
+                code="mode-unknown",
+            )
         if self.selection is not None and on == "off":
             raise ConfigError(
                 "[selection] compares rounds, and evaluation.on = 'off' measures none: remove one of them",

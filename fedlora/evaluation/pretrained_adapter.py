@@ -22,6 +22,7 @@ from fedlora.provenance import Provenance, class_names_digest
 from fedlora.runs.rundir import PUT_BACK, RunDir, require_provenance
 from fedlora.speedups.trial import find_coupling
 from fedlora.tasks import Examples, Task, load_task
+from fedlora.tasks._own_metric import with_own_metric
 from fedlora.training.runtime import setup
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
         ConfigError: there are no examples, and nobody knows how many classes the adapter is for.
         ModelError: the base cannot be loaded, or the adapter does not fit it.
     """
-    task = load_task(source.config.task)
+    task = with_own_metric(load_task(source.config.task), source.config.evaluation.metric)
     checkpoint = Checkpoint.of(source.config.model)
     device = setup(source.config.runtime).device
     kwargs = _head(source, task) if examples is None else task.model_kwargs(examples)

@@ -28,6 +28,7 @@ from fedlora.model.base_history import bring_to
 from fedlora.progress import SAMPLED
 from fedlora.rng import derive
 from fedlora.tasks import Examples
+from fedlora.tasks._own_metric import OWN
 from fedlora.training.evaluate import Measures, domains_of, measure_batches, measures_of, summarised
 from fedlora.training.kept_evaluation import kept_measures
 from fedlora.training.workspace import Workspace
@@ -214,7 +215,7 @@ def _require_sums(sums: Sums, most_examples: int) -> None:
             code="invalid-weight",
         )
     for name, values in sums.items():
-        if not bool(np.isfinite(values).all()) or bool((np.asarray(values) < 0).any()):
+        if not bool(np.isfinite(values).all()) or (name != OWN and bool((np.asarray(values) < 0).any())):
             raise ReplyError(f"its sum {name!r} is negative or not finite", code="invalid-sums")
 
 

@@ -18,6 +18,7 @@ from fedlora.speedups import Speedups, install
 from fedlora.speedups.trial import Trial
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
+from fedlora.tasks._own_metric import with_own_metric
 from fedlora.training.fits import require_fit
 from fedlora.training.runtime import Machine, pass_over_libraries, setup
 from fedlora.training.stacked_lora import cannot_share
@@ -102,7 +103,7 @@ def _opened(config: RunConfig, kept: list[Base]) -> Workspace:
     from fedlora.data import load_data
 
     machine = setup(config.runtime)
-    task = load_task(config.task)
+    task = with_own_metric(load_task(config.task), config.evaluation.metric)
     _require_hub_revision(config)
     activity.info("reading %s", config.data.source)
     data = load_data(config)

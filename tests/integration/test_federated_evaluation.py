@@ -68,6 +68,34 @@ def test_federated_figures_are_those_of_all_examples_in_one_place(
     assert "federated" in outcome.records[0]  # before training
 
 
+METRICS = """
+import numpy as np
+def margin(measures):
+    own = np.take_along_axis(measures["probabilities"], measures["label"].astype(int)[:, None], axis=1)[:, 0]
+    return own - 0.5
+def recall_of_first(sums):
+    return sums["confusion"][0, 0] / max(sums["confusion"][0].sum(), 1.0)
+"""
+
+
+@pytest.mark.parametrize("run", [simulate, deploy])
+@pytest.mark.parametrize("name", ["margin", "recall_of_first"])
+def test_a_figure_of_ones_own_is_that_of_all_examples_in_one_place(
+    tiny_config: MakeConfig, run: Callable[..., RunOutcome], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_metrics.py").write_text(METRICS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tiny_config(*AT_CLIENTS, f"evaluation.metric=own_metrics:{name}", "rounds=1")
+    outcome = run(config)
+    pooled = on_all_own_examples(open_workspace(config), outcome, "test")
+    last = outcome.records[-1]
+    assert last[name] == last["federated"]["figures"][name] == pytest.approx(pooled[name], rel=1e-5)
+    assert name == "margin" or last[name] == pooled[name]  # whole numbers add up exactly
+    plain = run(tiny_config(*AT_CLIENTS, "rounds=1", name="plain"))
+    assert plain.records[-1]["accuracy"] == last["accuracy"]
+    assert name not in plain.records[-1]
+
+
 @pytest.mark.parametrize("run", [simulate, deploy])
 def test_a_state_that_clients_have_measured_is_not_sent_again(
     tiny_config: MakeConfig, run: Callable[..., RunOutcome]
