@@ -122,7 +122,8 @@ def test_strangers_are_turned_away(federation: Federation, ports: int, bereft: R
     try:
         for place, name in enumerate(STRANGERS):
             folder = federation.folder / name
-            shutil.copytree(federation.project / "nodes" / "site-a", folder, ignore=shutil.ignore_patterns("state"))
+            nothing_alive = shutil.ignore_patterns("state", "*.sock*")
+            shutil.copytree(federation.project / "nodes" / "site-a", folder, ignore=nothing_alive)
             supernode = next(program for program in programs(folder) if program.name.startswith("supernode"))
             command = [*supernode.command, "--max-retries", "1"]
             command[command.index("--port") + 1] = str(ports + 1 + len(NODES) + place)
