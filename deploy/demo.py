@@ -67,7 +67,7 @@ batch_size = 16
 lr = 2e-3
 
 [server]
-quorum = 0.5
+quorum = 0.3
 deadline_s = 300
 node_timeout_s = 120
 
