@@ -1,4 +1,4 @@
-"""How much memory this machine, or its GPU, has and has left."""
+"""How much memory this machine, or its GPU, has and has left; and how wide its numbers are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import torch
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating dtype that a device computes in: Apple's MPS has no double precision."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def total_bytes(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora.errors import ConfigError, nearest
+from fedlora.foreign_names import our_word
 
 T = TypeVar("T")
 OWN_CLASS = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
@@ -154,7 +155,8 @@ def build(cls: type[T], fields: Mapping[str, Any], what: str) -> T:
     valid = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in fields:
         if key not in valid:
-            raise ConfigError(f"{what} has no field {key!r}; {nearest(key, valid)}", code="unknown-key")
+            cure = our_word(key) or nearest(key, valid)
+            raise ConfigError(f"{what} has no field {key!r}; {cure}", code="unknown-key")
     try:
         return TypeAdapter(cls).validate_python(dict(fields))
     except ValidationError as error:

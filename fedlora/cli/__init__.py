@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from fedlora.cli import (
@@ -15,6 +16,7 @@ from fedlora.cli import (
     init,
     node,
     partition,
+    plan,
     report,
     run,
     spectrum,
@@ -38,6 +40,7 @@ __all__ = [
     "main",
     "node",
     "partition",
+    "plan",
     "report",
     "run",
     "spectrum",
@@ -65,4 +68,5 @@ def main() -> None:
     """Entry point of the `fedlora` command."""
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on faster kernels that it might fetch from the hub
     app()

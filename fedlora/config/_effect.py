@@ -55,6 +55,13 @@ def _train(config: RunConfig) -> Iterator[str]:
             f"train.warmup_steps = {train.warmup_steps} lasts for all {max(known)} steps of a round, so that train.lr "
             f"is never reached: lower it below {max(known)}, or raise the steps"
         )
+    if train.warmup_rounds >= config.rounds:
+        yield (
+            f"train.warmup_rounds = {train.warmup_rounds:g} lasts for all {config.rounds} rounds, so that train.lr is "
+            f"never reached: lower it below {config.rounds}"
+        )
+    if train.lr_end and train.schedule == "constant":
+        yield "train.lr_end applies to a schedule that falls: set train.schedule = 'linear' or 'cosine', or remove it"
     if profiles and all(profile.steps or profile.epochs for profile in profiles):
         for key in ("steps", "epochs"):
             if _changed(train, key):

@@ -17,8 +17,10 @@ class ModelConfig(Section):
     """A named asset, a Hugging Face hub name, or a local folder."""
     revision: str | None = None
     """A commit or tag of a hub model."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Data type of the frozen base; adapters are always trained in float32 (float64 with a float64 base)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Data type of the frozen base; adapters are always trained in float32 (float64 with a float64 base). "auto" is
+    bfloat16 on a GPU that computes in it, and on a CPU where it was found clearly faster on this machine, else float32.
+    A run keeps its choice when it goes on. Where nodes train on machines of their own, "auto" is float32."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout probability of the base in training, the same in all its layers. 0 turns it off, which rarely hurts
     adapters of low rank and is needed by `runtime.prefix_cache`. None: as the checkpoint's config says."""
@@ -117,6 +119,12 @@ class TrainConfig(Section):
     """Optimiser steps in each round; give either this or `epochs`."""
     batch_size: PositiveInt = 16
     """Number of examples in one optimiser step."""
+    micro_batch_size: PositiveInt | None = None
+    """Most rows of one forward and backward pass, whoever's they are, where memory is short: a step's gradients are
+    added up over its passes, and are the same but for rounding. None: as many as are fast on the machine."""
+    gradient_checkpointing: bool = False
+    """Whether each layer's activations are computed again in the backward pass instead of being kept: a third more
+    work, and a fraction of the memory. The gradients are the same, dropout included."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser of local training; its state starts anew on every client in every round."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -125,6 +133,13 @@ class TrainConfig(Section):
     """Weight decay of the optimiser, on all trained parameters."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Momentum of SGD."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls over the whole run, from step to step: not at all, or to `lr_end` along a line or
+    half a cosine."""
+    lr_end: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at which a linear or cosine schedule ends."""
+    warmup_rounds: Annotated[float, Field(ge=0)] = 0.0
+    """Linear warm-up over the first rounds of the run; the schedule begins after them."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Linear warm-up at the start of each round's local training."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None

@@ -16,20 +16,12 @@ from fedlora.config._paths import PATHS, absolute
 from fedlora.config._privacy import UNITS, unit_of
 from fedlora.config._run import RunConfig
 from fedlora.errors import ConfigError, nearest, nearest_file
+from fedlora.foreign_names import our_word
 from fedlora.registry import first_problem
 
 S = TypeVar("S", bound=Section)
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 """Where the ready files are: inside an installed package, and beside it in a checkout."""
-
-
-ALWAYS = "rows of like length are always computed together, whatever is sampled: remove it"
-ELSEWHERE = {
-    "group_by_length": ALWAYS,  # transformers
-    "padding_free": f"{ALWAYS}, or set task.packing = true for causal-lm",  # TRL
-    "evaluate_every": "it is evaluation.every now",
-}
-"""Keys of other libraries, and old ones -> what to do here."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -159,7 +151,7 @@ def _refuse_nul(tree: Any, key: str) -> None:
 def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
     for key, value in tree.items():
         if key not in section.model_fields:
-            cure = ELSEWHERE.get(key) or nearest(key, section.model_fields)
+            cure = our_word(key) or nearest(key, section.model_fields)
             raise ConfigError(f"unknown key {prefix + key!r}; {cure}", code="unknown-key")
         annotation = section.model_fields[key].annotation
         inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)

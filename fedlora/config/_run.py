@@ -20,7 +20,9 @@ from fedlora.errors import ConfigError, PrivacyError
 
 
 class RuntimeConfig(Section):
-    """The machine. Nothing here changes what is computed, only where and how fast (up to rounding)."""
+    """The machine. Nothing here changes what is computed, only where and how fast (up to rounding).
+
+    Dropout masks, too, are the same on every device."""
 
     device: str = "auto"
     """One of: auto (CUDA, Apple's MPS, CPU, in this order), cpu, cuda, cuda:1, mps."""
@@ -35,6 +37,9 @@ class RuntimeConfig(Section):
     threads: PositiveInt | None = None
     """Torch threads of each process. None: all cores, divided equally among the processes. Results are bit-for-bit the
     same only for the same number."""
+    deterministic: bool = True
+    """Whether a CUDA device may use such kernels alone as give the same bits each time; a model that needs another one
+    is refused. False is a little faster. On a CPU it is always so."""
     kernels: Literal["auto", "measure", "off", "onednn"] = "auto"
     """Kernels for the frozen base on a CPU: torch's own ("off") or oneDNN's. "auto" takes what was found faster on this
     machine, which is measured once and kept in the cache folder; "measure" measures again. A run keeps its choice when

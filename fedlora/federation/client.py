@@ -44,6 +44,7 @@ from fedlora.training.dp_settings import PrivateSettings, private_settings
 from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.loop import Outcome
+from fedlora.training.out_of_memory import OUT_OF_MEMORY
 from fedlora.training.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -116,11 +117,12 @@ def failure_of(error: Exception, config: RunConfig | None) -> Failure | Exceptio
         config: As the client reads it; None where it cannot be read.
 
     Returns:
-        The error itself if it is none of fedlora's and the run is not private: a fault of the program.
+        The error itself if it ends a run that is not private: a fault of the program, or memory that ran out.
     """
     if config is not None and config.privacy is not None and not isinstance(error, TELLS_NOTHING):
         error = withheld(error)
-    return Failure("refused", str(error)) if isinstance(error, FedloraError) else error
+    ends = not isinstance(error, FedloraError) or error.code == OUT_OF_MEMORY
+    return error if ends else Failure("refused", str(error))
 
 
 def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
@@ -221,6 +223,8 @@ def _job(workspace: Workspace, request: TrainRequest, indices: np.ndarray) -> Tr
         indices=indices,
         seed=derive(config.seed, "train", request.round, request.client_id),
         proximal_mu=max(plan.proximal_mu, config.train.proximal_mu),
+        round=request.round,
+        rounds=config.rounds,
     )
 
 

@@ -88,7 +88,9 @@ def run_federation(
         rundir.pin(workspace.pins)
         state = rundir.resume() if resume else None
         rundir.note_environment(
-            **workspace.machine.facts, **workspace.speedups.choices, new_weights=workspace.base.notes
+            **workspace.machine.facts,
+            **(workspace.speedups.choices | workspace.settled),
+            new_weights=workspace.base.notes,
         )
         for note in (*overruled(config), *workspace.base.notes):
             told.message(note)

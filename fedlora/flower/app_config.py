@@ -83,7 +83,7 @@ def by_itself(config: RunConfig) -> RunConfig:
 
     A simulation chooses once for its run, and tells its processes (`fedlora.simulation.run`).
     """
-    return settle(config, {"kernels": "off", "prefix_cache": "off"})
+    return settle(config, {"kernels": "off", "prefix_cache": "off", "dtype": "float32"})
 
 
 def _run_config_of(context: Context) -> RunConfig:

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from fedlora import __version__
 from fedlora.config import RunConfig
-from fedlora.errors import ReplyError
+from fedlora.errors import FedloraError, ReplyError
 from fedlora.federation.client import answer, examples_of_client, failure_of, measure_apart
 from fedlora.federation.client_ledger import LedgerPlace
 from fedlora.federation.client_pool import Failure
@@ -196,6 +196,8 @@ def _note(found: Failure | Exception) -> RecordDict:
     Raises:
         Exception: what nobody foresaw.
     """
+    if isinstance(found, FedloraError):  # it would end a simulation; other nodes have memory of their own
+        return encode_note("error", error=str(found))
     if isinstance(found, Exception):
         raise found
     return encode_note("spent" if found.kind == "spent" else "error", error=found.why)

@@ -3,6 +3,7 @@
 from fedlora.model.base_model import Base
 from fedlora.model.base_weights import BaseWeights
 from fedlora.model.device import resolve_device, seeded
+from fedlora.model.dtype import choose_dtype
 from fedlora.model.export import put_in_place, save_adapter, save_merged
 from fedlora.model.loading import base_key, load_base
 from fedlora.model.plain import Recipe, Reference, verify_adapter, verify_merged
@@ -15,6 +16,7 @@ __all__ = [
     "Reference",
     "base_key",
     "changed_weights",
+    "choose_dtype",
     "load_adapted",
     "load_base",
     "put_in_place",

@@ -74,6 +74,7 @@ class Base:
         attention: transformers' name of the attention that the model was loaded with.
         coupled: why an example's result depends on the examples beside it, if whoever opened the base has found so.
         alone: why clients cannot train side by side, if they were tried together in vain.
+        pass_tokens: the most tokens of a training pass, where memory was found to allow no more.
         checked: trained parts with which the model passed the check before private training.
         config: the model's table of the run's config.
         adapter_config: the adapter's table.
@@ -121,6 +122,7 @@ class Base:
         self.attention: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
         self.coupled: str | None = None
         self.alone: str | None = None
+        self.pass_tokens: int | None = None
         self.checked: set[frozenset[Part]] = set()
         self._drawn, self._fingerprint = frozenset(drawn), fingerprint
         self._plain_names, self._seed = frozenset(plain_names), seed

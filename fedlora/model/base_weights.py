@@ -23,6 +23,8 @@ from fedlora.errors import ModelError, nearest
 from fedlora.lowrank import DeltaSum, stack
 from fedlora.model.targets import is_linear, is_transposed, linear_shape
 
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @final
 class BaseWeights:
@@ -137,7 +139,9 @@ class BaseWeights:
             self._layers[name].weight.copy_(self._pristine.pop(name))  # type: ignore[operator]
         for name, change in acc.items():
             weight: Tensor = self._layers[name].weight  # type: ignore[assignment]
-            pristine = self._pristine.setdefault(name, weight.detach().clone())
+            if name not in self._pristine:
+                self._pristine[name] = weight.detach().to("cpu", copy=True)  # a GPU has no room for a second copy
+            pristine = self._pristine[name]
             weight.copy_(_sum(pristine, change, is_transposed(self._layers[name])))
         self._acc = dict(acc)
 
@@ -172,7 +176,8 @@ class BaseWeights:
 def absorbs(layer: nn.Module) -> bool:
     """Whether a layer's weight is a plain floating tensor, to which a change can be added."""
     weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point()
+    # A quantised weight may be stored in a floating dtype too, as its packed bits (bitsandbytes) or in 8 bits.
+    return type(weight) in (nn.Parameter, Tensor) and type(weight.data) is Tensor and weight.dtype in FLOATING  # type: ignore[union-attr]
 
 
 def plain_linears(model: nn.Module) -> dict[str, nn.Module]:

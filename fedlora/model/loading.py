@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fedlora.model.base_weights import plain_linears
 from fedlora.model.classes import are_numbers, in_trained_order, trained_classes
 from fedlora.model.device import resolve_device, seeded
 from fedlora.model.dropout import set_dropout
+from fedlora.model.dtype import choose_dtype, warning_of
 from fedlora.model.fingerprint import fingerprint
 from fedlora.model.new_weights import MISSING, frozen_modules, require_apart, require_whole
 from fedlora.model.peft_methods import Method, find_method, peft_type, tuner_fields
@@ -56,6 +57,8 @@ def load_base(
     head: Sequence[str] = (),
     model_kwargs: Mapping[str, Any] | None = None,
     peft_task_type: str | None = None,
+    *,
+    only_shapes: bool = False,
 ) -> Base:
     """The base model of a config with an adapter injected.
 
@@ -65,6 +68,7 @@ def load_base(
         head: candidates for the modules that are trained in full, unless adapter.modules_to_save names some.
         model_kwargs: for `from_pretrained`, such as `num_labels`.
         peft_task_type: PEFT's name of the task, such as "SEQ_CLS", written into exports.
+        only_shapes: whether to leave out the weights: a base on torch's meta device, from the model's config alone.
 
     Raises:
         ConfigError: an unknown device, method or pattern.
@@ -72,13 +76,16 @@ def load_base(
     """
     key = base_key(config, auto_class, head, model_kwargs, peft_task_type)
     device, model_kwargs = resolve_device(config.runtime.device), dict(model_kwargs or {})
+    if only_shapes:
+        device = torch.device("meta")
     method = find_method(config.adapter)
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    dtype = choose_dtype(config)
     checkpoint = Checkpoint.of(config.model)
     stamps = checkpoint.stamps()
     # Parameters that the checkpoint lacks are drawn while loading: the same ones in every process.
-    with seeded(derive(0, "base"), torch.device("cpu")):
-        model, absent = _from_pretrained(config, auto_class, model_kwargs, dtype)
+    with seeded(derive(0, "base"), torch.device("cpu")), device if only_shapes else nullcontext():
+        load = _from_config if only_shapes else _from_pretrained
+        model, absent = load(config, auto_class, model_kwargs, dtype)
         model.requires_grad_(False)
         if config.model.dropout is not None:
             set_dropout(model, config.model.dropout)
@@ -113,7 +120,7 @@ def load_base(
         drawn=drawn,
         frozen=frozen,
         recipe=Recipe(auto_class, checkpoint, dtype, options),
-        notes=_notes(drawn, frozen, trained, names),
+        notes=[*_notes(drawn, frozen, trained, names), *filter(None, [warning_of(config)])],
         plain_names=plain_names,
         seed=None if method.pairs else config.seed,
         config=config.model,
@@ -156,6 +163,24 @@ def _from_pretrained(
     for name, found, wanted in info.get("mismatched_keys", ()):
         absent[name] = f"has shape {list(found)} there and {list(wanted)} in the model"
     return model, absent
+
+
+def _from_config(
+    config: RunConfig, auto_class: str, model_kwargs: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, str]]:
+    """A model with the shapes and none of the weights that `_from_pretrained` gives."""
+    import transformers
+
+    checkpoint = Checkpoint.of(config.model)
+    try:
+        shape = transformers.AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options, **model_kwargs)
+        return getattr(transformers, auto_class).from_config(shape, dtype=dtype), {}
+    except Exception as error:
+        raise ModelError(
+            f"the config of the model {config.model.name!r} cannot be read with {auto_class}: "
+            f"{checkpoint.why_not_loaded(error)}",
+            code="model-not-loadable",
+        ) from error
 
 
 def _require_pad_row(checkpoint: Checkpoint, pad_id: int | None) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import ExportError, in_words
+from fedlora.memory import widest
 from fedlora.model.device import seeded
 from fedlora.rng import derive
 
@@ -161,7 +162,7 @@ def _with_adapter(folder: Path, recipe: Recipe) -> nn.Module:
     base, _ = recipe.load()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model: Any = PeftModel.from_pretrained(base, str(folder))
+        model: Any = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
     if lacking := [str(entry.message) for entry in said if "missing adapter keys" in str(entry.message)]:
         raise ExportError(
             f"plain PEFT finds tensors missing: {lacking[0].splitlines()[0][:200]}", code="tensors-missing"
@@ -191,8 +192,9 @@ def _require_near(
 ) -> float:
     found = Reference.of(model, reference.inputs, device)
     difference, most = reference.apart(found), TOLERANCE[dtype]
-    if most < difference <= LARGEST and dtype in WIDER:
-        exact = Reference.of(model.to(WIDER[dtype]), reference.inputs, device)
+    wider = WIDER.get(dtype)
+    if most < difference <= LARGEST and wider is not None and wider.itemsize <= widest(device).itemsize:
+        exact = Reference.of(model.to(wider), reference.inputs, device)
         difference, most = reference.apart(exact), min(max(most, ROUNDINGS * found.apart(exact)), LARGEST)
     if not difference <= most:
         raise ExportError(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 from fedlora.config import RunConfig
 from fedlora.errors import ModelError
 from fedlora.model.device import seeded
+from fedlora.model.dtype import choose_dtype
 from fedlora.model.loading import _from_pretrained
 from fedlora.model.peft_tuners import merged_weights
 from fedlora.model.targets import in_any, is_transposed
@@ -40,13 +41,13 @@ def load_adapted(
     """
     from peft import PeftModel
 
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    dtype = choose_dtype(config)
     with seeded(derive(0, "base"), torch.device("cpu")):
         model, absent = _from_pretrained(config, auto_class, model_kwargs, dtype)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, torch_device="cpu")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
@@ -78,11 +79,11 @@ def changed_weights(model: nn.Module) -> Iterator[tuple[str, Float[Tensor, "o i"
     """The name of each adapted linear layer, its weight without the adapter and with it, in double precision.
 
     Args:
-        model: as `load_adapted` gives it; is left in double precision.
+        model: as `load_adapted` gives it; is left on the CPU, in double precision.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model.double()  # so that the difference of the two is the update, and not its rounding
+    model.cpu().double()  # so that the difference of the two is the update, and not its rounding
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, BaseTunerLayer):
             continue

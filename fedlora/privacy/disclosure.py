@@ -96,6 +96,7 @@ ENVIRONMENT: Final = frozenset(
         "seed",
         "passed_in",  # data by a hash under a key that stays in the cache folder
         "backend",
+        "dtype",
         "kernels",
         "kernels_why",
         "kernels_measured",  # on random inputs

@@ -70,11 +70,12 @@ def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for noise, seeded from the operating system.
 
     `manual_seed` would not do on the CPU: torch uses the low 32 bits of the seed alone there, few enough to try them
-    all against a published update. So the whole state of the Mersenne twister (624 words) is drawn.
+    all against a published update. So the whole state of the Mersenne twister (624 words) is drawn. A GPU's generator
+    (Philox) has no more state than a key of 64 bits, all of which are drawn.
     """
     device = torch.device(device)
     generator = torch.Generator(device=device)
-    generator.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
+    generator.manual_seed(int.from_bytes(os.urandom(8), "big"))
     if device.type != "cpu":
         return generator
     state = generator.get_state()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import PrivacyError
-from fedlora.memory import free_bytes
+from fedlora.memory import free_bytes, widest
 from fedlora.privacy.hooks import attach, backward, detach, per_sample_gradients
 
 BatchLosses = Callable[[torch.nn.Module, dict[str, Tensor], Sequence[int]], Tensor]
@@ -197,8 +197,8 @@ def _against_brute_force(
     times = max(1, CROWD // len(alone))
     crowd = {name: torch.cat([value] * times) for name, value in together.items()}
     with torch.no_grad():
-        found = losses(model, crowd, list(range(len(alone))) * times).double()
-    truth = torch.stack(single).double().repeat(times)
+        found = losses(model, crowd, list(range(len(alone))) * times).cpu().double()
+    truth = torch.stack(single).cpu().double().repeat(times)
     gaps = (found - truth).abs() / truth.abs().clamp_min(1e-3)
     if not bool((gaps <= tolerance).all()):
         raise PrivacyError(_depends("the loss of one example", float(gaps.max())), code="examples-coupled")
@@ -249,11 +249,12 @@ def _clear(model: torch.nn.Module) -> None:
 
 
 def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> float:
-    return float(sum(float(t.double().square().sum()) for t in tensors) ** 0.5)
+    return float(sum(float(t.to(widest(t.device)).square().sum()) for t in tensors) ** 0.5)
 
 
 def _gap(a: Tensor, b: Tensor, size: float) -> float:
-    difference = _norm([a.double() - b.double()])
+    wide = widest(a.device)
+    difference = _norm([a.to(wide) - b.to(wide)])
     return difference / size if size else (0.0 if difference == 0 else float("inf"))
 
 
@@ -291,7 +292,7 @@ def widened(model: torch.nn.Module) -> Iterator[float]:
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype.is_floating_point]
     wide = torch.float64
-    for wide in (torch.float64, torch.float32):
+    for wide in (widest(tensors[0].device), torch.float32):
         if sum(t.numel() * wide.itemsize for t in tensors if t.dtype != wide) <= SHARE * free_bytes(tensors[0].device):
             break
     else:

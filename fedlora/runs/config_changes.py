@@ -66,7 +66,7 @@ def refused(written: RunConfig, wanted: RunConfig) -> list[str]:
 
 def differs_in_more_than_machine(written: RunConfig, wanted: RunConfig) -> list[str]:
     """The keys in which two configs ask for different results."""
-    return [key for key in different_keys(written, wanted) if not _in(key, MACHINE)]
+    return [key for key in different_keys(written, wanted) if not _of_machine(key, wanted)]
 
 
 def changes_of(rows: Sequence[Mapping[str, Any]] | None) -> list[Change]:
@@ -93,7 +93,7 @@ def record(earlier: Sequence[Change], written: RunConfig, wanted: RunConfig, don
     new = [
         Change(done + 1, key, before.get(key), after.get(key))
         for key in keys
-        if not _in(key, MACHINE) and not _in(key, PLACES)
+        if not _of_machine(key, wanted) and not _in(key, PLACES)
     ]
     return kept + new
 
@@ -113,6 +113,11 @@ def _allowed(key: str, written: RunConfig, wanted: RunConfig) -> bool:
     if _in(key, PLACES):
         return True
     return _in(key, FROM_NOW_ON) and not (unit is not None and _in(key, (*MECHANISM[unit], *SAMPLING)))
+
+
+def _of_machine(key: str, config: RunConfig) -> bool:
+    """Whether a key changes nothing that a round computes; a schedule of the learning rate goes by all rounds."""
+    return _in(key, MACHINE) and not (key == "rounds" and config.train.schedule != "constant")
 
 
 def _in(key: str, places: Sequence[str]) -> bool:

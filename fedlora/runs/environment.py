@@ -31,7 +31,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "instructions": instructions(),
         "cores": os.cpu_count(),
         "threads": config.runtime.threads or torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": _gpu(config.runtime.device),
         "kernels": config.runtime.kernels,
         "cohort": config.runtime.cohort,
         "processes": config.runtime.processes,
@@ -41,6 +41,13 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "seed": config.seed,
         "passed_in": copies_in(config.model.name, config.data.source, config.data.test),
     }
+
+
+def _gpu(device: str) -> str | None:
+    """The name of the GPU of a run; None where it has none. A run on the CPU does not start CUDA."""
+    if not device.startswith(("auto", "cuda")) or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(device if ":" in device else None)
 
 
 @cache

@@ -18,6 +18,7 @@ from torch import nn
 from fedlora.aggregators import rules
 from fedlora.config import NODES
 from fedlora.data.source import own_source
+from fedlora.errors import ConfigError
 from fedlora.federation.simulated_devices import examples_to_tell
 from fedlora.memory import total_bytes
 from fedlora.model import Base
@@ -104,6 +105,8 @@ def process_count(workspace: Workspace, asked: int, cluster: Sequence[Machine] =
         return ProcessChoice(processes, config.runtime.threads or share, reason)
 
     if wanted != "auto":
+        if on_gpus and not cluster:
+            _require_room(workspace.base, wanted, 1 if ":" in config.runtime.device else torch.cuda.device_count())
         return chosen(wanted, "asked for")
     if "__main__" in modules_of(workspace):
         return chosen(1, "another process would not know the task, rule or partition that the main program defines")
@@ -195,6 +198,17 @@ def _work(workspace: Workspace, asked: int) -> float:
     tables = sum(m.weight.numel() for m in workspace.base.model.modules() if isinstance(m, nn.Embedding))
     weights = sum(parameter.numel() for parameter in workspace.base.model.parameters()) - tables
     return 4.0 * weights * float(np.mean(expected_tokens(workspace))) * asked * workspace.config.rounds
+
+
+def _require_room(base: Base, processes: int, gpus: int) -> None:
+    """Raise `ConfigError` for more bases than a GPU holds: each process has one of its own, and so has the server."""
+    held = -(-processes // gpus) + (processes > 1)
+    if held * (need := _base_bytes(base)) > (room := total_bytes(base.device)):
+        raise ConfigError(
+            f"runtime.processes = {processes} would put {held} bases of {need / 1e9:.1f} GB on a GPU of "
+            f"{room / 1e9:.1f} GB: lower it (1: the server's process trains), or choose a smaller model.dtype",
+            code="gpu-too-small",
+        )
 
 
 def _base_bytes(base: Base) -> int:

@@ -135,15 +135,15 @@ def _cluster(config: RunConfig) -> Iterator[Cluster | None]:
 
 def _of_a_worker(workspace: Workspace, choice: ProcessChoice) -> RunConfig:
     """The config of one process: its share of the machine or of a cluster, and what "auto" chose here."""
+    config = settle(workspace.config, workspace.settled)
     theirs: dict[str, Any] = {
-        **workspace.speedups.settled,
         "processes": 1,
         "threads": choice.threads,
         "backend": "processes",
     }
-    if workspace.config.runtime.backend == "ray":
+    if config.runtime.backend == "ray":
         theirs["device"] = workspace.base.device.type  # another machine might choose another; an actor has one GPU
-    return workspace.config.model_copy(update={"runtime": workspace.config.runtime.model_copy(update=theirs)})
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update=theirs)})
 
 
 def as_begun(config: RunConfig, rundir: RunDir) -> RunConfig:

@@ -83,6 +83,7 @@ class ActivationCache:
         self._places: dict[bytes, tuple[int, int]] = {}
         self._flat: Tensor | None = None
         self._used = 1  # row 0 is what stands in the place of padding
+        self._picture = 0  # tokens of each picture, once one was computed
         self._computing = False
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._handles = [
@@ -145,6 +146,8 @@ class ActivationCache:
             return
         self._after()  # an interrupt ends a call without its last hook
         inputs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
+        if inputs.get("use_cache") is False:
+            del inputs["use_cache"]
         if args or set(inputs) not in SERVED:
             return
         lengths = lengths_of(inputs)
@@ -206,11 +209,14 @@ class ActivationCache:
         for length, rows in missing.items():
             pending = list(rows.items())
             while pending and (room is None or room >= length):
-                size = max(1, TOGETHER // length) if self.grouped and length > 0 else 1
+                tokens = length if length > 0 else self._picture
+                size = max(1, TOGETHER // tokens) if self.grouped and tokens else 1
                 group, pending = pending[:size], pending[size:]
                 chosen = [row for _, row in group]
                 self.fills += len(group)
                 part = self.reach({n: v[chosen] if length < 0 else v[chosen, :length] for n, v in inputs.items()})
+                if length < 0:
+                    self._picture = part.shape[1]
                 for (key, _), states in zip(group, part, strict=True):
                     if not self._keep(key, states):
                         found[key] = states
@@ -219,12 +225,16 @@ class ActivationCache:
         return {row: found[key] for row, key in enumerate(keys) if key in found}
 
     def _keep(self, key: bytes, states: Float[Tensor, "n d"]) -> bool:
-        if self._flat is None:
-            # Pages of it that nothing was written to take no memory. Evaluation must not make it an inference tensor.
+        end, most = self._used + len(states), self.capacity + 1
+        if self._flat is None or len(self._flat) < end <= most:
+            # On a CPU pages that nothing was written to take no memory; on a GPU it grows by halves.
+            rows = most if states.device.type == "cpu" else min(most, end + end // 2)
+            # Evaluation must not make it an inference tensor.
             with torch.inference_mode(False):
-                self._flat = states.new_empty(self.capacity + 1, states.shape[1])
+                held, self._flat = self._flat, states.new_empty(rows, states.shape[1])
                 self._flat[0] = 0
-        end = self._used + len(states)
+                if held is not None:
+                    self._flat[: self._used] = held[: self._used]
         if end > len(self._flat):
             return False
         self._flat[self._used : end] = states

@@ -93,6 +93,12 @@ class Trial:
                     torch.autograd.grad(loss, parameters, allow_unused=True)
         except Exception as error:
             first = clean_text(next(iter(str(error).splitlines()), ""), 200)
+            if "deterministic" in first:
+                raise ModelError(
+                    f"{type(base.model).__name__} needs a kernel that does not repeat itself ({first}): set "
+                    "runtime.deterministic = false",
+                    code="not-deterministic",
+                ) from error
             raise ModelError(
                 f"{type(base.model).__name__} cannot {doing} the data's examples ({type(error).__name__}: {first}): "
                 "change model.dtype, task.max_length or model.name",
@@ -235,7 +241,8 @@ def gap(found: Tensor, wanted: Tensor, shape: torch.Size | None = None) -> float
         found, wanted = found[corner], wanted[corner]
     if found.shape != wanted.shape:
         return float("inf")
-    difference = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
+    found, wanted = found.cpu().double(), wanted.cpu().double()
+    difference = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
     return difference if np.isfinite(difference) else float("inf")
 
 
@@ -275,7 +282,9 @@ def model_inputs(base: Measurable, task: Task, batch: Batch) -> dict[str, Tensor
         given = given_to(base.model, lambda: task.losses(base.model, to_device(batch, base.device)))
     args, kwargs = given or ((), {})
     found: dict[str, Any] = {**kwargs, **({"": args} if args else {})}
-    return {name: value for name, value in found.items() if value is not None and name != "labels"}
+    return {
+        name: value for name, value in found.items() if value is not None and value is not False and name != "labels"
+    }
 
 
 def given_to(module: nn.Module, call: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -6,6 +6,7 @@ Shapes: b = examples in a batch, t = tokens.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -193,6 +194,14 @@ class Task(ABC):
         """The tensors of a batch that are padded, [rows, tokens], with what fills their shorter rows."""
         return {}
 
+    def row_lengths(self, batch: Batch) -> np.ndarray:
+        """Tokens of each row of a batch whose rows are no examples [rows]."""
+        raise NotImplementedError(f"{type(self).__name__} packs no examples into rows")
+
+    def take_rows(self, batch: Batch, rows: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """Some rows of a batch whose rows are no examples, as a batch of the examples in them, and these's numbers."""
+        raise NotImplementedError(f"{type(self).__name__} packs no examples into rows")
+
     def tokens(self, batch: Batch) -> int | None:
         """Tokens in each row of a batch, padding included; None where all rows of all batches are of one size."""
         ids = batch.get("input_ids")
@@ -307,8 +316,17 @@ def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarra
             start = end
 
 
+def without_cache(model: torch.nn.Module) -> Mapping[str, bool]:
+    """What keeps a model from building a cache of keys and values, which only a text that is being generated needs.
+
+    On a GPU it costs two waits a layer, and the memory of all keys and values.
+    """
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch where the model is."""
     if device.type == "cpu":
         return batch
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    # Apple's MPS may read the memory of a batch that is gone by then (pytorch issue 139550).
+    return {name: value.to(device, non_blocking=device.type == "cuda") for name, value in batch.items()}

@@ -33,6 +33,7 @@ class Classification(Task):
     """One class for each example; a subclass says how an example becomes inputs and inputs become logits."""
 
     metric: ClassVar[str] = "accuracy"
+    label_smoothing: float
 
     @abstractmethod
     def logits(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
@@ -48,8 +49,9 @@ class Classification(Task):
         }
 
     def losses(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b"]:
-        """Cross entropy of each example in nats."""
-        return functional.cross_entropy(self._wide_logits(model, batch), batch["labels"], reduction="none")
+        """Cross entropy of each example in nats, with the labels smoothed."""
+        logits, smoothing = self._wide_logits(model, batch), self.label_smoothing
+        return functional.cross_entropy(logits, batch["labels"], reduction="none", label_smoothing=smoothing)
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
         """For each example "loss" in nats, the numbers "label" and "predicted" of classes, "probabilities" [b, c]."""

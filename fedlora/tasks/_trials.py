@@ -61,7 +61,7 @@ def refuse_foresight(model: nn.Module, ids: np.ndarray, logits: Logits) -> None:
             try:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)  # some models hash their tokens by random rotations
-                    found.append(logits(model, batch, before.to(batch["input_ids"].device)).double())
+                    found.append(logits(model, batch, before.to(batch["input_ids"].device)).cpu().double())
             except Exception:  # a model that fails does so in training, with the example's owner to be named
                 return
     moved = (found[0] - found[1]).norm(dim=1) / found[0].norm(dim=1).clamp_min(1e-30)
@@ -97,7 +97,7 @@ def refuse_leaks(model: nn.Module, ids: np.ndarray, logits: Logits) -> None:
             chosen[:, -len(mine) :: max(1, len(mine) // LOOKED_AT)] = True
             chosen[:, -1] = True
             try:
-                found[name] = logits(model, batch, chosen).double()
+                found[name] = logits(model, batch, chosen).cpu().double()
             except Exception as error:
                 raise ModelError(
                     f"task.packing: {kind} cannot process packed examples; {cure}", code="packing-not-supported"

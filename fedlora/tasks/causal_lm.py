@@ -22,7 +22,7 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError
 from fedlora.hashing import digest_of
 from fedlora.model.reach import longest_text
-from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
+from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks, without_cache
 from fedlora.tasks._chat import PLAIN_TEMPLATE, encode_conversations, encode_texts, read_messages
 from fedlora.tasks._text import Tokens, digest_tokenizer, load_tokenizer
 from fedlora.tasks._trials import evaluating, refuse_foresight, refuse_leaks
@@ -55,6 +55,8 @@ class CausalLM(Task):
         train_on: tokens that count in a conversation: the last "answer", all the assistant's "answers", or "all".
         system: a system message for conversations that have none; None leaves it to the model's chat template.
         packing: whether several short examples share a row, to save padding; see above.
+        label_smoothing: share of the training target that is spread evenly over all tokens (Szegedy et al. 2016, arXiv
+            1512.00567, section 7); evaluation has none.
     """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -67,6 +69,7 @@ class CausalLM(Task):
     train_on: Literal["answer", "answers", "all"] = "answer"
     system: str | None = None
     packing: bool = False
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __post_init__(self) -> None:
         """Refuse fields of conversations where there are none."""
@@ -177,9 +180,22 @@ class CausalLM(Task):
             batches = numbered
         return super().join(examples, batches)
 
+    def row_lengths(self, batch: Batch) -> np.ndarray:
+        """Tokens of each packed row, without padding."""
+        return (batch["segments"] >= 0).sum(dim=1).numpy()
+
+    def take_rows(self, batch: Batch, rows: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """Some packed rows, no longer than their longest, with their examples numbered from 0 in the batch's order."""
+        width = int(self.row_lengths(batch)[rows].max())
+        taken = {name: value[torch.from_numpy(rows), :width] for name, value in batch.items()}
+        numbers = torch.unique(taken["segments"])
+        numbers = numbers[numbers >= 0]
+        taken["segments"] = torch.where(taken["segments"] < 0, -1, torch.searchsorted(numbers, taken["segments"]))
+        return taken, numbers.numpy()
+
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b"]:
-        """Mean cross entropy of each example's counted tokens, in nats."""
-        return _by_example(model, batch)[0]
+        """Mean cross entropy of each example's counted tokens, in nats, with the labels smoothed."""
+        return _by_example(model, batch, self.label_smoothing)[0]
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
         """For each example: "loss" as in `losses`, and how many "tokens" count."""
@@ -301,7 +317,9 @@ def _packed(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int, length: 
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def _by_example(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+def _by_example(
+    model: nn.Module, batch: Batch, smoothing: float = 0.0
+) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
     """Mean loss of each example's counted tokens, and their number."""
     labels = batch["labels"]
     chosen = functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # [rows, t]: what predicts a token that counts
@@ -309,7 +327,7 @@ def _by_example(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b"], Flo
     targets = labels[:, 1:][chosen[:, :-1]]
     each = torch.cat(
         [
-            functional.cross_entropy(_wide(part), target, reduction="none")
+            functional.cross_entropy(_wide(part), target, reduction="none", label_smoothing=smoothing)
             for part, target in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
         ]
     )
@@ -331,7 +349,7 @@ def _logits(model: nn.Module, batch: Batch, chosen: Bool[Tensor, "w t"]) -> Floa
     if "segments" in batch:
         # transformers knows packed rows by positions that begin anew, and gives each layer its own mask for them, with
         # its sliding window or chunk; but not where it is given a mask or keeps a cache.
-        inputs: dict[str, Any] = {"position_ids": batch["position_ids"], "use_cache": False}
+        inputs: dict[str, Any] = {"position_ids": batch["position_ids"]}
     else:
         inputs = {"attention_mask": batch["attention_mask"]}
 
@@ -344,7 +362,7 @@ def _logits(model: nn.Module, batch: Batch, chosen: Bool[Tensor, "w t"]) -> Floa
         head = None  # whoever takes its gradients by example wants to see whole rows
     handle = None if head is None else head.register_forward_pre_hook(select)
     try:
-        logits: Tensor = model(input_ids=batch["input_ids"], **inputs).logits
+        logits: Tensor = model(input_ids=batch["input_ids"], **inputs, **without_cache(model)).logits
     finally:
         if handle is not None:
             handle.remove()

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Annotated, Any, ClassVar, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedlora.assets import Checkpoint
@@ -82,12 +83,15 @@ class ImageClassification(Classification):
         labels: names of the classes in the order of their numbers. Empty: the source's own names where it has them,
             else the labels found, sorted. A node that reads its own file needs them, since it may lack a class. A
             checkpoint whose head was trained for these very classes keeps its own order of them.
+        label_smoothing: share of the training target that is spread evenly over all classes (Szegedy et al. 2016, arXiv
+            1512.00567, section 7); evaluation has none.
     """
 
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     roles: ClassVar[tuple[str, ...]] = ("image", "label")
 
     labels: tuple[str, ...] = ()
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
     def head(self) -> tuple[str, ...]:

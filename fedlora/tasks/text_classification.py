@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedlora.assets import Checkpoint
-from fedlora.tasks._base import Batch, Examples, Table, tasks
+from fedlora.tasks._base import Batch, Examples, Table, tasks, without_cache
 from fedlora.tasks._classification import Classification, classes_of
 from fedlora.tasks._text import Tokens, digest_tokenizer, encode
 
@@ -32,6 +32,8 @@ class TextClassification(Classification):
         labels: names of the classes in the order of their numbers. Empty: the source's own names where it has them,
             else the labels found, sorted. A node that reads its own file needs them, since it may lack a class. A
             checkpoint whose head was trained for these very classes keeps its own order of them.
+        label_smoothing: share of the training target that is spread evenly over all classes (Szegedy et al. 2016, arXiv
+            1512.00567, section 7); evaluation has none.
     """
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -39,6 +41,7 @@ class TextClassification(Classification):
 
     max_length: Annotated[int, Field(ge=4)] = 64
     labels: tuple[str, ...] = ()
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
     def head(self) -> tuple[str, ...]:
@@ -107,7 +110,7 @@ class TextClassification(Classification):
     def logits(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
         """The classification head's scores."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        scores: Tensor = model(**inputs).logits
+        scores: Tensor = model(**inputs, **without_cache(model)).logits
         return scores
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
+from fedlora.memory import widest
 from fedlora.model import Base
 from fedlora.privacy.dpsgd import noise, poisson_batches, secret_generator
 from fedlora.sanitize import clean_text
@@ -37,7 +38,7 @@ from fedlora.training.job import TrainJob, TrainResult, learning_rate
 from fedlora.training.loop import Client, Group, Loop, Outcome
 from fedlora.training.opacus_loop import secret_seed, train_by_opacus, unshared_losses, veiled
 from fedlora.training.row_groups import PassCost
-from fedlora.training.row_optimizer import put, take
+from fedlora.training.row_optimizer import put, sent, take
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class PrivateTrainingLoop(Loop):
 
     def _gradients(self, group: Group, batch: Batch) -> tuple[Float[Tensor, "k p"], Float[Tensor, "b"]]:
         """The sums of the clients' clipped gradients."""
-        owners = torch.tensor(group.of_examples(range(len(group.clients))), device=self._values.device)
+        owners = sent(group.of_examples(range(len(group.clients))), self._values, torch.int64)
         rows = group.of_examples([client.row for client in group.clients])
         leaves = self.leaves = self._binding.bind(self._values[rows], rows, [1] * len(rows))
         losses = self._losses(batch)
@@ -177,13 +178,14 @@ class PrivateTrainingLoop(Loop):
         self, gradients: Float[Tensor, "b p"], owners: Tensor, members: list[Client]
     ) -> Float[Tensor, "k p"]:
         """The sum of each member's gradients, each clipped to the member's C; one that is not finite counts as 0."""
-        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+        wide = widest(gradients.device)
+        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=wide)
         if not bool(norms.isfinite().all()):
             # One example's infinite or undefined gradient would make the whole sum so, whatever the noise.
             gradients[~gradients.isfinite().all(dim=1)] = 0.0
-            norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+            norms = torch.linalg.vector_norm(gradients, dim=1, dtype=wide)
         limits = [self._how[id(client)].clipping_norm(self._base.dtype) for client in members]
-        most = norms.new_tensor(limits)[owners]
+        most = sent(limits, norms)[owners]
         gradients.mul_((most / (norms + 1e-6)).clamp_(max=1.0)[:, None].to(gradients.dtype))
         return gradients.new_zeros(len(members), gradients.shape[1]).index_add_(0, owners, gradients)
 
@@ -199,7 +201,7 @@ class PrivateTrainingLoop(Loop):
         values = take(self._values, rows)
         before = values.clone() if client.done == 0 else None
         self._add_proximal(rows, values, gradient)
-        rate = learning_rate(client.done, client.config)
+        rate = learning_rate(client.done, client.steps, client.config, client.job)
         self._optimizer.step(values, gradient, rows, [rate])
         put(self._values, rows, values)
         if before is not None and rate:

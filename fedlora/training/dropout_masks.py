@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import UInt64
+from jaxtyping import Int64, UInt64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -69,11 +69,18 @@ class RowDropout(TorchFunctionMode):
         super().__init__()
         self._strict = strict
         self._keys: Keys = np.empty(0, np.uint64)
+        self._there: Tensor | None = None  # the keys on the device where masks are drawn
         self._drawn = 0
 
     def begin(self, keys: Keys) -> None:
         """The keys of the next forward pass's rows."""
-        self._keys, self._drawn = keys, 0
+        self._keys, self._drawn, self._there = keys, 0, None
+
+    def again(self) -> RowDropout:
+        """Draws, for the same rows, the masks that come next here; for a forward pass that is repeated later."""
+        copy = RowDropout(strict=self._strict)
+        copy._keys, copy._drawn, copy._there = self._keys, self._drawn, self._there
+        return copy
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -85,7 +92,8 @@ class RowDropout(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and _dropout_of(args, kwargs):
             return self._attention(*args, **kwargs)
         if func is torch.rand and (shape := self._paths(args, kwargs)) is not None:
-            drawn = _mixed(self._next_keys(len(self._keys))) >> np.uint64(40)  # 24 bits: exact in float32
+            rows, salt = self._next(len(self._keys))
+            drawn = _mixed(_mixed(self._keys[:rows] ^ np.uint64(salt))) >> np.uint64(40)  # 24 bits: exact in float32
             return torch.empty(shape, **kwargs).copy_(torch.from_numpy(drawn / (1 << 24)).view(shape))
         return func(*args, **kwargs)
 
@@ -113,32 +121,32 @@ class RowDropout(TorchFunctionMode):
         Raises:
             RowsError: the first dimension is not the batch's rows, so that nobody knows whose entry is whose.
         """
-        keys, sizes = self._next_keys(shape[0]), tuple(shape)
-        if len(keys) != shape[0]:
-            sizes = (1, *sizes)
+        rows, salt = self._next(shape[0])
+        sizes = tuple(shape) if rows == shape[0] else (1, *shape)
         if len(sizes) == 1:
             sizes = (*sizes, 1)
         cut = min(round(p * LEVELS), LEVELS - 1)
         scale = LEVELS / (LEVELS - cut)
         if like.device.type != "cpu":
-            return (_draws_on_device(keys, sizes, like.device) >= cut).to(like.dtype).mul_(scale).view(shape)
+            if self._there is None:
+                self._there = torch.from_numpy(self._keys.view(np.int64)).to(like.device)
+            keys = _mixed_on_device(self._there[:rows] ^ _signed(salt))
+            return (_draws_on_device(keys, sizes) >= cut).to(like.dtype).mul_(scale).view(shape)
         noise = torch.empty(shape, dtype=like.dtype)
-        kept = (_draws(keys, sizes) >= np.uint16(cut)).reshape(shape)
+        kept = (_draws(_mixed(self._keys[:rows] ^ np.uint64(salt)), sizes) >= np.uint16(cut)).reshape(shape)
         if noise.dtype in (torch.float32, torch.float64):
             out = noise.numpy()
             np.multiply(kept, out.dtype.type(scale), out=out)
             return noise
         return noise.copy_(torch.from_numpy(kept)).mul_(scale)
 
-    def _next_keys(self, rows: int) -> Keys:
-        """The rows' keys for the next mask of `rows` rows; the first row's alone where the mask is as one row's."""
-        keys = self._keys
-        if len(keys) != rows and len(keys) != 1:
-            if self._strict:
-                raise RowsError(f"a dropout sees {rows} rows where the batch has {len(keys)}")
-            keys = keys[:1]
+    def _next(self, rows: int) -> tuple[int, int]:
+        """How many rows' keys the next mask of `rows` rows goes by, one where it is as one row's, and its own salt."""
+        held = len(self._keys)
+        if held != rows and held != 1 and self._strict:
+            raise RowsError(f"a dropout sees {rows} rows where the batch has {held}")
         self._drawn += 1
-        return _mixed(keys ^ np.uint64(self._drawn * SECOND & (2**64 - 1)))
+        return rows if held == rows else 1, self._drawn * SECOND & (2**64 - 1)
 
     def _attention(
         self,
@@ -196,16 +204,20 @@ def _draws(keys: Keys, sizes: tuple[int, ...]) -> np.ndarray:
     return _mixed(words).view(np.uint16)[..., : sizes[-1]]
 
 
-def _draws_on_device(keys: Keys, sizes: tuple[int, ...], device: torch.device) -> Tensor:
+def _draws_on_device(keys: Int64[Tensor, "b"], sizes: tuple[int, ...]) -> Tensor:
     """`_draws` by torch, which has no unsigned words: int64 with the same bits, and the draws as int32."""
     inner = (*sizes[1:-1], -(-sizes[-1] // 4))
-    words = torch.from_numpy(keys.view(np.int64)).to(device).view(-1, *(1 for _ in inner))
+    words = keys.view(-1, *(1 for _ in inner))
     for axis, (size, stride) in enumerate(zip(inner, _strides(len(inner)), strict=True), start=1):
-        places = torch.arange(size, device=device) * _signed(stride)
+        places = torch.arange(size, device=keys.device) * _signed(stride)
         words = words + places.view(-1, *(1 for _ in inner[axis:]))
+    return _mixed_on_device(words).view(torch.int16).to(torch.int32).bitwise_and_(LEVELS - 1)[..., : sizes[-1]]
+
+
+def _mixed_on_device(words: Tensor) -> Tensor:
     for shift, factor in ((30, FIRST), (27, SECOND), (31, 1)):
         words = (words ^ (words >> shift & (1 << (64 - shift)) - 1)).mul_(_signed(factor))
-    return words.view(torch.int16).to(torch.int32).bitwise_and_(LEVELS - 1)[..., : sizes[-1]]
+    return words
 
 
 def _signed(word: int) -> int:

@@ -12,6 +12,7 @@ from fedlora.callbacks import Evaluation
 from fedlora.errors import DataError, nearest
 from fedlora.progress import activity
 from fedlora.tasks._base import Examples, Measurable, Task, length_batches, to_device
+from fedlora.training.out_of_memory import ran_out, released
 
 CPU_TOKENS = 2048
 DEVICE_TOKENS = 16384
@@ -128,9 +129,22 @@ def measure_batches(base: Measurable, task: Task, examples: Examples, batches: S
         for rows in batches:
             activity.info("evaluating: %d of %d test examples", done, count)
             done += len(rows)
-            found = task.measure(base.model, to_device(task.collate(examples, rows), base.device))
-            measured.append({name: x.detach().to("cpu", torch.float64).numpy() for name, x in found.items()})
+            measured.append(_measured(base, task, examples, rows))
     return measured
+
+
+def _measured(base: Measurable, task: Task, examples: Examples, rows: np.ndarray) -> Measures:
+    """The measures of some examples, computed in one batch, or in halves of it where memory runs out."""
+    try:
+        batch = to_device(task.collate(examples, rows), base.device)
+        # To the CPU first: Apple's MPS has no double precision.
+        return {name: found.cpu().double().numpy() for name, found in task.measure(base.model, batch).items()}
+    except Exception as error:
+        if len(rows) == 1 or base.coupled is not None or not ran_out(error):
+            raise
+        released(error)
+    halves = [_measured(base, task, examples, half) for half in np.array_split(rows, 2)]
+    return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
 
 
 def summarised(

@@ -23,6 +23,8 @@ class TrainJob:
         indices: the client's examples, as positions in the training set.
         seed: decides the batches and the dropout masks.
         proximal_mu: FedProx's mu; where it is 0, `train.proximal_mu` counts.
+        round: of the run, from 1; a schedule of the learning rate goes by it.
+        rounds: of the run in all.
     """
 
     adapter: AdapterState
@@ -30,6 +32,8 @@ class TrainJob:
     indices: np.ndarray
     seed: int
     proximal_mu: float = 0.0
+    round: int = 1
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,22 @@ def rows_of(jobs: Sequence[TrainJob], configs: Sequence[TrainConfig]) -> np.ndar
     return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of one step (from 0): linear warm-up to lr, which step `warmup_steps` is the first to have."""
-    return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+def learning_rate(step: int, steps: int, config: TrainConfig, job: TrainJob) -> float:
+    """The rate of one step.
+
+    Warm-up is linear: to lr over the first rounds, and anew in each round, where step `warmup_steps` is the first to
+    have the whole. Then the rate falls to lr_end, which the step after the run's last would have: along a line, or
+    lr_end + (lr - lr_end) (1 + cos(pi t)) / 2 (Loshchilov and Hutter 2017, arXiv 1608.03983, equation (5)) for t from 0
+    to 1.
+
+    Args:
+        step: of the round, from 0.
+        steps: of the round; of each round, as far as the schedule goes.
+        config: lr, lr_end, schedule and warm-ups.
+        job: says which round it is, and of how many.
+    """
+    done, warm = (job.round - 1) * steps + step, config.warmup_rounds * steps
+    up = min(1.0, (step + 1) / (config.warmup_steps + 1)) * min(1.0, (done + 1) / (warm + 1))
+    t = max(0.0, done - warm) / (job.rounds * steps - warm)
+    fall = {"constant": 1.0, "linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2}[config.schedule]
+    return up * (config.lr if fall == 1.0 else config.lr_end + (config.lr - config.lr_end) * fall)

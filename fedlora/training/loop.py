@@ -11,11 +11,12 @@ examples (as many as rows, where the task does not pack them).
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -28,11 +29,15 @@ from fedlora.errors import TrainingError
 from fedlora.model import Base, seeded
 from fedlora.progress import activity
 from fedlora.tasks._base import Batch, Examples, Task, to_device
+from fedlora.training.checkpointing import checkpointed
 from fedlora.training.dropout_masks import Keys, RowDropout, RowsError
 from fedlora.training.job import TrainJob, TrainResult
+from fedlora.training.out_of_memory import ran_out, released, too_large
 from fedlora.training.row_groups import PassCost, cut, pass_cost
-from fedlora.training.row_optimizer import Columns, FlatOptimizer, take
+from fedlora.training.row_optimizer import Columns, FlatOptimizer, sent, take
 from fedlora.training.stacked_lora import Alone, Stacked, cannot_stack
+
+logger = logging.getLogger(__name__)
 
 Outcome: TypeAlias = TrainResult | Exception
 """A client's result, or the error that its training raised."""
@@ -42,8 +47,8 @@ Outcome: TypeAlias = TrainResult | Exception
 class Client:
     """State of one client; `row` is its row in the matrices.
 
-    `whole` is its batch where that cannot be taken apart: a task that packs examples into rows, or a model in which
-    they depend on each other.
+    `whole` is its batch where that must be made as a whole: by a task that packs examples into rows, or for a model in
+    which they depend on each other.
     """
 
     row: int
@@ -68,16 +73,21 @@ class Group:
     Args:
         members: places of their clients in the step.
         clients: the members themselves.
-        rows: how many rows of the batch each has.
+        rows: of each client, which of its batch's.
         places: of each client's examples in its batch.
         batch: on the CPU.
     """
 
     members: list[int]
     clients: list[Client]
-    rows: list[int]
+    rows: list[np.ndarray]
     places: list[np.ndarray]
     batch: Batch
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many rows of the batch each client has."""
+        return [len(rows) for rows in self.rows]
 
     @property
     def chosen(self) -> Int[np.ndarray, "e"]:
@@ -131,7 +141,10 @@ class Loop(ABC):
         synchronize: bool,
     ) -> None:
         self._base, self._task, self._examples = base, task, examples
-        self._cost = cost or pass_cost(base)
+        micro = [config.micro_batch_size for _, config in work if config.micro_batch_size is not None]
+        self._cost = cost or replace(pass_cost(base), rows=min(micro, default=0))
+        self._under_way = (0, 0)
+        self._moving = False
         self._synchronize = synchronize
         self._clients = [Client(row, job, config) for row, (job, config) in enumerate(work)]
 
@@ -238,6 +251,8 @@ class Loop(ABC):
             stack.enter_context(seeded(seed, base.device))
             if self._dropout is not None:
                 stack.enter_context(self._dropout)
+            if any(client.config.gradient_checkpointing for client in clients):
+                stack.enter_context(checkpointed(base.model, self._dropout))
             alone = cannot_stack(base) is not None
             binding: Binding = Alone(base, self._columns) if alone else Stacked(base, self._columns, adapters)
             self._binding = stack.enter_context(binding)
@@ -255,17 +270,47 @@ class Loop(ABC):
     # ------------------------------------------------------------------------------------------ one step
 
     def _joint(self, members: list[Client]) -> None:
-        """One step of some clients; if that fails, of each of them alone, to see whose fault it is."""
+        """One step of some clients; if that fails, of each of them alone, to see whose fault it is.
+
+        Where memory ran out, the step is first taken again in passes of half as many tokens, as often as that helps.
+        """
+        error = self._tried(members)
+        while error is not None and ran_out(error) and not self._moving and self._halved():
+            error = self._tried(members)
+        if error is None:
+            return
+        if ran_out(error) and (self._moving or len(members) == 1):
+            error = too_large(error, self._base.device)
+        if self._moving:  # values and optimiser states may have changed in part, so the step cannot be taken again
+            for client in members:
+                self._fail(client, error)
+        elif len(members) == 1:
+            self._alone_failed(members[0], error)
+        else:
+            for client in members:
+                self._joint([client])
+
+    def _tried(self, members: list[Client]) -> Exception | None:
+        """What a step raised, holding nothing of it any more: a retry needs the memory of its activations."""
+        self._moving, self._under_way = False, (0, 0)
         try:
             self._step(members)
         except Exception as error:
             if isinstance(error, RowsError) and len(self._clients) > 1:
                 raise
-            if len(members) == 1:
-                self._alone_failed(members[0], error)
-                return
-            for client in members:
-                self._joint([client])
+            released(error)
+            return error
+        return None
+
+    def _halved(self) -> bool:
+        """Give passes of this base half the tokens from now on; False where the last one was a single row already."""
+        rows, tokens = self._under_way
+        if rows < 2:
+            return False
+        self._base.pass_tokens = max(1, min(self._cost.most, rows * tokens) // 2)
+        self._cost = replace(self._cost, most=self._base.pass_tokens)
+        logger.warning("memory ran out: a pass has at most %d tokens from now on", self._cost.most)
+        return True
 
     def _step(self, members: list[Client]) -> None:
         begin, computed = time.perf_counter(), 0.0
@@ -275,18 +320,20 @@ class Loop(ABC):
             if self._dropout is not None:
                 self._dropout.begin(self._keys(group))
             batch = to_device(group.batch, self._base.device)
+            self._under_way = (sum(group.sizes), self._task.tokens(batch) or 1)
             started = self._now()
             found, each = self._gradients(group, batch)
-            places = torch.tensor(group.members, device=losses.device)
+            places = sent(group.members, losses, torch.int64)
             gradients.index_add_(0, places, found)
-            owners = torch.tensor(group.of_examples(group.members), device=losses.device)
+            owners = sent(group.of_examples(group.members), losses, torch.int64)
             losses.index_add_(0, owners, each.detach().to(losses.dtype))
             computed += self._now() - started
         # Whatever can fail on the data comes before the move: a step that failed is taken again.
         tokens = [float(np.maximum(self._examples.lengths[client.chosen], 1).sum()) for client in members]
         weights = [own / sum(tokens) for own in tokens]
         started = self._now()
-        self._move(members, gradients, losses / losses.new_tensor([max(1, len(c.chosen)) for c in members]))
+        self._moving, self._under_way = True, (0, 0)
+        self._move(members, gradients, losses / sent([max(1, len(c.chosen)) for c in members], losses))
         computed += self._now() - started
         for client, weight in zip(members, weights, strict=True):
             client.compute += computed * weight
@@ -300,30 +347,39 @@ class Loop(ABC):
 
     def _groups(self, members: list[Client]) -> Iterator[Group]:
         """The step's rows, in groups of like length; in each those first whose client has the most there."""
-        if wholes := [client.whole for client in members if client.whole is not None]:
-            sizes = np.array([len(next(iter(whole.values()))) for whole in wholes])
-            for found in cut(np.array([self._task.tokens(whole) or 1 for whole in wholes]), self._cost, sizes):
-                order = sorted(found.tolist(), key=lambda k: (-sizes[k], k))
-                batch = self._task.join(self._examples, [wholes[k] for k in order])
-                own = [np.arange(len(members[k].chosen)) for k in order]
-                yield Group(order, [members[k] for k in order], sizes[order].tolist(), own, batch)
+        if self._base.coupled is not None:  # clients go one by one, and a batch in one pass
+            (client,) = members
+            assert client.whole is not None
+            rows = np.arange(len(next(iter(client.whole.values()))))
+            yield Group([0], [client], [rows], [np.arange(len(client.chosen))], client.whole)
             return
-        owners = np.repeat(np.arange(len(members)), [len(client.chosen) for client in members])
-        places = np.concatenate([np.arange(len(client.chosen)) for client in members])
-        chosen = np.concatenate([client.chosen for client in members])
-        for found in cut(self._examples.lengths[chosen], self._cost):
+        lengths = [self._lengths(client) for client in members]
+        owners = np.repeat(np.arange(len(members)), [len(own) for own in lengths])
+        rows = np.concatenate([np.arange(len(own)) for own in lengths])
+        for found in cut(np.concatenate(lengths), self._cost):
             held = np.bincount(owners[found], minlength=len(members))
             order = sorted(np.flatnonzero(held).tolist(), key=lambda k: (-held[k], k))
-            own = [np.sort(places[found[owners[found] == k]]) for k in order]
+            own = [np.sort(rows[found[owners[found] == k]]) for k in order]
             clients = [members[k] for k in order]
-            wanted = np.concatenate([c.chosen[p] for c, p in zip(clients, own, strict=True)])
-            yield Group(order, clients, held[order].tolist(), own, self._task.collate(self._examples, wanted))
+            yield Group(order, clients, own, *self._batch(clients, own))
+
+    def _lengths(self, client: Client) -> Int[np.ndarray, "n"]:
+        """Tokens of each row of a client's batch."""
+        return self._examples.lengths[client.chosen] if client.whole is None else self._task.row_lengths(client.whole)
+
+    def _batch(self, clients: list[Client], rows: list[np.ndarray]) -> tuple[list[np.ndarray], Batch]:
+        """The places of the examples in some rows of clients' batches, and these rows as one batch."""
+        if self._task.rows_are_examples:
+            wanted = np.concatenate([client.chosen[own] for client, own in zip(clients, rows, strict=True)])
+            return rows, self._task.collate(self._examples, wanted)
+        parts = [self._task.take_rows(client.whole or {}, own) for client, own in zip(clients, rows, strict=True)]
+        return [places for _, places in parts], self._task.join(self._examples, [batch for batch, _ in parts])
 
     @torch.no_grad()
     def _add_proximal(self, rows: Sequence[int], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]) -> None:
         """The gradient of (mu / 2) |w - w0|^2, FedProx's term (arXiv 1812.06127, equation (2)): mu (w - w0)."""
         if self._anchor is not None:
-            mu = values.new_tensor([self._mu[row] for row in rows])
+            mu = sent([self._mu[row] for row in rows], values)
             gradients.addcmul_(values - take(self._anchor, rows), mu[:, None])
 
     # ------------------------------------------------------------------------------------------ batches and ends

@@ -110,6 +110,7 @@ def train_by_opacus(
     optimizer = make_optimizer(parameters, config)
     plan, keys = settings.schedule, masks or secret_keys
     clip = settings.clipping_norm(base.dtype)
+    sizes = [size for size in (settings.physical_batch_size, config.micro_batch_size) if size is not None]
 
     def losses(positions: np.ndarray) -> Tensor:
         rows = job.indices[positions]
@@ -124,12 +125,12 @@ def train_by_opacus(
                 max_grad_norm=clip,
                 noise_multiplier=settings.noise_multiplier * settings.max_grad_norm / clip,
                 expected_batch_size=plan.expected_batch_size,
-                physical_batch_size=settings.physical_batch_size,
+                physical_batch_size=min(sizes, default=None),
                 after_noise=(lambda: add_proximal(parameters, anchor, mu)) if mu else None,
             ) as private,
         ):
             for step, positions in enumerate(poisson_batches(len(job.indices), plan.sample_rate, plan.steps)):
-                optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+                optimizer.param_groups[0]["lr"] = learning_rate(step, plan.steps, config, job)
                 private.step(positions, losses)
     except Exception as error:
         raise veiled(error) from error

@@ -19,7 +19,7 @@ from fedlora.tasks._base import Batch
 from fedlora.training.dropout_masks import Keys, RowDropout, RowsError, Watch, drops_out, row_keys
 from fedlora.training.job import TrainResult, batches, learning_rate, number_of_steps
 from fedlora.training.loop import Client, Group, Loop, Outcome
-from fedlora.training.row_optimizer import put, take
+from fedlora.training.row_optimizer import put, sent, take
 
 CHECK_EVERY = 32  # steps between looks at the losses on a device where looking waits for all work to end
 
@@ -45,11 +45,8 @@ class TrainingLoop(Loop):
         return RowDropout(strict=len(clients) > 1) if drops_out(self._base.model) else None, self._seeds[0]
 
     def _keys(self, group: Group) -> Keys:
-        keys = []
-        for client, rows, places in zip(group.clients, group.rows, group.places, strict=True):
-            own = np.arange(rows) if client.whole is not None else places
-            keys.append(row_keys(self._seeds[client.row], client.done, own))
-        return np.concatenate(keys)
+        own = zip(group.clients, group.rows, strict=True)
+        return np.concatenate([row_keys(self._seeds[client.row], client.done, rows) for client, rows in own])
 
     def _losses(self, batch: Batch) -> Float[Tensor, "e"]:
         if len(self._clients) == 1:
@@ -62,9 +59,9 @@ class TrainingLoop(Loop):
 
     def _gradients(self, group: Group, batch: Batch) -> tuple[Float[Tensor, "k p"], Float[Tensor, "e"]]:
         rows = [client.row for client in group.clients]
-        leaves = self._binding.bind(take(self._values, rows), rows, group.rows)
+        leaves = self._binding.bind(take(self._values, rows), rows, group.sizes)
         each = self._losses(batch)
-        shares = each.new_tensor(group.of_examples([1 / len(client.chosen) for client in group.clients]))
+        shares = sent(group.of_examples([1 / len(client.chosen) for client in group.clients]), each)
         found = torch.autograd.grad(each, leaves, shares, materialize_grads=True)
         return torch.cat([gradient.reshape(len(rows), -1) for gradient in found], dim=1), each
 
@@ -75,8 +72,8 @@ class TrainingLoop(Loop):
         if any(client.config.clip_norm is not None for client in members):
             most = [c.config.clip_norm if c.config.clip_norm is not None else float("inf") for c in members]
             norms = torch.linalg.vector_norm(gradients, dim=1)
-            gradients.mul_((values.new_tensor(most) / (norms + 1e-6)).clamp_(max=1.0)[:, None])
-        rates = [learning_rate(client.done, client.config) for client in members]
+            gradients.mul_((sent(most, values) / (norms + 1e-6)).clamp_(max=1.0)[:, None])
+        rates = [learning_rate(client.done, client.steps, client.config, client.job) for client in members]
         self._optimizer.step(values, gradients, rows, rates)
         put(self._values, rows, values)
         for client in members:
@@ -84,7 +81,7 @@ class TrainingLoop(Loop):
             client.seen += len(client.chosen)
         self._unseen.append((members, losses))
         ended = any(client.done == client.steps for client in members)
-        if ended or sum(len(clients) for clients, _ in self._unseen) >= self._look_every:
+        if ended or len(self._unseen) >= self._look_every:
             self._look()
 
     def _look(self) -> None:

@@ -35,40 +35,54 @@ class PassCost:
         fixed: of a pass, whatever is in it.
         attention: length at which attention over a row costs as much as all else; `inf`: never.
         most: tokens of a pass, padding included; a single row may have more.
+        rows: of a pass, whoever's they are; 0: as many as its tokens allow.
     """
 
     fixed: float
     attention: float
     most: int
+    rows: int = 0
+
+    def room(self, length: int) -> int:
+        """How many rows of a length a pass may have."""
+        by_tokens = max(1, self.most // length)
+        return min(by_tokens, self.rows) if self.rows else by_tokens
 
 
 def pass_cost(base: Base) -> PassCost:
     """The costs of a base, by the device and the width of the adapted layers."""
-    kind = base.device.type if base.device.type in ENTRIES else "cpu"
-    width = max((shape.d_in for shape in base.layout().values()), default=ENTRIES["cpu"] // 512)
-    return PassCost(WEIGHTS + LAUNCH[kind] / width**2, ATTENTION * width, max(512, ENTRIES[kind] // width))
+    kind, width = base.device.type if base.device.type in ENTRIES else "cpu", _width(base)
+    most = base.pass_tokens or pass_tokens(base, kind)
+    return PassCost(WEIGHTS + LAUNCH[kind] / width**2, ATTENTION * width, most)
 
 
-def cut(tokens: Int[np.ndarray, "n"], cost: PassCost, rows: Int[np.ndarray, "n"] | None = None) -> list[np.ndarray]:
+def pass_tokens(base: Base, kind: str) -> int:
+    """Tokens of a pass that a kind of device computes well."""
+    return max(512, ENTRIES[kind] // _width(base))
+
+
+def _width(base: Base) -> int:
+    return max((shape.d_in for shape in base.layout().values()), default=ENTRIES["cpu"] // 512)
+
+
+def cut(tokens: Int[np.ndarray, "n"], cost: PassCost) -> list[np.ndarray]:
     """The cheapest cut of a step into passes.
 
     Args:
         tokens: length of each row.
         cost: of a pass.
-        rows: how many rows of that length each entry stands for, which stay together; None: one.
 
     Returns:
         Places in `tokens` of each pass, its longest last; passes in ascending order of length.
     """
-    rows = np.ones_like(tokens) if rows is None else rows
     tokens = np.maximum(tokens, 1)
     order = np.argsort(tokens, kind="stable")
     lengths, firsts = np.unique(tokens[order], return_index=True)
-    before = np.concatenate([[0], np.cumsum(rows[order])])[[*firsts, len(order)]]  # rows that are shorter
+    before = np.array([*firsts, len(order)])  # rows that are shorter
     best, start = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=np.int64)
     for end, length in enumerate(lengths.tolist(), start=1):
         held = before[end] - before[:end]
-        passes = np.ceil(held / max(1, cost.most // length))
+        passes = np.ceil(held / cost.room(length))
         sums = best[:end] + passes * cost.fixed + held * (length * (1 + length / cost.attention))
         start[end] = int(sums.argmin())
         best[end] = sums[start[end]]
@@ -77,7 +91,7 @@ def cut(tokens: Int[np.ndarray, "n"], cost: PassCost, rows: Int[np.ndarray, "n"]
     while end:
         begin = int(start[end])
         places = order[ends[begin] : ends[end]]
-        passes = -(-int(rows[places].sum()) // max(1, cost.most // int(lengths[end - 1])))
-        found[:0] = [part for part in np.array_split(places, passes) if len(part)]
+        passes = -(-len(places) // cost.room(int(lengths[end - 1])))
+        found[:0] = np.array_split(places, passes)
         end = begin
     return found

@@ -144,7 +144,7 @@ class FlatOptimizer:
         """
 
         def each(numbers: Sequence[float]) -> Tensor:
-            return values.new_tensor(numbers)[:, None]
+            return sent(numbers, values)[:, None]
 
         for row in rows:
             self._steps[row] += 1
@@ -170,14 +170,19 @@ class FlatOptimizer:
             put(held, rows, now)
 
 
+def sent(numbers: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers as a tensor where another one is, in its dtype or the one given; the host does not wait for a GPU."""
+    return torch.tensor(numbers, dtype=dtype or like.dtype).to(like.device, non_blocking=like.device.type == "cuda")
+
+
 def take(held: Float[Tensor, "K p"], rows: Sequence[int]) -> Float[Tensor, "k p"]:
     """Some rows of a matrix to work on, a view where they follow each other; `put` writes them back."""
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return held[rows[0] : rows[0] + len(rows)]
-    return held[torch.as_tensor(rows, device=held.device)]
+    return held[sent(rows, held, torch.int64)]
 
 
 def put(held: Float[Tensor, "K p"], rows: Sequence[int], now: Float[Tensor, "k p"]) -> None:
     """Write back what `take` gave, where that was a copy."""
     if now.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
-        held[torch.as_tensor(rows, device=held.device)] = now
+        held[sent(rows, held, torch.int64)] = now

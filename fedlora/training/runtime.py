@@ -65,7 +65,10 @@ def setup(config: RuntimeConfig) -> Machine:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; needed by the next line
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # With warn_only torch's fused attention would take its faster backward pass, which does not repeat itself.
+        torch.use_deterministic_algorithms(config.deterministic)
+        # Nothing here reads what it has not written, and filling it is a kernel for each empty tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -75,7 +78,7 @@ def setup(config: RuntimeConfig) -> Machine:
         usable_cores=usable_cores(),
         omp_wait_policy=waits,
         keeps_memory=kept,
-        deterministic=device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
+        deterministic=device.type == "cpu" or (device.type == "cuda" and config.deterministic),
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedlora.assets import Checkpoint
 from fedlora.config import RunConfig, settle
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, ModelError, PrivacyError
 from fedlora.model import Base, base_key, load_base
 from fedlora.progress import activity
 from fedlora.provenance import WORDS, Provenance, class_names_digest
@@ -19,6 +19,8 @@ from fedlora.speedups.trial import Trial
 from fedlora.tasks import load_task
 from fedlora.tasks._base import Task
 from fedlora.tasks._own_metric import with_own_metric
+from fedlora.training.checkpointing import require_checkpoints
+from fedlora.training.cohort import why_alone
 from fedlora.training.fits import require_fit
 from fedlora.training.runtime import Machine, pass_over_libraries, setup
 from fedlora.training.stacked_lora import cannot_share
@@ -49,6 +51,11 @@ class Workspace:
     base: Base
     machine: Machine
     speedups: Speedups
+
+    @property
+    def settled(self) -> dict[str, str]:
+        """What each "auto" chose that a run keeps, for `fedlora.config.settle`."""
+        return {**self.speedups.settled, "dtype": str(self.base.dtype).removeprefix("torch.")}
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -93,9 +100,28 @@ def open_workspace(config: RunConfig) -> Workspace:
             kept = [workspace.base for workspace in _open.values()]
             _open.clear()
             workspace = _opened(config, kept)
-            _open[key] = _open[_key(settle(config, workspace.speedups.settled))] = workspace
+            _open[key] = _open[_key(settle(config, workspace.settled))] = workspace
+        _require_savings(config, _open[key].base)
         _open[key] = replace(_open[key], config=config)
         return _open[key]
+
+
+def _require_savings(config: RunConfig, base: Base) -> None:
+    """Refuse what `[train]` asks for to save memory where a base cannot do it."""
+    if config.train.micro_batch_size is not None and base.coupled is not None:
+        raise ModelError(
+            f"train.micro_batch_size would change what is trained: {base.coupled}; remove it, and lower "
+            "train.batch_size where memory is short",
+            code="batch-not-divisible",
+        )
+    if config.train.gradient_checkpointing:
+        require_checkpoints(base.model)
+        if config.example_privacy is not None and (reason := why_alone(base)) is not None:
+            raise PrivacyError(
+                f"train.gradient_checkpointing does not go with private training by Opacus's hooks, which is used here "
+                f"because {reason}: remove it, and lower privacy.physical_batch_size where memory is short",
+                code="checkpointing-with-hooks",
+            )
 
 
 def _opened(config: RunConfig, kept: list[Base]) -> Workspace:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig
 from torch import nn
@@ -98,3 +99,39 @@ def test_a_resume_with_another_learning_rate_changes_the_rounds_to_come_alone(
         "train.lr",
     ]
     assert {change.round for change in RunDir.open(rundir.path).changes} == {3}
+
+
+def test_a_client_that_does_not_fit_ends_the_run(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedlora.errors import TrainingError
+    from fedlora.tasks.text_classification import TextClassification
+
+    real = TextClassification.losses
+
+    def losses(self: TextClassification, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if model.training and bool((batch["attention_mask"].sum(dim=1) > 10).any()):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(self, model, batch)
+
+    config = tiny_config("runtime.processes=1")
+    run_simulation(config, RunDir.create(config), Callback())  # opens the workspace, which tries the model out
+    monkeypatch.setattr(TextClassification, "losses", losses)
+    config = tiny_config("runtime.processes=1", "name=small")
+    with pytest.raises(
+        TrainingError, match=r"train.batch_size.*task.max_length.*micro_batch_size.*checkpointing"
+    ) as told:
+        run_simulation(config, RunDir.create(config), Callback())
+    assert told.value.code == "out-of-memory"
+
+
+def test_a_schedule_goes_over_all_rounds(tiny_config: Callable[..., RunConfig]) -> None:
+    def losses(*overrides: str) -> list[float]:
+        config = tiny_config("runtime.processes=1", *overrides)
+        return [record["loss"] for record in run_simulation(config, RunDir.create(config), Callback()).records]
+
+    constant = losses("name=constant")
+    level = losses("name=level", "train.schedule=linear", "train.lr_end=0.01")
+    falling = losses("name=falling", "train.schedule=linear")
+    assert level == constant, "a line from lr to lr"
+    assert len({*constant[1:], *falling[1:]}) == 6, "every round's rates are others"

@@ -27,6 +27,7 @@ from fedlora.flower.messages import HeldParts
 from fedlora.model.base_history import digest_of
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
+from fedlora.tasks._base import to_device
 from fedlora.training.workspace import open_workspace
 from fedlora.wire_formats import layout_json
 
@@ -139,7 +140,7 @@ def test_flora_ends_with_an_adapter_that_does_what_base_and_adapter_do(tiny_conf
     workspace = open_workspace(tiny_config())
     workspace.base.rebase(0, ())
     workspace.base.write(adapter)
-    batch = workspace.task.collate(workspace.data.test, np.arange(8))
+    batch = to_device(workspace.task.collate(workspace.data.test, np.arange(8)), workspace.base.device)
     workspace.base.train_mode(False)
     with torch.no_grad():
         alone = workspace.task.losses(workspace.base.model, batch)

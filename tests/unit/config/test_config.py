@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ from support.errors import raises
 
 from fedlora.assets import ASSETS
 from fedlora.config import RunConfig, load_config, parse_config
+from fedlora.config._base import OPEN_TABLES
 from fedlora.errors import ConfigError
+from fedlora.foreign_names import _TABLE, our_word
+from fedlora.registry import build
+from fedlora.tasks import tasks
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -96,6 +101,13 @@ def test_another_name_in_an_open_table_drops_the_other_ones_fields() -> None:
         ("runds=3", "unknown-key", ("'runds'", "'rounds'")),
         ("train.group_by_length=true", "unknown-key", ("'train.group_by_length'", "computed together", "remove it")),
         ("train.padding_free=true", "unknown-key", ("'train.padding_free'", "task.packing = true")),
+        ("train.learning_rate=1e-3", "unknown-key", ("'train.learning_rate'", "train.lr here")),
+        ("train.per_device_train_batch_size=4", "unknown-key", ("train.batch_size here",)),
+        ("train.gradient_accumulation_steps=4", "unknown-key", ("train.micro_batch_size",)),
+        ("train.bf16=true", "unknown-key", ("model.dtype = 'bfloat16'",)),
+        ("adapter.r=4", "unknown-key", ("adapter.rank here",)),
+        ("adapter.use_rslora=true", "unknown-key", ("adapter.method = 'rslora'",)),
+        ("num_rounds=4", "unknown-key", ("rounds here",)),
         ("train.batchsize=3", "unknown-key", ("'train.batchsize'", "'batch_size'")),
         ("rounds=0", "bad-value", ("rounds", "0")),
         ("rounds=two", "bad-value", ("rounds", "'two'")),
@@ -235,3 +247,20 @@ def test_a_missing_file_is_named_where_it_was_looked_for(project: Path) -> None:
     path = project / "configs" / "run.toml"
     path.write_text("[data]\nsource = 'missing.csv'")
     assert load_config(path).data.source == str(project / "configs" / "missing.csv")
+
+
+def test_every_key_that_stands_for_a_foreign_one_is_there() -> None:
+    tables = {name: field.default for name, field in RunConfig.model_fields.items() if name not in OPEN_TABLES}
+    valid = {*RunConfig.model_fields, "partition.clients", "tracking.name"}
+    valid |= {f"{name}.{key}" for name, table in tables.items() for key in getattr(type(table), "model_fields", ())}
+    valid |= {f"task.{field.name}" for field in fields(tasks.get("causal-lm"))}
+    assert our_word("lr") is None
+    for name, answer in _TABLE.items():
+        for key in re.findall(r"(?:model|adapter|task|data|train|server|evaluation|runtime)\.\w+", answer):
+            assert key in valid, (name, key)
+        assert name not in valid
+
+
+def test_a_foreign_name_in_an_open_table_is_answered_too() -> None:
+    with pytest.raises(ConfigError, match=r"it is task.max_length here"):
+        build(tasks.get("causal-lm"), {"max_seq_length": 64}, "task 'causal-lm'")

@@ -22,6 +22,8 @@ IN_VAIN = [
     ("train.momentum=0.9", ("train.optimizer=adamw",), ("train.optimizer=sgd",)),
     ("train.warmup_steps=4", ("train.steps=4",), ("train.steps=5",)),
     ("train.warmup_steps=3", ('clients.profiles=[{name="a",steps=3}]',), ('clients.profiles=[{name="a",steps=4}]',)),
+    ("train.warmup_rounds=3", ("rounds=3",), ("rounds=4",)),
+    ("train.lr_end=1e-5", ("train.schedule=constant",), ("train.schedule=cosine",)),
     ("train.steps=9", (PROFILES,), ()),
     ("train.epochs=2", (PROFILES,), ()),
     ("train.batch_size=5", (PROFILES,), ()),

@@ -93,6 +93,13 @@ def test_a_change_of_a_round_that_was_never_done_did_not_happen() -> None:
     assert record(one, second, config("train.lr=0.2", "rounds=99", "runtime.threads=3", "model.name=x"), done=7) == one
 
 
+def test_more_rounds_change_those_to_come_under_a_schedule() -> None:
+    for schedule, told in (("constant", []), ("cosine", [Change(5, "rounds", 10, 20)])):
+        first, second = (config(f"train.schedule={schedule}", f"rounds={rounds}") for rounds in (10, 20))
+        assert refused(first, second) == []
+        assert record([], first, second, done=4) == told
+
+
 def state(number: int) -> GlobalState:
     return GlobalState(AdapterState({"m": LoraPair(torch.ones(2, 3), torch.ones(4, 2), 2.0)}, {}), 7, number)
 

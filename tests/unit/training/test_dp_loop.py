@@ -116,7 +116,7 @@ def by_opacus(
         generator=generator,
     ) as private:
         for step, sample in enumerate(samples):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, len(samples), config, job)
             private.step(sample, lambda rows: task.losses(base.model, task.collate(examples, job.indices[rows])))
     return base.read()
 

@@ -265,8 +265,39 @@ def test_epochs_are_rounded_up_to_steps(size: int, options: dict[str, Any], step
 
 
 def test_warm_up_is_linear() -> None:
-    config = TrainConfig(steps=9, lr=1.0, warmup_steps=3)
-    assert [learning_rate(step, config) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    config, in_round = TrainConfig(steps=9, lr=1.0, warmup_steps=3), [place(number, 4) for number in (1, 2)]
+    assert [learning_rate(step, 9, config, in_round[0]) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert learning_rate(0, 9, config, in_round[1]) == 0.25, "anew in each round"
+    over_rounds = TrainConfig(steps=9, lr=1.0, warmup_rounds=1.0)
+    first, second = ([learning_rate(step, 9, over_rounds, one) for step in range(9)] for one in in_round)
+    assert np.allclose(np.diff(first), 0.1)
+    assert (first[0], second) == (0.1, [1.0] * 9), "and once in the run"
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_is_transformers_over_all_rounds(schedule: Any, warm: int) -> None:
+    from transformers import get_scheduler
+
+    rounds, steps = 5, 7
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = get_scheduler(schedule, optimizer, num_warmup_steps=warm * steps, num_training_steps=rounds * steps)
+    wanted = []
+    for _ in range(rounds * steps):
+        wanted.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    config = TrainConfig(steps=steps, lr=0.3, schedule=schedule, warmup_rounds=warm)
+    found = [learning_rate(k % steps, steps, config, place(1 + k // steps, rounds)) for k in range(rounds * steps)]
+    assert found[warm * steps :] == pytest.approx(wanted[warm * steps :], abs=1e-12)
+    halved = config.model_copy(update={"lr_end": 0.15})
+    ends = [learning_rate(k % steps, steps, halved, place(1 + k // steps, rounds)) for k in range(rounds * steps)]
+    assert ends[warm * steps :] == pytest.approx([0.15 + rate / 2 for rate in wanted[warm * steps :]], abs=1e-12)
+
+
+def place(number: int, rounds: int) -> TrainJob:
+    """A job of one round."""
+    return TrainJob(AdapterState({}), ALL_PARTS, np.arange(1), 0, round=number, rounds=rounds)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

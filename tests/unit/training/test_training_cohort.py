@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from dataclasses import replace
@@ -15,38 +14,36 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cohorts import (
+    MODELS,
+    PASSES,
+    VOCABULARY,
+    WIDE,
+    Client,
+    client,
+    gap,
+    load,
+    random_base,
+    random_examples,
+    texts,
+    together,
+)
 from torch import Tensor
 
-from fedlora.adapter import ALL_PARTS, AdapterState
-from fedlora.config import AdapterConfig, ModelConfig, OpenTable, RunConfig, RuntimeConfig, TrainConfig
+from fedlora.adapter import AdapterState
+from fedlora.config import OpenTable, TrainConfig
 from fedlora.errors import ModelError, TrainingError
-from fedlora.model import Base, load_base, seeded
+from fedlora.model import Base
 from fedlora.model.dropout import set_dropout
-from fedlora.speedups.attention import choose_attention
 from fedlora.speedups.last_layer import restore_unread, skip_unread
-from fedlora.tasks import Examples, Table, Task, load_task
-from fedlora.tasks._text import Tokens
-from fedlora.tasks.image_classification import Pixels
-from fedlora.training import TrainJob, TrainResult, train, train_cohort
+from fedlora.tasks import Examples, Task, load_task
+from fedlora.training import TrainJob, TrainResult, train
 from fedlora.training.cohort import why_alone
 from fedlora.training.dropout_masks import RowDropout, _draws, _draws_on_device, row_keys
 from fedlora.training.job import batches
 from fedlora.training.row_groups import PassCost, cut
 from fedlora.training.row_optimizer import FlatOptimizer
 from fedlora.training.stacked_lora import add_pairs, blocks_of
-
-WIDE = PassCost(1e9, math.inf, 10**9)
-"""All rows of a step in one pass."""
-PASSES = (PassCost(30.0, 64.0, 300), PassCost(0.0, math.inf, 1))
-"""Some rows in a pass, and each row in one of its own."""
-
-
-def texts(folder: Path, file: Path) -> tuple[Task, Examples]:
-    task = load_task(OpenTable(name="text-classification"))
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    table = Table({name: [row[name] for row in rows] for name in rows[0]})
-    return task, task.prepare(table, folder, {"text": "text", "label": "label"}, keep=())
 
 
 @pytest.fixture(scope="module")
@@ -57,54 +54,6 @@ def task(tiny_bert: Path, tiny_csv: Path) -> Task:
 @pytest.fixture(scope="module")
 def examples(tiny_bert: Path, tiny_csv: Path) -> Examples:
     return texts(tiny_bert, tiny_csv)[1]
-
-
-def load(path: Path, task: Task, examples: Examples, dtype: str = "float64", dropout: float = 0.0) -> Base:
-    config = RunConfig(
-        model=ModelConfig(name=str(path), dtype=dtype),  # type: ignore[arg-type]
-        adapter=AdapterConfig(rank=4, dropout=dropout),
-        runtime=RuntimeConfig(device="cpu"),
-    )
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    kwargs = {**task.model_kwargs(examples), **rates}
-    base = load_base(config, task.auto_class, task.head, kwargs, task.peft_task_type)
-    choose_attention(base.model)  # as in a run
-    return base
-
-
-def adapter(base: Base, rank: int | None, seed: int) -> AdapterState:
-    """One with values everywhere, so that every tensor has a gradient."""
-    state = base.initial_adapter(0)
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(base.adapter_dtype) * 0.1
-
-    pairs = {
-        name: replace(state.pairs[name], A=draw(s.rank, s.d_in), B=draw(s.d_out, s.rank), scale=s.scale)
-        for name, s in base.layout(rank).items()
-    }
-    return AdapterState(pairs, {name: value + draw(*value.shape) for name, value in state.dense.items()})
-
-
-Client = tuple[TrainJob, TrainConfig]
-
-
-def client(base: Base, number: int, *, rank: int | None = None, size: int = 30, **changes: Any) -> Client:
-    """A client of its own values, examples, rates; `changes` are of its job or its config."""
-    job = TrainJob(adapter(base, rank, number), ALL_PARTS, np.arange(number * 20, number * 20 + size), seed=number)
-    config = TrainConfig(steps=3, batch_size=8, lr=0.01)
-    mine = {key: changes.pop(key) for key in ("trains", "proximal_mu") if key in changes}
-    return replace(job, **mine), config.model_copy(update=changes)
-
-
-def gap(one: AdapterState, other: AdapterState) -> float:
-    two = other.tensors()
-    return max(float((value - two[name]).abs().max()) for name, value in one.tensors().items())
-
-
-def together(base: Base, task: Task, examples: Examples, clients: list[Client], **kwargs: Any) -> list[Any]:
-    return train_cohort(base, task, examples, [job for job, _ in clients], [config for _, config in clients], **kwargs)
 
 
 def check_alike(base: Base, task: Task, examples: Examples, clients: list[Client], within: float = 1e-10) -> None:
@@ -223,60 +172,6 @@ def test_the_pairs_products_are_exact_up_to_their_dtypes_rounding(
 
 
 # ---------------------------------------------------------------------------------------------- models and tasks
-
-
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-DROP = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-VOCABULARY = 40
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert": ("BertConfig", {**SMALL, **DROP}),
-    "roberta": ("RobertaConfig", {**SMALL, **DROP, "max_position_embeddings": 40, "pad_token_id": 0}),
-    "distilbert": ("DistilBertConfig", {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}),
-    "gpt2": ("GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
-    "llama": ("LlamaConfig", {**SMALL, "num_key_value_heads": 1, "attention_dropout": 0.1}),
-    "qwen2": ("Qwen2Config", {**SMALL, "num_key_value_heads": 1}),
-    "vit": ("ViTConfig", {**SMALL, **DROP, "image_size": 8, "patch_size": 4}),
-}
-
-
-def random_base(name: str, folder: Path, causal: bool, **adapter: Any) -> Base:
-    """A tiny random model of an architecture, its head three classes or its vocabulary."""
-    import transformers
-
-    kind, options = MODELS[name]
-    if name != "vit":
-        options = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **options}
-    config = getattr(transformers, kind)(**options, num_labels=3)
-    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
-    auto = "AutoModelForImageClassification" if name == "vit" else auto
-    with seeded(3, torch.device("cpu")):
-        model = getattr(transformers, auto).from_config(config)
-        for parameter in model.parameters():  # so that every layer matters
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    run = RunConfig(
-        model=ModelConfig(name=str(folder), dtype="float64"),
-        adapter=AdapterConfig(**adapter),
-        runtime=RuntimeConfig(device="cpu"),
-    )
-    base = load_base(run, auto, () if causal else ("classifier", "pre_classifier", "score"), {})
-    choose_attention(base.model)
-    return base
-
-
-def random_examples(causal: bool, vit: bool) -> Examples:
-    draw = np.random.default_rng(0)
-    classes = draw.integers(0, 3, 200)
-    if vit:
-        values = draw.integers(0, 256, (200, 3, 8, 8)).astype(np.uint8)
-        pixels = Pixels(values, np.full(3, 1 / 255, np.float32), np.zeros(3, np.float32))
-        return Examples({"pixel_values": pixels}, classes, np.full(200, 5))
-    rows = [draw.integers(3, VOCABULARY, draw.integers(4, 20)) for _ in range(200)]
-    tokens = Tokens.join(rows, 0)
-    if not causal:
-        return Examples({"input_ids": tokens}, classes, tokens.lengths)
-    labels = [np.where(np.arange(len(row)) < 2, -100, row) for row in rows]
-    return Examples({"input_ids": tokens, "labels": Tokens.join(labels, -100)}, None, tokens.lengths)
 
 
 OFTEN = [("bert", False), ("gpt2", True), ("llama", True)]
@@ -508,15 +403,12 @@ def test_no_cut_is_cheaper(lengths: list[int], fixed: float, attention: float) -
     assert price(tokens, cut(tokens, cost), cost) == pytest.approx(best, rel=1e-12)
 
 
-def test_rows_that_stay_together_do() -> None:
-    found = cut(np.array([9, 4, 9]), PassCost(0.0, math.inf, 40), np.array([3, 2, 1]))
-    assert [places.tolist() for places in found] == [[1], [0, 2]]
-
-
 def test_a_device_draws_the_bits_that_a_cpu_draws() -> None:
     keys = row_keys(5, 3, np.arange(7))
     for sizes in ((7, 9, 13), (7, 4, 9, 9), (7, 5), (7, 1), (7, 2, 3, 4, 5)):
-        assert np.array_equal(_draws(keys, sizes), _draws_on_device(keys, sizes, torch.device("cpu")).numpy())
+        assert np.array_equal(
+            _draws(keys, sizes), _draws_on_device(torch.from_numpy(keys.view(np.int64)), sizes).numpy()
+        )
 
 
 def test_a_rows_masks_do_not_depend_on_its_padding_nor_on_its_company() -> None:

@@ -1,0 +1,99 @@
+"""What a plan says, against the measured rows of real shapes and against a model that is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.errors import raises
+
+from fedlora.config import RunConfig, parse_config
+from fedlora.errors import ConfigError
+from fedlora.model import load_base
+from fedlora.simulation.capacity import COPIES
+from fedlora.simulation.plan import Plan, make_plan, read_size
+from fedlora.tasks import load_task
+
+MIB, GIB = 1 << 20, 1 << 30
+QWEN = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+QWEN |= {"intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False}
+LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA |= {"intermediate_size": 14336, "vocab_size": 128256}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {"qwen": ("Qwen2Config", QWEN), "llama": ("LlamaConfig", LLAMA)}
+
+
+def config_of(name: str, folder: Path, *overrides: str) -> RunConfig:
+    """A run on a model of 7 or 8 billion parameters, of which there is a config alone."""
+    import transformers
+
+    kind, options = SHAPES[name]
+    getattr(transformers, kind)(**options).save_pretrained(folder)
+    return parse_config("", [f"model.name='{folder}'", "task.name=causal-lm", "adapter.rank=16", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "token", "adapter", "base"),
+    [
+        ("qwen", "['q_proj','v_proj']", 4.45, 20e6, 14.2),
+        ("qwen", "all-linear", 5.79, 161e6, 14.2),
+        ("llama", "['q_proj','v_proj']", 4.53, 27e6, 15.0),
+        ("llama", "all-linear", 5.79, 168e6, 15.0),
+    ],
+)
+def test_real_shapes_take_what_was_measured(
+    name: str, targets: str, token: float, adapter: float, base: float, tmp_path: Path
+) -> None:
+    found = make_plan(config_of(name, tmp_path, f"adapter.targets={targets}"), 24 * 10**9, "bfloat16")
+    assert found.token == pytest.approx(token * MIB, rel=0.03)
+    assert found.adapter == pytest.approx(adapter, rel=0.03)
+    assert found.base == pytest.approx(base * GIB, rel=0.01)
+    assert found.optimizer == COPIES * found.adapter
+    assert found.down == found.up == found.adapter * 8, "eight clients"
+
+
+def test_checkpoints_keep_the_inputs_of_layers(tmp_path: Path) -> None:
+    found = make_plan(config_of("llama", tmp_path, "train.gradient_checkpointing=true"), 24 * 10**9, "bfloat16")
+    assert found.token == pytest.approx(32 * 4096 * 2, rel=0.1)
+
+
+def test_a_plan_counts_the_weights_that_are_loaded(tiny_bert: Path) -> None:
+    config = parse_config("", [f"model.name='{tiny_bert}'", "wire.up=int8"])
+    found = make_plan(config, 10**9, "float32", "cpu")
+    task = load_task(config.task)
+    base = load_base(config, task.auto_class, task.head, {"num_labels": 2})
+    own = {id(parameter) for parameter in base.parameters.values()}
+    assert found.base == sum(value.nbytes for value in base.model.parameters() if id(value) not in own)
+    assert found.trained == sum(value.numel() for value in base.initial_adapter(0).tensors().values())
+    assert found.down == 4 * found.up
+
+
+def a_plan(room: int, wanted: int, row: int) -> Plan:
+    return Plan(1, 1, 0, 0, 0, 10, 0, 10 * room, wanted, row, 0, 0)
+
+
+def test_the_verdict_says_what_to_change() -> None:
+    assert a_plan(100, 100, 50).verdict.startswith("fits:")
+    assert a_plan(99, 100, 50).verdict.startswith("fits in smaller passes")
+    short = a_plan(49, 100, 50).verdict
+    assert short.startswith("does not fit")
+    assert "task.max_length" in short
+    assert "train.gradient_checkpointing = true" in short
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * 10**9), ("16GiB", 16 * GIB), ("80g", 80 * 10**9), ("500 MB", 5 * 10**8)]
+)
+def test_sizes_are_read_as_they_are_written(text: str, size: int) -> None:
+    assert read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "24", "big", "-1GB", "nanGB", "1e99GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with raises(ConfigError, "not-a-size", "24GB"):
+        read_size(text)
+
+
+def test_a_method_without_a_stacked_form_has_no_plan(tiny_bert: Path) -> None:
+    with raises(ConfigError, "no-plan", "side by side", "dora"):
+        make_plan(parse_config("", [f"model.name='{tiny_bert}'", "adapter.method=dora"]), 10**9, "float32", "cpu")
