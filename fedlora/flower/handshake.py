@@ -87,7 +87,7 @@ def require_same_config(content: RecordDict, config: RunConfig) -> None:
     asked = json.loads(str(content.config_records["hello"].get("config", "{}")))
     other = [table for table, own in _hashes(config).items() if asked.get(table, own) != own]
     if other:
-        names = ", ".join(table if table == "seed" else f"[{table}]" for table in other)
+        names = ", ".join(table if table in ("seed", "rounds") else f"[{table}]" for table in other)
         raise ReplyError(
             f"its config is not the server's: {names} differ: give server and nodes the same config file",
             code="other-config",
@@ -98,4 +98,5 @@ def _hashes(config: RunConfig) -> dict[str, str]:
     """A hash of each table; of the model without where it lies, since its weights have a hash of their own."""
     anywhere = config.model.model_copy(update={"name": "", "revision": None, "trust_remote_code": False})
     config = config.model_copy(update={"model": anywhere})
-    return {table: config.digest(table) for table in TABLES}
+    by_rounds = {} if config.train.schedule == "constant" else {"rounds": str(config.rounds)}
+    return {table: config.digest(table) for table in TABLES} | by_rounds

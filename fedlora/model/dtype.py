@@ -74,7 +74,7 @@ def width_of(checkpoint: Checkpoint) -> int:
 def slowdown(dtype: str, width: int) -> dict[str, Any]:
     """How many "times" as long as in float32 products [ROWS, i] by [i, i] take, there and back: the median.
 
-    Beside it "least" and "most", the quartiles, since other programs may have been at work.
+    Beside it "least" and "most", the quartiles.
     """
     return once("dtype", {"dtype": dtype, "width": width}, lambda: _measure(getattr(torch, dtype), width), anew=False)
 
@@ -92,6 +92,6 @@ def _measure(dtype: torch.dtype, width: int) -> dict[str, float]:
 
 
 def _seconds(x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> float:
-    begin = time.perf_counter()
+    begin = time.thread_time()  # of this thread alone: other programs do not count
     torch.autograd.grad(linear(x, weight), x, gradient)
-    return time.perf_counter() - begin
+    return time.thread_time() - begin

@@ -29,6 +29,7 @@ MakeConfig = Callable[..., RunConfig]
         (("seed=1",), "seed differ"),
         (("wire.up=int8", "adapter.rank=2"), "[adapter], [wire] differ"),
         (("strategy.name=ffa",), "[strategy] differ"),
+        (("train.schedule=cosine", "rounds=9"), "[train] differ"),
         (("model.dtype=bfloat16",), "[model] differ"),
     ],
 )
@@ -38,6 +39,12 @@ def test_another_config_is_refused_by_the_names_of_its_tables(
     asked = question(tiny_config(), Provenance())
     with raises(ReplyError, "other-config", names):
         require_same_config(asked, tiny_config(*override))
+
+
+def test_a_schedule_goes_by_the_number_of_rounds(tiny_config: MakeConfig) -> None:
+    asked = question(tiny_config("train.schedule=cosine"), Provenance())
+    with raises(ReplyError, "other-config", "rounds differ"):
+        require_same_config(asked, tiny_config("train.schedule=cosine", "rounds=9"))
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,9 @@ def test_a_whole_run_ends_with_the_bytes_of_the_cpu(
 ) -> None:
     found = []
     for device in ("cpu", "auto"):
-        config = tiny_config(*changes, f"name={device}", f"runtime.device={device}", "runtime.processes=1")
+        config = tiny_config(
+            "model.dtype=float32", *changes, f"name={device}", f"runtime.device={device}", "runtime.processes=1"
+        )
         with pretend_gpu() if device == "auto" else contextlib.nullcontext():
             outcome = run_simulation(config, RunDir.create(config), Callback())
             close_workspace()

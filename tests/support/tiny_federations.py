@@ -25,6 +25,7 @@ def tiny_overrides(tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> list[str]
     return [
         f"output='{tmp_path / 'runs'}'",
         f"model.name='{tiny_bert}'",
+        "model.dtype=float32",
         "adapter.rank=4",
         "adapter.targets=['query','value']",
         f"data.source='{tiny_csv}'",

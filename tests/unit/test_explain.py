@@ -58,7 +58,7 @@ def test_a_key_is_explained_by_the_string_under_it() -> None:
     assert key.doc == "Largest L2 norm of a step's gradient over all trained parameters."
     assert find_keys("privacy.delta")[0].default == REQUIRED
     assert [(key.entry, key.chooser) for key in find_keys("privacy.clip_norm")] == [("client", "privacy.unit")]
-    assert find_keys("model.dtype")[0].kind == "one of: float32, bfloat16, float16, float64"
+    assert find_keys("model.dtype")[0].kind == "one of: auto, float32, bfloat16, float16, float64"
 
 
 def test_defaults_are_those_of_the_models() -> None:
