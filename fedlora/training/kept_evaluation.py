@@ -17,6 +17,7 @@ from fedlora.probes import machine
 from fedlora.provenance import MODEL
 from fedlora.runs.environment import version_of
 from fedlora.state_io import flatten_adapter, pack, unpack
+from fedlora.tasks._base import Task
 from fedlora.training.evaluate import Measures
 from fedlora.training.workspace import Workspace
 
@@ -40,8 +41,7 @@ def kept_measures(
         measure: does it.
     """
     config = workspace.config
-    foreign = config.model.trust_remote_code or not type(workspace.task).__module__.startswith("fedlora.")
-    if config.privacy is not None or foreign:
+    if config.privacy is not None or config.model.trust_remote_code or not measured_by_us(workspace.task):
         return measure()
     path = cache_dir() / "evaluations" / f"{_key(workspace, state, base_digest, threads)}.safetensors"
     with suppress(OSError, RunDirError):
@@ -54,6 +54,11 @@ def kept_measures(
         for old in sorted(path.parent.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)[:-MOST]:
             old.unlink()
     return measures
+
+
+def measured_by_us(task: Task) -> bool:
+    """Whether no class of a task is of another package, a class around it (`evaluation.metric`) aside."""
+    return all(kind.__module__.partition(".")[0] in ("fedlora", "abc", "builtins") for kind in type(task).__mro__)
 
 
 def _key(workspace: Workspace, state: GlobalState, base_digest: str, threads: int) -> str:

@@ -24,6 +24,8 @@ from fedlora.federation.run import RunOutcome
 from fedlora.model import Base
 from fedlora.runs.outcomes import read_outcomes
 from fedlora.tasks import Examples, Task
+from fedlora.tasks._own_metric import with_own_metric
+from fedlora.tasks.text_classification import TextClassification
 from fedlora.training import kept_evaluation
 from fedlora.training.evaluate import Measures, evaluate, measure_batches
 from fedlora.training.workspace import close_workspace, open_workspace
@@ -228,6 +230,17 @@ def test_nothing_is_kept_of_a_private_run_and_a_damaged_file_is_measured_anew(
     (file,) = (tmp_path / "cache" / "evaluations").iterdir()
     file.write_bytes(file.read_bytes()[:-9] + b"different")
     assert first_line(config, measured) == (first, count)
+
+
+class Mine(TextClassification):
+    """A task of one's own."""
+
+
+def test_what_a_task_of_ones_own_measures_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.tasks._own_metric.import_named", lambda *_: lambda measures: measures["loss"])
+    for task, kept in ((TextClassification(), True), (Mine(), False)):
+        assert kept_evaluation.measured_by_us(task) == kept
+        assert kept_evaluation.measured_by_us(with_own_metric(task, f"my:{type(task).__name__}")) == kept
 
 
 def copied(folder: Path, to: Path) -> Path:
