@@ -21,6 +21,9 @@ class ModelConfig(Section):
     """Data type of the frozen base; adapters are always trained in float32 (float64 with a float64 base). "auto" is
     bfloat16 on a GPU that computes in it, and on a CPU where it was found clearly faster on this machine, else float32.
     A run keeps its choice when it goes on. Where nodes train on machines of their own, "auto" is float32."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Whether the frozen linear layers are held in 4 or 8 bits by bitsandbytes (fedlora[quantize]); heads and output
+    layer never are. `dtype` is then what they compute in."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout probability of the base in training, the same in all its layers. 0 turns it off, which rarely hurts
     adapters of low rank and is needed by `runtime.prefix_cache`. None: as the checkpoint's config says."""
@@ -29,6 +32,15 @@ class ModelConfig(Section):
     ignore_mismatched_sizes: bool = False
     """Whether weights outside the head that the checkpoint holds in another shape, or not at all, may be drawn at
     random instead of being refused. A new head, and the pooler below it, need no permission."""
+
+    @model_validator(mode="after")
+    def _may_be_quantized(self) -> ModelConfig:
+        if self.quantize is not None and self.dtype == "float64":
+            raise ConfigError(
+                f"model.quantize = {self.quantize!r} computes in 32 or 16 bits: set model.dtype = 'auto'",
+                code="dtype-too-wide",
+            )
+        return self
 
 
 class AdapterConfig(Section):

@@ -19,7 +19,12 @@ LOOSE = ("*.safetensors", "pytorch_model*.bin")
 """Other names under which weights lie, the first kind that is there."""
 
 
-def fingerprint(checkpoint: Checkpoint, commit: str | None = None, stamps: tuple[Stamp, ...] | None = None) -> str:
+def fingerprint(
+    checkpoint: Checkpoint,
+    commit: str | None = None,
+    stamps: tuple[Stamp, ...] | None = None,
+    quantize: str | None = None,
+) -> str:
     """SHA-256 of a checkpoint's weight files, its architecture, and the Python code that it may run.
 
     The same for the same files in any folder or in the hub's cache; of a hub model whose files are not in the cache it
@@ -29,11 +34,12 @@ def fingerprint(checkpoint: Checkpoint, commit: str | None = None, stamps: tuple
         checkpoint: that was loaded.
         commit: of a hub model, as transformers found it.
         stamps: of the folder when it was loaded; None: not known.
+        quantize: how the weights are quantised while they are loaded; None: not.
 
     Raises:
         ModelError: a file was changed since then.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256() if quantize is None else hashlib.sha256(f"{quantize} ".encode())
     folder = _folder(checkpoint, commit)
     if folder is None:
         digest.update(f"{checkpoint.source}@{commit or checkpoint.revision or 'main'}".encode())

@@ -26,6 +26,7 @@ from fedlora.model.new_weights import MISSING, frozen_modules, require_apart, re
 from fedlora.model.peft_methods import Method, find_method, peft_type, tuner_fields
 from fedlora.model.peft_tuners import ADAPTER
 from fedlora.model.plain import Recipe, quiet_transformers
+from fedlora.model.quantize import keep_layout, on_its_device, own_dtype, quantization
 from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape, resolve_heads, resolve_targets
 from fedlora.rng import derive
 
@@ -85,7 +86,8 @@ def load_base(
     # Parameters that the checkpoint lacks are drawn while loading: the same ones in every process.
     with seeded(derive(0, "base"), torch.device("cpu")), device if only_shapes else nullcontext():
         load = _from_config if only_shapes else _from_pretrained
-        model, absent = load(config, auto_class, model_kwargs, dtype)
+        model, absent = load(config, auto_class, model_kwargs, dtype, device)
+        dtype = own_dtype(model, dtype)
         model.requires_grad_(False)
         if config.model.dropout is not None:
             set_dropout(model, config.model.dropout)
@@ -119,7 +121,7 @@ def load_base(
         heads=heads,
         drawn=drawn,
         frozen=frozen,
-        recipe=Recipe(auto_class, checkpoint, dtype, options),
+        recipe=Recipe(auto_class, checkpoint, dtype, options, quantization(config, dtype, device)),
         notes=[*_notes(drawn, frozen, trained, names), *filter(None, [warning_of(config)])],
         plain_names=plain_names,
         seed=None if method.pairs else config.seed,
@@ -129,12 +131,12 @@ def load_base(
         key=key,
         device=device,
         dtype=dtype,
-        fingerprint=lambda: fingerprint(checkpoint, commit, stamps),
+        fingerprint=lambda: fingerprint(checkpoint, commit, stamps, config.model.quantize),
     )
 
 
 def _from_pretrained(
-    config: RunConfig, auto_class: str, model_kwargs: Mapping[str, Any], dtype: torch.dtype
+    config: RunConfig, auto_class: str, model_kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[nn.Module, dict[str, str]]:
     """The model, and the tensors that are not the checkpoint's, with what is the matter with each."""
     import transformers
@@ -151,6 +153,7 @@ def _from_pretrained(
                 output_loading_info=True,
                 **{**checkpoint.options, "revision": config.model.revision},
                 **model_kwargs,
+                **(quantization(config, dtype, device) or on_its_device(checkpoint, device)),
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -159,6 +162,7 @@ def _from_pretrained(
         raise ModelError(
             f"the model {config.model.name!r} cannot be loaded with {auto_class}: {why}", code="model-not-loadable"
         ) from error
+    keep_layout(model)
     absent = dict.fromkeys(info.get("missing_keys", ()), MISSING)
     for name, found, wanted in info.get("mismatched_keys", ()):
         absent[name] = f"has shape {list(found)} there and {list(wanted)} in the model"
@@ -166,7 +170,7 @@ def _from_pretrained(
 
 
 def _from_config(
-    config: RunConfig, auto_class: str, model_kwargs: Mapping[str, Any], dtype: torch.dtype
+    config: RunConfig, auto_class: str, model_kwargs: Mapping[str, Any], dtype: torch.dtype, _device: torch.device
 ) -> tuple[nn.Module, dict[str, str]]:
     """A model with the shapes and none of the weights that `_from_pretrained` gives."""
     import transformers

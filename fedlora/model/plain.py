@@ -28,6 +28,7 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ExportError, in_words
 from fedlora.memory import widest
 from fedlora.model.device import seeded
+from fedlora.model.quantize import keep_layout
 from fedlora.rng import derive
 
 Inputs = Mapping[str, Tensor]
@@ -51,12 +52,14 @@ class Recipe:
         checkpoint: where its files are.
         dtype: of its weights.
         options: other arguments of `from_pretrained`, such as `num_labels`.
+        quantized: those by which weights are quantised; empty: they are not.
     """
 
     auto_class: str
     checkpoint: Checkpoint
     dtype: torch.dtype
     options: Mapping[str, Any] = field(default_factory=dict)
+    quantized: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -69,10 +72,15 @@ class Recipe:
     def snippet(self) -> str:
         """Python that loads the base and the adapter in the folder beside it."""
         words = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
+        names = self.auto_class
+        if self.quantized:
+            how = self.quantized["quantization_config"].to_diff_dict()
+            names += ", BitsAndBytesConfig"
+            words += f", quantization_config=BitsAndBytesConfig(**{how!r})"
         return (
             "import torch\n"
             "from peft import PeftModel\n"
-            f"from transformers import {self.auto_class}\n\n"
+            f"from transformers import {names}\n\n"
             f"base = {self.auto_class}.from_pretrained({self.checkpoint.source!r}{words})\n"
             'model = PeftModel.from_pretrained(base, "this folder").eval()\n'
         )
@@ -82,7 +90,7 @@ class Recipe:
         import transformers
 
         auto = getattr(transformers, self.auto_class)
-        given: dict[str, Any] = self.arguments if folder is None else {"dtype": self.dtype}
+        given: dict[str, Any] = {**self.arguments, **self.quantized} if folder is None else {"dtype": self.dtype}
         if folder is not None and self.checkpoint.trust_remote_code:
             given["trust_remote_code"] = True
         with quiet_transformers():
@@ -139,6 +147,8 @@ def verify_adapter(folder: Path, recipe: Recipe, reference: Reference, device: t
     """
     with _as_export_error("plain PEFT cannot load it"):
         model = _with_adapter(folder, recipe)
+        if recipe.quantized:  # is where it was loaded, and has no wider form
+            return _require_near(reference, model, device, recipe.dtype, "plain PEFT", widen=False)
         return _require_near(reference, model.to(device), device, recipe.dtype, "plain PEFT")
 
 
@@ -160,6 +170,7 @@ def _with_adapter(folder: Path, recipe: Recipe) -> nn.Module:
     from safetensors.torch import load_file
 
     base, _ = recipe.load()
+    keep_layout(base)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model: Any = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
@@ -188,11 +199,11 @@ def _logits(model: nn.Module, batch: Inputs, device: torch.device) -> Tensor:
 
 
 def _require_near(
-    reference: Reference, model: nn.Module, device: torch.device, dtype: torch.dtype, whose: str
+    reference: Reference, model: nn.Module, device: torch.device, dtype: torch.dtype, whose: str, *, widen: bool = True
 ) -> float:
     found = Reference.of(model, reference.inputs, device)
     difference, most = reference.apart(found), TOLERANCE[dtype]
-    wider = WIDER.get(dtype)
+    wider = WIDER.get(dtype) if widen else None
     if most < difference <= LARGEST and wider is not None and wider.itemsize <= widest(device).itemsize:
         exact = Reference.of(model.to(wider), reference.inputs, device)
         difference, most = reference.apart(exact), min(max(most, ROUNDINGS * found.apart(exact)), LARGEST)

@@ -43,7 +43,7 @@ def load_adapted(
 
     dtype = choose_dtype(config)
     with seeded(derive(0, "base"), torch.device("cpu")):
-        model, absent = _from_pretrained(config, auto_class, model_kwargs, dtype)
+        model, absent = _from_pretrained(config, auto_class, model_kwargs, dtype, device)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -65,7 +65,8 @@ def load_adapted(
             "that the adapter was trained on, or export the adapter again",
             code="tensors-missing",
         )
-    adapted.to(device)
+    if not getattr(model, "is_quantized", False):
+        adapted.to(device)
     return adapted
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -298,11 +299,18 @@ def widened(model: torch.nn.Module) -> Iterator[float]:
     else:
         wide = torch.float16  # no dtype below is narrower
     kept = [(t, t.data) for t in tensors if t.dtype.itemsize < wide.itemsize]
+    # Layers of 4 bits (bitsandbytes) compute in a dtype of their own, of at most 32 bits.
+    computing: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)]
+    before = [module.compute_dtype for module in computing]
     try:
         for tensor, data in kept:
             tensor.data = data.to(wide)
+        for module in computing:
+            module.compute_dtype = torch.float32
         yield 1e-5 if wide == torch.float64 else _tolerance(model)
     finally:
+        for module, dtype in zip(computing, before, strict=True):
+            module.compute_dtype = dtype
         for tensor, data in kept:
             tensor.data = data
 

@@ -204,14 +204,14 @@ def _stored(base: Base, config: RunConfig) -> Iterator[int]:
     own = {id(parameter) for parameter in base.parameters.values()}
     output = getattr(base.model, "get_output_embeddings", lambda: None)()
     whole = {id(parameter) for parameter in base.model.parameters()} - own
-    if (quantize := getattr(config.model, "quantize", None)) is not None:
+    if config.model.quantize is not None:
         for name, module in base.model.named_modules():
             if is_linear(module) and module is not output and not in_any(name, base.heads) and "lora_" not in name:
                 weight: Any = module.weight
                 if id(weight) in whole:
                     whole.remove(id(weight))
                     rows = weight.shape[0]
-                    yield round(weight.numel() * NF4) if quantize == "nf4" else weight.numel() + 4 * rows
+                    yield round(weight.numel() * NF4) if config.model.quantize == "nf4" else weight.numel() + 4 * rows
     yield from (parameter.nbytes for parameter in base.model.parameters() if id(parameter) in whole)
 
 

@@ -220,8 +220,10 @@ def cannot_stack(base: Base) -> str | None:
 
     if not base.method.pairs or base.method.magnitudes:
         return f"adapter.method {base.method.name!r} has no stacked form"
-    for name, layer in base.pair_layers.items():
-        if type(layer) is not Linear:
+    layers: Mapping[str, Any] = base.pair_layers
+    for name, layer in layers.items():
+        # PEFT's layers around bitsandbytes' quantised ones add the same pair to what these give.
+        if type(layer) is not Linear and type(layer).__module__ != "peft.tuners.lora.bnb":
             return f"{name} is adapted by {type(layer).__name__}, which has no stacked form"
         if ADAPTER in layer.lora_variant or layer.lora_bias.get(ADAPTER, False):
             return f"{name} has a variant of LoRA without a stacked form"

@@ -99,7 +99,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def random_base(
-    name: str, folder: Path, causal: bool, dtype: str = "float64", device: str = "cpu", **adapter: Any
+    name: str,
+    folder: Path,
+    causal: bool,
+    dtype: str = "float64",
+    device: str = "cpu",
+    quantize: str | None = None,
+    **adapter: Any,
 ) -> Base:
     """A tiny random model of an architecture, its head three classes or its vocabulary."""
     import transformers
@@ -116,7 +122,7 @@ def random_base(
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     run = RunConfig(
-        model=ModelConfig(name=str(folder), dtype=dtype),  # type: ignore[arg-type]
+        model=ModelConfig(name=str(folder), dtype=dtype, quantize=quantize),  # type: ignore[arg-type]
         adapter=AdapterConfig(**adapter),
         runtime=RuntimeConfig(device=device),
     )

@@ -57,6 +57,12 @@ def test_checkpoints_keep_the_inputs_of_layers(tmp_path: Path) -> None:
     assert found.token == pytest.approx(32 * 4096 * 2, rel=0.1)
 
 
+@pytest.mark.parametrize(("quantize", "base"), [("nf4", 5.3), ("int8", 8.5)])
+def test_a_quantised_base_is_smaller_by_its_bits(quantize: str, base: float, tmp_path: Path) -> None:
+    found = make_plan(config_of("llama", tmp_path, f"model.quantize={quantize}"), 24 * 10**9, "bfloat16")
+    assert found.base == pytest.approx(base * GIB, rel=0.02)
+
+
 def test_a_plan_counts_the_weights_that_are_loaded(tiny_bert: Path) -> None:
     config = parse_config("", [f"model.name='{tiny_bert}'", "wire.up=int8"])
     found = make_plan(config, 10**9, "float32", "cpu")
