@@ -88,7 +88,7 @@ def attack(tiny_bert: Path) -> Iterator[Attack]:
             guard.watch(worker)
             try:
                 until(lambda: (folder / "socket" / "w.sock").exists(), lambda: (folder / "worker.log").read_text())
-                outcomes = attacked(folder, config, forbidden, worker.pid)
+                outcomes = attacked(folder, config, forbidden, worker.pid, guard)
                 assert worker.poll() is None, "the worker is gone"
             finally:
                 worker.terminate()
@@ -145,8 +145,8 @@ def give(path: Path, user: int) -> None:
         os.chown(one, user, user)
 
 
-def attacked(folder: Path, config: RunConfig, forbidden: RunConfig, worker: int) -> dict[str, Any]:
-    """Run the hostile app; its outcomes."""
+def attacked(folder: Path, config: RunConfig, forbidden: RunConfig, worker: int, guard: Guard) -> dict[str, Any]:
+    """Run the hostile app, which ends with the test; its outcomes."""
     site = folder / "site"
     facts = {
         "socket": f"{folder}/socket/w.sock",
@@ -174,6 +174,7 @@ def attacked(folder: Path, config: RunConfig, forbidden: RunConfig, worker: int)
         stderr=subprocess.PIPE,
         cwd=folder / "app",
     )
+    guard.watch(app)
     said, errors = app.communicate(timeout=500)
     assert app.returncode == 0, errors.decode()
     found: dict[str, Any] = json.loads(said.splitlines()[-1])

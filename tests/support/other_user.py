@@ -38,13 +38,13 @@ def command_as(uid: int, groups: Sequence[int], command: Sequence[str]) -> list[
     more = ["--groups", ",".join(map(str, groups))] if groups else ["--clear-groups"]
     inner = ["setpriv", "--reuid", str(uid), "--regid", str(uid), *more, "--no-new-privs", "--", *command]
     closed = {found: path for path in NEEDED if (found := _closed_folder(path)) is not None}
-    steps = ["set -e", "keep=$(mktemp -d /tmp/fedlora-kept-XXXXXX)"]
+    steps = ["set -e", "keep=$(mktemp -d /tmp/fedlora-kept-XXXXXX)", 'mount -t tmpfs none "$keep"']
     for folder, path in closed.items():
         place = f'"$keep{path}"'
         steps += [f"mkdir -p {place}", f"mount --bind {shlex.quote(str(path))} {place}"]
         steps += [f"mount -t tmpfs -o mode=755 none {shlex.quote(str(folder))}"]
         steps += [f"mkdir -p {shlex.quote(str(path))}", f"mount --bind {place} {shlex.quote(str(path))}"]
-    steps += [f"exec {shlex.join(inner)}"]
+    steps += ['umount --lazy "$keep"', 'rmdir "$keep"', f"exec {shlex.join(inner)}"]
     return ["unshare", "--mount", "--propagation", "private", "sh", "-c", "\n".join(steps)] if closed else inner
 
 
