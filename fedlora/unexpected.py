@@ -1,16 +1,19 @@
 """The net below `FedloraError`: one line for an exception that nobody foresaw, and a file that keeps its traceback.
 
 A mistake that a user can make is a `FedloraError` where it is found, with the cure. What is caught here is the rest:
-the system's own errors (a full disk, no permission, no memory), which get a line of their own, and faults of fedlora or
-of the libraries below it, whose traceback is of use to whoever mends them and to nobody else.
+the system's own errors (a full disk, no permission, no memory), which get a line of their own; faults of a user's own
+code, such as a rule, which are named by file and line; and faults of fedlora or of the libraries below it, whose
+traceback is of use to whoever mends them and to nobody else.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import platform
 import sys
+import sysconfig
 import traceback
 from datetime import datetime
 from pathlib import Path
@@ -53,7 +56,26 @@ def describe_exception(error: BaseException) -> str:
     first = clean_text(next(iter(str(error).splitlines()), ""), 200)
     log = keep_traceback(error)
     known = "rerun with --debug for the traceback" if log is None else f"the traceback is in {log}"
-    return f"unexpected {kind}{': ' if first else ''}{first}; {known} (please report it)"
+    what = f"{kind}{': ' if first else ''}{first}"
+    if (own := _place_in_own_code(error)) is not None:
+        return f"your code fails in {clean_text(own, 300)}: {what}; {known}"
+    return f"unexpected {what}; {known} (please report it)"
+
+
+def _place_in_own_code(error: BaseException) -> str | None:
+    """File and line of a user's code that fedlora called and that failed, by itself or in what it called."""
+    installed = [str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))]
+
+    def is_own(file: str) -> bool:
+        return Path(file).is_file() and not any(Path(file).is_relative_to(folder) for folder in installed)
+
+    if isinstance(error, SyntaxError) and error.filename is not None and is_own(error.filename):
+        return f"{error.filename}, line {error.lineno}"
+    called = itertools.dropwhile(
+        lambda frame: not Path(frame.filename).is_relative_to(installed[0]), traceback.extract_tb(error.__traceback__)
+    )
+    own = [frame for frame in called if is_own(frame.filename)]
+    return f"{own[-1].filename}, line {own[-1].lineno}" if own else None
 
 
 def keep_traceback(error: BaseException) -> Path | None:

@@ -114,6 +114,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_FLWR_HOME, ignore_errors=True)
 
 
+@pytest.fixture
+def faults_are_fedloras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test puts in fedlora's place and raises there is no user's own code."""
+    monkeypatch.setattr("fedlora.unexpected._place_in_own_code", lambda error: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """240 short texts with columns text, label ("negative" or "positive"), domain ("films" or "phones") and document.

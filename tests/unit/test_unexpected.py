@@ -97,6 +97,7 @@ def test_old_files_are_removed_and_a_folder_that_cannot_be_made_is_no_second_err
         (BrokenPipeError(), 0, ""),
     ],
 )
+@pytest.mark.usefixtures("faults_are_fedloras")
 def test_every_command_ends_in_one_line(
     error: BaseException, status: int, words: str, tiny_toml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def broken(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tiny_toml
 
 
+@pytest.mark.usefixtures("faults_are_fedloras")
 def test_a_fault_of_the_program_ends_a_simulation_and_frees_its_place(broken: Path, tmp_path: Path) -> None:
     """On real machines such a client is left out; here it would be left out of every round, and the run exit 0."""
     result = CliRunner().invoke(app, ["run", str(broken)])
@@ -176,16 +178,16 @@ def test_a_fault_of_the_program_ends_a_simulation_and_frees_its_place(broken: Pa
 def test_a_run_that_has_trained_keeps_its_folder(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(tiny_toml)
     run = RunDir.create(config)
-    evaluate = evaluator.evaluate
+    summarised = evaluator.summarised
     calls = []
 
     def fail_later(*args: object, **options: object) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return evaluate(*args, **options)  # type: ignore[arg-type]
+        return summarised(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluator, "evaluate", fail_later)
+    monkeypatch.setattr(evaluator, "summarised", fail_later)
     with pytest.raises(OSError, match="No space"):
         run_simulation(config, run)
     assert not run.discard_if_untrained()
@@ -229,3 +231,36 @@ def test_half_a_folder_is_no_run(tiny_toml: Path, monkeypatch: pytest.MonkeyPatc
         with raises(RunDirError, "folder-not-writable", "No space"):
             RunDir.create(config)
     RunDir.create(config)
+
+
+RULE = """
+from dataclasses import dataclass
+from fedlora.aggregators.fedavg import FedAvg
+
+@dataclass(frozen=True)
+class Mine(FedAvg):
+    def aggregate(self, state, updates):
+        {line}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("return state.no_such_thing", "AttributeError: 'GlobalState' object has no attribute 'no_such_thing'"),
+        ("return super().aggregate(state, [1])", "AttributeError: 'int' object has no attribute"),  # below it
+        ("return )", "SyntaxError: unmatched ')'"),
+    ],
+)
+def test_a_fault_of_a_users_rule_is_named_by_its_file_and_line(
+    tiny_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str
+) -> None:
+    name = f"own_rule_{abs(hash(line))}"
+    (tmp_path / f"{name}.py").write_text(RULE.format(line=line))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = CliRunner().invoke(app, ["run", str(tiny_toml), "--set", f"strategy.name={name}:Mine"])
+    assert found.exit_code == 1
+    (last,) = [row for row in found.stderr.splitlines() if row.startswith("error: ")]
+    assert last.startswith(f"error: your code fails in {tmp_path / name}.py, line 8: {said}"), last
+    assert "report" not in last

@@ -242,6 +242,7 @@ def test_ctrl_c_before_anything_was_kept(cli: Cli, tiny_toml: Path, monkeypatch:
     assert (result.exit_code, result.stderr) == (130, "stopped; nothing was kept\n")
 
 
+@pytest.mark.usefixtures("faults_are_fedloras")
 def test_an_error_that_is_a_bug_is_not_hidden(cli: Cli, tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_args: object, **_kwargs: object) -> None:
         raise ZeroDivisionError

@@ -231,6 +231,7 @@ def test_a_run_that_fails_stops_no_other(toml: Path, tmp_path: Path, pretend: li
     assert nothing.failed["a"] == "none of its alternatives could be run"
 
 
+@pytest.mark.usefixtures("faults_are_fedloras")
 def test_a_bug_in_one_run_is_kept_in_a_file(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
     monkeypatch.setattr(_workers, "complete", lambda *_: 1 / 0)
