@@ -65,6 +65,7 @@ def configs(tiny_bert: Path, files: Path, tmp_path: Path) -> Callable[..., tuple
             "runtime.threads=1",
             "runtime.cohort=1",
             "runtime.kernels=off",
+            "model.dtype=float32",
             "rounds=2",
             *overrides,
         ]

@@ -383,6 +383,7 @@ def federated(tiny_bert: Path, reviews: Rows, tmp_path: Path) -> Callable[..., t
                 "task.name=text-classification",
                 "task.labels=['negative','positive']",
                 "data.source=nodes",
+                "model.dtype=float32",
                 f"data.test='{tmp_path / 'test.csv'}'",
                 "partition.name=nodes",
                 "partition.clients=2",

@@ -55,7 +55,7 @@ def own(tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> MakeConfig:
             *("data.source=nodes", "partition.name=nodes", "partition.clients=2", f"model.name='{tiny_bert}'"),
             *("adapter.targets=['query','value']", "adapter.rank=4", "task.name=text-classification", "rounds=2"),
             *("task.labels=['negative','positive']", f"data.test='{tmp_path}/test.csv'", f"output='{tmp_path}/runs'"),
-            *("runtime.threads=1", "runtime.kernels=off", "runtime.cohort=1", "train.lr=0.01"),
+            *("runtime.threads=1", "runtime.kernels=off", "runtime.cohort=1", "train.lr=0.01", "model.dtype=float32"),
         ]
         given = {one.partition("=")[0] for one in overrides}
         return parse_config("", [*(one for one in fixed if one.partition("=")[0] not in given), *overrides], name="own")
