@@ -35,6 +35,7 @@ sleeper = (
     "open(sys.argv[1], 'a').write(f'{os.getpid()} '); time.sleep(600)"
 )
 command = [sys.executable, "-c", sleeper]
+up.home_of = lambda folder: folder
 up.programs = lambda folder: [up.Program(name, [*command, str(folder / name)], folder) for name in ("a", "b")]
 up.up(folder, lambda line: print(line, flush=True), pause_s=0.2)
 """
