@@ -86,7 +86,8 @@ def centralised(
         for k, rows in enumerate(workspace.data.clients)
     )
     batch = min(math.ceil(seen / steps), len(pooled))
-    once = config.train.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
+    whole = longer(config.train, config.rounds)
+    once = whole.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
     (row,) = _train_and_test(workspace, [(pooled, once, "centralised")])
     figure = f"{workspace.task.metric} {row[workspace.task.metric]:.4f}"
     report(f"centralised: {steps} steps of batch {batch} on {len(pooled)} examples: {figure}")
@@ -104,10 +105,9 @@ def expected_examples(workspace: Workspace) -> int:
 
 
 def longer(once: TrainConfig, rounds: int) -> TrainConfig:
-    """The same training for `rounds` rounds at once."""
-    if once.steps is not None:
-        return once.model_copy(update={"steps": once.steps * rounds})
-    return once.model_copy(update={"epochs": (once.epochs or 1.0) * rounds})
+    """The same training for `rounds` rounds at once, as one round with the schedule of all."""
+    length = {"epochs": (once.epochs or 1.0) * rounds} if once.steps is None else {"steps": once.steps * rounds}
+    return once.model_copy(update={**length, "warmup_rounds": once.warmup_rounds / rounds})
 
 
 def spread_over_domains(domains: Sequence[str] | None, clients: int, number: int) -> list[int]:

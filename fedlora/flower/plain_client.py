@@ -65,6 +65,8 @@ def train_plain(message: Message, context: Context) -> Message:
         indices=indices,
         seed=derive(config.seed, "train", number, client_id),
         proximal_mu=config.train.proximal_mu if mu is None else mu,
+        round=max(1, number),
+        rounds=max(config.rounds, number),  # the server goes on as long as it likes: past the config's, at the end
     )
     how = config.train if lr is None else config.train.model_copy(update={"lr": lr})
     done = train(workspace.base, workspace.task, workspace.data.train, job, how)

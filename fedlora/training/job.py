@@ -124,6 +124,8 @@ def learning_rate(step: int, steps: int, config: TrainConfig, job: TrainJob) -> 
     """
     done, warm = (job.round - 1) * steps + step, config.warmup_rounds * steps
     up = min(1.0, (step + 1) / (config.warmup_steps + 1)) * min(1.0, (done + 1) / (warm + 1))
-    t = max(0.0, done - warm) / (job.rounds * steps - warm)
-    fall = {"constant": 1.0, "linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2}[config.schedule]
-    return up * (config.lr if fall == 1.0 else config.lr_end + (config.lr - config.lr_end) * fall)
+    if config.schedule == "constant" or done <= warm:
+        return up * config.lr
+    t = (done - warm) / (job.rounds * steps - warm)
+    fall = 1 - t if config.schedule == "linear" else (1 + math.cos(math.pi * t)) / 2
+    return up * (config.lr_end + (config.lr - config.lr_end) * fall)

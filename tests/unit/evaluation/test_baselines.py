@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.errors import raises
 
+from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import RunConfig, TrainConfig, parse_config
 from fedlora.data.describe import main_domains
 from fedlora.errors import ConfigError
@@ -19,6 +20,7 @@ from fedlora.evaluation.baselines import (
     spread_over_domains,
 )
 from fedlora.training import Workspace, open_workspace
+from fedlora.training.job import TrainJob, learning_rate
 
 
 @pytest.fixture
@@ -100,6 +102,26 @@ def test_longer_training_multiplies_what_the_config_gives() -> None:
     assert longer(TrainConfig(steps=3), 4).steps == 12
     assert longer(TrainConfig(epochs=0.5), 4).epochs == 2.0
     assert longer(TrainConfig(), 4).epochs == 4.0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup_rounds", [0.0, 0.5, 1.0])
+def test_a_baseline_has_the_learning_rates_of_the_run(schedule: str, warmup_rounds: float) -> None:
+    rounds, steps = 3, 4
+    once = TrainConfig(steps=steps, schedule=schedule, warmup_rounds=warmup_rounds, lr_end=1e-5)  # type: ignore[arg-type]
+    job = TrainJob(AdapterState(), ALL_PARTS, np.empty(0, np.int64), 0)
+    places = [(k % steps, replace(job, round=1 + k // steps, rounds=rounds)) for k in range(rounds * steps)]
+    whole = longer(once, rounds)
+    assert [learning_rate(k, rounds * steps, whole, job) for k in range(rounds * steps)] == pytest.approx(
+        [learning_rate(step, steps, once, place) for step, place in places]
+    )
+
+
+def test_baselines_go_by_a_schedule_over_the_whole_run(config: RunConfig) -> None:
+    train = config.train.model_copy(update={"schedule": "cosine", "warmup_rounds": 1.0})
+    workspace = open_workspace(config.model_copy(update={"train": train}))
+    alone, together = local_only(workspace, [0])["clients"][0], centralised(workspace)
+    assert (alone["steps"], together["steps"]) == (4, 4)
 
 
 def test_no_client_is_refused(workspace: Workspace) -> None:
