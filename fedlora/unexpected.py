@@ -45,21 +45,28 @@ def describe_exception(error: BaseException) -> str:
         >>> describe_exception(OSError(28, "No space left on device", "runs/a"))[:40]
         "'runs/a': No space left on device; free "
     """
-    kind = type(error).__name__
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":  # torch's own, of a GPU
+    if ran_out(error):
         first = clean_text(str(error).split(". ")[0], 200)
         return f"memory ran out{f' ({first})' if first else ''}: {CURES[errno.ENOMEM]}"
     if isinstance(error, OSError) and error.errno in errno.errorcode and error.strerror:
         where = "" if error.filename is None else f"{clean_text(repr(str(error.filename)), 300)}: "
         cure = CURES.get(error.errno or 0)
         return f"{where}{error.strerror}" + (f"; {cure}" if cure else "")
-    first = clean_text(next(iter(str(error).splitlines()), ""), 200)
+    kind, first = type(error).__name__, clean_text(next(iter(str(error).splitlines()), ""), 200)
     log = keep_traceback(error)
     known = "rerun with --debug for the traceback" if log is None else f"the traceback is in {log}"
     what = f"{kind}{': ' if first else ''}{first}"
     if (own := _place_in_own_code(error)) is not None:
         return f"your code fails in {clean_text(own, 300)}: {what}; {known}"
     return f"unexpected {what}; {known} (please report it)"
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; torch has a class for it on CUDA alone."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
 
 
 def _place_in_own_code(error: BaseException) -> str | None:

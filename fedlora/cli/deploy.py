@@ -101,7 +101,7 @@ def sign(
 
         from fedlora.deploy.signing import RUN, app_of, read_app, write_signature
         from fedlora.flower.app_config import by_itself
-        from fedlora.node_worker.socket import code_digest
+        from fedlora.hashing import code_digest
         from fedlora.site.approvals import config_hash
         from fedlora.site.signatures import Statement, public_line, read_key, sign
 
@@ -129,7 +129,7 @@ def doctor(
         from fedlora.deploy.signing import read_app
         from fedlora.flower.app_config import by_itself
         from fedlora.flower.node_list import registered_nodes
-        from fedlora.node_worker.socket import code_digest
+        from fedlora.hashing import code_digest
 
         def read(file: Path) -> Run:
             config, signature = read_app(file)

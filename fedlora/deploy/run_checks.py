@@ -5,7 +5,6 @@ On a node the site's policy comes first, as it does in its worker: of a config t
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from fedlora.deploy.project import read_toml
 from fedlora.errors import ConfigError, FedloraError, PolicyError, PrivacyError
 from fedlora.site.approvals import Approvals, config_hash
 from fedlora.site.audit_log import AUDIT_LOG, read_log
-from fedlora.site.gate import require_config
+from fedlora.site.gate import refused, require_config, require_signature
 from fedlora.site.policy import Policy, load_policy
-from fedlora.site.signatures import NotSignedError, Signer, require_signed
 
 
 @dataclass(frozen=True)
@@ -116,18 +114,11 @@ def _require_allowed(policy: Policy, site: Path, run: Run, client_id: int, *, ow
             "node-config.toml, or start the run with more clients",
             code="no-such-client",
         )
-    if policy.signers is not None:
-        known, today = [Signer.read(line) for line in policy.signers], datetime.datetime.now(datetime.UTC).date()
-        try:
-            require_signed(known, run.signature, config_hash(run.config), run.code, today)
-        except NotSignedError as error:
-            raise PolicyError("signers", str(error), code="refused-by-policy") from None
+    require_signature(policy, run.signature, run.config, run.code)
     require_config(policy, run.config, client_id, own_data=own_data)
     if policy.approval and (digest := config_hash(run.config)) not in Approvals(site).approved():
-        raise PolicyError(
-            "approval",
-            f"config {digest} waits, or will: once the run has asked, fedlora node approve {site} {digest}",
-            code="refused-by-policy",
+        raise refused(
+            "approval", f"config {digest} waits, or will: once the run has asked, fedlora node approve {site} {digest}"
         )
 
 
@@ -135,7 +126,6 @@ def _base_model(config: RunConfig, policy: Policy | None = None) -> str:
     """What is said of the base model's weights on this machine."""
     from fedlora.assets import Checkpoint
     from fedlora.model.fingerprint import fingerprint
-    from fedlora.site.gate import refused
 
     found = fingerprint(Checkpoint.of(config.model))
     wanted = None if policy is None or policy.base_models is None else policy.base_models.get(config.model.name)
@@ -159,7 +149,6 @@ def _readable(config: RunConfig) -> str:
 def _ledger(config: RunConfig, path: object, policy: Policy, client_id: int) -> str:
     """What is said of the ledger; PrivacyError or PolicyError where it does not allow a round."""
     from fedlora.privacy.ledger import Ledger
-    from fedlora.site.gate import refused
     from fedlora.training.dp_settings import private_settings, require_privacy
 
     if not path:

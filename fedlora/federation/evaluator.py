@@ -24,7 +24,7 @@ from fedlora.federation.client_pool import (
     Sums,
 )
 from fedlora.federation.evaluation_sample import sample_size, stratified
-from fedlora.model.base_history import bring_to
+from fedlora.model.base_history import show
 from fedlora.progress import SAMPLED
 from fedlora.rng import derive
 from fedlora.tasks import Examples
@@ -56,8 +56,7 @@ class Evaluator:
             state: Any of the run.
             digests: Of the base by version, as this run has made them.
         """
-        bring_to(self._workspace.base, state, digests)
-        self._workspace.base.write(state.adapter)
+        show(self._workspace.base, state, digests)
 
     def measure(
         self,
@@ -115,7 +114,6 @@ class Evaluator:
     ) -> Evaluation:
         base, task, data = self._workspace.base, self._workspace.task, self._workspace.data
         domains = domains_of(examples, data.domain_column if part == "test" else None)
-
         processes = self._pool.measuring
 
         def batches_measured(batches: Sequence[np.ndarray]) -> Sequence[Measures]:

@@ -29,7 +29,7 @@ from fedlora.federation.client_pool import (
 from fedlora.federation.planner import Held, Planned, Planner
 from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, head_nbytes, note_head, update_head
 from fedlora.federation.screen import Screen
-from fedlora.model.base_history import bring_to
+from fedlora.model.base_history import bring_to, show
 from fedlora.sanitize import clean_text
 from fedlora.training.evaluate import Measures, measure_batches
 from fedlora.training.workspace import Workspace
@@ -102,10 +102,9 @@ class LocalClients(SimulatedClients):
         yield from self.evaluate_some(request, [self._clients[client_id] for client_id in request.clients], held, parts)
 
     def measured(self, request: RoundRequest, part: ServerPart, batches: Sequence[np.ndarray]) -> list[Measures]:
-        """Measure the request's state on examples of the server's; see `ClientPool.measure`."""
+        """Measure the request's state on examples of the server's; see `MeasuringProcesses.measure`."""
         base, data = self._workspace.base, self._workspace.data
-        bring_to(base, request.state, request.digests)
-        base.write(request.state.adapter)
+        show(base, request.state, request.digests)
         examples = data.require_test() if part == "test" else data.validation
         assert examples is not None
         return measure_batches(base, self._workspace.task, examples, batches)
@@ -121,8 +120,7 @@ class LocalClients(SimulatedClients):
             held: What each holds; changed in place.
             parts: See `ClientPool`.
         """
-        bring_to(self._workspace.base, request.state, request.digests)
-        self._workspace.base.write(request.state.adapter)
+        show(self._workspace.base, request.state, request.digests)
         return [self._evaluated(request, *pair, parts) for pair in zip(clients, held, strict=True)]
 
     def _evaluated(

@@ -56,6 +56,12 @@ def bring_to(base: Base, state: GlobalState, digests: Mapping[int, str]) -> None
     follow(base, chain, state.base_version, digests[state.base_version], since)
 
 
+def show(base: Base, state: GlobalState, digests: Mapping[int, str]) -> None:
+    """Write a state's model to the base: its version, and its adapter; see `bring_to`."""
+    bring_to(base, state, digests)
+    base.write(state.adapter)
+
+
 def next_digest(before: str, old: GlobalState, new: GlobalState) -> str:
     """The digest of the base after an update, from the one before and what was added (not from compaction)."""
     if new.base_version == old.base_version:

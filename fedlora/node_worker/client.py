@@ -14,8 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedlora import __version__
 from fedlora.errors import WorkerError
 from fedlora.flower.app_config import config_of
+from fedlora.hashing import code_digest
 from fedlora.node_worker.frames import pack, unpack
-from fedlora.node_worker.socket import ERROR_CODE, METHOD, SERVICE, UNLIMITED, code_digest, require_own
+from fedlora.node_worker.socket import ERROR_CODE, METHOD, SERVICE, UNLIMITED, require_own
 from fedlora.registry import OWN_CLASS
 
 HEALTH_TIMEOUT_S = 5.0

@@ -6,10 +6,8 @@ ledger and the socket are, what the client's number is, and what may be done, th
 
 from __future__ import annotations
 
-import datetime
 import logging
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -25,8 +23,8 @@ from fedlora.flower import client_app
 from fedlora.flower.app_config import client_id_of, config_of, require_node_config
 from fedlora.flower.messages import decode_head, decode_request_head, encode_note
 from fedlora.flower.plain_client import is_plain
+from fedlora.hashing import code_digest
 from fedlora.node_worker.audit_entries import of_answer, of_ledger, of_request, of_run
-from fedlora.node_worker.socket import code_digest
 from fedlora.privacy.ledger import Ledger
 from fedlora.site.approvals import Approvals, config_hash
 from fedlora.site.audit_log import AuditLog
@@ -36,10 +34,10 @@ from fedlora.site.gate import (
     require_config,
     require_foreign,
     require_request,
+    require_signature,
     require_workspace,
 )
 from fedlora.site.policy import POLICY, Policy, load_policy
-from fedlora.site.signatures import NotSignedError, Signer, require_signed
 from fedlora.training.workspace import open_workspace
 
 logger = logging.getLogger(__name__)
@@ -169,7 +167,7 @@ class GatedApp(ClientApp):
             PolicyError: the policy does not allow what is asked.
             FedloraError: what is asked cannot be done.
         """
-        signed = {} if policy.signers is None else {"signer": _signer(policy.signers, signature, config)}
+        signer = require_signature(policy, signature, config, code_digest())
         if config.example_privacy is not None and "ledger" in self._facts:
             Ledger(str(self._facts["ledger"])).require_head(self._log.ledger)
         client_id, evaluates = client_id_of(own), message.metadata.message_type == "evaluate"
@@ -188,20 +186,7 @@ class GatedApp(ClientApp):
         with looking_at_data(whole, always=True):
             workspace = open_workspace(whole)
         require_workspace(policy, workspace, client_id, evaluates=evaluates)
-        return signed
-
-
-def _signer(signers: Sequence[str], signature: str, config: RunConfig) -> str:
-    """Who signed a run.
-
-    Raises:
-        PolicyError: nobody whom the policy names.
-    """
-    known, today = [Signer.read(line) for line in signers], datetime.datetime.now(datetime.UTC).date()
-    try:
-        return require_signed(known, signature, config_hash(config), code_digest(), today).name
-    except NotSignedError as error:
-        raise refused("signers", str(error)) from None
+        return {} if signer is None else {"signer": signer}
 
 
 def _parsed(text: str) -> RunConfig:

@@ -22,6 +22,7 @@ from fedlora import __version__
 from fedlora.errors import WorkerError
 from fedlora.flower import client_app
 from fedlora.flower.task_identity import task_identity
+from fedlora.hashing import code_digest
 from fedlora.node_worker.frames import pack, unpack
 from fedlora.node_worker.gated_app import GatedApp
 from fedlora.node_worker.socket import (
@@ -30,7 +31,6 @@ from fedlora.node_worker.socket import (
     SERVICE,
     UNLIMITED,
     VARIABLE,
-    code_digest,
     make_folder,
     socket_mode,
 )

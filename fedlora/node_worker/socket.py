@@ -11,11 +11,9 @@ folders above it, unless they are sticky (as /tmp is), where only its owner can 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 from fedlora.errors import WorkerError
@@ -132,14 +130,3 @@ def _require_ours(above: Path, owner: int) -> None:
             "another",
             code="open-to-others",
         )
-
-
-@cache
-def code_digest() -> str:
-    """A hash of fedlora's own source: a worker of other code would not give the same bytes."""
-    root = Path(__file__).resolve().parents[1]
-    sha = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        sha.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        sha.update(hashlib.sha256(path.read_bytes()).digest())
-    return sha.hexdigest()[:16]

@@ -7,6 +7,7 @@ is said of an aggregation rule is the coordinator's word: it runs on the coordin
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 from fedlora.config import NODES, RunConfig
 from fedlora.errors import PolicyError, looks_like_path
 from fedlora.registry import Registry
+from fedlora.site.approvals import config_hash
 from fedlora.site.policy import Policy
+from fedlora.site.signatures import NotSignedError, Signer, require_signed
 
 TELL_SIZES = frozenset({"examples_seen", "steps", "seconds", "compute_seconds"})
 """Figures of a client's training from which its number of examples can be told."""
@@ -23,6 +26,27 @@ TELL_SIZES = frozenset({"examples_seen", "steps", "seconds", "compute_seconds"})
 def refused(clause: str, why: str) -> PolicyError:
     """The error of a clause that does not allow what is asked."""
     return PolicyError(clause, why, code="refused-by-policy")
+
+
+def require_signature(policy: Policy, signature: str, config: RunConfig, code: str) -> str | None:
+    """Who signed a run; None where the policy does not ask for it.
+
+    Args:
+        policy: The site's.
+        signature: That came with the run; "" for none.
+        config: The run's, without the node's own facts.
+        code: `fedlora.hashing.code_digest` of this machine's fedlora.
+
+    Raises:
+        PolicyError: nobody whom the policy names.
+    """
+    if policy.signers is None:
+        return None
+    known, today = [Signer.read(line) for line in policy.signers], datetime.datetime.now(datetime.UTC).date()
+    try:
+        return require_signed(known, signature, config_hash(config), code, today).name
+    except NotSignedError as error:
+        raise refused("signers", str(error)) from None
 
 
 def require_config(policy: Policy, config: RunConfig, client_id: int, *, own_data: bool) -> None:

@@ -12,7 +12,8 @@ from fedlora.callbacks import Evaluation
 from fedlora.errors import DataError, nearest
 from fedlora.progress import activity
 from fedlora.tasks._base import Examples, Measurable, Task, length_batches, to_device
-from fedlora.training.out_of_memory import ran_out, released
+from fedlora.training.out_of_memory import released
+from fedlora.unexpected import ran_out
 
 CPU_TOKENS = 2048
 DEVICE_TOKENS = 16384

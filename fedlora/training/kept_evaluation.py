@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
-from pathlib import Path
 
 import torch
 
 from fedlora.aggregators import GlobalState
 from fedlora.errors import RunDirError
 from fedlora.files import cache_dir, write_atomically
-from fedlora.hashing import digest_of, file_digest, tensors_digest
+from fedlora.hashing import code_digest, digest_of, tensors_digest
 from fedlora.probes import machine
 from fedlora.provenance import MODEL
 from fedlora.runs.environment import version_of
@@ -23,7 +21,6 @@ from fedlora.training.workspace import Workspace
 
 MOST = 256
 """Evaluations that are kept; the oldest make way."""
-PACKAGE = Path(__file__).parents[1]
 
 
 def kept_measures(
@@ -73,12 +70,6 @@ def _key(workspace: Workspace, state: GlobalState, base_digest: str, threads: in
             "speedups": workspace.speedups.settled,
             "coupled": workspace.base.coupled,
             "versions": {name: version_of(name) for name in ("numpy", "peft", "transformers", "tokenizers")},
-            "code": _code(),
+            "code": code_digest(),
         }
     )
-
-
-@cache
-def _code() -> str:
-    """A hash of fedlora's own source."""
-    return digest_of([file_digest(path) for path in sorted(PACKAGE.rglob("*.py"))])

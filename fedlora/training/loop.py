@@ -32,10 +32,11 @@ from fedlora.tasks._base import Batch, Examples, Task, to_device
 from fedlora.training.checkpointing import checkpointed
 from fedlora.training.dropout_masks import Keys, RowDropout, RowsError
 from fedlora.training.job import TrainJob, TrainResult
-from fedlora.training.out_of_memory import ran_out, released, too_large
+from fedlora.training.out_of_memory import released, too_large
 from fedlora.training.row_groups import PassCost, cut, pass_cost
 from fedlora.training.row_optimizer import Columns, FlatOptimizer, sent, take
 from fedlora.training.stacked_lora import Alone, Stacked, cannot_stack
+from fedlora.unexpected import ran_out
 
 logger = logging.getLogger(__name__)
 

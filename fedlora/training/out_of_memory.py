@@ -1,4 +1,4 @@
-"""Memory that runs out in a training step: how it is known, how the failed step is let go, and what cures it."""
+"""Memory that runs out in a training step: how the failed step is let go, and what cures it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ import torch
 
 from fedlora.errors import TrainingError
 from fedlora.sanitize import clean_text
+from fedlora.unexpected import ran_out
 
 OUT_OF_MEMORY = "out-of-memory"
 """Of the error that ends a run: without the client whose step does not fit, the rounds would be another experiment."""
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; torch has a class for it on CUDA alone."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
 
 
 def released(error: BaseException) -> None:

@@ -30,13 +30,14 @@ from fedlora.federation.planner import Held, Planner
 from fedlora.flower import client_app
 from fedlora.flower.messages import RequestEncoder, decode_head
 from fedlora.flower.task_identity import task_identity
+from fedlora.hashing import code_digest
 from fedlora.node_worker import client, server, supervisor
 from fedlora.node_worker import node_app as node_app_module
 from fedlora.node_worker.client import ask, check
 from fedlora.node_worker.frames import pack, unpack
 from fedlora.node_worker.node_app import app as node_app
 from fedlora.node_worker.server import BROKEN, Worker
-from fedlora.node_worker.socket import code_digest, make_folder, named_by, require_own
+from fedlora.node_worker.socket import make_folder, named_by, require_own
 from fedlora.node_worker.supervisor import supervise
 from fedlora.privacy.ledger import Ledger
 from fedlora.programs import Guard
@@ -386,7 +387,7 @@ def test_the_digest_of_the_code_is_that_of_fedlora_alone(tmp_path: Path) -> None
     """In any place, whatever else is installed beside it, and of every file of it."""
     assert len(code_digest()) == 16
     assert server.code_digest() == code_digest()
-    code = "from fedlora.node_worker.socket import code_digest; print(code_digest())"
+    code = "from fedlora.hashing import code_digest; print(code_digest())"
     shutil.copytree(Path(fedlora.__file__).parent, tmp_path / "fedlora", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "beside.py").write_text("1")
 

@@ -37,9 +37,9 @@ from fedlora.flower.messages import HeldParts, decode_head, decode_request, deco
 from fedlora.flower.task_identity import task_identity
 from fedlora.flower.update_checks import check_update
 from fedlora.hash_chain import read_chain
+from fedlora.hashing import code_digest
 from fedlora.node_worker.gated_app import UNLOGGED, GatedApp
 from fedlora.node_worker.server import Worker
-from fedlora.node_worker.socket import code_digest
 from fedlora.privacy.ledger import Ledger
 from fedlora.site.approvals import config_hash
 from fedlora.site.audit_log import AUDIT_LOG, read_log

@@ -28,8 +28,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedlora import __version__
 from fedlora.flower.arrays import to_array
 from fedlora.flower.messages import decode_head, encode_note
+from fedlora.hashing import code_digest
 from fedlora.node_worker.frames import pack, unpack
-from fedlora.node_worker.socket import METHOD, UNLIMITED, code_digest
+from fedlora.node_worker.socket import METHOD, UNLIMITED
 
 FACTS: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
 HOME = Path(FACTS["home"])

@@ -43,6 +43,7 @@ SYSTEM = [
     (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 2000), "shorter name"),
     (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "is a file and no folder"),
     (MemoryError(), "lower train.batch_size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "lower train.batch_size"),
     (OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB"), r"CUDA out of memory\): lower train.batch_size"),
 ]
 

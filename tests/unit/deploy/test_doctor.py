@@ -22,7 +22,7 @@ from fedlora.deploy.commands import AWAY_S, REACHED, SUPERNODE
 from fedlora.deploy.run_checks import Run
 from fedlora.deploy.signing import read_app
 from fedlora.flower.app_config import by_itself
-from fedlora.node_worker.socket import code_digest
+from fedlora.hashing import code_digest
 from fedlora.privacy.accounting import Entry
 from fedlora.privacy.ledger import Ledger
 from fedlora.site.audit_log import AuditLog

@@ -19,7 +19,7 @@ from fedlora.deploy import FederationPlan, NodePlan, write_project
 from fedlora.deploy.signing import app_of, write_signature
 from fedlora.errors import ConfigError, DeployError
 from fedlora.flower.app_config import config_of
-from fedlora.node_worker.socket import code_digest
+from fedlora.hashing import code_digest
 from fedlora.site.approvals import config_hash
 from fedlora.site.policy import load_policy
 from fedlora.site.signatures import NotSignedError, Signer, public_line, require_signed
