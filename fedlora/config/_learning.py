@@ -133,7 +133,8 @@ class TrainConfig(Section):
     """Number of examples in one optimiser step."""
     micro_batch_size: PositiveInt | None = None
     """Most rows of one forward and backward pass, whoever's they are, where memory is short: a step's gradients are
-    added up over its passes, and are the same but for rounding. None: as many as are fast on the machine."""
+    added up over its passes, and are the same but for rounding (but for dropout masks of a whole pass, such as
+    DeBERTa's, which each pass draws anew). None: as many as are fast on the machine."""
     gradient_checkpointing: bool = False
     """Whether each layer's activations are computed again in the backward pass instead of being kept: a third more
     work, and a fraction of the memory. The gradients are the same, dropout included."""
