@@ -116,7 +116,9 @@ def accuracy_curve(records: Sequence[Record], metric: str) -> Chart:
         caption += f" Between the first and the last round {sampled} test examples were measured (evaluation.sample)."
     if len(domains) > MOST_LINES:
         caption += f" The first {MOST_LINES} of {len(domains)} domains are drawn; the table has all."
-    xlabel = "round" if number else f"round (0: base model, {format_metric(metric, start)})"
+    notes = [] if number else [f"0: base model, {format_metric(metric, start)}"]
+    notes += [f"between the ends on {sampled} test examples"] if sampled else []
+    xlabel = f"round ({'; '.join(notes)})" if notes else "round"
     return line_chart(lines, what, caption, metric=metric, xlabel=xlabel)
 
 

@@ -128,7 +128,7 @@ def measure_batches(base: Measurable, task: Task, examples: Examples, batches: S
     measured: list[Measures] = []
     with torch.inference_mode():
         for rows in batches:
-            activity.info("evaluating: %d of %d test examples", done, count)
+            activity.info("evaluating: %d%% of the test examples", 100 * done // count)  # or of this process's share
             done += len(rows)
             measured.append(_measured(base, task, examples, rows))
     return measured

@@ -15,7 +15,7 @@ from support.errors import raises
 from fedlora.errors import FedloraError
 from fedlora.report import plot_accuracy, plot_labels
 from fedlora.report.figures import new_figure
-from fedlora.report.line_charts import spread, widen
+from fedlora.report.line_charts import accuracy_curve, spread, widen
 
 
 def make_records(rounds: int, domains: Sequence[str] = ("films", "phones")) -> list[dict[str, Any]]:
@@ -130,6 +130,20 @@ def test_many_clients_have_a_picture_that_shows_them(tmp_path: Path, labels: int
     # Whose number is whose says nothing where none has a row.
     assert plot_labels(counts[draw.permutation(150)], names, tmp_path / "b.png").read_bytes() == whole
     assert plot_labels(counts[:, ::-1], names, tmp_path / "c.png").read_bytes() != whole
+
+
+def test_the_picture_itself_says_which_rounds_are_measured_on_a_sample() -> None:
+    records = make_records(3)
+
+    def xlabel() -> str:
+        return accuracy_curve(records, "accuracy").draw(8.0).axes[0].get_xlabel()
+
+    assert xlabel() == "round (0: base model, 50.0%)"
+    for record in records[1:3]:
+        record["sample"] = 20
+    assert xlabel() == "round (0: base model, 50.0%; between the ends on 20 test examples)"
+    del records[0]
+    assert xlabel() == "round (between the ends on 20 test examples)"
 
 
 def test_three_percent_of_a_perplexity_do_not_look_like_a_collapse() -> None:
