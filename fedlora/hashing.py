@@ -112,14 +112,14 @@ def row_digests(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of some tensors' names, dtypes, shapes and bytes, in their order."""
+    """SHA-256 of some tensors' names, dtypes, shapes and bytes, whatever their order."""
     import torch
 
     digest = hashlib.sha256()
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items()):
         plain = value.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+        digest.update(f"{name}\0{str(plain.dtype).removeprefix('torch.')}\0{tuple(plain.shape)}\0".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -211,16 +211,6 @@ def sliced(layout: Mapping[str, Header], buffer: bytes) -> dict[str, memoryview]
     return parts
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        sha.update(f"{name}\0{_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(raw_bytes(tensor))
-    return sha.hexdigest()
-
-
 def _wide(start: Tensor) -> torch.dtype:
     return torch.promote_types(start.dtype, torch.float32)
 

@@ -38,6 +38,7 @@ from fedlora.deploy import texts
 from fedlora.deploy.commands import CONNECTION, SITE, SOCKET, SUPEREXEC, SUPERNODE, Address, caddyfile
 from fedlora.deploy.keys import Pair, make_authority, make_node_key, make_secret, make_server
 from fedlora.errors import DeployError, nearest
+from fedlora.site import NODE_CONFIG
 
 RUNTIME_PORT = 9094
 """Where a SuperExec finds the SuperNode beside it."""
@@ -216,7 +217,7 @@ def _write_node(folder: Path, config: RunConfig, plan: FederationPlan, place: in
     _make_private((folder / SOCKET).parent)
     facts = {"name": node.name, "superlink": str(plan.public), "runtime-port": plan.runtime_port(place)}
     _public(folder / "node.toml", tomli_w.dumps(facts))
-    _public(site / "node-config.toml", texts.NODE_CONFIG_HEAD + tomli_w.dumps(node_config(plan, place)))
+    _public(site / NODE_CONFIG, texts.NODE_CONFIG_HEAD + tomli_w.dumps(node_config(plan, place)))
     _public(site / "policy.toml", texts.POLICY + tomli_w.dumps(first_policy(config, node)))
     _public(folder / "README.md", texts.node(node, plan))
 

@@ -26,12 +26,12 @@ from fedlora.federation.client_ledger import ledger_path
 from fedlora.federation.client_pool import RoundRequest
 from fedlora.federation.protocol import plan_config
 from fedlora.hash_chain import TORN, ChainError, ChainWriter, read_chain
+from fedlora.hashing import tensors_digest
 from fedlora.privacy.accounting import Entry, epsilon, merged, statement
 from fedlora.privacy.ledger import Ledger
 from fedlora.runs.rundir import RunDir
 from fedlora.state_io import flatten_base_update, flatten_state
 from fedlora.training.dp_settings import PrivateSettings, private_settings, require_privacy
-from fedlora.wire_formats import tensors_digest
 
 Key = tuple[int, str]
 """Number of a round, and the digest of the state and config on which it was asked for."""

@@ -23,6 +23,7 @@ from fedlora import __version__
 from fedlora.adapter import Layout, Part
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig
+from fedlora.hashing import tensors_digest
 from fedlora.rng import derive
 from fedlora.state_io import flatten_base_update
 from fedlora.wire_formats import (
@@ -35,7 +36,6 @@ from fedlora.wire_formats import (
     layout_digest,
     layout_json,
     sliced,
-    tensors_digest,
 )
 
 PROTOCOL = 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast, final
@@ -34,9 +35,10 @@ from fedlora.federation.protocol import (
     update_head,
 )
 from fedlora.flower.arrays import from_array, to_array
+from fedlora.hashing import tensors_digest
 from fedlora.sanitize import clean_text
 from fedlora.state_io import unflatten_base_update
-from fedlora.wire_formats import WIRES, from_raw, joined, raw_bytes, read_layout, sliced, tensors_digest
+from fedlora.wire_formats import WIRES, from_raw, joined, raw_bytes, read_layout, sliced
 
 BUFFER = "buffer"
 """Name of the one array of a reply."""
@@ -90,6 +92,9 @@ def _packed(tensors: Mapping[str, Tensor]) -> Array:
 class HeldParts:
     """Parts of adapters by their digests: those of the last request, and of earlier ones as many as fit.
 
+    The last request itself is held while its message is: who asks for it twice, as a worker does for the answer and
+    for its audit log, decodes and hashes it once.
+
     Args:
         nbytes: Bytes of all that is held; the last request's parts are held even if they have more.
     """
@@ -97,6 +102,19 @@ class HeldParts:
     def __init__(self, nbytes: int = 1 << 28) -> None:
         self._nbytes = nbytes
         self._held: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
+        self._last: tuple[weakref.ref[RecordDict], TrainRequest] | None = None
+
+    def keep_request(self, content: RecordDict, request: TrainRequest) -> None:
+        """Hold the request in the content of a message for as long as the content is there."""
+        self._last = weakref.ref(content, self._forget), request
+
+    def request_in(self, content: RecordDict) -> TrainRequest | None:
+        """The request in this very content, if it is the last."""
+        return self._last[1] if self._last is not None and self._last[0]() is content else None
+
+    def _forget(self, gone: weakref.ref[RecordDict]) -> None:
+        if self._last is not None and self._last[0] is gone:
+            self._last = None
 
     def keep(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Keep the parts of a request under their digests."""
@@ -146,6 +164,8 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
     Raises:
         ReplyError: a buffer is not as the head lays it out, or its parts are not those that the head names.
     """
+    if (before := held.request_in(content)) is not None:
+        return before
     buffers, layout = _unpacked(content, head), _layout_from_json(head["layout"])
     sent = _by_part(buffers.get(ADAPTER, {}), layout)
     parts: dict[str, Mapping[str, Tensor]] = {}
@@ -170,7 +190,7 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
         fresh_seed=head["fresh_seed"],
         proximal_mu=head["proximal_mu"],
     )
-    return TrainRequest(
+    request = TrainRequest(
         plan,
         head["round"],
         head["client_id"],
@@ -180,6 +200,8 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
         run=head["run"],
         ledger=str(head.get("ledger", "")),
     )
+    held.keep_request(content, request)
+    return request
 
 
 def request_digest(head: Mapping[str, Any], config: str) -> str:

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from fedlora.aggregators import BaseUpdate, GlobalState, base_update_chain
+from fedlora.hashing import tensors_digest
 from fedlora.model.base_model import Base
 from fedlora.state_io import flatten_base_update
-from fedlora.wire_formats import tensors_digest
 
 
 def digest_of(base: Base) -> str:

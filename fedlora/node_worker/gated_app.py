@@ -26,6 +26,7 @@ from fedlora.flower.plain_client import is_plain
 from fedlora.hashing import code_digest
 from fedlora.node_worker.audit_entries import of_answer, of_ledger, of_request, of_run
 from fedlora.privacy.ledger import Ledger
+from fedlora.site import NODE_CONFIG
 from fedlora.site.approvals import Approvals, config_hash
 from fedlora.site.audit_log import AuditLog
 from fedlora.site.gate import (
@@ -42,8 +43,6 @@ from fedlora.training.workspace import open_workspace
 
 logger = logging.getLogger(__name__)
 
-NODE_CONFIG = "node-config.toml"
-"""Name of the file with a node's own facts, in its site's folder."""
 MAX_CONFIG = 1 << 18
 """Characters of a run's config."""
 UNLOGGED = "this site cannot write its audit log, and answers nothing without it"

@@ -10,3 +10,6 @@ audit.jsonl        what was asked and answered: `fedlora.site.audit_log`
 approved/HASH.toml configs that may run: `fedlora node approve`
 ```
 """
+
+NODE_CONFIG = "node-config.toml"
+"""Name of the file with a node's own facts, in its site's folder."""

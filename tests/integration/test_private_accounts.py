@@ -26,12 +26,13 @@ from fedlora.flower.app_config import config_of
 from fedlora.flower.arrays import from_array, to_array
 from fedlora.flower.task_identity import task_identity
 from fedlora.hash_chain import START
+from fedlora.hashing import tensors_digest
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.ledger import Attempt, Ledger
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training.dp_settings import private_settings
-from fedlora.wire_formats import from_raw, joined, raw_bytes, read_layout, sliced, tensors_digest
+from fedlora.wire_formats import from_raw, joined, raw_bytes, read_layout, sliced
 
 MakeConfig = Callable[..., RunConfig]
 DELTA, ROUNDS = 1e-3, 3

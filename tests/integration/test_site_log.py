@@ -7,7 +7,7 @@ import datetime
 import errno
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,17 @@ from integration.test_site_policy import (
 )
 from integration.test_site_policy import train as train_one
 from support.errors import raises
+from torch import Tensor
 
 from fedlora import hash_chain
 from fedlora.config import RunConfig
 from fedlora.errors import DeployError, WorkerError
-from fedlora.flower import client_app
+from fedlora.flower import client_app, messages
 from fedlora.flower.messages import HeldParts, decode_head, decode_request, decode_request_head, payload_bytes
 from fedlora.flower.task_identity import task_identity
 from fedlora.flower.update_checks import check_update
 from fedlora.hash_chain import read_chain
-from fedlora.hashing import code_digest
+from fedlora.hashing import code_digest, tensors_digest
 from fedlora.node_worker.gated_app import UNLOGGED, GatedApp
 from fedlora.node_worker.server import Worker
 from fedlora.privacy.ledger import Ledger
@@ -90,6 +91,23 @@ def test_each_request_and_answer_is_a_line(own: MakeConfig, site: MakeSite) -> N
         sum(float((t.double() - sent.starts[name].double()).square().sum()) for name, t in tensors.items())
     )
     assert answered["norm_of_change"] == norm > 0
+
+
+def test_a_request_is_hashed_once_for_its_answer_and_its_line(
+    own: MakeConfig, site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Any] = []
+
+    def counted(tensors: Mapping[str, Tensor]) -> str:
+        hashed.append(tensors)
+        return tensors_digest(tensors)
+
+    config, folder = own(), site()
+    content = request(config)
+    monkeypatch.setattr(messages, "tensors_digest", counted)
+    ask(folder, config, "train", content)
+    assert "norm_of_change" in lines(folder)[-1]
+    assert len(hashed) == len(decode_request_head(content)["digests"])
 
 
 def test_what_a_private_run_spends_is_in_the_log(own: MakeConfig, site: MakeSite) -> None:

@@ -33,12 +33,13 @@ from fedlora.flower import mailbox as post
 from fedlora.flower.messages import HeldParts, RequestEncoder, decode_request, decode_request_head
 from fedlora.flower.server_app import serve
 from fedlora.flower.task_identity import task_identity
+from fedlora.hashing import tensors_digest
 from fedlora.model.base_history import can_follow, digest_of, next_digest
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
-from fedlora.wire_formats import layout_json, tensors_digest
+from fedlora.wire_formats import layout_json
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -22,6 +22,7 @@ from fedlora.errors import ReplyError
 from fedlora.evaluation.traffic import measure_traffic
 from fedlora.federation.protocol import TrainRequest
 from fedlora.federation.run import RunOutcome
+from fedlora.hashing import tensors_digest
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
@@ -42,7 +43,6 @@ from fedlora.wire_formats import (
     raw_bytes,
     read_layout,
     sliced,
-    tensors_digest,
 )
 
 MakeConfig = Callable[..., RunConfig]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -38,7 +40,8 @@ from fedlora.flower.messages import (
     payload_bytes,
     request_digest,
 )
-from fedlora.wire_formats import WIRES, tensors_digest
+from fedlora.hashing import tensors_digest
+from fedlora.wire_formats import WIRES
 
 
 def adapter(seed: int = 0, rank: int = 3) -> AdapterState:
@@ -172,6 +175,17 @@ def test_the_parts_that_were_used_last_are_held_as_far_as_they_fit() -> None:
     large = {"b": torch.ones(9)}
     held.keep({"4": large, "5": large})  # the last request's, whatever their size
     assert [held.get(key) is not None for key in "12345"] == [False, False, False, True, True]
+
+
+def test_the_last_request_is_decoded_once_while_its_message_is_there() -> None:
+    content, held = encoded(FROZEN_A), HeldParts()
+    first = decoded(content, held)
+    assert decoded(content, held) is first
+    assert held.request_in(encoded(FROZEN_A)) is None  # the same in another message
+    first = weakref.ref(cast("TrainRequest", first))
+    del content
+    gc.collect()
+    assert first() is None
 
 
 def test_fresh_pairs_are_drawn_by_the_client_and_do_not_travel() -> None:
