@@ -17,6 +17,8 @@ from fedlora.provenance import in_words
 
 DRAWS = 1000
 LEVEL = 0.95
+AGREE = 1e-4
+"""Relative difference up to which the figures of two runs count as the same: another order of sums stays below it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Difference:
         mean: mean over these seeds of the differences of the final figures (mine minus the other's).
         low, high: ends of the interval; NaN where there is none.
         by_example: whether the test examples were drawn as well.
-        verdict: "better", "worse" or "undecided".
+        verdict: "better", "worse", "the same" (in every round) or "undecided".
     """
 
     seeds: tuple[int, ...]
@@ -69,6 +71,10 @@ def difference(mine: Group, other: Group, *, draws: int = DRAWS) -> Difference:
     runs = [run for pair in pairs for run in pair]
     by_example = len({run.test for run in runs}) == 1 and all(run.outcomes is not None for run in runs)
     mean = float(found.mean())
+    if not found.any() and all(_agree(*pair) for pair in pairs):
+        return Difference(
+            seeds, "all figures agree in every round: what differs has no effect", mean, verdict="the same"
+        )
     if len(seeds) == 1 and not by_example:
         return Difference(seeds, "one seed decides nothing: run more", mean)
     table = np.stack([_by_example(*pair, draws) for pair in pairs]) if by_example else np.tile(found, (draws, 1)).T
@@ -86,6 +92,14 @@ def difference(mine: Group, other: Group, *, draws: int = DRAWS) -> Difference:
     if low > 0 or high < 0:
         verdict = "better" if (low > 0) == runs[0].higher_is_better else "worse"
     return Difference(seeds, why, mean, low, high, by_example, verdict)
+
+
+def _agree(one: Run, two: Run) -> bool:
+    """Whether two runs did the same, up to rounding: their figures agree in every round, those of training too."""
+    return all(
+        mine.index.equals(yours.index) and np.allclose(mine, yours, rtol=AGREE, atol=0, equal_nan=True)
+        for mine, yours in ((one.by_round(name), two.by_round(name)) for name in (one.metric, "loss", "train_loss"))
+    )
 
 
 def _interval(mean: float, means: Float[np.ndarray, "m"], seeds: int) -> tuple[float, float]:

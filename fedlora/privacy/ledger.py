@@ -39,48 +39,16 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from fedlora.errors import PrivacyError
 from fedlora.hash_chain import START, Chain, ChainError, ChainWriter, read_chain
 from fedlora.privacy.accounting import UNITS, Budget, Entry, epsilon, merged, statement
+from fedlora.privacy.ledger_content import Content, amount, fold
 
 _PROCESS = uuid.uuid4().hex
-Status = Literal["started", "released", "void"]
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    entry: Entry
-    run: str
-    round: int
-    session: str
-    status: Status = "started"
-
-    def replaced_by(self, run: str, round: int, session: str) -> bool:  # noqa: A002
-        """Whether a new attempt makes this one void: the same round, and nobody is left who could send it."""
-        return self.status == "started" and (self.run, self.round) == (run, round) and self.session != session
-
-
-@dataclass
-class _Content:
-    """A ledger's file, folded."""
-
-    attempts: dict[str, _Attempt] = field(default_factory=dict)
-    extra: list[Entry] = field(default_factory=list)
-    torn: bool = False
-    """The last line cannot be read, and nothing stands for it yet."""
-
-    def counted(self, new: tuple[str, int, str] | None = None) -> list[Entry]:
-        """What counts; given the run, round and session of a new attempt, what counts once it has begun."""
-        live = [a for a in self.attempts.values() if a.status != "void" and not (new and a.replaced_by(*new))]
-        return [attempt.entry for attempt in live] + self.extra
-
-    def known(self) -> list[Entry]:
-        return [attempt.entry for attempt in self.attempts.values()] + self.extra
 
 
 class Ledger:
@@ -106,7 +74,7 @@ class Ledger:
     def entries(self) -> tuple[Entry, ...]:
         """What counts as spent, merged; an unreadable last line counts as the costliest entry known."""
         content = self._read()
-        return merged([*content.counted(), *self._torn_cost(content, None)])
+        return merged([*content.counted(), *content.torn_cost(None)])
 
     def epsilon(self, delta: float, accountant: str = "prv") -> float:
         """Epsilon of all that was spent; infinite if the only line cannot be read."""
@@ -126,7 +94,7 @@ class Ledger:
         """
         content = self._read()
         key = None if run is None or round is None else (run, round, self.session)
-        return budget.holds([*content.counted(key), *self._torn_cost(content, entry), entry])
+        return budget.holds([*content.counted(key), *content.torn_cost(entry), entry])
 
     def attempts(self, run: str) -> int:
         """How many attempts at rounds of a run count."""
@@ -205,7 +173,7 @@ class Ledger:
         writer = self._writer()
         try:
             content = self._fold(writer.chain)
-            torn_cost = self._torn_cost(content, entry)
+            torn_cost = content.torn_cost(entry)
             before = [*content.counted((run, round, self.session)), *torn_cost]
             budget = next((b for b in (cap, budget) if b is not None and not b.holds([*before, entry])), None)
             if budget is not None:
@@ -222,7 +190,7 @@ class Ledger:
                     lines.append({"event": "void", "attempt": name, "why": why})
             name = uuid.uuid4().hex
             key = {"unit": self.unit, "run": run, "round": round, "session": self.session}
-            lines.append({"event": "started", "attempt": name, **key, **_amount(entry)})
+            lines.append({"event": "started", "attempt": name, **key, **amount(entry)})
             self._append(writer, content, lines, entry)
         except BaseException:
             writer.close()
@@ -273,55 +241,22 @@ class Ledger:
     def _append(
         self,
         writer: ChainWriter,
-        content: _Content,
+        content: Content,
         lines: Sequence[Mapping[str, Any]],
         planned: Entry | None = None,
     ) -> str:
         """Write lines, and before them one that counts for an unreadable end; the new head."""
-        cost = self._torn_cost(content, planned)
-        return writer.append(lines, _amount(cost[0]) if cost else None)
+        cost = content.torn_cost(planned)
+        return writer.append(lines, amount(cost[0]) if cost else None)
 
-    def _read(self) -> _Content:
+    def _read(self) -> Content:
         return self._fold(self._chain())
 
-    def _torn_cost(self, content: _Content, planned: Entry | None) -> list[Entry]:
-        candidates = content.known() + ([planned] if planned else [])
-        if not content.torn or not candidates:
-            return []
-        return [max(candidates, key=lambda entry: epsilon([entry], 1e-6, "rdp"))]
-
-    def _fold(self, chain: Chain) -> _Content:
-        content = _Content(torn=chain.torn is not None)
-        for record in chain.records:
-            try:
-                self._apply(content, record)
-            except (KeyError, TypeError, AttributeError, ValueError, PrivacyError) as error:
-                if isinstance(error, PrivacyError) and error.code == "unit-mismatch":
-                    raise
-                raise self._damaged(ChainError(record["line"], f"is not a ledger's ({error})")) from None
-        return content
-
-    def _apply(self, content: _Content, line: Mapping[str, Any]) -> None:
-        event = line["event"]
-        if event == "torn":
-            content.extra.append(_entry(line))
-        elif event == "started":
-            if line["unit"] != self.unit:
-                raise PrivacyError(
-                    f"privacy ledger {str(self.path)!r} accounts for the unit {line['unit']!r}, not {self.unit!r}: "
-                    "give each unit a ledger of its own",
-                    code="unit-mismatch",
-                )
-            content.attempts[line["attempt"]] = _Attempt(
-                _entry(line), str(line["run"]), int(line["round"]), str(line["session"])
-            )
-        elif event in ("released", "void"):
-            before = content.attempts[line["attempt"]]
-            if event == "void" and before.status == "released":
-                raise ValueError("it voids what was released")
-            content.attempts[line["attempt"]] = replace(before, status=event)
-        else:
-            raise ValueError(f"unknown event {event!r}")
+    def _fold(self, chain: Chain) -> Content:
+        try:
+            return fold(chain, self.unit, str(self.path))
+        except ChainError as error:
+            raise self._damaged(error) from None
 
     def _damaged(self, broken: ChainError) -> PrivacyError:
         if broken.earlier:
@@ -394,15 +329,3 @@ class Attempt:
                 f"an attempt can be {what} only once, and only before it is closed: ask the ledger for a new one",
                 code="attempt-closed",
             )
-
-
-def _amount(entry: Entry) -> dict[str, float | int]:
-    return {
-        "sample_rate": entry.sample_rate,
-        "noise_multiplier": entry.noise_multiplier,
-        "steps": entry.steps,
-    }
-
-
-def _entry(line: Mapping[str, Any]) -> Entry:
-    return Entry(line["sample_rate"], line["noise_multiplier"], line["steps"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
+import tempfile
 from pathlib import Path
 
 from fedlora.config import RunConfig
@@ -29,7 +28,7 @@ def path_of(config: RunConfig, root: str | Path | None = None) -> Path:
 
 
 def check_free(config: RunConfig, *, overwrite: bool = False) -> None:
-    """Raise what `RunDir.create` would raise of an earlier run, or of a place that cannot be written; changes nothing.
+    """Raise what `RunDir.create` would raise of an earlier run, or of a place that cannot be written; leaves nothing.
 
     Raises:
         RunDirError: the folder is there, with an earlier run or with something else, or cannot be made.
@@ -38,13 +37,10 @@ def check_free(config: RunConfig, *, overwrite: bool = False) -> None:
     path = path_of(config)
     try:
         refuse_foreign(path) if overwrite else refuse_taken(path)
-        above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        tempfile.TemporaryDirectory(prefix=".fedlora-", dir=above).cleanup()  # what permissions do not say
     except OSError as error:
         raise unwritable(path, error) from None
-    if not above.is_dir():
-        raise unwritable(path, NotADirectoryError(errno.ENOTDIR, f"{str(above)!r} is a file"))
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise unwritable(path, PermissionError(errno.EACCES, f"no permission to write {str(above)!r}"))
 
 
 def refuse_foreign(path: Path) -> None:

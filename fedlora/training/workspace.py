@@ -131,6 +131,7 @@ def _opened(config: RunConfig, kept: list[Base]) -> Workspace:
     machine = setup(config.runtime)
     task = with_own_metric(load_task(config.task), config.evaluation.metric)
     _require_hub_revision(config)
+    task.reads(Checkpoint.of(config.model))  # a model that is not there is said before the data are read
     activity.info("reading %s", config.data.source)
     data = load_data(config)
     activity.info("loading %s", config.model.name)

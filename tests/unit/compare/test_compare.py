@@ -175,12 +175,26 @@ def test_a_difference_turned_round_is_its_negative(family: Family) -> None:
 
 def test_the_same_answers_are_no_better(family: Family) -> None:
     answers = np.random.default_rng(0).integers(0, 2, 60)
-    found = difference(
-        *groups_of(family("a", [0.7], correct=answers), family("b", [0.7], "seed=0", "train.lr=0.1", correct=answers))
-    )
+    one = family("a", [0.7], correct=answers, train_loss=0.5)
+    found = difference(*groups_of(one, family("b", [0.7], "train.lr=0.1", correct=answers, train_loss=0.4)))
     assert (found.mean, found.verdict) == (0, "undecided")
     assert math.isnan(found.low), "an interval of no width would promise that no other test tells them apart"
     assert math.isnan(found.high)
+
+
+@pytest.mark.parametrize("correct", [None, [0, 1, 1]], ids=["without outcomes", "with outcomes"])
+@pytest.mark.parametrize("finals", [[0.7], [0.7, 0.8]], ids=["one seed", "two seeds"])
+def test_runs_that_did_the_same_are_said_to_be_the_same(
+    family: Family, finals: list[float], correct: list[float] | None
+) -> None:
+    mine = family("a", finals, correct=correct, train_loss=0.5)
+    rounding = family("b", finals, "train.lr=0.1", correct=correct, train_loss=0.5000001)
+    found = compare([*mine, *rounding])
+    (said,) = found.differences.values()
+    assert (said.mean, said.verdict) == (0, "the same")
+    assert "run more" not in found.render()
+    longer = [make_run(path.with_name(f"c{path.name}"), [0.5, 0.6, 0.7], f"seed={k}") for k, path in enumerate(mine)]
+    assert difference(*groups_of(mine, longer)).verdict != "the same"
 
 
 def test_seeds_that_agree_to_the_digit_decide_nothing(family: Family) -> None:

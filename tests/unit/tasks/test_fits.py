@@ -225,7 +225,7 @@ def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name: str, make: Cal
 
 def test_a_name_that_is_nothing_here_says_so_before_the_hubs_words(make: Callable[..., RunConfig]) -> None:
     with raises(ModelError, "tokenizer-not-loadable", "'all-MiniLM-L6-v2'"):
-        open_workspace(make("model.name=all-MiniLM-L6"))
+        open_workspace(make("model.name=all-MiniLM-L6", "data.source=no.csv"))  # before any data are read
 
 
 @pytest.mark.slow
