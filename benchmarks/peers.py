@@ -78,7 +78,7 @@ def federation(shape: str, clients: int, folder: Path, texts: str = "fixed") -> 
     rows = [draw.integers(1, VOCABULARY, length) for length in lengths(texts, shape, clients * SIZE + 8)]
     lines = ["text,label", *(f"{' '.join(f'w{k}' for k in row)},{draw.integers(CLASSES)}" for row in rows)]
     (folder / "texts.csv").write_text("\n".join(lines) + "\n")
-    task = "name='causal-lm',form='text'" if causal(shape) else "name='text-classification'"
+    task = "name='causal-lm',format='text'" if causal(shape) else "name='text-classification'"
     config = parse_config(
         "",
         [

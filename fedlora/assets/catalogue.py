@@ -108,7 +108,7 @@ ASSETS: Mapping[str, Asset] = {
         ),
         content={"chitchat.jsonl": "6ab5616147c1aefa11a138deffb45eca9d5f11aaa83890d8c12901e61650c992"},
         path="chitchat.jsonl",
-        columns={"prompt": "prompt", "answer": "answer", "group": "conversation"},
+        columns={"instruction": "prompt", "output": "answer", "group": "conversation"},
         needed=False,
     ),
     "digits": Asset(

@@ -103,8 +103,8 @@ class DataConfig(Section):
     label: str = "label"
     """Name of the column with the class."""
     columns: dict[str, str] = Field(default={})
-    """Role -> column of what a task needs besides text and label: prompt, answer, messages, image. A role that is not
-    here is a column of its own name."""
+    """Role -> column of what a task needs besides text and label: image; messages; prompt, completion; instruction,
+    output. A role that is not here is a column of its own name."""
     domain: str | None = None
     """Column with each example's domain (site, user), for figures per domain and for domain partitions."""
     group: str | None = None

@@ -6,7 +6,7 @@ process: tokenised examples and whole partitions are remembered by what they dep
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from fedlora.config import DataConfig, OpenTable, RunConfig
 from fedlora.data._sources import (
     limited,
     limited_rows,
+    optional_columns,
     read_file,
     read_source,
     require_one_kind,
@@ -206,8 +207,9 @@ def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, st
         )
     roles = column_roles(config.data)
     keep = tuple(dict.fromkeys(roles[r] for r in ("domain", "group") if r in roles and roles[r] in table.columns))
-    columns = task_columns(task, config.data)
-    table = limited(select(table, (*columns.values(), *keep), repr(str(path))), config.data.limit, config.seed)
+    columns = task_columns(task, config.data, table.columns)
+    table = select(table, (*columns.values(), *keep), repr(str(path)), optional_columns(task, columns))
+    table = limited(table, config.data.limit, config.seed)
     for name in keep:
         require_one_kind(table.columns[name], name)
     digests = _row_digests(table, columns)
@@ -271,11 +273,17 @@ def column_roles(data: DataConfig) -> dict[str, str]:
     return roles | data.columns
 
 
-def task_columns(task: Task, data: DataConfig) -> dict[str, str]:
-    """Role -> column of all roles that a task has.
+def task_columns(task: Task, data: DataConfig, found: Collection[str] | None) -> dict[str, str]:
+    """Role -> column of all that a task reads.
+
+    Args:
+        task: whose roles.
+        data: names columns.
+        found: the columns of the file, by which a task may know how to read it; None before it may be looked at.
 
     Raises:
-        ConfigError: data.columns names a role that it has not.
+        ConfigError: data.columns names a role that the task has not.
+        DataError: the task knows no such files.
     """
     for role in data.columns:
         if role not in task.roles:
@@ -291,7 +299,7 @@ def task_columns(task: Task, data: DataConfig) -> dict[str, str]:
                 code="key-without-effect",
             )
     roles = column_roles(data)
-    return {role: roles.get(role, role) for role in task.roles}
+    return {role: roles.get(role, role) for role in task.roles_of(found, roles)}
 
 
 def _row_digests(table: Table, columns: Mapping[str, str]) -> np.ndarray:
@@ -319,9 +327,10 @@ class _Prepared:
 def _prepared(key: _Key) -> _Prepared:
     data = DataConfig.model_validate_json(key.data)
     task = load_task(OpenTable.model_validate_json(key.task))
-    columns = task_columns(task, data)
     source, test = read_source(data)
-    whole = select(source, (*columns.values(), *key.keep), f"data.source {data.source!r}")
+    columns = task_columns(task, data, source.columns)
+    empty = optional_columns(task, columns)
+    whole = select(source, (*columns.values(), *key.keep), f"data.source {data.source!r}", empty)
     digests = _row_digests(whole, columns)
     source_digest = digest_of_rows(digests, [whole.columns[name] for name in key.keep])
     table, rows = limited(whole, data.limit, key.limit_seed), digests[limited_rows(whole, data.limit, key.limit_seed)]
@@ -332,7 +341,7 @@ def _prepared(key: _Key) -> _Prepared:
     if test is not None:
         begin = len(table)
         needed = (*columns.values(), *(name for name in key.keep if name == domain))
-        test = limited(select(test, needed, f"data.test {data.test!r}"), data.limit, key.limit_seed)
+        test = limited(select(test, needed, f"data.test {data.test!r}", empty), data.limit, key.limit_seed)
         if domain is not None:
             require_one_kind([*table.columns[domain], *test.columns[domain]], domain)
         rows = np.concatenate([rows, _row_digests(test, columns)])

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.assets import Checkpoint
-from fedlora.data._sources import READERS, read_file, select
+from fedlora.data._sources import READERS, needed_columns, optional_columns, read_file, select
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.sanitize import clean_text
 from fedlora.tasks import Examples, Table, Task
@@ -45,7 +45,8 @@ def screened(path: Path, task: Task, model: Checkpoint, columns: Mapping[str, st
         DataError: the file's header lacks a column, or it is of a kind that cannot be read.
         ConfigError: the task is one whose examples cannot be invented here.
     """
-    require_header(path, tuple(columns.values()))
+    require_header(path, needed_columns(task, columns))
+    empty = optional_columns(task, columns)
     nothing = invented(task, model, columns).take([])
     try:
         rows = list(_rows(path))
@@ -56,7 +57,7 @@ def screened(path: Path, task: Task, model: Checkpoint, columns: Mapping[str, st
 
     def prepared(some: Sequence[Row]) -> Examples:
         table = Table({name: [row.get(name) for row in some] for name in columns.values()})
-        return task.prepare(select(table, tuple(columns.values()), repr(str(path))), model, columns, keep=())
+        return task.prepare(select(table, tuple(columns.values()), repr(str(path)), empty), model, columns, keep=())
 
     def good(some: Sequence[Row]) -> Iterator[Row]:
         """Halve what cannot be prepared until each bad row is found."""
@@ -161,11 +162,15 @@ def invented(task: Task, model: Checkpoint, columns: Mapping[str, str]) -> Examp
 _TEXTS = ("a", "one two three", "it is as good as it can be", "there are four of them, and this is the last one")
 _INVENTED: Mapping[str, Callable[[Sequence[str]], Sequence[Any]]] = {
     "text": lambda _labels: list(_TEXTS),
-    "prompt": lambda _labels: list(_TEXTS),
-    "answer": lambda _labels: list(reversed(_TEXTS)),
-    "messages": lambda _labels: [
-        [{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in _TEXTS
-    ],
+    **dict.fromkeys(("prompt", "instruction"), lambda _labels: list(_TEXTS)),
+    **dict.fromkeys(("completion", "output"), lambda _labels: list(reversed(_TEXTS))),
+    **dict.fromkeys(
+        ("messages", "conversations"),
+        lambda _labels: [
+            [{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in _TEXTS
+        ],
+    ),
+    **dict.fromkeys(("input", "system", "tools"), lambda _labels: [None] * len(_TEXTS)),
     "label": lambda labels: [labels[place % len(labels)] for place in range(len(_TEXTS))],
     "image": lambda _labels: [np.full((16, 16), 60 * place, dtype=np.uint8) for place in range(len(_TEXTS))],
 }

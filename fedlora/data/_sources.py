@@ -20,7 +20,7 @@ from fedlora.errors import ConfigError, DataError, closest, looks_like_path, nea
 from fedlora.passed_in import refuse_lost
 from fedlora.rng import derive
 from fedlora.sanitize import clean_text
-from fedlora.tasks import Table
+from fedlora.tasks import Table, Task
 from fedlora.tasks._text import require_encodable
 
 
@@ -102,8 +102,8 @@ def read_file(path: Path) -> Table:
     return table
 
 
-def select(table: Table, names: Sequence[str], where: str) -> Table:
-    """Only the columns `names`, as lists without gaps.
+def select(table: Table, names: Sequence[str], where: str, empty: Sequence[str] = ()) -> Table:
+    """Only the columns `names`, as lists without gaps but in those of `empty`.
 
     Raises:
         DataError: a column is missing, or a value in it is.
@@ -114,12 +114,24 @@ def select(table: Table, names: Sequence[str], where: str) -> Table:
             raise DataError(f"{where} has no column {name!r}; {_cure(name, table.columns)}", code="no-such-column")
         columns[name] = list(table.columns[name])
         for row, value in enumerate(columns[name]):
-            if value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
+            if name in empty:
+                columns[name][row] = None if _is_nan(value) else value
+            elif value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
                 raise DataError(
                     f"{where}: row {row} (from 0) has no value in column {name!r}: remove the row or fill it in",
                     code="missing-value",
                 )
     return Table(columns, table.label_names)
+
+
+def optional_columns(task: Task, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns whose cells may be empty, of role -> column."""
+    return tuple(column for role, column in columns.items() if role in task.optional_roles)
+
+
+def needed_columns(task: Task, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns that a file must have, of role -> column: optional ones where the config names them."""
+    return tuple(column for role, column in columns.items() if role not in task.optional_roles or role != column)
 
 
 def require_one_kind(values: Sequence[Any], name: str) -> None:

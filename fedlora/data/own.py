@@ -15,6 +15,7 @@ apart, or names a second file.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +26,13 @@ from fedlora.assets import Checkpoint
 from fedlora.config import NODES, RunConfig
 from fedlora.data import Apart, FederatedData, column_roles, load_local_pinned, require_shared, task_columns
 from fedlora.data._screen import invented, require_header, screened
-from fedlora.data._sources import source_files
+from fedlora.data._sources import needed_columns, source_files
 from fedlora.data._split import Split, keep_apart, own_parts
 from fedlora.errors import ConfigError, DataError
 from fedlora.hashing import Stamp, stamp
 from fedlora.tasks import Examples, load_task
+
+logger = logging.getLogger(__name__)
 
 
 def brought_by_nodes(config: RunConfig) -> bool:
@@ -97,6 +100,8 @@ def load_own(config: RunConfig) -> FederatedData:
         return _of_server(config, number)
     file = _require_file(config, config.data.own)
     examples, probes, _ = _read(config.model_dump_json(), str(file), _stamps(config, file))
+    for note in examples.notes:  # what may be counts is said here alone
+        logger.info("%s: %s", file, note)
     domain = config.data.domain if config.data.domain in examples.columns else None
     domains = None if domain is None else examples.columns[domain].astype(str)
     facts = {"groups": _groups(config, examples), "domains": domains, "labels": examples.labels}
@@ -121,7 +126,7 @@ def _of_server(config: RunConfig, number: int) -> FederatedData:
                 code="no-test-data",
             )
         task = load_task(config.task)
-        probes = invented(task, Checkpoint.of(config.model), task_columns(task, config.data))
+        probes = invented(task, Checkpoint.of(config.model), task_columns(task, config.data, None))
         return _without_clients(config, probes, number)
     file = _require_file(config, config.data.test)
     examples, _, digest = _read(config.model_dump_json(), str(file), _stamps(config, file))
@@ -196,9 +201,9 @@ def require_readable(config: RunConfig) -> None:
     number_of_nodes(config)
     require_labels(config)
     _require_no_limit(config)
-    columns = task_columns(task, config.data)
+    columns = task_columns(task, config.data, None)
     file = _require_file(config, config.data.own)
-    require_header(file, tuple(columns.values()))
+    require_header(file, needed_columns(task, columns))
     invented(task, model, columns)
 
 
@@ -219,7 +224,7 @@ def _read(config: str, file: str, _stamps: tuple[Stamp, ...]) -> tuple[Examples,
         examples, digest = load_local_pinned(read, file)
         return examples, examples, digest
     task, model = load_task(read.task), Checkpoint.of(read.model)
-    columns = task_columns(task, read.data)
+    columns = task_columns(task, read.data, None)
     return screened(Path(file), task, model, columns), invented(task, model, columns), ""
 
 

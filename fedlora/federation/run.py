@@ -96,6 +96,8 @@ def run_federation(
             told.message(note)
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(workspace.data))
+            for note in workspace.data.train.notes:
+                told.message(note)
         with tracked(told, config, rundir) as trackers:
             everybody = Callbacks(RunFiles(rundir, workspace), *callbacks, *trackers)
             server = FederatedServer(pool, config, rule, workspace, account, everybody, str(rundir.path))

@@ -28,6 +28,7 @@ from fedlora.model.targets import in_any, is_linear
 from fedlora.progress import format_bytes
 from fedlora.simulation.capacity import COPIES
 from fedlora.tasks import Task, load_task
+from fedlora.tasks._text import LONGEST
 from fedlora.training.checkpointing import checkpointed
 from fedlora.training.row_groups import ENTRIES, pass_tokens
 from fedlora.training.row_optimizer import Columns
@@ -193,8 +194,9 @@ def _vocabulary(base: Base) -> int:
 
 def _longest(base: Base, task: Task) -> int:
     """Tokens of the longest row: of a picture, its patches."""
-    if (most := getattr(task, "max_length", None)) is not None:
-        return min(int(most), longest_text(base.model) or int(most))
+    if hasattr(task, "max_length"):
+        most = int(task.max_length or LONGEST)
+        return min(most, longest_text(base.model) or most)
     config: Any = base.model.config
     return (int(config.image_size) // int(config.patch_size)) ** 2 + 1
 

@@ -267,4 +267,4 @@ def _columns(config: RunConfig) -> set[str]:
 
     roles = column_roles(config.data)
     beside = {roles[role] for role in ("domain", "group") if role in roles}
-    return {*task_columns(load_task(config.task), config.data).values(), *beside}
+    return {*task_columns(load_task(config.task), config.data, None).values(), *beside}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ class Examples:
         lengths: cost of each example in tokens [n]; batches for evaluation are sorted by it.
         columns: the raw columns that the config names (domain, user, ...), [n] each, for partitions and figures.
         label_names: names of the classes.
+        notes: what the task says of the table that they are from: how it was read, how many were cut.
     """
 
     inputs: Mapping[str, Sequence[Any]]
@@ -59,6 +60,7 @@ class Examples:
     lengths: np.ndarray
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -72,6 +74,7 @@ class Examples:
             lengths=self.lengths[rows],
             columns={name: values[rows] for name, values in self.columns.items()},
             label_names=self.label_names,
+            notes=self.notes,
         )
 
 
@@ -130,6 +133,17 @@ class Task(ABC):
     """PEFT's TaskType name, written into the adapter's config."""
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
     """What the task needs of an example; the config's `[data]` table names the column of each."""
+    optional_roles: ClassVar[tuple[str, ...]] = ()
+    """Those of them whose cells may be empty."""
+
+    def roles_of(self, found: Collection[str] | None, named: Mapping[str, str]) -> tuple[str, ...]:
+        """The roles of the columns that are read: all, unless the task knows several kinds of files.
+
+        Args:
+            found: names of a file's columns; None before any file may be looked at.
+            named: role -> column, as the config has it.
+        """
+        return self.roles
 
     @property
     def rows_are_examples(self) -> bool:
@@ -226,6 +240,16 @@ class Task(ABC):
     @abstractmethod
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
         """What evaluation needs of each example, for `sums`."""
+
+    def spans(
+        self, examples: Examples, index: int, model_path: str | Path | Checkpoint
+    ) -> tuple[tuple[str, bool], ...]:
+        """An example as the model sees it: its text in pieces, each with whether its tokens count in the loss.
+
+        Raises:
+            ConfigError: it is no text.
+        """
+        raise ConfigError(f"examples of {type(self).__name__} are no texts: leave out --show", code="no-text")
 
     def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
         """The same examples with noise in the inputs of some: `partition.feature_noise` of one client.

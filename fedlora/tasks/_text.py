@@ -22,6 +22,8 @@ from fedlora.hashing import Stamp
 from fedlora.provenance import tokenizer_digest
 from fedlora.sanitize import clean_text
 
+LONGEST = 1024
+"""Most tokens of an example where `task.max_length` says nothing and the model takes more (TRL's default)."""
 WHOLE_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "spiece.model")
 """Files that hold a whole tokenizer, whatever its class."""
 
@@ -113,6 +115,20 @@ def load_tokenizer(model: str | Path | Checkpoint) -> Any:
     """
     checkpoint = Checkpoint.at(model)
     return _load_tokenizer(checkpoint, checkpoint.stamps())
+
+
+def most_tokens(model: str | Path | Checkpoint) -> int:
+    """Most tokens of an example where `task.max_length` says nothing: `LONGEST`, or what the model takes if less."""
+    from transformers import AutoConfig
+
+    checkpoint = Checkpoint.at(model)
+    known = [load_tokenizer(checkpoint).model_max_length]
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options).get_text_config()
+        known.append(getattr(config, "max_position_embeddings", None))
+    except (OSError, ValueError):  # loading the model says what is wrong
+        pass
+    return min([LONGEST, *(int(limit) for limit in known if isinstance(limit, int) and limit > 0)])
 
 
 def digest_tokenizer(model: str | Path | Checkpoint) -> str:

@@ -6,10 +6,10 @@ v = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from fedlora.errors import ConfigError, DataError
 from fedlora.hashing import digest_of
 from fedlora.model.reach import longest_text
 from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks, without_cache
-from fedlora.tasks._chat import PLAIN_TEMPLATE, encode_conversations, encode_texts, read_messages
-from fedlora.tasks._text import Tokens, digest_tokenizer, load_tokenizer
+from fedlora.tasks._chat import PLAIN_TEMPLATE, TrainOn, encode_rows
+from fedlora.tasks._chat_formats import FORMATS, OPTIONAL, Conversation, FormatName, read_rows, roles_of
+from fedlora.tasks._text import LONGEST, Tokens, digest_tokenizer, load_tokenizer, most_tokens
 from fedlora.tasks._trials import evaluating, refuse_foresight, refuse_leaks
 
 IGNORED = -100  # the label of a token that does not count
@@ -47,12 +48,14 @@ class CausalLM(Task):
     differential privacy above all, may be used with it.
 
     Args:
-        form: what an example is. "prompt-answer": columns in the roles "prompt" and "answer"; "messages": a column of
-            lists of {"role", "content"} that end with the assistant's; "text": a column of plain text, of which every
-            token counts.
+        format: what an example is; None: recognised by the columns. "messages": a column of lists of {"role",
+            "content"} that end with the assistant's; "prompt-completion": a prompt and its completion, each a text
+            (joined as they are, without chat template) or a list of messages; "alpaca": columns instruction, output
+            and, where there is one, input; "sharegpt": a column "conversations" of {"from", "value"}; "text": a column
+            of plain text.
         max_length: longer examples are cut to so many tokens: first the oldest of the prompt, until it has half of
-            them, then the last of the answer.
-        train_on: tokens that count in a conversation: the last "answer", all the assistant's "answers", or "all".
+            them, then the last of the answer. None: as many as the model takes, 1,024 at most.
+        train_on: tokens that count: the last "answer" or the completion, all the assistant's "answers", or "all".
         system: a system message for conversations that have none; None leaves it to the model's chat template.
         packing: whether several short examples share a row, to save padding; see above.
         label_smoothing: share of the training target that is spread evenly over all tokens (Szegedy et al. 2016, arXiv
@@ -64,25 +67,36 @@ class CausalLM(Task):
     higher_is_better: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
 
-    form: Literal["prompt-answer", "messages", "text"] = "prompt-answer"
-    max_length: Annotated[int, Field(ge=8)] = 256
-    train_on: Literal["answer", "answers", "all"] = "answer"
+    optional_roles: ClassVar[tuple[str, ...]] = OPTIONAL
+
+    format: FormatName | None = None
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    train_on: TrainOn = "answer"
     system: str | None = None
     packing: bool = False
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __post_init__(self) -> None:
         """Refuse fields of conversations where there are none."""
-        if self.form == "text" and (self.train_on != "answer" or self.system is not None):
+        if self.format == "text":
+            self._require_conversations()
+
+    def _require_conversations(self) -> None:
+        if self.train_on != "answer" or self.system is not None:
             what = "train_on" if self.train_on != "answer" else "system"
             raise ConfigError(
-                f"task.{what} applies to conversations, and task.form is 'text': remove it", code="key-without-effect"
+                f"task.{what} applies to conversations, and these are plain texts: remove it", code="key-without-effect"
             )
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The columns' roles, by `form`."""
-        return {"prompt-answer": ("prompt", "answer"), "messages": ("messages",), "text": ("text",)}[self.form]
+        """The columns' roles, of `format` or of all formats."""
+        formats = FORMATS.values() if self.format is None else [FORMATS[self.format]]
+        return tuple(dict.fromkeys(role for one in formats for role in (*one.roles, *one.optional)))
+
+    def roles_of(self, found: Collection[str] | None, named: Mapping[str, str]) -> tuple[str, ...]:
+        """See `fedlora.tasks._chat_formats.roles_of`."""
+        return roles_of(self.format, found, named)
 
     @property
     def rows_are_examples(self) -> bool:
@@ -92,7 +106,7 @@ class CausalLM(Task):
     def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
         """The hashes of the tokeniser and, for conversations, of their template."""
         found = {"tokenizer": digest_tokenizer(model)}
-        if self.form != "text":
+        if self.format != "text":
             found["chat_template"] = digest_of(load_tokenizer(model).chat_template or PLAIN_TEMPLATE)
         return found
 
@@ -105,33 +119,39 @@ class CausalLM(Task):
             DataError: a value is missing or of the wrong kind; the message names the row (from 0) and the column.
             ModelError: the model's chat template cannot tell where an answer begins.
         """
-        tokenizer = load_tokenizer(model_path)
-        if self.form == "text":
-            encoded = encode_texts(tokenizer, table.columns[columns["text"]], columns["text"], self.max_length)
-        else:
-            if self.form == "messages":
-                values = [table.columns[columns["messages"]]]
-            else:
-                values = [table.columns[columns[role]] for role in ("prompt", "answer")]
-            conversations = read_messages(values, [columns[role] for role in self.roles], self.system)
-            encoded = encode_conversations(tokenizer, conversations, self.train_on, self.max_length)
+        tokenizer, most = load_tokenizer(model_path), self.max_length or most_tokens(model_path)
+        if "text" in columns:
+            self._require_conversations()
+        values = {role: table.columns[column] for role, column in columns.items()}
+        rows = list(read_rows(values, columns, self.system))
         ids: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        for row, (tokens, counts) in enumerate(encoded):
+        cut = 0
+        for row, (tokens, counts, shorter) in enumerate(encode_rows(tokenizer, rows, self.train_on, most)):
             counts[:1] = False  # nothing predicts the first token
             if not counts.any():
                 raise DataError(
-                    f"row {row}, column {columns[self.roles[-1]]!r}: it has no token to learn: remove the row",
+                    f"row {row}, column {list(columns.values())[-1]!r}: it has no token to learn: remove the row",
                     code="nothing-to-learn",
                 )
+            cut += shorter
             ids.append(tokens)
             labels.append(np.where(counts, tokens, IGNORED).astype(np.int32))
         joined = Tokens.join(ids, int(tokenizer.pad_token_id))
+        texts = sum(not isinstance(row, Conversation) for row in rows)
+        notes = [f"examples are read as {_format(columns)} ({', '.join(columns.values())})"]
+        if texts and "text" not in columns:
+            notes.append(
+                f"{texts} of {len(rows)} prompts are texts, which their completions continue without chat template"
+            )
+        if cut:
+            notes.append(f"{cut} of {len(rows)} examples are longer than {most} tokens and are cut (task.max_length)")
         return Examples(
             inputs={"input_ids": joined, "labels": Tokens.join(labels, IGNORED)},
             labels=None,
             lengths=joined.lengths,
             columns={name: np.asarray(table.columns[name]) for name in keep},
+            notes=tuple(notes),
         )
 
     def model_kwargs(self, examples: Examples) -> dict[str, Any]:
@@ -145,7 +165,7 @@ class CausalLM(Task):
             return
         refuse_foresight(model, longest, _logits)
         if self.packing:
-            refuse_leaks(model, longest[: self.max_length], _logits)
+            refuse_leaks(model, longest[: self.max_length or LONGEST], _logits)
 
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """A padded batch, or a packed one.
@@ -155,7 +175,7 @@ class CausalLM(Task):
         """
         ids, labels = _tokens(examples, "input_ids"), _tokens(examples, "labels")
         if self.packing:
-            return _packed([(ids[int(i)], labels[int(i)]) for i in indices], ids.pad_id, self.max_length)
+            return _packed([(ids[int(i)], labels[int(i)]) for i in indices], ids.pad_id, self.max_length or LONGEST)
         padded, mask = ids.pad(indices)
         return {"input_ids": padded, "attention_mask": mask, "labels": labels.pad(indices)[0]}
 
@@ -163,6 +183,19 @@ class CausalLM(Task):
         """The beginning of each example, padded, whether packing or not: a vocabulary has many logits."""
         ids, mask = _tokens(examples, "input_ids").pad(indices)
         return {"input_ids": ids[:, :COMPARED], "attention_mask": mask[:, :COMPARED]}
+
+    def spans(
+        self, examples: Examples, index: int, model_path: str | Path | Checkpoint
+    ) -> tuple[tuple[str, bool], ...]:
+        """The example's text, cut where tokens begin or cease to count."""
+        tokenizer = load_tokenizer(model_path)
+        ids, counts = _tokens(examples, "input_ids")[index], _tokens(examples, "labels")[index] != IGNORED
+        edges = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(ids)]
+        texts = [tokenizer.decode(ids[:edge].tolist()) for edge in edges]
+        return tuple(
+            (text[len(before) :], bool(counts[edge]))
+            for before, text, edge in zip(texts, texts[1:], edges, strict=False)
+        )
 
     def padding(self, examples: Examples) -> Mapping[str, int]:
         """Labels that do not count, and positions and segments of nobody."""
@@ -273,6 +306,10 @@ def _tokens(examples: Examples, name: str) -> Tokens:
     tokens = examples.inputs[name]
     assert isinstance(tokens, Tokens)
     return tokens
+
+
+def _format(roles: Collection[str]) -> str:
+    return next(name for name, one in FORMATS.items() if set(one.roles) <= set(roles))
 
 
 def _longest(examples: Examples) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedlora.assets import Checkpoint
 from fedlora.tasks._base import Batch, Examples, Table, tasks, without_cache
 from fedlora.tasks._classification import Classification, classes_of
-from fedlora.tasks._text import Tokens, digest_tokenizer, encode
+from fedlora.tasks._text import Tokens, digest_tokenizer, encode, load_tokenizer
 
 
 @tasks.register("text-classification")
@@ -90,6 +90,14 @@ class TextClassification(Classification):
         if "token_type_ids" in examples.inputs:
             batch["token_type_ids"] = examples.inputs["token_type_ids"].pad(indices)[0]  # type: ignore[attr-defined]
         return batch
+
+    def spans(
+        self, examples: Examples, index: int, model_path: str | Path | Checkpoint
+    ) -> tuple[tuple[str, bool], ...]:
+        """The text with its special tokens, and the class, which alone is learnt."""
+        assert examples.labels is not None
+        text = load_tokenizer(model_path).decode(_tokens(examples)[index].tolist())
+        return (f"{text} → ", False), (examples.label_names[int(examples.labels[index])], True)
 
     def padding(self, examples: Examples) -> Mapping[str, int]:
         """The tokeniser's own padding, which is not looked at."""

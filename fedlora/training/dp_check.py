@@ -99,6 +99,6 @@ def company_of(task: Task, examples: Examples, indices: Sequence[int] | np.ndarr
             alone.append(
                 {name: value[:, -(tokens // 2) :] if name in padded else value for name, value in batch.items()}
             )
-        if 2 * tokens <= getattr(task, "max_length", 0):
+        if 2 * tokens <= (getattr(task, "max_length", 0) or 4 * FEW):
             alone.append({name: value.repeat(1, 2) if name in padded else value for name, value in batch.items()})
     return task.join(examples, alone), alone

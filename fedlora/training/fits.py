@@ -18,7 +18,7 @@ from fedlora.model import Base
 from fedlora.model.reach import embedding_rows, position_limit
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Examples, Task, to_device
-from fedlora.tasks._text import Tokens, load_tokenizer
+from fedlora.tasks._text import Tokens, load_tokenizer, most_tokens
 
 
 def require_fit(config: RunConfig, base: Base, task: Task, sets: Sequence[Examples]) -> None:
@@ -50,9 +50,10 @@ def require_fit_of_any(config: RunConfig, base: Base, task: Task) -> None:
         ConfigError: a text could be longer than the model's positions.
         ModelError: a text could have a token without a row.
     """
-    most, limit, rows = getattr(task, "max_length", None), position_limit(base.model), embedding_rows(base.model)
-    if most is None:
+    if not hasattr(task, "max_length"):
         return
+    most = task.max_length or most_tokens(Checkpoint.of(config.model))
+    limit, rows = position_limit(base.model), embedding_rows(base.model)
     if limit is not None and most > limit:
         raise ConfigError(
             f"task.max_length is {most} and the model has {limit} positions; a private run must not fail on one long "

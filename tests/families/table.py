@@ -710,7 +710,7 @@ def toml(family: Family, folder: Path, *overrides: str) -> str:
             row["label"] = ["a", "b", "c"][number % 3]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {"classifier": "text-classification", "causal": "causal-lm", "image": "image-classification"}[family.kind]
-    more = f'form = "text"\nmax_length = {MAX_LENGTH}' if family.kind == "causal" else ""
+    more = f'format = "text"\nmax_length = {MAX_LENGTH}' if family.kind == "causal" else ""
     heads = f"modules_to_save = {json.dumps(list(family.heads))}" if family.heads is not None else ""
     return f"""
         [model]

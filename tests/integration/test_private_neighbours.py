@@ -258,7 +258,7 @@ def simulated(
 
     def make(task: str, *overrides: str) -> tuple[RunConfig, Callable[[Rows], None]]:
         model = tiny_bert if task == "text-classification" else tiny_llama
-        more = ["task.labels=['negative','positive']"] if model is tiny_bert else ["task.form=text"]
+        more = ["task.labels=['negative','positive']"] if model is tiny_bert else ["task.format=text"]
         targets = "['query','value']" if model is tiny_bert else "['q_proj','v_proj']"
         (tmp_path / "test.csv").write_bytes(table(reviews[:40]))
         config = parse_config(

@@ -59,8 +59,8 @@ OPEN: dict[str, list[dict[str, Any]]] = {
         {"name": "text-classification", "max_length": 8},
         {"name": "text-classification", "max_length": 500},
         {"name": "text-classification", "labels": ["a", "b"]},
-        {"name": "causal-lm", "form": "text"},
-        {"name": "causal-lm", "form": "messages", "train_on": "answers"},
+        {"name": "causal-lm", "format": "text"},
+        {"name": "causal-lm", "format": "messages", "train_on": "answers"},
         {"name": "image-classification"},
     ],
 }

@@ -106,7 +106,8 @@ def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 prompts of one word with the word three times for an answer, by three people."""
     path = tmp_path_factory.mktemp("tiny_chat") / "echo.jsonl"
     rows = [
-        {"prompt": word, "answer": f"{word} {word} {word}", "person": f"p{n % 3}"} for n, word in enumerate(WORDS * 12)
+        {"instruction": word, "output": f"{word} {word} {word}", "person": f"p{n % 3}"}
+        for n, word in enumerate(WORDS * 12)
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path

@@ -448,7 +448,7 @@ def test_a_test_set_that_the_seed_cuts_from_the_source_may_be_another_for_each_s
 
 
 def test_perplexities_over_other_tokens_are_told_apart(tmp_path: Path) -> None:
-    task = ("task.name=causal-lm", "task.form=text")
+    task = ("task.name=causal-lm", "task.format=text")
     paths = []
     for name in ("one", "two"):
         path = make_run(tmp_path / name, [9.0, 8.0], *task, f"model.name={name}", metric="perplexity")

@@ -69,8 +69,8 @@ def test_fields_of_registries_are_refused_too() -> None:
 
     for fields in ({"train_on": "all"}, {"system": "be kind"}):
         with raises(ConfigError, "key-without-effect", f"task.{next(iter(fields))}"):
-            build(CausalLM, {"form": "text", **fields}, "task")
-        build(CausalLM, {"form": "messages", **fields}, "task")
+            build(CausalLM, {"format": "text", **fields}, "task")
+        build(CausalLM, {"format": "messages", **fields}, "task")
     with raises(ConfigError, "key-without-effect", "steps and lr", "'cosine'"):
         Fair(lr=0.5)
     Fair(solver="cosine", lr=0.5)
@@ -82,7 +82,7 @@ def test_fields_of_registries_are_refused_too() -> None:
         (["train.epochs=1", "train.warmup_steps=23"], "warmup-too-long", "train.warmup_steps"),
         (["adapter.export_rank=4"], "export-rank-not-used", "adapter.export_rank"),
         (["model.revision=main"], "key-without-effect", "model.revision"),
-        (["task={name='causal-lm', form='text'}", "data.label=domain"], "key-without-effect", "data.label"),
+        (["task={name='causal-lm', format='text'}", "data.label=domain"], "key-without-effect", "data.label"),
     ],
 )
 def test_what_only_data_and_model_tell_is_refused_before_a_run_is_made(

@@ -18,6 +18,7 @@ from fedlora.config import ModelConfig, OpenTable
 from fedlora.data._screen import invented, require_header, screened
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import Examples, Task, load_task
+from fedlora.tasks._chat_formats import FORMATS
 
 LABELS = ("negative", "positive")
 ROWS = [
@@ -175,9 +176,7 @@ def test_what_holds_for_all_rows_is_refused(read: Callable[[Path], Examples], tm
     ("name", "roles"),
     [
         ("text-classification", {"labels": list(LABELS)}),
-        ("causal-lm", {"form": "text"}),
-        ("causal-lm", {"form": "prompt-answer"}),
-        ("causal-lm", {"form": "messages"}),
+        *(("causal-lm", {"format": name}) for name in FORMATS),
     ],
 )
 def test_examples_can_be_made_up_for_every_task_on_texts(tiny_bert: Path, name: str, roles: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from fedlora.config import parse_config
 from fedlora.data import load_data, read_file
 from fedlora.data._sources import require_one_kind
 from fedlora.errors import DataError
-from fedlora.tasks._chat import encode_conversations, read_messages
+from fedlora.tasks._chat import encode_rows
+from fedlora.tasks._chat_formats import read_rows
 from fedlora.tasks._classification import class_ids, class_names
 from fedlora.tasks._text import load_tokenizer, require_text
 from fedlora.tasks.image_classification import read_picture
@@ -79,11 +80,15 @@ def test_domains_and_clients_of_several_kinds_are_not_joined(values: list[Any], 
 # ------------------------------------------------------------------------------------------------ text
 
 
+def read(columns: dict[str, list[Any]]) -> list[Any]:
+    return list(read_rows(columns, {role: role for role in columns}, None))
+
+
 def test_indentation_is_data(tiny_bert: Path) -> None:
     code = "    return x\n"
     assert require_text(code, 0, "text") == code
-    conversation = read_messages([[code], ["\tyes\n"]], ["prompt", "answer"], None)
-    assert [message["content"] for message in conversation[0]] == [code, "\tyes\n"]
+    (conversation,) = read({"instruction": [code], "output": ["\tyes\n"]})
+    assert [message["content"] for message in conversation.messages] == [code, "\tyes\n"]
 
 
 def test_half_a_character_is_named_with_its_place() -> None:
@@ -91,7 +96,7 @@ def test_half_a_character_is_named_with_its_place() -> None:
     with raises(DataError, "lone-surrogate", "row 4, column 'text'", "character 5", "U+D83D"):
         require_text(half, 4, "text")
     with raises(DataError, "lone-surrogate", "row 0", "U+D83D"):
-        read_messages([[[{"role": "assistant", "content": half}]]], ["messages"], None)
+        read({"messages": [[{"role": "assistant", "content": half}]]})
     with raises(DataError, "lone-surrogate", "U+D83D"):
         class_names(["a", half], "label")
     with raises(DataError, "lone-surrogate", "U+D83D"):
@@ -103,18 +108,15 @@ def test_half_a_character_is_named_with_its_place() -> None:
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 
 
-@pytest.mark.parametrize(
-    "extra", [{"tool_calls": [{"name": "f"}]}, {"name": "ann"}, {"reasoning_content": "since"}, {"weight": 0}]
-)
-def test_no_key_of_a_message_is_dropped(extra: dict[str, Any]) -> None:
-    with raises(DataError, "unknown-message-key", "row 1, column 'messages'", "message 1", f"'{next(iter(extra))}'"):
-        read_messages([[CHAT, [CHAT[0], CHAT[1] | extra]]], ["messages"], None)
+def test_an_unknown_key_of_a_message_is_refused() -> None:
+    with raises(DataError, "unknown-message-key", "row 1, column 'messages'", "message 1", "'mood'"):
+        read({"messages": [CHAT, [CHAT[0], CHAT[1] | {"mood": "good"}]]})
 
 
 def test_keys_that_hold_nothing_are_no_keys() -> None:
     """Tables of one schema have every key in every message."""
     filled = [message | {"name": None, "tool_calls": []} for message in CHAT]
-    assert read_messages([[filled]], ["messages"], None) == [CHAT]
+    assert read({"messages": [filled]}) == read({"messages": [CHAT]})
 
 
 def test_a_template_that_refuses_names_the_row(tiny_bert: Path) -> None:
@@ -127,10 +129,10 @@ def test_a_template_that_refuses_names_the_row(tiny_bert: Path) -> None:
             "{{ m['role'] + m['content'] }}{% endfor %}"
         )
         with raises(DataError, "template-refuses", "row 1", "system, user, assistant", "no system role", "task.system"):
-            list(encode_conversations(tokenizer, [CHAT, system], "answer", 64))
+            list(encode_rows(tokenizer, read({"messages": [CHAT, system]}), "answer", 64))
         tokenizer.chat_template = "{{ messages[0].nothing.of_it }}"
         with raises(DataError, "template-refuses", "row 0"):
-            list(encode_conversations(tokenizer, [CHAT], "answer", 64))
+            list(encode_rows(tokenizer, read({"messages": [CHAT]}), "answer", 64))
     finally:
         tokenizer.chat_template = before
 
@@ -138,7 +140,7 @@ def test_a_template_that_refuses_names_the_row(tiny_bert: Path) -> None:
 def test_an_answer_to_nobody_is_refused_by_its_row(tiny_bert: Path) -> None:
     greeting = [{"role": "assistant", "content": "hello"}, *CHAT]
     with raises(DataError, "answer-without-prompt", "row 1", "task.train_on"):
-        list(encode_conversations(load_tokenizer(str(tiny_bert)), [CHAT, greeting], "answers", 64))
+        list(encode_rows(load_tokenizer(str(tiny_bert)), read({"messages": [CHAT, greeting]}), "answers", 64))
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -261,7 +263,7 @@ def test_parquet_gives_nested_values_and_refuses_a_name_that_stands_twice(tmp_pa
 
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"messages": [CHAT, CHAT]}), path)
-    assert read_messages([read_file(path).columns["messages"]], ["messages"], None) == [CHAT, CHAT]
+    assert read({"messages": read_file(path).columns["messages"]}) == read({"messages": [CHAT, CHAT]})
     twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(twice, path)
     with raises(DataError, "malformed-file", path, "'text'"):

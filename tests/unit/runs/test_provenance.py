@@ -253,7 +253,7 @@ def test_a_chat_template_counts_where_conversations_are_rendered(tiny_bert: Path
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
         found[template] = CausalLM().reads(folder)
-        assert CausalLM(form="text").reads(folder).keys() == {"tokenizer"}
+        assert CausalLM(format="text").reads(folder).keys() == {"tokenizer"}
         assert TextClassification().reads(folder).keys() == {"tokenizer"}
     assert len({reads["chat_template"] for reads in found.values()}) == 3
     assert len({reads["tokenizer"] for reads in found.values()}) == 1

@@ -134,8 +134,8 @@ def test_an_answer_has_room_behind_a_prompt_of_all_positions(tiny_bert: Path) ->
         config = transformers.GPT2Config(vocab_size=200, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=0)
         model = transformers.GPT2LMHeadModel(config).eval()
     task = CausalLM(max_length=64)
-    table = Table({"prompt": ["great film " * 60, "film"], "answer": ["so warm", "warm"]})
-    examples = task.prepare(table, tiny_bert, {"prompt": "prompt", "answer": "answer"}, keep=())
+    table = Table({"instruction": ["great film " * 60, "film"], "output": ["so warm", "warm"]})
+    examples = task.prepare(table, tiny_bert, {"instruction": "instruction", "output": "output"}, keep=())
     assert len(examples.inputs["input_ids"][0]) == 64
     cut, whole = task.samples(model, examples, [0, 1], tiny_bert, new_tokens=32)
     assert cut.reference == "so warm"
@@ -245,7 +245,7 @@ def test_layers_can_be_chosen_in_models_with_experts(tmp_path: Path, tiny_bert: 
     rounds=1
     model.name='{base}'
     adapter={{targets=['q_proj'], layers='top:1'}}
-    task={{name='causal-lm', form='text'}}
+    task={{name='causal-lm', format='text'}}
     data={{source='{tmp_path}/t.jsonl', test_fraction=0.3}}
     partition.clients=2
     train.steps=1

@@ -13,7 +13,8 @@ from support.errors import raises
 from fedlora.config import OpenTable
 from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.tasks import Examples, Table, load_task
-from fedlora.tasks._chat import PLAIN_TEMPLATE, _cut, encode_conversations, pieces
+from fedlora.tasks._chat import PLAIN_TEMPLATE, _cut, encode_rows, pieces
+from fedlora.tasks._chat_formats import Conversation
 from fedlora.tasks._text import load_tokenizer
 from fedlora.tasks.causal_lm import IGNORED, CausalLM
 
@@ -27,8 +28,8 @@ FORGETFUL = (
     "{% if loop.last %}thought {% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
 )
 PAIRS = {
-    "prompt": ["hello", "who sees the cat ?", "what likes the old red bird , the dog ?", "hello , hello"],
-    "answer": ["the dog", "yes", "a blue cat hears the old bird .", "no , the new dog sees a bird"],
+    "instruction": ["hello", "who sees the cat ?", "what likes the old red bird , the dog ?", "hello , hello"],
+    "output": ["the dog", "yes", "a blue cat hears the old bird .", "no , the new dog sees a bird"],
 }
 
 
@@ -75,7 +76,7 @@ def tiny_llama(**changes: Any) -> torch.nn.Module:
 
 
 def prepared(task: CausalLM, folder: Path, columns: dict[str, list[Any]]) -> Examples:
-    roles = {role: role for role in task.roles}
+    roles = {role: role for role in task.roles_of(columns, {})}
     return task.prepare(Table(columns), folder, roles, keep=())
 
 
@@ -116,7 +117,7 @@ def test_answers_counts_each_of_the_assistants_turns_and_answer_the_last(folder:
     tokenizer = load_tokenizer(str(folder))
     counted = {}
     for train_on in ("answer", "answers"):
-        examples = prepared(CausalLM(form="messages", train_on=train_on), folder, {"messages": [talk]})
+        examples = prepared(CausalLM(train_on=train_on), folder, {"messages": [talk]})
         ids, labels = examples.inputs["input_ids"][0], examples.inputs["labels"][0]
         counted[train_on] = tokenizer.decode(ids[labels != IGNORED])
     assert counted == {"answer": "the cat<|end|>", "answers": "yes<|end|>the cat<|end|>"}
@@ -126,14 +127,14 @@ def test_a_system_message_is_put_before_conversations_that_have_none(folder: Pat
     tokenizer = load_tokenizer(str(folder))
     own = [{"role": "system", "content": "new"}, {"role": "assistant", "content": "yes"}]
     none = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
-    examples = prepared(CausalLM(form="messages", system="old"), folder, {"messages": [own, none]})
+    examples = prepared(CausalLM(system="old"), folder, {"messages": [own, none]})
     texts = [tokenizer.decode(ids) for ids in examples.inputs["input_ids"]]
     assert texts[0].startswith("<|start|>system\nnew<|end|>\n<|start|>assistant")
     assert texts[1].startswith("<|start|>system\nold<|end|>\n<|start|>user")
 
 
 def test_plain_text_is_closed_by_the_end_token_and_counts_whole(folder: Path) -> None:
-    examples = prepared(CausalLM(form="text", max_length=12), folder, {"text": ["a cat", "the old blue bird sees"]})
+    examples = prepared(CausalLM(max_length=12), folder, {"text": ["a cat", "the old blue bird sees"]})
     tokenizer = load_tokenizer(str(folder))
     assert [tokenizer.decode(ids) for ids in examples.inputs["input_ids"]] == ["a cat<|end|>", "the old blue"]
     assert [int((labels == IGNORED).sum()) for labels in examples.inputs["labels"]] == [1, 1]
@@ -143,7 +144,7 @@ def test_without_a_chat_template_a_plain_one_is_used(tmp_path: Path) -> None:
     folder = tokenizer_folder(tmp_path, None)
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.chat_template is None
-    examples = prepared(CausalLM(), folder, {"prompt": ["hello"], "answer": ["yes"]})
+    examples = prepared(CausalLM(), folder, {"instruction": ["hello"], "output": ["yes"]})
     ids, labels = examples.inputs["input_ids"][0], examples.inputs["labels"][0]
     assert tokenizer.decode(ids) == "<|start|>User: hello\nAssistant: yes<|end|>"
     assert tokenizer.decode(ids[labels != IGNORED]) == " yes<|end|>"
@@ -154,7 +155,7 @@ def test_a_template_that_rewrites_its_beginning_is_refused(tmp_path: Path) -> No
     folder = tokenizer_folder(tmp_path, FORGETFUL)
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
     with raises(ModelError, "template-rewrites-beginning", "chat_template"):
-        pieces(load_tokenizer(str(folder)), talk, "answer")
+        pieces(load_tokenizer(str(folder)), Conversation(talk, 1), "answer")
 
 
 @pytest.mark.parametrize("prompt", [1, 5, 40])
@@ -162,8 +163,9 @@ def test_a_template_that_rewrites_its_beginning_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("limit", [8, 20, 100])
 def test_cutting_keeps_the_end_of_the_prompt_and_the_start_of_the_answer(prompt: int, answer: int, limit: int) -> None:
     ids, counts = np.arange(prompt + answer), np.arange(prompt + answer) >= prompt
-    short, flags = _cut(ids, counts, prompt, limit)
+    short, flags, cut = _cut(ids, counts, prompt, limit)
     assert len(short) == min(limit, prompt + answer)
+    assert cut == (limit < prompt + answer)
     assert (np.diff(short) == 1).all()
     assert {prompt - 1, prompt} <= set(short.tolist())
     assert (flags == (short >= prompt)).all()
@@ -216,7 +218,7 @@ def test_a_conversation_is_tokenised_as_one_string(kind: str, train_on: Any, tmp
     tokenizer.save_pretrained(tmp_path)
     rendered = tokenizer.apply_chat_template(TALK, tokenize=False)
     wanted = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    examples = prepared(CausalLM(form="messages", train_on=train_on), tmp_path, {"messages": [TALK]})
+    examples = prepared(CausalLM(train_on=train_on), tmp_path, {"messages": [TALK]})
     ids, labels = examples.inputs["input_ids"][0].tolist(), examples.inputs["labels"][0]
     assert ids == wanted["input_ids"]
     assert ids == tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=False)
@@ -253,11 +255,11 @@ class Letters:
 
 def test_a_tokeniser_without_offsets_is_asked_for_the_beginnings() -> None:
     tokenizer = Letters("pa")
-    ((ids, counts),) = encode_conversations(tokenizer, [TALK], "answers", 100)
+    ((ids, counts, _),) = encode_rows(tokenizer, [Conversation(TALK, 3)], "answers", 100)
     assert ids.tolist() == tokenizer([tokenizer.apply_chat_template(TALK)])["input_ids"][0]
     assert "".join(map(chr, ids[counts])) == "the rosé 🌹</s>in \xd1ris</s>"  # "pa" is one token
     with raises(ModelError, "token-across-border", "tokenizer.json"):
-        list(encode_conversations(Letters("]i"), [TALK], "answers", 100))
+        list(encode_rows(Letters("]i"), [Conversation(TALK, 3)], "answers", 100))
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -455,7 +457,7 @@ def test_samples_are_greedy_and_the_same_each_time(folder: Path) -> None:
     torch.manual_seed(1)
     assert first == task.samples(model.train(), examples, [2, 0], folder, new_tokens=5)
     assert model.training
-    assert [sample.reference for sample in first] == [PAIRS["answer"][2], PAIRS["answer"][0]]
+    assert [sample.reference for sample in first] == [PAIRS["output"][2], PAIRS["output"][0]]
     assert all(sample.prompt.endswith("<|start|>assistant\n") for sample in first)
     ids = load_tokenizer(str(folder))(first[1].prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     model.eval()
@@ -474,8 +476,8 @@ def test_samples_are_greedy_and_the_same_each_time(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "place"),
     [
-        ({"prompt": ["hello", None], "answer": ["yes", "no"]}, "row 1, column 'prompt'"),
-        ({"prompt": ["hello", "who"], "answer": ["yes", "  "]}, "row 1, column 'answer'"),
+        ({"instruction": ["hello", None], "output": ["yes", "no"]}, "row 1, column 'instruction'"),
+        ({"prompt": ["hello", "who"], "completion": ["yes", "  "]}, "row 1, column 'completion'"),
     ],
 )
 def test_missing_values_are_named(folder: Path, columns: dict[str, list[Any]], place: str) -> None:
@@ -495,16 +497,16 @@ def test_missing_values_are_named(folder: Path, columns: dict[str, list[Any]], p
 )
 def test_messages_that_are_none_are_refused(folder: Path, value: Any, code: str) -> None:
     with raises(DataError, code, "row 0, column 'messages'"):
-        prepared(CausalLM(form="messages"), folder, {"messages": [value]})
+        prepared(CausalLM(), folder, {"messages": [value]})
 
 
 def test_the_table_of_a_config_is_checked() -> None:
-    task = load_task(OpenTable(name="causal-lm", form="text"))  # type: ignore[call-arg]
+    task = load_task(OpenTable(name="causal-lm", format="text"))  # type: ignore[call-arg]
     assert task.roles == ("text",)
     with raises(ConfigError, "unknown-key", "'pakcing'", "'packing'"):
         load_task(OpenTable(name="causal-lm", pakcing=True))  # type: ignore[call-arg]
-    with raises(ConfigError, "bad-value", "form", "'chat'"):
-        load_task(OpenTable(name="causal-lm", form="chat"))  # type: ignore[call-arg]
+    with raises(ConfigError, "bad-value", "format", "'chat'"):
+        load_task(OpenTable(name="causal-lm", format="chat"))  # type: ignore[call-arg]
 
 
 def test_a_config_names_the_columns_of_a_file(folder: Path, tmp_path: Path) -> None:
@@ -519,7 +521,7 @@ def test_a_config_names_the_columns_of_a_file(folder: Path, tmp_path: Path) -> N
         partition = {{ name = 'natural', column = 'person' }}
         [data]
         source = '{tmp_path / "talk.jsonl"}'
-        columns = {{ prompt = 'question', answer = 'reply' }}
+        columns = {{ instruction = 'question', output = 'reply' }}
     """
     data = load_data(parse_config(text))
     assert len(data.clients) == 3
@@ -528,10 +530,12 @@ def test_a_config_names_the_columns_of_a_file(folder: Path, tmp_path: Path) -> N
         assert set(data.train.columns["person"][client]) == {f"p{number}"}
     ids = data.test.inputs["input_ids"][0]
     assert tokenizer.decode(ids).startswith("<|start|>user\nwho ")
-    with raises(DataError, "no-such-column", "'prompt'"):
+    with raises(DataError, "no-such-column", "'output'"):
+        load_data(parse_config(text.replace(", output = 'reply'", "")))
+    with raises(DataError, "format-unknown", "person, question, reply", "data.columns"):
         load_data(parse_config(text.replace("columns", "# columns")))
-    with raises(ConfigError, "unknown-role", "'anwser'", "'answer'"):
-        load_data(parse_config(text.replace("answer =", "anwser =")))
+    with raises(ConfigError, "unknown-role", "'ouptut'", "'output'"):
+        load_data(parse_config(text.replace("output =", "ouptut =")))
 
 
 def test_gradients_by_example_are_each_examples_own(folder: Path) -> None:
