@@ -84,12 +84,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out what most of a tiny run's time goes into and no test looks at: a report's charts, the adapter's check.
 
-    Tests that look at them have the mark "charts" or "verified"; slow ones, and runs in processes of their own,
+    Tests that look at them have the mark "charts" or "verified"; nightly ones, and runs in processes of their own,
     always draw and check.
     """
 
     def has(mark: str) -> bool:
-        return any(item.get_closest_marker(name) for name in (mark, "slow", "nightly"))
+        return any(item.get_closest_marker(name) for name in (mark, "nightly"))
 
     Chart.svg = DRAW if has("charts") else _undrawn  # type: ignore[method-assign]
     export.verify_adapter = VERIFY if has("verified") else _unverified  # type: ignore[attr-defined]
