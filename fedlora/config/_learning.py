@@ -157,6 +157,9 @@ class TrainConfig(Section):
     """Linear warm-up at the start of each round's local training."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest L2 norm of a step's gradient over all trained parameters."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune (Jain et al. 2023, arXiv 2310.05914): uniform noise of at most alpha / sqrt(tokens x width) on the
+    embeddings of each row in training, tokens without padding; 5 is usual. None: none."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """Weight mu of FedProx's proximal term (Li et al. 2020, arXiv 1812.06127, equation (2)); 0: none."""
 

@@ -140,6 +140,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _noisy(self) -> RunConfig:
+        if self.train.neftune_noise_alpha is not None and self.runtime.prefix_cache == "on":
+            raise ConfigError(
+                "train.neftune_noise_alpha gives the frozen layers other inputs in each step, so that training keeps "
+                "nothing of them: set runtime.prefix_cache = 'auto', or remove the noise",
+                code="noise-below-cache",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _private(self) -> RunConfig:
         if self.example_privacy is not None:
             self._example_private()

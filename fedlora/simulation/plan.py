@@ -29,6 +29,7 @@ from fedlora.progress import format_bytes
 from fedlora.simulation.capacity import COPIES
 from fedlora.tasks import Task, load_task
 from fedlora.tasks._text import LONGEST
+from fedlora.tasks._token_loss import CHUNK
 from fedlora.training.checkpointing import checkpointed
 from fedlora.training.row_groups import ENTRIES, pass_tokens
 from fedlora.training.row_optimizer import Columns
@@ -41,8 +42,8 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314, section 3): 4 bits, a
 scale of 8 bits for each 64 of them, and one of 32 bits for each 256 scales."""
 UP_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-KEPT_BY_LOSS = 6
-"""Bytes for each counted token and word of the vocabulary: log-probabilities in float32, and what is there beside."""
+OF_LOGITS = 16
+"""Bytes for a token of a chunk and a word of the vocabulary: logits of 16 and 32 bits, log-probabilities, gradients."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Plan:
         adapter: the trained tensors.
         optimizer: all copies of them that one client needs, its optimiser's state among them.
         token: activations that a step keeps for each token.
-        logits: kept for each token that counts, by a language model's loss.
+        logits: of one chunk of tokens in a language model's loss, with what is computed from them.
         memory: of the device.
         pass_tokens: that a pass would like to have.
         row_tokens: of the longest row that there may be.
@@ -80,7 +81,7 @@ class Plan:
     @property
     def room(self) -> int:
         """Tokens of a pass for which there is memory."""
-        return max(0, (self.memory - self.base - self.optimizer) // max(1, self.token + self.logits))
+        return max(0, (self.memory - self.base - self.optimizer - self.logits) // max(1, self.token))
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """What is planned, line by line: a name, and numbers."""
@@ -89,7 +90,7 @@ class Plan:
         yield "a client's training", f"{format_bytes(self.optimizer)}: values, gradients, the optimiser's state"
         yield "activations", f"{format_bytes(self.token)} for each token"
         if self.logits:
-            yield "logits", f"{format_bytes(self.logits)} for each token that counts"
+            yield "logits", f"{format_bytes(self.logits)} at once"
         yield "memory", format_bytes(self.memory)
         yield "a round", f"{format_bytes(self.down)} to clients, {format_bytes(self.up)} from them, at most"
 
@@ -146,7 +147,7 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
     frozen = [parameter for parameter in base.model.parameters() if id(parameter) not in own]
     wide = base.adapter_dtype.itemsize
     clients = clients_wanted(config, int(config.partition.fields.get("clients", 1)))
-    longest = _longest(base, task)
+    longest, causal = _longest(base, task), task.auto_class == "AutoModelForCausalLM"
     wanted = [pass_tokens(base, kind if kind in ENTRIES else "cpu"), config.train.batch_size * longest * clients]
     if config.train.micro_batch_size is not None:
         wanted.append(config.train.micro_batch_size * longest)
@@ -157,7 +158,7 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
         adapter=trained * wide,
         optimizer=COPIES * trained * wide,
         token=_kept(base, task, adapter, saved=config.train.gradient_checkpointing),
-        logits=KEPT_BY_LOSS * _vocabulary(base) if task.auto_class == "AutoModelForCausalLM" else 0,
+        logits=OF_LOGITS * min(CHUNK, longest * config.train.batch_size) * _vocabulary(base) if causal else 0,
         memory=memory,
         pass_tokens=min(wanted),
         row_tokens=longest,

@@ -80,7 +80,7 @@ class Trial:
         Whoever owns a single example on which it fails meets the error in its own batch.
         """
         base, doing = self.base, "compute"
-        batch = to_device(self._batches["alone"], base.device)
+        batch = to_device(self.task, self._batches["alone"], base.device)
         try:
             if self.plain is None:
                 self.states("alone")
@@ -279,7 +279,7 @@ def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"
 def model_inputs(base: Measurable, task: Task, batch: Batch) -> dict[str, Tensor]:
     """What a task calls the model with for a batch on the CPU, but for "labels"."""
     with torch.no_grad():
-        given = given_to(base.model, lambda: task.losses(base.model, to_device(batch, base.device)))
+        given = given_to(base.model, lambda: task.losses(base.model, to_device(task, batch, base.device)))
     args, kwargs = given or ((), {})
     found: dict[str, Any] = {**kwargs, **({"": args} if args else {})}
     return {

@@ -131,6 +131,8 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     peft_task_type: ClassVar[str | None] = None
     """PEFT's TaskType name, written into the adapter's config."""
+    kept_on_cpu: ClassVar[tuple[str, ...]] = ()
+    """Tensors of a batch that `losses` and `measure` want on the CPU, wherever the model is."""
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
     """What the task needs of an example; the config's `[data]` table names the column of each."""
     optional_roles: ClassVar[tuple[str, ...]] = ()
@@ -348,9 +350,13 @@ def without_cache(model: torch.nn.Module) -> Mapping[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch where the model is."""
+def to_device(task: Task, batch: Batch, device: torch.device) -> Batch:
+    """The batch where the model is, but for what the task wants on the CPU."""
     if device.type == "cpu":
         return batch
     # Apple's MPS may read the memory of a batch that is gone by then (pytorch issue 139550).
-    return {name: value.to(device, non_blocking=device.type == "cuda") for name, value in batch.items()}
+    waits_not = device.type == "cuda"
+    return {
+        name: value if name in task.kept_on_cpu else value.to(device, non_blocking=waits_not)
+        for name, value in batch.items()
+    }

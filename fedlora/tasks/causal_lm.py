@@ -1,7 +1,7 @@
 """The task "causal-lm": continue a text; conversations train the answers alone.
 
-Shapes: b = examples in a batch, t = tokens of the longest row, w = rows of a packed batch, k = tokens that count,
-v = vocabulary.
+Shapes: b = examples in a batch, t = tokens of the longest row, w = rows of a packed batch, k = tokens whose logits are
+looked at, v = vocabulary.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError
 from fedlora.hashing import digest_of
 from fedlora.model.reach import longest_text
-from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks, without_cache
+from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
 from fedlora.tasks._chat import PLAIN_TEMPLATE, TrainOn, encode_rows
 from fedlora.tasks._chat_formats import FORMATS, OPTIONAL, Conversation, FormatName, read_rows, roles_of
 from fedlora.tasks._text import LONGEST, Tokens, digest_tokenizer, load_tokenizer, most_tokens
+from fedlora.tasks._token_loss import IGNORED, logits_at, mean_losses
 from fedlora.tasks._trials import evaluating, refuse_foresight, refuse_leaks
 
-IGNORED = -100  # the label of a token that does not count
 COMPARED = 64  # tokens of an example whose logits are compared after an export
-CHUNK = 512  # tokens whose logits are widened at once: a vocabulary of 50,000 makes 100 MB of them
 
 
 @tasks.register("causal-lm")
@@ -66,6 +64,7 @@ class CausalLM(Task):
     metric: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
+    kept_on_cpu: ClassVar[tuple[str, ...]] = ("labels", "segments")
 
     optional_roles: ClassVar[tuple[str, ...]] = OPTIONAL
 
@@ -163,9 +162,9 @@ class CausalLM(Task):
         longest = max((ids for found in sets for ids in _longest(found)), key=len, default=None)
         if longest is None:
             return
-        refuse_foresight(model, longest, _logits)
+        refuse_foresight(model, longest, _chosen_logits)
         if self.packing:
-            refuse_leaks(model, longest[: self.max_length or LONGEST], _logits)
+            refuse_leaks(model, longest[: self.max_length or LONGEST], _chosen_logits)
 
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """A padded batch, or a packed one.
@@ -228,11 +227,11 @@ class CausalLM(Task):
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b"]:
         """Mean cross entropy of each example's counted tokens, in nats, with the labels smoothed."""
-        return _by_example(model, batch, self.label_smoothing)[0]
+        return mean_losses(model, batch, self.label_smoothing)[0]
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
         """For each example: "loss" as in `losses`, and how many "tokens" count."""
-        loss, tokens = _by_example(model, batch)
+        loss, tokens = mean_losses(model, batch)
         return {"loss": loss, "tokens": tokens}
 
     def sums(self, measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -354,53 +353,5 @@ def _packed(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int, length: 
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def _by_example(
-    model: nn.Module, batch: Batch, smoothing: float = 0.0
-) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-    """Mean loss of each example's counted tokens, and their number."""
-    labels = batch["labels"]
-    chosen = functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # [rows, t]: what predicts a token that counts
-    logits = _logits(model, batch, chosen)
-    targets = labels[:, 1:][chosen[:, :-1]]
-    each = torch.cat(
-        [
-            functional.cross_entropy(_wide(part), target, reduction="none", label_smoothing=smoothing)
-            for part, target in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
-        ]
-    )
-    if "segments" in batch:
-        owner, count = batch["segments"][chosen], int(batch["segments"].max()) + 1
-    else:
-        owner, count = chosen.nonzero()[:, 0], len(labels)
-    sums = each.new_zeros(count).index_add(0, owner, each)
-    tokens = each.new_zeros(count).index_add(0, owner, torch.ones_like(each))
-    return sums / tokens, tokens.detach()
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _logits(model: nn.Module, batch: Batch, chosen: Bool[Tensor, "w t"]) -> Float[Tensor, "k v"]:
-    """Logits at the chosen tokens alone: with a large vocabulary the output layer is a third of a small model."""
-    if "segments" in batch:
-        # transformers knows packed rows by positions that begin anew, and gives each layer its own mask for them, with
-        # its sliding window or chunk; but not where it is given a mask or keeps a cache.
-        inputs: dict[str, Any] = {"position_ids": batch["position_ids"]}
-    else:
-        inputs = {"attention_mask": batch["attention_mask"]}
-
-    def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        return (hidden[chosen][None], *args[1:]) if hidden.shape[:2] == chosen.shape else args
-
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
-        head = None  # whoever takes its gradients by example wants to see whole rows
-    handle = None if head is None else head.register_forward_pre_hook(select)
-    try:
-        logits: Tensor = model(input_ids=batch["input_ids"], **inputs, **without_cache(model)).logits
-    finally:
-        if handle is not None:
-            handle.remove()
-    return logits[chosen] if logits.shape[:2] == chosen.shape else logits[0]
+def _chosen_logits(model: nn.Module, batch: Batch, chosen: Bool[Tensor, "w t"]) -> Float[Tensor, "k v"]:
+    return logits_at(model, batch, chosen.flatten().nonzero()[:, 0])

@@ -74,7 +74,7 @@ def train_cohort(
     Returns:
         An outcome for each job, in their order.
     """
-    if base.cache is not None:
+    if base.cache is not None and not any(config.neftune_noise_alpha for config in configs):
         prepare(base, task, examples, rows_of(jobs, configs))
     outcomes: dict[int, Outcome] = {}
     todo = alike(jobs, configs)

@@ -193,10 +193,15 @@ class PrivateTrainingLoop(Loop):
     def _step_with_noise(self, client: Client) -> None:
         how, rows = self._how[id(client)], [client.row]
         gradient = self._sums.pop(id(client))[None]
-        own = client.job.adapter.tensors()
-        for column in self._columns.columns:  # padding of a smaller rank gets none, so that it stays zero
-            part = column.within(gradient[0], own[column.name].shape)
-            part += noise(how.noise_multiplier * how.max_grad_norm, part, self._noise[id(client)])
+        own, columns = client.job.adapter.tensors(), self._columns.columns
+        sizes = [own[column.name].numel() for column in columns]
+        drawn = noise(how.noise_multiplier * how.max_grad_norm, gradient.new_empty(sum(sizes)), self._noise[id(client)])
+        if len(drawn) == self._columns.width:
+            gradient += drawn
+        else:  # padding of a smaller rank gets none, so that it stays zero
+            for column, part in zip(columns, drawn.split(sizes), strict=True):
+                shape = own[column.name].shape
+                column.within(gradient[0], shape).add_(part.view(shape))
         gradient /= how.schedule.expected_batch_size
         values = take(self._values, rows)
         before = values.clone() if client.done == 0 else None
@@ -209,10 +214,11 @@ class PrivateTrainingLoop(Loop):
         client.done += 1
 
     def _require_moved(self, client: Client, before: Tensor, after: Tensor) -> None:
-        own = client.job.adapter.tensors()
-        for column in self._columns.columns:
-            if own[column.name].numel() and torch.equal(column.of(before), column.of(after)):
-                raise ValueError(f"{column.name!r} did not move in a noisy step")
+        own, changed = client.job.adapter.tensors(), before != after
+        columns = [column for column in self._columns.columns if own[column.name].numel()]
+        moved = torch.stack([column.of(changed).any() for column in columns]).tolist()
+        if not all(moved):
+            raise ValueError(f"{columns[moved.index(False)].name!r} did not move in a noisy step")
 
     def _ended(self, client: Client) -> Outcome:
         row = self._values[client.row]

@@ -70,16 +70,16 @@ class RowDropout(TorchFunctionMode):
         self._strict = strict
         self._keys: Keys = np.empty(0, np.uint64)
         self._there: Tensor | None = None  # the keys on the device where masks are drawn
-        self._drawn = 0
+        self._drawn = self._added = 0
 
     def begin(self, keys: Keys) -> None:
         """The keys of the next forward pass's rows."""
-        self._keys, self._drawn, self._there = keys, 0, None
+        self._keys, self._drawn, self._added, self._there = keys, 0, 0, None
 
     def again(self) -> RowDropout:
         """Draws, for the same rows, the masks that come next here; for a forward pass that is repeated later."""
         copy = RowDropout(strict=self._strict)
-        copy._keys, copy._drawn, copy._there = self._keys, self._drawn, self._there
+        copy._keys, copy._drawn, copy._added, copy._there = self._keys, self._drawn, self._added, self._there
         return copy
 
     def __torch_function__(
@@ -92,7 +92,8 @@ class RowDropout(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and _dropout_of(args, kwargs):
             return self._attention(*args, **kwargs)
         if func is torch.rand and (shape := self._paths(args, kwargs)) is not None:
-            rows, salt = self._next(len(self._keys))
+            self._drawn += 1
+            rows, salt = self._rows(len(self._keys)), self._drawn * SECOND & (2**64 - 1)
             drawn = _mixed(_mixed(self._keys[:rows] ^ np.uint64(salt))) >> np.uint64(40)  # 24 bits: exact in float32
             return torch.empty(shape, **kwargs).copy_(torch.from_numpy(drawn / (1 << 24)).view(shape))
         return func(*args, **kwargs)
@@ -121,32 +122,53 @@ class RowDropout(TorchFunctionMode):
         Raises:
             RowsError: the first dimension is not the batch's rows, so that nobody knows whose entry is whose.
         """
-        rows, salt = self._next(shape[0])
-        sizes = tuple(shape) if rows == shape[0] else (1, *shape)
-        if len(sizes) == 1:
-            sizes = (*sizes, 1)
         cut = min(round(p * LEVELS), LEVELS - 1)
         scale = LEVELS / (LEVELS - cut)
-        if like.device.type != "cpu":
-            if self._there is None:
-                self._there = torch.from_numpy(self._keys.view(np.int64)).to(like.device)
-            keys = _mixed_on_device(self._there[:rows] ^ _signed(salt))
-            return (_draws_on_device(keys, sizes) >= cut).to(like.dtype).mul_(scale).view(shape)
+        self._drawn += 1
+        draws = self._draws(shape, self._drawn, like.device)
+        if isinstance(draws, Tensor):
+            return (draws >= cut).to(like.dtype).mul_(scale)
         noise = torch.empty(shape, dtype=like.dtype)
-        kept = (_draws(_mixed(self._keys[:rows] ^ np.uint64(salt)), sizes) >= np.uint16(cut)).reshape(shape)
+        kept = draws >= np.uint16(cut)
         if noise.dtype in (torch.float32, torch.float64):
             out = noise.numpy()
             np.multiply(kept, out.dtype.type(scale), out=out)
             return noise
         return noise.copy_(torch.from_numpy(kept)).mul_(scale)
 
-    def _next(self, rows: int) -> tuple[int, int]:
-        """How many rows' keys the next mask of `rows` rows goes by, one where it is as one row's, and its own salt."""
+    def uniform(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """Numbers between -1 and 1, 2^-15 apart. No mask is another for them.
+
+        Args:
+            shape: [b, ...].
+            like: a tensor of the wanted dtype, float32 or wider, and device.
+
+        Raises:
+            RowsError: see `noise`.
+        """
+        self._added -= 1
+        draws = self._draws(shape, self._added, like.device)
+        drawn = draws if isinstance(draws, Tensor) else torch.from_numpy(draws.astype(np.int32))
+        return drawn.to(like.dtype).mul_(2 / LEVELS).add_(1 / LEVELS - 1)
+
+    def _draws(self, shape: torch.Size, number: int, device: torch.device) -> np.ndarray | Tensor:
+        """The numbers of 16 bits of a pass's mask of some number, by numpy on a CPU."""
+        rows, salt = self._rows(shape[0]), number * SECOND & (2**64 - 1)
+        sizes = tuple(shape) if rows == shape[0] else (1, *shape)
+        if len(sizes) == 1:
+            sizes = (*sizes, 1)
+        if device.type == "cpu":
+            return _draws(_mixed(self._keys[:rows] ^ np.uint64(salt)), sizes).reshape(shape)
+        if self._there is None:
+            self._there = torch.from_numpy(self._keys.view(np.int64)).to(device)
+        return _draws_on_device(_mixed_on_device(self._there[:rows] ^ _signed(salt)), sizes).reshape(shape)
+
+    def _rows(self, rows: int) -> int:
+        """How many rows' keys a mask of `rows` rows goes by, one where it is drawn as one row's."""
         held = len(self._keys)
         if held != rows and held != 1 and self._strict:
             raise RowsError(f"a dropout sees {rows} rows where the batch has {held}")
-        self._drawn += 1
-        return rows if held == rows else 1, self._drawn * SECOND & (2**64 - 1)
+        return rows if held == rows else 1
 
     def _attention(
         self,

@@ -137,7 +137,7 @@ def measure_batches(base: Measurable, task: Task, examples: Examples, batches: S
 def _measured(base: Measurable, task: Task, examples: Examples, rows: np.ndarray) -> Measures:
     """The measures of some examples, computed in one batch, or in halves of it where memory runs out."""
     try:
-        batch = to_device(task.collate(examples, rows), base.device)
+        batch = to_device(task, task.collate(examples, rows), base.device)
         # To the CPU first: Apple's MPS has no double precision.
         return {name: found.cpu().double().numpy() for name, found in task.measure(base.model, batch).items()}
     except Exception as error:

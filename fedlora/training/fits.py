@@ -105,7 +105,7 @@ def _try_longest(base: Base, task: Task, sets: Sequence[Examples]) -> None:
     base.train_mode(False)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            task.measure(base.model, to_device(task.collate(examples, [place]), base.device))
+            task.measure(base.model, to_device(task, task.collate(examples, [place]), base.device))
     except (FedloraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -12,6 +12,7 @@ examples (as many as rows, where the task does not pack them).
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from fedlora.progress import activity
 from fedlora.tasks._base import Batch, Examples, Task, to_device
 from fedlora.training.checkpointing import checkpointed
 from fedlora.training.dropout_masks import Keys, RowDropout, RowsError
+from fedlora.training.embedding_noise import EmbeddingNoise
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.out_of_memory import released, too_large
 from fedlora.training.row_groups import PassCost, cut, pass_cost
@@ -146,6 +148,7 @@ class Loop(ABC):
         self._cost = cost or replace(pass_cost(base), rows=min(micro, default=0))
         self._under_way = (0, 0)
         self._moving = False
+        self._embedding_noise: EmbeddingNoise | None = None
         self._synchronize = synchronize
         self._clients = [Client(row, job, config) for row, (job, config) in enumerate(work)]
 
@@ -252,6 +255,9 @@ class Loop(ABC):
             stack.enter_context(seeded(seed, base.device))
             if self._dropout is not None:
                 stack.enter_context(self._dropout)
+            if self._dropout is not None and any(client.config.neftune_noise_alpha for client in clients):
+                stack.enter_context(base.uncached())
+                self._embedding_noise = stack.enter_context(EmbeddingNoise(base.model, self._dropout))
             if any(client.config.gradient_checkpointing for client in clients):
                 stack.enter_context(checkpointed(base.model, self._dropout))
             alone = cannot_stack(base) is not None
@@ -320,7 +326,9 @@ class Loop(ABC):
         for group in self._groups(members):
             if self._dropout is not None:
                 self._dropout.begin(self._keys(group))
-            batch = to_device(group.batch, self._base.device)
+            if self._embedding_noise is not None:
+                self._embedding_noise.begin(sent(self._noise_scales(group), losses))
+            batch = to_device(self._task, group.batch, self._base.device)
             self._under_way = (sum(group.sizes), self._task.tokens(batch) or 1)
             started = self._now()
             found, each = self._gradients(group, batch)
@@ -366,7 +374,17 @@ class Loop(ABC):
 
     def _lengths(self, client: Client) -> Int[np.ndarray, "n"]:
         """Tokens of each row of a client's batch."""
-        return self._examples.lengths[client.chosen] if client.whole is None else self._task.row_lengths(client.whole)
+        if client.whole is None or self._task.rows_are_examples:
+            return self._examples.lengths[client.chosen]
+        return self._task.row_lengths(client.whole)
+
+    def _noise_scales(self, group: Group) -> list[float]:
+        """NEFTune's alpha / sqrt(L) of each row."""
+        return [
+            (client.config.neftune_noise_alpha or 0.0) / math.sqrt(max(1, length))
+            for client, rows in zip(group.clients, group.rows, strict=True)
+            for length in self._lengths(client)[rows].tolist()
+        ]
 
     def _batch(self, clients: list[Client], rows: list[np.ndarray]) -> tuple[list[np.ndarray], Batch]:
         """The places of the examples in some rows of clients' batches, and these rows as one batch."""

@@ -38,7 +38,7 @@ def masked_losses(task: Task, model: torch.nn.Module, batch: Batch, keys: Keys, 
     dropout.begin(keys)
     try:
         with dropout:
-            return unshared_losses(task, model, to_device(batch, device), device)
+            return unshared_losses(task, model, to_device(task, batch, device), device)
     except RowsError as error:
         raise PrivacyError(
             f"dropout cannot be drawn for each example separately in {type(model).__name__} ({error}): set "

@@ -42,7 +42,8 @@ class TrainingLoop(Loop):
 
     def _random(self, clients: list[Client]) -> tuple[RowDropout | None, int]:
         self._seeds = [derive(client.job.seed, "dropout") for client in clients]
-        return RowDropout(strict=len(clients) > 1) if drops_out(self._base.model) else None, self._seeds[0]
+        random = drops_out(self._base.model) or any(client.config.neftune_noise_alpha for client in clients)
+        return RowDropout(strict=len(clients) > 1) if random else None, self._seeds[0]
 
     def _keys(self, group: Group) -> Keys:
         own = zip(group.clients, group.rows, strict=True)

@@ -21,6 +21,7 @@ from fedlora.tasks._base import Task
 from fedlora.tasks._own_metric import with_own_metric
 from fedlora.training.checkpointing import require_checkpoints
 from fedlora.training.cohort import why_alone
+from fedlora.training.embedding_noise import require_texts
 from fedlora.training.fits import require_fit
 from fedlora.training.runtime import Machine, pass_over_libraries, setup
 from fedlora.training.stacked_lora import cannot_share
@@ -101,13 +102,22 @@ def open_workspace(config: RunConfig) -> Workspace:
             _open.clear()
             workspace = _opened(config, kept)
             _open[key] = _open[_key(settle(config, workspace.settled))] = workspace
-        _require_savings(config, _open[key].base)
+        _require_possible(config, _open[key])
         _open[key] = replace(_open[key], config=config)
         return _open[key]
 
 
-def _require_savings(config: RunConfig, base: Base) -> None:
-    """Refuse what `[train]` asks for to save memory where a base cannot do it."""
+def _require_possible(config: RunConfig, workspace: Workspace) -> None:
+    """Refuse what `[train]` asks for where the base or the data cannot have it."""
+    base, hooks = workspace.base, config.example_privacy is not None and why_alone(workspace.base)
+    if config.train.neftune_noise_alpha is not None:
+        require_texts(workspace.data.probes)
+        if hooks:
+            raise PrivacyError(
+                f"train.neftune_noise_alpha does not go with private training by Opacus's hooks, which is used here "
+                f"because {hooks}: remove it",
+                code="noise-with-hooks",
+            )
     if config.train.micro_batch_size is not None and base.coupled is not None:
         raise ModelError(
             f"train.micro_batch_size would change what is trained: {base.coupled}; remove it, and lower "
@@ -116,10 +126,10 @@ def _require_savings(config: RunConfig, base: Base) -> None:
         )
     if config.train.gradient_checkpointing:
         require_checkpoints(base.model)
-        if config.example_privacy is not None and (reason := why_alone(base)) is not None:
+        if hooks:
             raise PrivacyError(
                 f"train.gradient_checkpointing does not go with private training by Opacus's hooks, which is used here "
-                f"because {reason}: remove it, and lower privacy.physical_batch_size where memory is short",
+                f"because {hooks}: remove it, and lower privacy.physical_batch_size where memory is short",
                 code="checkpointing-with-hooks",
             )
 

@@ -140,7 +140,7 @@ def test_flora_ends_with_an_adapter_that_does_what_base_and_adapter_do(tiny_conf
     workspace = open_workspace(tiny_config())
     workspace.base.rebase(0, ())
     workspace.base.write(adapter)
-    batch = to_device(workspace.task.collate(workspace.data.test, np.arange(8)), workspace.base.device)
+    batch = to_device(workspace.task, workspace.task.collate(workspace.data.test, np.arange(8)), workspace.base.device)
     workspace.base.train_mode(False)
     with torch.no_grad():
         alone = workspace.task.losses(workspace.base.model, batch)

@@ -122,8 +122,20 @@ def _noise(change: Callable[[float, Tensor, torch.Generator], Tensor]) -> Mutant
     return lambda patch: patch.setattr(private_cohort, "noise", change)
 
 
-def _of_rank(like: Tensor) -> bool:
-    return like.ndim == 2 and like.shape[0] < like.shape[1] and like.shape[1] == 32
+def _noise_by_tensor(share: Callable[[str], float]) -> Mutant:
+    """Noise of another deviation in some tensors, by their names."""
+
+    def step(self: Any, client: Any) -> None:
+        own = client.job.adapter.tensors()
+        each = [torch.full((own[c.name].numel(),), share(c.name)) for c in self._columns.columns]
+        shares = torch.cat(each)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                private_cohort, "noise", lambda std, like, g: real_noise(std, like, g) * shares.to(like.dtype)
+            )
+            real_step(self, client)
+
+    return lambda patch: patch.setattr(PrivateTrainingLoop, "_step_with_noise", step)
 
 
 def uniform(std: float, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -370,12 +382,8 @@ STACKED: Mapping[str, Mutant] = {
     "an unclipped head": _sums(_without(lambda name: ":" not in name)),
     "one unclipped tensor": _sums(_without(lambda name: name.endswith("0.attention.self.query:B"))),
     "parts of a sample dropped": first_part_alone,
-    "no noise on the head": _noise(
-        lambda std, like, g: real_noise(
-            std if like.shape[-1] in (4, 32) and min(like.shape) == 4 else 1e-3 * std, like, g
-        )
-    ),
-    "little noise on B": _noise(lambda std, like, g: real_noise(std if _of_rank(like) else std / 4, like, g)),
+    "no noise on the head": _noise_by_tensor(lambda name: 1.0 if ":" in name else 1e-3),
+    "little noise on B": _noise_by_tensor(lambda name: 0.25 if name.endswith(":B") else 1.0),
     "noise / 4": _noise(lambda std, like, g: real_noise(std / 4, like, g)),
     "noise / 1.3": _noise(lambda std, like, g: real_noise(std / 1.3, like, g)),
     "uniform noise": _noise(uniform),

@@ -103,3 +103,9 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_a_method_without_a_stacked_form_has_no_plan(tiny_bert: Path) -> None:
     with raises(ConfigError, "no-plan", "side by side", "dora"):
         make_plan(parse_config("", [f"model.name='{tiny_bert}'", "adapter.method=dora"]), 10**9, "float32", "cpu")
+
+
+def test_logits_are_there_a_chunk_at_a_time(tmp_path: Path) -> None:
+    found = make_plan(config_of("llama", tmp_path), 24 * 10**9, "bfloat16")
+    assert found.logits == 16 * 512 * 128_256
+    assert found.room == (24 * 10**9 - found.base - found.optimizer - found.logits) // found.token

@@ -16,7 +16,8 @@ from fedlora.tasks import Examples, Table, load_task
 from fedlora.tasks._chat import PLAIN_TEMPLATE, _cut, encode_rows, pieces
 from fedlora.tasks._chat_formats import Conversation
 from fedlora.tasks._text import load_tokenizer
-from fedlora.tasks.causal_lm import IGNORED, CausalLM
+from fedlora.tasks._token_loss import IGNORED
+from fedlora.tasks.causal_lm import CausalLM
 
 CHATML = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

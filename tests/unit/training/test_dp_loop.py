@@ -121,6 +121,21 @@ def by_opacus(
     return base.read()
 
 
+@pytest.fixture
+def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that goes on from where a generator's last draw ended: the same, tensor by tensor and all at once."""
+    rolls: dict[int, tuple[torch.Generator, np.random.Generator]] = {}
+
+    def noise(std: float, like: Tensor, generator: torch.Generator, **_: Any) -> Tensor:
+        _, draw = rolls.setdefault(id(generator), (generator, np.random.default_rng(generator.initial_seed())))
+        return torch.from_numpy(std * draw.standard_normal(tuple(like.shape))).to(like.dtype)
+
+    monkeypatch.setattr("fedlora.training.dp_loop.noise", noise)
+    monkeypatch.setattr(
+        "opacus.optimizers.optimizer._generate_noise", lambda std, reference, **how: noise(std, reference, **how)
+    )
+
+
 def gap(one: AdapterState, other: AdapterState) -> float:
     two = other.tensors()
     return max(float((value - two[name]).abs().max()) for name, value in one.tensors().items())
@@ -129,7 +144,7 @@ def gap(one: AdapterState, other: AdapterState) -> float:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
 @pytest.mark.parametrize("most", [1, 80, 10**6], ids=["each row", "few", "all"])
 def test_company_gives_opacus_numbers(
-    base: Base, task: Task, examples: Examples, optimizer: dict[str, Any], most: int
+    base: Base, task: Task, examples: Examples, optimizer: dict[str, Any], most: int, same_noise: None
 ) -> None:
     work, settings, samples = clients(base, **optimizer)
 
@@ -155,7 +170,7 @@ def test_company_gives_opacus_numbers(
 
 
 def test_a_gradient_that_is_not_finite_counts_as_none(
-    base: Base, task: Task, examples: Examples, monkeypatch: pytest.MonkeyPatch
+    base: Base, task: Task, examples: Examples, monkeypatch: pytest.MonkeyPatch, same_noise: None
 ) -> None:
     work, settings, samples = clients(base, optimizer="sgd", lr=0.1)
     real = type(task).losses

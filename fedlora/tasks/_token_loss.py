@@ -1,0 +1,202 @@
+"""The cross entropy of a language model's tokens, `CHUNK` of them at a time, so that no batch's logits are there whole.
+
+A vocabulary of 128,000 words makes half a megabyte of logits a token, and their gradient as much again. The output
+layer is frozen; so the gradient of a token's loss by its hidden state is known in the forward pass up to the one factor
+that the backward pass brings. It is computed while the chunk's logits are there, and kept in their place: no product is
+computed twice. (Liger's fused loss does the same for the mean of a batch; here each token has its own factor.)
+
+Shapes: w = rows of a batch, t = its tokens, e = its examples, k = tokens that are predicted and count, d = hidden size,
+v = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.tasks._base import Batch, without_cache
+
+IGNORED = -100  # the label of a token that does not count
+CHUNK = 512  # tokens: a vocabulary of 50,000 makes 100 MB of logits of them
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The tokens of a batch that count, where the model is.
+
+    Args:
+        places: of the tokens that predict them, in the flattened batch.
+        targets: their ids.
+        owners: the example of each.
+        tokens: how many each example has.
+    """
+
+    places: Int[Tensor, "k"]
+    targets: Int[Tensor, "k"]
+    owners: Int[Tensor, "k"]
+    tokens: Int[Tensor, "e"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Counted:
+        """Found on the CPU, where the labels are, and sent in one copy: a GPU would be waited for at each index."""
+        labels, device = batch["labels"], batch["input_ids"].device
+        places = functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
+        targets = labels.flatten()[places + 1]
+        if "segments" in batch:
+            owners, count = batch["segments"].flatten()[places], int(batch["segments"].max()) + 1
+        else:
+            owners, count = places // labels.shape[1], len(labels)
+        tokens = torch.bincount(owners, minlength=count)
+        found = torch.cat([places, targets, owners, tokens]).to(device, non_blocking=device.type == "cuda")
+        return cls(*found.split([len(places)] * 3 + [count]))
+
+
+def mean_losses(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> tuple[Float[Tensor, "e"], Int[Tensor, "e"]]:
+    """Mean cross entropy of each example's counted tokens, in nats, and their number.
+
+    Args:
+        model: with its adapter.
+        batch: where the model is, but for its labels and segments.
+        smoothing: share of the target that is spread evenly over the vocabulary.
+    """
+    counted = Counted.of(batch)
+    each = _losses(model, batch, counted, smoothing)
+    sums = each.new_zeros(len(counted.tokens)).index_add(0, counted.owners, each)
+    return sums / counted.tokens, counted.tokens
+
+
+def logits_at(model: nn.Module, batch: Batch, places: Int[Tensor, "k"]) -> Float[Tensor, "k v"]:
+    """Logits at some places of the flattened batch alone: a large vocabulary's are a third of a small model's work."""
+    shape = batch["input_ids"].shape
+
+    def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (_at(hidden, places)[None], *args[1:]) if hidden.shape[:2] == shape else args
+
+    head = _frozen_head(model)  # whoever takes a trained one's gradients by example wants to see whole rows
+    handle = None if head is None else head.register_forward_pre_hook(select)
+    try:
+        logits: Tensor = model(**_inputs(model, batch)).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    return _at(logits, places) if logits.shape[:2] == shape else logits[0]
+
+
+def _losses(model: nn.Module, batch: Batch, counted: Counted, smoothing: float) -> Float[Tensor, "k"]:
+    if len(counted.places) > CHUNK and (body := _body(model)) is not None and (states := _states(model, body, batch)):
+        hidden, rest = states
+        chosen = _at(hidden, counted.places)
+        if chosen.requires_grad:
+            found: Tensor = _ChunkedLosses.apply(chosen, rest, counted.targets, smoothing)
+            return found
+        logits = map(rest, chosen.split(CHUNK))
+    else:
+        logits = iter(logits_at(model, batch, counted.places).split(CHUNK))
+    return torch.cat(
+        [_cross_entropy(part, own, smoothing) for part, own in zip(logits, counted.targets.split(CHUNK), strict=True)]
+    )
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, rest: Callable[[Tensor], Tensor], targets: Tensor, smoothing: float
+    ) -> Tensor:
+        losses, slopes = [], []
+        for part, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+            own = part.detach().requires_grad_()
+            with torch.enable_grad():
+                each = _cross_entropy(rest(own), wanted, smoothing)
+                slopes.append(torch.autograd.grad(each.sum(), own)[0])
+            losses.append(each.detach())
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * grads[0][:, None].to(slopes.dtype), None, None, None
+
+
+def _states(
+    model: nn.Module, body: nn.Module, batch: Batch
+) -> tuple[Float[Tensor, "w t d"], Callable[[Float[Tensor, "c d"]], Float[Tensor, "c v"]]] | None:
+    """What the body of a model gives for a batch, and the rest of the model, which makes logits of some of it.
+
+    The rest is the model's own forward pass with another result in its body's place, so that scaled and capped logits
+    are what they are. None for a model that is put together in another way.
+    """
+    inputs, found = _inputs(model, batch), []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
+        states = getattr(output, "last_hidden_state", None)
+        if not isinstance(states, Tensor) or states.shape[:2] != batch["input_ids"].shape:
+            return None
+        found.append(output)
+        return _with_states(output, states[:1, :1])
+
+    handle = body.register_forward_hook(keep)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    if len(found) != 1:
+        return None
+    (output,) = found
+
+    def rest(part: Float[Tensor, "c d"]) -> Float[Tensor, "c v"]:
+        before = {"forward": own} if (own := vars(body).get("forward")) else {}
+        vars(body)["forward"] = lambda *_args, **_kwargs: _with_states(output, part[None])
+        try:
+            logits: Tensor = model.forward(**inputs).logits  # without the hooks of a call, which look at whole batches
+        finally:
+            del vars(body)["forward"]
+            vars(body).update(before)
+        return logits[0]
+
+    return output.last_hidden_state, rest
+
+
+def _body(model: nn.Module) -> nn.Module | None:
+    """The part of a model that makes hidden states; None where it has none, or where something else is trained, whose
+    gradient would not be seen."""
+    body: nn.Module = getattr(model, "get_decoder", lambda: model)()
+    inside = {id(parameter) for parameter in body.parameters()}
+    outside = any(parameter.requires_grad and id(parameter) not in inside for parameter in model.parameters())
+    return None if body is model or outside or _frozen_head(model) is None else body
+
+
+def _with_states(output: Any, states: Tensor) -> Any:
+    return type(output)(**{**output, "last_hidden_state": states})
+
+
+def _inputs(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
+    if "segments" in batch:
+        # transformers knows packed rows by positions that begin anew, and gives each layer its own mask for them, with
+        # its sliding window or chunk; but not where it is given a mask or keeps a cache.
+        inputs: dict[str, Any] = {"position_ids": batch["position_ids"]}
+    else:
+        inputs = {"attention_mask": batch["attention_mask"]}
+    return {"input_ids": batch["input_ids"], **inputs, **without_cache(model)}
+
+
+def _frozen_head(model: nn.Module) -> nn.Module | None:
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
+    return None if trained else head
+
+
+def _at(values: Float[Tensor, "w t d"], places: Int[Tensor, "k"]) -> Float[Tensor, "k d"]:
+    return values.flatten(0, 1).index_select(0, places)
+
+
+def _cross_entropy(logits: Float[Tensor, "k v"], targets: Int[Tensor, "k"], smoothing: float) -> Float[Tensor, "k"]:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(wide, targets, reduction="none", label_smoothing=smoothing)
