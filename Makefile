@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE  # or each of hundreds of processes would compile fedlora, and pytest the tests, again
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets fetched caddy run deploy-demo test test-slow test-nightly test-pretend-gpu test-containers check docs format bench lock clean
+.PHONY: help setup assets fetched caddy run deploy-demo test test-slow test-nightly test-pretend-gpu gpu-check test-containers check docs format bench lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,11 @@ caddy: setup
 test-pretend-gpu: export HF_HUB_OFFLINE := 1
 test-pretend-gpu: setup  ## run what finds faults of GPUs without one (they are among the fast and the slow tests, too)
 	$(PYTEST) -m "not nightly" tests/pretend
+
+gpu-check: export HF_HUB_OFFLINE := 1
+gpu-check: setup  ## run benchmarks/gpu.py and tests/gpu on a CUDA device; make gpu-check DRY=--dry-run: on the CPU, tiny
+	$(BIN)/python benchmarks/gpu.py $(DRY)
+	$(PYTEST) -m gpu $(DRY) tests/gpu
 
 test-containers: export HF_HUB_OFFLINE := 1
 test-containers: setup  ## run docker-compose.yml in a Docker engine of its own (root and Debian's packages; many minutes)
