@@ -1,6 +1,7 @@
 """Kernels that a training step launches on a GPU, and how often the host waits for it, counted on a pretended one.
 
     python benchmarks/launches.py
+    python benchmarks/launches.py private Llama    # the rows whose names have one of these words
 
 No GPU is needed and nothing is timed: tests/support/pretend_gpu.py counts. Models have random weights and are narrow,
 which changes neither count: both go by layers and clients. BERT has 12 layers with adapters of rank 8 on query and
@@ -137,6 +138,8 @@ def main() -> None:
     print("| step | clients | launches | waits of the host | at most |\n|---|---|---|---|---|")
     over = False
     for case in CASES:
+        if sys.argv[1:] and not any(word in case.name for word in sys.argv[1:]):
+            continue
         with tempfile.TemporaryDirectory() as folder, pretend_gpu() as log:
             made = build(case, Path(folder))
             few, many = (counts(case, *made, log, steps) for steps in (2, 6))

@@ -31,9 +31,9 @@ from fedlora.training.dp_loop import PrivateTrainingLoop, train_private_cohort
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Masks
 from fedlora.training.job import TrainJob
-from fedlora.training.loop import Outcome
 from fedlora.training.opacus_loop import train_by_opacus
 from fedlora.training.row_groups import PassCost
+from fedlora.training.step import Outcome
 from fedlora.training.workspace import Workspace
 
 AT_ONCE = PassCost(0.0, float("inf"), 1 << 62)

@@ -43,8 +43,8 @@ from fedlora.training.dp_loop import train_private_cohort
 from fedlora.training.dp_settings import PrivateSettings, private_settings
 from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, TrainResult
-from fedlora.training.loop import Outcome
 from fedlora.training.out_of_memory import OUT_OF_MEMORY
+from fedlora.training.step import Outcome
 from fedlora.training.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -194,7 +194,7 @@ def _frozen_head(model: nn.Module) -> nn.Module | None:
 
 
 def _at(values: Float[Tensor, "w t d"], places: Int[Tensor, "k"]) -> Float[Tensor, "k d"]:
-    return values.flatten(0, 1).index_select(0, places)
+    return values.flatten(0, 1)[places]  # `index_select` takes a fifth longer on a CPU, backward included
 
 
 def _cross_entropy(logits: Float[Tensor, "k v"], targets: Int[Tensor, "k"], smoothing: float) -> Float[Tensor, "k"]:

@@ -18,10 +18,10 @@ from fedlora.speedups.activation_cache import prepare
 from fedlora.tasks._base import Examples, Task
 from fedlora.training.dropout_masks import RowsError
 from fedlora.training.job import TrainJob, TrainResult, rows_of
-from fedlora.training.loop import Outcome
 from fedlora.training.plain_loop import TrainingLoop
 from fedlora.training.row_groups import PassCost
 from fedlora.training.stacked_lora import cannot_stack
+from fedlora.training.step import Outcome
 
 
 def train(

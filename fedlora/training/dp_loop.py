@@ -35,10 +35,11 @@ from fedlora.training.cohort import alike, why_alone
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Keys, Masks, RowDropout, RowsError, secret_keys
 from fedlora.training.job import TrainJob, TrainResult, learning_rate
-from fedlora.training.loop import Client, Group, Loop, Outcome
+from fedlora.training.loop import Loop
 from fedlora.training.opacus_loop import secret_seed, train_by_opacus, unshared_losses, veiled
 from fedlora.training.row_groups import PassCost
 from fedlora.training.row_optimizer import put, sent, take
+from fedlora.training.step import Client, Group, Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from fedlora.rng import derive
 from fedlora.tasks._base import Batch
 from fedlora.training.dropout_masks import Keys, RowDropout, RowsError, Watch, drops_out, row_keys
 from fedlora.training.job import TrainResult, batches, learning_rate, number_of_steps
-from fedlora.training.loop import Client, Group, Loop, Outcome
+from fedlora.training.loop import Loop
 from fedlora.training.row_optimizer import put, sent, take
+from fedlora.training.step import Client, Group, Outcome
 
 CHECK_EVERY = 32  # steps between looks at the losses on a device where looking waits for all work to end
 

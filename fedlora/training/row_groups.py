@@ -8,6 +8,7 @@ the kind of device. Nothing is timed: the groups follow from the lengths alone, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -50,18 +51,25 @@ class PassCost:
 
 
 def pass_cost(base: Base) -> PassCost:
-    """The costs of a base, by the device and the width of the adapted layers."""
-    kind, width = base.device.type if base.device.type in ENTRIES else "cpu", _width(base)
+    """The costs of a base, by the device and the model's width."""
+    kind = base.device.type if base.device.type in ENTRIES else "cpu"
+    width = _width(base, kind)
     most = base.pass_tokens or pass_tokens(base, kind)
     return PassCost(WEIGHTS + LAUNCH[kind] / width**2, ATTENTION * width, most)
 
 
 def pass_tokens(base: Base, kind: str) -> int:
     """Tokens of a pass that a kind of device computes well."""
-    return max(512, ENTRIES[kind] // _width(base))
+    return max(512, ENTRIES[kind] // _width(base, kind))
 
 
-def _width(base: Base) -> int:
+def _width(base: Base, kind: str) -> int:
+    """Of hidden states on a GPU, which reads all of a layer's activations from memory; on a CPU, by whose caches
+    `ENTRIES` was measured, of the widest input of an adapted layer."""
+    config: Any = base.model.config
+    hidden = getattr(config.get_text_config(), "hidden_size", None)
+    if kind != "cpu" and isinstance(hidden, int):
+        return hidden
     return max((shape.d_in for shape in base.layout().values()), default=ENTRIES["cpu"] // 512)
 
 

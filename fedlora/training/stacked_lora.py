@@ -108,7 +108,7 @@ class Stacked:
         self._scales = like.new_tensor([[adapter.pairs[name].scale for name in base.targets] for adapter in adapters])
 
     def bind(self, values: Float[Tensor, "k p"], rows: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
-        """See `fedlora.training.loop.Binding`."""
+        """See `fedlora.training.step.Binding`."""
         tensors = {c.name: c.of(values).detach().requires_grad_() for c in self._columns.columns}
         leaves = list(tensors.values())
         if self._kept.columns:
@@ -202,7 +202,7 @@ class Alone:
         rows: Sequence[int],
         sizes: Sequence[int],
     ) -> list[Tensor]:
-        """See `fedlora.training.loop.Binding`."""
+        """See `fedlora.training.step.Binding`."""
         for parameter, column in zip(self._parameters, self._columns.columns, strict=True):
             parameter.data = column.of(values)[0]
         return list(self._parameters)

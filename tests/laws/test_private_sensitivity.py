@@ -31,8 +31,8 @@ from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import PrivateTrainingLoop
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Keys, Masks, RowDropout, secret_keys
-from fedlora.training.loop import Client
 from fedlora.training.opacus_loop import train_by_opacus
+from fedlora.training.step import Client
 
 C = 0.01
 OTHERS = 8

@@ -26,7 +26,7 @@ from fedlora.training.dp_loop import PrivateTrainingLoop
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import RowDropout, row_keys
 from fedlora.training.out_of_memory import OUT_OF_MEMORY
-from fedlora.training.row_groups import pass_cost
+from fedlora.training.row_groups import ENTRIES, pass_cost, pass_tokens
 
 FAMILIES = ["bert", "gpt2", "llama", "vit"]
 
@@ -269,3 +269,12 @@ def test_a_step_whose_move_has_begun_is_not_taken_again(
     found = together(base, task, examples, [client(base, 0), client(base, 1)])
     assert len(steps) == 1
     assert [getattr(outcome, "code", "") for outcome in found] == [OUT_OF_MEMORY] * 2
+
+
+def test_a_gpus_pass_goes_by_the_width_of_hidden_states(tmp_path: Path) -> None:
+    """And not by that of the widest layer, whose input a model has one at a time."""
+    base = random_base("llama", tmp_path, causal=True, targets=("q_proj", "down_proj"))
+    hidden, inner = base.model.config.hidden_size, base.model.config.intermediate_size  # type: ignore[union-attr]
+    assert hidden < inner
+    assert pass_tokens(base, "cuda") == ENTRIES["cuda"] // int(hidden)  # type: ignore[arg-type]
+    assert pass_tokens(base, "cpu") == ENTRIES["cpu"] // int(inner)  # type: ignore[arg-type]
