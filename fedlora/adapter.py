@@ -108,17 +108,20 @@ class AdapterState:
         """Shapes and scales of the pairs."""
         return MappingProxyType({name: pair.shape for name, pair in self.pairs.items()})
 
-    def tensors(self, parts: Iterable[Part] = ALL_PARTS) -> dict[str, Tensor]:
-        """The named tensors of some parts: `"<module>:A"`, `"<module>:B"`, and the dense ones by their own name."""
+    def tensors(self, parts: Iterable[str] = ALL_PARTS) -> dict[str, Tensor]:
+        """The named tensors of some parts: `"<module>:A"`, `"<module>:B"`, and the dense ones by their own name.
+
+        Args:
+            parts: of type `Part`, or names of single tensors.
+        """
         chosen = set(parts)
         out: dict[str, Tensor] = {}
         for name, pair in self.pairs.items():
-            if "A" in chosen:
+            if "A" in chosen or f"{name}:A" in chosen:
                 out[f"{name}:A"] = pair.A
-            if "B" in chosen:
+            if "B" in chosen or f"{name}:B" in chosen:
                 out[f"{name}:B"] = pair.B
-        if "dense" in chosen:
-            out.update(self.dense)
+        out.update({name: value for name, value in self.dense.items() if "dense" in chosen or name in chosen})
         return out
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> AdapterState:
@@ -139,7 +142,7 @@ class AdapterState:
         }
         return AdapterState(pairs, {name: tensors.get(name, value) for name, value in self.dense.items()})
 
-    def nbytes(self, parts: Iterable[Part] = ALL_PARTS) -> int:
+    def nbytes(self, parts: Iterable[str] = ALL_PARTS) -> int:
         """Bytes of the chosen parts as they are stored."""
         return sum(t.numel() * t.element_size() for t in self.tensors(parts).values())
 

@@ -60,7 +60,17 @@ class Around(Aggregator):
     inner: Aggregator
 
     def inherit(self, kept: Claim, added: Claim = Claim.NONE) -> None:
-        """Claim those of the inner rule's claims that are in `kept`, and `added`; for `__post_init__`."""
+        """Claim those of the inner rule's claims that are in `kept`, and `added`; for `__post_init__`.
+
+        Raises:
+            ConfigError: the clients of the inner rule keep parts, of which a rule around it would not know.
+        """
+        if Claim.PERSONAL in self.inner.claims:
+            raise ConfigError(
+                f"{type(self).__name__} is around {type(self.inner).__name__}, whose clients keep parts of what they "
+                "train: put that rule around this one",
+                code="personal-inside",
+            )
         self._claim((self.inner.claims & kept) | added)
         object.__setattr__(self, "keeps_basis", self.inner.keeps_basis)
 
@@ -150,14 +160,15 @@ def received(rule: Aggregator, state: GlobalState, updates: Iterable[ClientUpdat
         if Claim.CHANGES_BASE in rule.claims:
             require_current_base(state, update)
         plan = rule.plan(state, ClientSpec(update.client_id, update.adapter.layout, update.base_version))
-        _require_fit(update, plan)
+        require_fit(update, plan)
         out.append(Received(update, plan.adapter, plan.adapter.tensors(plan.sends)))
     if not out:
         raise RuleError("there is nothing to aggregate: give at least one client's update", code="no-updates")
     return sorted(out, key=lambda one: one.update.client_id)
 
 
-def _require_fit(update: ClientUpdate, plan: ClientPlan) -> None:
+def require_fit(update: ClientUpdate, plan: ClientPlan) -> None:
+    """Raise `RuleError` unless an update has the tensors of its plan, of their shapes."""
     mine, theirs = plan.adapter.tensors(), update.adapter.tensors()
     if mine.keys() != theirs.keys():
         odd = min(mine.keys() ^ theirs.keys())

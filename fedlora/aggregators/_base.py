@@ -49,6 +49,9 @@ class Claim(enum.Flag):
     """Every tensor is treated alike, so that other methods than LoRA can be averaged, whose tensors are no pairs."""
     GAUGE_FREE = enum.auto()
     """Only the products B A of what clients send matter: (G A, B G^-1) is the same update as (A, B)."""
+    PERSONAL = enum.auto()
+    """Clients keep parts of what they train, so that each has a model of its own; the state's is that of a client that
+    has not trained yet."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,9 @@ class ClientPlan:
     Args:
         adapter: where training starts, in the client's own layout.
         trains: parts that receive gradients; the others are frozen for the round.
-        sends: parts that come back (a subset of `trains`); the server fills the rest in from `adapter`.
+        sends: parts, or names of single tensors, that come back, a subset of `trains`; the server fills the rest in
+            from `adapter`. What is trained and not sent stays with the client: there it starts the next time, and from
+            `adapter` in its first round only.
         base_version: the version of the base on which the client must train.
         base_updates: the changes that take the client's base there.
         fresh_seed: if given, `adapter.pairs` are `fresh_pairs(layout, fresh_seed)`, and need not travel.
@@ -132,11 +137,17 @@ class ClientPlan:
 
     adapter: AdapterState
     trains: frozenset[Part] = ALL_PARTS
-    sends: frozenset[Part] = ALL_PARTS
+    sends: frozenset[str] = ALL_PARTS
     base_version: int = 0
     base_updates: tuple[BaseUpdate, ...] = ()
     fresh_seed: int | None = None
     proximal_mu: float = 0.0
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What stays with the client, as it is before the client's first round."""
+        sent = self.adapter.tensors(self.sends)
+        return {name: value for name, value in self.adapter.tensors(self.trains).items() if name not in sent}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from fedlora.errors import (
     in_words,
 )
 from fedlora.federation.client_ledger import Account
-from fedlora.federation.client_pool import Failure, Sums
+from fedlora.federation.client_pool import SHARED, Failure, Sums
+from fedlora.federation.client_store import ClientStore
 from fedlora.federation.discretion import withheld
 from fedlora.federation.protocol import TrainedReply, TrainRequest, update_head
 from fedlora.model.base_history import follow
@@ -59,7 +60,10 @@ Answer = TrainedReply | Failure | Exception
 
 
 def answer(
-    workspace: Workspace, requests: Sequence[TrainRequest], account: Callable[[TrainRequest], Account]
+    workspace: Workspace,
+    requests: Sequence[TrainRequest],
+    account: Callable[[TrainRequest], Account],
+    store: ClientStore,
 ) -> list[Answer]:
     """Train what some requests ask for, together where the model allows it.
 
@@ -67,41 +71,49 @@ def answer(
         workspace: Of these clients, with the config as they read it.
         requests: On one version of the base.
         account: Opens the ledger of a request's client, in a run with example-level privacy.
+        store: Has what the clients keep, and gets it.
 
     Returns:
         For each request its answer.
     """
     config = workspace.config
     if config.example_privacy is not None:
-        return _answer_privately(workspace, requests, account)
+        return _answer_privately(workspace, requests, account, store)
     answers: list[Answer] = []
-    for request, outcome in zip(requests, _trained(workspace, requests), strict=True):
+    for request, outcome in zip(requests, _trained(workspace, requests, store), strict=True):
         try:
             if isinstance(outcome, Exception) and config.client_privacy is not None:
-                outcome = _unchanged(workspace, request, outcome)
+                outcome = _unchanged(workspace, request, outcome, store)
             if isinstance(outcome, Exception):
                 raise outcome
-            answers.append(_reply(request, outcome.adapter, _figures(outcome, config), config))
+            answers.append(_reply(request, outcome.adapter, _figures(outcome, config), config, store))
         except Exception as error:
             answers.append(failure_of(error, config))
     return answers
 
 
-def measure_apart(workspace: Workspace, client_id: int, parts: Sequence[str]) -> dict[str, Sums] | Failure:
+def measure_apart(
+    workspace: Workspace, request: TrainRequest, parts: Sequence[str], store: ClientStore
+) -> dict[str, Sums] | Failure:
     """What a client reports of a state: sums over examples that it keeps apart, and nothing of a few examples.
 
     Args:
-        workspace: Of the client; its base holds the state.
-        client_id: Which.
-        parts: "test", "validation" or both.
+        workspace: Of the client; its base holds the state's model.
+        request: With the state's adapter, of which the client replaces what it keeps.
+        parts: Of its examples; see `ClientPool.evaluate`.
+        store: Has what the client keeps.
     """
-    config, found = workspace.config, dict[str, Sums]()
+    config, client_id, found = workspace.config, request.client_id, dict[str, Sums]()
     if config.privacy is not None:
         return Failure("refused", "in a private run no client evaluates on its own examples")
+    personal = _start(request, store)
     for part in parts:
-        apart = workspace.data.apart.get(part)
+        examples = part.removesuffix(SHARED)
+        apart = workspace.data.apart.get(examples)
         rows = () if apart is None or client_id >= len(apart.clients) else apart.clients[client_id]
         if apart is not None and len(rows) >= config.evaluation.min_examples:
+            if request.plan.kept:
+                workspace.base.write(request.plan.adapter if part != examples else personal)
             found[part] = evaluate(workspace.base, workspace.task, apart.examples, indices=np.asarray(rows)).sums
     if found:
         return found
@@ -139,16 +151,40 @@ def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
     return clients[client_id]
 
 
+def _start(request: TrainRequest, store: ClientStore) -> AdapterState:
+    """Where a client starts: with what it keeps in the place of the plan's."""
+    kept = request.plan.kept
+    if not kept:
+        return request.plan.adapter
+    loaded = store.load(request.client_id, request.kept_round)
+    for name, value in loaded.items():
+        if name not in kept or value.shape != kept[name].shape:
+            raise ReplyError(
+                f"client {request.client_id} kept {name!r} {tuple(value.shape)} in an earlier round, and is asked to "
+                "keep something else: let its rank and its model be those with which it began",
+                code="kept-part-differs",
+            )
+    return request.plan.adapter.with_tensors(loaded)
+
+
 def _reply(
-    request: TrainRequest, trained: AdapterState, figures: Mapping[str, float], config: RunConfig, ledger: str = ""
+    request: TrainRequest,
+    trained: AdapterState,
+    figures: Mapping[str, float],
+    config: RunConfig,
+    store: ClientStore,
+    ledger: str = "",
 ) -> TrainedReply:
     if config.privacy is not None:
         head = update_head(request, ledger)
         Disclosure(config.privacy.unit).require_reply(head, tuple(figures))
+    if kept := request.plan.kept:
+        tensors = trained.tensors(kept)
+        store.save(request.client_id, request.round, tensors, request.kept_round)
     return TrainedReply(request, trained.tensors(request.plan.sends), figures, ledger)
 
 
-def _unchanged(workspace: Workspace, request: TrainRequest, error: Exception) -> TrainResult:
+def _unchanged(workspace: Workspace, request: TrainRequest, error: Exception, store: ClientStore) -> TrainResult:
     """What a client sends whose training failed, where all that it holds is protected: an update that changes nothing.
 
     That it failed may depend on its data; the server would leave it out and write down that it did.
@@ -157,7 +193,7 @@ def _unchanged(workspace: Workspace, request: TrainRequest, error: Exception) ->
     logger.warning("client %d failed, and its update changes nothing: %s", k, clean_text(in_words(error)))
     logger.debug("a private client failed", exc_info=error)
     held = len(workspace.data.clients[k]) if k < len(workspace.data.clients) else 0
-    return TrainResult(request.plan.adapter, max(1, held), 0, 0, float("nan"), 0.0, 0.0)
+    return TrainResult(_start(request, store), max(1, held), 0, 0, float("nan"), 0.0, 0.0)
 
 
 def _figures(result: TrainResult, config: RunConfig) -> dict[str, float]:
@@ -177,13 +213,17 @@ def _figures(result: TrainResult, config: RunConfig) -> dict[str, float]:
 
 
 def _trained(
-    workspace: Workspace, requests: Sequence[TrainRequest], settings: Sequence[PrivateSettings] | None = None
+    workspace: Workspace,
+    requests: Sequence[TrainRequest],
+    store: ClientStore,
+    settings: Sequence[PrivateSettings] | None = None,
 ) -> list[Outcome]:
     """What came of the clients' training.
 
     Args:
         workspace: Of the clients.
         requests: On one version of the base.
+        store: Has what the clients keep.
         settings: Of DP-SGD, one for each; a client without examples trains on noise alone then. None: no DP-SGD.
     """
     jobs: dict[int, TrainJob] = {}
@@ -196,7 +236,7 @@ def _trained(
                     f"client {request.client_id} has no examples: give it some, or lower partition.clients",
                     code="no-examples",
                 )
-            jobs[number] = _job(workspace, request, indices)
+            jobs[number] = _job(workspace, request, indices, _start(request, store))
         except Exception as error:
             outcomes[number] = error
     if jobs:
@@ -213,12 +253,12 @@ def _trained(
     return [outcomes[number] for number in range(len(requests))]
 
 
-def _job(workspace: Workspace, request: TrainRequest, indices: np.ndarray) -> TrainJob:
+def _job(workspace: Workspace, request: TrainRequest, indices: np.ndarray, start: AdapterState) -> TrainJob:
     """What a request asks, on a base that is brought to its version."""
     plan, config = request.plan, workspace.config
     follow(workspace.base, plan.base_updates, plan.base_version, request.base_digest, request.since_digest)
     return TrainJob(
-        adapter=plan.adapter,
+        adapter=start,
         trains=plan.trains,
         indices=indices,
         seed=derive(config.seed, "train", request.round, request.client_id),
@@ -241,7 +281,10 @@ class _Attempted:
 
 
 def _answer_privately(
-    workspace: Workspace, requests: Sequence[TrainRequest], account: Callable[[TrainRequest], Account]
+    workspace: Workspace,
+    requests: Sequence[TrainRequest],
+    account: Callable[[TrainRequest], Account],
+    store: ClientStore,
 ) -> list[Answer]:
     """Each client's ledger says that it spends before anybody's data are touched, and is held until all have trained.
 
@@ -259,7 +302,7 @@ def _answer_privately(
                     answers[number] = spent
                     continue
                 # Test examples are public; on a node with data of its own they are invented ones.
-                nothing = _job(workspace, request, np.empty(0, np.int64))
+                nothing = _job(workspace, request, np.empty(0, np.int64), _start(request, store))
                 check_model(workspace.base, workspace.task, workspace.data.probes, nothing)
                 attempt = own.ledger.spend(
                     settings.entry, run=own.run, round=request.round, budget=settings.budget, cap=own.cap
@@ -267,14 +310,15 @@ def _answer_privately(
                 attempts[number] = _Attempted(own, settings, ledgers.enter_context(attempt))
             except Exception as error:
                 answers[number] = failure_of(error, config)
-        outcomes = _trained(workspace, [requests[n] for n in attempts], [one.settings for one in attempts.values()])
+        settled = [one.settings for one in attempts.values()]
+        outcomes = _trained(workspace, [requests[number] for number in attempts], store, settled)
         for (number, one), outcome in zip(attempts.items(), outcomes, strict=True):
             try:
                 if isinstance(outcome, Exception):
                     one.attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
                     raise outcome if isinstance(outcome, PrivacyError) else withheld(outcome)
                 figures = _private_figures(outcome, one)
-                reply = _reply(requests[number], outcome.adapter, figures, config, one.attempt.head)
+                reply = _reply(requests[number], outcome.adapter, figures, config, store, one.attempt.head)
                 if one.account.release is not None:
                     one.account.release(reply, one.attempt)
                 answers[number] = reply

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.errors import PrivacyError, ReplyError
+from fedlora.federation.client_store import ClientStore
 from fedlora.federation.protocol import TrainedReply
 from fedlora.privacy.accounting import Budget
 from fedlora.privacy.ledger import Attempt, Ledger
@@ -66,6 +67,17 @@ class LedgerPlace:
         """Whether what the client sends may be seen before the round is over."""
         return self.own is not None or not self.session
 
+    def store(self, run: str) -> ClientStore:
+        """What the clients keep of a run: beside the client's own ledger, or in the folder of all.
+
+        Raises:
+            ReplyError: the request names no run.
+        """
+        _require_run(run)
+        if self.own is None:
+            return ClientStore(None if self.folder is None else self.folder / "kept" / run)
+        return ClientStore(self.own.with_name(f"{self.own.name}.kept") / run)
+
     def open(
         self, client_id: int, run: object, release: Callable[[TrainedReply, Attempt], None] | None = None
     ) -> Account:
@@ -80,11 +92,7 @@ class LedgerPlace:
             PrivacyError: there is no ledger.
             ReplyError: the request names no run.
         """
-        if not (isinstance(run, str) and _RUN.fullmatch(run)):
-            raise ReplyError(
-                "the plan does not name its run, without which nothing can be put down in a privacy ledger",
-                code="no-run-id",
-            )
+        run = _require_run(run)
         if self.own is None and self.folder is None:
             raise PrivacyError(
                 "this node has no privacy ledger, and trains nothing without one: start it with --node-config "
@@ -101,6 +109,15 @@ class LedgerPlace:
             return self.own
         assert self.folder is not None
         return ledger_path(self.folder, client_id)
+
+
+def _require_run(run: object) -> str:
+    if not (isinstance(run, str) and _RUN.fullmatch(run)):
+        raise ReplyError(
+            "the plan does not name its run, without which nothing can be put down in a privacy ledger, or kept",
+            code="no-run-id",
+        )
+    return run
 
 
 NOWHERE = LedgerPlace()

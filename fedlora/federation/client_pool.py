@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from fedlora.adapter import ALL_PARTS, Part
+from fedlora.adapter import ALL_PARTS
 from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.errors import PoolError, RoundError
 from fedlora.federation.plausibility import Expectations
@@ -46,6 +46,7 @@ class RoundRequest:
         state: On which they train.
         digests: Identity of the base weights by version, as this run has made them ("" for the pristine ones).
         expected: What replies are held against.
+        kept_rounds: Client -> the last round of which its update was used; see `TrainRequest.kept_round`.
     """
 
     number: int
@@ -53,6 +54,7 @@ class RoundRequest:
     state: GlobalState
     digests: Mapping[int, str] = field(default_factory=lambda: {0: ""})
     expected: Expectations = field(default_factory=Expectations)
+    kept_rounds: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def base_digest(self) -> str:
@@ -90,7 +92,7 @@ class ClientReply:
 
     client_id: int
     update: ClientUpdate | None = None
-    sends: frozenset[Part] = ALL_PARTS
+    sends: frozenset[str] = ALL_PARTS
     failure: Failure | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     bytes_down: int = 0
@@ -132,6 +134,9 @@ Reply = ClientReply | PartialAggregate
 
 ServerPart = Literal["test", "validation"]
 """Examples that the server has."""
+
+SHARED = " (shared)"
+"""After the name of a part of a client's examples: measured with the state's own model, where clients keep parts."""
 
 Sums = Mapping[str, np.ndarray]
 """Statistics of some examples that add up, as `Task.sums` gives them."""
@@ -215,7 +220,8 @@ class ClientPool(Protocol):
 
         Args:
             request: The clients, and the state after round `number`. Simulated devices take no time for it.
-            parts: "test", "validation" or both.
+            parts: Some of "test" and "validation"; where clients keep parts of their models, they are measured with
+                these, and with the state's own model under the same names followed by `SHARED`.
         """
         ...
 

@@ -15,6 +15,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import ReplyError
 from fedlora.fairness import fairness
 from fedlora.federation.client_pool import (
+    SHARED,
     ClientEvaluation,
     ClientInfo,
     ClientPool,
@@ -42,11 +43,15 @@ class Evaluator:
         pool: Of the clients.
         config: Of the run.
         workspace: The server's.
+        personal: Whether clients keep parts of their models.
         callbacks: Told of each evaluation on the server's test set, and of clients that report nothing.
     """
 
-    def __init__(self, pool: ClientPool, config: RunConfig, workspace: Workspace, callbacks: Callback) -> None:
+    def __init__(
+        self, pool: ClientPool, config: RunConfig, workspace: Workspace, personal: bool, callbacks: Callback
+    ) -> None:
         self._pool, self._config, self._workspace, self._callbacks = pool, config, workspace, callbacks
+        self._personal = personal
         self._said: dict[int, str] = {}
 
     def show(self, state: GlobalState, digests: Mapping[int, str]) -> None:
@@ -60,16 +65,14 @@ class Evaluator:
 
     def measure(
         self,
-        state: GlobalState,
-        digests: Mapping[int, str],
+        request: RoundRequest,
         clients: Mapping[int, ClientInfo],
         in_full: Callable[[Mapping[str, Any]], bool],
     ) -> dict[str, Any]:
         """Figures of a state.
 
         Args:
-            state: To be measured.
-            digests: Of the base by version, as this run has made them.
+            request: With the state; no clients.
             clients: Those that can be asked.
             in_full: Whether all test examples of the server are measured, or the sample; is given "validation".
 
@@ -78,9 +81,11 @@ class Evaluator:
             "sample" (its size) if only that was measured, or the figures over all clients where they alone evaluate;
             "federated", where clients evaluate: "figures" over all their examples, "clients" (number -> its main
             figure, "loss" and "examples"), "macro" (the mean over clients), "worst_tenth" (the mean over the worst
-            tenth of them), "left_out" (number -> why), "bytes_up" and "bytes_down"; "validation": the figures by which
-            rounds are compared.
+            tenth of them), "left_out" (number -> why), "bytes_up" and "bytes_down"; where clients keep parts of their
+            models these are the figures of each client's own model, and "shared" has "figures", "clients", "macro" and
+            "worst_tenth" of the state's; "validation": the figures by which rounds are compared.
         """
+        state, digests = request.state, request.digests
         how, selecting, data = self._config.evaluation, self._config.selection is not None, self._workspace.data
         line: dict[str, Any] = {}
         if how.at_server:
@@ -94,9 +99,10 @@ class Evaluator:
             line |= {**result.overall, "domains": dict(result.domains), **validation}
             line |= {} if rows is None else {"sample": len(rows)}
         if how.at_clients:
-            parts = ("test", "validation") if how.on == "clients" and selecting else ("test",)
-            request = RoundRequest(state.round, self._sampled(state.round, clients), state, dict(digests))
-            found = [self._checked(one) for one in self._pool.evaluate(request, parts)]
+            parts: tuple[str, ...] = ("test", "validation") if how.on == "clients" and selecting else ("test",)
+            parts += (f"test{SHARED}",) if self._personal else ()
+            asked = replace(request, clients=self._sampled(state.round, clients))
+            found = [self._checked(one) for one in self._pool.evaluate(asked, parts)]
             line["federated"] = self._federated(found)
             if how.on == "clients":
                 line |= {**line["federated"]["figures"], "domains": {}}
@@ -176,31 +182,39 @@ class Evaluator:
         return dict(self._workspace.task.figures(added(sums))) if sums else {}
 
     def _federated(self, found: Sequence[ClientEvaluation]) -> dict[str, Any]:
-        task = self._workspace.task
-        clients: dict[str, dict[str, float]] = {}
         left_out: dict[str, str] = {}
         for one in found:
-            if "test" in one.sums:
-                figures = task.figures(one.sums["test"])
-                clients[str(one.client_id)] = {
-                    "examples": float(one.sums["test"]["examples"]),
-                    **{name: figures[name] for name in dict.fromkeys((task.metric, "loss"))},
-                }
-            else:
+            if "test" not in one.sums:
                 why = one.failure.why if one.failure is not None else "it reports nothing of its test examples"
                 left_out[str(one.client_id)] = why
                 if self._said.get(one.client_id) != why:
                     self._said[one.client_id] = why
                     self._callbacks.message(f"client {one.client_id} is left out of the evaluation: {why}")
-        line: dict[str, Any] = {"figures": self._pooled(found, "test"), "clients": clients}
-        if clients:
-            spread = fairness([row[task.metric] for row in clients.values()], higher_is_better=task.higher_is_better)
-            line |= {"macro": {task.metric: spread.mean}, "worst_tenth": {task.metric: spread.worst_decile}}
-        return line | {
+        shared = {"shared": self._by_client(found, f"test{SHARED}")} if self._personal else {}
+        return {
+            **self._by_client(found, "test"),
+            **shared,
             "left_out": left_out,
             "bytes_up": sum(one.bytes_up for one in found),
             "bytes_down": sum(one.bytes_down for one in found),
         }
+
+    def _by_client(self, found: Sequence[ClientEvaluation], part: str) -> dict[str, Any]:
+        """Figures of a part over all clients, of each, and how they are spread."""
+        task = self._workspace.task
+        clients: dict[str, dict[str, float]] = {}
+        for one in found:
+            if part in one.sums:
+                figures = task.figures(one.sums[part])
+                clients[str(one.client_id)] = {
+                    "examples": float(one.sums[part]["examples"]),
+                    **{name: figures[name] for name in dict.fromkeys((task.metric, "loss"))},
+                }
+        line: dict[str, Any] = {"figures": self._pooled(found, part), "clients": clients}
+        if clients:
+            spread = fairness([row[task.metric] for row in clients.values()], higher_is_better=task.higher_is_better)
+            line |= {"macro": {task.metric: spread.mean}, "worst_tenth": {task.metric: spread.worst_decile}}
+        return line
 
 
 def _require_sums(sums: Sums, most_examples: int) -> None:

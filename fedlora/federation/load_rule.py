@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedlora.aggregators import Aggregator, ClientPlan, load_aggregator
+from fedlora.aggregators import Aggregator, Claim, ClientPlan, load_aggregator
 from fedlora.config import ClientPrivacyConfig, RunConfig
-from fedlora.errors import PrivacyError
+from fedlora.errors import ConfigError, PrivacyError
 from fedlora.privacy.server_dp import ServerDP
 from fedlora.training.dp_settings import calibrated
 
@@ -15,10 +15,11 @@ def load_rule(config: RunConfig) -> Aggregator:
     """The run's rule; under user-level privacy inside `ServerDP`, with noise for all planned rounds.
 
     Raises:
-        ConfigError: the rule or one of its fields is unknown or wrong.
+        ConfigError: the rule or one of its fields is unknown or wrong, or the models that it makes are not measured.
         PrivacyError: it does not claim LINEAR, or epsilon is out of reach.
     """
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
+    _require_measured(config, rule)
     privacy = config.client_privacy
     if privacy is None:
         return rule
@@ -35,6 +36,25 @@ def load_rule(config: RunConfig) -> Aggregator:
         quantile=privacy.quantile,
         clip_lr=privacy.clip_lr,
     )
+
+
+def _require_measured(config: RunConfig, rule: Aggregator) -> None:
+    """Raise `ConfigError` where the clients' own models, which a PERSONAL rule makes, would not be measured or kept."""
+    if Claim.PERSONAL not in rule.claims:
+        return
+    how = config.evaluation
+    if how.on == "server" and config.privacy is None:
+        raise ConfigError(
+            f"with {config.strategy.name!r} each client has a model of its own, which the server cannot measure: set "
+            "evaluation.on = 'clients', or 'both' (the server's figures are then those of a new client)",
+            code="personal-models-not-measured",
+        )
+    if config.selection is not None and config.selection.keep == "best":
+        raise ConfigError(
+            f"with {config.strategy.name!r} clients keep parts of their models, of the last rounds alone: set "
+            "selection.keep = 'last', or remove [selection]",
+            code="best-round-not-kept",
+        )
 
 
 def require_cohort(privacy: ClientPrivacyConfig, clients: int, asked: int) -> None:

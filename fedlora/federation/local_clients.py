@@ -26,6 +26,7 @@ from fedlora.federation.client_pool import (
     ServerPart,
     SimulatedClients,
 )
+from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
 from fedlora.federation.planner import Held, Planned, Planner
 from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, head_nbytes, note_head, update_head
 from fedlora.federation.screen import Screen
@@ -44,8 +45,9 @@ class LocalClients(SimulatedClients):
         rule: That plans.
         workspace: Model, task and data of all clients.
         cohort: How many clients train together.
-        run: Id of a private run's directory.
+        run: Id of the run's directory.
         ledgers: Where private clients keep their ledgers.
+        store: Where clients keep what they train and do not send.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class LocalClients(SimulatedClients):
         cohort: int = 1,
         run: str = "",
         ledgers: LedgerPlace = NOWHERE,
+        store: ClientStore = NOTHING_KEPT,
     ) -> None:
         super().__init__(clients_of(workspace))
         self._config, self._workspace, self._cohort = config, workspace, cohort
         self._planner = Planner(config, rule, workspace, run)
         self._screen = Screen(config, workspace)
-        self._ledgers = ledgers
+        self._ledgers, self._store = ledgers, store
         self._held: dict[int, Held] = {}
 
     def train(self, request: RoundRequest) -> Generator[ClientReply, None, None]:
@@ -128,7 +131,7 @@ class LocalClients(SimulatedClients):
     ) -> ClientEvaluation:
         """What one client reports of the state that the base holds."""
         planned = self._planner.evaluation(request, client, held)
-        found = measure_apart(self._workspace, client.client_id, parts)
+        found = measure_apart(self._workspace, planned.request, parts, self._store)
         planned.received_by(held)
         if isinstance(found, Failure):
             nbytes = head_nbytes(note_head("error", error=clean_text(found.why, MAX_ERROR)))
@@ -142,7 +145,10 @@ class LocalClients(SimulatedClients):
         answers: Iterator[Answer] = iter(())
         if asked:
             bring_to(self._workspace.base, request.state, request.digests)
-            answers = iter(answer(self._workspace, asked, lambda one: self._ledgers.open(one.client_id, one.run)))
+            ledgers = self._ledgers
+            answers = iter(
+                answer(self._workspace, asked, lambda one: ledgers.open(one.client_id, one.run), self._store)
+            )
         return [self._outcome(request, *pair, pair[0].failure or next(answers)) for pair in group]
 
     def _outcome(self, request: RoundRequest, planned: Planned, held: Held, found: Answer) -> ClientReply:

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
-from fedlora.adapter import Part
-from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, GlobalState
+from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, GlobalState
 from fedlora.config import RunConfig
 from fedlora.federation.client_pool import ClientInfo, Failure, RoundRequest
 from fedlora.federation.initial_state import plan_for
-from fedlora.federation.protocol import PartDigests, TrainRequest, request_nbytes
+from fedlora.federation.protocol import KEPT, PartDigests, TrainRequest, request_nbytes
 from fedlora.federation.simulated_devices import SimulatedDevices, examples_to_tell
 from fedlora.hash_chain import START
 from fedlora.training.workspace import Workspace
@@ -52,8 +51,8 @@ class Planned:
     """
 
     request: TrainRequest
-    digests: Mapping[Part, str]
-    held: frozenset[Part]
+    digests: Mapping[str, str]
+    held: frozenset[str]
     nbytes: int
     simulated_s: float | None = None
     failure: Failure | None = None
@@ -72,7 +71,7 @@ class Planner:
         config: Of the run.
         rule: That plans.
         workspace: With the base model and, for simulated devices, the partition.
-        run: Id of a private run's directory.
+        run: Id of the run's directory.
     """
 
     def __init__(self, config: RunConfig, rule: Aggregator, workspace: Workspace, run: str = "") -> None:
@@ -82,8 +81,10 @@ class Planner:
 
     @property
     def measures_error(self) -> bool:
-        """Whether the aggregation error is measured: the ideal update D* is known where weights change by s B A."""
-        return self._config.server.aggregation_error and self._workspace.base.method.bilinear
+        """Whether the aggregation error is measured: the ideal update D* is known where weights change by s B A, and
+        where what a client trains is sent."""
+        known = self._workspace.base.method.bilinear and Claim.PERSONAL not in self._rule.claims
+        return self._config.server.aggregation_error and known
 
     def plan(self, state: GlobalState, client: ClientInfo, base_version: int = 0) -> ClientPlan:
         """What the rule asks of a client that holds some version of the base.
@@ -105,18 +106,26 @@ class Planner:
         if not plan.base_updates:
             since = asked.base_digest
         wire = self._config.wire.up
-        ledger = held.ledger if self._config.example_privacy is not None else ""
-        ids = asked.number, client.client_id, asked.base_digest, since
-        request = TrainRequest(plan, *ids, wire=wire, run=self._run, ledger=ledger)
-        digests = self._digests(plan)
+        private, digests = self._config.example_privacy is not None, self._digests(plan)
+        request = TrainRequest(
+            plan,
+            asked.number,
+            client.client_id,
+            asked.base_digest,
+            since,
+            wire=wire,
+            run=self._run if private or KEPT in digests else "",
+            ledger=held.ledger if private else "",
+            kept_round=asked.kept_rounds.get(client.client_id, 0) if KEPT in digests else 0,
+        )
         parts = frozenset(part for part, digest in digests.items() if digest in held.digests)
         return Planned(request, digests, parts, request_nbytes(request, digests, parts))
 
     def evaluation(self, asked: RoundRequest, client: ClientInfo, held: Held) -> Planned:
-        """What a client is sent to measure a state: the plan of one that trains, with the global adapter and no answer
-        but sums."""
+        """What a client is sent to measure a state: the plan of one that trains, with the global adapter; it
+        answers with sums."""
         plan = self.plan(asked.state, client, held.base_version)
-        plan = replace(plan, adapter=asked.state.adapter, sends=frozenset(), fresh_seed=None)
+        plan = replace(plan, adapter=asked.state.adapter, fresh_seed=None)
         return self._sent(asked, client, held, plan)
 
     def _simulated(self, planned: Planned) -> Planned:

@@ -41,6 +41,8 @@ from fedlora.wire_formats import (
 PROTOCOL = 3
 ADAPTER = "adapter"
 """Name of the buffer of the adapter's tensors."""
+KEPT = "kept"
+"""Name of the part that a client keeps, beside "A", "B" and "dense"."""
 MAX_ERROR = 1_000
 """Characters of an error that a client tells; escaped they fit into a head."""
 FIGURE_BYTES = 8
@@ -60,9 +62,11 @@ class TrainRequest:
         base_digest: Identity of the base weights on which to train ("" for the pristine base).
         since_digest: Identity of the base to which `plan.base_updates` apply.
         wire: Format of the reply's tensors, one of `fedlora.wire_formats.WIRES`.
-        run: Id of a private run's directory, the same after a resume; "" where no ledger needs it.
+        run: Id of the run's directory, the same after a resume; "" where nothing that a client keeps needs it.
         ledger: Head of the client's ledger when the server last saw it, `fedlora.hash_chain.START` if it never did; ""
             where there is none.
+        kept_round: The round whose kept tensors the client goes on from: the last one of which the server used its
+            update; 0 if there is none.
     """
 
     plan: ClientPlan
@@ -73,6 +77,7 @@ class TrainRequest:
     wire: str = "float32"
     run: str = ""
     ledger: str = ""
+    kept_round: int = 0
 
     @cached_property
     def starts(self) -> dict[str, Tensor]:
@@ -143,10 +148,17 @@ class TrainedReply:
     ledger: str = ""
 
 
-def tensors_by_part(plan: ClientPlan) -> dict[Part, dict[str, Tensor]]:
-    """The tensors of each part of a plan's adapter, but those that a client can draw from the plan's seed."""
+def tensors_by_part(plan: ClientPlan) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each part of a plan's adapter, but those that a client can draw from the plan's seed.
+
+    What a client keeps is a part of its own, `KEPT`: it does not change, and is sent once.
+    """
     parts: tuple[Part, ...] = ("A", "B", "dense") if plan.fresh_seed is None else ("dense",)
-    return {part: tensors for part in parts if (tensors := plan.adapter.tensors({part}))}
+    kept, found = plan.kept, dict[str, dict[str, Tensor]]()
+    for part in parts:
+        found[part] = {name: value for name, value in plan.adapter.tensors({part}).items() if name not in kept}
+    found[KEPT] = kept
+    return {part: tensors for part, tensors in found.items() if tensors}
 
 
 @final
@@ -177,9 +189,9 @@ class PartDigests:
     """The digest of each part of a plan's adapter; of tensors that plans share it is taken once."""
 
     def __init__(self) -> None:
-        self._digests = defaultdict[Part, OfSameTensors[str]](lambda: OfSameTensors(tensors_digest))
+        self._digests = defaultdict[str, OfSameTensors[str]](lambda: OfSameTensors(tensors_digest))
 
-    def __call__(self, plan: ClientPlan) -> dict[Part, str]:
+    def __call__(self, plan: ClientPlan) -> dict[str, str]:
         """The digests."""
         return {part: self._digests[part](tensors) for part, tensors in tensors_by_part(plan).items()}
 
@@ -188,7 +200,7 @@ class PartDigests:
 
 
 def request_head(
-    request: TrainRequest, digests: Mapping[Part, str], buffers: Mapping[str, Mapping[str, Tensor]]
+    request: TrainRequest, digests: Mapping[str, str], buffers: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
     """What a request says besides its tensors.
 
@@ -217,6 +229,7 @@ def request_head(
         "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
         "buffers": {name: layout_json(tensors) for name, tensors in buffers.items()},
         **({"ledger": request.ledger} if request.ledger else {}),
+        **({"kept_round": request.kept_round} if KEPT in digests else {}),
     }
 
 
@@ -243,7 +256,7 @@ def _layout_json(layout: Layout) -> dict[str, list[float]]:
 # ------------------------------------------------------------------------------------------------------ bytes
 
 
-def request_tensors(plan: ClientPlan, held: Container[Part] = ()) -> dict[str, dict[str, Tensor]]:
+def request_tensors(plan: ClientPlan, held: Container[str] = ()) -> dict[str, dict[str, Tensor]]:
     """The tensors of each buffer of a request: `ADAPTER`, if anything is in it, and one for each change of the base.
 
     Args:
@@ -261,7 +274,7 @@ def merge_buffer(version: int) -> str:
     return f"merge/{version}"
 
 
-def request_nbytes(request: TrainRequest, digests: Mapping[Part, str], held: Container[Part]) -> int:
+def request_nbytes(request: TrainRequest, digests: Mapping[str, str], held: Container[str]) -> int:
     """Bytes of a request: tensors, and the head as text."""
     buffers = request_tensors(request.plan, held)
     return tensors_nbytes(buffers) + head_nbytes(request_head(request, digests, buffers))

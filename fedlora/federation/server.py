@@ -65,9 +65,10 @@ class FederatedServer:
         self.account, self.callbacks, self.where = account, callbacks, where
         self.clients: Mapping[int, ClientInfo] = {}
         self._planner = Planner(config, rule, workspace)
-        self._evaluator = Evaluator(pool, config, workspace, callbacks)
+        self._evaluator = Evaluator(pool, config, workspace, Claim.PERSONAL in rule.claims, callbacks)
         self._devices = SimulatedDevices.of(config)
         self._digests = {0: ""}
+        self._kept_rounds: dict[int, int] = {}
         self._failed_rounds = 0
         self._interrupted: Exception | None = None
         self._median_change: float | None = None
@@ -91,6 +92,8 @@ class FederatedServer:
         known = self.account.base_of(state)
         self._digests[state.base_version] = chain_digest("", state.base_updates) if known is None else known
         self._median_change = median_change(history)
+        for line in history:
+            self._note_used(line)
         selection: Selection | None = None
         if self.config.selection is not None:
             selection = Selection(self.config.selection, self.workspace.task, history)
@@ -125,11 +128,12 @@ class FederatedServer:
         self.callbacks.round_started(number, record.asked)
         claims = {k: info.num_examples for k, info in self.clients.items() if info.num_examples is not None}
         expected = Expectations(self._median_change, claims)
-        request = RoundRequest(number, record.asked, state, dict(self._digests), expected)
+        request = RoundRequest(number, record.asked, state, dict(self._digests), expected, dict(self._kept_rounds))
         with self.account.round(request):
             after = self._aggregate(request, record)
             _require_finite(after, number)
             line = self._line(state, after, record)
+            self._note_used(line)
             self._digests[after.base_version] = next_digest(request.base_digest, state, after)
             trained = time.perf_counter()
             if number % self.config.evaluation.every == 0 or number == self.config.rounds:
@@ -302,8 +306,14 @@ class FederatedServer:
                 record.ideal.add(update.change.pairs, record.weight)
         return relative_error(change, record.ideal, record.weight)
 
+    def _note_used(self, line: Mapping[str, Any]) -> None:
+        """Note whose updates a round has used: these clients go on from what they kept of it."""
+        if not line.get("lost"):
+            self._kept_rounds.update(dict.fromkeys(line.get("answered", ()), line["round"]))
+
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
-        return self._evaluator.measure(state, self._digests, self.clients, lambda seen: self._in_full(state, seen))
+        request = RoundRequest(state.round, (), state, dict(self._digests), kept_rounds=dict(self._kept_rounds))
+        return self._evaluator.measure(request, self.clients, lambda seen: self._in_full(state, seen))
 
     def _in_full(self, state: GlobalState, validation: Mapping[str, Any]) -> bool:
         """Whether a round's model is the first or last of the run, or one that may be kept."""

@@ -19,6 +19,7 @@ from fedlora.errors import FedloraError, ReplyError
 from fedlora.federation.client import answer, examples_of_client, failure_of, measure_apart
 from fedlora.federation.client_ledger import LedgerPlace
 from fedlora.federation.client_pool import Failure
+from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
 from fedlora.federation.discretion import looking_at_data
 from fedlora.federation.protocol import TrainedReply, TrainRequest, plan_config
 from fedlora.flower.app_config import client_id_of, config_of, rank_of
@@ -107,7 +108,7 @@ def evaluate(message: Message, context: Context) -> Message:
             plan = found.plan
             follow(workspace.base, plan.base_updates, plan.base_version, found.base_digest, found.since_digest)
             workspace.base.write(plan.adapter)
-            measured = measure_apart(workspace, found.client_id, head["parts"])
+            measured = measure_apart(workspace, found, head["parts"], _store(found, context))
             reply = _note(measured) if isinstance(measured, Failure) else encode_sums(found, measured)
         else:
             reply = found
@@ -127,7 +128,7 @@ def _trained(content: RecordDict, context: Context, config: RunConfig) -> Record
     key = (context.run_id, context.node_id, digest, weakref.ref(workspace))
     if (before := last_answer.find(key)) is not None:
         return before
-    (found,) = answer(workspace, [request], _no_account)
+    (found,) = answer(workspace, [request], _no_account, _store(request, context))
     if not isinstance(found, TrainedReply):
         return _note(found)
     reply = encode_reply(found, config.seed)
@@ -174,8 +175,14 @@ def _trained_privately(
             logger.warning("the answer cannot be kept (%s): if it is asked for again, it counts again", error)
         attempt.release()
 
-    (found,) = answer(workspace, [request], lambda one: place.open(one.client_id, one.run, release))
+    store = _store(request, context)
+    (found,) = answer(workspace, [request], lambda one: place.open(one.client_id, one.run, release), store)
     return released[-1] if isinstance(found, TrainedReply) else _note(found)
+
+
+def _store(request: TrainRequest, context: Context) -> ClientStore:
+    """What the client keeps of the request's run."""
+    return ledger_place(context).store(request.run) if request.plan.kept else NOTHING_KEPT
 
 
 def _no_account(_request: object) -> Any:

@@ -100,7 +100,7 @@ class FlowerClients:
         say: Callable[[str], None],
     ) -> None:
         self._config, self._rundir, self._workspace, self._say = config, rundir, workspace, say
-        self._planner = Planner(config, rule, workspace, "" if config.example_privacy is None else rundir.run_id)
+        self._planner = Planner(config, rule, workspace, rundir.run_id)
         self._screen = Screen(config, workspace)
         question = handshake.question(config, workspace.pins)
         self._ledgers = {int(k): str(head) for k, head in (rundir.read_json(LEDGERS_FILE) or {}).items()}

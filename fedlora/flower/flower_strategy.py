@@ -55,6 +55,12 @@ class FedLoraStrategy(FedAvg):
                 "fedlora's own ServerApp (flwr run, or fedlora run), or choose a rule that leaves the base alone",
                 code="changes-base",
             )
+        if Claim.PERSONAL in self.rule.claims:
+            raise RuleError(
+                f"the clients of {type(self.rule).__name__} keep parts of what they train, and those of other "
+                "strategies send everything: run it by fedlora's own ServerApp (flwr run, or fedlora run)",
+                code="personal-rule",
+            )
         self._alpha, self._use_rslora, self._seed = alpha, use_rslora, seed
         self._names: PeftNames | None = None
         self._state: GlobalState | None = None

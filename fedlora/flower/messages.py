@@ -23,6 +23,7 @@ from fedlora.errors import ReplyError
 from fedlora.federation.planner import Planned
 from fedlora.federation.protocol import (
     ADAPTER,
+    KEPT,
     MAX_ERROR,
     PROTOCOL,
     OfSameTensors,
@@ -167,7 +168,7 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
     if (before := held.request_in(content)) is not None:
         return before
     buffers, layout = _unpacked(content, head), _layout_from_json(head["layout"])
-    sent = _by_part(buffers.get(ADAPTER, {}), layout)
+    sent = _by_part(buffers.get(ADAPTER, {}), layout, head)
     parts: dict[str, Mapping[str, Tensor]] = {}
     for part, digest in head["digests"].items():
         if part in sent and tensors_digest(sent[part]) != digest:
@@ -199,6 +200,7 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
         wire=head["wire"],
         run=head["run"],
         ledger=str(head.get("ledger", "")),
+        kept_round=int(head.get("kept_round", 0)),
     )
     held.keep_request(content, request)
     return request
@@ -238,13 +240,18 @@ def _unpacked(content: RecordDict, head: Mapping[str, Any]) -> dict[str, dict[st
     }
 
 
-def _by_part(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, dict[str, Tensor]]:
-    """A buffer's tensors by the part that they belong to."""
-    factors = {f"{name}:{factor}": factor for name in layout for factor in "AB"}
-    parts = defaultdict[str, dict[str, Tensor]](dict)
+def _by_part(tensors: Mapping[str, Tensor], layout: Layout, head: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """A buffer's tensors by the part that they belong to, as `fedlora.federation.protocol.tensors_by_part` has them."""
+    factors, parts = _factors(layout), defaultdict[str, dict[str, Tensor]](dict)
     for name, tensor in tensors.items():
-        parts[factors.get(name, "dense")][name] = tensor
+        part = factors.get(name, "dense")
+        kept = part in head["trains"] and not {part, name}.intersection(head["sends"])
+        parts[KEPT if kept else part][name] = tensor
     return parts
+
+
+def _factors(layout: Layout) -> dict[str, str]:
+    return {f"{name}:{factor}": factor for name in layout for factor in "AB"}
 
 
 def _adapter(layout: Layout, fresh_seed: int | None, tensors: Mapping[str, Tensor]) -> AdapterState:
@@ -252,7 +259,8 @@ def _adapter(layout: Layout, fresh_seed: int | None, tensors: Mapping[str, Tenso
     if fresh_seed is not None:
         return AdapterState(fresh_pairs(layout, fresh_seed), dict(tensors))
     pairs = {name: LoraPair(tensors[f"{name}:A"], tensors[f"{name}:B"], shape.scale) for name, shape in layout.items()}
-    return AdapterState(pairs, _by_part(tensors, layout).get("dense", {}))
+    factors = _factors(layout)
+    return AdapterState(pairs, {name: tensor for name, tensor in tensors.items() if name not in factors})
 
 
 def _layout_from_json(layout: Mapping[str, Iterable[Any]]) -> dict[str, PairShape]:

@@ -59,6 +59,7 @@ FILES: Final = frozenset(
         "privacy",
         "metrics.jsonl",
         "checkpoints",
+        "clients",  # of simulated clients, on whose own machines it would be
         "merges",
         "adapter",
         "adapter.unverified",

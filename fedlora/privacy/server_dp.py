@@ -84,6 +84,7 @@ class ServerDP(Aggregator):
                 "or private training on the clients",
                 code="rule-not-linear",
             )
+        self._claim(self.rule.claims & Claim.PERSONAL)
         for name in ("noise_multiplier", "clip_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

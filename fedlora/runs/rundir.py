@@ -6,11 +6,12 @@ runs/<name>/
   environment.json      versions, processor, threads, processes, backend, kernels, attention, cohort, seed, commit
   config_changes.json   which keys a resume changed, and from which round on; of a run that was resumed so
   provenance.json       hashes of the base, tokenizer, class names and data (`fedlora.provenance`)
-  run-id                of a private run: the name by which privacy ledgers know it, for ever
+  run-id                the name by which clients know the run: their privacy ledgers, and what they keep
   privacy/              of a private run: what was asked of whom; a simulation's clients' ledgers, or the server's own
   partition.json        sizes and label counts of the clients (not of a private run, where they are secret)
   metrics.jsonl         one line a round; round 0 is the evaluation before training
   checkpoints/          the last two states, <round>.safetensors
+  clients/              what a simulation's clients keep, where the rule lets them: what would be on their own machines
   merges/               changes of the base, <since>-<version>.safetensors, each written once
   adapter/              the final adapter, in PEFT's format; or adapter.unverified/, if it is not what was trained
   outcomes.safetensors  what the last evaluation measured of each test example
@@ -117,8 +118,7 @@ class RunDir:
         try:
             write_atomically(path / "config.toml", config.with_absolute_paths().to_toml().encode())
             run.write_json("environment.json", describe_environment(config))
-            if config.privacy is not None:
-                write_atomically(path / "run-id", uuid.uuid4().hex.encode())
+            write_atomically(path / "run-id", uuid.uuid4().hex.encode())
         except OSError as error:  # half a folder would be in the way of the next start
             shutil.rmtree(path, ignore_errors=True)
             raise unwritable(path, error) from None
@@ -198,7 +198,7 @@ class RunDir:
 
     @property
     def run_id(self) -> str:
-        """Under what name privacy ledgers know a private run, made with its folder.
+        """Under what name clients know the run, made with its folder.
 
         Raises:
             RunDirError: it is lost.
@@ -207,8 +207,8 @@ class RunDir:
             return (self.path / "run-id").read_text(encoding="utf-8")
         except FileNotFoundError:
             raise RunDirError(
-                f"{str(self.path / 'run-id')!r} is missing, and without it nobody can say how much privacy this "
-                "run has spent: restore it, or start a new run with --set name=...",
+                f"{str(self.path / 'run-id')!r} is missing, and without it no client knows the run, nor how much "
+                "privacy it has spent: restore it, or start a new run with --set name=...",
                 code="run-id-missing",
             ) from None
 
@@ -216,6 +216,11 @@ class RunDir:
     def privacy_dir(self) -> Path:
         """Where the simulated clients' privacy ledgers are."""
         return self.path / "privacy"
+
+    @property
+    def clients_dir(self) -> Path:
+        """Where simulated clients keep what they do not send."""
+        return self.path / "clients"
 
     @property
     def report(self) -> Path:
@@ -373,7 +378,7 @@ class RunDir:
             return
         names = ["checkpoints", "merges"]
         if keep == "metrics":
-            names += ["adapter", unverified(self.adapter_dir).name, "adapter-last"]
+            names += ["adapter", unverified(self.adapter_dir).name, "adapter-last", self.clients_dir.name]
         for name in names:
             shutil.rmtree(self.path / name, ignore_errors=True)
 

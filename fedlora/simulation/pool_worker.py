@@ -26,6 +26,7 @@ from fedlora.federation.client_pool import (
     RoundRequest,
     ServerPart,
 )
+from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.local_clients import LocalClients
 from fedlora.federation.planner import Held, Planner
@@ -44,8 +45,9 @@ class Begin:
     Args:
         config: Of the run, with this process's share of the machine and what "auto" chose.
         cohort: How many clients train at once.
-        run: Id of a private run's directory.
+        run: Id of the run's directory.
         ledgers: Where private clients keep their ledgers.
+        store: Where clients keep what they train and do not send.
         modules: In which what the config names is defined.
     """
 
@@ -53,6 +55,7 @@ class Begin:
     cohort: int
     run: str = ""
     ledgers: LedgerPlace = NOWHERE
+    store: ClientStore = NOTHING_KEPT
     modules: Sequence[str] = ()
 
 
@@ -207,7 +210,7 @@ class PoolWorker:
             import_module(module)
         config = begin.config
         self._rule, workspace = load_rule(config), open_workspace(config)
-        self._clients = LocalClients(config, self._rule, workspace, begin.cohort, begin.run, begin.ledgers)
+        self._clients = LocalClients(config, self._rule, workspace, begin.cohort, begin.run, begin.ledgers, begin.store)
         self._measures_error = Planner(config, self._rule, workspace).measures_error
         self._sums: dict[int, RunningAggregate] = {}
 

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from fedlora.aggregators import Aggregator
+from fedlora.aggregators import Aggregator, Claim
 from fedlora.callbacks import Callback, Callbacks
 from fedlora.config import RunConfig, settle
 from fedlora.federation import checks
 from fedlora.federation.checks import clients_wanted
 from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
 from fedlora.federation.client_pool import ClientPool
+from fedlora.federation.client_store import ClientStore
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.local_clients import LocalClients, clients_of
 from fedlora.federation.run import RunOutcome, run_federation
@@ -94,9 +95,9 @@ def _pool(
     told: Callback,
 ) -> Iterator[ClientPool]:
     """The clients of a run, in as many processes as it is worth."""
-    run = "" if config.example_privacy is None else rundir.run_id
+    kept = rundir.run_id, ledgers, ClientStore(rundir.clients_dir.resolve())
     if replay is not None:  # one client at a time, as on machines of their own: to the byte
-        yield ReplayPool(LocalClients(config, rule, workspace, 1, run, ledgers), replay)
+        yield ReplayPool(LocalClients(config, rule, workspace, 1, *kept), replay)
         return
     asked = clients_wanted(config, len(workspace.data.clients))
     with _cluster(config) as cluster:
@@ -106,9 +107,9 @@ def _pool(
         facts["pass_cost"] = asdict(pass_cost(workspace.base))
         rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
         if choice.processes == 1:
-            yield LocalClients(config, rule, workspace, cohort.clients, run, ledgers)
+            yield LocalClients(config, rule, workspace, cohort.clients, *kept)
             return
-        begin = Begin(_of_a_worker(workspace, choice), cohort.clients, run, ledgers, modules_of(workspace))
+        begin = Begin(_of_a_worker(workspace, choice), cohort.clients, *kept, modules_of(workspace))
         environments = [
             choice.environment(place, spread=":" not in config.runtime.device) for place in range(choice.processes)
         ]
@@ -116,7 +117,8 @@ def _pool(
             workers: Any = child_processes(environments)
         else:
             gpu = workspace.base.device.type == "cuda"
-            seen = (rundir.path / "run-id").resolve() if config.example_privacy is not None else None
+            shares = config.example_privacy is not None or Claim.PERSONAL in rule.claims
+            seen = (rundir.path / "run-id").resolve() if shares else None
             workers = cluster.actors(environments, choice.threads, gpu=gpu, file=seen)
         with workers as hire:
             work, sums = expected_tokens(workspace), sums_suffice(rule)

@@ -14,7 +14,17 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import Claim, ClientUpdate, GlobalState, WeightedMean, broadcast_change
 from fedlora.lowrank import relative_error
 from fedlora.testing._require import require, require_same
-from fedlora.testing._toy import WEIGHTS, ToyFederation, alpha_doubled, ideal, in_another_gauge, noise, scaled, visible
+from fedlora.testing._toy import (
+    WEIGHTS,
+    ToyFederation,
+    all_tensors,
+    alpha_doubled,
+    ideal,
+    in_another_gauge,
+    noise,
+    scaled,
+    visible,
+)
 
 
 class ClaimLaws(ToyFederation):
@@ -144,6 +154,30 @@ class ClaimLaws(ToyFederation):
                 turned = [dataclasses.replace(u, adapter=in_another_gauge(u.adapter, u.client_id)) for u in updates]
                 got = visible(state, self.aggregator.aggregate(state, turned))
                 require_same(got, expected, 1e-9, "each client's (A, B) as (G A, B G^-1)")
+
+    def test_personal_kept_parts_are_not_read(self) -> None:
+        self._law("test_personal_kept_parts_are_not_read", Claim.PERSONAL)
+        require(Claim.EXACT not in self.aggregator.claims, "claims PERSONAL and EXACT: the clients have no common D*")
+        for state in self.states():
+            for ranks in self.rank_lists():
+                updates = self.updates(state, self.specs(ranks))
+                expected = all_tensors(self.aggregator.aggregate(state, updates))
+                moved = []
+                for update, spec in zip(updates, self.specs(ranks), strict=True):
+                    kept = self.aggregator.plan(state, spec).kept
+                    own = {name: value + noise(value, update.client_id, name) for name, value in kept.items()}
+                    moved.append(dataclasses.replace(update, adapter=update.adapter.with_tensors(own)))
+                got = all_tensors(self.aggregator.aggregate(state, moved))
+                require_same(got, expected, 0.0, "updates with other values of what clients keep")
+
+    def test_personal_all_clients_begin_alike(self) -> None:
+        self._law("test_personal_all_clients_begin_alike", Claim.PERSONAL)
+        first, later = self.states()
+        for ranks in self.rank_lists():
+            for spec in self.specs(ranks):
+                begun = self.aggregator.plan(first, spec).kept
+                late = self.aggregator.plan(later, spec).kept
+                require_same(late, begun, 0.0, "where a client begins that comes late, against one of the first round")
 
     def _law(self, name: str, claim: Claim = Claim.NONE) -> None:
         if name in self.exempt:

@@ -66,7 +66,12 @@ class AggregatorContract(ClaimLaws):
             for spec in self.specs():
                 plan, again = self.aggregator.plan(state, spec), self.aggregator.plan(state, spec)
                 require(plan.adapter.layout == spec.layout, "the plan's adapter does not have the client's layout")
-                require(plan.sends <= plan.trains, "the plan asks a client to send a part that it does not train")
+                trained, sent = (plan.adapter.tensors(parts).keys() for parts in (plan.trains, plan.sends))
+                require(sent <= trained, "the plan asks a client to send what it does not train")
+                if Claim.PERSONAL in self.aggregator.claims:
+                    require(bool(plan.kept), "claims PERSONAL, and clients send all that they train")
+                else:
+                    require(not plan.kept, "clients keep what they train, and the rule does not claim PERSONAL")
                 require(plan.base_version == state.base_version, "the plan trains on another version of the base")
                 require_same(
                     plan.adapter.tensors(), again.adapter.tensors(), 0.0, "two plans for the same state and client"

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraPair, PairShape, Part, fresh_pairs
+from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, broadcast_change
 from fedlora.lowrank import DeltaSum
 from fedlora.rng import derive
@@ -37,8 +37,11 @@ class ToyFederation:
         return [ClientSpec(k, layout_of(rank, mixed=ranks is not None)) for k, rank in enumerate(ranks or (RANK,) * 4)]
 
     def states(self, dtype: torch.dtype = torch.float64) -> list[GlobalState]:
-        """The state before the first round, and a state with a past."""
-        first = self.aggregator.init(initial(dtype), seed=7)
+        """The state before the first round, and a state with a past; B is not zero where clients may keep it."""
+        start = initial(dtype)
+        if Claim.PERSONAL in self.aggregator.claims:
+            start = start.with_tensors({name: noise(B, 5, name) for name, B in start.tensors(("B",)).items()})
+        first = self.aggregator.init(start, seed=7)
         return [first, self.next(self.next(first))]
 
     def next(
@@ -78,9 +81,8 @@ def initial(dtype: torch.dtype) -> AdapterState:
 
 
 def moved(plan: ClientPlan, seed: int, step: float) -> AdapterState:
-    parts: frozenset[Part] = plan.sends
     return plan.adapter.with_tensors(
-        {name: value + step * noise(value, seed, name) for name, value in plan.adapter.tensors(parts).items()}
+        {name: value + step * noise(value, seed, name) for name, value in plan.adapter.tensors(plan.sends).items()}
     )
 
 

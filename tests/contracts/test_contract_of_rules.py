@@ -7,10 +7,12 @@ with other fields, and rules around rules.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
 import torch
+from support.errors import raises
 
 from fedlora.aggregators import Aggregator, Claim, broadcast_change, rules
 from fedlora.aggregators.clipping import CentredClipping, NormBound
@@ -28,12 +30,14 @@ from fedlora.aggregators.fslora import FsLora
 from fedlora.aggregators.geometric_median import GeometricMedian
 from fedlora.aggregators.hetlora import HetLora
 from fedlora.aggregators.krum import Krum
+from fedlora.aggregators.personal import FedPer, FedSaLora, Keep
 from fedlora.aggregators.raflora import RaFlora
 from fedlora.aggregators.rolora import RoLora
 from fedlora.aggregators.server_optimisers import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from fedlora.errors import ConfigError
 from fedlora.lowrank import relative_error
 from fedlora.testing import AggregatorContract
-from fedlora.testing._toy import ideal, visible
+from fedlora.testing._toy import ideal, initial, visible
 
 ALONE, SAME = "test_one_client_alone_gives_back_that_client", "test_identical_updates_come_back_unchanged"
 DENSE, TWINS = "test_dense_parts_are_averaged_as_themselves", "test_one_client_counts_as_its_duplicates"
@@ -204,6 +208,12 @@ VARIANTS: dict[str, tuple[type[AggregatorContract], Aggregator]] = {
     "FedRotOfFedEx": (AggregatorContract, FedRot(1.0, FedEx())),
     "FedAdamOfFfa": (Step, FedAdam(inner=FfaLora())),
     "FedAdamOfRoLora": (Step, FedAdam(inner=RoLora())),
+    "KeepFactors": (AggregatorContract, Keep(("A",))),
+    "KeepByPattern": (AggregatorContract, Keep(("*q:B", "head.bias"))),
+    "KeepHeadsOfFlora": (AggregatorContract, Keep(inner=Flora())),
+    "KeepHeadsOfKrum": (Chosen, Keep(inner=Krum())),
+    "FedPerOfRoLora": (AggregatorContract, FedPer(RoLora())),
+    "FedSaOfMedian": (AggregatorContract, FedSaLora(Median())),
     "FedYogiOfMedianOfFfa": (Step, FedYogi(inner=Median(FfaLora()))),
 }
 for _name, (_base, _variant) in VARIANTS.items():
@@ -212,7 +222,7 @@ for _name, (_base, _variant) in VARIANTS.items():
 
 # ------------------------------------------------------------------------------------------ claims that follow
 
-E, L, M, B, R, T, G = (
+E, L, M, B, R, T, G, P = (
     Claim.EXACT,
     Claim.LINEAR,
     Claim.MIXED_RANKS,
@@ -220,6 +230,7 @@ E, L, M, B, R, T, G = (
     Claim.ROBUST,
     Claim.ANY_TENSORS,
     Claim.GAUGE_FREE,
+    Claim.PERSONAL,
 )
 
 
@@ -245,9 +256,44 @@ E, L, M, B, R, T, G = (
         (FedEx(rank_cap=3), B),
         (FedMomentum(energy=1.0), E | B | M | G),
         (Florist(energy=1.0), E | B | M | G),
+        (FedSaLora(), L | P),
+        (Keep(inner=FedEx()), B | G | P),
+        (FedPer(FfaLora()), L | M | P),
+        (Keep(("B",), FedAdam()), L | P),
     ],
     ids=repr,
 )
 def test_claims_follow_from_the_fields_and_the_inner_rule(rule: Aggregator, claims: Claim) -> None:
     assert rule.claims == claims
     assert dataclasses.replace(rule).claims == claims
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda: Keep(()), "nothing-kept"),
+        (lambda: Keep(("B",), FfaLora()), "factor-kept"),
+        (lambda: FedSaLora(Flora()), "factor-kept"),
+        (lambda: Krum(inner=FedPer()), "personal-inside"),
+        (lambda: Keep(("A",), FedSaLora()), "personal-inside"),
+        (lambda: Keep(("*:A",), FlexLora()).init(initial(torch.float32)), "factor-kept"),
+    ],
+)
+def test_a_rule_that_cannot_do_without_what_is_kept_is_refused(make: Callable[[], object], code: str) -> None:
+    with raises(ConfigError, code):
+        make()
+
+
+def test_fedsa_is_the_mean_of_a_over_everybodys_own_b() -> None:
+    """Guo et al., ICLR 2025, arXiv 2410.01463, section 4: A <- sum_k p_k A_k, and nothing else moves."""
+    federation = type("FedSa", (AggregatorContract,), {"aggregator": FedSaLora()})()
+    state = federation.states()[0]
+    updates = federation.updates(state, federation.specs())
+    after = FedSaLora().aggregate(state, updates)
+    total = sum(update.num_examples for update in updates)
+    for name, pair in state.adapter.pairs.items():
+        mean = sum(update.num_examples / total * update.adapter.pairs[name].A for update in updates)
+        torch.testing.assert_close(after.adapter.pairs[name].A, mean, rtol=1e-14, atol=1e-14)
+        assert torch.equal(after.adapter.pairs[name].B, pair.B)
+    assert all(torch.equal(after.adapter.dense[name], value) for name, value in state.adapter.dense.items())
+    assert FedSaLora().plan(state, federation.specs()[0]).sends == {"A"}

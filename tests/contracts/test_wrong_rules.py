@@ -20,6 +20,8 @@ HALF, INPUTS = "test_half_precision_is_accumulated_wide", "test_inputs_are_not_c
 LIAR, LIARS = "test_robust_bounds_one_liar", "test_robust_bounds_a_share_of_liars"
 HIDDEN = "test_robust_bounds_a_liar_in_another_gauge"
 SAME = "test_identical_updates_come_back_unchanged"
+UNREAD, ALIKE = "test_personal_kept_parts_are_not_read", "test_personal_all_clients_begin_alike"
+PLAN = "test_plan_is_data_that_fits_the_client"
 BASE, MIXED = "test_base_is_changed_by_those_that_say_so", "test_mixed_ranks_are_taken_or_refused"
 
 CAUGHT: list[tuple[Aggregator, set[str]]] = [
@@ -27,7 +29,7 @@ CAUGHT: list[tuple[Aggregator, set[str]]] = [
     (wrong.WrongStack(mistake="no scale"), {EXACT, "test_exact_trades_scale_for_factor", ALONE, SAME}),
     (wrong.KeepsOldAdapter(), {EXACT, ALONE, DENSE, ORDER, SAME}),
     (wrong.NoVersions(), {BASE}),
-    (wrong.UnseededFresh(), {"test_plan_is_data_that_fits_the_client", RESUME, INPUTS}),
+    (wrong.UnseededFresh(), {PLAN, RESUME, INPUTS}),
     (wrong.InPlace(), {INPUTS, STREAM, ORDER, DENSE, TWINS, WEIGHTS, SUMS, ONE_AT_A_TIME, HALF}),
     (wrong.LastOnly(), {ORDER, DENSE, ONE_AT_A_TIME}),
     (wrong.Unweighted(), {TWINS, DENSE, SUMS, ONE_AT_A_TIME}),
@@ -49,6 +51,11 @@ CAUGHT: list[tuple[Aggregator, set[str]]] = [
     (wrong.FirstWins(), {ORDER}),
     (wrong.SilentBaseChange(), {BASE}),
     (wrong.WrongForSeveral(), {SAME}),
+    (wrong.AveragesKept(), {UNREAD, ALIKE}),
+    (wrong.MovesTheStart(), {ALIKE, ALONE, SAME, DENSE}),
+    (wrong.KeepsUnsaid(), {PLAN}),
+    (wrong.PersonalByName(), {PLAN}),
+    (wrong.ExactAndPersonal(), {UNREAD, EXACT}),
 ]
 
 

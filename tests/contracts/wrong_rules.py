@@ -27,6 +27,7 @@ from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.ffa import TRAINED, FfaLora
 from fedlora.aggregators.flora import Flora
 from fedlora.aggregators.krum import Krum, krum_scores
+from fedlora.aggregators.personal import Keep
 from fedlora.rng import derive
 
 
@@ -384,3 +385,54 @@ class KeepsEveryA(Aggregator):
                 del update
 
         return FedAvg().aggregate(state, seen())
+
+
+@dataclass(frozen=True)
+class AveragesKept(Keep):  # type: ignore[misc]
+    """Asks clients to keep their heads, and averages what it finds in their place."""
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return FedAvg().aggregate(state, updates)
+
+
+@dataclass(frozen=True)
+class MovesTheStart(Keep):  # type: ignore[misc]
+    """Lets late clients begin elsewhere than the others did."""
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        after = super().aggregate(state, updates)
+        moved = {name: value * 0.9 for name, value in after.adapter.dense.items()}
+        return replace(after, adapter=after.adapter.with_tensors(moved))
+
+
+@dataclass(frozen=True)
+class KeepsUnsaid(Aggregator):
+    """Lets clients keep B, and does not say so."""
+
+    claims: ClassVar[Claim] = Claim.LINEAR
+
+    def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
+        return Keep(("B",)).plan(state, client)
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return Keep(("B",)).aggregate(state, updates)
+
+
+@dataclass(frozen=True)
+class PersonalByName(Aggregator):
+    """Claims that clients have models of their own, and sends all of them."""
+
+    claims: ClassVar[Claim] = Claim.LINEAR | Claim.PERSONAL
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return FedAvg().aggregate(state, updates)
+
+
+@dataclass(frozen=True)
+class ExactAndPersonal(Keep):  # type: ignore[misc]
+    """Claims a common D* of clients who have no common model."""
+
+    claims: ClassVar[Claim] = Claim.LINEAR | Claim.PERSONAL | Claim.EXACT
+
+    def __post_init__(self) -> None:
+        """Claim all of it."""

@@ -1,0 +1,83 @@
+"""What clients keep from round to round: a file for each client and round, with the client and never with the server.
+
+The server names the round whose file a client goes on from: the last one of which it used the client's update
+(`fedlora.federation.protocol.TrainRequest.kept_round`). So a client that was away, a reply that was lost, a server that
+was killed and a run that is replayed all come to the same bytes. A file's name also says from which file its round
+began; those two are all that a request of this run can still name, a resumed server's included, and others are removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from torch import Tensor
+
+from fedlora.errors import ReplyError, RunDirError
+from fedlora.files import write_atomically
+from fedlora.state_io import pack, unpack
+
+
+@final
+@dataclass(frozen=True)
+class ClientStore:
+    """What some clients keep of one run.
+
+    Args:
+        folder: Where, with a folder for each client; None: nowhere.
+    """
+
+    folder: Path | None = None
+
+    def load(self, client_id: int, number: int) -> dict[str, Tensor]:
+        """What a client kept of a round, by name; nothing of round 0.
+
+        Raises:
+            ReplyError: there is no place for it, or the file is lost or damaged.
+        """
+        folder = self._of(client_id)
+        if not number:
+            return {}
+        found = sorted(folder.glob(f"{number:06d}-*.safetensors"))
+        try:
+            return unpack(found[-1].read_bytes())[0]
+        except (IndexError, OSError, RunDirError) as error:
+            why = "is damaged" if isinstance(error, RunDirError) else "is not there"
+            raise ReplyError(
+                f"what client {client_id} kept of round {number} {why}: put its store back, or start a new run",
+                code="kept-part-lost",
+            ) from None
+
+    def save(self, client_id: int, number: int, tensors: Mapping[str, Tensor], since: int) -> None:
+        """Keep tensors of a round.
+
+        Args:
+            client_id: Whose.
+            number: Of the round.
+            tensors: By name.
+            since: The round whose tensors the client went on from; 0: none.
+        """
+        folder = self._of(client_id)
+        path = folder / f"{number:06d}-{since:06d}.safetensors"
+        write_atomically(path, pack(tensors, {}))
+        files = {file: tuple(map(int, file.stem.split("-"))) for file in folder.glob("[0-9]*-*.safetensors")}
+        before = {origin for of, origin in files.values() if of == since}
+        for file, (of, _) in files.items():
+            if file != path and (of == number or of not in {since, *before}):
+                file.unlink()
+
+    def _of(self, client_id: int) -> Path:
+        if self.folder is None:
+            raise ReplyError(
+                "the rule lets clients keep what they train, and this node has no place for it: start it with "
+                "--node-config 'ledger=\"/where/it/is/kept.jsonl\"', beside which it is kept (a simulation: "
+                "--run-config 'ledger-dir=\"...\"')",
+                code="no-client-store",
+            )
+        return self.folder / f"client-{client_id}"
+
+
+NOTHING_KEPT = ClientStore()
+"""Of clients that keep nothing."""

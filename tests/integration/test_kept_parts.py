@@ -1,0 +1,260 @@
+"""Parts that clients train and keep: never in a message, through absence, kills and lost replies to the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from support.errors import raises
+from support.federations import deploy, forget, simulate, timeless
+from support.interrupted import cut_before_checkpoint
+
+from fedlora.callbacks import Callback
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError, RuleError
+from fedlora.federation.run import RunOutcome
+from fedlora.flower import client_app
+from fedlora.flower.flower_strategy import FedLoraStrategy
+from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
+from fedlora.state_io import unpack
+from fedlora.training.evaluate import evaluate
+from fedlora.training.workspace import open_workspace
+
+MakeConfig = Callable[..., RunConfig]
+PERSONAL = ("evaluation.on=clients", "evaluation.min_examples=2", "runtime.cohort=1", "runtime.prefix_cache=off")
+FEDSA = ("strategy.name=fedsa", *PERSONAL)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What clients keep: "client-0/000001-000000.safetensors" -> its bytes."""
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
+
+
+def at_nodes(folder: Path, outcome: RunOutcome) -> Path:
+    return folder / "kept" / outcome.rundir.run_id
+
+
+def newest(folder: Path, client_id: int) -> dict[str, torch.Tensor]:
+    found = sorted((folder / f"client-{client_id}").iterdir())
+    return unpack(found[-1].read_bytes())[0]
+
+
+def same_end(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
+    """The same adapter and record, but for traffic: `uncounted`, and that of evaluations, whose heads nobody counts."""
+    mine, theirs = one.state.adapter.tensors(), other.state.adapter.tensors()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for record, again in zip(timeless(one.records), timeless(other.records), strict=True):
+        for line in (record, again):
+            for key in uncounted:
+                line.pop(key, None)
+            for key in ("bytes_up", "bytes_down"):
+                line.get("federated", {}).pop(key, None)
+        assert record == again
+
+
+RESUMED = ("bytes_down",)  # what clients held is sent again
+
+
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Message]]:
+    """All that passes between the server and nodes, both ways."""
+    seen: list[Message] = []
+    real = client_app.app.__call__
+
+    class Tapped:
+        def __call__(self, message: Message, context: Any) -> Message:
+            seen.append(message)
+            seen.append(real(message, context))
+            return seen[-1]
+
+    monkeypatch.setattr(client_app, "app", Tapped())
+    return seen
+
+
+def raw(message: Message) -> bytes:
+    records = message.content.values()
+    return b"".join(
+        array.data if hasattr(array, "data") else str(array).encode() for one in records for array in one.values()
+    )
+
+
+@pytest.mark.parametrize("keep", ["['B','dense']", "['*layer.1.*','classifier.bias']"])
+def test_what_is_kept_is_in_no_message_and_all_pools_come_to_the_same(
+    tiny_config: MakeConfig, messages: list[Message], tmp_path: Path, keep: str
+) -> None:
+    keys = (f"strategy={{name='keep',keep={keep}}}", *PERSONAL, "rounds=2")
+    grid = deploy(tiny_config(*keys, name="grid"), ledgers=tmp_path)
+    assert len(messages) > 20
+    sent = [raw(message) for message in messages]
+    start = open_workspace(grid.rundir.config).base.initial_adapter(grid.rundir.config.seed).tensors()
+    for client_id in range(4):
+        kept = newest(at_nodes(tmp_path, grid), client_id)
+        for name, value in kept.items():
+            assert not torch.equal(value, start[name])
+            assert not any(value.numpy().tobytes() in content for content in sent)
+    shared = next(value for name, value in grid.state.adapter.tensors().items() if name not in kept)
+    assert any(shared.numpy().tobytes() in content for content in sent)  # by the evaluation: the search can find
+    here = simulate(tiny_config(*keys, name="here"))
+    same_end(here, grid)
+    assert files(here.rundir.clients_dir) == files(at_nodes(tmp_path, grid))
+
+
+def test_one_client_that_keeps_parts_trains_as_one_that_sends_all(tiny_config: MakeConfig) -> None:
+    alone = (*PERSONAL, "partition.clients=1")
+    whole = simulate(tiny_config(*alone, name="whole"))
+    kept = simulate(tiny_config(*alone, "strategy.name=fedsa", name="kept"))
+    personal = kept.state.adapter.with_tensors(newest(kept.rundir.clients_dir, 0)).tensors()
+    assert all(torch.equal(personal[name], value) for name, value in whole.state.adapter.tensors().items())
+    for mine, theirs in zip(kept.records, whole.records, strict=True):
+        assert mine["federated"]["figures"] == theirs["federated"]["figures"]
+
+
+def test_clients_are_measured_with_what_they_keep_and_without(tiny_config: MakeConfig) -> None:
+    outcome = simulate(tiny_config(*FEDSA, "train.lr=0.05"))
+    workspace, last = open_workspace(outcome.rundir.config), outcome.records[-1]["federated"]
+    apart = workspace.data.apart["test"]
+    for client_id in range(4):
+        personal = outcome.state.adapter.with_tensors(newest(outcome.rundir.clients_dir, client_id))
+        for adapter, figures in ((personal, last), (outcome.state.adapter, last["shared"])):
+            workspace.base.write(adapter)
+            own = evaluate(workspace.base, workspace.task, apart.examples, indices=apart.clients[client_id]).overall
+            assert figures["clients"][str(client_id)]["accuracy"] == own["accuracy"]
+            assert figures["clients"][str(client_id)]["loss"] == pytest.approx(own["loss"])
+    first = outcome.records[0]["federated"]
+    assert {key: first[key] for key in first["shared"]} == first["shared"]  # before anybody has trained
+    assert last["clients"] != last["shared"]["clients"]
+
+
+@pytest.mark.parametrize("killed", [2, 3])
+def test_a_killed_and_resumed_run_ends_with_the_same_bytes_kept_parts_included(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, killed: int
+) -> None:
+    """Half of the clients are away in each round, and the round that is repeated was trained before."""
+    keys = (*FEDSA, "server.fraction=0.5", "rounds=4")
+    straight = simulate(tiny_config(*keys, name="straight"))
+    assert len({tuple(record["answered"]) for record in straight.records[1:]}) > 1
+    rundir = RunDir.create(tiny_config(*keys, name="killed"))
+    cut_before_checkpoint(rundir, killed, monkeypatch)
+    forget(rundir.config)
+    resumed = run_simulation(rundir.config, RunDir.open(rundir.path), Callback(), resume=True)
+    same_end(straight, resumed, *RESUMED)
+    assert files(straight.rundir.clients_dir) == files(resumed.rundir.clients_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [2, 3])
+def test_a_deployed_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, killed: int
+) -> None:
+    keys = (*FEDSA, "server.fraction=0.5", "rounds=4")
+    straight = deploy(tiny_config(*keys, name="straight"), ledgers=tmp_path / "straight")
+    config, real = tiny_config(*keys, name="killed"), RunDir.save_checkpoint
+
+    def save(self: RunDir, state: Any) -> Path:
+        if state.round == killed:
+            raise KeyboardInterrupt
+        return real(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save_checkpoint", save)
+        with pytest.raises(KeyboardInterrupt):
+            deploy(config, ledgers=tmp_path / "killed")
+    resumed = deploy(config, rundir=RunDir.open(Path(config.output) / "killed"), ledgers=tmp_path / "killed")
+    same_end(straight, resumed, *RESUMED)
+    assert files(at_nodes(tmp_path / "straight", straight)) == files(at_nodes(tmp_path / "killed", resumed))
+
+
+@pytest.mark.slow
+def test_a_client_whose_reply_was_lost_goes_on_from_what_the_server_has_used(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It has trained, and its store knows: without the reply this counts as never done, and a replay is the same."""
+    real = client_app.encode_reply
+
+    def lost(reply: Any, seed: int) -> Any:
+        if (reply.request.client_id, reply.request.round) == (1, 2):
+            raise ConfigError("the line was cut", code="lost")
+        return real(reply, seed)
+
+    monkeypatch.setattr(client_app, "encode_reply", lost)
+    run = deploy(tiny_config(*FEDSA, "rounds=4", name="run"), ledgers=tmp_path)
+    assert [record["answered"] for record in run.records[1:]] == [[0, 1, 2, 3], [0, 2, 3], *[[0, 1, 2, 3]] * 2]
+    again = simulate(tiny_config(*FEDSA, "rounds=4", name="again"), replay=run.records)
+    mine, theirs = run.state.adapter.tensors(), again.state.adapter.tensors()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert files(again.rundir.clients_dir) == files(at_nodes(tmp_path, run))
+
+
+@pytest.mark.slow
+def test_in_several_processes_clients_keep_the_same(tiny_config: MakeConfig) -> None:
+    keys = (*FEDSA, "server.fraction=0.75")
+    here = simulate(tiny_config(*keys, name="here"))
+    two = simulate(tiny_config(*keys, "runtime.processes=2", name="two"))
+    same_end(here, two)
+    assert files(here.rundir.clients_dir) == files(two.rundir.clients_dir)
+
+
+PRIVATE = {
+    "example": ("privacy={unit='example', noise_multiplier=1.0, delta=1e-3, max_grad_norm=0.5, public_examples=40}",),
+    "client": ("privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", PRIVATE)
+def test_private_clients_keep_parts_too(
+    tiny_config: MakeConfig, same_secrets: Callable[[], None], tmp_path: Path, unit: str
+) -> None:
+    """The kept part comes of the same noisy steps (example), or leaves in no update and is not noised (client)."""
+    keys = ("strategy.name=fedsa", *PRIVATE[unit], "server.weighting=uniform", "server.aggregation_error=false")
+    keys += PERSONAL[2:]
+    same_secrets()
+    here = simulate(tiny_config(*keys, name="here"))
+    same_secrets()
+    grid = deploy(tiny_config(*keys, name="grid"), ledgers=tmp_path)
+    same_end(here, grid)
+    assert len(files(here.rundir.clients_dir)) == 4 * 3
+    start = open_workspace(here.rundir.config).base.initial_adapter(here.rundir.config.seed)
+    assert all(torch.equal(pair.B, start.pairs[name].B) for name, pair in here.state.adapter.pairs.items())
+    if unit == "client":
+        assert files(here.rundir.clients_dir) == files(at_nodes(tmp_path, grid))
+
+
+@pytest.mark.slow
+def test_a_private_client_that_fails_keeps_what_it_had(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under user-level privacy its update changes nothing; no more does what it keeps."""
+    from fedlora.federation import client
+
+    real = client.train_cohort
+
+    def failing(base: Any, task: Any, examples: Any, jobs: Any, configs: Any) -> Any:
+        found = real(base, task, examples, jobs, configs)
+        return [RuntimeError("broken") if job.round == 3 else one for job, one in zip(jobs, found, strict=True)]
+
+    monkeypatch.setattr(client, "train_cohort", failing)
+    keys = ("strategy.name=fedsa", *PRIVATE["client"], "server.aggregation_error=false", *PERSONAL[2:])
+    outcome = simulate(tiny_config(*keys))
+    for client_id in range(4):
+        folder = outcome.rundir.clients_dir / f"client-{client_id}"
+        third, second = (unpack((folder / f"00000{n}-00000{n - 1}.safetensors").read_bytes())[0] for n in (3, 2))
+        assert all(torch.equal(third[name], value) for name, value in second.items())
+
+
+def test_what_would_not_be_measured_or_kept_is_refused(tiny_config: MakeConfig) -> None:
+    with raises(ConfigError, "personal-models-not-measured", "evaluation.on = 'clients'"):
+        simulate(tiny_config("strategy.name=fedsa"))
+    with raises(ConfigError, "best-round-not-kept", "selection.keep = 'last'"):
+        simulate(tiny_config(*FEDSA, "selection.metric=loss", name="best"))
+    with raises(RuleError, "nothing-kept", "names nothing of the adapter"):
+        simulate(tiny_config("strategy={name='keep',keep=['classifier']}", *PERSONAL, name="typo"))
+    with raises(RuleError, "nothing-shared", "share nothing"):
+        simulate(tiny_config("strategy={name='keep',keep=['A','B','dense']}", *PERSONAL, name="all"))
+    with raises(RuleError, "personal-rule", "keep parts of what they train"):
+        FedLoraStrategy("fedsa", alpha=8)
