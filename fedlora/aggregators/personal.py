@@ -9,6 +9,8 @@ value before training, for every client.
 FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, algorithms 1 and 2): u is the adapter, v_k the head. FedSA-LoRA (Guo
 et al., ICLR 2025, arXiv 2410.01463, section 4): u are the A, of which the mean is taken, v_k are the B and the head.
 
+That of any parts is FedSim (Pillutla et al., ICML 2022, arXiv 2204.03809, algorithm 1).
+
 A client that has not trained yet has the v that all began with: with FedSA-LoRA's B = 0 that is the base model.
 
 A factor of a pair can be kept where the inner rule treats all tensors alike. A rule that looks at products, or freezes
@@ -137,6 +139,8 @@ class Keep(Keeping):
 
     keep: tuple[str, ...] = ("dense",)
     inner: Inner = field(default_factory=FedAvg)
+
+    paper: ClassVar[str] = "Pillutla et al., ICML 2022, arXiv 2204.03809"
 
 
 @final

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.federations import deploy, simulate, timeless
 
-from fedlora.aggregators import rules
+from fedlora.aggregators import Claim, names_claiming, rules
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
 
@@ -113,7 +113,9 @@ def test_every_rule_comes_to_the_same_in_one_process_and_in_two(make: Callable[.
     table = rule if rule.startswith("{") else f"{{name='{rule}'}}"
     runs = []
     for name, more in (("one", ()), ("two", ("runtime.processes=2",))):
-        outcome = simulate(make("fedavg", "float32", "none", TASKS[0], name, "rounds=3", f"strategy={table}", *more))
+        at_clients = ("evaluation.on=clients",) if rule in names_claiming(Claim.PERSONAL) else ()
+        keys = ("rounds=3", *at_clients, f"strategy={table}", *more)
+        outcome = simulate(make("fedavg", "float32", "none", TASKS[0], name, *keys))
         assert [record["answered"] for record in outcome.records[1:]] == [[0, 1, 2, 3]] * 3
         runs.append(outcome)
     for mine, theirs in zip(*(outcome.records for outcome in runs), strict=True):

@@ -84,6 +84,8 @@ def test_company_changes_nothing(
 ) -> None:
     hidden = ["server.aggregation_error=false"] if privacy != "none" else []
     common = [f"strategy.name={rule}", "model.dtype=float64", "rounds=2", *tasks[task], *PRIVACY[privacy], *hidden]
+    if privacy == "none" and Claim.PERSONAL in rules.get(rule).claims:
+        common += ["evaluation.on=clients"]
 
     def seen(*overrides: str, name: str) -> RunOutcome:
         same_secrets()

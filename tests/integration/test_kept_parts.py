@@ -83,7 +83,9 @@ def raw(message: Message) -> bytes:
     )
 
 
-@pytest.mark.parametrize("keep", ["['B','dense']", "['*layer.1.*','classifier.bias']"])
+@pytest.mark.parametrize(
+    "keep", [pytest.param("['B','dense']", marks=pytest.mark.slow), "['*layer.1.*','classifier.bias']"]
+)
 def test_what_is_kept_is_in_no_message_and_all_pools_come_to_the_same(
     tiny_config: MakeConfig, messages: list[Message], tmp_path: Path, keep: str
 ) -> None:
@@ -104,6 +106,7 @@ def test_what_is_kept_is_in_no_message_and_all_pools_come_to_the_same(
     assert files(here.rundir.clients_dir) == files(at_nodes(tmp_path, grid))
 
 
+@pytest.mark.slow
 def test_one_client_that_keeps_parts_trains_as_one_that_sends_all(tiny_config: MakeConfig) -> None:
     alone = (*PERSONAL, "partition.clients=1")
     whole = simulate(tiny_config(*alone, name="whole"))
@@ -114,6 +117,7 @@ def test_one_client_that_keeps_parts_trains_as_one_that_sends_all(tiny_config: M
         assert mine["federated"]["figures"] == theirs["federated"]["figures"]
 
 
+@pytest.mark.slow
 def test_clients_are_measured_with_what_they_keep_and_without(tiny_config: MakeConfig) -> None:
     outcome = simulate(tiny_config(*FEDSA, "train.lr=0.05"))
     workspace, last = open_workspace(outcome.rundir.config), outcome.records[-1]["federated"]
@@ -130,7 +134,7 @@ def test_clients_are_measured_with_what_they_keep_and_without(tiny_config: MakeC
     assert last["clients"] != last["shared"]["clients"]
 
 
-@pytest.mark.parametrize("killed", [2, 3])
+@pytest.mark.parametrize("killed", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_run_ends_with_the_same_bytes_kept_parts_included(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, killed: int
 ) -> None:
