@@ -135,7 +135,11 @@ def beside_accuracy(metric: str, record: Mapping[str, Any]) -> list[tuple[str, d
     at_clients = {"macro": "mean over the clients", "worst_tenth": "worst tenth of the clients"}
     if domains and federated:  # the server has a test set of its own
         at_clients = {"figures": "on the clients' own examples", **at_clients}
-    return beside + [(words, dict(federated[key])) for key, words in at_clients.items() if federated.get(key)]
+    found = beside + [(words, dict(federated[key])) for key, words in at_clients.items() if federated.get(key)]
+    shared = federated.get("shared") or {}  # where each client has a model of its own, whose figures stand above
+    return found + [
+        (f"shared model, {at_clients[key]}", dict(shared[key])) for key in ("macro", "worst_tenth") if shared.get(key)
+    ]
 
 
 def format_metric(name: str, value: float | None) -> str:

@@ -13,6 +13,7 @@ from fedlora.errors import RunDirError
 
 if TYPE_CHECKING:
     from fedlora.aggregators import GlobalState
+    from fedlora.runs.rundir import RunDir
     from fedlora.training import Workspace
 
 
@@ -23,6 +24,10 @@ def export(
     base_update: Annotated[
         bool, typer.Option("--merge", help="A whole model, with the adapter merged into its weights.")
     ] = False,
+    client: Annotated[
+        int | None,
+        typer.Option(help="A simulated client's own model, where the rule makes one for each.", show_default=False),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a run's adapter, or the whole model with it, for use without fedlora."""
@@ -36,7 +41,9 @@ def export(
         state = run_dir.kept_checkpoint()
         number = run_dir.kept_round
         like = "checked when the run ended"
-        if not base_update and run_dir.finished and run_dir.adapter_dir.is_dir():
+        if client is not None and state is not None:
+            state = _of_client(run_dir, state, client)
+        if not base_update and client is None and run_dir.finished and run_dir.adapter_dir.is_dir():
             import shutil
 
             shutil.copytree(run_dir.adapter_dir, out, dirs_exist_ok=True)
@@ -47,7 +54,7 @@ def export(
             number, like = state.round, f"loaded without fedlora its logits differ by at most {difference:.1g}"
         elif run_dir.finished:
             raise RunDirError(
-                f"the checkpoints of {str(run_path)!r} were removed: only its adapter can be exported",
+                f"the checkpoints of {str(run_path)!r} were removed: only its shared adapter can be exported",
                 code="checkpoints-removed",
             )
         else:
@@ -55,8 +62,25 @@ def export(
                 f"{str(run_path)!r} has no checkpoint yet: continue it with fedlora run --resume {run_path}",
                 code="no-checkpoint",
             )
-        what = "model" if base_update else "adapter"
+        what = ("model" if base_update else "adapter") + ("" if client is None else f" of client {client}")
         typer.echo(f"the {what} of round {number} is in {out} ({like})")
+
+
+def _of_client(run_dir: RunDir, state: GlobalState, client: int) -> GlobalState:
+    """The state with a simulated client's own values of what it keeps."""
+    from dataclasses import replace
+
+    from fedlora.federation.client_store import ClientStore, last_used
+
+    lines = (line for line in run_dir.read_metrics() if line["round"] <= state.round)
+    number = last_used(lines).get(client, 0)
+    if not (run_dir.clients_dir / f"client-{client}").is_dir() or not number:
+        raise RunDirError(
+            f"{str(run_dir.path)!r} has no model of client {client}'s own: either it has not trained, or the rule lets "
+            "clients keep nothing, or the clients were nodes, which keep theirs: export without --client",
+            code="no-model-of-client",
+        )
+    return replace(state, adapter=state.adapter.with_tensors(ClientStore(run_dir.clients_dir).load(client, number)))
 
 
 def _write_model(workspace: Workspace, state: GlobalState, out: Path, base_update: bool) -> float:

@@ -37,9 +37,9 @@ def local_only(
         report: is told each client's figure.
 
     Returns:
-        "clients": a row each with "client", "domain", "num_examples", "steps", the figures and "domains"; "of": how
-        many clients there are; "best", "mean", "worst": the figures of the best client, of the worst, and the mean
-        over clients of each figure.
+        "clients": a row each with "client", "domain", "num_examples", "steps", the figures and "domains", and where
+        clients evaluate "own", the figures on what the client keeps apart; "of": how many clients there are; "best",
+        "mean", "worst": the figures of the best client, of the worst, and the mean over clients of each figure.
     """
     config, data = workspace.config, workspace.data
     chosen = list(range(len(data.clients))) if clients is None else list(clients)
@@ -53,7 +53,7 @@ def local_only(
         work = [(data.clients[k], longer(config.train_of(k), config.rounds), f"local-only {k}") for k in some]
         for k, figures in zip(some, _train_and_test(workspace, work), strict=True):
             row = {"client": k, "domain": domains[k] if domains else None, "num_examples": len(data.clients[k])}
-            rows.append(row | figures)
+            rows.append(row | figures | _own(workspace, k))
             report(f"local-only: client {k} alone: {workspace.task.metric} {figures[workspace.task.metric]:.4f}")
     ranked = sorted(rows, key=lambda row: row[workspace.task.metric], reverse=workspace.task.higher_is_better)
     best, worst = (_figures(row) for row in (ranked[0], ranked[-1]))
@@ -154,8 +154,16 @@ def _train_and_test(
         yield {**facts, **found.overall, "domains": found.domains}
 
 
+def _own(workspace: Workspace, client_id: int) -> dict[str, Any]:
+    """Figures of the adapter that was tested last on what a client keeps apart, if it keeps enough to report on."""
+    apart, least = workspace.data.apart.get("test"), workspace.config.evaluation.min_examples
+    if apart is None or len(rows := np.asarray(apart.clients[client_id])) < least:
+        return {}
+    return {"own": evaluate(workspace.base, workspace.task, apart.examples, indices=rows).overall}
+
+
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
-    dropped = ("client", "domain", "num_examples", "steps", "examples_seen", "train_loss")
+    dropped = ("client", "domain", "num_examples", "steps", "examples_seen", "train_loss", "own")
     return {name: value for name, value in row.items() if name not in dropped}
 
 

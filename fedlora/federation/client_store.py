@@ -8,10 +8,10 @@ began; those two are all that a request of this run can still name, a resumed se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -77,6 +77,15 @@ class ClientStore:
                 code="no-client-store",
             )
         return self.folder / f"client-{client_id}"
+
+
+def last_used(lines: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Client -> the last round of which the server used its update, by a run's lines of metrics."""
+    used: dict[int, int] = {}
+    for line in lines:
+        if not line.get("lost"):
+            used.update(dict.fromkeys(line.get("answered", ()), line["round"]))
+    return used
 
 
 NOTHING_KEPT = ClientStore()

@@ -21,6 +21,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, RoundError
 from fedlora.federation.checks import clients_wanted, require_servable
 from fedlora.federation.client_pool import ClientInfo, ClientPool, PartialAggregate, RoundRequest, nobody
+from fedlora.federation.client_store import last_used
 from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import require_one_start
@@ -92,8 +93,7 @@ class FederatedServer:
         known = self.account.base_of(state)
         self._digests[state.base_version] = chain_digest("", state.base_updates) if known is None else known
         self._median_change = median_change(history)
-        for line in history:
-            self._note_used(line)
+        self._kept_rounds = last_used(history)
         selection: Selection | None = None
         if self.config.selection is not None:
             selection = Selection(self.config.selection, self.workspace.task, history)
@@ -133,7 +133,7 @@ class FederatedServer:
             after = self._aggregate(request, record)
             _require_finite(after, number)
             line = self._line(state, after, record)
-            self._note_used(line)
+            self._kept_rounds |= last_used([line])
             self._digests[after.base_version] = next_digest(request.base_digest, state, after)
             trained = time.perf_counter()
             if number % self.config.evaluation.every == 0 or number == self.config.rounds:
@@ -305,11 +305,6 @@ class FederatedServer:
                 change.add(update.change.pairs)
                 record.ideal.add(update.change.pairs, record.weight)
         return relative_error(change, record.ideal, record.weight)
-
-    def _note_used(self, line: Mapping[str, Any]) -> None:
-        """Note whose updates a round has used: these clients go on from what they kept of it."""
-        if not line.get("lost"):
-            self._kept_rounds.update(dict.fromkeys(line.get("answered", ()), line["round"]))
 
     def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
         request = RoundRequest(state.round, (), state, dict(self._digests), kept_rounds=dict(self._kept_rounds))

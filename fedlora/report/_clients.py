@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from fedlora.progress import format_bytes, format_seconds, trouble
+from fedlora.fairness import fairness
+from fedlora.progress import format_bytes, format_metric, format_seconds, lower_is_better, trouble
 from fedlora.report._blocks import Block, Table, short
 from fedlora.report._client_charts import KINDS, MOST_ROWS, holdings, participation_grid, traffic_columns
-from fedlora.report._facts import Facts, Record, number, statuses
+from fedlora.report._facts import Facts, Record, better, number, statuses
 from fedlora.report.figures import Chart
 from fedlora.report.line_charts import Line, line_chart
 
@@ -50,11 +52,13 @@ def evaluation(facts: Facts) -> list[Block]:
     if not facts.evaluated or not (federated := facts.last.get("federated")):
         return []
     metric, clients, names = facts.metric, federated["clients"], facts.partition.get("client_names") or ()
+    beside = _other_models(facts, federated)
     rows = [
         (
             names[int(k)] if int(k) < len(names) else f"client {k}",
             f"{row['examples']:.0f}",
             facts.show(row),
+            *(facts.show(model.get(k) or {}) for model in beside.values()),
             short(row["loss"]),
         )
         for k, row in sorted(clients.items(), key=lambda one: trouble(metric, one[1].get(metric)))
@@ -69,8 +73,33 @@ def evaluation(facts: Facts) -> list[Block]:
     out: list[Block] = [said]
     if federated["left_out"]:
         out.append(" ".join(f"Client {k} is left out: {why}." for k, why in federated["left_out"].items()))
-    head = ("client", "examples", metric.replace("_", " "), "loss")
+    out += [text for name, model in beside.items() if (text := _gains(facts, clients, model, name))]
+    head = ("client", "examples", metric.replace("_", " "), *beside, "loss")
     return [*out, Table("Each client, the worst first", head, rows, "Each client" if len(rows) > 20 else "")]
+
+
+def _other_models(facts: Facts, federated: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What each client's own model is read against, on the same examples: name -> client -> figures."""
+    if "shared" not in federated:
+        return {}
+    alone = (facts.baselines.get("local_only") or {}).get("clients") or ()
+    own = {str(row["client"]): row["own"] for row in alone if "own" in row}
+    return {"shared model": federated["shared"]["clients"]} | ({"model trained alone": own} if own else {})
+
+
+def _gains(facts: Facts, clients: Mapping[str, Any], model: Mapping[str, Any], name: str) -> str:
+    """Who is better off with a model of its own, and the worst tenth with the other one."""
+    both = [(row[facts.metric], model[k][facts.metric]) for k, row in clients.items() if k in model]
+    if not both:
+        return ""
+    gain = sum(better(facts.metric, mine, other) for mine, other in both)
+    lose = sum(better(facts.metric, other, mine) for mine, other in both)
+    spread = fairness([other for _, other in both], higher_is_better=not lower_is_better(facts.metric))
+    means = format_metric(facts.metric, spread.mean), format_metric(facts.metric, spread.worst_decile)
+    return (
+        f"Against the {name} ({means[0]} as the mean over clients, {means[1]} over the worst tenth) {gain} of "
+        f"{len(both)} clients gain by a model of their own and {lose} lose."
+    )
 
 
 def privacy(facts: Facts) -> list[Block]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
+from safetensors.torch import load_file
 from support.errors import raises
 from support.federations import deploy, forget, simulate, timeless
 from support.interrupted import cut_before_checkpoint
+from typer.testing import CliRunner
 
 from fedlora.callbacks import Callback
+from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RuleError
+from fedlora.evaluation.baselines import local_only
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.flower_strategy import FedLoraStrategy
+from fedlora.report import write_report
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.state_io import unpack
@@ -118,7 +124,7 @@ def test_one_client_that_keeps_parts_trains_as_one_that_sends_all(tiny_config: M
 
 
 @pytest.mark.slow
-def test_clients_are_measured_with_what_they_keep_and_without(tiny_config: MakeConfig) -> None:
+def test_clients_are_measured_and_exported_with_what_they_keep(tiny_config: MakeConfig, tmp_path: Path) -> None:
     outcome = simulate(tiny_config(*FEDSA, "train.lr=0.05"))
     workspace, last = open_workspace(outcome.rundir.config), outcome.records[-1]["federated"]
     apart = workspace.data.apart["test"]
@@ -132,6 +138,39 @@ def test_clients_are_measured_with_what_they_keep_and_without(tiny_config: MakeC
     first = outcome.records[0]["federated"]
     assert {key: first[key] for key in first["shared"]} == first["shared"]  # before anybody has trained
     assert last["clients"] != last["shared"]["clients"]
+    words = ["export", str(outcome.rundir.path), str(tmp_path / "own"), "--client", "2"]
+    assert "adapter of client 2 of round 3 is in" in CliRunner().invoke(app, words).output
+    exported = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    mine = outcome.state.adapter.with_tensors(newest(outcome.rundir.clients_dir, 2)).tensors()
+    assert len(exported) == len(mine)
+    for name, value in mine.items():
+        module, mark, factor = name.rpartition(":")
+        theirs = f"{module}.lora_{factor}.weight" if mark else name
+        assert torch.equal(exported[f"base_model.model.{theirs}"], value)
+    refused = CliRunner().invoke(app, [*words[:2], str(tmp_path / "nobody"), "--client", "9"])
+    assert refused.exit_code == 1
+    assert "has no model of client 9's own" in refused.output
+
+
+@pytest.mark.slow
+def test_a_report_shows_each_clients_own_model_beside_the_others(tiny_config: MakeConfig) -> None:
+    outcome = simulate(tiny_config(*FEDSA, "train.lr=0.05"))
+    workspace = open_workspace(outcome.rundir.config)
+    alone = local_only(workspace)
+    outcome.rundir.write_json("baselines.json", {"local_only": alone})
+    page = re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", write_report(outcome.rundir).read_text("utf-8")))
+    assert "Against the shared model" in page
+    assert "Against the model trained alone" in page
+    shared, own = outcome.records[-1]["federated"]["shared"]["clients"], outcome.records[-1]["federated"]["clients"]
+    gain = sum(own[k]["accuracy"] > shared[k]["accuracy"] for k in own)
+    lose = sum(own[k]["accuracy"] < shared[k]["accuracy"] for k in own)
+    assert f"{gain} of 4 clients gain by a model of their own and {lose} lose" in page
+    apart = workspace.data.apart["test"]
+    assert all("own" not in part for part in (alone["best"], alone["mean"], alone["worst"]))
+    assert [row["client"] for row in alone["clients"]] == [0, 1, 2, 3]
+    assert all(0 <= row["own"]["accuracy"] <= 1 for row in alone["clients"])
+    counted = [row["own"]["accuracy"] * len(apart.clients[row["client"]]) for row in alone["clients"]]
+    assert all(count == pytest.approx(round(count)) for count in counted)  # shares of what the client keeps apart
 
 
 @pytest.mark.parametrize("killed", [2, pytest.param(3, marks=pytest.mark.slow)])
