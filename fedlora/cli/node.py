@@ -52,6 +52,28 @@ def approve(folder: Site, digest: Digest, debug: Debug = False) -> None:
         typer.echo(f"approved {Approvals(folder).approve(digest)}")
 
 
+@node.command("export")
+def export(
+    folder: Site,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The run's adapter, from the coordinator.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Of the run (run-id in its folder), if several are kept.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write this node's own model of a run whose rule makes one for each client: it is here alone."""
+    with errors_in_one_line(debug):
+        from fedlora.errors import ExportError
+        from fedlora.site.own_adapter import write_own_adapter
+
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ExportError(f"{str(out)!r} already exists: name a new or empty folder", code="path-taken")
+        number = write_own_adapter(folder, adapter, out, run)
+        typer.echo(f"this node's own adapter is in {out}, with what it kept of round {number}")
+
+
 @node.command("log")
 def log(
     folder: Site,

@@ -67,16 +67,20 @@ class LedgerPlace:
         """Whether what the client sends may be seen before the round is over."""
         return self.own is not None or not self.session
 
+    @property
+    def kept(self) -> Path | None:
+        """Where the clients keep what they do not send: beside the client's own ledger, or in the folder of all."""
+        if self.own is None:
+            return None if self.folder is None else self.folder / "kept"
+        return self.own.with_name(f"{self.own.name}.kept")
+
     def store(self, run: str) -> ClientStore:
-        """What the clients keep of a run: beside the client's own ledger, or in the folder of all.
+        """What the clients keep of a run.
 
         Raises:
             ReplyError: the request names no run.
         """
-        _require_run(run)
-        if self.own is None:
-            return ClientStore(None if self.folder is None else self.folder / "kept" / run)
-        return ClientStore(self.own.with_name(f"{self.own.name}.kept") / run)
+        return ClientStore(None if self.kept is None else self.kept / _require_run(run))
 
     def open(
         self, client_id: int, run: object, release: Callable[[TrainedReply, Attempt], None] | None = None

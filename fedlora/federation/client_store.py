@@ -31,6 +31,10 @@ class ClientStore:
 
     folder: Path | None = None
 
+    def rounds(self, client_id: int) -> list[int]:
+        """The rounds of which a client keeps something, in ascending order."""
+        return sorted({int(file.name[:6]) for file in self._of(client_id).glob("[0-9]*-*.safetensors")})
+
     def load(self, client_id: int, number: int) -> dict[str, Tensor]:
         """What a client kept of a round, by name; nothing of round 0.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate
-from fedlora.errors import ModelError
+from fedlora.errors import ExportError, ModelError
 from fedlora.model.base_model import Base
 from fedlora.model.pair_shapes import alpha_of
 from fedlora.model.peft_tuners import ADAPTER, merged_weights, saved_tensors
@@ -133,6 +133,35 @@ def _tuner_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}": value for name, value in tensors.items()}
+
+
+def save_with(adapter: Path, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a saved adapter again, with other values for some of its tensors.
+
+    Args:
+        adapter: A folder that `save_adapter` wrote.
+        tensors: By the names of `AdapterState.tensors`.
+        folder: Gets the files.
+
+    Raises:
+        ExportError: it has no such tensor, or one of another shape.
+    """
+    from safetensors.torch import load_file, save_file
+
+    stored = load_file(adapter / "adapter_model.safetensors")
+    for name, value in tensors.items():
+        module, mark, factor = name.rpartition(":")
+        theirs = f"{PREFIX}{module}.lora_{factor}.weight" if mark else f"{PREFIX}{name}"
+        if theirs not in stored or stored[theirs].shape != value.shape:
+            raise ExportError(
+                f"{str(adapter)!r} has no tensor {theirs!r} of shape {tuple(value.shape)}: name the adapter of the "
+                "same run",
+                code="other-adapter",
+            )
+        stored[theirs] = value
+    with _replaced(folder) as fresh:
+        shutil.copytree(adapter, fresh, dirs_exist_ok=True)
+        save_file(stored, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def save_merged(base: Base, state: AdapterState, base_updates: Sequence[BaseUpdate], folder: Path) -> None:
