@@ -50,8 +50,7 @@ def export(
         elif state is not None:
             workspace = open_workspace(run_dir.config)
             run_dir.require(workspace.pins.only(MODEL), "put back what it was made with")
-            difference = _write_model(workspace, state, out, base_update)
-            number, like = state.round, f"loaded without fedlora its logits differ by at most {difference:.1g}"
+            number, like = state.round, _write_model(workspace, state, out, base_update)
         elif run_dir.finished:
             raise RunDirError(
                 f"the checkpoints of {str(run_path)!r} were removed: only its shared adapter can be exported",
@@ -83,13 +82,22 @@ def _of_client(run_dir: RunDir, state: GlobalState, client: int) -> GlobalState:
     return replace(state, adapter=state.adapter.with_tensors(ClientStore(run_dir.clients_dir).load(client, number)))
 
 
-def _write_model(workspace: Workspace, state: GlobalState, out: Path, base_update: bool) -> float:
+def _write_model(workspace: Workspace, state: GlobalState, out: Path, base_update: bool) -> str:
+    """Write what was asked for, and say what its check found."""
     from fedlora.aggregators import equivalent_adapter
     from fedlora.provenance import MODEL
     from fedlora.training.export import export_adapter, export_merged
 
+    said = "loaded without fedlora its logits differ by at most {:.1g}"
     if base_update:
-        return export_merged(workspace, state, out)
+        difference, moved = export_merged(workspace, state, out)
+        if moved is None:
+            return said.format(difference)
+        quantize = workspace.config.model.quantize
+        return (
+            f"{said.format(difference)}; it is merged into the whole weights, and the {quantize} ones that the run "
+            f"trained on gave logits that differ by up to {moved:.1g} of the largest: evaluate it before you use it"
+        )
     adapter, error = equivalent_adapter(state, workspace.config.adapter.export_rank or sys.maxsize)
     facts = {"rounds": str(state.round), "provenance": workspace.pins.only(MODEL).known}
-    return export_adapter(workspace, state, adapter, error, out, facts)
+    return said.format(export_adapter(workspace, state, adapter, error, out, facts))

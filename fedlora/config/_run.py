@@ -151,6 +151,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _private(self) -> RunConfig:
+        if self.privacy is not None and self.model.quantize == "int8":
+            raise PrivacyError(
+                "model.quantize = 'int8' computes a column in another way for all rows of a batch where one of them is "
+                "large, so that what an example adds depends on the others: set model.quantize = 'nf4'",
+                code="examples-coupled",
+            )
         if self.example_privacy is not None:
             self._example_private()
         elif self.client_privacy is not None:

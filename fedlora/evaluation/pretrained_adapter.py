@@ -16,7 +16,7 @@ from fedlora.assets import ASSETS, Checkpoint
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.data import FederatedData, load_data, load_local
 from fedlora.errors import ConfigError, ModelError, RunDirError
-from fedlora.model import load_adapted
+from fedlora.model import load_adapted, unquantised
 from fedlora.model.fingerprint import fingerprint
 from fedlora.provenance import Provenance, class_names_digest
 from fedlora.runs.rundir import PUT_BACK, RunDir, require_provenance
@@ -116,11 +116,16 @@ def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = 
 
 def _made_with(folder: Path) -> Provenance:
     """What an adapter that a run left says of its base and tokenizer; nothing, of another program's."""
+    return Provenance.read(_said_of(folder).get("provenance"))
+
+
+def _said_of(folder: Path) -> dict[str, Any]:
+    """What a run wrote beside its adapter; nothing, of another program's."""
     try:
         facts = json.loads((folder / "fedlora.json").read_bytes())
     except (OSError, ValueError):
-        return Provenance()
-    return Provenance.read(facts.get("provenance") if isinstance(facts, dict) else None)
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> RunConfig:
@@ -129,6 +134,8 @@ def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> Run
     given = {override.partition("=")[0].strip() for override in overrides}
     # No named corpus, whose columns and classes would be taken for the adapter's.
     known = [f"name={json.dumps(folder.name)}", f"data.source={json.dumps(str(data or 'none'))}"]
+    if (quantize := _said_of(folder).get("quantize")) and "model.quantize" not in given:
+        known.append(f"model.quantize={json.dumps(quantize)}")
     base, task = facts.get("base_model_name_or_path"), TASKS.get(facts.get("task_type") or "")
     if base and "model.name" not in given:
         known.append(f"model.name={json.dumps(base)}")
@@ -209,14 +216,16 @@ def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
     names = class_names_digest(examples.label_names) if examples is not None else None
     found = Provenance(class_names=names, **read)
     if Path(checkpoint.source).is_dir():  # before anything else is said about a base that is another
-        found = replace(found, base=fingerprint(checkpoint))
+        found = replace(found, base=fingerprint(checkpoint, quantize=source.config.model.quantize))
     _require(source, found)
+    config = unquantised(source.config) if examples is None else source.config  # packed weights have no spectrum
     try:
-        model = load_adapted(source.config, source.folder, task.auto_class, kwargs, device)
+        model = load_adapted(config, source.folder, task.auto_class, kwargs, device)
     except ModelError as error:
         raise ModelError(f"{str(source.folder)!r}: {error}", code=error.code) from None
     if found.base is None:
-        _require(source, Provenance(base=fingerprint(checkpoint, getattr(model.config, "_commit_hash", None))))
+        commit = getattr(model.config, "_commit_hash", None)
+        _require(source, Provenance(base=fingerprint(checkpoint, commit, quantize=source.config.model.quantize)))
     adapted = Adapted(model, device)
     if examples is not None and len(examples):
         adapted = replace(adapted, coupled=find_coupling(adapted, task, examples))

@@ -8,6 +8,7 @@ from fedlora.model.export import put_in_place, save_adapter, save_merged
 from fedlora.model.loading import base_key, load_base
 from fedlora.model.plain import Recipe, Reference, verify_adapter, verify_merged
 from fedlora.model.pretrained_adapter import changed_weights, load_adapted
+from fedlora.model.quantize import unquantised
 
 __all__ = [
     "Base",
@@ -24,6 +25,7 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "seeded",
+    "unquantised",
     "verify_adapter",
     "verify_merged",
 ]

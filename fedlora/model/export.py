@@ -73,7 +73,8 @@ def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mappin
             metadata={"format": "pt"},
         )
         _write_json(fresh / "adapter_config.json", _sorted(config.to_dict()))
-        _write_json(fresh / "fedlora.json", dict(metadata))
+        quantized = {} if base.config.quantize is None else {"quantize": base.config.quantize}
+        _write_json(fresh / "fedlora.json", quantized | dict(metadata))
         (fresh / "README.md").write_text(_card(base), encoding="utf-8")
 
 

@@ -26,7 +26,7 @@ from fedlora.model.new_weights import MISSING, frozen_modules, require_apart, re
 from fedlora.model.peft_methods import Method, find_method, peft_type, tuner_fields
 from fedlora.model.peft_tuners import ADAPTER
 from fedlora.model.plain import Recipe, quiet_transformers
-from fedlora.model.quantize import keep_layout, on_its_device, own_dtype, quantization
+from fedlora.model.quantize import keep_layout, keep_whole, note_of, on_its_device, own_dtype, quantization
 from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape, resolve_heads, resolve_targets
 from fedlora.rng import derive
 
@@ -88,6 +88,10 @@ def load_base(
         load = _from_config if only_shapes else _from_pretrained
         model, absent = load(config, auto_class, model_kwargs, dtype, device)
         dtype = own_dtype(model, dtype)
+        quantized, said = {}, None if only_shapes else note_of(config, model)
+        if config.model.quantize is not None and not only_shapes:
+            how = model.config.quantization_config  # type: ignore[union-attr]
+            quantized = {"quantization_config": how, "device_map": {"": str(device)}}
         model.requires_grad_(False)
         if config.model.dropout is not None:
             set_dropout(model, config.model.dropout)
@@ -121,8 +125,8 @@ def load_base(
         heads=heads,
         drawn=drawn,
         frozen=frozen,
-        recipe=Recipe(auto_class, checkpoint, dtype, options, quantization(config, dtype, device)),
-        notes=[*_notes(drawn, frozen, trained, names), *filter(None, [warning_of(config)])],
+        recipe=Recipe(auto_class, checkpoint, dtype, options, quantized),
+        notes=[*_notes(drawn, frozen, trained, names), *filter(None, [said, warning_of(config)])],
         plain_names=plain_names,
         seed=None if method.pairs else config.seed,
         config=config.model,
@@ -144,6 +148,11 @@ def _from_pretrained(
     checkpoint = Checkpoint.of(config.model)
     auto = getattr(transformers, auto_class)
     _require_pad_row(checkpoint, model_kwargs.get("pad_token_id"))
+    where = on_its_device(checkpoint, device)
+    if config.model.quantize is not None:
+        with torch.device("meta"):
+            shapes, _ = _from_config(config, auto_class, model_kwargs, dtype, device)
+        where = quantization(config, shapes, dtype, device)
     try:
         with quiet_transformers():  # its report on absent weights is replaced by ours
             model, info = auto.from_pretrained(
@@ -153,7 +162,7 @@ def _from_pretrained(
                 output_loading_info=True,
                 **{**checkpoint.options, "revision": config.model.revision},
                 **model_kwargs,
-                **(quantization(config, dtype, device) or on_its_device(checkpoint, device)),
+                **where,
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -166,6 +175,8 @@ def _from_pretrained(
     absent = dict.fromkeys(info.get("missing_keys", ()), MISSING)
     for name, found, wanted in info.get("mismatched_keys", ()):
         absent[name] = f"has shape {list(found)} there and {list(wanted)} in the model"
+    if config.model.quantize is not None:
+        keep_whole(model, absent)
     return model, absent
 
 

@@ -1,11 +1,13 @@
 """A base whose frozen linear layers are held in 4 or 8 bits, quantised by bitsandbytes while it is loaded.
 
 "nf4" is QLoRA's 4-bit NormalFloat with double quantisation (Dettmers et al. 2023, arXiv 2305.14314, section 3), "int8"
-LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339). Heads, which are trained, and the output layer stay whole.
+LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339). Heads, which are trained, the output layer, and layers that the
+checkpoint does not hold stay whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -15,17 +17,21 @@ from torch import nn
 
 from fedlora.assets import Checkpoint
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, ModelError
 
-WHOLE = ("lm_head", "embed_out", "output_layer", "classifier", "pre_classifier", "score", "cls", "qa_outputs")
-"""What transformers calls heads and output layers."""
+HEADS = ("classifier", "pre_classifier", "score", "cls")
+"""What transformers calls the heads of classifiers."""
+READ_BY_NAME = ("dt_proj",)
+"""Small layers whose weight Mamba's code multiplies by itself, past the layer."""
+SHOWN = 3
 
 
-def quantization(config: RunConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def quantization(config: RunConfig, model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` for `model.quantize`; none where nothing is quantised.
 
     Args:
         config: of the run.
+        model: to be loaded; its weights are not looked at.
         dtype: in which the layers compute.
         device: on which the weights are quantised, and stay.
 
@@ -42,7 +48,9 @@ def quantization(config: RunConfig, dtype: torch.dtype, device: torch.device) ->
         )
     from transformers import BitsAndBytesConfig
 
-    whole = [*WHOLE, *(config.adapter.modules_to_save or ())]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    whole = [*HEADS, *READ_BY_NAME, *(config.adapter.modules_to_save or ())]
+    whole += [name for name, module in model.named_modules() if module is output]
     if config.model.quantize == "int8":
         how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     else:
@@ -54,6 +62,11 @@ def quantization(config: RunConfig, dtype: torch.dtype, device: torch.device) ->
             llm_int8_skip_modules=whole,
         )
     return {"quantization_config": how, "device_map": {"": str(device)}}
+
+
+def unquantised(config: RunConfig) -> RunConfig:
+    """The config of the same run on the whole weights."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"quantize": None})})
 
 
 def on_its_device(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
@@ -68,6 +81,64 @@ def on_its_device(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any
         if getattr(found, "quantization_config", None) is not None:
             return {"device_map": {"": str(device)}}
     return {}
+
+
+def keep_whole(model: nn.Module, absent: Iterable[str]) -> None:
+    """Put ordinary layers, with the weights that were drawn for them, where a model has quantised ones without weights.
+
+    They are named in the model's own config as well, which says how it is loaded the next time.
+
+    Args:
+        model: as transformers loaded it, quantised.
+        absent: names of the tensors that are not the checkpoint's.
+    """
+    how: Any = model.config.quantization_config  # type: ignore[union-attr]
+    for name in sorted({name.rpartition(".")[0] for name in absent if name.endswith(".weight")}):
+        layer = model.get_submodule(name)
+        if not _is_quantised(layer):
+            continue
+        with torch.device("meta"):
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)  # type: ignore[arg-type]
+        for inner, value in layer.named_parameters():
+            setattr(plain, inner, nn.Parameter(value.data, requires_grad=False))
+        model.set_submodule(name, plain)
+        how.llm_int8_skip_modules = [*(how.llm_int8_skip_modules or ()), name]
+
+
+def note_of(config: RunConfig, model: nn.Module) -> str | None:
+    """What is to be said where most weights of a model stay whole, such as a mixture's experts; None elsewhere.
+
+    Raises:
+        ModelError: nothing is quantised.
+    """
+    if config.model.quantize is None:
+        return None
+    small = [name for name, module in model.named_modules() if _is_quantised(module)]
+    if not small:
+        raise ModelError(
+            f"model.quantize = {config.model.quantize!r} holds linear layers in fewer bits, and {type(model).__name__} "
+            "has none beside its head: remove it",
+            code="nothing-to-quantise",
+        )
+    inside, rest = 0, {}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, value in model.named_parameters():
+        if name.rpartition(".")[0] in small:
+            layer: Any = model.get_submodule(name.rpartition(".")[0])
+            inside += layer.in_features * layer.out_features if name.endswith(".weight") else value.numel()
+        elif id(value) not in embeddings:
+            rest[name] = value.numel()
+    if inside >= sum(rest.values()):
+        return None
+    largest = sorted(rest, key=lambda name: -rest[name])[:SHOWN]
+    return (
+        f"model.quantize = {config.model.quantize!r} reaches {inside:,} of {inside + sum(rest.values()):,} parameters "
+        f"outside of embeddings; whole stay what is no linear layer and the output, such as {', '.join(largest)}"
+    )
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes.")
 
 
 def keep_layout(model: nn.Module) -> None:

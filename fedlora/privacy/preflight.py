@@ -27,6 +27,8 @@ must follow from its number alone, whoever is beside it."""
 
 CROWD = 24
 """Rows in which an example must come to the same loss as alone: experts and caches have room for a few examples."""
+COARSEST = 1e4
+"""Units of the last place by which two ways to compute the same may differ."""
 SHARE = 0.4
 """Of the free memory, which the model's wider copy may take."""
 
@@ -262,7 +264,7 @@ def _gap(a: Tensor, b: Tensor, size: float) -> float:
 def _tolerance(model: torch.nn.Module) -> float:
     """Relative, for the coarsest dtype that takes part: rounding is far below it, a mixed-up example far above."""
     coarsest = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.dtype.is_floating_point)
-    return min(0.1, max(1e-9, 1e4 * coarsest))
+    return min(0.1, max(1e-9, COARSEST * coarsest))
 
 
 @contextmanager
@@ -307,7 +309,8 @@ def widened(model: torch.nn.Module) -> Iterator[float]:
             tensor.data = data.to(wide)
         for module in computing:
             module.compute_dtype = torch.float32
-        yield 1e-5 if wide == torch.float64 else _tolerance(model)
+        rounding = COARSEST * torch.finfo(torch.float32).eps if computing else 0.0
+        yield max(rounding, 1e-5 if wide == torch.float64 else _tolerance(model))
     finally:
         for module, dtype in zip(computing, before, strict=True):
             module.compute_dtype = dtype

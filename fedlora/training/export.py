@@ -14,10 +14,19 @@ from fedlora.adapter import AdapterState
 from fedlora.aggregators import BaseUpdate, GlobalState
 from fedlora.errors import ExportError
 from fedlora.memory import free_bytes
-from fedlora.model import Base, Reference, put_in_place, save_adapter, save_merged, verify_adapter, verify_merged
+from fedlora.model import (
+    Base,
+    Reference,
+    put_in_place,
+    save_adapter,
+    save_merged,
+    unquantised,
+    verify_adapter,
+    verify_merged,
+)
 from fedlora.runs.rundir import unverified
 from fedlora.tasks import Examples, Task
-from fedlora.training.workspace import Workspace, close_workspace
+from fedlora.training.workspace import Workspace, close_workspace, open_workspace
 
 EXAMPLES = 8
 """So many are compared, of as many lengths as there are: in one padded batch, and the shortest and longest alone."""
@@ -61,10 +70,35 @@ def export_adapter(
     return _verify(workspace, folder, lambda: verify_adapter(unverified(folder), base.recipe, reference, base.device))
 
 
-def export_merged(workspace: Workspace, state: GlobalState, folder: Path) -> float:
-    """Write a whole model, load it with plain transformers, and put it in place; see `export_adapter`."""
+def export_merged(workspace: Workspace, state: GlobalState, folder: Path) -> tuple[float, float | None]:
+    """Write a whole model, load it with plain transformers, and put it in place; see `export_adapter`.
+
+    What was trained on a quantised base is merged into the whole weights, since quantised ones take no addition.
+
+    Args:
+        workspace: the run's. If its base is quantised, it is given up for one that is not.
+        state: the run's last one.
+        folder: where the model goes.
+
+    Returns:
+        The largest difference of the logits from those of the base that was merged into, with the adapter beside it;
+        and that base's from the quantised one's, which the run trained on: None if it was not quantised.
+    """
+    trained = _reference(workspace, state)
+    if workspace.config.model.quantize is None:
+        return _merged(workspace, state, folder, trained), None
+    workspace.base.discard()
+    workspace = open_workspace(unquantised(workspace.config))
+    reference = _reference(workspace, state)
+    return _merged(workspace, state, folder, reference), trained.apart(reference)
+
+
+def _reference(workspace: Workspace, state: GlobalState) -> Reference:
+    return reference_of(workspace.base, workspace.task, workspace.data.probes, state.adapter, state.base_updates)
+
+
+def _merged(workspace: Workspace, state: GlobalState, folder: Path, reference: Reference) -> float:
     base = workspace.base
-    reference = reference_of(base, workspace.task, workspace.data.probes, state.adapter, state.base_updates)
     save_merged(base, state.adapter, state.base_updates, unverified(folder))
     return _verify(workspace, folder, lambda: verify_merged(unverified(folder), base.recipe, reference, base.device))
 

@@ -110,8 +110,10 @@ def _try_longest(base: Base, task: Task, sets: Sequence[Examples]) -> None:
         raise
     except Exception as error:
         first = clean_text(next(iter(str(error).splitlines()), ""), 200)
+        held = base.config.quantize
+        cure = "" if held is None else f"remove model.quantize = {held!r}, which its code may not go with, or "
         raise DataError(
             f"the model cannot compute the longest example ({int(examples.lengths[place])} tokens): "
-            f"{type(error).__name__}: {first}; use a model for such data, or another task",
+            f"{type(error).__name__}: {first}; {cure}use a model for such data, or another task",
             code="examples-not-computable",
         ) from error

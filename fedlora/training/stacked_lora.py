@@ -220,6 +220,8 @@ def cannot_stack(base: Base) -> str | None:
 
     if not base.method.pairs or base.method.magnitudes:
         return f"adapter.method {base.method.name!r} has no stacked form"
+    if base.config.quantize == "int8" and base.device.type == "cuda":  # bitsandbytes does so on GPUs alone
+        return "LLM.int8() computes a column in another way for all rows of a batch where one of them is large"
     layers: Mapping[str, Any] = base.pair_layers
     for name, layer in layers.items():
         # PEFT's layers around bitsandbytes' quantised ones add the same pair to what these give.

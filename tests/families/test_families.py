@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
-from families.columns import COLUMNS, YES, opened
+from families.columns import COLUMNS, IN_FOUR_BITS, YES, opened, quantised
 from families.table import FAMILIES, Family
-from fedlora.errors import ModelError
+from fedlora.errors import DataError, ModelError
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 ALWAYS = ("Bert classifier", "Mistral causal", "FNet classifier")
@@ -28,6 +29,20 @@ OFTEN = (
     "ViT image",
     "Swin image",
 )
+IN_FOUR_BITS_OFTEN = (
+    "Bert classifier",
+    "Llama classifier",
+    "GPT2 causal",
+    "Mamba causal",
+    "BioGpt causal",
+    "ViT image",
+)
+NOT_IN_FOUR_BITS = {
+    "Rwkv causal": "remove model.quantize",  # its own code for such layers fails
+    "PoolFormer image": "has none beside its head",
+    "ResNet image": "has none beside its head",
+}
+"""Families that are refused there -> words of the refusal."""
 REFUSALS = {
     "is to predict": "sees later tokens",
     "on the left": "must be padded on the left",
@@ -43,19 +58,21 @@ def tier(family: Family) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if family.id in OFTEN else [pytest.mark.nightly]
 
 
-def outcome(family: Family, folder: Path) -> dict[str, str]:
+def outcome(family: Family, folder: Path, columns: Collection[str] = tuple(COLUMNS), *overrides: str) -> dict[str, str]:
     """Column -> "yes" or why not; or "model" -> why it is refused altogether. It fails where a result is wrong."""
     try:
-        with opened(family, folder / "model") as case:
-            found, wrong = {}, {}
-            for name, column in COLUMNS.items():
+        with opened(family, folder / "model", *overrides) as case:
+            found, wrong = {"notes": " ".join(case.workspace.base.notes)}, {}
+            if case.workspace.base.config.quantize is not None:
+                quantised(case)
+            for name in columns:
                 try:
-                    found[name] = column(case, folder)
+                    found[name] = COLUMNS[name](case, folder)
                 except Exception as error:
                     wrong[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             assert not wrong, wrong
             return found
-    except ModelError as error:
+    except (ModelError, DataError) as error:
         return {"model": str(error)}
 
 
@@ -63,8 +80,7 @@ def row_of(family: Family, found: dict[str, str]) -> str:
     """The family's row of docs/models.md."""
 
     def cell(column: str) -> str:
-        said = found[column]
-        return said if said in (YES, "") else "one by one" if column == "cohort" else "no"
+        return cell_of(column, found[column])
 
     name = f"{family.name or family.config}"
     if "model" in found:
@@ -76,10 +92,15 @@ def row_of(family: Family, found: dict[str, str]) -> str:
     return f"| {name} | {TASKS[family.kind]} | {padding} | {cells} |"
 
 
+def cell_of(column: str, said: str) -> str:
+    """What a column of docs/models.md says."""
+    return said if said in (YES, "") else "one by one" if column == "cohort" else "no"
+
+
 def test_the_table_has_no_family_twice() -> None:
     names = [family.id for family in FAMILIES]
     assert len(set(names)) == len(names) >= 60
-    assert {*ALWAYS, *OFTEN} <= set(names)
+    assert {*ALWAYS, *OFTEN, *IN_FOUR_BITS_OFTEN} <= set(names)
 
 
 @pytest.mark.slow
@@ -96,6 +117,31 @@ def test_family(family: Family, tmp_path: Path) -> None:
         PAGE.write_text(written(page, row), encoding="utf-8")
     else:
         assert row in page.splitlines(), f"docs/models.md lacks the row {row!r}; {found}"
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            family,
+            id=family.id.replace(" ", "-"),
+            marks=pytest.mark.slow if family.id in IN_FOUR_BITS_OFTEN else pytest.mark.nightly,
+        )
+        for family in FAMILIES
+    ],
+)
+def test_family_in_four_bits(family: Family, tmp_path: Path) -> None:
+    """A base in NF4 does what the same family does unquantised; against plain PEFT on the same layers."""
+    pytest.importorskip("bitsandbytes")
+    name = f"| {family.name or family.config} | {TASKS[family.kind]} |"
+    (row,) = (line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(name))
+    found = outcome(family, tmp_path, IN_FOUR_BITS, "model.quantize=nf4", "model.dtype=float32")
+    if (reason := NOT_IN_FOUR_BITS.get(family.id)) is not None or "refused" in row:
+        assert (reason or "") in found["model"], found
+        return
+    cells = [cell.strip() for cell in row.split("|")]
+    wanted = {"alone": YES if cells[3] == YES else "no", "cohort": cells[4], "private": cells[5]}
+    assert {name: cell_of(name, found.get(name, found.get("model", ""))) for name in wanted} == wanted, found
 
 
 def written(page: str, row: str) -> str:

@@ -104,6 +104,7 @@ def loaded(
     what: str = "SequenceClassification",
     dtype: str = "float64",
     lora_dropout: float = 0.1,
+    quantize: str | None = None,
     **config: Any,
 ) -> tuple[Base, Task, Examples]:
     """A family's random model as a run loads it, its task, and examples.
@@ -114,6 +115,7 @@ def loaded(
         what: "SequenceClassification", "CausalLM" or "ImageClassification".
         dtype: of the base.
         lora_dropout: of the adapter.
+        quantize: `model.quantize`.
         config: of `config_of`.
     """
     import transformers
@@ -133,7 +135,7 @@ def loaded(
     heads = [name for name in ("classifier", "score", "pre_classifier") if hasattr(model, name)]
     targets = tuple(name for name, module in model.named_modules() if _is_target(name, module, heads))
     run = RunConfig(
-        model=ModelConfig(name=str(path), dtype=dtype),
+        model=ModelConfig(name=str(path), dtype=dtype, quantize=quantize),  # type: ignore[arg-type]
         adapter=AdapterConfig(
             rank=2, targets=targets, dropout=lora_dropout, modules_to_save=tuple(heads) if named else ()
         ),

@@ -209,6 +209,28 @@ def test_room_is_left_for_what_rounding_adds(dtype: str, others: int, tmp_path: 
     assert 0.4 < largest_movement(base, task, examples, "alone", 4, others, expected=others) <= 1.0
 
 
+@pytest.mark.parametrize(
+    ("kind", "what", "path"),
+    tiers(
+        [
+            *product(["Bert", "Llama", "GPT2"], ["SequenceClassification"], ["alone", "cohort", "opacus"]),
+            *product(["Llama", "GPT2"], ["CausalLM"], ["cohort", "opacus"]),
+            ("ViT", "ImageClassification", "cohort"),
+        ],
+        ("Llama", "CausalLM", "cohort"),
+    ),
+)
+def test_one_example_more_moves_the_sum_over_a_base_in_4_bits_by_no_more_than_c(
+    kind: str, what: str, path: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    base, task, examples = loaded(tmp_path, kind, what, dtype="float32", quantize="nf4")
+    checked(base, task, examples)
+    # Opacus's step is taken back through float32 parameters, which round.
+    most = 1.01 if path == "opacus" else 1.0
+    assert 0.4 < largest_movement(base, task, examples, path, added=20, others=3) <= most
+
+
 def test_a_bfloat16_base_clips_lower_and_float64_does_not() -> None:
     limits = {dtype: clipping_norm(2.0, dtype, 32.0) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
     assert limits[torch.float64] == 2.0

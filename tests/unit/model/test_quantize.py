@@ -11,14 +11,17 @@ import pytest
 import torch
 from support.cohorts import MODELS, client, gap, random_base, random_examples, together
 from support.errors import raises
+from support.interrupted import cut_and_resumed
 from torch import nn
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.aggregators import BaseUpdate
 from fedlora.callbacks import Callback
 from fedlora.config import OpenTable, RunConfig, TrainConfig, parse_config
-from fedlora.errors import ConfigError, ModelError
-from fedlora.model import Base, load_base, quantize, save_adapter, save_merged, seeded
+from fedlora.errors import ConfigError, ModelError, PrivacyError
+from fedlora.evaluation.pretrained_adapter import find_adapter
+from fedlora.model import Base, load_base, save_adapter, save_merged, seeded
+from fedlora.model import quantize as quantize_module
 from fedlora.privacy.calibrate import Schedule
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
@@ -109,6 +112,78 @@ def test_private_training_sums_the_clipped_gradients_of_each_example(held: tuple
         assert float((found.tensors()[name] - wanted).abs().max()) < 1e-4, name
 
 
+@pytest.mark.parametrize("saving", [{"gradient_checkpointing": True}, {"micro_batch_size": 2}], ids=str)
+def test_what_saves_memory_changes_no_client(held: tuple[Base, Task, Examples], saving: dict[str, Any]) -> None:
+    base, task, examples = held
+    plain, saved = (
+        [client(base, k, rank=(4, 2)[k], size=9, optimizer="sgd", lr=0.05, steps=2, **more) for k in range(2)]
+        for more in ({}, saving)
+    )
+    found, wanted = (together(base, task, examples, clients) for clients in (saved, plain))
+    for one, other, (job, _) in zip(found, wanted, plain, strict=True):
+        assert isinstance(one, TrainResult), one
+        assert gap(one.adapter, other.adapter) < 1e-4
+        assert gap(one.adapter, job.adapter) > 1e-3, "it did train"
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_layers_that_the_checkpoint_lacks_stay_whole(quantize: str, tmp_path: Path) -> None:
+    import transformers
+    from peft import PeftModel
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **sizes))
+    model.save_pretrained(tmp_path / "model")
+    given = [f"model.name='{tmp_path / 'model'}'", "model.dtype=float32", f"model.quantize={quantize}"]
+    task = load_task(OpenTable(name="text-classification"))
+    base = load_base(parse_config("", given), task.auto_class, task.head, {"num_labels": 3}, task.peft_task_type)
+    assert base.random == ("bert.pooler.dense",)
+    assert type(base.model.get_submodule("bert.pooler.dense")) is nn.Linear
+    state, inputs = client(base, 0)[0].adapter, {"input_ids": torch.arange(3, 15)[None]}
+    base.write(state, frozenset())
+    base.train_mode(False)
+    save_adapter(base, state, tmp_path / "adapter", {})
+    with torch.no_grad():
+        wanted = base.model(**inputs).logits
+        plain, _ = base.recipe.load()
+        quantize_module.keep_layout(plain)
+        found = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(**inputs).logits
+    assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+def test_the_output_layer_stays_whole_by_any_name(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    transformers.BioGptForCausalLM(transformers.BioGptConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path)
+    base = load_base(
+        parse_config("", [f"model.name='{tmp_path}'", "model.quantize=nf4", "adapter.targets=['all-linear']"]),
+        "AutoModelForCausalLM",
+    )
+    assert type(base.model.get_submodule("output_projection")) is nn.Linear
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    run = parse_config("", [f"model.name='{tmp_path}'", "model.quantize=nf4", "model.dtype=float32"])
+    with raises(ModelError, "nothing-to-quantise", "remove it"):
+        load_base(run, "AutoModelForImageClassification", ("classifier",))
+
+
+def test_experts_that_stay_whole_are_named(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    config = transformers.MixtralConfig(vocab_size=40, num_key_value_heads=1, num_local_experts=4, **sizes)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    run = parse_config("", [f"model.name='{tmp_path}'", "model.quantize=nf4", "model.dtype=float32"])
+    (note,) = load_base(run, "AutoModelForCausalLM").notes
+    assert "model.layers.0.mlp.experts.gate_up_proj" in note
+
+
 def test_changes_of_the_base_are_carried_beside_and_taken_back(held: tuple[Base, Task, Examples]) -> None:
     base, task, examples = held
     state = client(base, 0)[0].adapter
@@ -128,6 +203,24 @@ def test_changes_of_the_base_are_carried_beside_and_taken_back(held: tuple[Base,
     assert float((changed - wanted).abs().max()) < 1e-3
     assert float((changed - before).abs().max()) > 1e-2
     assert torch.equal(losses(nothing), before)
+
+
+def test_rows_that_are_computed_by_their_company_keep_apart(
+    held: tuple[Base, Task, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLM.int8() on a GPU: Dettmers et al. 2022, section 3.2, a column is whole for all rows if it is large in one."""
+    base = held[0]
+    monkeypatch.setattr(base, "device", torch.device("cuda"))
+    assert (why_alone(base) is not None) == (base.config.quantize == "int8")
+    units = ("unit='example', max_grad_norm=1.0, public_examples=[100]", "unit='client', clip_norm=1.0")
+    for unit in units:
+        private = [f"model.quantize={base.config.quantize}", "server.aggregation_error=false"]
+        private += ["server.weighting=uniform", f"privacy={{{unit}, epsilon=8.0, delta=1e-5}}"]
+        if base.config.quantize == "int8":
+            with raises(PrivacyError, "examples-coupled", "model.quantize = 'nf4'"):
+                parse_config("", private)
+        else:
+            parse_config("", private)
 
 
 def test_what_cannot_be_done_is_refused(held: tuple[Base, Task, Examples], tmp_path: Path) -> None:
@@ -153,6 +246,8 @@ def test_an_adapter_goes_on_the_base_that_its_readme_loads(held: tuple[Base, Tas
     base.write(state, frozenset())
     base.train_mode(False)
     save_adapter(base, state, tmp_path / "adapter", {})
+    found = find_adapter(tmp_path / "adapter", ["task.name=causal-lm", f"model.name='{base.config.name}'"]).config.model
+    assert found.quantize == base.config.quantize, "as fedlora evaluate loads it"
     said = base.recipe.snippet().replace("this folder", str(tmp_path / "adapter"))
     assert "BitsAndBytesConfig(" in said
     names: dict[str, Any] = {}
@@ -180,10 +275,10 @@ def test_evaluation_leaves_a_base_that_can_be_trained(held: tuple[Base, Task, Ex
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "find_spec", lambda _name: None)
+    monkeypatch.setattr(quantize_module, "find_spec", lambda _name: None)
     config = parse_config("", ["model.quantize=nf4"])
     with raises(ConfigError, "extra-missing", "pip install 'fedlora[quantize]'"):
-        quantize.quantization(config, torch.float32, torch.device("cpu"))
+        quantize_module.quantization(config, nn.Linear(1, 1), torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -193,11 +288,11 @@ def fresh() -> Iterator[None]:
     close_workspace()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", ["fedavg", "flora"])
-def test_a_run_resumes_to_the_same_bytes(
-    rule: str, tiny_bert: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path, fresh: None
-) -> None:
+@pytest.fixture
+def on_4_bits(
+    tiny_bert: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path, fresh: None
+) -> Callable[..., RunConfig]:
+    """A run on a base whose rows are as long as bitsandbytes' blocks."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     folder = tmp_path / "base"
@@ -205,21 +300,57 @@ def test_a_run_resumes_to_the_same_bytes(
     with seeded(0, torch.device("cpu")):
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
         BertModel(BertConfig.from_pretrained(tiny_bert, **sizes)).save_pretrained(folder)
+    return lambda name, rounds, rule: tiny_config(
+        f"model.name='{folder}'",
+        "model.quantize=nf4",
+        f"strategy.name={rule}",
+        "runtime.processes=1",
+        f"rounds={rounds}",
+        f"name={name}",
+    )
 
-    def config(name: str, rounds: int) -> RunConfig:
-        changes = (
-            f"model.name='{folder}'",
-            "model.quantize=nf4",
-            f"strategy.name={rule}",
-            "runtime.processes=1",
-            f"rounds={rounds}",
-        )
-        return tiny_config(*changes, f"name={name}")
 
-    whole = run_simulation(config("whole", 3), RunDir.create(config("whole", 3)), Callback())
-    begun = run_simulation(config("halves", 1), RunDir.create(config("halves", 1)), Callback())
-    close_workspace()
-    resumed = run_simulation(config("halves", 3), begun.rundir, Callback(), resume=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["fedavg", "flora"])
+def test_a_run_resumes_to_the_same_bytes(rule: str, on_4_bits: Callable[..., RunConfig]) -> None:
+    whole = run_simulation(*begun(on_4_bits("whole", 3, rule)), Callback())
+    resumed = cut_and_resumed(on_4_bits("cut", 3, rule), 2)
     for name, value in whole.adapter.tensors().items():
         assert torch.equal(resumed.adapter.tensors()[name], value), name
     assert whole.records[-1]["loss"] < whole.records[0]["loss"]
+
+
+def begun(config: RunConfig) -> tuple[RunConfig, RunDir]:
+    return config, RunDir.create(config)
+
+
+@pytest.mark.slow
+@pytest.mark.verified
+def test_what_a_run_leaves_can_be_evaluated_merged_and_looked_at(
+    on_4_bits: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+    from typer.testing import CliRunner
+
+    from fedlora.cli import app
+
+    outcome = run_simulation(*begun(on_4_bits("left", 2, "flora")), Callback())
+    run, merged = str(outcome.rundir.path), tmp_path / "merged"
+    close_workspace()
+
+    def cli(*words: str) -> str:
+        result = CliRunner().invoke(app, list(words))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    said = cli("export", run, str(merged), "--merge")
+    assert "merged into the whole weights" in said
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    assert not getattr(model, "is_quantized", False)
+    change = outcome.adapter.pairs["bert.encoder.layer.1.attention.self.query"].delta()
+    before = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").state_dict()
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    assert float((model.state_dict()[name] - before[name] - change).abs().max()) < 1e-5, "W + s B A, of the whole W"
+    accuracy = f" {100 * outcome.records[-1]['accuracy']:.1f}"
+    assert accuracy in cli("evaluate", run)
+    assert "attention.self.query" in cli("spectrum", run)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from support.errors import raises
+from support.federations import simulate
+from support.interrupted import cut_and_resumed
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError
@@ -50,6 +52,83 @@ def test_real_shapes_take_what_was_measured(
     assert found.base == pytest.approx(base * GIB, rel=0.01)
     assert found.optimizer == COPIES * found.adapter
     assert found.down == found.up == found.adapter * 8, "eight clients"
+
+
+FLOWER_TUNE = """
+rounds = 100
+[model]
+name = "{model}"
+quantize = "nf4"
+[adapter]
+rank = 32
+alpha = 64.0
+targets = ["all-linear"]
+[task]
+name = "causal-lm"
+max_length = 512
+[data]
+source = "{data}"
+[partition]
+name = "iid"
+clients = 20
+[train]
+steps = 10
+batch_size = 16
+micro_batch_size = 4
+gradient_checkpointing = true
+lr = 5e-5
+lr_end = 1e-6
+schedule = "cosine"
+[server]
+fraction = 0.1
+"""
+"""The federation of FlowerTune's leaderboard: 20 clients, of which a tenth train a model of 7 billion parameters."""
+
+
+@pytest.mark.slow
+def test_a_federation_of_flower_tunes_size_is_planned(tmp_path: Path) -> None:
+    import transformers
+
+    transformers.LlamaConfig(**LLAMA | {"vocab_size": 32000}).save_pretrained(tmp_path)
+    text = FLOWER_TUNE.format(model=tmp_path, data="chitchat")
+    with_all = make_plan(parse_config(text, ["train.gradient_checkpointing=false"]), 24 * 10**9, "bfloat16")
+    found = make_plan(parse_config(text), 24 * 10**9, "bfloat16")
+    # Llama-3.1-8B's rows for r = 16 are 5.79 MiB a token and 168 MB of adapters; its embeddings are larger.
+    assert with_all.token == pytest.approx(5.79 * MIB, rel=0.15)
+    assert found.token == pytest.approx(0.25 * MIB, rel=0.15)
+    assert found.adapter == pytest.approx(2 * 168e6, rel=0.15)
+    assert found.optimizer == pytest.approx(2 * 1.3e9, rel=0.15)
+    embeddings = 2 * 2 * 4096 * (128256 - 32000)
+    assert found.base == pytest.approx(5.3 * GIB - embeddings, rel=0.15)
+    assert found.down == found.up == 2 * found.adapter, "two of twenty clients"
+    assert found.verdict.startswith("fits")
+    assert found.room > 5 * with_all.room, "by checkpoints"
+
+
+@pytest.mark.nightly
+@pytest.mark.verified
+def test_the_same_federation_is_killed_resumed_and_exported_on_a_tiny_model(
+    tiny_llama: Path, tiny_chat: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from typer.testing import CliRunner
+
+    from fedlora.cli import app
+
+    pytest.importorskip("bitsandbytes")
+    text = FLOWER_TUNE.format(model=tiny_llama, data=tiny_chat)
+    given = ["rounds=4", "model.dtype=float32", "runtime.processes=1", f"output='{tmp_path}'", "train.lr=1e-2"]
+    whole = simulate(parse_config(text, [*given, "name=whole"]))
+    cut = cut_and_resumed(parse_config(text, [*given, "name=cut"]), 3)
+    for name, value in whole.adapter.tensors().items():
+        assert torch.equal(cut.adapter.tensors()[name], value), name
+    assert whole.records[-1]["perplexity"] < whole.records[0]["perplexity"]
+    for more, folder in ((["--merge"], "model"), ([], "adapter")):
+        said = CliRunner().invoke(app, ["export", str(cut.rundir.path), str(tmp_path / folder), *more])
+        assert said.exit_code == 0, said.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not getattr(merged, "is_quantized", False)
 
 
 def test_checkpoints_keep_the_inputs_of_layers(tmp_path: Path) -> None:
