@@ -7,8 +7,10 @@ only moved is not.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, final
 
 from fedlora.hashing import digest_of
@@ -61,6 +63,15 @@ class Provenance:
         known = tree if isinstance(tree, Mapping) else {}
         names = [part.name for part in fields(cls)]
         return cls(**{name: known[name] for name in names if isinstance(known.get(name), str)})
+
+    @classmethod
+    def of_adapter(cls, folder: Path) -> Provenance:
+        """What an adapter that a run left says of its base and tokenizer; nothing, of another program's."""
+        try:
+            facts = json.loads((folder / "fedlora.json").read_bytes())
+        except (OSError, ValueError):
+            return cls()
+        return cls.read(facts.get("provenance") if isinstance(facts, dict) else None)
 
     @property
     def known(self) -> dict[str, str]:

@@ -37,11 +37,19 @@ def evaluate(
     examples: Annotated[
         int | None, typer.Option("--examples", min=1, metavar="N", help="With --clients: at most N of each client.")
     ] = None,
+    federation: Annotated[
+        Path | None,
+        typer.Option(
+            "--federation",
+            metavar="DIR",
+            help="Its clients measure, on what they keep apart: a deployment's folder, a run's, or a config.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     form: Form = "text",
     debug: Debug = False,
 ) -> None:
-    """Measure an adapter: overall and by domain, or client by client."""
+    """Measure an adapter: overall and by domain, client by client, or where the clients' data are."""
     with errors_in_one_line(debug):
         from fedlora.compare import render_table, require_format
         from fedlora.evaluation.pretrained_adapter import find_adapter
@@ -52,10 +60,49 @@ def evaluate(
             raise ConfigError(
                 "--examples applies to --clients: give both, or --set data.limit=...", code="option-without-effect"
             )
-        source = find_adapter(adapter, overrides or [], data)
+        if federation is not None and (clients or data is not None):
+            raise ConfigError(
+                "--federation measures on what the clients keep apart: leave out --data and --clients",
+                code="option-without-effect",
+            )
         show = _digits if form == "csv" else format_metric
-        tables = _by_client(source, data, examples, show) if clients else {"": _by_domain(source, data, show)}
+        if federation is not None:
+            tables = _by_federation(adapter, federation, overrides or [], show)
+        else:
+            source = find_adapter(adapter, overrides or [], data)
+            tables = _by_client(source, data, examples, show) if clients else {"": _by_domain(source, data, show)}
         typer.echo("\n".join(render_table(table, form, title) for title, table in tables.items()), nl=False)
+
+
+def _by_federation(adapter: Path, place: Path, overrides: list[str], show: Show) -> dict[str, pd.DataFrame]:
+    """Title -> table: the figures over all clients' examples, those of each client, and who reports nothing."""
+    import pandas as pd
+
+    from fedlora.config import load_config
+    from fedlora.deploy.evaluation import evaluate_in_deployment, is_deployment
+    from fedlora.federation.adapter_evaluation import adapter_folder
+    from fedlora.simulation.run import evaluate_in_simulation
+
+    folder = adapter_folder(adapter)
+    if is_deployment(place):
+        found = evaluate_in_deployment(place, folder, overrides, lambda line: typer.echo(line, err=True))
+    else:
+        config = load_config(place / "config.toml" if place.is_dir() else place, overrides)
+        found = evaluate_in_simulation(config, folder)
+    clients, figures = found["clients"], found["figures"]
+    whole = {"clients": str(len(clients)), "examples": f"{sum(row['examples'] for row in clients.values()):g}"}
+    rows = [
+        {"client": k, "examples": f"{row['examples']:g}"}
+        | {name: show(name, value) for name, value in row.items() if name != "examples"}
+        for k, row in clients.items()
+    ]
+    tables = {
+        "all clients' examples": pd.DataFrame([whole | {name: show(name, value) for name, value in figures.items()}]),
+        "each client's own": pd.DataFrame(rows),
+    }
+    if found["left_out"]:
+        tables["report nothing"] = pd.DataFrame(list(found["left_out"].items()), columns=["client", "why"])
+    return tables
 
 
 def _digits(_name: str, value: float | None) -> str:

@@ -31,6 +31,7 @@ set = ""          # changes of single keys: --run-config 'set="name=second round
 resume = false    # go on from the last checkpoint of the run of this name: --run-config resume=true
 ledger-dir = ""   # of simulations: a node names its ledger itself
 signature = ""    # of run.toml as it is, with `set`: fedlora deploy sign writes it
+evaluate = ""     # folder of an adapter that the clients measure, without training: fedlora evaluate --federation
 """
 
 RUN_HEAD = "# What is trained, the same for all machines; where a node's data is, its node-config.toml says.\n\n"

@@ -111,12 +111,7 @@ def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = 
             f"{str(path)!r} is neither a run nor an adapter: name a folder with adapter_config.json",
             code="not-an-adapter",
         )
-    return Source(path, _config_of(path, overrides, data), made=_made_with(path))
-
-
-def _made_with(folder: Path) -> Provenance:
-    """What an adapter that a run left says of its base and tokenizer; nothing, of another program's."""
-    return Provenance.read(_said_of(folder).get("provenance"))
+    return Source(path, _config_of(path, overrides, data), made=Provenance.of_adapter(path))
 
 
 def _said_of(folder: Path) -> dict[str, Any]:

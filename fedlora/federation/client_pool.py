@@ -47,6 +47,8 @@ class RoundRequest:
         digests: Identity of the base weights by version, as this run has made them ("" for the pristine ones).
         expected: What replies are held against.
         kept_rounds: Client -> the last round of which its update was used; see `TrainRequest.kept_round`.
+        of_run: Whether the state is one of the run's. An adapter from elsewhere is measured as it is, whatever the rule
+            would let clients train and keep.
     """
 
     number: int
@@ -55,6 +57,7 @@ class RoundRequest:
     digests: Mapping[int, str] = field(default_factory=lambda: {0: ""})
     expected: Expectations = field(default_factory=Expectations)
     kept_rounds: Mapping[int, int] = field(default_factory=dict)
+    of_run: bool = True
 
     @property
     def base_digest(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
-from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, GlobalState
+from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, GlobalState, on_current_base
 from fedlora.config import RunConfig
 from fedlora.federation.client_pool import ClientInfo, Failure, RoundRequest
 from fedlora.federation.initial_state import plan_for
@@ -124,6 +124,9 @@ class Planner:
     def evaluation(self, asked: RoundRequest, client: ClientInfo, held: Held) -> Planned:
         """What a client is sent to measure a state: the plan of one that trains, with the global adapter; it
         answers with sums."""
+        if not asked.of_run:
+            plan = ClientPlan(asked.state.adapter, frozenset(), frozenset())
+            return self._sent(asked, client, held, on_current_base(plan, asked.state, held.base_version))
         plan = self.plan(asked.state, client, held.base_version)
         plan = replace(plan, adapter=asked.state.adapter, fresh_seed=None)
         return self._sent(asked, client, held, plan)

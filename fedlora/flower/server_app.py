@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora.callbacks import Callback
+from fedlora.callbacks import Callback, Callbacks
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError
+from fedlora.federation.adapter_evaluation import (
+    EVALUATION,
+    adapter_folder,
+    evaluate_adapter,
+    evaluation_dir,
+    require_clients_evaluate,
+)
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.run import RunOutcome, run_federation
+from fedlora.files import write_atomically
 from fedlora.flower import patience
 from fedlora.flower.app_config import config_of
 from fedlora.flower.flower_clients import FlowerClients
@@ -43,6 +52,9 @@ def main(grid: Grid, context: Context) -> None:
 
 def _main(grid: Grid, context: Context) -> None:
     config, resume = config_of(context), bool(context.run_config.get("resume", False))
+    if adapter := str(context.run_config.get("evaluate", "")):
+        logger.info("figures: %s", evaluate(grid, config, Path(adapter), PlainProgress(logger.info)))
+        return
     folder = Path(config.output) / config.name
     rundir = RunDir.open(folder, config) if resume else RunDir.create(config)
     ledgers = str(context.run_config.get("ledger-dir", ""))
@@ -69,3 +81,24 @@ def serve(
 
     pool = FlowerClients(grid, config, rule, workspace, rundir, say)
     return run_federation(pool, config, rule, workspace, rundir, callbacks, resume=resume, ledgers=ledgers)
+
+
+def evaluate(grid: Grid, config: RunConfig, adapter: Path, *callbacks: Callback) -> Path:
+    """Let the nodes of a grid measure an adapter, without training.
+
+    Args:
+        grid: The nodes.
+        config: Of the federation.
+        adapter: Folder of the adapter, or of its run, on this machine.
+        callbacks: Told who reports nothing.
+
+    Returns:
+        The file with what `fedlora.federation.adapter_evaluation.evaluate_adapter` gives, whose errors these are.
+    """
+    require_clients_evaluate(config)
+    workspace, told, folder = open_workspace(config), Callbacks(*callbacks), evaluation_dir(config)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder.path / "run-id", uuid.uuid4().hex.encode())
+    pool = FlowerClients(grid, config, load_rule(config), workspace, folder, told.message)
+    found = evaluate_adapter(pool, config, workspace, adapter_folder(adapter), told)
+    return folder.write_json(EVALUATION, {"adapter": str(adapter), **found})

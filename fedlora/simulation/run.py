@@ -6,16 +6,18 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fedlora.aggregators import Aggregator, Claim
 from fedlora.callbacks import Callback, Callbacks
 from fedlora.config import RunConfig, settle
 from fedlora.federation import checks
+from fedlora.federation.adapter_evaluation import evaluate_adapter, require_clients_evaluate
 from fedlora.federation.checks import clients_wanted
 from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
 from fedlora.federation.client_pool import ClientPool
-from fedlora.federation.client_store import ClientStore
+from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.local_clients import LocalClients, clients_of
 from fedlora.federation.run import RunOutcome, run_federation
@@ -84,18 +86,39 @@ def run_simulation(
     return outcome
 
 
+def evaluate_in_simulation(config: RunConfig, folder: Path, *callbacks: Callback) -> dict[str, Any]:
+    """Let the simulated clients of a config measure an adapter; nothing is trained or written.
+
+    Args:
+        config: Of the federation.
+        folder: With the adapter in PEFT's format.
+        callbacks: Told who reports nothing.
+
+    Returns:
+        See `fedlora.federation.adapter_evaluation.evaluate_adapter`, whose errors these are.
+    """
+    require_clients_evaluate(config)
+    workspace = open_workspace(config)
+    refuse_early(config, workspace)
+    told = Callbacks(*callbacks)
+    with _pool(config, load_rule(config), workspace, None, NOWHERE, None, told) as pool:
+        return evaluate_adapter(pool, config, workspace, folder, told)
+
+
 @contextmanager
 def _pool(
     config: RunConfig,
     rule: Aggregator,
     workspace: Workspace,
-    rundir: RunDir,
+    rundir: RunDir | None,
     ledgers: LedgerPlace,
     replay: Sequence[Mapping[str, Any]] | None,
     told: Callback,
 ) -> Iterator[ClientPool]:
     """The clients of a run, in as many processes as it is worth."""
-    kept = rundir.run_id, ledgers, ClientStore(rundir.clients_dir.resolve())
+    kept: tuple[str, LedgerPlace, ClientStore] = "", ledgers, NOTHING_KEPT
+    if rundir is not None:
+        kept = rundir.run_id, ledgers, ClientStore(rundir.clients_dir.resolve())
     if replay is not None:  # one client at a time, as on machines of their own: to the byte
         yield ReplayPool(LocalClients(config, rule, workspace, 1, *kept), replay)
         return
@@ -105,7 +128,8 @@ def _pool(
         cohort = cohort_size(workspace, asked, choice.processes)
         facts: dict[str, Any] = {"processes": choice.processes, "processes_why": choice.reason}
         facts["pass_cost"] = asdict(pass_cost(workspace.base))
-        rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
+        if rundir is not None:
+            rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
         if choice.processes == 1:
             yield LocalClients(config, rule, workspace, cohort.clients, *kept)
             return
@@ -117,8 +141,8 @@ def _pool(
             workers: Any = child_processes(environments)
         else:
             gpu = workspace.base.device.type == "cuda"
-            shares = config.example_privacy is not None or Claim.PERSONAL in rule.claims
-            seen = (rundir.path / "run-id").resolve() if shares else None
+            shares = rundir is not None and (config.example_privacy is not None or Claim.PERSONAL in rule.claims)
+            seen = (rundir.path / "run-id").resolve() if rundir is not None and shares else None
             workers = cluster.actors(environments, choice.threads, gpu=gpu, file=seen)
         with workers as hire:
             work, sums = expected_tokens(workspace), sums_suffice(rule)

@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.federations import simulate
 from support.real_federation import ROOT, Federation, Run, demo
 
-from fedlora.config import ModelConfig, load_config
+from fedlora.config import ModelConfig, load_config, parse_config
 from fedlora.deploy import FederationPlan, NodePlan, Program, programs, start, stop
+from fedlora.deploy.evaluation import evaluate_in_deployment
 from fedlora.deploy.keys import make_authority, make_node_key
 from fedlora.programs import Guard
 
@@ -81,6 +83,16 @@ def test_the_default_task_has_the_bytes_of_its_simulation(federation: Federation
     assert run.finish() == {}
     assert run.answers() == [[0, 1, 2]]
     run.require_equal(run.simulate())
+
+
+def test_an_adapter_is_measured_where_the_data_are(federation: Federation, tiny: list[str], tmp_path: Path) -> None:
+    changes = ["name=apart", *tiny, "evaluation.on=clients", "evaluation.min_examples=2", f"output={tmp_path}"]
+    run = simulate(parse_config(federation.config.to_toml(), changes))
+    said: list[str] = []
+    found = evaluate_in_deployment(federation.project, run.rundir.adapter_dir, changes, said.append)
+    assert found["figures"]["accuracy"] == run.records[-1]["accuracy"], said
+    assert found["figures"]["macro_f1"] == run.records[-1]["macro_f1"]
+    assert list(found["clients"]) == ["0", "1", "2"]
 
 
 def test_a_superlink_that_is_killed_loses_nothing(federation: Federation, tiny: list[str]) -> None:

@@ -16,6 +16,7 @@ from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ConfigError, FedloraError, ModelError, RuleError
 from fedlora.federation.initial_state import first_state, plan_for
 from fedlora.model import Base, load_base, save_adapter, save_merged
+from fedlora.model.adapter_files import read_adapter
 from fedlora.model.lora_init import residual
 from fedlora.model.peft_methods import METHODS, REFUSED, find_method
 
@@ -122,6 +123,10 @@ def test_what_was_trained_comes_back_and_loads_with_peft(tiny_bert: Path, tmp_pa
     exported, _ = equivalent_adapter(_with(global_state, state), 1 << 30)
     base.rebase(0, ())
     save_adapter(base, exported, tmp_path / "adapter", {})
+    read = read_adapter(base, tmp_path / "adapter")
+    assert read.tensors().keys() == exported.tensors().keys()
+    assert all(torch.equal(read.tensors()[name], value) for name, value in exported.tensors().items())
+    assert [pair.scale for pair in read.pairs.values()] == [pair.scale for pair in exported.pairs.values()]
     torch.manual_seed(99)
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
     torch.manual_seed(98)
