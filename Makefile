@@ -95,7 +95,7 @@ format: setup  ## let the formatter and the linter's safe fixes change files
 	$(BIN)/ruff format .
 
 bench: fetched  ## run the benchmarks, one after the other
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for file in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$file"; $(BIN)/python "$$file"; done
 
 lock:  ## write requirements.lock anew, with the newest versions that pyproject.toml allows
 	rm -rf .cache/lock

@@ -12,6 +12,8 @@ from fedlora.cli._common import Debug, app, errors_in_one_line, open_workspace
 from fedlora.errors import RunDirError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedlora.aggregators import GlobalState
     from fedlora.runs.rundir import RunDir
     from fedlora.training import Workspace
@@ -69,17 +71,20 @@ def _of_client(run_dir: RunDir, state: GlobalState, client: int) -> GlobalState:
     """The state with a simulated client's own values of what it keeps."""
     from dataclasses import replace
 
-    from fedlora.federation.client_store import ClientStore, last_used
+    from fedlora.federation.client_store import ClientStore, divided, last_used
 
     lines = (line for line in run_dir.read_metrics() if line["round"] <= state.round)
     number = last_used(lines).get(client, 0)
-    if not (run_dir.clients_dir / f"client-{client}").is_dir() or not number:
+    kept: dict[str, Tensor] = {}
+    if number and (run_dir.clients_dir / f"client-{client}").is_dir():
+        kept, _ = divided(ClientStore(run_dir.clients_dir).load(client, number))
+    if not kept:
         raise RunDirError(
             f"{str(run_dir.path)!r} has no model of client {client}'s own: either it has not trained, or the rule lets "
             "clients keep nothing, or the clients were nodes, which keep theirs: export without --client",
             code="no-model-of-client",
         )
-    return replace(state, adapter=state.adapter.with_tensors(ClientStore(run_dir.clients_dir).load(client, number)))
+    return replace(state, adapter=state.adapter.with_tensors(kept))
 
 
 def _write_model(workspace: Workspace, state: GlobalState, out: Path, base_update: bool) -> str:

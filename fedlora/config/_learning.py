@@ -139,7 +139,10 @@ class TrainConfig(Section):
     """Whether each layer's activations are computed again in the backward pass instead of being kept: a third more
     work, and a fraction of the memory. The gradients are the same, dropout included."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser of local training; its state starts anew on every client in every round."""
+    """Optimiser of local training."""
+    keep_optimizer: bool = False
+    """Whether each client goes on from its optimiser's state of the last round in which its update was used. The state
+    stays with the client: in the run's folder, or beside a node's ledger. Otherwise it starts anew in every round."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate of the adapter and the head."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -162,6 +165,15 @@ class TrainConfig(Section):
     embeddings of each row in training, tokens without padding; 5 is usual. None: none."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """Weight mu of FedProx's proximal term (Li et al. 2020, arXiv 1812.06127, equation (2)); 0: none."""
+
+    @model_validator(mode="after")
+    def _has_a_state(self) -> TrainConfig:
+        if self.keep_optimizer and self.optimizer == "sgd" and not self.momentum:
+            raise ConfigError(
+                "train.keep_optimizer: SGD without momentum has no state: set train.momentum, or remove it",
+                code="key-without-effect",
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainConfig:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from fedlora.adapter import AdapterState
 from fedlora.config import RunConfig
@@ -30,7 +31,7 @@ from fedlora.errors import (
 )
 from fedlora.federation.client_ledger import Account
 from fedlora.federation.client_pool import SHARED, Failure, Sums
-from fedlora.federation.client_store import ClientStore
+from fedlora.federation.client_store import OPTIMIZER, ClientStore, divided
 from fedlora.federation.discretion import withheld
 from fedlora.federation.protocol import TrainedReply, TrainRequest, update_head
 from fedlora.model.base_history import follow
@@ -86,7 +87,7 @@ def answer(
                 outcome = _unchanged(workspace, request, outcome, store)
             if isinstance(outcome, Exception):
                 raise outcome
-            answers.append(_reply(request, outcome.adapter, _figures(outcome, config), config, store))
+            answers.append(_reply(request, outcome, _figures(outcome, config), config, store))
         except Exception as error:
             answers.append(failure_of(error, config))
     return answers
@@ -106,7 +107,7 @@ def measure_apart(
     config, client_id, found = workspace.config, request.client_id, dict[str, Sums]()
     if config.privacy is not None:
         return Failure("refused", "in a private run no client evaluates on its own examples")
-    personal = _start(request, store)
+    personal = _Start.of(request, store, config).adapter if request.plan.kept else request.plan.adapter
     for part in parts:
         examples = part.removesuffix(SHARED)
         apart = workspace.data.apart.get(examples)
@@ -151,25 +152,44 @@ def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
     return clients[client_id]
 
 
-def _start(request: TrainRequest, store: ClientStore) -> AdapterState:
-    """Where a client starts: with what it keeps in the place of the plan's."""
-    kept = request.plan.kept
-    if not kept:
-        return request.plan.adapter
-    loaded = store.load(request.client_id, request.kept_round)
-    for name, value in loaded.items():
-        if name not in kept or value.shape != kept[name].shape:
+@dataclass(frozen=True)
+class _Start:
+    """Where a client starts in a round.
+
+    Args:
+        adapter: The plan's, with what the client keeps in its place.
+        optimizer: The state that the client kept of its optimiser.
+    """
+
+    adapter: AdapterState
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request: TrainRequest, store: ClientStore, config: RunConfig) -> _Start:
+        """With what the store has."""
+        kept, plan = request.plan.kept, request.plan
+        if not kept and not config.train.keep_optimizer:
+            return cls(plan.adapter)
+        if config.train.keep_optimizer and plan.fresh_seed is not None:
             raise ReplyError(
-                f"client {request.client_id} kept {name!r} {tuple(value.shape)} in an earlier round, and is asked to "
-                "keep something else: let its rank and its model be those with which it began",
-                code="kept-part-differs",
+                f"train.keep_optimizer: {config.strategy.name!r} starts each round from a new adapter, to which no "
+                "earlier state of an optimiser belongs: remove it",
+                code="state-of-another-adapter",
             )
-    return request.plan.adapter.with_tensors(loaded)
+        loaded, state = divided(store.load(request.client_id, request.kept_round))
+        for name, value in loaded.items():
+            if name not in kept or value.shape != kept[name].shape:
+                raise ReplyError(
+                    f"client {request.client_id} kept {name!r} {tuple(value.shape)} in an earlier round, and is asked "
+                    "to keep something else: let its rank and its model be those with which it began",
+                    code="kept-part-differs",
+                )
+        return cls(plan.adapter.with_tensors(loaded), state)
 
 
 def _reply(
     request: TrainRequest,
-    trained: AdapterState,
+    result: TrainResult,
     figures: Mapping[str, float],
     config: RunConfig,
     store: ClientStore,
@@ -178,10 +198,11 @@ def _reply(
     if config.privacy is not None:
         head = update_head(request, ledger)
         Disclosure(config.privacy.unit).require_reply(head, tuple(figures))
-    if kept := request.plan.kept:
-        tensors = trained.tensors(kept)
-        store.save(request.client_id, request.round, tensors, request.kept_round)
-    return TrainedReply(request, trained.tensors(request.plan.sends), figures, ledger)
+    kept = result.adapter.tensors(request.plan.kept) if request.plan.kept else {}
+    kept |= {f"{OPTIMIZER}{name}": value for name, value in result.optimizer.items()}
+    if kept:
+        store.save(request.client_id, request.round, kept, request.kept_round)
+    return TrainedReply(request, result.adapter.tensors(request.plan.sends), figures, ledger)
 
 
 def _unchanged(workspace: Workspace, request: TrainRequest, error: Exception, store: ClientStore) -> TrainResult:
@@ -193,7 +214,8 @@ def _unchanged(workspace: Workspace, request: TrainRequest, error: Exception, st
     logger.warning("client %d failed, and its update changes nothing: %s", k, clean_text(in_words(error)))
     logger.debug("a private client failed", exc_info=error)
     held = len(workspace.data.clients[k]) if k < len(workspace.data.clients) else 0
-    return TrainResult(_start(request, store), max(1, held), 0, 0, float("nan"), 0.0, 0.0)
+    start = _Start.of(request, store, workspace.config)
+    return TrainResult(start.adapter, max(1, held), 0, 0, float("nan"), 0.0, 0.0, start.optimizer)
 
 
 def _figures(result: TrainResult, config: RunConfig) -> dict[str, float]:
@@ -236,7 +258,7 @@ def _trained(
                     f"client {request.client_id} has no examples: give it some, or lower partition.clients",
                     code="no-examples",
                 )
-            jobs[number] = _job(workspace, request, indices, _start(request, store))
+            jobs[number] = _job(workspace, request, indices, store)
         except Exception as error:
             outcomes[number] = error
     if jobs:
@@ -253,18 +275,20 @@ def _trained(
     return [outcomes[number] for number in range(len(requests))]
 
 
-def _job(workspace: Workspace, request: TrainRequest, indices: np.ndarray, start: AdapterState) -> TrainJob:
+def _job(workspace: Workspace, request: TrainRequest, indices: np.ndarray, store: ClientStore) -> TrainJob:
     """What a request asks, on a base that is brought to its version."""
     plan, config = request.plan, workspace.config
+    start = _Start.of(request, store, config)
     follow(workspace.base, plan.base_updates, plan.base_version, request.base_digest, request.since_digest)
     return TrainJob(
-        adapter=start,
+        adapter=start.adapter,
         trains=plan.trains,
         indices=indices,
         seed=derive(config.seed, "train", request.round, request.client_id),
         proximal_mu=max(plan.proximal_mu, config.train.proximal_mu),
         round=request.round,
         rounds=config.rounds,
+        optimizer=start.optimizer,
     )
 
 
@@ -302,7 +326,7 @@ def _answer_privately(
                     answers[number] = spent
                     continue
                 # Test examples are public; on a node with data of its own they are invented ones.
-                nothing = _job(workspace, request, np.empty(0, np.int64), _start(request, store))
+                nothing = _job(workspace, request, np.empty(0, np.int64), store)
                 check_model(workspace.base, workspace.task, workspace.data.probes, nothing)
                 attempt = own.ledger.spend(
                     settings.entry, run=own.run, round=request.round, budget=settings.budget, cap=own.cap
@@ -318,7 +342,7 @@ def _answer_privately(
                     one.attempt.release()  # that it failed is seen, and may depend on the data: it counts for ever
                     raise outcome if isinstance(outcome, PrivacyError) else withheld(outcome)
                 figures = _private_figures(outcome, one)
-                reply = _reply(requests[number], outcome.adapter, figures, config, store, one.attempt.head)
+                reply = _reply(requests[number], outcome, figures, config, store, one.attempt.head)
                 if one.account.release is not None:
                     one.account.release(reply, one.attempt)
                 answers[number] = reply

@@ -19,6 +19,9 @@ from fedlora.errors import ReplyError, RunDirError
 from fedlora.files import write_atomically
 from fedlora.state_io import pack, unpack
 
+OPTIMIZER = "optimizer/"
+"""Begins the names of what is the optimiser's."""
+
 
 @final
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class ClientStore:
     def _of(self, client_id: int) -> Path:
         if self.folder is None:
             raise ReplyError(
-                "the rule lets clients keep what they train, and this node has no place for it: start it with "
-                "--node-config 'ledger=\"/where/it/is/kept.jsonl\"', beside which it is kept (a simulation: "
+                "clients of this run keep something from round to round, and this node has no place for it: start it "
+                "with --node-config 'ledger=\"/where/it/is/kept.jsonl\"', beside which it is kept (a simulation: "
                 "--run-config 'ledger-dir=\"...\"')",
                 code="no-client-store",
             )
@@ -90,6 +93,13 @@ def last_used(lines: Iterable[Mapping[str, Any]]) -> dict[int, int]:
         if not line.get("lost"):
             used.update(dict.fromkeys(line.get("answered", ()), line["round"]))
     return used
+
+
+def divided(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a client kept of its adapter, and of its optimiser, by `FlatOptimizer.state_of`'s names."""
+    adapter = {name: value for name, value in tensors.items() if not name.startswith(OPTIMIZER)}
+    optimizer = {name: value for name, value in tensors.items() if name.startswith(OPTIMIZER)}
+    return adapter, {name.removeprefix(OPTIMIZER): value for name, value in optimizer.items()}
 
 
 NOTHING_KEPT = ClientStore()

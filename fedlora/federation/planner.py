@@ -107,6 +107,7 @@ class Planner:
             since = asked.base_digest
         wire = self._config.wire.up
         private, digests = self._config.example_privacy is not None, self._digests(plan)
+        keeps = KEPT in digests or self._config.train.keep_optimizer
         request = TrainRequest(
             plan,
             asked.number,
@@ -114,9 +115,9 @@ class Planner:
             asked.base_digest,
             since,
             wire=wire,
-            run=self._run if private or KEPT in digests else "",
+            run=self._run if private or keeps else "",
             ledger=held.ledger if private else "",
-            kept_round=asked.kept_rounds.get(client.client_id, 0) if KEPT in digests else 0,
+            kept_round=asked.kept_rounds.get(client.client_id, 0) if keeps else 0,
         )
         parts = frozenset(part for part, digest in digests.items() if digest in held.digests)
         return Planned(request, digests, parts, request_nbytes(request, digests, parts))

@@ -229,7 +229,7 @@ def request_head(
         "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
         "buffers": {name: layout_json(tensors) for name, tensors in buffers.items()},
         **({"ledger": request.ledger} if request.ledger else {}),
-        **({"kept_round": request.kept_round} if KEPT in digests else {}),
+        **({"kept_round": request.kept_round} if request.kept_round else {}),
     }
 
 

@@ -108,7 +108,7 @@ def evaluate(message: Message, context: Context) -> Message:
             plan = found.plan
             follow(workspace.base, plan.base_updates, plan.base_version, found.base_digest, found.since_digest)
             workspace.base.write(plan.adapter)
-            measured = measure_apart(workspace, found, head["parts"], _store(found, context))
+            measured = measure_apart(workspace, found, head["parts"], _store(found, context, config))
             reply = _note(measured) if isinstance(measured, Failure) else encode_sums(found, measured)
         else:
             reply = found
@@ -128,7 +128,7 @@ def _trained(content: RecordDict, context: Context, config: RunConfig) -> Record
     key = (context.run_id, context.node_id, digest, weakref.ref(workspace))
     if (before := last_answer.find(key)) is not None:
         return before
-    (found,) = answer(workspace, [request], _no_account, _store(request, context))
+    (found,) = answer(workspace, [request], _no_account, _store(request, context, config))
     if not isinstance(found, TrainedReply):
         return _note(found)
     reply = encode_reply(found, config.seed)
@@ -175,14 +175,15 @@ def _trained_privately(
             logger.warning("the answer cannot be kept (%s): if it is asked for again, it counts again", error)
         attempt.release()
 
-    store = _store(request, context)
+    store = _store(request, context, config)
     (found,) = answer(workspace, [request], lambda one: place.open(one.client_id, one.run, release), store)
     return released[-1] if isinstance(found, TrainedReply) else _note(found)
 
 
-def _store(request: TrainRequest, context: Context) -> ClientStore:
+def _store(request: TrainRequest, context: Context, config: RunConfig) -> ClientStore:
     """What the client keeps of the request's run."""
-    return ledger_place(context).store(request.run) if request.plan.kept else NOTHING_KEPT
+    keeps = request.plan.kept or config.train.keep_optimizer
+    return ledger_place(context).store(request.run) if keeps else NOTHING_KEPT
 
 
 def _no_account(_request: object) -> Any:

@@ -32,13 +32,19 @@ def train_plain(message: Message, context: Context) -> Message:
     Raises:
         PrivacyError: the config has [privacy], which such a server knows nothing of.
         ReplyError: the arrays are not an adapter of this config's model.
-        ConfigError: a value in the message's config cannot be.
+        ConfigError: a value in the message's config cannot be, or clients are to keep their optimiser's state.
     """
     config = config_of(context)
     if config.privacy is not None:
         raise PrivacyError(
             "this config has [privacy], and the server's strategy is not fedlora's own: nobody would account for what "
             "it learns; remove [privacy], or run fedlora's ServerApp",
+            code="foreign-server",
+        )
+    if config.train.keep_optimizer:
+        raise ConfigError(
+            "train.keep_optimizer needs fedlora's ServerApp, which says from which round a client goes on, and the "
+            "server's strategy is not fedlora's own: remove it",
             code="foreign-server",
         )
     workspace, client_id = open_workspace(config), client_id_of(context)

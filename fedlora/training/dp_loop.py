@@ -229,7 +229,8 @@ class PrivateTrainingLoop(Loop):
                 code="adapter-not-finite",
             )
         adapter = self._columns.read(row, client.job.adapter)
-        return TrainResult(adapter, 1, client.steps, 0, float("nan"), client.seconds, 0.0)
+        kept = self._optimizer_of(client)
+        return TrainResult(adapter, 1, client.steps, 0, float("nan"), client.seconds, 0.0, kept)
 
 
 def train_private(

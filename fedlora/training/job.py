@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from fedlora.adapter import AdapterState, Part
 from fedlora.config import TrainConfig
@@ -25,6 +26,8 @@ class TrainJob:
         proximal_mu: FedProx's mu; where it is 0, `train.proximal_mu` counts.
         round: of the run, from 1; a schedule of the learning rate goes by it.
         rounds: of the run in all.
+        optimizer: the optimiser's state of the client's last round, as `TrainResult.optimizer` has it; empty: it starts
+            anew.
     """
 
     adapter: AdapterState
@@ -34,6 +37,7 @@ class TrainJob:
     proximal_mu: float = 0.0
     round: int = 1
     rounds: int = 1
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class TrainResult:
         loss: mean over the steps of the batch's mean loss, without the proximal term.
         seconds: wall time of everything.
         compute_seconds: the part of `seconds` spent in forward, backward and optimiser step.
+        optimizer: the optimiser's state, with `train.keep_optimizer`; see `FlatOptimizer.state_of`.
     """
 
     adapter: AdapterState
@@ -57,6 +62,7 @@ class TrainResult:
     loss: float
     seconds: float
     compute_seconds: float
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def number_of_steps(size: int, config: TrainConfig) -> int:

@@ -170,6 +170,12 @@ class Loop(ABC):
         self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
         self._anchor = self._values.clone() if any(self._mu) else None
         self._optimizer = FlatOptimizer(len(jobs), self._columns.width, [client.config for client in clients], like)
+        for client in clients:
+            if client.job.optimizer:
+                try:
+                    self._optimizer.load(client.row, self._columns, client.job.adapter, client.job.optimizer)
+                except TrainingError as error:
+                    client.outcome = error
         self._dropout, seed = self._random(clients)
         base.train_mode(True)
         with ExitStack() as stack:
@@ -185,7 +191,8 @@ class Loop(ABC):
             binding: Binding = Alone(base, self._columns) if alone else Stacked(base, self._columns, adapters)
             self._binding = stack.enter_context(binding)
             for client in clients:
-                self._next_batch(client)
+                if client.outcome is None:
+                    self._next_batch(client)
             while active := [client for client in clients if client.outcome is None]:
                 activity.info(
                     "training: %d of %d steps of %d clients",
@@ -292,6 +299,12 @@ class Loop(ABC):
             own = [np.sort(rows[found[owners[found] == k]]) for k in order]
             clients = [members[k] for k in order]
             yield Group(order, clients, own, *self._batch(clients, own))
+
+    def _optimizer_of(self, client: Client) -> dict[str, Tensor]:
+        """The state that the client keeps for its next round."""
+        if not client.config.keep_optimizer:
+            return {}
+        return {**client.job.optimizer, **self._optimizer.state_of(client.row, self._columns, client.job.adapter)}
 
     def _lengths(self, client: Client) -> Int[np.ndarray, "n"]:
         """Tokens of each row of a client's batch."""

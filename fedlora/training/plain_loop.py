@@ -115,6 +115,7 @@ class TrainingLoop(Loop):
             loss=float(np.mean(client.losses)),
             seconds=client.seconds,
             compute_seconds=client.compute,
+            optimizer=self._optimizer_of(client),
         )
 
 

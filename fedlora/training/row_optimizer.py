@@ -11,7 +11,7 @@ Shapes: k = clients, p = entries of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.config import TrainConfig
+from fedlora.errors import TrainingError
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -127,8 +128,46 @@ class FlatOptimizer:
         self._decay = [config.weight_decay for config in configs]
         self._momentum = [config.momentum for config in configs]
         self._steps = [0] * rows
-        needed = 2 if self._adamw else int(any(self._momentum))
-        self._state = [like.new_zeros(rows, width) for _ in range(needed)]
+        self._names = ("exp_avg", "exp_avg_sq") if self._adamw else ("momentum_buffer",) * any(self._momentum)
+        self._state = [like.new_zeros(rows, width) for _ in self._names]
+        self._behind: dict[int, list[int]] = {}  # row -> steps that each column has missed, where they differ
+        self._widths = torch.empty(0)
+
+    def load(self, row: int, columns: Columns, adapter: AdapterState, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state that `state_of` gave; a tensor that is not in it starts anew.
+
+        Raises:
+            TrainingError: it is that of another optimiser, or of tensors of other shapes.
+        """
+        own, steps = adapter.tensors(), []
+        for column in columns.columns:
+            shape, taken = own[column.name].shape, state.get(f"step/{column.name}")
+            steps.append(0 if taken is None else int(taken))
+            for name, held in zip(self._names, self._state, strict=True):
+                value = state.get(f"{name}/{column.name}")
+                if taken is not None and (value is None or value.shape != shape):
+                    raise TrainingError(
+                        "train.keep_optimizer: the state that the client kept is that of another optimiser or another "
+                        "adapter: remove it, or use a rule and ranks that stay as they are",
+                        code="kept-state-differs",
+                    )
+                if value is not None:
+                    column.within(held[row], shape).copy_(value)
+        self._steps[row] = max(steps, default=0)
+        if len(set(steps)) > 1:  # some have rested while others trained
+            self._behind[row] = [self._steps[row] - taken for taken in steps]
+            self._widths = torch.tensor([column.stop - column.start for column in columns.columns])
+
+    def state_of(self, row: int, columns: Columns, adapter: AdapterState) -> dict[str, Tensor]:
+        """A row's state on the CPU, by torch's name of each, a slash, and the tensor's name; "step/..." among them."""
+        own, found = adapter.tensors(), {}
+        behind = self._behind.get(row, [0] * len(columns.columns))
+        for column, missed in zip(columns.columns, behind, strict=True):
+            found[f"step/{column.name}"] = torch.tensor(self._steps[row] - missed)
+            for name, held in zip(self._names, self._state, strict=True):
+                part = column.within(held[row], own[column.name].shape)
+                found[f"{name}/{column.name}"] = part.detach().to("cpu", copy=True).contiguous()
+        return found
 
     @torch.no_grad()
     def step(
@@ -152,13 +191,13 @@ class FlatOptimizer:
         decay = [self._decay[row] for row in rows]
         if self._adamw:
             first, second = state
-            steps = [self._steps[row] for row in rows]
             if any(decay):
                 values.mul_(each([1 - rate * weight for rate, weight in zip(rates, decay, strict=True)]))
             first.lerp_(gradients, 1 - BETAS[0])
             second.mul_(BETAS[1]).addcmul_(gradients, gradients, value=1 - BETAS[1])
-            root = second.sqrt().div_(each([math.sqrt(1 - BETAS[1] ** t) for t in steps])).add_(EPSILON)
-            size = each([-rate / (1 - BETAS[0] ** t) for rate, t in zip(rates, steps, strict=True)])
+            root = second.sqrt().div_(self._of_steps(lambda _, t: math.sqrt(1 - BETAS[1] ** t), rows, rates, values))
+            size = self._of_steps(lambda rate, t: -rate / (1 - BETAS[0] ** t), rows, rates, values)
+            root.add_(EPSILON)
             values.addcmul_(torch.div(first, root, out=root), size)
         else:
             if any(decay):
@@ -168,6 +207,18 @@ class FlatOptimizer:
             values.addcmul_(gradients, each([-rate for rate in rates]))
         for held, now in zip(self._state, state, strict=True):
             put(held, rows, now)
+
+    def _of_steps(
+        self, factor: Callable[[float, int], float], rows: Sequence[int], rates: Sequence[float], like: Tensor
+    ) -> Float[Tensor, "k _"]:
+        """A factor for each row by its rate and its steps, [k, 1]; for each entry where a row's differ."""
+        pairs = list(zip(rates, rows, strict=True))
+        if not self._behind.keys() & set(rows):
+            return sent([factor(rate, self._steps[row]) for rate, row in pairs], like)[:, None]
+        even = [0] * len(self._widths)
+        each = [[factor(rate, self._steps[row] - n) for n in self._behind.get(row, even)] for rate, row in pairs]
+        table = torch.tensor(each, dtype=like.dtype).repeat_interleave(self._widths, 1)
+        return table.to(like.device, non_blocking=like.device.type == "cuda")
 
 
 def sent(numbers: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

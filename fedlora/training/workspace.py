@@ -124,6 +124,12 @@ def _require_possible(config: RunConfig, workspace: Workspace) -> None:
             "train.batch_size where memory is short",
             code="batch-not-divisible",
         )
+    if config.train.keep_optimizer and hooks:
+        raise PrivacyError(
+            f"train.keep_optimizer does not go with private training by Opacus's hooks, which is used here because "
+            f"{hooks}: remove it",
+            code="state-with-hooks",
+        )
     if config.train.gradient_checkpointing:
         require_checkpoints(base.model)
         if hooks:
