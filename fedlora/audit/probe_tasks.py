@@ -27,6 +27,8 @@ class Probe:
         task: the run's own.
     """
 
+    refers = False  # what is probed is the training, whatever the loss compares with
+
     def __init__(self, task: Task) -> None:
         self._task = task
 

@@ -306,6 +306,8 @@ class _CanaryTask:
         parts: what the loop calls the model -> the task's own model, and canaries [b] -> their losses [b].
     """
 
+    refers = False  # the canaries have losses of their own
+
     def __init__(self, workspace: Workspace, parts: Callable[[Any], tuple[Any, Callable[[Tensor], Tensor]]]) -> None:
         self._task, self._train, self._parts = workspace.task, workspace.data.train, parts
 

@@ -161,9 +161,9 @@ def invented(task: Task, model: Checkpoint, columns: Mapping[str, str]) -> Examp
 
 _TEXTS = ("a", "one two three", "it is as good as it can be", "there are four of them, and this is the last one")
 _INVENTED: Mapping[str, Callable[[Sequence[str]], Sequence[Any]]] = {
-    "text": lambda _labels: list(_TEXTS),
+    **dict.fromkeys(("text", "chosen"), lambda _labels: list(_TEXTS)),
     **dict.fromkeys(("prompt", "instruction"), lambda _labels: list(_TEXTS)),
-    **dict.fromkeys(("completion", "output"), lambda _labels: list(reversed(_TEXTS))),
+    **dict.fromkeys(("completion", "output", "rejected"), lambda _labels: list(reversed(_TEXTS))),
     **dict.fromkeys(
         ("messages", "conversations"),
         lambda _labels: [

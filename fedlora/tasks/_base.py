@@ -148,6 +148,18 @@ class Task(ABC):
         return self.roles
 
     @property
+    def refers(self) -> bool:
+        """Whether the loss compares with a reference: the model that a client's round starts from.
+
+        Then a batch that is trained on has `reference` of its examples, under that name.
+        """
+        return False
+
+    def reference(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b ..."]:
+        """What the reference says of each example; in evaluation mode and without gradients."""
+        raise NotImplementedError(f"{type(self).__name__} has no reference")
+
+    @property
     def rows_are_examples(self) -> bool:
         """Whether row i of every tensor of a batch belongs to example i; gradients taken example by example need it."""
         return True

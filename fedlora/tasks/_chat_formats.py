@@ -118,19 +118,22 @@ def _recognised(found: Collection[str], named: Mapping[str, str]) -> str:
     )
 
 
-def read_rows(columns: Mapping[str, Sequence[Any]], names: Mapping[str, str], system: str | None) -> Iterator[Row]:
+def read_rows(
+    columns: Mapping[str, Sequence[Any]], names: Mapping[str, str], system: str | None, *, first: int = 0
+) -> Iterator[Row]:
     """The rows of a table.
 
     Args:
         columns: role -> values; the roles say which format it is.
         names: role -> the column's name, for messages.
         system: put first where a conversation has no system message; None for nothing.
+        first: number of the first row.
 
     Raises:
         DataError: a value is not usable; the message names the row (from 0) and the column.
     """
-    for number in range(len(next(iter(columns.values())))):
-        cells = {role: values[number] for role, values in columns.items()}
+    for number, row in enumerate(zip(*columns.values(), strict=True), first):
+        cells = dict(zip(columns, row, strict=True))
         if "text" in cells:
             yield "", require_text(cells["text"], number, names["text"])
         elif "prompt" in cells and not isinstance(cells["prompt"], list | tuple | np.ndarray):

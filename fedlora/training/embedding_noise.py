@@ -58,7 +58,12 @@ class EmbeddingNoise:
 
 
 def require_texts(examples: Examples) -> None:
-    """Raise `ConfigError` for examples without tokens: the noise is on their embeddings."""
+    """Raise `ConfigError` for examples without tokens, on whose embeddings the noise is, or for pairs of texts."""
+    if "rejected_input_ids" in examples.inputs:
+        raise ConfigError(
+            "train.neftune_noise_alpha adds noise to one text an example, and these are pairs of them: remove it",
+            code="noise-on-pairs",
+        )
     if "input_ids" not in examples.inputs:
         raise ConfigError(
             "train.neftune_noise_alpha adds noise to the embeddings of tokens, and these examples have none: remove it",

@@ -66,7 +66,7 @@ def require_fit_of_any(config: RunConfig, base: Base, task: Task) -> None:
 
 def _require_rows(config: RunConfig, base: Base, sets: Sequence[Examples]) -> None:
     rows = embedding_rows(base.model)
-    tokens = [ids for examples in sets if isinstance(ids := examples.inputs.get("input_ids"), Tokens)]
+    tokens = [ids for examples in sets for ids in _ids(examples)]
     if rows is None or not tokens:
         return
     largest = max(max(int(ids.flat.max(initial=0)), ids.pad_id) for ids in tokens)
@@ -86,16 +86,22 @@ def _require_row(config: RunConfig, largest: int, rows: int) -> None:
 
 def _require_positions(base: Base, sets: Sequence[Examples]) -> None:
     limit = position_limit(base.model)
-    if limit is None or all(examples.inputs.get("input_ids") is None for examples in sets):
+    lengths = [np.max([ids.lengths for ids in found], axis=0) for examples in sets if (found := _ids(examples))]
+    if limit is None or not lengths:
         return
-    longest = max(int(examples.lengths.max()) for examples in sets)
+    longest = max(int(each.max()) for each in lengths)
     if longest > limit:
-        number = sum(int((examples.lengths > limit).sum()) for examples in sets)
+        number = sum(int((each > limit).sum()) for each in lengths)
         raise DataError(
             f"{number} of {sum(map(len, sets))} texts are longer than the model's {limit} positions (the longest has "
             f"{longest} tokens): set task.max_length = {limit}, or use a model for longer texts",
             code="text-too-long",
         )
+
+
+def _ids(examples: Examples) -> list[Tokens]:
+    """What an example gives the model, at once or one after the other."""
+    return [ids for name, ids in examples.inputs.items() if name.endswith("input_ids") and isinstance(ids, Tokens)]
 
 
 def _try_longest(base: Base, task: Task, sets: Sequence[Examples]) -> None:

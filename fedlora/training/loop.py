@@ -71,6 +71,7 @@ class Loop(ABC):
         self._moving = False
         self._embedding_noise: EmbeddingNoise | None = None
         self._synchronize = synchronize
+        self._references: dict[tuple[int, int], Tensor] = {}
         self._clients = [Client(row, job, config) for row, (job, config) in enumerate(work)]
 
     def run(self) -> list[Outcome]:
@@ -168,7 +169,7 @@ class Loop(ABC):
         self._columns = Columns(adapters, base.tensor_names(jobs[0].trains))
         self._values = self._columns.rows(adapters, like)
         self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
-        self._anchor = self._values.clone() if any(self._mu) else None
+        self._anchor = self._values.clone() if any(self._mu) or self._task.refers else None
         self._optimizer = FlatOptimizer(len(jobs), self._columns.width, [client.config for client in clients], like)
         for client in clients:
             if client.job.optimizer:
@@ -257,6 +258,8 @@ class Loop(ABC):
             if self._embedding_noise is not None:
                 self._embedding_noise.begin(sent(self._noise_scales(group), losses))
             batch = to_device(self._task, group.batch, self._base.device)
+            if self._task.refers:
+                batch = {**batch, "reference": self._reference(group, batch)}
             self._under_way = (sum(group.sizes), self._task.tokens(batch) or 1)
             started = self._now()
             found, each = self._gradients(group, batch)
@@ -281,6 +284,22 @@ class Loop(ABC):
             client.seconds += taken * weight
             if isinstance(client.outcome, TrainResult):
                 client.outcome = TrainResult(**{**vars(client.outcome), "compute_seconds": client.compute})
+
+    @torch.no_grad()
+    def _reference(self, group: Group, batch: Batch) -> Float[Tensor, "e ..."]:
+        """What the models that the clients started from say of a group's examples, computed when first drawn."""
+        rows = [client.row for client in group.clients]
+        wanted = list(zip(group.of_examples(rows), group.chosen.tolist(), strict=True))
+        if any(each not in self._references for each in wanted):
+            assert self._anchor is not None
+            self._base.train_mode(False)
+            try:
+                self._binding.bind(take(self._anchor, rows), rows, group.sizes)
+                found = self._task.reference(self._base.model, batch)
+            finally:
+                self._base.train_mode(True)
+            self._references |= zip(wanted, found, strict=True)
+        return torch.stack([self._references[each] for each in wanted])
 
     def _groups(self, members: list[Client]) -> Iterator[Group]:
         """The step's rows, in groups of like length; in each those first whose client has the most there."""
@@ -331,7 +350,7 @@ class Loop(ABC):
     @torch.no_grad()
     def _add_proximal(self, rows: Sequence[int], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]) -> None:
         """The gradient of (mu / 2) |w - w0|^2, FedProx's term (arXiv 1812.06127, equation (2)): mu (w - w0)."""
-        if self._anchor is not None:
+        if self._anchor is not None and any(self._mu):
             mu = sent([self._mu[row] for row in rows], values)
             gradients.addcmul_(values - take(self._anchor, rows), mu[:, None])
 

@@ -98,6 +98,12 @@ def train_by_opacus(
         PrivacyError: training failed; why is in this process's log alone, since it may tell of the data.
         TrainingError: nothing trains.
     """
+    if task.refers:
+        raise PrivacyError(
+            "a loss with a reference is trained privately where adapters can be stacked alone: set adapter.method = "
+            "'lora', or task.loss_type = 'orpo'",
+            code="reference-with-hooks",
+        )
     begin = time.perf_counter()
     parameters = base.write(job.adapter, job.trains)
     if not parameters:
