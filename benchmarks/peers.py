@@ -84,6 +84,7 @@ def federation(shape: str, clients: int, folder: Path, texts: str = "fixed") -> 
         [
             "rounds=1000000",
             f"model.name='{folder / 'model'}'",
+            "model.dtype='float32'",  # an arm's own is set over it
             f"adapter.targets={list(targets(shape))}",
             "adapter.rank=8",
             f"task={{{task},max_length={size['tokens']}}}",

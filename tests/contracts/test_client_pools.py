@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
-from typing import Any
 
 import pytest
 from support.federations import deploy, simulate, timeless
@@ -27,16 +26,19 @@ PRIVACY = {
     ],
 }
 TASKS = ("text-classification", "causal-lm")
+Case = tuple[str, ...]
+"""Rule, wire, privacy and task."""
+
 QUICK = {(rule, WIRES[n % 2], "none", TASKS[n // 2 % 2]) for n, rule in enumerate(RULES)}
 QUICK |= {("fedavg", "int8", unit, TASKS[0]) for unit in ("example", "client")}
 
 
-def cases(*, also: Callable[..., bool] = lambda *case: True, rest: Any = pytest.mark.slow) -> list[object]:
-    """Rule, wire, privacy, task; user-level privacy is for rules that need sums alone. `rest` marks what takes long."""
+def cases(*, few: Callable[[Case], bool], rest: pytest.MarkDecorator, units: Iterable[str] = PRIVACY) -> list[object]:
+    """Rule, wire, privacy, task; user-level privacy is for rules that need sums alone. `rest` marks all but few."""
     return [
-        pytest.param(*case, marks=() if case in QUICK else rest)
-        for case in product(RULES, WIRES, PRIVACY, TASKS)
-        if (case[2] != "client" or case[0] in ("fedavg", "ffa")) and also(*case)
+        pytest.param(*case, marks=() if few(case) else rest)
+        for case in product(RULES, WIRES, units, TASKS)
+        if case[2] != "client" or case[0] in ("fedavg", "ffa")
     ]
 
 
@@ -60,7 +62,7 @@ def weights(outcome: RunOutcome) -> bytes:
     return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("rule", "wire", "privacy", "task"), cases())
+@pytest.mark.parametrize(("rule", "wire", "privacy", "task"), cases(few=QUICK.__contains__, rest=pytest.mark.slow))
 def test_clients_on_a_grid_come_to_what_clients_here_do(
     make: Callable[..., RunConfig], same_secrets: Callable[[], None], rule: str, wire: str, privacy: str, task: str
 ) -> None:
@@ -75,7 +77,7 @@ def test_clients_on_a_grid_come_to_what_clients_here_do(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "wire", "privacy", "task"),
-    cases(also=lambda rule, wire, privacy, task: privacy != "example", rest=pytest.mark.nightly),
+    cases(few=lambda case: case in QUICK and "client" in case, rest=pytest.mark.nightly, units=("none", "client")),
 )
 def test_clients_in_two_processes_come_to_what_clients_here_do(
     make: Callable[..., RunConfig], same_secrets: Callable[[], None], rule: str, wire: str, privacy: str, task: str
@@ -96,15 +98,14 @@ def test_clients_in_two_processes_come_to_what_clients_here_do(
 
 
 def all_rules() -> list[object]:
-    """Every rule with its own fields, and rules around rules: one quick, one of each kind slow, all others nightly."""
-    marks: dict[str, Any] = {"krum": (), **dict.fromkeys(("rolora", "flexlora", "median", "fedadam"), pytest.mark.slow)}
-    alone = [pytest.param(name, marks=marks.get(name, pytest.mark.nightly), id=name) for name in rules]
+    """Every rule with its own fields, and rules around rules; all but two are nightly."""
+    alone = [pytest.param(name, marks=() if name == "flora" else pytest.mark.nightly, id=name) for name in rules]
     around = [
         "{name='krum', keep=0.5, inner={name='flora'}}",
         "{name='fedadam', inner={name='ffa'}}",
         "{name='median', inner={name='rolora'}}",
     ]
-    return [*alone, *(pytest.param(table, marks=pytest.mark.slow) for table in around)]
+    return [*alone, around[0], *(pytest.param(table, marks=pytest.mark.nightly) for table in around[1:])]
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_what_clients_keep_apart_is_in_whole_groups_and_nobody_trains_on_it(tiny
     assert total + len(data.dropped) == len(data.train)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_and_clients_here_report_the_same(tiny_config: MakeConfig) -> None:
     alike = ("runtime.cohort=1", "runtime.prefix_cache=off")
     keys = (*AT_CLIENTS, *alike, "selection.patience=9", "evaluation.clients_fraction=0.75")

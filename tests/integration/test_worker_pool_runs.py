@@ -63,7 +63,9 @@ def facts(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if "," in case else pytest.mark.nightly) for case in CASES]
+)
 def test_two_processes_come_to_what_one_does(tiny_config: MakeConfig, case: str) -> None:
     common = ("model.dtype=float64", "rounds=7", *CASES[case])
     one, two = run(tiny_config(*common, "runtime.processes=1")), run(tiny_config(*common, TWO, name="two"))
@@ -90,7 +92,7 @@ def test_the_same_again_is_the_same_to_the_byte_and_so_is_a_resume(tiny_config: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", ["example", "client"])
+@pytest.mark.parametrize("unit", ["example", pytest.param("client", marks=pytest.mark.nightly)])
 def test_a_private_run_claims_what_it_claims_in_one_process(tiny_config: MakeConfig, unit: str) -> None:
     how = {
         "example": ("privacy.max_grad_norm=0.5", "privacy.public_examples=40", "server.weighting=uniform"),
@@ -126,7 +128,7 @@ def nobody_is_left() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["fedavg", "flora"])
+@pytest.mark.parametrize("rule", ["fedavg", pytest.param("flora", marks=pytest.mark.nightly)])
 def test_a_killed_process_is_replaced_and_the_run_ends_with_the_same_bytes(tiny_config: MakeConfig, rule: str) -> None:
     settings = (TWO, "rounds=3", f"strategy.name={rule}")
     whole = run(tiny_config(*settings))
@@ -165,7 +167,7 @@ class Mine(Iid):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_know_what_an_imported_module_registered(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +219,7 @@ def test_a_script_needs_no_guard_and_leaves_nobody_behind_when_it_is_killed(
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_resumed_run_keeps_its_processes(tiny_config: MakeConfig) -> None:
     rundir = RunDir.create(tiny_config("rounds=2"))
     cut(rundir, 2)

@@ -202,7 +202,7 @@ print(relative_error(*sums).hex())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_aggregation_error_is_the_same_to_the_last_digit_in_every_process() -> None:
     found = {
         subprocess.run(

@@ -11,7 +11,7 @@ from support.pages import ROOT
 
 nbformat = pytest.importorskip("nbformat", reason="requirements.lock has it")
 nbclient = pytest.importorskip("nbclient", reason="requirements.lock has it")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 
 class Watching(nbclient.NotebookClient):  # type: ignore[misc,name-defined]

@@ -149,7 +149,7 @@ def test_clients_bring_their_own_data(tiny_toml: Path, tiny_csv: Path) -> None:
     assert tested["examples"].tolist() == [20] * 11
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_several_processes_read_the_copies(
     tiny_toml: Path, tiny_csv: Path, model: PreTrainedModel, tokenizer: Any
 ) -> None:

@@ -139,7 +139,7 @@ def test_a_broken_adaptive_merge_is_refuted(
     assert "REFUTED" in done.output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_false_alarms_are_rare(example: list[str], overrides: list[str]) -> None:
     """Forty audits of sound training, at 1e-3 of a false alarm each."""
     workspace = open_workspace(parse_config("", example))

@@ -107,7 +107,7 @@ def test_findings_are_bad_when_a_claim_falls_or_a_mutant_stands() -> None:
     assert verdicts == [(True, "REFUTED"), (False, "caught"), (False, "holds"), (True, "missed")]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_rows_of_user_level_privacy(audited_overrides: list[str]) -> None:
     equal = ["server.weighting='uniform'", "rounds=2"]
     workspace = open_workspace(parse_config("", [*audited_overrides, *CLIENT, *equal]))

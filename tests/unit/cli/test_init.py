@@ -86,7 +86,7 @@ def test_its_rule_at_step_one_is_fedavg_and_below_goes_part_of_the_way(my_rule: 
         torch.testing.assert_close(merged["half"][name], (value + there.tensors()[name]) / 2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_commands_of_its_readme_work(project: Path, minilm: Path) -> None:
     (block,) = re.findall(r"```\n(.*?)```", (project / "README.md").read_text(), flags=re.DOTALL)
     commands = [line.split("#")[0].split() for line in block.splitlines()]

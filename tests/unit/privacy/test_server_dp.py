@@ -254,7 +254,10 @@ def audited(weights: list[float], *, adaptive: bool = False, trials: int = 3000,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("weights", [UNEQUAL, DROPPED, [1.0] * 10])
+@pytest.mark.parametrize(
+    "weights",
+    [pytest.param(UNEQUAL, marks=pytest.mark.nightly), pytest.param(DROPPED, marks=pytest.mark.nightly), [1.0] * 10],
+)
 def test_the_claim_holds_against_a_worst_case_client(weights: list[float], adaptive: bool) -> None:
     assert not audited(weights, adaptive=adaptive).refuted
 

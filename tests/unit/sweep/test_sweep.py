@@ -333,7 +333,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
     assert run.finished  # nothing was lost by trying
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_end_with_the_sweep_and_a_killed_one_is_noted(tiny_toml: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fedlora", "sweep", str(tiny_toml), "--seeds", "4", "-j", "2", "-o", str(out)]
