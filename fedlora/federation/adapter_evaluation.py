@@ -38,7 +38,7 @@ def require_clients_evaluate(config: RunConfig) -> None:
     if not config.evaluation.at_clients:
         raise ConfigError(
             f"with evaluation.on = {config.evaluation.on!r} clients keep no test examples apart and train on all: "
-            "train with evaluation.on = 'clients', or for an adapter that was trained elsewhere set it now",
+            "train with evaluation.on = 'clients', or add --set evaluation.on=clients for an adapter from elsewhere",
             code="clients-do-not-evaluate",
         )
 
