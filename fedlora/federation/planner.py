@@ -115,7 +115,7 @@ class Planner:
             asked.base_digest,
             since,
             wire=wire,
-            run=self._run if private or keeps else "",
+            run=self._run,
             ledger=held.ledger if private else "",
             kept_round=asked.kept_rounds.get(client.client_id, 0) if keeps else 0,
         )

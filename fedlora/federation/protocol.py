@@ -62,7 +62,7 @@ class TrainRequest:
         base_digest: Identity of the base weights on which to train ("" for the pristine base).
         since_digest: Identity of the base to which `plan.base_updates` apply.
         wire: Format of the reply's tensors, one of `fedlora.wire_formats.WIRES`.
-        run: Id of the run's directory, the same after a resume; "" where nothing that a client keeps needs it.
+        run: Id of the run's directory, the same after a resume.
         ledger: Head of the client's ledger when the server last saw it, `fedlora.hash_chain.START` if it never did; ""
             where there is none.
         kept_round: The round whose kept tensors the client goes on from: the last one of which the server used its

@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, PrivacyError
-from fedlora.flower.client_app import held_parts
+from fedlora.flower import client_app
 from fedlora.flower.messages import decode_head, decode_request, decode_request_head, payload_bytes
 from fedlora.flower.update_checks import RECORDS, require_buffer
 from fedlora.privacy.ledger import Ledger
@@ -103,7 +103,7 @@ def _norm_of_change(request: RecordDict, content: RecordDict) -> float | None:
     if {name: type(record) for name, record in content.items()} != RECORDS:
         return None
     try:
-        asked = decode_request(request, decode_request_head(request), held_parts)
+        asked = decode_request(request, decode_request_head(request), client_app.held_parts)
         if asked is None:
             return None
         sent = asked.decode(require_buffer(content, RECORDS))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 
@@ -208,47 +208,52 @@ def _messages(value: Any, row: int, column: str) -> Iterator[tuple[Message, floa
 def _message(value: Any, where: str, row: int, column: str) -> tuple[Message, float | None]:
     """A message with its weight; tables of one schema (Parquet) hold every key, and None where there is nothing."""
 
-    def refuse(what: str, code: str) -> NoReturn:
-        raise DataError(f"{where} {what}", code=code)
-
     given = {key: inner for key, inner in value.items() if not is_nothing(inner)} if isinstance(value, Mapping) else {}
     sharegpt = "from" in given
     role, content = given.pop("from" if sharegpt else "role", None), given.pop("value" if sharegpt else "content", "")
     if sharegpt and isinstance(role, str) and role not in SENDERS:
-        refuse(f"is from {clean_text(repr(role), 60)}: write one of {', '.join(SENDERS)}", "unknown-sender")
+        raise DataError(
+            f"{where} is from {clean_text(repr(role), 60)}: write one of {', '.join(SENDERS)}", code="unknown-sender"
+        )
     if isinstance(content, list | tuple | np.ndarray):
-        content = _text_of(content, refuse)
+        content = _text_of(content, where)
     raw = value.get("value" if sharegpt else "content") if isinstance(value, Mapping) else None
     if not isinstance(role, str) or not isinstance(content, str) or (raw is None and "tool_calls" not in given):
-        refuse('needs the strings "role" and "content" (or "from" and "value")', "malformed-message")
+        raise DataError(
+            f'{where} needs the strings "role" and "content" (or "from" and "value")', code="malformed-message"
+        )
     weight = given.pop("weight", None)
     message = {"role": SENDERS[role] if sharegpt else role, "content": content}
     if weight is not None and (message["role"] != "assistant" or weight not in (0, 1) or isinstance(weight, str)):
-        refuse(
-            f"has the weight {clean_text(repr(weight), 40)}: only the assistant's messages have one, 0 or 1; remove it",
-            "bad-message-weight",
+        raise DataError(
+            f"{where} has the weight {clean_text(repr(weight), 40)}: only the assistant's messages have one, 0 or 1; "
+            "remove it",
+            code="bad-message-weight",
         )
     if others := [key for key in given if key not in BESIDE]:
-        refuse(
-            f"has the key {clean_text(repr(others[0]), 60)}, which is not used: remove it, or write its value into the "
-            "content",
-            "unknown-message-key",
+        raise DataError(
+            f"{where} has the key {clean_text(repr(others[0]), 60)}, which is not used: remove it, or write its value "
+            "into the content",
+            code="unknown-message-key",
         )
     for text in (role, content, json.dumps(given, ensure_ascii=False, default=str)):
         require_encodable(text, row, column)
     return message | given, weight
 
 
-def _text_of(parts: Any, refuse: Any) -> str:
+def _text_of(parts: Any, where: str) -> str:
     """The text of content in parts: exactly one, since how several are to be joined is not said."""
     kinds = [part.get("type") if isinstance(part, Mapping) else None for part in parts]
     for kind, part in zip(kinds, parts, strict=True):
         keys = {key for key, inner in part.items() if not is_nothing(inner)} if isinstance(part, Mapping) else set()
         if kind != "text" or keys != {"type", "text"} or not isinstance(part["text"], str):
-            refuse(f'has a part of the type {clean_text(repr(kind), 60)} that is not text alone, {{"type": "text", '
-                   '"text": "..."}}: remove it', "part-not-text")  # fmt: skip
+            raise DataError(
+                f"{where} has a part of the type {clean_text(repr(kind), 60)} that is not text alone, "
+                '{"type": "text", "text": "..."}: remove it',
+                code="part-not-text",
+            )
     if len(parts) != 1:
-        refuse(f"has {len(parts)} parts: join them into one string", "several-parts")
+        raise DataError(f"{where} has {len(parts)} parts: join them into one string", code="several-parts")
     return str(parts[0]["text"])
 
 

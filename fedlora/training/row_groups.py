@@ -66,10 +66,11 @@ def pass_tokens(base: Base, kind: str) -> int:
 def _width(base: Base, kind: str) -> int:
     """Of hidden states on a GPU, which reads all of a layer's activations from memory; on a CPU, by whose caches
     `ENTRIES` was measured, of the widest input of an adapted layer."""
-    config: Any = base.model.config
-    hidden = getattr(config.get_text_config(), "hidden_size", None)
-    if kind != "cpu" and isinstance(hidden, int):
-        return hidden
+    if kind != "cpu":
+        config: Any = base.model.config
+        hidden = getattr(config.get_text_config(), "hidden_size", None)
+        if isinstance(hidden, int):
+            return hidden
     return max((shape.d_in for shape in base.layout().values()), default=ENTRIES["cpu"] // 512)
 
 

@@ -184,10 +184,10 @@ def test_a_client_whose_training_fails_sends_an_update_that_changes_nothing(
 ) -> None:
     real = client._trained
 
-    def fails(workspace: Any, requests: Any) -> list[Any]:
+    def fails(workspace: Any, requests: Any, *rest: Any) -> list[Any]:
         return [
             ValueError("patient Quaxby") if one.client_id == 2 else found
-            for one, found in zip(requests, real(workspace, requests), strict=True)
+            for one, found in zip(requests, real(workspace, requests, *rest), strict=True)
         ]
 
     monkeypatch.setattr(client, "_trained", fails)

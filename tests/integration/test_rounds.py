@@ -165,10 +165,10 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     bad: set[int] = set()
     real = client._job
 
-    def job(workspace: Any, request: Any, indices: Any) -> Any:
+    def job(workspace: Any, request: Any, *rest: Any) -> Any:
         if request.client_id in bad:
             raise TrainingError("disk on fire" if request.client_id % 2 else "the loss is not finite")
-        return real(workspace, request, indices)
+        return real(workspace, request, *rest)
 
     monkeypatch.setattr(client, "_job", job)
     return bad
@@ -192,8 +192,8 @@ def test_a_fault_of_the_program_in_a_client_ends_the_simulation(
     """All clients are one program: rounds without those that meet the fault would be another experiment."""
     real = client._job
 
-    def job(workspace: Any, request: Any, indices: Any) -> Any:
-        return 1 / 0 if request.client_id == 1 else real(workspace, request, indices)
+    def job(workspace: Any, request: Any, *rest: Any) -> Any:
+        return 1 / 0 if request.client_id == 1 else real(workspace, request, *rest)
 
     monkeypatch.setattr(client, "_job", job)
     with pytest.raises(ZeroDivisionError):

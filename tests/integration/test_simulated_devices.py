@@ -35,9 +35,9 @@ def test_stragglers_miss_the_deadline_and_cost_nothing(
     trained: list[int] = []
     real = local_clients.answer
 
-    def watched(workspace: Any, asked: Any, account: Any) -> Any:
+    def watched(workspace: Any, asked: Any, *rest: Any) -> Any:
         trained.extend(one.client_id for one in asked)
-        return real(workspace, asked, account)
+        return real(workspace, asked, *rest)
 
     monkeypatch.setattr(local_clients, "answer", watched)
     outcome = run(tiny_config(profiles(FAST, SLOW), "server.simulated_deadline_s=10.0"))
