@@ -125,6 +125,7 @@ def test_a_client_that_does_not_fit_ends_the_run(
     assert told.value.code == "out-of-memory"
 
 
+@pytest.mark.slow
 def test_a_schedule_goes_over_all_rounds(tiny_config: Callable[..., RunConfig]) -> None:
     def losses(*overrides: str) -> list[float]:
         config = tiny_config("runtime.processes=1", *overrides)

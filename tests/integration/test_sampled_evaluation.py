@@ -152,6 +152,7 @@ def test_by_default_it_follows_from_what_a_round_trains_on(
     assert sample_size(open_workspace(tiny_config("evaluation.sample=1.0"))) == everything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", ["0.5", "1.0"])
 def test_processes_share_the_servers_test_set(tiny_config: MakeConfig, sample: str) -> None:
     keys = ("runtime.cohort=1", "runtime.prefix_cache=off", f"evaluation.sample={sample}")

@@ -299,6 +299,7 @@ def test_a_server_of_another_kind_is_held_to_the_same(own: MakeConfig, site: Mak
 # ------------------------------------------------------------------------------------------------ the caps
 
 
+@pytest.mark.slow
 def test_all_runs_together_stay_below_the_sites_epsilon(own: MakeConfig, site: MakeSite) -> None:
     """Runs that name their noise and no budget: each alone would be allowed."""
     config = own(*(one for one in PRIVATE if "epsilon" not in one), "privacy.noise_multiplier=1.5")

@@ -185,7 +185,9 @@ def fingerprint_in(site: Path) -> str:
     return str(known)
 
 
-@pytest.mark.parametrize("name", RUN_FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "budget" in name else ()) for name in RUN_FAULTS]
+)
 def test_what_of_a_run_would_fail_on_a_node_is_said_before_it_starts(name: str, project: Path) -> None:
     spoil, said = RUN_FAULTS[name]
     node, run = project / "nodes" / "site-a", project / "coordinator" / "app" / "run.toml"

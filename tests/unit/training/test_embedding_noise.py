@@ -137,6 +137,7 @@ def test_there_is_none_in_evaluation(tmp_path: Path) -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_gpu_draws_the_same(tmp_path: Path) -> None:
     wanted = plainly(*a_base("llama", tmp_path))
     with pretend_gpu():

@@ -82,7 +82,9 @@ SAVINGS = [{"micro_batch_size": 1}, {"micro_batch_size": 5}, {"gradient_checkpoi
 SAVINGS.append(SAVINGS[1] | SAVINGS[2])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("llama", "vit") else pytest.mark.slow) for name in FAMILIES]
+)
 def test_saved_memory_changes_no_gradient(name: str, tmp_path: Path) -> None:
     base, task, examples = a_base(name, tmp_path)
     wanted, private = trained(base, task, examples), privately(base, task, examples)
