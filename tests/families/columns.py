@@ -227,7 +227,7 @@ def step(case: Case, folder: Path) -> str:
     losses = plain_losses(case, model, ROWS)
     gradients = torch.autograd.grad(losses.mean(), list(parameters.values()), allow_unused=True)
     ours = train(base, case.workspace.task, case.examples, TrainJob(case.state, ALL_PARTS, ROWS, 0), SGD)
-    assert gap(torch.tensor(ours.loss), losses.mean().detach()) <= 10 * case.tolerance
+    assert gap(torch.tensor(ours.loss, dtype=torch.float64), losses.mean().detach()) <= 10 * case.tolerance
     for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
         moved = value.detach() if gradient is None else value.detach() - SGD.lr * gradient
         assert gap(ours.adapter.tensors()[name], moved) <= case.tolerance, name
