@@ -227,7 +227,8 @@ class Everything:
         found |= {
             str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
         }
-        server = [r.getMessage() for r in self._log.records if not r.name.startswith(OWN_LOGS)]
+        elsewhere = (*OWN_LOGS, "bitsandbytes")  # which tells at its import, once a process, what the machine lacks
+        server = [r.getMessage() for r in self._log.records if not r.name.startswith(elsewhere)]
         return {**found, "told": told.lines, "log": server}
 
 
