@@ -146,8 +146,8 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
             for one, found in zip(requests, trained(workspace, requests, *how), strict=True)
         ]
 
-    def fixed_unchanged(workspace: Any, request: Any, error: Exception) -> TrainResult:
-        return replace(unchanged(workspace, request, error), adapter=fixed_adapter(request))
+    def fixed_unchanged(workspace: Any, request: Any, *how: Any) -> TrainResult:
+        return replace(unchanged(workspace, request, *how), adapter=fixed_adapter(request))
 
     monkeypatch.setattr(client, "_trained", fixed_trained)
     monkeypatch.setattr(client, "_unchanged", fixed_unchanged)
