@@ -267,7 +267,11 @@ def test_texts_of_one_length_show_what_padding_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_layers_left_out_for_a_whole_batch_are_refused(tmp_path: Path) -> None:
-    base, task, examples = loaded(tmp_path, "OPT", layerdrop=0.5)
-    with raises(PrivacyError, "dropout-not-per-example", "model.dropout = 0"):  # its masks are looked at first
+@pytest.mark.parametrize(
+    ("share", "code"),
+    [(1.0, "randomness-not-per-example"), (1e-9, "dropout-not-per-example")],  # of a layer that stays, masks come first
+)
+def test_layers_left_out_for_a_whole_batch_are_refused(tmp_path: Path, share: float, code: str) -> None:
+    base, task, examples = loaded(tmp_path, "OPT", layerdrop=share)
+    with raises(PrivacyError, code, "model.dropout = 0"):
         checked(base, task, examples)
