@@ -116,8 +116,8 @@ def note_of(config: RunConfig, model: nn.Module) -> str | None:
     small = [name for name, module in model.named_modules() if _is_quantised(module)]
     if not small:
         raise ModelError(
-            f"model.quantize = {config.model.quantize!r} holds linear layers in fewer bits, and {type(model).__name__} "
-            "has none beside its head: remove it",
+            f"model.quantize = {config.model.quantize!r} holds layers of torch's class Linear in fewer bits, and "
+            f"{type(model).__name__} has none beside its head: remove it",
             code="nothing-to-quantise",
         )
     inside, rest = 0, {}

@@ -144,7 +144,7 @@ def whole_layers(case: Case) -> list[str]:
     model: Any = case.workspace.base.model
     output = model.get_output_embeddings() if case.family.kind == "causal" else None
     names = [*case.workspace.base.heads, *(name for name, module in model.named_modules() if module is output)]
-    return [*names, *(("classifier", "score") if case.family.kind != "causal" else ()), "dt_proj"]
+    return [*names, *(("classifier", "score") if case.family.kind != "causal" else ()), "cls", "dt_proj"]
 
 
 def plain_peft(case: Case, folder: Path) -> nn.Module:
@@ -369,15 +369,17 @@ IN_FOUR_BITS = ("step", "alone", "cohort", "export", "private")
 
 
 def quantised(case: Case) -> None:
-    """Every linear layer of a base in NF4 is held so, but for those that nobody quantises."""
-    from bitsandbytes.nn import Linear4bit
+    """Every linear layer of a base in NF4 is held so, but for those that nobody quantises: transformers passes over
+    subclasses, and over what a model asks to be kept in float32."""
     from transformers.pytorch_utils import Conv1D
 
+    model: Any = case.workspace.base.model
     whole = {
         name.removesuffix(".base_layer")
-        for name, module in case.workspace.base.model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, Linear4bit) and "lora_" not in name
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and "lora_" not in name
     }
-    left = {name for name in whole if not any(part in name.split(".") for part in whole_layers(case))}
+    kept = [*whole_layers(case), *(model._keep_in_fp32_modules or ())]
+    left = {name for name in whole if not any(part in name.split(".") for part in kept)}
     left -= {name for name in left if any(name.startswith(head) for head in whole_layers(case))}
     assert not left, f"not quantised: {sorted(left)}"

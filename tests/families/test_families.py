@@ -39,6 +39,9 @@ IN_FOUR_BITS_OFTEN = (
 )
 NOT_IN_FOUR_BITS = {
     "Rwkv causal": "remove model.quantize",  # its own code for such layers fails
+    "Falcon causal": "has none beside its head",  # all of a class of its own
+    "Falcon with alibi causal": "has none beside its head",
+    "Falcon classifier": "has none beside its head",
     "PoolFormer image": "has none beside its head",
     "ResNet image": "has none beside its head",
 }
