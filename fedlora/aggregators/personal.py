@@ -77,14 +77,19 @@ class Keeping(Around):
             RuleError: an entry of `keep` names no tensor of the adapter, or all are kept.
             ConfigError: see `require_alike`.
         """
-        tensors = adapter.tensors()
+        tensors, kept = adapter.tensors(), self._names(adapter, self.keep)
         for entry in self.keep:
-            if not self._names(adapter, (entry,)):
+            if entry not in ALL_PARTS and not self._names(adapter, (entry,)):
                 raise RuleError(
                     f"keep = {entry!r} names nothing of the adapter; {nearest(entry, [*ALL_PARTS, *tensors])}",
                     code="nothing-kept",
                 )
-        kept = self._names(adapter, self.keep)
+        if not kept:
+            raise RuleError(
+                f"of {' and '.join(self.keep)}, which clients keep, the adapter has nothing: keep another part "
+                f"({', '.join(part for part in ALL_PARTS if adapter.tensors((part,)))})",
+                code="nothing-kept",
+            )
         self.require_alike(name for name in kept if name not in adapter.dense)
         if len(kept) == len(tensors):
             raise RuleError("clients keep everything and share nothing: keep less", code="nothing-shared")

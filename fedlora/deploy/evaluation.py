@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from fedlora.config import load_config
 from fedlora.deploy import commands
 from fedlora.deploy.foreground import Program, environment_of, home_of
-from fedlora.deploy.signing import RUN, app_of
+from fedlora.deploy.signing import RUN, app_of, read_app
 from fedlora.errors import DeployError
 from fedlora.federation.adapter_evaluation import EVALUATION, evaluation_dir, require_clients_evaluate
 
@@ -40,12 +41,13 @@ def evaluate_in_deployment(
         DeployError: the run ended without figures.
     """
     home = home_of(folder)
-    config = load_config(app_of(home) / RUN, overrides)
+    run = app_of(home) / RUN
+    config = load_config(run, overrides) if overrides else read_app(run)[0]
     require_clients_evaluate(config)
     file = evaluation_dir(config, home / config.output).path / EVALUATION
     file.unlink(missing_ok=True)  # an older one's figures must not be taken for these
     given = [f"evaluate={json.dumps(str(adapter))}"]
-    given += [f"set={json.dumps(' '.join(overrides))}"] if overrides else []
+    given += [f"set={json.dumps(shlex.join(overrides))}"] if overrides else []
     program = Program("run", commands.run(str(home), *given), home, {"FLWR_HOME": str(home / "flower")})
     with subprocess.Popen(
         program.command, cwd=home, env=environment_of(program), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -53,10 +55,11 @@ def evaluate_in_deployment(
         assert running.stdout is not None
         for line in running.stdout:
             say(line.decode(errors="replace").rstrip())
-    if not file.is_file():
+    found = json.loads(file.read_bytes()) if file.is_file() else {}
+    if found.get("adapter") != str(adapter):
         raise DeployError(
             f"the evaluation ended without figures: see the lines above, and FLWR_HOME={home / 'flower'} flwr list "
             f"{commands.CONNECTION}",
             code="no-figures",
         )
-    return dict(json.loads(file.read_bytes()))
+    return dict(found)

@@ -91,7 +91,7 @@ def evaluate_adapter(
     require_provenance(made, workspace.pins.only(MODEL), f"the adapter in {str(folder)!r}", cure)
     state = GlobalState(read_adapter(workspace.base, folder))
     clients = pool.available(0, quorum_of(len(workspace.data.clients), config.server.quorum))
-    how = config.evaluation.model_copy(update={"on": "clients"})
+    how = config.evaluation.model_copy(update={"on": "clients", "clients_fraction": 1.0})
     alone = config.model_copy(update={"evaluation": how, "selection": None})
     request = RoundRequest(0, (), state, of_run=False)
     line = Evaluator(pool, alone, workspace, False, callbacks).measure(request, clients, lambda _: True)

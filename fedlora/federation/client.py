@@ -200,7 +200,7 @@ def _reply(
         Disclosure(config.privacy.unit).require_reply(head, tuple(figures))
     kept = result.adapter.tensors(request.plan.kept) if request.plan.kept else {}
     kept |= {f"{OPTIMIZER}{name}": value for name, value in result.optimizer.items()}
-    if kept:
+    if kept or config.train.keep_optimizer:  # of a first round that failed there is nothing, which nobody may see
         store.save(request.client_id, request.round, kept, request.kept_round)
     return TrainedReply(request, result.adapter.tensors(request.plan.sends), figures, ledger)
 
@@ -322,6 +322,8 @@ def _answer_privately(
             try:
                 settings, own = private_settings(config, request.client_id), account(request)
                 own.ledger.require_head(request.ledger)
+                if request.kept_round and own.release is not None:
+                    own.ledger.seen(own.run, request.kept_round)  # what was kept goes into what leaves now
                 if (spent := _spent(own, settings, request.round)) is not None:
                     answers[number] = spent
                     continue

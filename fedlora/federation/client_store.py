@@ -72,8 +72,8 @@ class ClientStore:
         files = {file: tuple(map(int, file.stem.split("-"))) for file in folder.glob("[0-9]*-*.safetensors")}
         before = {origin for of, origin in files.values() if of == since}
         for file, (of, _) in files.items():
-            if file != path and (of == number or of not in {since, *before}):
-                file.unlink()
+            if file != path and (of == number or (of < number and of not in {since, *before})):
+                file.unlink(missing_ok=True)
 
     def _of(self, client_id: int) -> Path:
         if self.folder is None:
@@ -90,7 +90,7 @@ def last_used(lines: Iterable[Mapping[str, Any]]) -> dict[int, int]:
     """Client -> the last round of which the server used its update, by a run's lines of metrics."""
     used: dict[int, int] = {}
     for line in lines:
-        if not line.get("lost"):
+        if not line.get("lost") and not line.get("rule", {}).get("dropped"):
             used.update(dict.fromkeys(line.get("answered", ()), line["round"]))
     return used
 

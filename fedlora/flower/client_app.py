@@ -14,6 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora import __version__
+from fedlora.aggregators import Claim, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, ReplyError
 from fedlora.federation.client import answer, examples_of_client, failure_of, measure_apart
@@ -181,8 +182,18 @@ def _trained_privately(
 
 
 def _store(request: TrainRequest, context: Context, config: RunConfig) -> ClientStore:
-    """What the client keeps of the request's run."""
+    """What the client keeps of the request's run.
+
+    Raises:
+        ReplyError: the request lets it keep parts, and the run's rule does not.
+    """
     keeps = request.plan.kept or config.train.keep_optimizer
+    if request.plan.kept and Claim.PERSONAL not in load_aggregator(config.strategy.name, config.strategy.fields).claims:
+        raise ReplyError(
+            f"the request lets this client keep {min(request.plan.kept)!r}, and by strategy {config.strategy.name!r} "
+            "no client keeps anything: correct the rule's claims, or what it sends",
+            code="kept-unasked",
+        )
     return ledger_place(context).store(request.run) if keeps else NOTHING_KEPT
 
 

@@ -36,7 +36,7 @@ def of_request(message: Message, context: Context) -> dict[str, Any]:
     }
     try:
         head = json.loads(str(message.content.config_records["plan"]["json"]))
-        said = {key: head[key] for key in ("run", "round", "client_id", "parts") if key in head}
+        said = {key: head[key] for key in ("run", "round", "client_id", "kept_round", "parts") if key in head}
     except (KeyError, TypeError, ValueError, RecursionError):
         return facts
     return {

@@ -8,8 +8,8 @@ Not on the list, because they depend on the data of clients: numbers and lengths
 something took), losses and accuracies on training data, hashes of training data, and what an error has to say of it.
 The list is checked where files are written (`fedlora.runs.rundir`) and where a client answers
 (`fedlora.federation.client`); what is not on it is refused, not left out, so that nobody relies on it.
-A simulation's `privacy/` folder holds the ledgers of its clients, which belong to them and are no part of what is
-given away with the run.
+A simulation's `privacy/` folder holds the ledgers of its clients, and `clients/` what they keep from round to round
+(under unit = "client" without noise): both belong to them and are no part of what is given away with the run.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedlora.errors import ConfigError, ExportError
 from fedlora.federation.client_ledger import LedgerPlace
+from fedlora.federation.client_store import divided
 from fedlora.model.export import save_with
 from fedlora.site import NODE_CONFIG
 
@@ -48,7 +49,12 @@ def write_own_adapter(site: Path, adapter: Path, out: Path, run: str | None = No
             "adapter of the run's end",
             code="no-such-round",
         )
-    save_with(adapter, store.load(client_id, number), out)
+    own, _ = divided(store.load(client_id, number))
+    if not own:
+        raise ExportError(
+            "by the run's rule this node keeps no part of the model: use the run's adapter", code="nothing-kept"
+        )
+    save_with(adapter, own, out)
     return number
 
 

@@ -82,6 +82,12 @@ def test_whatever_the_rule_lets_clients_keep_the_adapter_is_measured_as_it_is(
     assert measured(keeping, tmp_path / "adapter")["figures"] == measured(plain, tmp_path / "adapter")["figures"]
 
 
+def test_all_clients_are_asked_whatever_share_a_run_asks(tiny_config: MakeConfig) -> None:
+    config = tiny_config(*AT_CLIENTS, "rounds=1", "evaluation.clients_fraction=0.25")
+    found = evaluate_in_simulation(config, simulate(config).rundir.adapter_dir)
+    assert list(found["clients"]) == ["0", "1", "2", "3"]
+
+
 @pytest.mark.slow
 def test_processes_measure_the_same(tiny_config: MakeConfig) -> None:
     config = tiny_config(*AT_CLIENTS, "rounds=1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,6 +167,23 @@ def test_private_clients_keep_it_too(tiny_config: MakeConfig, same_secrets: Call
     same_secrets()
     anew = simulate(tiny_config(*keys, "train.keep_optimizer=false", name="anew"))
     assert not same_adapter(here, anew)
+
+
+@pytest.mark.slow
+def test_nobody_sees_whose_first_round_failed(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under user-level privacy, where a failed client's update changes nothing."""
+    from fedlora.federation import client
+
+    real = client.train_cohort
+
+    def failing(base: Any, task: Any, examples: Any, jobs: Any, configs: Any) -> Any:
+        found = real(base, task, examples, jobs, configs)
+        return [RuntimeError("broken") if job.round == 1 else one for job, one in zip(jobs, found, strict=True)]
+
+    monkeypatch.setattr(client, "train_cohort", failing)
+    privacy = "privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}"
+    outcome = simulate(tiny_config(*KEPT, privacy, "server.aggregation_error=false", "rounds=3"))
+    assert [record["answered"] for record in outcome.records[1:]] == [[0, 1, 2, 3]] * 3
 
 
 def test_what_cannot_be_kept_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:

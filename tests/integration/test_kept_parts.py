@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from support.federations import deploy, forget, simulate, timeless
 from support.interrupted import cut_before_checkpoint
 from typer.testing import CliRunner
 
+from fedlora.adapter import AdapterState, LoraPair
+from fedlora.aggregators import load_aggregator
 from fedlora.callbacks import Callback
 from fedlora.cli import app
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, RuleError
+from fedlora.errors import ConfigError, ReplyError, RuleError
 from fedlora.evaluation.baselines import local_only
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
@@ -290,6 +293,24 @@ def test_a_private_client_that_fails_keeps_what_it_had(
         assert all(torch.equal(third[name], value) for name, value in second.items())
 
 
+@pytest.mark.slow
+def test_a_client_whose_kept_part_is_lost_is_left_out_by_name(tiny_config: MakeConfig) -> None:
+    outcome = simulate(tiny_config(*FEDSA, "rounds=1"))
+    (file,) = (outcome.rundir.clients_dir / "client-2").iterdir()
+    file.unlink()
+    config = tiny_config(*FEDSA, "rounds=2")
+    resumed = run_simulation(config, RunDir.open(outcome.rundir.path), Callback(), resume=True)
+    assert resumed.records[-1]["answered"] == [0, 1, 3]
+    assert "put its store back" in resumed.records[-1]["refused"]["2"]
+    assert "put its store back" in resumed.records[-1]["federated"]["left_out"]["2"]
+
+
+def test_a_node_keeps_nothing_that_the_runs_rule_does_not_let_it_keep(tiny_config: MakeConfig) -> None:
+    asked: Any = SimpleNamespace(plan=SimpleNamespace(kept={"layer:B": None}), run="ab" * 16)
+    with raises(ReplyError, "kept-unasked", "'fedavg'"):
+        client_app._store(asked, SimpleNamespace(node_config={}, run_config={}), tiny_config())  # type: ignore[arg-type]
+
+
 def test_what_would_not_be_measured_or_kept_is_refused(tiny_config: MakeConfig) -> None:
     with raises(ConfigError, "personal-models-not-measured", "evaluation.on = 'clients'"):
         simulate(tiny_config("strategy.name=fedsa"))
@@ -297,6 +318,10 @@ def test_what_would_not_be_measured_or_kept_is_refused(tiny_config: MakeConfig) 
         simulate(tiny_config(*FEDSA, "selection.metric=loss", name="best"))
     with raises(RuleError, "nothing-kept", "names nothing of the adapter"):
         simulate(tiny_config("strategy={name='keep',keep=['classifier']}", *PERSONAL, name="typo"))
+    headless = AdapterState({"layer": LoraPair(torch.ones(2, 4), torch.zeros(3, 2), 1.0)}, {})
+    with raises(RuleError, "nothing-kept", "keep another part (A, B)"):
+        load_aggregator("keep", {"keep": ["dense"]}).init(headless)
+    load_aggregator("fedsa", {}).init(headless)
     with raises(RuleError, "nothing-shared", "share nothing"):
         simulate(tiny_config("strategy={name='keep',keep=['A','B','dense']}", *PERSONAL, name="all"))
     with raises(RuleError, "personal-rule", "keep parts of what they train"):

@@ -10,7 +10,7 @@ from support.errors import raises
 
 from fedlora.errors import ReplyError
 from fedlora.federation.client_ledger import LedgerPlace
-from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
+from fedlora.federation.client_store import NOTHING_KEPT, ClientStore, last_used
 
 RUN = "0123456789abcdef" * 2
 
@@ -46,6 +46,18 @@ def test_what_can_still_be_named_stays_and_the_rest_goes(store: ClientStore) -> 
         store.save(0, number, kept(number), since)
     assert rounds(store, 0) == [2, 4, 7]
     assert float(store.load(0, 4)["head.weight"][0]) == 4.0
+
+
+def test_a_late_round_takes_no_later_one_away(store: ClientStore) -> None:
+    for number, since in ((7, 0), (9, 7), (8, 7)):
+        store.save(0, number, kept(number), since)
+    assert 9 in rounds(store, 0)
+
+
+def test_a_round_is_used_whose_aggregate_was() -> None:
+    lines = [{"round": 1, "answered": [0, 1]}, {"round": 2, "answered": [0], "lost": True}]
+    lines.append({"round": 3, "answered": [1], "rule": {"dropped": 1.0}})
+    assert last_used(lines) == {0: 1, 1: 1}
 
 
 def test_a_round_that_is_trained_again_takes_the_place_of_the_first(store: ClientStore) -> None:

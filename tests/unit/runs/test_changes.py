@@ -56,6 +56,8 @@ def config(*overrides: str) -> RunConfig:
         ((), ("data.test=t.csv",), ["data.test"]),
         (("data.test=t.csv",), ("data.test=moved.csv",), []),
         ((), ("strategy.name=ffa",), ["strategy.name"]),
+        ((), ("train.keep_optimizer=true",), ["train.keep_optimizer"]),  # of which nothing was kept
+        (("train.keep_optimizer=true",), ("train.keep_optimizer=false",), []),
         # more clients
         ((), ("partition.clients=9",), ["partition.clients"]),
         (NODES, (*NODES, "partition.clients=4"), []),

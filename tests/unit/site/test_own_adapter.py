@@ -54,6 +54,13 @@ def test_what_is_kept_takes_the_place_of_the_shared_values(site: Path) -> None:
     assert (code, "already exists" in said) == (1, True)
 
 
+def test_where_an_optimiser_alone_is_kept_there_is_no_own_model(site: Path) -> None:
+    store = LedgerPlace(own=site / "ledger.jsonl").store(RUNS[0])
+    store.save(3, 2, {"optimizer/step/q:B": torch.ones(1)}, 1)
+    code, said = export(site)
+    assert (code, "use the run's adapter" in said) == (1, True)
+
+
 def test_of_several_runs_one_is_named(site: Path) -> None:
     keep(site, RUNS[1], (1, 0))
     code, said = export(site)
