@@ -87,7 +87,7 @@ class Keeping(Around):
         if not kept:
             raise RuleError(
                 f"of {' and '.join(self.keep)}, which clients keep, the adapter has nothing: keep another part "
-                f"({', '.join(part for part in ALL_PARTS if adapter.tensors((part,)))})",
+                f"({', '.join(part for part in sorted(ALL_PARTS) if adapter.tensors((part,)))})",
                 code="nothing-kept",
             )
         self.require_alike(name for name in kept if name not in adapter.dense)

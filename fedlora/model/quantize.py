@@ -137,6 +137,14 @@ def note_of(config: RunConfig, model: nn.Module) -> str | None:
     )
 
 
+def holds_int8(model: nn.Module) -> bool:
+    """Whether a model has layers of LLM.int8(), be it that its checkpoint was quantised so.
+
+    They compute a column in another way for all rows of a batch where one of them is large (on GPUs).
+    """
+    return any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+
+
 def _is_quantised(module: nn.Module) -> bool:
     return type(module).__module__.startswith("bitsandbytes.")
 

@@ -137,6 +137,13 @@ def read_rows(
         if "text" in cells:
             yield "", require_text(cells["text"], number, names["text"])
         elif "prompt" in cells and not isinstance(cells["prompt"], list | tuple | np.ndarray):
+            if system is not None or not is_nothing(cells.get("tools")):
+                what = "task.system" if system is not None else f"column {names['tools']!r}"
+                raise DataError(
+                    f"row {number}: {what} is for conversations, and this prompt is a text: remove it, or write the "
+                    "prompt as a list of messages",
+                    code="key-without-effect",
+                )
             yield tuple(require_text(cells[role], number, names[role]) for role in ("prompt", "completion"))  # type: ignore[misc]
         else:
             yield _conversation(cells, names, number, system)

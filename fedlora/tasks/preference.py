@@ -20,7 +20,7 @@ from torch.nn import functional
 from fedlora.assets import Checkpoint
 from fedlora.errors import DataError
 from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
-from fedlora.tasks._chat import encode_rows
+from fedlora.tasks._chat import Encoded, encode_rows
 from fedlora.tasks._chat_formats import Conversation, Row, is_nothing, read_rows
 from fedlora.tasks._text import Tokens, load_tokenizer, most_tokens
 from fedlora.tasks._token_loss import IGNORED, mean_losses
@@ -28,6 +28,8 @@ from fedlora.tasks.causal_lm import CausalLM
 
 REFERENCE = "reference"
 """Name in a batch of the reference's log-probabilities of the chosen and the rejected completion [b, 2]."""
+UNCUT = 1 << 30
+"""Tokens that no example has."""
 SIDES = {"chosen": "", "rejected": "rejected_"}
 """Role -> what stands before the names of its tensors."""
 
@@ -35,7 +37,7 @@ SIDES = {"chosen": "", "rejected": "rejected_"}
 @tasks.register("preference")
 @dataclass(frozen=True)
 class Preference(Task):
-    """Preference tuning on pairs, with the names and losses of TRL's DPOTrainer and ORPOTrainer.
+    """Preference tuning on pairs, with the names of TRL's trainers.
 
     An example is a pair, so that differential privacy by example protects pairs. With l = log p(chosen) -
     log p(rejected), summed over the completions' tokens, and l_ref the same of the reference, the loss of a pair is
@@ -100,10 +102,11 @@ class Preference(Task):
         pairs = list(_pairs(values, columns, self.system))
         inputs: dict[str, Tokens] = {}
         cut = np.zeros(len(pairs), dtype=bool)
+        whole = [encode_rows(tokenizer, [pair[side] for pair in pairs], "answer", UNCUT) for side in range(len(SIDES))]
+        encoded = [_cut_alike(sides, most) for sides in zip(*whole, strict=True)]
         for side, (role, before) in enumerate(SIDES.items()):
             ids, labels = [], []
-            encoded = encode_rows(tokenizer, [pair[side] for pair in pairs], "answer", most)
-            for row, (tokens, counts, shorter) in enumerate(encoded):
+            for row, (tokens, counts, shorter) in enumerate(pair[side] for pair in encoded):
                 counts[:1] = False  # nothing predicts the first token
                 if not counts.any():
                     raise DataError(
@@ -227,6 +230,16 @@ def _tokens(examples: Examples, name: str) -> Tokens:
     return tokens
 
 
+def _cut_alike(sides: Sequence[Encoded], most: int) -> list[Encoded]:
+    """At most `most` tokens of each side, which begin at one place of the prompt, so that both completions are scored
+    after the same tokens: the prompt gives its oldest ones, down to half of `most`, each completion its last."""
+    answers = [int(np.argmax(side.counts)) for side in sides]
+    prompt, longest = max(answers), max(len(side.ids) - answer for side, answer in zip(sides, answers, strict=True))
+    start = prompt - min(prompt, max(most // 2, most - longest))
+    window = slice(start, start + most)
+    return [Encoded(side.ids[window], side.counts[window], len(side.ids[window]) < len(side.ids)) for side in sides]
+
+
 def _log_probability(model: nn.Module, batch: Batch, before: str) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
     """The log-probability of each completion of one side, and its number of tokens.
 
@@ -238,7 +251,8 @@ def _log_probability(model: nn.Module, batch: Batch, before: str) -> tuple[Float
 
 
 def _log_odds(log_p: Tensor) -> Tensor:
-    """log(p / (1 - p)), stable at both ends."""
+    """log(p / (1 - p)), stable at both ends; of a p that rounds to 1 that of the largest below."""
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
     half = log_p > -np.log(2.0)
     small = torch.log(-torch.expm1(torch.where(half, log_p, -1.0)))
     return log_p - torch.where(half, small, torch.log1p(-torch.exp(torch.where(half, -1.0, log_p))))
@@ -254,6 +268,14 @@ def _pairs(
         prompt, asked = cells.get("prompt"), not is_nothing(cells.get("prompt"))
         listed = isinstance(cells["chosen"], list | tuple | np.ndarray)
         whole = listed and not (asked and not isinstance(prompt, str))
+        for role in () if whole or not listed else SIDES:
+            asking = [] if prompt is None else list(prompt)
+            if list(cells[role][: len(asking)]) == asking:
+                raise DataError(
+                    f"row {row}, column {columns[role]!r}: it repeats the prompt of column {columns['prompt']!r}: "
+                    "remove it from one of them",
+                    code="prompts-differ",
+                )
         if not listed and not asked:
             raise DataError(
                 f"row {row}: two texts without a prompt say not where they part: add the column "

@@ -97,7 +97,7 @@ def company_of(task: Task, examples: Examples, indices: Sequence[int] | np.ndarr
             continue
         if tokens // 2 >= FEW:  # the end stays: there are the answer's tokens
             alone.append(
-                {name: value[:, -(tokens // 2) :] if name in padded else value for name, value in batch.items()}
+                {n: value[:, -max(1, value.shape[1] // 2) :] if n in padded else value for n, value in batch.items()}
             )
         if 2 * tokens <= (getattr(task, "max_length", 0) or 4 * FEW):
             alone.append({name: value.repeat(1, 2) if name in padded else value for name, value in batch.items()})

@@ -34,6 +34,7 @@ from fedlora.tasks._base import Batch, Examples, Task
 from fedlora.training.cohort import alike, why_alone
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Keys, Masks, RowDropout, RowsError, secret_keys
+from fedlora.training.embedding_noise import WITHOUT_ROWS
 from fedlora.training.job import TrainJob, TrainResult, learning_rate
 from fedlora.training.loop import Loop
 from fedlora.training.opacus_loop import secret_seed, train_by_opacus, unshared_losses, veiled
@@ -123,7 +124,8 @@ class PrivateTrainingLoop(Loop):
         A client that failed as a whole would let one example move all others' part in its update.
         """
         key, size = id(client), len(client.chosen)
-        if isinstance(error, PrivacyError | RowsError):  # of the model, whatever its examples
+        of_the_model = isinstance(error, PrivacyError | RowsError) or getattr(error, "code", "") == WITHOUT_ROWS
+        if of_the_model:  # whatever its examples
             raise error
         if size > 1:
             self._parts[key][:0] = np.array_split(client.chosen, 2)

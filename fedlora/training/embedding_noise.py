@@ -19,6 +19,9 @@ from fedlora.errors import ConfigError, TrainingError
 from fedlora.tasks._base import Examples
 from fedlora.training.dropout_masks import RowDropout
 
+WITHOUT_ROWS = "embeddings-without-rows"
+"""Code of the error of a model whose embeddings the noise does not fit."""
+
 
 class EmbeddingNoise:
     """While it is entered, a model's embeddings are noisy; call `begin` before each forward pass.
@@ -57,8 +60,17 @@ class EmbeddingNoise:
         return embedded + (self._dropout.uniform(embedded.shape, self._scales) * scale).to(embedded.dtype)
 
 
-def require_texts(examples: Examples) -> None:
-    """Raise `ConfigError` for examples without tokens, on whose embeddings the noise is, or for pairs of texts."""
+def require_noisy(model: nn.Module, examples: Examples) -> None:
+    """Raise `ConfigError` for examples without tokens, on whose embeddings the noise is, for pairs of texts, and for a
+    model whose encoder and decoder embed tokens by modules of their own, which share a weight."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not embeddings)
+    if any(table.weight is embeddings.weight for table in tables):
+        raise ConfigError(
+            f"train.neftune_noise_alpha: {type(model).__name__} embeds tokens in several places: remove it, or use "
+            "another model",
+            code="embeddings-without-rows",
+        )
     if "rejected_input_ids" in examples.inputs:
         raise ConfigError(
             "train.neftune_noise_alpha adds noise to one text an example, and these are pairs of them: remove it",

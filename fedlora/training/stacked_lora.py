@@ -24,6 +24,7 @@ from torch.nn import functional
 from fedlora.adapter import AdapterState
 from fedlora.model import Base
 from fedlora.model.peft_tuners import ADAPTER
+from fedlora.model.quantize import holds_int8
 from fedlora.speedups.linear_kernels import OneDnnLinear
 from fedlora.speedups.trial import Trial, gap
 from fedlora.training.dropout_masks import RowsError
@@ -220,7 +221,7 @@ def cannot_stack(base: Base) -> str | None:
 
     if not base.method.pairs or base.method.magnitudes:
         return f"adapter.method {base.method.name!r} has no stacked form"
-    if base.config.quantize == "int8" and base.device.type == "cuda":  # bitsandbytes does so on GPUs alone
+    if base.device.type == "cuda" and holds_int8(base.model):
         return "LLM.int8() computes a column in another way for all rows of a batch where one of them is large"
     layers: Mapping[str, Any] = base.pair_layers
     for name, layer in layers.items():

@@ -12,6 +12,7 @@ from fedlora.assets import Checkpoint
 from fedlora.config import RunConfig, settle
 from fedlora.errors import ConfigError, ModelError, PrivacyError
 from fedlora.model import Base, base_key, load_base
+from fedlora.model.quantize import holds_int8
 from fedlora.progress import activity
 from fedlora.provenance import WORDS, Provenance, class_names_digest
 from fedlora.speedups import Speedups, install
@@ -21,7 +22,7 @@ from fedlora.tasks._base import Task
 from fedlora.tasks._own_metric import with_own_metric
 from fedlora.training.checkpointing import require_checkpoints
 from fedlora.training.cohort import why_alone
-from fedlora.training.embedding_noise import require_texts
+from fedlora.training.embedding_noise import require_noisy
 from fedlora.training.fits import require_fit
 from fedlora.training.runtime import Machine, pass_over_libraries, setup
 from fedlora.training.stacked_lora import cannot_share
@@ -110,8 +111,14 @@ def open_workspace(config: RunConfig) -> Workspace:
 def _require_possible(config: RunConfig, workspace: Workspace) -> None:
     """Refuse what `[train]` asks for where the base or the data cannot have it."""
     base, hooks = workspace.base, config.example_privacy is not None and why_alone(workspace.base)
+    if config.privacy is not None and holds_int8(base.model):
+        raise PrivacyError(
+            "the checkpoint is held in int8, which computes a column in another way for all rows of a batch where one "
+            "of them is large: take the whole weights, or model.quantize = 'nf4' of them",
+            code="examples-coupled",
+        )
     if config.train.neftune_noise_alpha is not None:
-        require_texts(workspace.data.probes)
+        require_noisy(base.model, workspace.data.probes)
         if hooks:
             raise PrivacyError(
                 f"train.neftune_noise_alpha does not go with private training by Opacus's hooks, which is used here "

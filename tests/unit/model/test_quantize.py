@@ -126,6 +126,12 @@ def test_what_saves_memory_changes_no_client(held: tuple[Base, Task, Examples], 
         assert gap(one.adapter, job.adapter) > 1e-3, "it did train"
 
 
+def test_int8_is_known_by_its_layers(held: tuple[Base, Task, Examples]) -> None:
+    """A checkpoint can be held so without model.quantize."""
+    base, _, _ = held
+    assert quantize_module.holds_int8(base.model) == (base.config.quantize == "int8")
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_layers_that_the_checkpoint_lacks_stay_whole(quantize: str, tmp_path: Path) -> None:
     import transformers

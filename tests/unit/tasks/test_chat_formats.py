@@ -272,6 +272,13 @@ def test_of_a_completion_in_messages_the_assistants_count(folder: Path) -> None:
     assert said(folder, columns, "answers") == ["the cat 🌹<|end|>in paris<|end|>yes<|end|>"]
 
 
+@pytest.mark.parametrize(("system", "more"), [("Answer in French.", {}), (None, {"tools": [[{"name": "look"}]]})])
+def test_what_is_for_conversations_is_refused_beside_a_text_prompt(system: str | None, more: Any) -> None:
+    columns: dict[str, list[Any]] = {"prompt": ["1 + 1 ="], "completion": [" 2"], **more}
+    with raises(DataError, "key-without-effect", "row 0", "list of messages"):
+        list(read_rows(columns, {name: name for name in columns}, system))
+
+
 def test_a_text_prompt_is_continued_as_it_stands(folder: Path) -> None:
     (found,) = encoded(folder, {"prompt": ["1 + 1 ="], "completion": [" 2"]})
     tokenizer = load_tokenizer(folder)

@@ -20,7 +20,7 @@ from fedlora.speedups.attention import choose_attention
 from fedlora.tasks import Examples, Table, Task, load_task
 from fedlora.tasks._text import load_tokenizer
 from fedlora.tasks._token_loss import IGNORED
-from fedlora.tasks.preference import SIDES, Preference
+from fedlora.tasks.preference import SIDES, Preference, _log_odds
 from fedlora.training import TrainJob
 from fedlora.training.dp_loop import train_private
 from fedlora.training.dp_settings import PrivateSettings, Schedule
@@ -237,6 +237,8 @@ WRONG: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
      "prompts-differ", ("column 'prompt'", "correct")),
     ({"prompt": ASKED, "chosen": [say("assistant", "red")], "rejected": [say("user", "old")]},
      "no-final-answer", ("column 'rejected'", "remove the row")),
+    ({"prompt": ASKED, "chosen": [*ASKED, say("assistant", "red")], "rejected": [say("assistant", "old")]},
+     "prompts-differ", ("column 'chosen'", "repeats the prompt")),
 ]  # fmt: skip
 
 
@@ -247,6 +249,29 @@ def test_a_wrong_pair_is_named_with_a_cure(row: Any, code: str, words: tuple[str
     columns = {name: [good[name], row[name]] for name in names}
     with raises(DataError, code, "row 1", *words):
         prepared(tiny_llama, columns)
+
+
+def test_completions_of_a_cut_pair_follow_the_same_tokens(tiny_llama: Path) -> None:
+    columns = {
+        "prompt": [" ".join(WORDS[k % len(WORDS)] for k in range(60))],
+        "chosen": [" red"],
+        "rejected": [" old" * 50],
+    }
+    _, examples = prepared(tiny_llama, columns)
+    prompts = []
+    for before in SIDES.values():
+        ids, labels = examples.inputs[f"{before}input_ids"][0], examples.inputs[f"{before}labels"][0]
+        assert len(ids) <= 64
+        prompts.append(ids[: int(np.argmax(labels != IGNORED))].tolist())
+    assert prompts[0] == prompts[1]
+    assert len(prompts[0]) == 32
+
+
+def test_the_odds_of_a_certain_completion_have_a_gradient() -> None:
+    log_p = torch.tensor([0.0, -1e-9, -0.5, -50.0], requires_grad=True)
+    _log_odds(log_p).sum().backward()
+    assert log_p.grad is not None
+    assert torch.isfinite(log_p.grad).all()
 
 
 def test_a_cut_pair_still_has_both_completions(tiny_llama: Path) -> None:

@@ -13,6 +13,7 @@ from support.cohorts import PASSES, WIDE, client, gap, random_base, random_examp
 from support.errors import raises
 from support.pretend_gpu import pretend_gpu
 from torch import Tensor
+from transformers import T5Config, T5ForSequenceClassification
 
 from fedlora.adapter import AdapterState
 from fedlora.config import OpenTable, parse_config
@@ -23,7 +24,7 @@ from fedlora.tasks import Examples, Task, load_task
 from fedlora.training import TrainResult
 from fedlora.training.dp_loop import PrivateTrainingLoop
 from fedlora.training.dp_settings import PrivateSettings
-from fedlora.training.embedding_noise import EmbeddingNoise, require_texts
+from fedlora.training.embedding_noise import EmbeddingNoise, require_noisy
 
 ALPHA = 5.0
 
@@ -145,11 +146,15 @@ def test_a_gpu_draws_the_same(tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_be_added_to_is_refused(tmp_path: Path) -> None:
+    base, task, examples = a_base("llama", tmp_path)
+    t5 = T5ForSequenceClassification(T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    with raises(ConfigError, "embeddings-without-rows", "T5ForSequenceClassification", "remove it"):
+        require_noisy(t5, examples)
+    require_noisy(base.model, examples)
     with raises(ConfigError, "noise-without-tokens", "train.neftune_noise_alpha"):
-        require_texts(random_examples(causal=False, vit=True))
+        require_noisy(base.model, random_examples(causal=False, vit=True))
     with raises(ConfigError, "noise-below-cache", "runtime.prefix_cache"):
         parse_config("", ["train.neftune_noise_alpha=5", "runtime.prefix_cache='on'"])
-    base, task, examples = a_base("llama", tmp_path)
     embedding = base.model.get_input_embeddings()
     embedding.register_forward_hook(lambda _module, _args, out: out[:1])
     (outcome,) = together(base, task, examples, [client(base, 0, neftune_noise_alpha=ALPHA)])
