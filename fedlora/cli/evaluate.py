@@ -81,6 +81,7 @@ def _by_federation(adapter: Path, place: Path, overrides: list[str], show: Show)
     from fedlora.config import load_config
     from fedlora.deploy.evaluation import evaluate_in_deployment, is_deployment
     from fedlora.federation.adapter_evaluation import adapter_folder
+    from fedlora.runs.rundir import RunDir
     from fedlora.simulation.run import evaluate_in_simulation
 
     folder = adapter_folder(adapter)
@@ -88,7 +89,8 @@ def _by_federation(adapter: Path, place: Path, overrides: list[str], show: Show)
         found = evaluate_in_deployment(place, folder, overrides, lambda line: typer.echo(line, err=True))
     else:
         config = load_config(place / "config.toml" if place.is_dir() else place, overrides)
-        found = evaluate_in_simulation(config, folder)
+        same_data = place.is_dir() and not any(override.startswith("data.") for override in overrides)
+        found = evaluate_in_simulation(config, folder, run=RunDir.open(place) if same_data else None)
     clients, figures = found["clients"], found["figures"]
     whole = {"clients": str(len(clients)), "examples": f"{sum(row['examples'] for row in clients.values()):g}"}
     rows = [

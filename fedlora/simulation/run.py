@@ -21,7 +21,7 @@ from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.local_clients import LocalClients, clients_of
 from fedlora.federation.run import RunOutcome, run_federation
-from fedlora.runs.rundir import RunDir
+from fedlora.runs.rundir import PUT_BACK, RunDir
 from fedlora.simulation.capacity import (
     ProcessChoice,
     cohort_size,
@@ -86,19 +86,27 @@ def run_simulation(
     return outcome
 
 
-def evaluate_in_simulation(config: RunConfig, folder: Path, *callbacks: Callback) -> dict[str, Any]:
+def evaluate_in_simulation(
+    config: RunConfig, folder: Path, *callbacks: Callback, run: RunDir | None = None
+) -> dict[str, Any]:
     """Let the simulated clients of a config measure an adapter; nothing is trained or written.
 
     Args:
         config: Of the federation.
         folder: With the adapter in PEFT's format.
         callbacks: Told who reports nothing.
+        run: Whose data these are to be: of other data, what clients keep apart may have been trained on.
 
     Returns:
         See `fedlora.federation.adapter_evaluation.evaluate_adapter`, whose errors these are.
+
+    Raises:
+        RunDirError: the run was made with something else.
     """
     require_clients_evaluate(config)
     workspace = open_workspace(config)
+    if run is not None:
+        run.require(workspace.pins, PUT_BACK)
     refuse_early(config, workspace)
     told = Callbacks(*callbacks)
     with _pool(config, load_rule(config), workspace, None, NOWHERE, None, told) as pool:

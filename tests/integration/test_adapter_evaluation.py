@@ -32,7 +32,7 @@ from fedlora.node_worker.gated_app import GatedApp
 from fedlora.simulation.run import evaluate_in_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.evaluate import evaluate
-from fedlora.training.workspace import open_workspace
+from fedlora.training.workspace import close_workspace, open_workspace
 
 __all__ = ["own", "site"]  # fixtures
 MakeConfig = Callable[..., RunConfig]
@@ -137,8 +137,9 @@ def test_what_cannot_be_measured_is_refused_before_a_client_is_asked(tiny_config
         evaluate_in_simulation(config, broken)
 
 
-def test_the_command_takes_a_run_and_its_federation(tiny_config: MakeConfig) -> None:
-    outcome = simulate(tiny_config(*AT_CLIENTS, "rounds=1"))
+def test_the_command_takes_a_run_and_its_federation(tiny_config: MakeConfig, tiny_csv: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copy(tiny_csv, tmp_path / "own.csv"))
+    outcome = simulate(tiny_config(*AT_CLIENTS, "rounds=1", f"data.source='{source}'"))
     run = str(outcome.rundir.path)
     done = CliRunner().invoke(app, ["evaluate", run, "--federation", run, "--format", "csv"])
     assert done.exit_code == 0, done.output
@@ -148,6 +149,11 @@ def test_the_command_takes_a_run_and_its_federation(tiny_config: MakeConfig) -> 
     assert sum(int(row["examples"]) for row in each) == int(whole[0]["examples"])
     refused = CliRunner().invoke(app, ["evaluate", run, "--federation", run, "--clients"])
     assert refused.stderr.startswith("error: --federation measures on what the clients keep apart")
+    close_workspace()
+    source.write_text(source.read_text() + source.read_text().splitlines()[1] + "\n")
+    changed = CliRunner().invoke(app, ["evaluate", run, "--federation", run])
+    assert changed.exit_code == 1
+    assert "put back what it was made with" in changed.stderr
 
 
 def test_nobody_is_told_twice(tiny_config: MakeConfig) -> None:
