@@ -43,8 +43,8 @@ ALONE, SAME = "test_one_client_alone_gives_back_that_client", "test_identical_up
 DENSE, TWINS = "test_dense_parts_are_averaged_as_themselves", "test_one_client_counts_as_its_duplicates"
 
 
-def contract(name: str, base: type[AggregatorContract], rule: Aggregator) -> None:
-    globals()[name] = type(name, (base,), {"aggregator": rule})
+def contract(name: str, base: type[AggregatorContract], rule: Aggregator, *marks: pytest.MarkDecorator) -> None:
+    globals()[name] = type(name, (base,), {"aggregator": rule, "pytestmark": list(marks)})
 
 
 # ------------------------------------------------------------------------------------------ what holds in their place
@@ -216,8 +216,9 @@ VARIANTS: dict[str, tuple[type[AggregatorContract], Aggregator]] = {
     "FedSaOfMedian": (AggregatorContract, FedSaLora(Median())),
     "FedYogiOfMedianOfFfa": (Step, FedYogi(inner=Median(FfaLora()))),
 }
+OFTEN = ("KrumOfFlora", "FedAdamOfFfa", "KeepByPattern")
 for _name, (_base, _variant) in VARIANTS.items():
-    contract(f"Test{_name}", _base, _variant)
+    contract(f"Test{_name}", _base, _variant, *([] if _name in OFTEN else [pytest.mark.slow]))
 
 
 # ------------------------------------------------------------------------------------------ claims that follow
