@@ -34,6 +34,15 @@ VOLATILE = ("name_or_path", "transformers_version", "torch_dtype", "dtype", "pro
 """Keys of a model's or a processor's own config that say nothing of what it computes."""
 
 
+def said_of_adapter(folder: Path) -> dict[str, Any]:
+    """What a run wrote beside its adapter; nothing, of another program's."""
+    try:
+        facts = json.loads((folder / "fedlora.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 @final
 @dataclass(frozen=True)
 class Provenance:
@@ -67,11 +76,7 @@ class Provenance:
     @classmethod
     def of_adapter(cls, folder: Path) -> Provenance:
         """What an adapter that a run left says of its base and tokenizer; nothing, of another program's."""
-        try:
-            facts = json.loads((folder / "fedlora.json").read_bytes())
-        except (OSError, ValueError):
-            return cls()
-        return cls.read(facts.get("provenance") if isinstance(facts, dict) else None)
+        return cls.read(said_of_adapter(folder).get("provenance"))
 
     @property
     def known(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from fedlora.data import FederatedData, load_data, load_local
 from fedlora.errors import ConfigError, ModelError, RunDirError
 from fedlora.model import load_adapted, unquantised
 from fedlora.model.fingerprint import fingerprint
-from fedlora.provenance import Provenance, class_names_digest
+from fedlora.provenance import Provenance, class_names_digest, said_of_adapter
 from fedlora.runs.rundir import PUT_BACK, RunDir, require_provenance
 from fedlora.speedups.trial import find_coupling
 from fedlora.tasks import Examples, Task, load_task
@@ -114,22 +114,13 @@ def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = 
     return Source(path, _config_of(path, overrides, data), made=Provenance.of_adapter(path))
 
 
-def _said_of(folder: Path) -> dict[str, Any]:
-    """What a run wrote beside its adapter; nothing, of another program's."""
-    try:
-        facts = json.loads((folder / "fedlora.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
 def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> RunConfig:
     """The config that an adapter of unknown origin implies."""
     facts: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     given = {override.partition("=")[0].strip() for override in overrides}
     # No named corpus, whose columns and classes would be taken for the adapter's.
     known = [f"name={json.dumps(folder.name)}", f"data.source={json.dumps(str(data or 'none'))}"]
-    if (quantize := _said_of(folder).get("quantize")) and "model.quantize" not in given:
+    if (quantize := said_of_adapter(folder).get("quantize")) and "model.quantize" not in given:
         known.append(f"model.quantize={json.dumps(quantize)}")
     base, task = facts.get("base_model_name_or_path"), TASKS.get(facts.get("task_type") or "")
     if base and "model.name" not in given:

@@ -107,7 +107,10 @@ def measure_apart(
     config, client_id, found = workspace.config, request.client_id, dict[str, Sums]()
     if config.privacy is not None:
         return Failure("refused", "in a private run no client evaluates on its own examples")
-    personal = _Start.of(request, store, config).adapter if request.plan.kept else request.plan.adapter
+    try:
+        personal = _Start.of(request, store, config).adapter if request.plan.kept else request.plan.adapter
+    except ReplyError as error:  # what it kept is lost
+        return Failure("refused", str(error))
     for part in parts:
         examples = part.removesuffix(SHARED)
         apart = workspace.data.apart.get(examples)

@@ -25,7 +25,6 @@ from fedlora.federation.client_pool import (
     RoundRequest,
     ServerPart,
     SimulatedClients,
-    Sums,
 )
 from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
 from fedlora.federation.planner import Held, Planned, Planner
@@ -132,11 +131,7 @@ class LocalClients(SimulatedClients):
     ) -> ClientEvaluation:
         """What one client reports of the state that the base holds."""
         planned = self._planner.evaluation(request, client, held)
-        found: dict[str, Sums] | Failure
-        try:
-            found = measure_apart(self._workspace, planned.request, parts, self._store)
-        except ReplyError as error:  # what the client kept is lost
-            found = Failure("refused", str(error))
+        found = measure_apart(self._workspace, planned.request, parts, self._store)
         planned.received_by(held)
         if isinstance(found, Failure):
             nbytes = head_nbytes(note_head("error", error=clean_text(found.why, MAX_ERROR)))

@@ -17,7 +17,8 @@ from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RuleError
-from fedlora.flower.peft_records import PeftNames, peft_name, record_of, tensors_of
+from fedlora.flower.peft_records import PeftNames, record_of, tensors_of
+from fedlora.model.export import peft_name
 from fedlora.sanitize import clean_text
 
 TRAINS = "fedlora-trains"

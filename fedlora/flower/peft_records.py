@@ -107,12 +107,6 @@ def own_name(name: str) -> str:
     return f"{found['module']}:{found['factor']}"
 
 
-def peft_name(own: str) -> str:
-    """The inverse of `own_name`, as PEFT's files have it."""
-    module, mark, factor = own.rpartition(":")
-    return f"{PREFIX}{module}.lora_{factor}.weight" if mark else f"{PREFIX}{own}"
-
-
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     """A record's tensors.
 

@@ -136,6 +136,12 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}": value for name, value in tensors.items()}
 
 
+def peft_name(own: str) -> str:
+    """The name in PEFT's files of one of `AdapterState.tensors`."""
+    module, mark, factor = own.rpartition(":")
+    return f"{PREFIX}{module}.lora_{factor}.weight" if mark else f"{PREFIX}{own}"
+
+
 def save_with(adapter: Path, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write a saved adapter again, with other values for some of its tensors.
 
@@ -151,8 +157,7 @@ def save_with(adapter: Path, tensors: Mapping[str, Tensor], folder: Path) -> Non
 
     stored = load_file(adapter / "adapter_model.safetensors")
     for name, value in tensors.items():
-        module, mark, factor = name.rpartition(":")
-        theirs = f"{PREFIX}{module}.lora_{factor}.weight" if mark else f"{PREFIX}{name}"
+        theirs = peft_name(name)
         if theirs not in stored or stored[theirs].shape != value.shape:
             raise ExportError(
                 f"{str(adapter)!r} has no tensor {theirs!r} of shape {tuple(value.shape)}: name the adapter of the "

@@ -24,6 +24,8 @@ from fedlora.errors import ConfigError
 from fedlora.registry import Registry
 
 Batch = dict[str, Tensor]
+REFERENCE = "reference"
+"""Name in a batch of what `Task.reference` gives."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class Task(ABC):
     def refers(self) -> bool:
         """Whether the loss compares with a reference: the model that a client's round starts from.
 
-        Then a batch that is trained on has `reference` of its examples, under that name.
+        Then a batch that is trained on has `reference` of its examples under the name `REFERENCE`.
         """
         return False
 

@@ -9,14 +9,17 @@ also where it holds some of the prompt too (as in transformers' `return_assistan
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from fedlora.errors import DataError, ModelError
 from fedlora.sanitize import clean_text
 from fedlora.tasks._chat_formats import Conversation, Message, Row
+from fedlora.tasks._text import Tokens
+from fedlora.tasks._token_loss import IGNORED
 
 TrainOn = Literal["answer", "answers", "all"]
 
@@ -80,6 +83,30 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row], train_on: TrainOn, max_leng
             if plain:
                 ids, counts, ends = _closed(ids, counts, ends, tokenizer.eos_token_id)
             yield _cut(ids, counts, int(np.argmax(ends > answer)) if len(ids) else 0, max_length)
+
+
+def learnt(rows: Iterable[Encoded], column: str, pad_id: int) -> tuple[Tokens, Tokens, Bool[np.ndarray, "n"]]:
+    """Token ids of encoded rows, their labels, and which rows were cut.
+
+    Args:
+        rows: as `encode_rows` gives them.
+        column: that is named where nothing of a row counts.
+        pad_id: fills shorter rows of ids.
+
+    Raises:
+        DataError: nothing of a row counts.
+    """
+    ids, labels, cut = [], [], []
+    for row, (tokens, counts, shorter) in enumerate(rows):
+        counts[:1] = False  # nothing predicts the first token
+        if not counts.any():
+            raise DataError(
+                f"row {row}, column {column!r}: it has no token to learn: remove the row", code="nothing-to-learn"
+            )
+        ids.append(tokens)
+        labels.append(np.where(counts, tokens, IGNORED).astype(np.int32))
+        cut.append(shorter)
+    return Tokens.join(ids, pad_id), Tokens.join(labels, IGNORED), np.asarray(cut, dtype=bool)
 
 
 def _closed(

@@ -21,6 +21,7 @@ from fedlora.errors import DataError, ModelError
 from fedlora.hashing import Stamp
 from fedlora.provenance import tokenizer_digest
 from fedlora.sanitize import clean_text
+from fedlora.tasks._base import Examples
 
 LONGEST = 1024
 """Most tokens of an example where `task.max_length` says nothing and the model takes more (TRL's default)."""
@@ -105,6 +106,13 @@ class Tokens(Sequence[np.ndarray]):
         ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         ids[mask] = self.flat[(starts[:, None] + places)[mask]]
         return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+
+def tokens_of(examples: Examples, name: str = "input_ids") -> Tokens:
+    """One of the inputs of examples that are texts."""
+    tokens = examples.inputs[name]
+    assert isinstance(tokens, Tokens)
+    return tokens
 
 
 def load_tokenizer(model: str | Path | Checkpoint) -> Any:

@@ -18,13 +18,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedlora.assets import Checkpoint
-from fedlora.errors import ConfigError, DataError
+from fedlora.errors import ConfigError
 from fedlora.hashing import digest_of
 from fedlora.model.reach import longest_text
 from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
-from fedlora.tasks._chat import PLAIN_TEMPLATE, TrainOn, encode_rows
+from fedlora.tasks._chat import PLAIN_TEMPLATE, TrainOn, encode_rows, learnt
 from fedlora.tasks._chat_formats import FORMATS, OPTIONAL, Conversation, FormatName, read_rows, roles_of
-from fedlora.tasks._text import LONGEST, Tokens, digest_tokenizer, load_tokenizer, most_tokens
+from fedlora.tasks._text import LONGEST, digest_tokenizer, load_tokenizer, most_tokens, tokens_of
 from fedlora.tasks._token_loss import IGNORED, logits_at, mean_losses
 from fedlora.tasks._trials import evaluating, refuse_foresight, refuse_leaks
 
@@ -123,30 +123,20 @@ class CausalLM(Task):
             self._require_conversations()
         values = {role: table.columns[column] for role, column in columns.items()}
         rows = list(read_rows(values, columns, self.system))
-        ids: list[np.ndarray] = []
-        labels: list[np.ndarray] = []
-        cut = 0
-        for row, (tokens, counts, shorter) in enumerate(encode_rows(tokenizer, rows, self.train_on, most)):
-            counts[:1] = False  # nothing predicts the first token
-            if not counts.any():
-                raise DataError(
-                    f"row {row}, column {list(columns.values())[-1]!r}: it has no token to learn: remove the row",
-                    code="nothing-to-learn",
-                )
-            cut += shorter
-            ids.append(tokens)
-            labels.append(np.where(counts, tokens, IGNORED).astype(np.int32))
-        joined = Tokens.join(ids, int(tokenizer.pad_token_id))
+        encoded = encode_rows(tokenizer, rows, self.train_on, most)
+        joined, labels, cut = learnt(encoded, list(columns.values())[-1], int(tokenizer.pad_token_id))
         texts = sum(not isinstance(row, Conversation) for row in rows)
         notes = [f"examples are read as {_format(columns)} ({', '.join(columns.values())})"]
         if texts and "text" not in columns:
             notes.append(
                 f"{texts} of {len(rows)} prompts are texts, which their completions continue without chat template"
             )
-        if cut:
-            notes.append(f"{cut} of {len(rows)} examples are longer than {most} tokens and are cut (task.max_length)")
+        if cut.any():
+            notes.append(
+                f"{cut.sum()} of {len(rows)} examples are longer than {most} tokens and are cut (task.max_length)"
+            )
         return Examples(
-            inputs={"input_ids": joined, "labels": Tokens.join(labels, IGNORED)},
+            inputs={"input_ids": joined, "labels": labels},
             labels=None,
             lengths=joined.lengths,
             columns={name: np.asarray(table.columns[name]) for name in keep},
@@ -172,7 +162,7 @@ class CausalLM(Task):
         Padded: "input_ids", "attention_mask", "labels" [b, t]; labels that do not count are -100. Packed: "input_ids",
         "labels", "position_ids", "segments" [w, t]; a token's segment is its example's place in `indices`, or -1.
         """
-        ids, labels = _tokens(examples, "input_ids"), _tokens(examples, "labels")
+        ids, labels = tokens_of(examples), tokens_of(examples, "labels")
         if self.packing:
             return _packed([(ids[int(i)], labels[int(i)]) for i in indices], ids.pad_id, self.max_length or LONGEST)
         padded, mask = ids.pad(indices)
@@ -180,7 +170,7 @@ class CausalLM(Task):
 
     def plain_inputs(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """The beginning of each example, padded, whether packing or not: a vocabulary has many logits."""
-        ids, mask = _tokens(examples, "input_ids").pad(indices)
+        ids, mask = tokens_of(examples).pad(indices)
         return {"input_ids": ids[:, :COMPARED], "attention_mask": mask[:, :COMPARED]}
 
     def spans(
@@ -188,7 +178,7 @@ class CausalLM(Task):
     ) -> tuple[tuple[str, bool], ...]:
         """The example's text, cut where tokens begin or cease to count."""
         tokenizer = load_tokenizer(model_path)
-        ids, counts = _tokens(examples, "input_ids")[index], _tokens(examples, "labels")[index] != IGNORED
+        ids, counts = tokens_of(examples)[index], tokens_of(examples, "labels")[index] != IGNORED
         edges = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(ids)]
         texts = [tokenizer.decode(ids[:edge].tolist()) for edge in edges]
         return tuple(
@@ -198,7 +188,7 @@ class CausalLM(Task):
 
     def padding(self, examples: Examples) -> Mapping[str, int]:
         """Labels that do not count, and positions and segments of nobody."""
-        pad = _tokens(examples, "input_ids").pad_id
+        pad = tokens_of(examples).pad_id
         return {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "position_ids": 0, "segments": -1}
 
     def join(self, examples: Examples, batches: Sequence[Batch]) -> Batch:
@@ -273,7 +263,7 @@ class CausalLM(Task):
             new_tokens: at most so many are generated.
         """
         tokenizer = load_tokenizer(model_path)
-        ids, labels = _tokens(examples, "input_ids"), _tokens(examples, "labels")
+        ids, labels = tokens_of(examples), tokens_of(examples, "labels")
         device = next(model.parameters()).device
         longest = longest_text(model)
         if longest is not None:
@@ -301,18 +291,12 @@ class CausalLM(Task):
         return tuple(out)
 
 
-def _tokens(examples: Examples, name: str) -> Tokens:
-    tokens = examples.inputs[name]
-    assert isinstance(tokens, Tokens)
-    return tokens
-
-
 def _format(roles: Collection[str]) -> str:
     return next(name for name, one in FORMATS.items() if set(one.roles) <= set(roles))
 
 
 def _longest(examples: Examples) -> list[np.ndarray]:
-    return [_tokens(examples, "input_ids")[int(np.argmax(examples.lengths))]] if len(examples) else []
+    return [tokens_of(examples)[int(np.argmax(examples.lengths))]] if len(examples) else []
 
 
 def _cut_for(longest: int | None, prompt: int, new_tokens: int) -> int:

@@ -19,15 +19,13 @@ from torch.nn import functional
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import DataError
-from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
-from fedlora.tasks._chat import Encoded, encode_rows
+from fedlora.tasks._base import REFERENCE, Batch, Examples, Sample, Table, Task, tasks
+from fedlora.tasks._chat import Encoded, encode_rows, learnt
 from fedlora.tasks._chat_formats import Conversation, Row, is_nothing, read_rows
-from fedlora.tasks._text import Tokens, load_tokenizer, most_tokens
+from fedlora.tasks._text import Tokens, load_tokenizer, most_tokens, tokens_of
 from fedlora.tasks._token_loss import IGNORED, mean_losses
 from fedlora.tasks.causal_lm import CausalLM
 
-REFERENCE = "reference"
-"""Name in a batch of the reference's log-probabilities of the chosen and the rejected completion [b, 2]."""
 UNCUT = 1 << 30
 """Tokens that no example has."""
 SIDES = {"chosen": "", "rejected": "rejected_"}
@@ -105,19 +103,10 @@ class Preference(Task):
         whole = [encode_rows(tokenizer, [pair[side] for pair in pairs], "answer", UNCUT) for side in range(len(SIDES))]
         encoded = [_cut_alike(sides, most) for sides in zip(*whole, strict=True)]
         for side, (role, before) in enumerate(SIDES.items()):
-            ids, labels = [], []
-            for row, (tokens, counts, shorter) in enumerate(pair[side] for pair in encoded):
-                counts[:1] = False  # nothing predicts the first token
-                if not counts.any():
-                    raise DataError(
-                        f"row {row}, column {columns[role]!r}: it has no token to learn: remove the row",
-                        code="nothing-to-learn",
-                    )
-                cut[row] |= shorter
-                ids.append(tokens)
-                labels.append(np.where(counts, tokens, IGNORED).astype(np.int32))
-            inputs[f"{before}input_ids"] = Tokens.join(ids, int(tokenizer.pad_token_id))
-            inputs[f"{before}labels"] = Tokens.join(labels, IGNORED)
+            own = (pair[side] for pair in encoded)
+            ids, labels, shorter = learnt(own, columns[role], int(tokenizer.pad_token_id))
+            inputs |= {f"{before}input_ids": ids, f"{before}labels": labels}
+            cut |= shorter
         notes = [f"pairs are read from the columns {', '.join(columns.values())}"]
         if cut.any():
             notes.append(f"{cut.sum()} of {len(cut)} pairs are longer than {most} tokens and are cut (task.max_length)")
@@ -141,7 +130,7 @@ class Preference(Task):
         """A padded batch: "input_ids", "attention_mask", "labels" of the chosen ones, the rejected ones' after them."""
         batch: Batch = {}
         for before in SIDES.values():
-            ids, labels = _tokens(examples, f"{before}input_ids"), _tokens(examples, f"{before}labels")
+            ids, labels = tokens_of(examples, f"{before}input_ids"), tokens_of(examples, f"{before}labels")
             padded, mask = ids.pad(indices)
             batch |= {f"{before}input_ids": padded, f"{before}attention_mask": mask}
             batch[f"{before}labels"] = labels.pad(indices)[0]
@@ -153,7 +142,7 @@ class Preference(Task):
 
     def padding(self, examples: Examples) -> Mapping[str, int]:
         """As of "causal-lm", for both sides."""
-        fill = {"input_ids": _tokens(examples, "input_ids").pad_id, "attention_mask": 0, "labels": IGNORED}
+        fill = {"input_ids": tokens_of(examples).pad_id, "attention_mask": 0, "labels": IGNORED}
         return {f"{before}{name}": value for before in SIDES.values() for name, value in fill.items()}
 
     def tokens(self, batch: Batch) -> int | None:
@@ -221,13 +210,7 @@ class Preference(Task):
 def _side(examples: Examples, before: str) -> Examples:
     """One side of the pairs, as examples of "causal-lm"."""
     inputs = {name: examples.inputs[f"{before}{name}"] for name in ("input_ids", "labels")}
-    return Examples(inputs, None, _tokens(examples, f"{before}input_ids").lengths)
-
-
-def _tokens(examples: Examples, name: str) -> Tokens:
-    tokens = examples.inputs[name]
-    assert isinstance(tokens, Tokens)
-    return tokens
+    return Examples(inputs, None, tokens_of(examples, f"{before}input_ids").lengths)
 
 
 def _cut_alike(sides: Sequence[Encoded], most: int) -> list[Encoded]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedlora.assets import Checkpoint
 from fedlora.tasks._base import Batch, Examples, Table, tasks, without_cache
 from fedlora.tasks._classification import Classification, classes_of
-from fedlora.tasks._text import Tokens, digest_tokenizer, encode, load_tokenizer
+from fedlora.tasks._text import digest_tokenizer, encode, load_tokenizer, tokens_of
 
 
 @tasks.register("text-classification")
@@ -73,14 +73,14 @@ class TextClassification(Classification):
 
     def model_kwargs(self, examples: Examples) -> dict[str, Any]:
         """The number and the names of the classes, and the padding token that some models look for."""
-        return {**super().model_kwargs(examples), "pad_token_id": _tokens(examples).pad_id}
+        return {**super().model_kwargs(examples), "pad_token_id": tokens_of(examples).pad_id}
 
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """Padded to the longest text of the batch: "input_ids" and "attention_mask" [b, t], "labels" [b].
 
         "token_type_ids" [b, t] too where the tokeniser gives any but 0.
         """
-        ids, mask = _tokens(examples).pad(indices)
+        ids, mask = tokens_of(examples).pad(indices)
         assert examples.labels is not None
         batch = {
             "input_ids": ids,
@@ -96,23 +96,23 @@ class TextClassification(Classification):
     ) -> tuple[tuple[str, bool], ...]:
         """The text with its special tokens, and the class, which alone is learnt."""
         assert examples.labels is not None
-        text = load_tokenizer(model_path).decode(_tokens(examples)[index].tolist())
+        text = load_tokenizer(model_path).decode(tokens_of(examples)[index].tolist())
         return (f"{text} → ", False), (examples.label_names[int(examples.labels[index])], True)
 
     def padding(self, examples: Examples) -> Mapping[str, int]:
         """The tokeniser's own padding, which is not looked at."""
-        fill = {"input_ids": _tokens(examples).pad_id, "attention_mask": 0}
+        fill = {"input_ids": tokens_of(examples).pad_id, "attention_mask": 0}
         if "token_type_ids" in examples.inputs:
             fill["token_type_ids"] = examples.inputs["token_type_ids"].pad_id  # type: ignore[attr-defined]
         return fill
 
     def pads_left(self, examples: Examples) -> bool:
         """As the tokeniser says."""
-        return _tokens(examples).left
+        return tokens_of(examples).left
 
     def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
         """Noise in the texts: `rate` is the share of words that are exchanged for words of other texts."""
-        tokens = _tokens(examples).corrupt(rows, rate, seed)
+        tokens = tokens_of(examples).corrupt(rows, rate, seed)
         return replace(examples, inputs={**examples.inputs, "input_ids": tokens})
 
     def logits(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
@@ -120,9 +120,3 @@ class TextClassification(Classification):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         scores: Tensor = model(**inputs, **without_cache(model)).logits
         return scores
-
-
-def _tokens(examples: Examples) -> Tokens:
-    tokens = examples.inputs["input_ids"]
-    assert isinstance(tokens, Tokens)
-    return tokens

@@ -28,7 +28,7 @@ from fedlora.config import TrainConfig
 from fedlora.errors import TrainingError
 from fedlora.model import Base, seeded
 from fedlora.progress import activity
-from fedlora.tasks._base import Batch, Examples, Task, to_device
+from fedlora.tasks._base import REFERENCE, Batch, Examples, Task, to_device
 from fedlora.training.checkpointing import checkpointed
 from fedlora.training.dropout_masks import Keys, RowDropout, RowsError
 from fedlora.training.embedding_noise import EmbeddingNoise
@@ -259,7 +259,7 @@ class Loop(ABC):
                 self._embedding_noise.begin(sent(self._noise_scales(group), losses))
             batch = to_device(self._task, group.batch, self._base.device)
             if self._task.refers:
-                batch = {**batch, "reference": self._reference(group, batch)}
+                batch = {**batch, REFERENCE: self._reference(group, batch)}
             self._under_way = (sum(group.sizes), self._task.tokens(batch) or 1)
             started = self._now()
             found, each = self._gradients(group, batch)

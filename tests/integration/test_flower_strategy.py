@@ -18,8 +18,9 @@ from fedlora.config import RunConfig
 from fedlora.errors import RuleError
 from fedlora.flower import FedLoraStrategy, client_app, evaluate_fn, initial_arrays
 from fedlora.flower.flower_strategy import TRAINS
-from fedlora.flower.peft_records import own_name, peft_name
+from fedlora.flower.peft_records import own_name
 from fedlora.flower.task_identity import task_identity
+from fedlora.model.export import peft_name
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid

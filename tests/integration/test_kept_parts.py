@@ -14,7 +14,7 @@ from flwr.app import Message
 from safetensors.torch import load_file
 from support.errors import raises
 from support.federations import deploy, forget, simulate, timeless
-from support.interrupted import cut_before_checkpoint
+from support.interrupted import cut_before_checkpoint, killed_before_checkpoint
 from typer.testing import CliRunner
 
 from fedlora.adapter import AdapterState, LoraPair
@@ -199,17 +199,9 @@ def test_a_deployed_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
 ) -> None:
     keys = (*FEDSA, "server.fraction=0.5", "rounds=4")
     straight = deploy(tiny_config(*keys, name="straight"), ledgers=tmp_path / "straight")
-    config, real = tiny_config(*keys, name="killed"), RunDir.save_checkpoint
-
-    def save(self: RunDir, state: Any) -> Path:
-        if state.round == killed:
-            raise KeyboardInterrupt
-        return real(self, state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "save_checkpoint", save)
-        with pytest.raises(KeyboardInterrupt):
-            deploy(config, ledgers=tmp_path / "killed")
+    config = tiny_config(*keys, name="killed")
+    with killed_before_checkpoint(killed, monkeypatch):
+        deploy(config, ledgers=tmp_path / "killed")
     resumed = deploy(config, rundir=RunDir.open(Path(config.output) / "killed"), ledgers=tmp_path / "killed")
     same_end(straight, resumed, *RESUMED)
     assert files(at_nodes(tmp_path / "straight", straight)) == files(at_nodes(tmp_path / "killed", resumed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,13 @@ def cut(rundir: RunDir, number: int, *, resume: bool = False) -> None:
 
 def cut_before_checkpoint(rundir: RunDir, number: int, patch: pytest.MonkeyPatch) -> None:
     """Run, and be killed when the line of metrics of round `number` is written and its checkpoint is not."""
+    with killed_before_checkpoint(number, patch):
+        run_simulation(rundir.config, rundir, Callback())
+
+
+@contextmanager
+def killed_before_checkpoint(number: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What runs inside is killed when the line of metrics of round `number` is written and its checkpoint is not."""
     real = RunDir.save_checkpoint
 
     def save(self: RunDir, state: GlobalState) -> Path:
@@ -42,7 +51,7 @@ def cut_before_checkpoint(rundir: RunDir, number: int, patch: pytest.MonkeyPatch
     with patch.context() as context:
         context.setattr(RunDir, "save_checkpoint", save)
         with pytest.raises(KeyboardInterrupt):
-            run_simulation(rundir.config, rundir, Callback())
+            yield
 
 
 def cut_and_resumed(config: RunConfig, number: int) -> RunOutcome:
