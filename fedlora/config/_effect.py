@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from fedlora.config._run import RunConfig
 
+BUDGET = ("steps", "epochs", "batch_size", "keep_optimizer")
+"""Keys of `[train]` that a loop of one's own is told."""
+
 
 def without_effect(config: RunConfig) -> Iterator[str]:
     """One clause for each key that changes nothing in this run."""
@@ -46,6 +49,7 @@ def overruled(config: RunConfig) -> Iterator[str]:
 
 def _train(config: RunConfig) -> Iterator[str]:
     train, profiles = config.train, config.clients.profiles
+    yield from _loop(config)
     if train.momentum and train.optimizer != "sgd":
         yield "train.momentum applies to SGD, and AdamW has its own: remove it, or set train.optimizer = 'sgd'"
     theirs = [profile.steps or (None if profile.epochs else train.steps) for profile in profiles] or [train.steps]
@@ -68,6 +72,19 @@ def _train(config: RunConfig) -> Iterator[str]:
                 yield f"train.{key} has no effect, since every entry of clients.profiles sets its own: remove it"
     if profiles and all(profile.batch_size for profile in profiles) and _changed(train, "batch_size"):
         yield "train.batch_size has no effect, since every entry of clients.profiles sets its own: remove it"
+
+
+def _loop(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.loop is None:
+        if train.options:
+            yield "train.options are those of a loop of your own: set train.loop = 'my_module:train', or remove them"
+        return
+    for key in type(train).model_fields:
+        if key not in ("loop", "options", *BUDGET) and _changed(train, key):
+            yield f"train.{key} has no effect on train.loop, which has its own: remove it, or pass it in train.options"
+    if config.runtime.cohort not in ("auto", 1):
+        yield "runtime.cohort has no effect with train.loop, which trains one client at a time: remove it"
 
 
 def _data(config: RunConfig) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from fedlora.config._base import Names, PositiveInt, Section
 from fedlora.errors import ConfigError
+from fedlora.registry import OWN_CLASS
 
 
 class ModelConfig(Section):
@@ -165,6 +166,11 @@ class TrainConfig(Section):
     embeddings of each row in training, tokens without padding; 5 is usual. None: none."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """Weight mu of FedProx's proximal term (Li et al. 2020, arXiv 1812.06127, equation (2)); 0: none."""
+    loop: Annotated[str, Field(pattern=OWN_CLASS)] | None = None
+    """A training loop of your own in the place of fedlora's, as "my_module:train" (`fedlora.client`): clients train one
+    at a time, and the loop has its own optimiser. None: fedlora's."""
+    options: dict[str, Any] = Field(default={})
+    """Keyword arguments of a loop of your own."""
 
     @model_validator(mode="after")
     def _has_a_state(self) -> TrainConfig:

@@ -151,6 +151,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _private(self) -> RunConfig:
+        if self.privacy is not None and self.train.loop is not None:
+            raise PrivacyError(
+                "nothing can be claimed of the privacy of train.loop: remove [privacy], or train.loop",
+                code="loop-not-private",
+            )
         if self.privacy is not None and self.model.quantize == "int8":
             raise PrivacyError(
                 "model.quantize = 'int8' computes a column in another way for all rows of a batch where one of them is "

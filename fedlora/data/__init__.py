@@ -129,6 +129,7 @@ class _Key:
     keep: tuple[str, ...]
     stamps: tuple[Stamp, ...]
     limit_seed: int
+    raw: bool
 
 
 def load_data(config: RunConfig) -> FederatedData:
@@ -166,6 +167,7 @@ def load_data(config: RunConfig) -> FederatedData:
         keep=tuple(dict.fromkeys(keep)),
         stamps=(*map(stamp, files), *checkpoint.stamps()),
         limit_seed=0 if config.data.limit is None else config.seed,
+        raw=config.train.loop is not None,
     )
     return _federate(key, config.partition.model_dump_json(), Split.of(config), config.seed)
 
@@ -214,7 +216,8 @@ def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, st
         require_one_kind(table.columns[name], name)
     digests = _row_digests(table, columns)
     table = _with_names(Table(table.columns, names), keep, config.data.group_names, all_occur=False)
-    return task.prepare(table, Checkpoint.of(config.model), columns, keep=keep), digest_of_rows(digests)
+    examples = task.prepare(table, Checkpoint.of(config.model), columns, keep=keep)
+    return examples if config.train.loop is None else examples.with_raw(table), digest_of_rows(digests)
 
 
 def _with_names(
@@ -352,7 +355,8 @@ def _prepared(key: _Key) -> _Prepared:
     table = _with_names(table, key.keep, data.group_names)
     activity.info("tokenising the examples")
     # In one go, so that both have the same classes.
-    return _Prepared(task.prepare(table, key.model, columns, keep=key.keep), begin, rows, source_digest)
+    examples = task.prepare(table, key.model, columns, keep=key.keep)
+    return _Prepared(examples.with_raw(table) if key.raw else examples, begin, rows, source_digest)
 
 
 @lru_cache(maxsize=8)
@@ -409,6 +413,12 @@ def _federate(key: _Key, partition_table: str, split: Split, seed: int) -> Feder
 def _with_noise(task: Task, train: Examples, partition: Partition, seed: int) -> Examples:
     """Labels made wrong and inputs disturbed, client by client, each by a draw of its own."""
     classes = len(train.label_names)
+    if train.raw and any((*partition.label_noise, *partition.feature_noise)):
+        raise ConfigError(
+            "the noise of partition.label_noise and partition.feature_noise is not in the raw rows that train.loop "
+            "gets: remove the noise, or train.loop",
+            code="noise-without-effect",
+        )
     for client, rate in enumerate(partition.label_noise):
         if rate == 0:
             continue

@@ -17,6 +17,7 @@ from fedlora.training.dp_check import check_model
 from fedlora.training.dp_settings import private_settings
 from fedlora.training.fits import require_fit_of_any
 from fedlora.training.job import TrainJob, number_of_steps
+from fedlora.training.own_loop import load_loop, require_plain_plan
 from fedlora.training.workspace import Workspace
 
 
@@ -57,6 +58,8 @@ def _require_effect(config: RunConfig, workspace: Workspace, rule: Aggregator) -
             "as it is: remove it",
             code="export-rank-not-used",
         )
+    if config.train.loop is not None:
+        load_loop(config.train)
     if not config.train.warmup_steps:
         return
     if config.example_privacy is not None:
@@ -86,8 +89,8 @@ def require_servable(
     if config.client_privacy is not None:
         require_one_start(chain([first], plans))
         require_cohort(config.client_privacy, len(clients), clients_wanted(config, len(clients)))
-    for _ in plans:
-        pass
+    for plan in chain([first], plans):
+        require_plain_plan(config.train, plan.proximal_mu)
     if config.example_privacy is not None:
         _require_private(config, workspace, first, clients)
 

@@ -46,8 +46,9 @@ from fedlora.training.dp_settings import PrivateSettings, private_settings
 from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.out_of_memory import OUT_OF_MEMORY
+from fedlora.training.own_loop import FROZEN_CHANGED
 from fedlora.training.step import Outcome
-from fedlora.training.workspace import Workspace
+from fedlora.training.workspace import Workspace, close_workspace
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +134,14 @@ def failure_of(error: Exception, config: RunConfig | None) -> Failure | Exceptio
         config: As the client reads it; None where it cannot be read.
 
     Returns:
-        The error itself if it ends a run that is not private: a fault of the program, or memory that ran out.
+        The error itself if it ends a run that is not private: a fault of the program, memory that ran out, or a loop
+        that changed what is frozen.
     """
     if config is not None and config.privacy is not None and not isinstance(error, TELLS_NOTHING):
         error = withheld(error)
-    ends = not isinstance(error, FedloraError) or error.code == OUT_OF_MEMORY
+    ends = not isinstance(error, FedloraError) or error.code in (OUT_OF_MEMORY, FROZEN_CHANGED)
+    if isinstance(error, FedloraError) and error.code == FROZEN_CHANGED:
+        close_workspace()  # its base is not what it was
     return error if ends else Failure("refused", str(error))
 
 
@@ -292,6 +296,7 @@ def _job(workspace: Workspace, request: TrainRequest, indices: np.ndarray, store
         round=request.round,
         rounds=config.rounds,
         optimizer=start.optimizer,
+        client_id=request.client_id,
     )
 
 

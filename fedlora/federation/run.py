@@ -26,6 +26,7 @@ from fedlora.report import write_report
 from fedlora.runs.rundir import PROVENANCE, RunDir
 from fedlora.tracking import tracked
 from fedlora.training.export import export_adapter
+from fedlora.training.own_loop import said_of_loops
 from fedlora.training.workspace import Workspace, open_workspace
 
 
@@ -92,7 +93,7 @@ def run_federation(
             **(workspace.speedups.choices | workspace.settled),
             new_weights=workspace.base.notes,
         )
-        for note in (*overruled(config), *workspace.base.notes):
+        for note in (*overruled(config), *said_of_loops(config), *workspace.base.notes):
             told.message(note)
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(workspace.data))

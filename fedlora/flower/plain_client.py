@@ -53,6 +53,12 @@ def train_plain(message: Message, context: Context) -> Message:
     like = workspace.base.initial_adapter(config.seed)
     start = adapter_for(like, arrays)
     lr, mu = (_number(asked, name) for name in ("lr", "proximal-mu"))
+    if lr is not None and config.train.loop is not None:
+        raise ConfigError(
+            "the message's config has 'lr', which train.loop does not read: let the server leave it out, and set it in "
+            "train.options",
+            code="foreign-server",
+        )
     trains = frozenset(str(asked.get(TRAINS, ",".join(ALL_PARTS))).split(","))
     if not trains <= ALL_PARTS:
         raise ReplyError(
@@ -73,6 +79,7 @@ def train_plain(message: Message, context: Context) -> Message:
         proximal_mu=config.train.proximal_mu if mu is None else mu,
         round=max(1, number),
         rounds=max(config.rounds, number),  # the server goes on as long as it likes: past the config's, at the end
+        client_id=client_id,
     )
     how = config.train if lr is None else config.train.model_copy(update={"lr": lr})
     done = train(workspace.base, workspace.task, workspace.data.train, job, how)

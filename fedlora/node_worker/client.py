@@ -101,8 +101,9 @@ def _run_config(context: Context, gate: bool) -> dict[str, bool | float | int | 
     """The run's config with its text in place of a file's name: the worker does not have the app's folder."""
     plain = Context(context.run_id, context.node_id, {}, RecordDict(), context.run_config)
     config = config_of(plain)
-    for name in (config.task.name, config.partition.name, config.data.source, config.evaluation.metric or ""):
-        if not gate and re.match(OWN_CLASS, name):
+    own = (config.task.name, config.partition.name, config.data.source, config.evaluation.metric, config.train.loop)
+    for name in own:
+        if not gate and re.match(OWN_CLASS, name or ""):
             raise WorkerError(f"{name!r} is code of the app's own, which the worker does not have", code="foreign-code")
     others = {key: value for key, value in context.run_config.items() if key not in ("config", "set")}
     return {**others, "toml": config.to_toml()}

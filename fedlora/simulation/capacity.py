@@ -141,6 +141,8 @@ def cohort_size(workspace: Workspace, asked: int, processes: int = 1) -> CohortC
         processes: that share them: all get about as many, in cohorts of about one size.
     """
     config, base = workspace.config, workspace.base
+    if config.train.loop is not None:
+        return CohortChoice(1, "one after the other: train.loop trains one client at a time")
     if (alone := why_alone(base)) is not None:
         return CohortChoice(1, f"one after the other: {alone}")
     if config.runtime.cohort != "auto":
@@ -164,15 +166,16 @@ def cohort_size(workspace: Workspace, asked: int, processes: int = 1) -> CohortC
 
 
 def modules_of(workspace: Workspace) -> list[str]:
-    """Where the task, the rule, the partition and a data source of one's own are defined: other processes import these
-    to know their names."""
+    """Where the task, the rule, the partition, and a data source and a loop of one's own are defined: other processes
+    import these to know their names."""
     config = workspace.config
     classes: list[type] = [type(workspace.task), rules.get(config.strategy.name)]
     if config.partition.name != NODES:
         classes.append(partitioners.get(config.partition.name))
     if (source := own_source(config.data)) is not None:
         classes.append(type(source))
-    return sorted({cls.__module__ for cls in classes})
+    loop = config.train.loop
+    return sorted({cls.__module__ for cls in classes} | ({loop.partition(":")[0]} if loop is not None else set()))
 
 
 def lengths_to_tell(workspace: Workspace) -> np.ndarray:

@@ -232,8 +232,9 @@ def _code(config: RunConfig) -> Iterator[str]:
     named: list[tuple[Registry[Any], str]] = [(tasks, config.task.name), (sources, config.data.source)]
     named += [(partitioners, config.partition.name)] if config.partition.name != NODES else []
     named += [(rules, name) for name in _rules(config)]
-    if config.evaluation.metric is not None:
-        yield config.evaluation.metric
+    for name in (config.evaluation.metric, config.train.loop):
+        if name is not None:
+            yield name
     for registry, name in named:
         if registry.is_foreign(name):
             yield name

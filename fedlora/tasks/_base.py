@@ -10,7 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -55,6 +55,7 @@ class Examples:
         columns: the raw columns that the config names (domain, user, ...), [n] each, for partitions and figures.
         label_names: names of the classes.
         notes: what the task says of the table that they are from: how it was read, how many were cut.
+        raw: the raw columns that the task read, [n] each, where `train.loop` wants them.
     """
 
     inputs: Mapping[str, Sequence[Any]]
@@ -63,9 +64,17 @@ class Examples:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    raw: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def with_raw(self, table: Table) -> Examples:
+        """These examples of a table with its columns as they are."""
+        raw = {name: np.empty(len(self), dtype=object) for name in table.columns}
+        for name, values in table.columns.items():
+            raw[name][:] = list(values)
+        return replace(self, raw=raw)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """The examples at `indices`, in that order."""
@@ -77,6 +86,7 @@ class Examples:
             columns={name: values[rows] for name, values in self.columns.items()},
             label_names=self.label_names,
             notes=self.notes,
+            raw={name: values[rows] for name, values in self.raw.items()},
         )
 
 

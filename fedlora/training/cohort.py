@@ -18,6 +18,7 @@ from fedlora.speedups.activation_cache import prepare
 from fedlora.tasks._base import Examples, Task
 from fedlora.training.dropout_masks import RowsError
 from fedlora.training.job import TrainJob, TrainResult, rows_of
+from fedlora.training.own_loop import train_by_own_loop
 from fedlora.training.plain_loop import TrainingLoop
 from fedlora.training.row_groups import PassCost
 from fedlora.training.stacked_lora import cannot_stack
@@ -74,6 +75,8 @@ def train_cohort(
     Returns:
         An outcome for each job, in their order.
     """
+    if configs and configs[0].loop is not None:
+        return [_by_own_loop(base, task, examples, *work) for work in zip(jobs, configs, strict=True)]
     if base.cache is not None and not any(config.neftune_noise_alpha for config in configs):
         prepare(base, task, examples, rows_of(jobs, configs))
     outcomes: dict[int, Outcome] = {}
@@ -92,6 +95,13 @@ def train_cohort(
             base.alone = str(error)
             todo.insert(0, part)
     return [outcomes[number] for number in range(len(jobs))]
+
+
+def _by_own_loop(base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig) -> Outcome:
+    try:
+        return train_by_own_loop(base, task, examples, job, config)
+    except Exception as error:
+        return error
 
 
 def alike(jobs: Sequence[TrainJob], configs: Sequence[TrainConfig]) -> list[list[int]]:

@@ -28,6 +28,7 @@ class TrainJob:
         rounds: of the run in all.
         optimizer: the optimiser's state of the client's last round, as `TrainResult.optimizer` has it; empty: it starts
             anew.
+        client_id: whose, for a loop of one's own.
     """
 
     adapter: AdapterState
@@ -38,6 +39,7 @@ class TrainJob:
     round: int = 1
     rounds: int = 1
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    client_id: int = 0
 
 
 @dataclass(frozen=True)

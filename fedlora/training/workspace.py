@@ -178,7 +178,8 @@ def _key(config: RunConfig) -> str:
     # How many clients train at once, in how many processes and where, is asked of each run's own config.
     alike = config.runtime.model_copy(update={"cohort": 1, "processes": 1, "backend": "processes"})
     private = "" if config.privacy is None else "/private"
-    return config.model_copy(update={"runtime": alike}).digest(*SECTIONS) + private
+    raw = "" if config.train.loop is None else "/raw"
+    return config.model_copy(update={"runtime": alike}).digest(*SECTIONS) + private + raw
 
 
 def _require_hub_revision(config: RunConfig) -> None:

@@ -130,6 +130,7 @@ CLAUSES = {
     "code": ({"code": []}, ("task.name=my_module:Mine",), None),
     "code, of a rule within another": ({}, ("strategy={name='krum',inner={name='my_module:Mine'}}",), None),
     "code, of a metric": ({}, ("evaluation.metric=my_module:mine",), ()),
+    "code, of a training loop": ({}, ("train.loop=my_module:train", "train.lr=1e-3"), ()),
     "code, that a model brings": ({}, ("model.trust_remote_code=true",), ()),
     "columns": ({"columns": ["text", "label"]}, ("data.domain=domain",), ()),
     "columns, by role": ({"columns": ["text", "label"]}, ("data.text=document",), ()),

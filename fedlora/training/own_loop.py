@@ -1,0 +1,313 @@
+"""Training by a loop of one's own, `train.loop`: one client at a time, and checked afterwards.
+
+The loop may do to the model what Trainers do (wrap its forward, add hooks and a second adapter, switch on
+checkpointing, move it): all of it is put back. What it may not do is to change a frozen tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.assets import Checkpoint
+from fedlora.client import LocalWork, Loop
+from fedlora.config import RunConfig, TrainConfig
+from fedlora.errors import ConfigError, ModelError, TrainingError
+from fedlora.model import Base, seeded
+from fedlora.registry import import_named
+from fedlora.tasks._base import REFERENCE, Batch, Examples, Task, to_device
+from fedlora.tasks._text import load_tokenizer
+from fedlora.training.job import TrainJob, TrainResult, batches, number_of_steps
+
+FROZEN_CHANGED = "frozen-tensor-changed"
+"""Code of the error that ends a run: the base, which other clients share, is not what it was."""
+FIGURES = ("loss", "steps", "examples_seen")
+"""What a loop may return."""
+
+
+def load_loop(config: TrainConfig) -> Loop:
+    """The loop that `train.loop` names.
+
+    Raises:
+        ConfigError: There is none, or it takes other arguments than the work and `train.options`.
+    """
+    assert config.loop is not None
+    loop = import_named("training loop", config.loop)
+    if not callable(loop):
+        raise ConfigError(f"train.loop {config.loop!r} is no function: name one", code="bad-loop")
+    try:
+        inspect.signature(loop).bind(None, **config.options)
+    except TypeError as error:
+        raise ConfigError(
+            f"train.loop {config.loop!r} is called with the client's work and train.options "
+            f"({', '.join(config.options) or 'none'}), and it does not take these: {error}",
+            code="bad-loop",
+        ) from None
+    return loop
+
+
+def said_of_loops(config: RunConfig) -> Iterator[str]:
+    """What is to be said once of a run whose clients train by a loop of their own."""
+    if config.train.loop is not None:
+        yield f"train.loop: clients train by {config.train.loop}, one at a time, without cohorts"
+        yield "train.loop: two such runs give the same bytes only if the loop itself repeats them"
+        yield "train.loop: nothing is claimed of privacy, whatever the loop does"
+
+
+def require_plain_plan(config: TrainConfig, proximal_mu: float) -> None:
+    """Raise `TrainingError` for a plan that changes the loss, which is the loop's own."""
+    if config.loop is not None and proximal_mu:
+        raise TrainingError(
+            f"the rule adds a proximal term to the loss (mu = {proximal_mu:g}), which train.loop computes by itself: "
+            "remove train.loop, or choose another rule",
+            code="loop-has-its-loss",
+        )
+
+
+def train_by_own_loop(base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig) -> TrainResult:
+    """Train an adapter on one client's examples by `train.loop`.
+
+    Args:
+        base: At the version to train on; its adapter is overwritten.
+        task: Gives batches and losses to a loop that wants them.
+        examples: The whole training set, with its raw rows.
+        job: Adapter, trained parts and examples of the client.
+        config: With the loop and the budget.
+
+    Raises:
+        ConfigError: There is no such loop, or it returns something else.
+        TrainingError: It changed what was frozen, took more steps than it had, or loss or adapter are not finite.
+    """
+    loop = load_loop(config)
+    require_plain_plan(config, job.proximal_mu)
+    base.require_fit(job.adapter)
+    if not len(job.indices):
+        raise TrainingError("the client has no examples: give it some", code="no-examples")
+    if not base.write(job.adapter, job.trains):
+        raise TrainingError(
+            f"there is nothing to train: the adapter has no tensor in {sorted(job.trains)}", code="nothing-to-train"
+        )
+    kept = dict(job.optimizer)
+    work = _work(base, task, examples, job, config, kept)
+    begin = time.perf_counter()
+    with seeded(job.seed, base.device), base.uncached(), lent(base):
+        base.train_mode(True)
+        returned = loop(work, **config.options)
+        _end_of(base)
+        trained = base.read()
+    seconds = time.perf_counter() - begin
+    figures = _figures(returned, work, config)
+    _require_frozen(job, trained.tensors())
+    for name, value in trained.tensors(job.trains).items():
+        if not bool(torch.isfinite(value).all()):
+            raise TrainingError(
+                f"{name!r} is not finite after train.loop {config.loop!r}: lower its learning rate",
+                code="adapter-not-finite",
+            )
+    return TrainResult(
+        adapter=job.adapter.with_tensors(trained.tensors(job.trains)),
+        num_examples=len(job.indices),
+        steps=int(figures["steps"]),
+        examples_seen=int(figures["examples_seen"]),
+        loss=float(figures["loss"]),
+        seconds=seconds,
+        compute_seconds=seconds,
+        optimizer=kept if config.keep_optimizer else {},
+    )
+
+
+def _work(
+    base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig, kept: dict[str, Tensor]
+) -> LocalWork:
+    import datasets
+
+    steps = number_of_steps(len(job.indices), config)
+    rows = {name: values[job.indices].tolist() for name, values in examples.raw.items()}
+    return LocalWork(
+        model=base.peft_model,
+        dataset=datasets.Dataset.from_dict(rows),
+        tokenizer=_reader(base),
+        label_names=examples.label_names,
+        start=job.adapter.tensors(),
+        trains=frozenset(job.trains),
+        steps=steps,
+        batch_size=config.batch_size,
+        batches=partial(_batches, base, task, examples, job, config, steps),
+        loss=lambda batch: task.losses(base.model, batch).mean(),
+        client_id=job.client_id,
+        round=job.round,
+        rounds=job.rounds,
+        seed=job.seed % 2**32,  # what libraries take
+        keep=config.keep_optimizer,
+        kept=kept,
+    )
+
+
+def _batches(
+    base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig, steps: int
+) -> Iterator[Batch]:
+    """The batches of fedlora's own loop; where the loss compares with the start, what that says is found out first."""
+    drawn = list(batches(job.indices, config.batch_size, steps, job.seed))
+    references: dict[int, Tensor] = {}
+    if task.refers:
+        training = base.model.training
+        base.model.eval()
+        with torch.no_grad():
+            for chosen in drawn:
+                batch = to_device(task, task.collate(examples, chosen), base.device)
+                references |= zip(chosen.tolist(), task.reference(base.model, batch), strict=True)
+        base.model.train(training)
+    for chosen in drawn:
+        batch = to_device(task, task.collate(examples, chosen), base.device)
+        yield batch | ({REFERENCE: torch.stack([references[k] for k in chosen.tolist()])} if task.refers else {})
+
+
+def _reader(base: Base) -> Any:
+    """A copy of the base model's tokenizer or image processor; None where it has neither."""
+    from transformers import AutoImageProcessor
+
+    checkpoint = Checkpoint.of(base.config)
+    try:
+        return copy.deepcopy(load_tokenizer(checkpoint))
+    except ModelError:
+        pass
+    try:
+        return AutoImageProcessor.from_pretrained(checkpoint.source, **checkpoint.options)
+    except (OSError, ValueError):
+        return None
+
+
+def _figures(returned: object, work: LocalWork, config: TrainConfig) -> dict[str, float]:
+    """What the loop measured, with the budget where it does not say."""
+    if not isinstance(returned, Mapping) or "loss" not in returned or (odd := sorted(set(returned) - {*FIGURES})):
+        what = f"{odd[0]!r} is none" if isinstance(returned, Mapping) and "loss" in returned else "there is no 'loss'"
+        raise ConfigError(
+            f"train.loop {config.loop!r} must return its metrics, {{'loss': mean training loss}} and if it likes "
+            f"'steps' and 'examples_seen': {what}",
+            code="bad-loop",
+        )
+    steps = float(returned.get("steps", work.steps))
+    found = {"loss": float(returned["loss"]), "steps": steps}
+    found["examples_seen"] = float(returned.get("examples_seen", steps * work.batch_size))
+    if not math.isfinite(found["loss"]):
+        raise TrainingError(
+            f"the loss of train.loop {config.loop!r} is not finite: lower its learning rate", code="loss-not-finite"
+        )
+    if not 0 <= steps <= work.steps:
+        raise TrainingError(
+            f"train.loop {config.loop!r} took {steps:g} steps of a budget of {work.steps}: stop it after work.steps",
+            code="budget-exceeded",
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ what is put back
+
+
+@contextmanager
+def lent(base: Base) -> Iterator[None]:
+    """Within, a model is somebody else's to train; afterwards all but its adapter's values is as it was.
+
+    Raises:
+        TrainingError: A frozen tensor of the base was changed.
+    """
+    model, mine = base.peft_model, {id(parameter) for parameter in base.parameters.values()}
+    frozen = {name: tensor for name, tensor in _tensors(model) if id(tensor) not in mine}
+    before = {name: _checksum(tensor) for name, tensor in frozen.items()}
+    configs = [getattr(base.model, name, None) for name in ("config", "generation_config")]
+    held = [_Held(thing) for thing in (*model.modules(), *configs, *model.peft_config.values()) if thing is not None]
+    _say_ranks(base, model.peft_config["default"])
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.train = partial(_as_it_is, module)
+    try:
+        yield
+    finally:
+        for thing in held:
+            thing.put_back()
+        model.requires_grad_(False)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.grad = None
+            if tensor.device != base.device:
+                tensor.data = tensor.data.to(base.device)
+    for name, tensor in frozen.items():
+        if _checksum(tensor) != before[name]:
+            raise TrainingError(
+                f"train.loop changed {_plain(name)!r}, a weight of the frozen base: let it train what requires "
+                "gradients alone (no merging, no unfreezing)",
+                code="frozen-tensor-changed",
+            )
+
+
+def _as_it_is(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:  # noqa: ARG001
+    """In the place of `train`, of layers with running statistics, which stay as in evaluation."""
+    return module
+
+
+class _Held:
+    """An object's attributes, and what those of them hold that are dicts, lists or sets."""
+
+    def __init__(self, thing: Any) -> None:
+        self._space: dict[str, Any] = vars(thing)
+        self._values = dict(self._space)
+        self._inner = [(value, value.copy()) for value in self._values.values() if isinstance(value, dict | list | set)]
+
+    def put_back(self) -> None:
+        self._space.clear()
+        self._space.update(self._values)
+        for value, before in self._inner:
+            value.clear()
+            if isinstance(value, list):
+                value.extend(before)
+            else:
+                value.update(before)
+
+
+def _say_ranks(base: Base, config: Any) -> None:
+    """Let PEFT's config have the ranks that the adapter has now, for a Trainer that makes a copy of it."""
+    if hasattr(config, "rank_pattern") and base.pair_layers:
+        config.rank_pattern = {name: layer.r["default"] for name, layer in base.pair_layers.items()}  # type: ignore
+        config.alpha_pattern = {name: layer.lora_alpha["default"] for name, layer in base.pair_layers.items()}  # type: ignore
+
+
+def _end_of(base: Base) -> None:
+    """Bring the adapter's values to the device and dtype in which they are kept."""
+    for parameter in base.parameters.values():
+        if (parameter.device, parameter.dtype) != (base.device, base.adapter_dtype):
+            parameter.data = parameter.data.to(base.device, base.adapter_dtype)
+
+
+def _require_frozen(job: TrainJob, trained: Mapping[str, Tensor]) -> None:
+    free = job.adapter.tensors(job.trains)
+    for name, start in job.adapter.tensors().items():
+        if name not in free and not torch.equal(trained[name], start.to(trained[name].dtype)):
+            raise TrainingError(
+                f"train.loop changed {name!r}, which the rule has frozen in this round: let it train what requires "
+                "gradients alone",
+                code="frozen-tensor-changed",
+            )
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Sum of the bits as whole numbers: another one for any single value that is changed."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().view(bits).sum(dtype=torch.int64))
+
+
+def _plain(name: str) -> str:
+    """A tensor's name in the base model."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
