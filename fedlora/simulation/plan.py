@@ -60,7 +60,7 @@ class Plan:
         logits: of one chunk of tokens in a language model's loss, with what is computed from them.
         memory: of the device.
         pass_tokens: that a pass would like to have.
-        row_tokens: of the longest row that there may be.
+        row_tokens: of the longest example that there may be, both of a pair's texts together.
         down: to all clients of a round.
         up: from all clients of a round.
     """
@@ -103,7 +103,7 @@ class Plan:
         if self.room >= self.row_tokens:
             return f"fits in smaller passes: {free}, where {self.pass_tokens:,} would be faster"
         return (
-            f"does not fit: {free}, and a row of {self.row_tokens:,} needs one: lower task.max_length, set "
+            f"does not fit: {free}, and an example of {self.row_tokens:,} needs one: lower task.max_length, set "
             "train.gradient_checkpointing = true, or model.quantize = 'nf4' for a smaller base"
         )
 
@@ -147,7 +147,7 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
     frozen = [parameter for parameter in base.model.parameters() if id(parameter) not in own]
     wide = base.adapter_dtype.itemsize
     clients = clients_wanted(config, int(config.partition.fields.get("clients", 1)))
-    longest, causal = _longest(base, task), task.auto_class == "AutoModelForCausalLM"
+    longest, causal = task.texts_of_an_example * _longest(base, task), task.auto_class == "AutoModelForCausalLM"
     wanted = [pass_tokens(base, kind if kind in ENTRIES else "cpu"), config.train.batch_size * longest * clients]
     if config.train.micro_batch_size is not None:
         wanted.append(config.train.micro_batch_size * longest)
@@ -194,7 +194,7 @@ def _vocabulary(base: Base) -> int:
 
 
 def _longest(base: Base, task: Task) -> int:
-    """Tokens of the longest row: of a picture, its patches."""
+    """Tokens of the longest text; of a picture, its patches."""
     if hasattr(task, "max_length"):
         most = int(task.max_length or LONGEST)
         return min(most, longest_text(base.model) or most)

@@ -149,6 +149,8 @@ class Task(ABC):
     """What the task needs of an example; the config's `[data]` table names the column of each."""
     optional_roles: ClassVar[tuple[str, ...]] = ()
     """Those of them whose cells may be empty."""
+    texts_of_an_example: ClassVar[int] = 1
+    """How many texts of up to `max_length` tokens an example has, each a row of its own for the model."""
 
     def roles_of(self, found: Collection[str] | None, named: Mapping[str, str]) -> tuple[str, ...]:
         """The roles of the columns that are read: all, unless the task knows several kinds of files.

@@ -44,7 +44,8 @@ class Preference(Task):
     - "ipo": (m - m_ref - 1 / (2 beta))^2, m being l with each log-probability divided by its number of tokens (Azar et
       al. 2023, arXiv 2310.12036, equation (17), normalised as in TRL);
     - "orpo": the chosen completion's cross entropy by token - beta log sigmoid(log-odds ratio), of probabilities by
-      token; it has no reference (Hong et al. 2024, arXiv 2403.07691, equations (6) and (7)).
+      token; it has no reference (Hong et al. 2024, arXiv 2403.07691, equations (6) and (7));
+    - "sft": the chosen completion's cross entropy by token alone, to compare the others with on the same pairs.
 
     The reference is the model that the client's round starts from: the base with the adapter that it was sent, without
     dropout. Its log-probabilities are computed once for each pair that is drawn in a round. In evaluation, where there
@@ -65,9 +66,10 @@ class Preference(Task):
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     roles: ClassVar[tuple[str, ...]] = ("chosen", "rejected", "prompt")
     optional_roles: ClassVar[tuple[str, ...]] = ("prompt",)
+    texts_of_an_example: ClassVar[int] = len(SIDES)
     kept_on_cpu: ClassVar[tuple[str, ...]] = ("labels", "rejected_labels")
 
-    loss_type: Literal["dpo", "ipo", "orpo"] = "dpo"
+    loss_type: Literal["dpo", "ipo", "orpo", "sft"] = "dpo"
     beta: Annotated[float, Field(gt=0)] = 0.1
     max_length: Annotated[int, Field(ge=8)] | None = None
     system: str | None = None
@@ -75,7 +77,7 @@ class Preference(Task):
     @property
     def refers(self) -> bool:
         """See `Task.refers`."""
-        return self.loss_type != "orpo"
+        return self.loss_type in ("dpo", "ipo")
 
     def roles_of(self, found: Collection[str] | None, named: Mapping[str, str]) -> tuple[str, ...]:
         """All, but for a prompt that is not there."""
@@ -155,6 +157,9 @@ class Preference(Task):
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b"]:
         """The loss of each pair; without "reference" in the batch the reference is indifferent."""
+        if self.loss_type == "sft":
+            chosen, size = _log_probability(model, batch, SIDES["chosen"])
+            return -chosen / size
         return self._of(model, batch)[0]
 
     def _of(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -166,6 +171,8 @@ class Preference(Task):
             loss = -functional.logsigmoid(self.beta * ((chosen - to_chosen) - (rejected - to_rejected)))
         elif self.loss_type == "ipo":
             loss = ((chosen - to_chosen) / size - (rejected - to_rejected) / other - 1 / (2 * self.beta)) ** 2
+        elif self.loss_type == "sft":
+            loss = -chosen / size
         else:
             odds = _log_odds(chosen / size) - _log_odds(rejected / other)
             loss = -chosen / size - self.beta * functional.logsigmoid(odds)

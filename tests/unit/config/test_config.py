@@ -261,6 +261,12 @@ def test_every_key_that_stands_for_a_foreign_one_is_there() -> None:
         assert name not in valid
 
 
+@pytest.mark.parametrize("key", ["model.device_map=auto", "device_map=auto", "train.fsdp=full_shard", "deepspeed=a"])
+def test_several_devices_for_one_base_are_refused_and_not_taken_for_another_key(key: str) -> None:
+    with raises(ConfigError, "unknown-key", "whole on one device", "remove it"):
+        parse_config("", [key])
+
+
 def test_a_foreign_name_in_an_open_table_is_answered_too() -> None:
     with pytest.raises(ConfigError, match=r"it is task.max_length here"):
         build(tasks.get("causal-lm"), {"max_seq_length": 64}, "task 'causal-lm'")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from fedlora.callbacks import Callback
 from fedlora.config import OpenTable, RunConfig, TrainConfig, parse_config
 from fedlora.errors import ConfigError, ModelError, PrivacyError
 from fedlora.evaluation.pretrained_adapter import find_adapter
+from fedlora.federation import client as federation_client
 from fedlora.model import Base, load_base, save_adapter, save_merged, seeded
 from fedlora.model import quantize as quantize_module
+from fedlora.privacy import dpsgd
 from fedlora.privacy.calibrate import Schedule
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.tasks import Examples, Task, load_task
-from fedlora.training import TrainJob, TrainResult, close_workspace, train
+from fedlora.training import TrainJob, TrainResult, close_workspace, dropout_masks, opacus_loop, train
 from fedlora.training.cohort import why_alone
 from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import train_private
@@ -306,13 +309,14 @@ def on_4_bits(
     with seeded(0, torch.device("cpu")):
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
         BertModel(BertConfig.from_pretrained(tiny_bert, **sizes)).save_pretrained(folder)
-    return lambda name, rounds, rule: tiny_config(
+    return lambda name, rounds, rule, *more: tiny_config(
         f"model.name='{folder}'",
         "model.quantize=nf4",
         f"strategy.name={rule}",
         "runtime.processes=1",
         f"rounds={rounds}",
         f"name={name}",
+        *more,
     )
 
 
@@ -324,6 +328,49 @@ def test_a_run_resumes_to_the_same_bytes(rule: str, on_4_bits: Callable[..., Run
     for name, value in whole.adapter.tensors().items():
         assert torch.equal(resumed.adapter.tensors()[name], value), name
     assert whole.records[-1]["loss"] < whole.records[0]["loss"]
+
+
+class Drawn:
+    """The operating system's randomness, which begins anew with each cohort: from the seeds of its jobs."""
+
+    def __init__(self) -> None:
+        self.key, self.calls = b"", 0
+
+    def begin(self, jobs: Sequence[TrainJob]) -> None:
+        self.key, self.calls = repr([job.seed for job in jobs]).encode(), 0
+
+    def urandom(self, size: int) -> bytes:
+        self.calls += 1
+        return hashlib.shake_256(self.key + self.calls.to_bytes(8, "big")).digest(size)
+
+
+@pytest.mark.nightly
+def test_a_private_run_resumes_to_the_same_bytes_and_the_same_epsilon(
+    on_4_bits: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the secret draws of each cohort given; by themselves no two private runs are alike."""
+    drawn, real = Drawn(), federation_client.train_private_cohort
+
+    def trained(base: Base, task: Task, examples: Examples, jobs: Sequence[TrainJob], *rest: Any) -> Any:
+        drawn.begin(jobs)
+        return real(base, task, examples, jobs, *rest)
+
+    for module in (dpsgd, dropout_masks, opacus_loop):
+        monkeypatch.setattr(module, "os", drawn)
+    monkeypatch.setattr(federation_client, "train_private_cohort", trained)
+    private = (
+        "privacy={unit='example', noise_multiplier=1.0, delta=1e-3, max_grad_norm=0.5, public_examples=40}",
+        "server.weighting=uniform",
+    )
+    whole = run_simulation(*begun(on_4_bits("whole", 3, "fedavg", *private)), Callback())
+    resumed = cut_and_resumed(on_4_bits("cut", 3, "fedavg", *private), 2)
+    for name, value in whole.adapter.tensors().items():
+        assert torch.equal(resumed.adapter.tensors()[name], value), name
+    claims = [outcome.rundir.read_json("result.json")["privacy"] for outcome in (whole, resumed)]
+    assert claims[0] == claims[1]
+    assert claims[0]["epsilon"] > 0
+    other = run_simulation(*begun(on_4_bits("other", 1, "fedavg", *private)), Callback()).adapter
+    assert any(not torch.equal(other.tensors()[name], value) for name, value in whole.adapter.tensors().items())
 
 
 def begun(config: RunConfig) -> tuple[RunConfig, RunDir]:

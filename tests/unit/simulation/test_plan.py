@@ -15,7 +15,7 @@ from fedlora.errors import ConfigError
 from fedlora.model import load_base
 from fedlora.simulation.capacity import COPIES
 from fedlora.simulation.plan import Plan, make_plan, read_size
-from fedlora.tasks import load_task
+from fedlora.tasks import Table, load_task
 
 MIB, GIB = 1 << 20, 1 << 30
 QWEN = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
@@ -129,6 +129,25 @@ def test_the_same_federation_is_killed_resumed_and_exported_on_a_tiny_model(
         assert said.exit_code == 0, said.output
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert not getattr(merged, "is_quantized", False)
+
+
+def test_a_pair_takes_the_tokens_of_both_its_texts(tiny_llama: Path) -> None:
+    given = ["task.name=preference", "task.max_length=32", "train.batch_size=1", f"model.name='{tiny_llama}'"]
+    config = parse_config("", [*given, "adapter.targets=all-linear"])
+    found = make_plan(config, 24 * 10**9, "float32", "cpu")
+    task = load_task(config.task)
+    long = {"prompt": ["cat"], "chosen": [" red" * 50], "rejected": [" old" * 50]}
+    examples = task.prepare(Table(long), tiny_llama, {name: name for name in long}, keep=())
+    assert found.row_tokens == task.tokens(task.collate(examples, [0])) == int(examples.lengths[0]) == 64
+    assert (
+        found.token
+        == make_plan(
+            parse_config("", [*given[1:], "task.name=causal-lm", "adapter.targets=all-linear"]),
+            24 * 10**9,
+            "float32",
+            "cpu",
+        ).token
+    )
 
 
 def test_checkpoints_keep_the_inputs_of_layers(tmp_path: Path) -> None:

@@ -55,13 +55,15 @@ def log_probability(model: torch.nn.Module, examples: Examples, row: int, before
 def expected(
     loss_type: str, model: torch.nn.Module, examples: Examples, row: int, reference: torch.Tensor | None
 ) -> torch.Tensor:
-    """Equation (7) of the DPO paper, (17) of IPO's by token, (6) and (7) of ORPO's."""
+    """Equation (7) of the DPO paper, (17) of IPO's by token, (6) and (7) of ORPO's; of SFT the cross entropy."""
     (w, n), (v, m) = (log_probability(model, examples, row, before) for before in SIDES.values())
     r, s = (0.0, 0.0) if reference is None else reference.tolist()
     if loss_type == "dpo":
         return -torch.log(torch.sigmoid(BETA * (w - r) - BETA * (v - s)))
     if loss_type == "ipo":
         return ((w - r) / n - (v - s) / m - 1 / (2 * BETA)) ** 2
+    if loss_type == "sft":
+        return -w / n
     p, q = torch.exp(w / n), torch.exp(v / m)
     return -w / n - BETA * torch.log(torch.sigmoid(torch.log((p / (1 - p)) / (q / (1 - q)))))
 
@@ -107,7 +109,7 @@ def by_hand(base: Base, task: Preference, examples: Examples, job: TrainJob, con
 # ------------------------------------------------------------------------------------------------ the loss
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "orpo"])
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "orpo", "sft"])
 @pytest.mark.parametrize("referred", [False, True])
 def test_a_pairs_loss_is_the_papers_whoever_is_beside_it(
     loss_type: str, referred: bool, base: Base, tiny_llama: Path
@@ -122,7 +124,8 @@ def test_a_pairs_loss_is_the_papers_whoever_is_beside_it(
         batch["reference"] = reference
     with torch.no_grad():
         found = task.losses(base.model, batch)
-        use = referred and loss_type != "orpo"
+        use = referred and task.refers
+        assert torch.equal(found, task.measure(base.model, batch)["loss"])
         for place, row in enumerate(rows):
             wanted = expected(loss_type, base.model, examples, row, reference[place] if use else None)
             assert float(found[place]) == pytest.approx(float(wanted), abs=1e-10)
@@ -149,7 +152,7 @@ def test_the_share_that_is_ranked_right_adds_up(base: Base, tiny_llama: Path) ->
 # ------------------------------------------------------------------------------------------------ the reference
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "orpo"])
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "orpo", "sft"])
 def test_training_is_sgd_against_the_start_of_the_round_in_any_company(
     loss_type: str, base: Base, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +163,7 @@ def test_training_is_sgd_against_the_start_of_the_round_in_any_company(
     before = Preference.reference
     monkeypatch.setattr(Preference, "reference", lambda *args: seen.append(len(args[2]["labels"])) or before(*args))
     found = together(base, task, examples, [(job, config) for job in work])
-    assert (not seen) == (loss_type == "orpo")
+    assert (not seen) == (loss_type in ("orpo", "sft"))
     assert sum(seen) <= 2 * 6 + 2 * 9  # of 30 draws: each pair once, but for those beside one that is new
     monkeypatch.undo()
     for job, result in zip(work, found, strict=True):
