@@ -74,6 +74,16 @@ class Around(Aggregator):
         self._claim((self.inner.claims & kept) | added)
         object.__setattr__(self, "keeps_basis", self.inner.keeps_basis)
 
+    def require_steps(self) -> None:
+        """Raise `ConfigError` for an inner rule whose result is no step from the adapter."""
+        if Claim.CHANGES_BASE in self.inner.claims or not self.inner.keeps_basis:
+            why = "changes the base" if Claim.CHANGES_BASE in self.inner.claims else "draws a new basis in each round"
+            raise ConfigError(
+                f"{type(self).__name__} follows the difference of two adapters, and {type(self.inner).__name__} {why}: "
+                "choose an inner rule that averages the adapter, such as fedavg or ffa",
+                code="no-step",
+            )
+
     def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
         """The inner rule's."""
         return self.outer_state(self.inner.init(adapter, seed=seed))

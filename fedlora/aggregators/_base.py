@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -119,6 +119,10 @@ class ClientSpec:
     base_version: int = 0
 
 
+Fact: TypeAlias = Literal["rates", "clients"]
+"""What a rule may ask to know of a client's training; see `ClientUpdate.facts`."""
+
+
 @dataclass(frozen=True)
 class ClientPlan:
     """What the server asks of a client in one round, as data.
@@ -133,6 +137,9 @@ class ClientPlan:
         base_updates: the changes that take the client's base there.
         fresh_seed: if given, `adapter.pairs` are `fresh_pairs(layout, fresh_seed)`, and need not travel.
         proximal_mu: FedProx's mu (Li et al. 2020, arXiv 1812.06127, equation (2)); 0 for none.
+        tilt: tensors t, by names of what is sent, that are added to each step's gradient: the client minimises its loss
+            plus <t, w>.
+        asks: what the rule has to know of the client's training; see `ClientUpdate.facts`.
     """
 
     adapter: AdapterState
@@ -142,6 +149,8 @@ class ClientPlan:
     base_updates: tuple[BaseUpdate, ...] = ()
     fresh_seed: int | None = None
     proximal_mu: float = 0.0
+    tilt: Mapping[str, Tensor] = field(default_factory=dict)
+    asks: frozenset[Fact] = frozenset()
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -160,6 +169,8 @@ class ClientUpdate:
         num_examples: the weight n_k > 0 (1 for every client under uniform weighting).
         base_version: of the base that it was trained on.
         metrics: what the client measured, for the metrics file; rules must not depend on it.
+        facts: what the plan asked for, as the server checked it or knows it by itself: "rates", the sum of the learning
+            rates of the client's steps; "clients", the number of clients of the federation.
     """
 
     client_id: int
@@ -167,6 +178,7 @@ class ClientUpdate:
     num_examples: float
     base_version: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[Fact, float] = field(default_factory=dict)
 
 
 class Aggregator(ABC):
@@ -305,6 +317,18 @@ def require_weight(weight: float, client_id: int | None = None) -> float:
         who = "an update" if client_id is None else f"client {client_id}'s update"
         raise RuleError(f"the weight of {who} must be positive and finite, not {weight!r}", code="bad-weight")
     return weight
+
+
+def require_fact(update: ClientUpdate, name: Fact) -> float:
+    """What an update says of the client's training; `RuleError` if it does not say so, or not a positive number."""
+    value = update.facts.get(name, math.nan)
+    if not (math.isfinite(value) and value > 0):
+        raise RuleError(
+            f"client {update.client_id}'s update does not say {name!r}, for which its plan asks: give it in "
+            "ClientUpdate.facts, positive and finite",
+            code="fact-missing",
+        )
+    return value
 
 
 class WeightedMean:

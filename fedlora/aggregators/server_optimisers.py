@@ -48,14 +48,8 @@ class ServerOptimiser(Around):
     group: ClassVar[str] = "server optimiser"
 
     def require_steps(self) -> None:
-        """Set the claims; raise `ConfigError` for an inner rule whose result is no step from the adapter."""
-        if Claim.CHANGES_BASE in self.inner.claims or not self.inner.keeps_basis:
-            why = "changes the base" if Claim.CHANGES_BASE in self.inner.claims else "draws a new basis in each round"
-            raise ConfigError(
-                f"{type(self).__name__} follows the difference of two adapters, and {type(self.inner).__name__} {why}: "
-                "choose an inner rule that averages the adapter, such as fedavg or ffa",
-                code="no-step",
-            )
+        """See `Around`; and set the claims."""
+        super().require_steps()
         self.inherit(Claim.LINEAR | Claim.MIXED_RANKS | Claim.ANY_TENSORS | Claim.ROBUST)
 
     @abstractmethod

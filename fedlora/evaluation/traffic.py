@@ -62,7 +62,8 @@ def measure_traffic(
                 down += received
                 up += TrainRequest(plan, number, k, wire=wire).reply_nbytes
             versions[k] = plan.base_version
-            updates.append(ClientUpdate(k, _moved(plan, derive(number, "traffic", k)), 1.0, plan.base_version))
+            moved, facts = _moved(plan, derive(number, "traffic", k)), dict.fromkeys(plan.asks, 1.0)
+            updates.append(ClientUpdate(k, moved, 1.0, plan.base_version, facts=facts))
         state = _merge(rule, state, updates, number)
     counted = len(layouts) * (ROUNDS - 1)
     return Traffic(up / counted, down / counted, first / len(layouts))

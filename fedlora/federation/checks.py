@@ -90,9 +90,35 @@ def require_servable(
         require_one_start(chain([first], plans))
         require_cohort(config.client_privacy, len(clients), clients_wanted(config, len(clients)))
     for plan in chain([first], plans):
+        _require_steps_as_planned(config, plan)
         require_plain_plan(config.train, plan.proximal_mu)
     if config.example_privacy is not None:
         _require_private(config, workspace, first, clients)
+
+
+def _require_steps_as_planned(config: RunConfig, plan: ClientPlan) -> None:
+    """Raise `ConfigError` where [train] would make other steps than those that a plan is about."""
+    train, rule = config.train, config.strategy.name
+    if "rates" in plan.asks:
+        others = {
+            f"loop = {train.loop!r}": train.loop is not None,
+            "optimizer = 'adamw'": train.optimizer != "sgd",
+            f"momentum = {train.momentum:g}": train.momentum,
+            f"clip_norm = {train.clip_norm}": train.clip_norm is not None,
+            f"proximal_mu = {train.proximal_mu:g}": train.proximal_mu,
+        }
+        for key in (key for key, there in others.items() if there):
+            raise ConfigError(
+                f"{rule!r} takes a client's change for the sum of its gradients times the learning rates, which it "
+                f"is not with train.{key}: let fedlora's loop train with train.optimizer = 'sgd', without momentum, "
+                "clip_norm and proximal_mu; strategy 'feddyn' goes with AdamW too",
+                code="no-plain-steps",
+            )
+    if plan.proximal_mu and train.proximal_mu:
+        raise ConfigError(
+            f"{rule!r} sets the weight of the proximal term itself, to {plan.proximal_mu:g}: remove train.proximal_mu",
+            code="proximal-term-twice",
+        )
 
 
 def _require_private(config: RunConfig, workspace: Workspace, plan: ClientPlan, clients: Iterable[int]) -> None:

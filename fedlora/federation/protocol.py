@@ -41,6 +41,8 @@ from fedlora.wire_formats import (
 PROTOCOL = 3
 ADAPTER = "adapter"
 """Name of the buffer of the adapter's tensors."""
+TILT = "tilt"
+"""Name of the buffer of what is added to each step's gradient."""
 KEPT = "kept"
 """Name of the part that a client keeps, beside "A", "B" and "dense"."""
 MAX_ERROR = 1_000
@@ -228,6 +230,7 @@ def request_head(
         "digests": digests,
         "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
         "buffers": {name: layout_json(tensors) for name, tensors in buffers.items()},
+        **({"tilt": tensors_digest(plan.tilt)} if plan.tilt else {}),
         **({"ledger": request.ledger} if request.ledger else {}),
         **({"kept_round": request.kept_round} if request.kept_round else {}),
     }
@@ -257,7 +260,8 @@ def _layout_json(layout: Layout) -> dict[str, list[float]]:
 
 
 def request_tensors(plan: ClientPlan, held: Container[str] = ()) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each buffer of a request: `ADAPTER`, if anything is in it, and one for each change of the base.
+    """The tensors of each buffer of a request: `ADAPTER` and `TILT`, if anything is in them, and one for each change of
+    the base.
 
     Args:
         plan: To be sent.
@@ -265,7 +269,7 @@ def request_tensors(plan: ClientPlan, held: Container[str] = ()) -> dict[str, di
     """
     parts = tensors_by_part(plan).items()
     adapter = {name: tensor for part, tensors in parts if part not in held for name, tensor in tensors.items()}
-    buffers = {ADAPTER: adapter} if adapter else {}
+    buffers = ({ADAPTER: adapter} if adapter else {}) | ({TILT: dict(plan.tilt)} if plan.tilt else {})
     return buffers | {merge_buffer(update.version): flatten_base_update(update)[0] for update in plan.base_updates}
 
 

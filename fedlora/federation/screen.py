@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.aggregators import ClientUpdate
+from fedlora.aggregators import ClientUpdate, Fact
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ReplyError
@@ -27,6 +28,7 @@ from fedlora.federation.protocol import TrainRequest
 from fedlora.privacy.disclosure import REFUSED, Disclosure
 from fedlora.sanitize import clean_text
 from fedlora.training.dp_settings import private_settings
+from fedlora.training.job import TrainJob, learning_rate, number_of_steps
 from fedlora.training.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,8 @@ class Screen:
             check_stated(metrics, private_settings(self._config, request.client_id))
         weight = self._weight(request.client_id, claimed, expected)
         adapter = request.plan.adapter.with_tensors(sent)
-        update = ClientUpdate(request.client_id, adapter, weight, request.plan.base_version, metrics)
+        facts = self._facts(request, claimed)
+        update = ClientUpdate(request.client_id, adapter, weight, request.plan.base_version, metrics, facts)
         return Admitted(update, self._written_down(claimed, weight, metrics, change))
 
     def _require_sound(self, request: TrainRequest, sent: Mapping[str, Tensor]) -> float:
@@ -145,6 +148,22 @@ class Screen:
         if config.privacy is not None or self._own_data:
             return config.server.max_examples
         return min(config.server.max_examples, max(1, len(self._workspace.data.clients[client_id])))
+
+    def _facts(self, request: TrainRequest, claimed: int) -> dict[Fact, float]:
+        """What the plan asks to know; a client is not believed where the server knows by itself."""
+        config, plan, clients = self._config, request.plan, self._workspace.data.clients
+        facts: dict[Fact, float] = {}
+        if "clients" in plan.asks:
+            facts["clients"] = float(len(clients))
+        if "rates" in plan.asks:
+            train = config.train_of(request.client_id)
+            how = TrainJob(plan.adapter, plan.trains, np.empty(0), 0, round=request.round, rounds=config.rounds)
+            if config.example_privacy is not None:
+                steps = private_settings(config, request.client_id).schedule.steps
+            else:
+                steps = number_of_steps(claimed if self._own_data else len(clients[request.client_id]), train)
+            facts["rates"] = sum(learning_rate(step, steps, train, how) for step in range(steps))
+        return facts
 
     def _require_plausible(self, request: TrainRequest, change: float, expected: Expectations) -> None:
         """Raise `ReplyError` for a change that is far too large beside the others' and what was sent."""

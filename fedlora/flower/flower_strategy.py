@@ -109,7 +109,14 @@ class FedLoraStrategy(FedAvg):
         return self._names.write(self._state.adapter), metrics
 
     def _plan(self, state: GlobalState) -> ClientPlan:
-        return self.rule.plan(state, ClientSpec(0, state.adapter.layout))
+        plan = self.rule.plan(state, ClientSpec(0, state.adapter.layout))
+        if plan.asks:
+            raise RuleError(
+                f"{type(self.rule).__name__} has a plan for each client, and elsewhere all clients get the same: "
+                "run it by fedlora's own ServerApp (flwr run, or fedlora run)",
+                code="plans-differ",
+            )
+        return plan
 
     def _update(self, message: Message, plan: ClientPlan) -> ClientUpdate:
         """A reply as the rule takes it.

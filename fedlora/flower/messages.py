@@ -26,6 +26,7 @@ from fedlora.federation.protocol import (
     KEPT,
     MAX_ERROR,
     PROTOCOL,
+    TILT,
     OfSameTensors,
     TrainedReply,
     TrainRequest,
@@ -190,7 +191,9 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
         ),
         fresh_seed=head["fresh_seed"],
         proximal_mu=head["proximal_mu"],
+        tilt=buffers.get(TILT, {}),
     )
+    _require_tilt(plan, head)
     request = TrainRequest(
         plan,
         head["round"],
@@ -204,6 +207,16 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
     )
     held.keep_request(content, request)
     return request
+
+
+def _require_tilt(plan: ClientPlan, head: Mapping[str, Any]) -> None:
+    """Raise `ReplyError` for a tilt that is not the one that the head names, or not of what the client sends."""
+    sent = plan.adapter.tensors(plan.sends)
+    fits = all(name in sent and value.shape == sent[name].shape for name, value in plan.tilt.items())
+    if not fits or (tensors_digest(plan.tilt) if plan.tilt else None) != head.get("tilt"):
+        raise ReplyError(
+            "the plan's tilt does not fit its adapter, or has another hash: report this bug", code="tilt-differs"
+        )
 
 
 def request_digest(head: Mapping[str, Any], config: str) -> str:

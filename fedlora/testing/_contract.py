@@ -72,6 +72,10 @@ class AggregatorContract(ClaimLaws):
                     require(bool(plan.kept), "claims PERSONAL, and clients send all that they train")
                 else:
                     require(not plan.kept, "clients keep what they train, and the rule does not claim PERSONAL")
+                tilted = {name: value.shape for name, value in plan.tilt.items()}
+                shapes = {name: value.shape for name, value in plan.adapter.tensors(plan.sends).items()}
+                require(tilted.items() <= shapes.items(), "the plan's tilt is not of what the client sends")
+                require_same(dict(plan.tilt), dict(again.tilt), 0.0, "the tilt of two plans")
                 require(plan.base_version == state.base_version, "the plan trains on another version of the base")
                 require_same(
                     plan.adapter.tensors(), again.adapter.tensors(), 0.0, "two plans for the same state and client"

@@ -62,7 +62,8 @@ class ToyFederation:
         for spec, weight in zip(specs, weights, strict=False):
             plan = (rule or self.aggregator).plan(state, spec)
             adapter = moved(plan, derive(state.round, "client", spec.client_id), step)
-            updates.append(ClientUpdate(spec.client_id, adapter, weight, plan.base_version, {"loss": 1.0}))
+            facts = dict.fromkeys(plan.asks, 4.0)
+            updates.append(ClientUpdate(spec.client_id, adapter, weight, plan.base_version, {"loss": 1.0}, facts))
         return updates
 
 

@@ -208,7 +208,7 @@ class PrivateTrainingLoop(Loop):
         gradient /= how.schedule.expected_batch_size
         values = take(self._values, rows)
         before = values.clone() if client.done == 0 else None
-        self._add_proximal(rows, values, gradient)
+        self._add_terms(rows, values, gradient)
         rate = learning_rate(client.done, client.steps, client.config, client.job)
         self._optimizer.step(values, gradient, rows, [rate])
         put(self._values, rows, values)

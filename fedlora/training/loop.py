@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedlora.adapter import AdapterState
 from fedlora.config import TrainConfig
 from fedlora.errors import TrainingError
 from fedlora.model import Base, seeded
@@ -170,6 +171,8 @@ class Loop(ABC):
         self._values = self._columns.rows(adapters, like)
         self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
         self._anchor = self._values.clone() if any(self._mu) or self._task.refers else None
+        tilted = any(job.tilt for job in jobs)
+        self._tilt = self._columns.rows([_tilt_of(job) for job in jobs], like) if tilted else None
         self._optimizer = FlatOptimizer(len(jobs), self._columns.width, [client.config for client in clients], like)
         for client in clients:
             if client.job.optimizer:
@@ -348,11 +351,13 @@ class Loop(ABC):
         return [places for _, places in parts], self._task.join(self._examples, [batch for batch, _ in parts])
 
     @torch.no_grad()
-    def _add_proximal(self, rows: Sequence[int], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]) -> None:
-        """The gradient of (mu / 2) |w - w0|^2, FedProx's term (arXiv 1812.06127, equation (2)): mu (w - w0)."""
+    def _add_terms(self, rows: Sequence[int], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]) -> None:
+        """The gradient of (mu / 2) |w - w0|^2, FedProx's term (arXiv 1812.06127, equation (2)), and of the tilt's."""
         if self._anchor is not None and any(self._mu):
             mu = sent([self._mu[row] for row in rows], values)
             gradients.addcmul_(values - take(self._anchor, rows), mu[:, None])
+        if self._tilt is not None:
+            gradients.add_(take(self._tilt, rows))
 
     # ------------------------------------------------------------------------------------------ batches and ends
 
@@ -371,3 +376,9 @@ class Loop(ABC):
         elif self._synchronize and device.type == "mps":
             torch.mps.synchronize()
         return time.perf_counter()
+
+
+def _tilt_of(job: TrainJob) -> AdapterState:
+    """A job's tilt in the layout of its adapter, zero where it has none."""
+    tensors = job.adapter.tensors().items()
+    return job.adapter.with_tensors({name: job.tilt.get(name, torch.zeros_like(value)) for name, value in tensors})

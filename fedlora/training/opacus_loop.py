@@ -113,6 +113,15 @@ def train_by_opacus(
     base.train_mode(True)
     mu = job.proximal_mu or config.proximal_mu
     anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
+    tilt = [job.tilt.get(name) for name in base.tensor_names(job.trains)]
+
+    def add_terms() -> None:
+        if mu:
+            add_proximal(parameters, anchor, mu)
+        for parameter, term in zip(parameters, tilt, strict=True):
+            if term is not None and parameter.grad is not None:
+                parameter.grad += term.to(parameter.grad)
+
     optimizer = make_optimizer(parameters, config)
     plan, keys = settings.schedule, masks or secret_keys
     clip = settings.clipping_norm(base.dtype)
@@ -132,7 +141,7 @@ def train_by_opacus(
                 noise_multiplier=settings.noise_multiplier * settings.max_grad_norm / clip,
                 expected_batch_size=plan.expected_batch_size,
                 physical_batch_size=min(sizes, default=None),
-                after_noise=(lambda: add_proximal(parameters, anchor, mu)) if mu else None,
+                after_noise=add_terms if mu or job.tilt else None,
             ) as private,
         ):
             for step, positions in enumerate(poisson_batches(len(job.indices), plan.sample_rate, plan.steps)):

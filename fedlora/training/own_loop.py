@@ -63,12 +63,12 @@ def said_of_loops(config: RunConfig) -> Iterator[str]:
         yield "train.loop: nothing is claimed of privacy, whatever the loop does"
 
 
-def require_plain_plan(config: TrainConfig, proximal_mu: float) -> None:
+def require_plain_plan(config: TrainConfig, proximal_mu: float, *, tilted: bool = False) -> None:
     """Raise `TrainingError` for a plan that changes the loss, which is the loop's own."""
-    if config.loop is not None and proximal_mu:
+    if config.loop is not None and (proximal_mu or tilted):
+        what = f"a proximal term to the loss (mu = {proximal_mu:g})" if proximal_mu else "a tilt to the loss"
         raise TrainingError(
-            f"the rule adds a proximal term to the loss (mu = {proximal_mu:g}), which train.loop computes by itself: "
-            "remove train.loop, or choose another rule",
+            f"the rule adds {what}, which train.loop computes by itself: remove train.loop, or choose another rule",
             code="loop-has-its-loss",
         )
 
@@ -88,7 +88,7 @@ def train_by_own_loop(base: Base, task: Task, examples: Examples, job: TrainJob,
         TrainingError: It changed what was frozen, took more steps than it had, or loss or adapter are not finite.
     """
     loop = load_loop(config)
-    require_plain_plan(config, job.proximal_mu)
+    require_plain_plan(config, job.proximal_mu, tilted=bool(job.tilt))
     base.require_fit(job.adapter)
     if not len(job.indices):
         raise TrainingError("the client has no examples: give it some", code="no-examples")

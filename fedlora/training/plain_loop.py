@@ -70,7 +70,7 @@ class TrainingLoop(Loop):
     def _move(self, members: list[Client], gradients: Float[Tensor, "k p"], losses: Float[Tensor, "k"]) -> None:
         rows = [client.row for client in members]
         values = take(self._values, rows)
-        self._add_proximal(rows, values, gradients)
+        self._add_terms(rows, values, gradients)
         if any(client.config.clip_norm is not None for client in members):
             most = [c.config.clip_norm if c.config.clip_norm is not None else float("inf") for c in members]
             norms = torch.linalg.vector_norm(gradients, dim=1)

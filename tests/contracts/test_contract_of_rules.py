@@ -17,6 +17,7 @@ from support.errors import raises
 from fedlora.aggregators import Aggregator, Claim, broadcast_change, rules
 from fedlora.aggregators.clipping import CentredClipping, NormBound
 from fedlora.aggregators.coordinatewise import Median, TrimmedMean
+from fedlora.aggregators.drift import FedDyn, Scaffold
 from fedlora.aggregators.fair import Fair
 from fedlora.aggregators.fedex import FedEx
 from fedlora.aggregators.fedmomentum import FedMomentum
@@ -126,6 +127,25 @@ class Step(AggregatorContract):
             assert torch.equal((got[name] - before).sign(), (wanted[name] - before).sign())
 
 
+class Dynamic(AggregatorContract):
+    """The mean of all variates is added to the inner rule's result, which is where all clients meet."""
+
+    exempt: ClassVar[dict[str, str]] = dict.fromkeys(
+        (ALONE, SAME, DENSE, TWINS), "test_equal_clients_go_on_in_their_direction"
+    )
+
+    def test_equal_clients_go_on_in_their_direction(self) -> None:
+        """Of N = 4 clients m say the same y: h is y - x for each of them, and x becomes y + m / N (y - x)."""
+        state = self.states()[0]
+        first = self.updates(state, self.specs())[0]
+        for m in (1, 3, 4):
+            same = [dataclasses.replace(first, client_id=k, num_examples=2.0) for k in range(m)]
+            after = self.aggregator.aggregate(state, same).adapter.tensors()
+            y, before = first.adapter.tensors(), state.adapter.tensors()
+            wanted = {name: y[name] + m / 4 * (y[name] - before[name]) for name in before}
+            torch.testing.assert_close(after, wanted, rtol=1e-12, atol=1e-12)
+
+
 class Cut(AggregatorContract):
     """A share of the singular values' energy is cut off."""
 
@@ -179,6 +199,7 @@ OWN: dict[type[Aggregator], type[AggregatorContract]] = {
     FedAdagrad: Step,
     FedAdam: Step,
     FedYogi: Step,
+    FedDyn: Dynamic,
     Florist: Cut,
     HetLora: ByNorm,
     RaFlora: AtFullRank,
@@ -214,6 +235,10 @@ VARIANTS: dict[str, tuple[type[AggregatorContract], Aggregator]] = {
     "KeepHeadsOfKrum": (Chosen, Keep(inner=Krum())),
     "FedPerOfRoLora": (AggregatorContract, FedPer(RoLora())),
     "FedSaOfMedian": (AggregatorContract, FedSaLora(Median())),
+    "ScaffoldOfRoLora": (AggregatorContract, Scaffold(RoLora())),
+    "FedDynOfFedAvgM": (Dynamic, FedDyn(0.5, FedAvgM(momentum=0.0))),
+    "KrumOfScaffold": (Chosen, Krum(inner=Scaffold())),
+    "KeepHeadsOfScaffold": (AggregatorContract, Keep(inner=Scaffold())),
     "FedYogiOfMedianOfFfa": (Step, FedYogi(inner=Median(FfaLora()))),
 }
 OFTEN = ("KrumOfFlora", "FedAdamOfFfa", "KeepByPattern")

@@ -72,6 +72,8 @@ def client(base: Base, number: int, *, rank: int | None = None, size: int = 30, 
     job = TrainJob(adapter(base, rank, number), ALL_PARTS, np.arange(number * 20, number * 20 + size), seed=number)
     config = TrainConfig(steps=3, batch_size=8, lr=0.01)
     mine = {key: changes.pop(key) for key in ("trains", "proximal_mu") if key in changes}
+    if (factor := changes.pop("tilt", 0.0)) != 0.0:
+        mine["tilt"] = {name: factor * value for name, value in job.adapter.tensors().items()}
     return replace(job, **mine), config.model_copy(update=changes)
 
 

@@ -81,9 +81,9 @@ def test_every_rule_is_found_by_name_and_says_where_it_comes_from() -> None:
     assert set(NAMES.split()) <= set(rules)
     assert all("arXiv" in cls.paper or "OpenReview" in cls.paper for cls in dict(rules.items()).values())
     assert {group_of(cls) for cls in dict(rules.items()).values()} == set(GROUPS)
-    assert [group_of(rules.get(name)) for name in ("ffa", "hetlora", "krum", "fedadam", "fedsa", "fedavg")] == list(
-        GROUPS
-    )
+    assert [
+        group_of(rules.get(name)) for name in ("ffa", "hetlora", "krum", "fedadam", "feddyn", "fedsa", "fedavg")
+    ] == list(GROUPS)
 
 
 @pytest.mark.parametrize(

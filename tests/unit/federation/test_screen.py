@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -125,6 +126,17 @@ def test_figures_that_no_client_measures_are_refused(figures: dict[str, Any], co
 def test_any_figure_that_a_client_measures_is_admitted() -> None:
     figures = dict.fromkeys(FIGURES, 1.0)
     assert figures.items() <= admit(figures={**GOOD, **figures}).figures.items()
+
+
+def test_what_a_rule_asks_to_know_is_the_servers_own_knowledge() -> None:
+    """Of a client of the partition it knows the number of examples, whatever that one claims, and so its rates."""
+    request = replace(REQUEST, plan=replace(PLAN, asks=frozenset({"rates", "clients"})))
+    keys = ("train.lr=0.5", "train.batch_size=100", "train.warmup_steps=1")
+    facts = admit(request=request, config=config_of(*keys)).update.facts
+    assert facts == {"clients": 2.0, "rates": 0.5 * 0.5 + 6 * 0.5}
+    claimed = admit(figures={**GOOD, "num_examples": 250}, request=request, config=own_data(*keys)).update.facts
+    assert claimed == {"clients": 2.0, "rates": 0.5 * 0.5 + 2 * 0.5}
+    assert admit().update.facts == {}
 
 
 def test_a_change_far_above_the_others_is_refused_only_where_it_is_compared() -> None:

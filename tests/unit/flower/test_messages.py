@@ -60,7 +60,14 @@ WITH_UPDATE = ClientPlan(
     proximal_mu=0.5,
 )
 FRESH = ClientPlan(AdapterState(fresh_pairs({"m": PairShape(4, 5, 3, 2.0)}, 7), {"head": torch.ones(2)}), fresh_seed=7)
-PLANS = {"plain": ClientPlan(adapter()), "frozen A": FROZEN_A, "base update": WITH_UPDATE, "fresh": FRESH}
+TILTED = replace(FROZEN_A, tilt={"a:B": torch.ones(4, 3), "head.weight": torch.ones(2, 4)}, asks=frozenset({"rates"}))
+PLANS = {
+    "plain": ClientPlan(adapter()),
+    "frozen A": FROZEN_A,
+    "base update": WITH_UPDATE,
+    "fresh": FRESH,
+    "tilted": TILTED,
+}
 
 
 def planned(plan: ClientPlan, held: Iterable[Part] = (), **fields: Any) -> Planned:
@@ -130,6 +137,8 @@ def test_a_request_survives_its_message(name: str) -> None:
     assert same(got.adapter, plan.adapter)
     assert (got.trains, got.sends, got.base_version) == (plan.trains, plan.sends, plan.base_version)
     assert (got.fresh_seed, got.proximal_mu) == (plan.fresh_seed, plan.proximal_mu)
+    assert got.tilt.keys() == plan.tilt.keys()
+    assert all(torch.equal(value, plan.tilt[name]) for name, value in got.tilt.items())
     assert [(update.since, update.version) for update in got.base_updates] == [
         (update.since, update.version) for update in plan.base_updates
     ]
@@ -239,6 +248,8 @@ def test_a_request_is_named_by_what_it_asks_however_much_of_it_is_sent() -> None
         named(encoded(other_start)),
         named(encoded(other_frozen, {"A"})),
         named(encoded(replace(FROZEN_A, proximal_mu=1.0))),
+        named(encoded(TILTED)),
+        named(encoded(replace(TILTED, tilt={"a:B": torch.zeros(4, 3)}))),
     ]
     assert len({usual, *others}) == 1 + len(others)
 
@@ -275,6 +286,14 @@ def test_a_request_whose_buffer_is_shorter_or_longer_is_refused(buffer: bytes) -
     content.array_records["arrays"]["adapter"] = to_array(buffer)
     with raises(ReplyError, "invalid-layout", "describes", "buffer has"):
         decoded(content)
+
+
+@pytest.mark.parametrize("tilt", [{"a:A": torch.ones(3, 5)}, {"a:B": torch.ones(4, 2)}, {"more": torch.ones(1)}])
+def test_a_tilt_of_what_is_not_sent_is_refused(tilt: dict[str, torch.Tensor]) -> None:
+    with raises(ReplyError, "tilt-differs"):
+        decoded(encoded(replace(FROZEN_A, tilt=tilt)))
+    with raises(ReplyError, "tilt-differs"):
+        decoded(with_head(encoded(TILTED), tilt="another"))
 
 
 def test_another_protocol_is_refused_with_both_versions() -> None:

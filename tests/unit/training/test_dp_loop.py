@@ -82,7 +82,9 @@ def clients(
     draw = np.random.default_rng(0)
     work, settings, samples = [], [], []
     for k, rank in enumerate(RANKS):
-        job = TrainJob(adapter(base, rank, k), ALL_PARTS, np.arange(60 * k, 60 * k + 40), k, proximal_mu=0.3 * k)
+        start = adapter(base, rank, k)
+        tilt = {name: 0.1 * k * value for name, value in start.tensors().items() if k}
+        job = TrainJob(start, ALL_PARTS, np.arange(60 * k, 60 * k + 40), k, proximal_mu=0.3 * k, tilt=tilt)
         work.append((job, TrainConfig(lr=0.01 * (k + 1), warmup_steps=k).model_copy(update=changes)))
         plan = Schedule(0.2, STEPS, 1, 8.0 + k)
         settings.append(PrivateSettings(plan, 0.5 + k, 0.05 * (k + 1), physical_batch_size=(None, 2, 4)[k]))
@@ -105,6 +107,13 @@ def by_opacus(
     anchor = [parameter.detach().clone() for parameter in parameters]
     base.train_mode(True)
     optimizer = make_optimizer(parameters, config)
+
+    def after_noise() -> None:
+        add_proximal(parameters, anchor, job.proximal_mu)
+        for name, parameter in zip(base.tensor_names(), parameters, strict=True):
+            if name in job.tilt:
+                parameter.grad += job.tilt[name]
+
     with PrivateStep(
         base.model,
         optimizer,
@@ -112,7 +121,7 @@ def by_opacus(
         noise_multiplier=how.noise_multiplier,
         expected_batch_size=how.schedule.expected_batch_size,
         physical_batch_size=how.physical_batch_size,
-        after_noise=lambda: add_proximal(parameters, anchor, job.proximal_mu),
+        after_noise=after_noise,
         generator=generator,
     ) as private:
         for step, sample in enumerate(samples):

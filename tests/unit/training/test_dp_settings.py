@@ -26,6 +26,7 @@ from fedlora.training.dp_check import check_model, require_private_task
 from fedlora.training.dp_loop import train_private
 from fedlora.training.dp_settings import PrivateSettings, private_settings
 from fedlora.training.job import TrainJob
+from fedlora.training.opacus_loop import train_by_opacus
 from fedlora.training.workspace import Workspace
 
 PRIVATE = ("server.weighting=uniform", "privacy.delta=1e-3", "privacy.max_grad_norm=1.0", "privacy.accountant=rdp")
@@ -74,11 +75,13 @@ def move(result: AdapterState, start: AdapterState) -> torch.Tensor:
 def test_without_noise_and_clipping_it_is_the_plain_loop(workspace: Workspace, physical: int | None, mu: float) -> None:
     how = TrainConfig(steps=3, batch_size=N, optimizer="sgd", lr=0.2, momentum=0.5, warmup_steps=1, proximal_mu=mu)
     what = job(workspace.base)
-    plain = train(workspace.base, workspace.task, workspace.data.train, what, how)
+    tilted = replace(what, tilt={name: 0.5 * value for name, value in what.adapter.tensors(("B",)).items()})
     quiet = settings(1e-9, physical_batch_size=physical)
-    private = train_private(workspace.base, workspace.task, workspace.data.train, what, how, quiet)
-    one, other = move(plain.adapter, what.adapter), move(private.adapter, what.adapter)
-    assert float((one - other).norm()) < 1e-4 * float(one.norm())
+    on = (workspace.base, workspace.task, workspace.data.train)
+    for asked in (what, tilted):
+        plain = move(train(*on, asked, how).adapter, what.adapter)
+        for private in (train_private(*on, asked, how, quiet), train_by_opacus(*on, asked, how, quiet)):
+            assert float((plain - move(private.adapter, what.adapter)).norm()) < 1e-4 * float(plain.norm())
 
 
 def test_adamw_without_noise_goes_the_same_way(workspace: Workspace) -> None:

@@ -80,6 +80,7 @@ RAGGED: list[dict[str, Any]] = [
     {"rank": 7, "batch_size": 3, "warmup_steps": 2},
     {"size": 5, "steps": 7, "weight_decay": 0.1, "clip_norm": 0.3},
     {"batch_size": 11, "steps": 1, "proximal_mu": 0.5},
+    {"rank": 3, "proximal_mu": 0.2, "tilt": -0.5},
 ]
 OPTIMIZERS: list[dict[str, Any]] = [
     {},
@@ -102,6 +103,7 @@ def plain(base: Base, task: Task, examples: Examples, job: TrainJob, config: Tra
     """The same with PEFT's own layers, torch's own optimisers, and one client."""
     parameters = base.write(job.adapter, job.trains)
     start = [p.detach().clone() for p in parameters]
+    tilt = [job.tilt.get(name, torch.zeros(())) for name in base.tensor_names(job.trains)]
     base.train_mode(True)
     decay = config.weight_decay
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=decay)
@@ -110,8 +112,8 @@ def plain(base: Base, task: Task, examples: Examples, job: TrainJob, config: Tra
     for step, chosen in enumerate(batches(job.indices, config.batch_size, config.steps or 0, job.seed)):
         optimizer.zero_grad()
         loss = task.losses(base.model, task.collate(examples, chosen)).mean()
-        for parameter, origin in zip(parameters, start, strict=True):
-            loss = loss + job.proximal_mu / 2 * ((parameter - origin) ** 2).sum()
+        for parameter, origin, term in zip(parameters, start, tilt, strict=True):
+            loss = loss + job.proximal_mu / 2 * ((parameter - origin) ** 2).sum() + (term * parameter).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         if config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
