@@ -98,7 +98,7 @@ class Run:
         from fedlora.evaluation.pretrained_adapter import data_for, find_adapter, load_for
 
         source = find_adapter(self.path)
-        has_classes = "label" in _task(source.config).roles
+        has_classes = _task(source.config).has_classes
         adapted, _ = load_for(source, data_for(source).test if has_classes else None)
         adapted.train_mode(False)
         return adapted.peft
@@ -340,7 +340,7 @@ def resolve_config(config: str | Path | RunConfig, changes: Mapping[str, Any]) -
         return resolved
     resolved = with_objects(resolved, objects)
     names = names_of_classes(objects, resolved.data.label)
-    if not names or "label" not in _task(resolved).roles or resolved.task.fields.get("labels"):
+    if not names or not _task(resolved).has_classes or resolved.task.fields.get("labels"):
         return resolved
     return resolved.model_copy(update={"task": resolved.task.model_copy(update={"labels": list(names)})})
 

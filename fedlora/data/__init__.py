@@ -202,7 +202,7 @@ def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, st
     table = read_file(Path(path))
     corpus = ASSETS.get(config.data.source)
     names = () if corpus is None else corpus.label_names
-    if "label" in task.roles and not names and not getattr(task, "labels", ()):
+    if task.has_classes and not names and not getattr(task, "labels", ()):
         raise DataError(
             f"the file {str(path)!r} may not hold every class: name all classes, as in task.labels = ['no', 'yes']",
             code="classes-unknown",

@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fedlora.data._sources import READERS, needed_columns, optional_columns, rea
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.sanitize import clean_text
 from fedlora.tasks import Examples, Table, Task
+from fedlora.tasks._classification import Classification
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def screened(path: Path, task: Task, model: Checkpoint, columns: Mapping[str, st
             yield from good(some[:middle])
             yield from good(some[middle:])
 
-    named = (_with_class(row, columns.get("label"), getattr(task, "labels", ()), reasons) for row in rows)
+    names = getattr(task, "labels", ()) if isinstance(task, Classification) else ()
+    named = (_with_class(row, columns.get("label"), names, reasons) for row in rows)
     usable = list(good([row for row in named if row is not None]))
     if left_out := len(rows) - len(usable):
         first = reasons[0] if reasons else "a line that cannot be read"
@@ -146,35 +148,29 @@ def invented(task: Task, model: Checkpoint, columns: Mapping[str, str]) -> Examp
     Raises:
         ConfigError: the task has a role whose values cannot be made up here.
     """
-    labels = tuple(getattr(task, "labels", ()))
     table: dict[str, Sequence[Any]] = {}
     for role, column in columns.items():
-        if role not in _INVENTED:
+        values = task.invented(role) or _INVENTED.get(role)
+        if values is None:
             raise ConfigError(
                 f"under [privacy] nodes can bring their own data for tasks on text and images alone: no example can be "
                 f"made up for the role {role!r}; remove [privacy], or change task.name",
                 code="role-without-example",
             )
-        table[column] = _INVENTED[role](labels)
+        table[column] = values
     return task.prepare(Table(table), model, columns, keep=())
 
 
 _TEXTS = ("a", "one two three", "it is as good as it can be", "there are four of them, and this is the last one")
-_INVENTED: Mapping[str, Callable[[Sequence[str]], Sequence[Any]]] = {
-    **dict.fromkeys(("text", "chosen"), lambda _labels: list(_TEXTS)),
-    **dict.fromkeys(("prompt", "instruction"), lambda _labels: list(_TEXTS)),
-    **dict.fromkeys(("completion", "output", "rejected"), lambda _labels: list(reversed(_TEXTS))),
-    **dict.fromkeys(
-        ("messages", "conversations"),
-        lambda _labels: [
-            [{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in _TEXTS
-        ],
-    ),
-    **dict.fromkeys(("input", "system", "tools"), lambda _labels: [None] * len(_TEXTS)),
-    "label": lambda labels: [labels[place % len(labels)] for place in range(len(_TEXTS))],
-    "image": lambda _labels: [np.full((16, 16), 60 * place, dtype=np.uint8) for place in range(len(_TEXTS))],
+_CONVERSATIONS = tuple([{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in _TEXTS)
+_INVENTED: Mapping[str, Sequence[Any]] = {
+    **dict.fromkeys(("text", "chosen", "prompt", "instruction"), _TEXTS),
+    **dict.fromkeys(("text_pair", "completion", "output", "rejected"), tuple(reversed(_TEXTS))),
+    **dict.fromkeys(("messages", "conversations"), _CONVERSATIONS),
+    **dict.fromkeys(("input", "system", "tools"), (None,) * len(_TEXTS)),
+    "image": [np.full((16, 16), 60 * place, dtype=np.uint8) for place in range(len(_TEXTS))],
 }
-"""Role -> four values, given the names of the classes."""
+"""Role -> four values."""
 
 
 # ---------------------------------------------------------------------------------------------- rows one by one

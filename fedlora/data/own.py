@@ -73,7 +73,7 @@ def number_of_nodes(config: RunConfig) -> int:
 def require_labels(config: RunConfig) -> None:
     """Raise `ConfigError` where the task has classes that the config does not name: a node's file may lack one."""
     task = load_task(config.task)
-    if "label" in task.roles and not getattr(task, "labels", ()):
+    if task.has_classes and not getattr(task, "labels", ()):
         raise ConfigError(
             "each node reads its own file, which may not hold every class: name all classes, as in "
             "task.labels = ['no', 'yes']",

@@ -220,8 +220,8 @@ def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
 
 def _head(source: Source, task: Task) -> dict[str, Any]:
     """What the model must be told so that its head is as large as the adapter's."""
-    if "label" not in task.roles:
-        return {}
+    if not task.has_classes:
+        return {"num_labels": 1} if task.head else {}
     config = _with_labels(source)
     corpus = ASSETS.get(config.data.source)
     names = config.task.fields.get("labels") or (corpus.label_names if corpus else ())
@@ -237,7 +237,7 @@ def _with_labels(source: Source) -> RunConfig:
     """The config with the names of the classes that the run found in its data; a file of its own may lack one."""
     config, run = source.config, source.run
     fields = config.task.fields
-    if run is None or fields.get("labels") or "label" not in load_task(config.task).roles:
+    if run is None or fields.get("labels") or not load_task(config.task).has_classes:
         return config
     if (corpus := ASSETS.get(config.data.source)) is not None and corpus.label_names:
         return config

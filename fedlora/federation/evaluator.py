@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, final
@@ -29,7 +29,6 @@ from fedlora.model.base_history import show
 from fedlora.progress import SAMPLED
 from fedlora.rng import derive
 from fedlora.tasks import Examples
-from fedlora.tasks._own_metric import OWN
 from fedlora.training.evaluate import Measures, domains_of, measure_batches, measures_of, summarised
 from fedlora.training.kept_evaluation import kept_measures
 from fedlora.training.workspace import Workspace
@@ -172,7 +171,7 @@ class Evaluator:
         """A client's evaluation, if it can be one of examples."""
         try:
             for sums in one.sums.values():
-                _require_sums(sums, self._config.server.max_examples)
+                _require_sums(sums, self._config.server.max_examples, self._workspace.task.signed_sums)
         except ReplyError as error:
             return replace(one, sums={}, failure=Failure("refused", str(error)))
         return one
@@ -217,7 +216,7 @@ class Evaluator:
         return line
 
 
-def _require_sums(sums: Sums, most_examples: int) -> None:
+def _require_sums(sums: Sums, most_examples: int, signed: Collection[str]) -> None:
     """Raise `ReplyError` for what no examples give."""
     examples = float(sums["examples"])
     if not (examples.is_integer() and 1 <= examples <= most_examples):
@@ -227,7 +226,7 @@ def _require_sums(sums: Sums, most_examples: int) -> None:
             code="invalid-weight",
         )
     for name, values in sums.items():
-        if not bool(np.isfinite(values).all()) or (name != OWN and bool((np.asarray(values) < 0).any())):
+        if not bool(np.isfinite(values).all()) or (name not in signed and bool((np.asarray(values) < 0).any())):
             raise ReplyError(f"its sum {name!r} is negative or not finite", code="invalid-sums")
 
 

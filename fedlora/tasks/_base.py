@@ -141,6 +141,10 @@ class Task(ABC):
     metric: ClassVar[str]
     """Name of the main one of `figures`."""
     higher_is_better: ClassVar[bool] = True
+    has_classes: ClassVar[bool] = False
+    """Whether examples have classes, whose names every machine must know (`task.labels`)."""
+    signed_sums: ClassVar[tuple[str, ...]] = ()
+    """Those of `sums` that may be negative."""
     peft_task_type: ClassVar[str | None] = None
     """PEFT's TaskType name, written into the adapter's config."""
     kept_on_cpu: ClassVar[tuple[str, ...]] = ()
@@ -279,6 +283,11 @@ class Task(ABC):
         """
         raise ConfigError(f"examples of {type(self).__name__} are no texts: leave out --show", code="no-text")
 
+    def invented(self, role: str) -> Sequence[Any] | None:
+        """Four values of a role that are nobody's, to try a model on where nothing public is at hand; None: those that
+        any task has for a role of this name."""
+        return None
+
     def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
         """The same examples with noise in the inputs of some: `partition.feature_noise` of one client.
 
@@ -374,6 +383,11 @@ def without_cache(model: torch.nn.Module) -> Mapping[str, bool]:
     On a GPU it costs two waits a layer, and the memory of all keys and values.
     """
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def wide(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Scores in the precision of a loss: half precision would lose its last digits; double precision stays as it is."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def to_device(task: Task, batch: Batch, device: torch.device) -> Batch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 SCORE_BINS = 200
 """Bins of equal width in which the AUROC sees probabilities."""
@@ -44,20 +44,38 @@ def class_sums(
     n, c = probabilities.shape
     labels, guesses = label.astype(np.int64), predicted.astype(np.int64)
     confidence = np.take_along_axis(probabilities, guesses[:, None], axis=1)[:, 0]
-    bins = _bins(confidence, CALIBRATION_BINS)
-    columns = (np.ones(n), confidence, (guesses == labels).astype(np.float64))
     sums: dict[str, np.ndarray] = {
         "examples": np.asarray(float(n)),
         "loss": np.asarray(np.sum(loss, dtype=np.float64)),
         "confusion": np.bincount(labels * c + guesses, minlength=c * c).reshape(c, c).astype(np.float64),
-        "calibration": np.stack([np.bincount(bins, column, CALIBRATION_BINS) for column in columns], axis=1),
+        "calibration": _calibration(confidence, guesses == labels),
     }
-    if c <= MOST_CLASSES:
-        classes = np.arange(c)
-        place = (classes * 2 + (labels[:, None] == classes)) * SCORE_BINS + _bins(probabilities, SCORE_BINS)
-        counts = np.bincount(place.ravel(), minlength=c * 2 * SCORE_BINS)
-        sums["scores"] = counts.reshape(c, 2, SCORE_BINS).astype(np.float64)
-    return sums
+    return {**sums, **_scores(labels[:, None] == np.arange(c), probabilities)}
+
+
+def binary_sums(labels: Bool[np.ndarray, "n c"], probabilities: Float[np.ndarray, "n c"]) -> dict[str, np.ndarray]:
+    """Sums over some examples of which each has any number of classes.
+
+    Returns:
+        "calibration" and "scores" as of `class_sums`; the former of the probability of each class of each example, and
+        of whether it has the class.
+    """
+    return {"calibration": _calibration(probabilities.ravel(), labels.ravel()), **_scores(labels, probabilities)}
+
+
+def _calibration(confidence: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"]) -> Float[np.ndarray, "h 3"]:
+    columns = (np.ones(len(right)), confidence, right.astype(np.float64))
+    bins = _bins(confidence, CALIBRATION_BINS)
+    return np.stack([np.bincount(bins, column, CALIBRATION_BINS) for column in columns], axis=1)
+
+
+def _scores(own: Bool[np.ndarray, "n c"], probabilities: Float[np.ndarray, "n c"]) -> dict[str, np.ndarray]:
+    c = own.shape[1]
+    if c > MOST_CLASSES:
+        return {}
+    place = (np.arange(c) * 2 + own) * SCORE_BINS + _bins(probabilities, SCORE_BINS)
+    counts = np.bincount(place.ravel(), minlength=c * 2 * SCORE_BINS)
+    return {"scores": counts.reshape(c, 2, SCORE_BINS).astype(np.float64)}
 
 
 def class_figures(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -77,7 +95,6 @@ def class_figures(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     right, of_class, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     there = of_class > 0
     f1 = 2 * right / np.maximum(of_class + guessed, 1)
-    count, confidence, hits = sums["calibration"].T
     figures = {
         "accuracy": float(right.sum() / examples),
         "balanced_accuracy": float(np.mean(right[there] / of_class[there])),
@@ -85,11 +102,11 @@ def class_figures(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         "macro_f1": float(np.mean(f1[of_class + guessed > 0])),
         "weighted_f1": float(f1 @ of_class / examples),
         "mcc": _matthews(right.sum(), of_class, guessed, examples),
-        "ece": float(np.abs(confidence - hits).sum() / max(count.sum(), 1.0)),
+        "ece": calibration_error(sums["calibration"]),
         "loss": float(sums["loss"] / examples),
     }
     if "scores" in sums:
-        figures["auroc"] = _auroc(sums["scores"])
+        figures["auroc"] = mean_auroc(sums["scores"])
     return figures
 
 
@@ -105,8 +122,17 @@ def _matthews(
     return float((right * examples - of_class @ guessed) / np.sqrt(spread)) if spread > 0 else 0.0
 
 
-def _auroc(scores: Float[np.ndarray, "c 2 h"]) -> float:
-    """Probability that an example of a class has more of its probability than another; a tie of bins counts half."""
+def calibration_error(calibration: Float[np.ndarray, "h 3"]) -> float:
+    """The expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation (3))."""
+    count, confidence, hits = calibration.T
+    return float(np.abs(confidence - hits).sum() / max(count.sum(), 1.0))
+
+
+def mean_auroc(scores: Float[np.ndarray, "c 2 h"]) -> float:
+    """Probability that an example of a class has more of its probability than another; a tie of bins counts half.
+
+    The mean over the classes; NaN where each of them has all examples or none.
+    """
     others, own = scores[:, 0], scores[:, 1]
     pairs = own.sum(axis=1) * others.sum(axis=1)
     below = np.cumsum(others, axis=1) - others / 2

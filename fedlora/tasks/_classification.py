@@ -24,7 +24,7 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
-from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.tasks._base import Batch, Examples, Task, wide
 from fedlora.tasks._class_figures import class_figures, class_sums
 from fedlora.tasks._text import require_encodable
 
@@ -33,6 +33,7 @@ class Classification(Task):
     """One class for each example; a subclass says how an example becomes inputs and inputs become logits."""
 
     metric: ClassVar[str] = "accuracy"
+    has_classes: ClassVar[bool] = True
     label_smoothing: float
 
     @abstractmethod
@@ -41,21 +42,21 @@ class Classification(Task):
 
     def model_kwargs(self, examples: Examples) -> dict[str, Any]:
         """The number and the names of the classes."""
-        names = examples.label_names
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: number for number, name in enumerate(names)},
-        }
+        return class_kwargs(examples.label_names)
+
+    def invented(self, role: str) -> Sequence[Any] | None:
+        """Each class in turn."""
+        labels: Sequence[str] = getattr(self, "labels", ())
+        return [labels[place % len(labels)] for place in range(4)] if role == "label" else None
 
     def losses(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b"]:
         """Cross entropy of each example in nats, with the labels smoothed."""
-        logits, smoothing = self._wide_logits(model, batch), self.label_smoothing
+        logits, smoothing = wide(self.logits(model, batch)), self.label_smoothing
         return functional.cross_entropy(logits, batch["labels"], reduction="none", label_smoothing=smoothing)
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
         """For each example "loss" in nats, the numbers "label" and "predicted" of classes, "probabilities" [b, c]."""
-        logits = self._wide_logits(model, batch)
+        logits = wide(self.logits(model, batch))
         return {
             "loss": functional.cross_entropy(logits, batch["labels"], reduction="none"),
             "label": batch["labels"].to(logits.dtype),
@@ -71,10 +72,11 @@ class Classification(Task):
         """See `fedlora.tasks._class_figures`."""
         return class_figures(sums)
 
-    def _wide_logits(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
-        logits = self.logits(model, batch)
-        # Half-precision logits lose the loss's last digits; double precision stays as it is.
-        return logits if logits.dtype == torch.float64 else logits.float()
+
+def class_kwargs(names: Sequence[str]) -> dict[str, Any]:
+    """The number and the names of classes, for `from_pretrained`."""
+    numbers = {name: number for number, name in enumerate(names)}
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers}
 
 
 def classes_of(
@@ -104,10 +106,18 @@ def classes_of(
     return ordered, places[ids]
 
 
-def class_names(values: Sequence[Any], column: str, known: Sequence[str] = ()) -> tuple[str, ...]:
+def class_names(
+    values: Sequence[Any], column: str, known: Sequence[str] = (), rows: Sequence[int] | None = None
+) -> tuple[str, ...]:
     """The classes in the order of their numbers: those known, else the labels found, in sorted order.
 
     Labels that all look like whole numbers are sorted as numbers: "2" comes before "10".
+
+    Args:
+        values: labels.
+        column: where they come from, for messages.
+        known: names of the classes.
+        rows: where each label stands, for messages, if a row may have several.
 
     Raises:
         DataError: a label is missing, two labels are one in two spellings, or there are fewer than two classes.
@@ -120,7 +130,7 @@ def class_names(values: Sequence[Any], column: str, known: Sequence[str] = ()) -
             )
         names = tuple(known)
     else:
-        found = _spellings(values, column)
+        found = _spellings(values, column, rows=rows)
         numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in found)
         names = tuple(sorted(found, key=int if numeric else str))
     if len(names) < 2:
@@ -155,7 +165,9 @@ def class_ids(values: Sequence[Any], column: str, names: Sequence[str]) -> np.nd
     return ids
 
 
-def _spellings(values: Sequence[Any], column: str, known: Sequence[str] = ()) -> set[str]:
+def _spellings(
+    values: Sequence[Any], column: str, known: Sequence[str] = (), rows: Sequence[int] | None = None
+) -> set[str]:
     """The labels of a column as text.
 
     Raises:
@@ -164,7 +176,7 @@ def _spellings(values: Sequence[Any], column: str, known: Sequence[str] = ()) ->
             own without a word; names that were given in the config are taken at their word.
     """
     first: dict[tuple[str, str], int] = {}  # as text, kind of value -> row
-    for row, value in enumerate(values):
+    for row, value in enumerate(values) if rows is None else zip(rows, values, strict=True):
         first.setdefault(_label(value, row, column), row)
     seen: dict[str, tuple[str, str]] = {}
     for (label, kind), row in first.items():

@@ -22,7 +22,7 @@ from fedlora.registry import import_named
 from fedlora.tasks._base import Task
 
 OWN = "own_metric"
-"""Name of the sum of the values of a function of measures; unlike other sums it may be negative."""
+"""Name of the sum of the values of a function of measures."""
 
 
 def with_own_metric(task: Task, name: str | None) -> Task:
@@ -76,7 +76,9 @@ def _extended(kind: type[Task], name: str) -> type[Task]:
                 f"evaluation.metric {name!r}: a function of sums returns one number", code="bad-metric"
             ) from None
 
-    return type(kind.__name__, (kind,), {"sums": sums, "figures": figures, "__doc__": kind.__doc__})
+    signed = (*kind.signed_sums, OWN)
+    inside = {"sums": sums, "figures": figures, "signed_sums": signed, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), inside)
 
 
 def _read(name: str) -> tuple[Callable[[Any], Any], Literal["measures", "sums"]]:

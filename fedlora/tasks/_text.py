@@ -6,7 +6,7 @@ Shapes: n = examples, b = examples in a batch, t = tokens of the longest of them
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fedlora.assets import Checkpoint
-from fedlora.errors import DataError, ModelError
+from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.hashing import Stamp
 from fedlora.provenance import tokenizer_digest
 from fedlora.sanitize import clean_text
@@ -38,12 +38,14 @@ class Tokens(Sequence[np.ndarray]):
         starts: where each example begins in `flat`, with the end of the last one, int64 [n + 1].
         pad_id: the id that fills a batch's shorter rows.
         left: whether the tokeniser itself pads on the left; batches are padded on the right all the same.
+        kept: ids that `corrupt` leaves alone: what parts the two texts of a pair.
     """
 
     flat: np.ndarray
     starts: np.ndarray
     pad_id: int
     left: bool = False
+    kept: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -70,7 +72,7 @@ class Tokens(Sequence[np.ndarray]):
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Tokens:
         """The examples at `indices`, in that order."""
-        return Tokens.join([self[int(index)] for index in indices], self.pad_id, left=self.left)
+        return Tokens.join([self[int(index)] for index in indices], self.pad_id, left=self.left, kept=self.kept)
 
     def corrupt(self, rows: np.ndarray, rate: float, seed: int) -> Tokens:
         """Some examples with words exchanged: each token but the first and last becomes, with probability `rate`, a
@@ -79,6 +81,8 @@ class Tokens(Sequence[np.ndarray]):
         inner = np.ones(len(self.flat), dtype=bool)
         inner[self.starts[:-1][self.lengths > 0]] = False
         inner[self.starts[1:][self.lengths > 0] - 1] = False
+        if self.kept:
+            inner &= ~np.isin(self.flat, self.kept)
         mine = np.zeros(len(self), dtype=bool)
         mine[rows] = True
         places = np.flatnonzero(inner & np.repeat(mine, self.lengths))
@@ -86,15 +90,22 @@ class Tokens(Sequence[np.ndarray]):
         flat = self.flat.copy()
         if len(places):
             flat[places] = generator.choice(self.flat[inner], size=len(places))
-        return Tokens(flat, self.starts, self.pad_id, self.left)
+        return replace(self, flat=flat)
 
     @classmethod
-    def join(cls, rows: Sequence[Sequence[int] | np.ndarray], pad_id: int, *, left: bool = False) -> Tokens:
+    def join(
+        cls,
+        rows: Sequence[Sequence[int] | np.ndarray],
+        pad_id: int,
+        *,
+        left: bool = False,
+        kept: tuple[int, ...] = (),
+    ) -> Tokens:
         """From one sequence of ids an example."""
         starts = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=starts[1:])
         flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]) if rows else np.zeros(0, np.int32)
-        return cls(flat, starts, pad_id, left)
+        return cls(flat, starts, pad_id, left, kept)
 
     def pad(self, indices: Sequence[int] | np.ndarray) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
         """Ids and attention mask of a batch, padded on the right to its longest example."""
@@ -238,42 +249,52 @@ def _refuse_invented(tokenizer: Any, checkpoint: Checkpoint) -> None:
 
 
 def encode(
-    model: str | Path | Checkpoint, texts: Sequence[Any], column: str, max_length: int
+    model: str | Path | Checkpoint, texts: Sequence[tuple[str, Sequence[Any]]], max_length: int
 ) -> tuple[Tokens, Tokens | None]:
-    """Token ids of texts with the model's special tokens, cut to `max_length` tokens, and their segments.
+    """Token ids of texts or of pairs with the model's special tokens, cut to `max_length` tokens, and their segments.
 
-    Segments (token_type_ids) are None where all are 0, which is what models take for granted; XLNet's and Funnel's
-    tokenisers give the class token one of its own.
+    Of a pair the longer text is cut first. Segments (token_type_ids) are None where all are 0, which is what models
+    take for granted; XLNet's and Funnel's tokenisers give the class token one of its own, BERT's the second of two
+    texts.
 
     Args:
         model: its folder, hub name or checkpoint.
-        texts: one string an example.
-        column: where the texts come from, for messages.
+        texts: one column, or two of pairs: its name, for messages, and one string an example.
         max_length: in tokens, special tokens included.
 
     Raises:
         DataError: a text is missing, empty or no Unicode, or the tokenizer knows none of their words.
+        ConfigError: `max_length` leaves no room for words.
     """
-    for row, text in enumerate(texts):
-        require_text(text, row, column)
-    tokenizer = load_tokenizer(model)
+    for column, values in texts:
+        for row, text in enumerate(values):
+            require_text(text, row, column)
+    tokenizer, columns = load_tokenizer(model), [list(values) for _, values in texts]
+    if max_length <= (marks := tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)) + len(texts) - 1:
+        raise ConfigError(
+            f"task.max_length = {max_length} leaves no room for words beside the {marks} special tokens: raise it",
+            code="max-length-too-small",
+        )
     # Without padding and masks the tokeniser's own lists are all that is built; in slices, to bound their memory.
     how = {"truncation": True, "max_length": max_length, "padding": False, "return_attention_mask": False}
-    typed = "token_type_ids" in tokenizer.model_input_names and len(texts) > 0
-    typed = typed and any(tokenizer(texts[0], return_token_type_ids=True, **how)["token_type_ids"])
+    typed = "token_type_ids" in tokenizer.model_input_names and len(columns[0]) > 0
+    typed = typed and any(
+        tokenizer(*(values[0] for values in columns), return_token_type_ids=True, **how)["token_type_ids"]
+    )
     rows: list[list[int]] = []
     types: list[list[int]] = []
-    for start in range(0, len(texts), 4096):
-        found = tokenizer(list(texts[start : start + 4096]), return_token_type_ids=typed, **how)
+    for start in range(0, len(columns[0]), 4096):
+        found = tokenizer(*(values[start : start + 4096] for values in columns), return_token_type_ids=typed, **how)
         rows += found["input_ids"]
         types += found["token_type_ids"] if typed else []
-    tokens = Tokens.join(rows, int(tokenizer.pad_token_id), left=tokenizer.padding_side == "left")
-    segments = Tokens.join(types, int(tokenizer.pad_token_type_id)) if typed else None
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    kept = tuple(sorted(special)) if len(texts) > 1 else ()
+    tokens = Tokens.join(rows, int(tokenizer.pad_token_id), left=tokenizer.padding_side == "left", kept=kept)
+    segments = Tokens.join(types, int(tokenizer.pad_token_type_id)) if typed else None
     words = tokens.flat[~np.isin(tokens.flat, sorted(special))]
     if len(words) and np.all(words == tokenizer.unk_token_id):
         raise DataError(
-            f"column {column!r}: the tokenizer of {str(Checkpoint.at(model))!r} knows none of its words: check "
+            f"column {texts[0][0]!r}: the tokenizer of {str(Checkpoint.at(model))!r} knows none of its words: check "
             "data.text, or use a model for the language of the texts",
             code="all-words-unknown",
         )

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.tasks._base import Batch, without_cache
+from fedlora.tasks._base import Batch, wide, without_cache
 
 IGNORED = -100  # the label of a token that does not count
 CHUNK = 512  # tokens: a vocabulary of 50,000 makes 100 MB of logits of them
@@ -198,5 +198,4 @@ def _at(values: Float[Tensor, "w t d"], places: Int[Tensor, "k"]) -> Float[Tenso
 
 
 def _cross_entropy(logits: Float[Tensor, "k v"], targets: Int[Tensor, "k"], smoothing: float) -> Float[Tensor, "k"]:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide, targets, reduction="none", label_smoothing=smoothing)
+    return functional.cross_entropy(wide(logits), targets, reduction="none", label_smoothing=smoothing)

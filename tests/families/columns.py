@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from families.table import AUTO, MAX_LENGTH, SIZE, Family, texts, toml, write
+from families.table import AUTO, MAX_LENGTH, SIZE, Family, learnt, texts, toml, write
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import TrainConfig, parse_config
 from fedlora.errors import ModelError, PrivacyError
@@ -47,7 +47,7 @@ class Case:
         folder: of its model.
         bench: of its run.
         raw: texts or pictures of the examples.
-        labels: their classes.
+        more: what else each of them has, by column.
         examples: as the task prepares them.
         state: an adapter that changes what the model computes.
     """
@@ -56,7 +56,7 @@ class Case:
     folder: Path
     workspace: Workspace
     raw: list[Any]
-    labels: list[str]
+    more: list[dict[str, Any]]
     examples: Examples
     state: AdapterState
 
@@ -90,12 +90,12 @@ def opened(family: Family, folder: Path, *overrides: str) -> Iterator[Case]:
         raw = [draw.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(8)]
     else:
         raw = list(texts(8, seed=1))
-    labels = ["abc"[number % 3] for number in range(8)]
-    columns = {"text": raw, "image": raw, "label": labels}
-    roles = {role: role for role in workspace.task.roles}
+    more = [learnt(family.kind, number) for number in range(8)]
+    columns = {"text": raw, "image": raw, **{name: [row[name] for row in more] for name in more[0]}}
+    roles = {role: role for role in workspace.task.roles if role in columns}
     examples = workspace.task.prepare(Table({r: columns[r] for r in roles}), folder, roles, keep=())
     try:
-        yield Case(family, folder, workspace, raw, labels, examples, filled(workspace))
+        yield Case(family, folder, workspace, raw, more, examples, filled(workspace))
     finally:
         close_workspace()
 
@@ -119,7 +119,9 @@ def plain_model(case: Case, folder: Path | None = None) -> nn.Module:
     import transformers
 
     kwargs: dict[str, Any] = {}
-    if case.family.kind != "causal":
+    if case.family.kind == "pairs":
+        kwargs = {"num_labels": 1}
+    elif case.family.kind != "causal":
         names = case.workspace.data.label_names
         kwargs = {"num_labels": len(names), "id2label": dict(enumerate(names))}
     if case.workspace.base.config.quantize == "nf4":
@@ -167,8 +169,9 @@ def plain_batch(case: Case, rows: np.ndarray) -> dict[str, Tensor]:
         pixels = processor(raw, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels.to(case.workspace.base.dtype)}
     tokenizer = AutoTokenizer.from_pretrained(case.folder)
-    if case.family.kind == "classifier":
-        return dict(tokenizer(raw, padding=True, truncation=True, max_length=64, return_tensors="pt"))
+    if case.family.kind != "causal":
+        pairs = [[case.more[row]["text_pair"] for row in rows]] if case.family.kind == "pairs" else []
+        return dict(tokenizer(raw, *pairs, padding=True, truncation=True, max_length=64, return_tensors="pt"))
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in raw]
     ids = [row[:MAX_LENGTH] if row[-2] != row[-1] else row[:-1][:MAX_LENGTH] for row in ids]
     return dict(tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt"))
@@ -180,10 +183,13 @@ def plain_losses(case: Case, model: nn.Module, rows: np.ndarray) -> Tensor:
     logits = model(**batch, **({"use_cache": False} if case.family.kind == "causal" else {})).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if case.family.kind != "causal":
-        names = list(case.workspace.data.label_names)
-        return functional.cross_entropy(
-            logits, torch.tensor([names.index(case.labels[row]) for row in rows]), reduction="none"
-        )
+        names, wanted = list(case.workspace.data.label_names), [case.more[row]["label"] for row in rows]
+        if case.family.kind == "pairs":
+            return functional.mse_loss(logits[:, 0], torch.tensor(wanted).to(logits), reduction="none")
+        if case.family.kind == "labels":
+            has = torch.tensor([[name in some for name in names] for some in wanted]).to(logits)
+            return functional.binary_cross_entropy_with_logits(logits, has, reduction="none").mean(dim=1)
+        return functional.cross_entropy(logits, torch.tensor([names.index(name) for name in wanted]), reduction="none")
     out = []
     for one, ids, mask in zip(logits, batch["input_ids"], batch["attention_mask"], strict=True):
         size = int(mask.sum())

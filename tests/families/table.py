@@ -16,9 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Kind = Literal["classifier", "causal", "image"]
+Kind = Literal["classifier", "pairs", "labels", "causal", "image"]
+"""What is learnt: a class of a text, a number of two texts, any number of classes, a text, or a class of a picture."""
 AUTO = {
     "classifier": "AutoModelForSequenceClassification",
+    "pairs": "AutoModelForSequenceClassification",
+    "labels": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
     "image": "AutoModelForImageClassification",
 }
@@ -40,7 +43,8 @@ class Family:
         heads: `adapter.modules_to_save`; None takes the task's.
         targets: `adapter.targets`.
         tokenizer: "encoder" puts <s> and </s> around a text, "decoder" nothing, "xlnet" <sep> and <cls> behind it with
-            segments of their own, padded on the left; "bytes" splits into bytes, as GPT-2's does.
+            segments of their own, padded on the left; "bytes" splits into bytes, as GPT-2's does; "typed" is an
+            encoder's with segments for the two texts of a pair, as BERT's.
         drop: common fields that the config refuses.
         exact: whether transformers' code computes in float64 all the way.
         name: what tells it from another row of the same class and task.
@@ -51,7 +55,7 @@ class Family:
     fields: Mapping[str, Any] = field(default_factory=dict)
     heads: tuple[str, ...] | None = None
     targets: tuple[str, ...] = ("all-linear",)
-    tokenizer: Literal["encoder", "decoder", "xlnet", "bytes"] | None = None
+    tokenizer: Literal["encoder", "decoder", "xlnet", "bytes", "typed"] | None = None
     drop: tuple[str, ...] = ()
     exact: bool = True
     name: str = ""
@@ -93,9 +97,9 @@ SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_
 MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
 
 
-def E(config: str, **more: Any) -> Family:
-    """An encoder that classifies."""
-    return Family(config, "classifier", **more)
+def E(config: str, kind: Kind = "classifier", **more: Any) -> Family:
+    """An encoder with a head."""
+    return Family(config, kind, **more)
 
 
 def D(config: str, kind: Kind = "causal", **more: Any) -> Family:
@@ -233,6 +237,12 @@ FAMILIES: tuple[Family, ...] = (
         },
     ),
     E("NomicBert"),
+    # ------------------------------------------------------------------------------------- other heads
+    E("Bert", kind="pairs", tokenizer="typed"),
+    E("Roberta", kind="pairs"),
+    D("Llama", "pairs", fields=GQA),
+    E("DistilBert", kind="labels", fields={"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 32}),
+    D("GPT2", "labels"),
     # ------------------------------------------------------------------------------------- decoders that classify
     D("GPT2", "classifier"),
     D(
@@ -597,6 +607,25 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+OUTPUTS = {"classifier": 3, "pairs": 1, "labels": 2}
+TASKS = {
+    "classifier": "text-classification",
+    "pairs": "text-regression",
+    "labels": "multi-label-classification",
+    "causal": "causal-lm",
+    "image": "image-classification",
+}
+
+
+def learnt(kind: Kind, number: int) -> dict[str, Any]:
+    """What an example has beside its text or picture."""
+    if kind == "causal":
+        return {}
+    if kind == "pairs":
+        return {"text_pair": " ".join(WORDS[number : 2 * number + 1]), "label": number % 3 - 0.5}
+    return {"label": [["a"], ["a", "b"], []][number % 3] if kind == "labels" else "abc"[number % 3]}
+
+
 def model_of(family: Family, **more: Any) -> nn.Module:
     """A random model in float64, without dropout, in evaluation mode."""
     import transformers
@@ -604,8 +633,8 @@ def model_of(family: Family, **more: Any) -> nn.Module:
     config_class = getattr(transformers, f"{family.config}Config")
     fields = {**common(family.kind), **family.fields, **more}
     fields = {key: value for key, value in fields.items() if key not in family.drop}
-    if family.kind == "classifier":
-        fields["num_labels"] = 3
+    if family.kind in OUTPUTS:
+        fields["num_labels"] = OUTPUTS[family.kind]
     config = config_class(**fields)
     if family.kind == "image":  # where transformers has several such classes it goes by this
         config.architectures = [f"{family.config}ForImageClassification"]
@@ -647,10 +676,17 @@ def tokenizer_of(family: Family) -> Any:
     more: dict[str, Any] = {}
     if style == "encoder":
         inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=marks)
+    elif style == "typed":
+        pair = "<s>:0 $A:0 </s>:0 $B:1 </s>:1"
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s>:0 $A:0 </s>:0", pair=pair, special_tokens=marks
+        )
     elif style == "xlnet":
         inner.post_processor = processors.TemplateProcessing(single="$A:0 </s>:0 <s>:2", special_tokens=marks)
         more = {"padding_side": "left", "pad_token_type_id": 3}
-    if style != "xlnet":
+    if style == "typed":
+        more["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    elif style != "xlnet":
         more["model_input_names"] = ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -706,10 +742,8 @@ def toml(family: Family, folder: Path, *overrides: str) -> str:
     else:
         rows = [{"text": text} for text in texts(24)]
     for number, row in enumerate(rows):
-        if family.kind != "causal":
-            row["label"] = ["a", "b", "c"][number % 3]
+        row.update(learnt(family.kind, number))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    task = {"classifier": "text-classification", "causal": "causal-lm", "image": "image-classification"}[family.kind]
     more = f'format = "text"\nmax_length = {MAX_LENGTH}' if family.kind == "causal" else ""
     heads = f"modules_to_save = {json.dumps(list(family.heads))}" if family.heads is not None else ""
     return f"""
@@ -722,10 +756,11 @@ def toml(family: Family, folder: Path, *overrides: str) -> str:
         targets = {json.dumps(list(family.targets))}
         {heads}
         [task]
-        name = "{task}"
+        name = "{TASKS[family.kind]}"
         {more}
         [data]
         source = {json.dumps(str(data))}
+        {'columns = {text_pair = "text_pair"}' if family.kind == "pairs" else ""}
         test_fraction = 0.25
         [partition]
         name = "iid"

@@ -21,6 +21,8 @@ OFTEN = (
     "DebertaV2 classifier",
     "XLM classifier",
     "Llama classifier",
+    "Bert pairs",
+    "GPT2 labels",
     "GPT2 causal",
     "Gemma3Text causal",
     "Mixtral causal",
@@ -52,7 +54,7 @@ REFUSALS = {
     "cannot be trained": "cannot be trained on texts of any length",
     "no module would get an adapter": "has no plain linear layer",
 }
-TASKS = {"classifier": "text", "causal": "causal-lm", "image": "image"}
+TASKS = {"classifier": "text", "pairs": "regression", "labels": "multi-label", "causal": "causal-lm", "image": "image"}
 
 
 def tier(family: Family) -> list[pytest.MarkDecorator]:

@@ -176,6 +176,8 @@ def test_what_holds_for_all_rows_is_refused(read: Callable[[Path], Examples], tm
     ("name", "roles"),
     [
         ("text-classification", {"labels": list(LABELS)}),
+        ("multi-label-classification", {"labels": list(LABELS)}),
+        ("text-regression", {"label_range": [1, 5]}),
         *(("causal-lm", {"format": name}) for name in FORMATS),
     ],
 )

@@ -137,9 +137,9 @@ def test_half_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_knows_no_word_is_refused(tiny_bert: Path) -> None:
-    assert len(encode(tiny_bert, ["happy \u4e16", "film"], "text", 16)[0]) == 2
+    assert len(encode(tiny_bert, [("text", ["happy \u4e16", "film"])], 16)[0]) == 2
     with raises(DataError, "all-words-unknown"):
-        encode(tiny_bert, ["\u4e16 \u754c", "\u4f60"], "text", 16)
+        encode(tiny_bert, [("text", ["\u4e16 \u754c", "\u4f60"])], 16)
 
 
 # ---------------------------------------------------------------------------------------------- classes

@@ -1,0 +1,139 @@
+"""What tasks with a head on a text, or on a pair of texts, share: how texts become inputs and inputs become scores.
+
+Shapes: n = examples, b = examples in a batch, t = tokens, c = outputs of the head.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedlora.assets import Checkpoint
+from fedlora.tasks._base import Batch, Examples, Table, Task, without_cache
+from fedlora.tasks._text import Tokens, digest_tokenizer, encode, load_tokenizer, tokens_of
+
+TARGETS = "targets"
+"""Name among an example's inputs of what is learnt of it where that is no class."""
+
+
+@dataclass(frozen=True)
+class TextHead(Task):
+    """A head of the base model that reads a text, or two: `data.columns.text_pair` names the column of the second.
+
+    Args:
+        max_length: longer texts are cut to so many tokens, special tokens included; of a pair the longer text first.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+    roles: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+
+    max_length: Annotated[int, Field(ge=4)] = 64
+
+    def roles_of(self, found: Collection[str] | None, named: Mapping[str, str]) -> tuple[str, ...]:
+        """All, but for a second text where no column of it is named."""
+        return tuple(role for role in self.roles if role != "text_pair" or role in named)
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Names that transformers gives to the head (BERT's, DistilBERT's, Llama's)."""
+        return ("classifier", "pre_classifier", "score")
+
+    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
+        """The tokeniser's hash."""
+        return {"tokenizer": digest_tokenizer(model)}
+
+    @abstractmethod
+    def targets(
+        self, table: Table, column: str, model_path: str | Path | Checkpoint
+    ) -> tuple[np.ndarray, tuple[str, ...]]:
+        """What is learnt of each example [n, ...]: classes where it is int64 [n]; and the names of the classes.
+
+        Raises:
+            DataError: a cell is not usable; the message names the row (from 0) and the column.
+        """
+
+    def prepare(
+        self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]
+    ) -> Examples:
+        """Tokenise a table with the columns of "text" and "label", and of "text_pair" where `columns` has it.
+
+        Raises:
+            DataError: a text or label is missing; the message names the row (from 0) and the column.
+        """
+        targets, names = self.targets(table, columns["label"], model_path)
+        texts = [(columns[role], table.columns[columns[role]]) for role in ("text", "text_pair") if role in columns]
+        tokens, segments = encode(model_path, texts, self.max_length)
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if segments is not None:
+            inputs["token_type_ids"] = segments
+        classes = targets.dtype == np.int64
+        if not classes:
+            inputs[TARGETS] = targets
+        return Examples(
+            inputs=inputs,
+            labels=targets if classes else None,
+            lengths=tokens.lengths,
+            columns={name: np.asarray(table.columns[name]) for name in keep},
+            label_names=names,
+        )
+
+    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
+        """The padding token, which some models look for."""
+        return {"pad_token_id": tokens_of(examples).pad_id}
+
+    def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Padded to the longest text of the batch: "input_ids" and "attention_mask" [b, t], "labels" [b, ...].
+
+        "token_type_ids" [b, t] too where the tokeniser gives any but 0.
+        """
+        ids, mask = tokens_of(examples).pad(indices)
+        targets = examples.inputs[TARGETS] if examples.labels is None else examples.labels
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.from_numpy(np.asarray(targets)[np.asarray(indices, dtype=np.int64)]),
+        }
+        if "token_type_ids" in examples.inputs:
+            batch["token_type_ids"] = tokens_of(examples, "token_type_ids").pad(indices)[0]
+        return batch
+
+    @abstractmethod
+    def shown(self, examples: Examples, index: int) -> str:
+        """What is learnt of an example, in words."""
+
+    def spans(
+        self, examples: Examples, index: int, model_path: str | Path | Checkpoint
+    ) -> tuple[tuple[str, bool], ...]:
+        """The text with its special tokens, and what alone is learnt of it."""
+        text = load_tokenizer(model_path).decode(tokens_of(examples)[index].tolist())
+        return (f"{text} → ", False), (self.shown(examples, index), True)
+
+    def padding(self, examples: Examples) -> Mapping[str, int]:
+        """The tokeniser's own padding, which is not looked at."""
+        names = {"input_ids", "token_type_ids"} & examples.inputs.keys()
+        return {"attention_mask": 0, **{name: tokens_of(examples, name).pad_id for name in names}}
+
+    def pads_left(self, examples: Examples) -> bool:
+        """As the tokeniser says."""
+        return tokens_of(examples).left
+
+    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
+        """Noise in the texts: `rate` is the share of words that are exchanged for words of other texts."""
+        tokens: Tokens = tokens_of(examples).corrupt(rows, rate, seed)
+        return replace(examples, inputs={**examples.inputs, "input_ids": tokens})
+
+    def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
+        """The head's scores."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        scores: Tensor = model(**inputs, **without_cache(model)).logits
+        return scores
