@@ -8,6 +8,7 @@ import os
 from fedlora.cli import (
     assets,
     audit,
+    chat,
     compare,
     config,
     data,
@@ -32,6 +33,7 @@ __all__ = [
     "app",
     "assets",
     "audit",
+    "chat",
     "compare",
     "config",
     "data",

@@ -183,12 +183,13 @@ def _require(source: Source, found: Provenance) -> None:
         require_provenance(source.made, found, f"the adapter in {str(source.folder)!r}", cure)
 
 
-def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
+def load_for(source: Source, examples: Examples | None, *, packed: bool = False) -> tuple[Adapted, Task]:
     """The base with the adapter, and the task, ready for `evaluate`.
 
     Args:
         source: see `find_adapter`.
-        examples: that it will be evaluated on; None: its weights alone matter.
+        examples: that it will be evaluated on; None: there are none.
+        packed: without examples, whether a base in 4 or 8 bits stays so; its weights can then not be looked at.
 
     Raises:
         ConfigError: there are no examples, and nobody knows how many classes the adapter is for.
@@ -204,7 +205,7 @@ def load_for(source: Source, examples: Examples | None) -> tuple[Adapted, Task]:
     if Path(checkpoint.source).is_dir():  # before anything else is said about a base that is another
         found = replace(found, base=fingerprint(checkpoint, quantize=source.config.model.quantize))
     _require(source, found)
-    config = unquantised(source.config) if examples is None else source.config  # packed weights have no spectrum
+    config = source.config if packed or examples is not None else unquantised(source.config)
     try:
         model = load_adapted(config, source.folder, task.auto_class, kwargs, device)
     except ModelError as error:

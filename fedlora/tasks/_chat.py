@@ -173,10 +173,10 @@ def _require_shown(tokenizer: Any, talk: Conversation, row: int) -> None:
             changes.append((what, [*talk.messages[:place], other, *talk.messages[place + 1 :]], talk.tools))
     if talk.tools:
         changes.append(("the tools", talk.messages, None))
-    whole = _render(tokenizer, talk.messages, talk.tools, prompt=False) if changes else ""
+    whole = render(tokenizer, talk.messages, talk.tools, prompt=False) if changes else ""
     for what, messages, tools in changes:
         try:
-            unseen = _render(tokenizer, messages, tools, prompt=False) == whole
+            unseen = render(tokenizer, messages, tools, prompt=False) == whole
         except Exception:  # it was looked at
             unseen = False
         if unseen:
@@ -251,8 +251,8 @@ def pieces(tokenizer: Any, talk: Conversation, train_on: TrainOn) -> list[tuple[
     out: list[tuple[str, bool]] = []
     done = ""
     for place in talk.counted(train_on):
-        before = _render(tokenizer, talk.messages[:place], talk.tools, prompt=True)
-        after = _render(tokenizer, talk.messages[: place + 1], talk.tools, prompt=False)
+        before = render(tokenizer, talk.messages[:place], talk.tools, prompt=True)
+        after = render(tokenizer, talk.messages[: place + 1], talk.tools, prompt=False)
         if not before.startswith(done) or not after.startswith(before):
             raise ModelError(
                 "the model's chat template changes earlier messages when later ones follow, so that prompt and answer "
@@ -314,7 +314,15 @@ def _template(tokenizer: Any, tools: list[Any] | None) -> str:
     return found or PLAIN_TEMPLATE
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None, *, prompt: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None, *, prompt: bool) -> str:
+    """Messages in the tokeniser's chat template, or a plain one where it has none.
+
+    Args:
+        tokenizer: Of the model.
+        messages: With "role" and "content".
+        tools: That the model may call.
+        prompt: Whether an answer is to follow.
+    """
     more: dict[str, Any] = {} if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE}
     more |= {} if tools is None else {"tools": tools}
     text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **more)
