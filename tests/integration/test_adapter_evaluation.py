@@ -54,6 +54,7 @@ def at_nodes(
 
 @pytest.mark.parametrize("rule", ["fedavg", "flora"])
 @pytest.mark.parametrize("measured", [evaluate_in_simulation, at_nodes])
+@pytest.mark.slow
 def test_figures_are_those_of_all_examples_in_one_place(tiny_config: MakeConfig, measured: Measured, rule: str) -> None:
     config = tiny_config(*AT_CLIENTS, f"strategy.name={rule}", "rounds=2")
     outcome = simulate(config)  # flora's adapter is exported at a higher rank than the config's

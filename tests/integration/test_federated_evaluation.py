@@ -47,6 +47,7 @@ def on_all_own_examples(workspace: Workspace, outcome: RunOutcome, part: str) ->
 
 @pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora"])
 @pytest.mark.parametrize("run", [simulate, deploy])
+@pytest.mark.slow
 def test_federated_figures_are_those_of_all_examples_in_one_place(
     tiny_config: MakeConfig, run: Callable[..., RunOutcome], rule: str
 ) -> None:
@@ -80,6 +81,7 @@ def recall_of_first(sums):
 
 @pytest.mark.parametrize("run", [simulate, deploy])
 @pytest.mark.parametrize("name", ["margin", "recall_of_first"])
+@pytest.mark.slow
 def test_a_figure_of_ones_own_is_that_of_all_examples_in_one_place(
     tiny_config: MakeConfig, run: Callable[..., RunOutcome], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +99,7 @@ def test_a_figure_of_ones_own_is_that_of_all_examples_in_one_place(
 
 
 @pytest.mark.parametrize("run", [simulate, deploy])
+@pytest.mark.slow
 def test_a_state_that_clients_have_measured_is_not_sent_again(
     tiny_config: MakeConfig, run: Callable[..., RunOutcome]
 ) -> None:

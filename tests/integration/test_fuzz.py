@@ -254,7 +254,8 @@ def verdict(content: RecordDict, wire: str) -> Admitted | str:
         return str(error)
 
 
-@pytest.mark.parametrize("wire", [w if w == "float32" else pytest.param(w, marks=pytest.mark.slow) for w in WIRES])
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", WIRES)
 def test_a_mutated_reply_is_refused_or_is_one_that_could_have_been_honest(wire: str) -> None:
     seen: Counter[str] = Counter()
     for seed in range(4000):

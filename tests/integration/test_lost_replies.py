@@ -109,6 +109,7 @@ def adapter(outcome: RunOutcome) -> bytes:
 
 @pytest.mark.parametrize("how", ["gone", "silence"])
 @pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.slow
 def test_a_lost_reply_is_asked_for_again_and_trained_once(
     how: str, times: int, tiny_config: MakeConfig, trained: Counter[int], tmp_path: Path
 ) -> None:
@@ -124,7 +125,8 @@ def test_a_lost_reply_is_asked_for_again_and_trained_once(
     assert sum("is asked again" in line for line in told.lines) == 2 * times
 
 
-@pytest.mark.parametrize("how", ["gone", pytest.param("silence", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["gone", "silence"])
 def test_a_private_client_sends_the_same_noisy_answer_again_and_spends_once(
     how: str, tiny_config: MakeConfig, trained: Counter[int], tmp_path: Path
 ) -> None:

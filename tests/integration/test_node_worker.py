@@ -426,6 +426,7 @@ def test_a_supervisor_does_not_repeat_a_mistake() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_supervisor_that_is_ended_asks_its_program_to_end(number: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(number)
     trap = f"trap 'echo told > {tmp_path}/told; kill $!; exit 0' TERM; sleep 30 & sleep 0.3"

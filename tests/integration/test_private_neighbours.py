@@ -445,6 +445,7 @@ def test_a_node_answers_as_any_other_whatever_its_own_file_holds(
         require_same(before, everything(config, deploy(config, nodes)))
 
 
+@pytest.mark.slow
 def test_what_a_nodes_file_lacks_for_every_example_is_told(
     federated: Any, everything: Everything, reviews: Rows, tmp_path: Path
 ) -> None:

@@ -187,6 +187,7 @@ def first_line(config: RunConfig, sizes: list[int]) -> tuple[dict[str, object], 
     return record, sum(sizes)
 
 
+@pytest.mark.slow
 def test_the_base_is_measured_once_for_all_that_it_depends_on(
     tiny_config: MakeConfig, tiny_bert: Path, tiny_csv: Path, tmp_path: Path, measured: list[int]
 ) -> None:

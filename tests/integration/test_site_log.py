@@ -110,6 +110,7 @@ def test_a_request_is_hashed_once_for_its_answer_and_its_line(
     assert len(hashed) == len(decode_request_head(content)["digests"])
 
 
+@pytest.mark.slow
 def test_what_a_private_run_spends_is_in_the_log(own: MakeConfig, site: MakeSite) -> None:
     config, folder = own(*PRIVATE), site()
     train_one(folder, config)

@@ -91,6 +91,7 @@ def test_any_changed_byte_is_found(path: Path) -> None:
             assert found.torn is not None or not found.ends or found.head != head
 
 
+@pytest.mark.slow
 def test_a_file_that_is_cut_anywhere_keeps_its_whole_lines(path: Path, tmp_path: Path) -> None:
     data = path.read_bytes()
     whole = values(path)
@@ -176,6 +177,7 @@ for number in range(100):
 """
 
 
+@pytest.mark.slow
 def test_writers_in_several_processes_do_not_interleave(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     both = [subprocess.Popen([sys.executable, "-c", MANY, str(path), name]) for name in "ab"]

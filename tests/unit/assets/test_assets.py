@@ -101,6 +101,7 @@ def leftovers(tmp_path: Path) -> list[str]:
     return [path.name for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock" and path.is_file()]
 
 
+@pytest.mark.slow
 def test_an_sdist_is_fetched_without_running_its_code_and_only_once(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

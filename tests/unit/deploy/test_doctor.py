@@ -185,9 +185,8 @@ def fingerprint_in(site: Path) -> str:
     return str(known)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "budget" in name else ()) for name in RUN_FAULTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN_FAULTS)
 def test_what_of_a_run_would_fail_on_a_node_is_said_before_it_starts(name: str, project: Path) -> None:
     spoil, said = RUN_FAULTS[name]
     node, run = project / "nodes" / "site-a", project / "coordinator" / "app" / "run.toml"
@@ -245,6 +244,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.slow
 def test_each_fault_of_a_coordinator_is_said_with_its_cure(
     name: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

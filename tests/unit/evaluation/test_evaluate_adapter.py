@@ -57,6 +57,7 @@ def test_the_runs_own_test_set_gives_the_runs_own_figures(run: Path, cli: Cli) -
     assert sum(int(found[name]["examples"]) for name in last["domains"]) == int(found["all"]["examples"])
 
 
+@pytest.mark.slow
 def test_an_adapter_without_its_run_says_the_same_of_a_file(
     run: Path, cli: Cli, tiny_csv: Path, tmp_path: Path
 ) -> None:

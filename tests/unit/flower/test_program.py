@@ -31,6 +31,7 @@ def test_a_supernode_ends_with_its_loop_and_its_threads(how: str) -> None:
     assert ("to be started again" in done.stderr) == (status == ENDED)
 
 
+@pytest.mark.slow
 def test_a_superexec_starts_the_servers_app_with_patience_and_a_nodes_without() -> None:
     code = """
 import sys

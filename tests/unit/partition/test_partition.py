@@ -152,6 +152,7 @@ def test_dirichlet_skew_grows_as_alpha_falls() -> None:
     assert divergences[0] > 10 * divergences[-1]
 
 
+@pytest.mark.slow
 def test_dirichlet_keeps_its_smallest_size() -> None:
     for seed in range(10):
         partition = split("dirichlet", seed=seed, clients=6, alpha=0.3, min_size=25)

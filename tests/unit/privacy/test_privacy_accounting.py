@@ -46,6 +46,7 @@ def test_prv_is_within_one_percent_of_dp_accounting_and_never_below_it(entries: 
 
 
 @pytest.mark.parametrize("entries", HISTORIES[:3])
+@pytest.mark.slow
 def test_rdp_is_an_upper_bound(entries: list[Entry]) -> None:
     assert epsilon(entries, DELTA, "rdp") >= epsilon(entries, DELTA)
 

@@ -159,6 +159,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(tmp_path: Path) -> Non
     assert Ledger(path).epsilon(DELTA, "rdp") <= budget.epsilon
 
 
+@pytest.mark.slow
 def test_a_file_cut_at_any_byte_never_shows_less_than_was_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_run_without_an_evaluation_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("clients", "labels"), [(1, 1), (8, 2), (200, 3), (10, 40), (3, 7), (3, 8)])
+@pytest.mark.slow
 def test_any_partition_can_be_drawn(clients: int, labels: int, tmp_path: Path) -> None:
     counts = np.random.default_rng(0).integers(0, 50, (clients, labels))
     path = plot_labels(counts, [f"label {k}" for k in range(labels)], tmp_path / "a.png")

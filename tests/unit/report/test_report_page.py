@@ -194,6 +194,7 @@ def test_data_never_becomes_markup(tmp_path: Path) -> None:
 
 @settings(max_examples=50)
 @given(st.text())
+@pytest.mark.slow
 def test_a_text_is_shown_as_it_is_but_for_what_cannot_be_seen(text: str) -> None:
     assert Page(f"<p>{html.escape(str(visible(text)))}</p>").text == clean_lines(text)
 

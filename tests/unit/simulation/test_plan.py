@@ -43,6 +43,7 @@ def config_of(name: str, folder: Path, *overrides: str) -> RunConfig:
         ("llama", "all-linear", 5.79, 168e6, 15.0),
     ],
 )
+@pytest.mark.slow
 def test_real_shapes_take_what_was_measured(
     name: str, targets: str, token: float, adapter: float, base: float, tmp_path: Path
 ) -> None:
@@ -150,12 +151,14 @@ def test_a_pair_takes_the_tokens_of_both_its_texts(tiny_llama: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_checkpoints_keep_the_inputs_of_layers(tmp_path: Path) -> None:
     found = make_plan(config_of("llama", tmp_path, "train.gradient_checkpointing=true"), 24 * 10**9, "bfloat16")
     assert found.token == pytest.approx(32 * 4096 * 2, rel=0.1)
 
 
 @pytest.mark.parametrize(("quantize", "base"), [("nf4", 5.3), ("int8", 8.5)])
+@pytest.mark.slow
 def test_a_quantised_base_is_smaller_by_its_bits(quantize: str, base: float, tmp_path: Path) -> None:
     found = make_plan(config_of("llama", tmp_path, f"model.quantize={quantize}"), 24 * 10**9, "bfloat16")
     assert found.base == pytest.approx(base * GIB, rel=0.02)

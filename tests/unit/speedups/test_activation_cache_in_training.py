@@ -70,6 +70,7 @@ def gap(one: AdapterState, other: AdapterState) -> float:
     return max(float((a - other.tensors()[name]).abs().max()) for name, a in one.tensors().items())
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_are_the_same_with_and_without(tiny_bert: Path, tiny_csv: Path) -> None:
     found = {}
     for mode in ("on", "off"):

@@ -58,6 +58,7 @@ def measures(labels: list[int], guesses: list[int]) -> dict[str, np.ndarray]:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30), st.integers(1, 5))
+@pytest.mark.slow
 def test_parts_give_the_figure_of_the_whole(rows: list[tuple[int, int]], parts: int) -> None:
     labels, guesses = (list(column) for column in zip(*rows, strict=True))
     for name in ("signed", "share"):

@@ -153,6 +153,7 @@ def test_the_share_that_is_ranked_right_adds_up(base: Base, tiny_llama: Path) ->
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "ipo", "orpo", "sft"])
+@pytest.mark.slow
 def test_training_is_sgd_against_the_start_of_the_round_in_any_company(
     loss_type: str, base: Base, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

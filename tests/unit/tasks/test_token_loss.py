@@ -60,6 +60,7 @@ def trained(base: Base, task: Task, how: str) -> list[TrainResult]:
 
 @pytest.mark.parametrize("how", ["plain", "smoothed", "packed", "checkpointed", "private"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.slow
 def test_training_is_what_it_is_with_whole_logits(
     name: str, how: str, tmp_path: Path, widest: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

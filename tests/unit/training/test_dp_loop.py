@@ -152,6 +152,7 @@ def gap(one: AdapterState, other: AdapterState) -> float:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
 @pytest.mark.parametrize("most", [1, 80, 10**6], ids=["each row", "few", "all"])
+@pytest.mark.slow
 def test_company_gives_opacus_numbers(
     base: Base, task: Task, examples: Examples, optimizer: dict[str, Any], most: int, same_noise: None
 ) -> None:
@@ -199,6 +200,7 @@ def test_a_gradient_that_is_not_finite_counts_as_none(
 
 @pytest.mark.parametrize("where", ["collate", "losses"])
 @pytest.mark.parametrize("alone", [False, True], ids=["stacked", "opacus"])
+@pytest.mark.slow
 def test_an_example_that_cannot_be_computed_adds_nothing_and_moves_nobody_else(
     base: Base,
     task: Task,

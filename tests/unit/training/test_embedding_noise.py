@@ -106,6 +106,7 @@ def test_the_noise_is_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
     ids=["encoder", "decoder", "packed", "private"],
 )
+@pytest.mark.slow
 def test_passes_and_company_leave_it_alone(name: str, options: dict[str, Any], train: Any, tmp_path: Path) -> None:
     base, task, examples = a_base(name, tmp_path, **options)
     wanted = train(base, task, examples, WIDE)

@@ -82,9 +82,8 @@ SAVINGS = [{"micro_batch_size": 1}, {"micro_batch_size": 5}, {"gradient_checkpoi
 SAVINGS.append(SAVINGS[1] | SAVINGS[2])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("llama", "vit") else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_saved_memory_changes_no_gradient(name: str, tmp_path: Path) -> None:
     base, task, examples = a_base(name, tmp_path)
     wanted, private = trained(base, task, examples), privately(base, task, examples)
@@ -94,6 +93,7 @@ def test_saved_memory_changes_no_gradient(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("saving", SAVINGS, ids=str)
+@pytest.mark.slow
 def test_packed_rows_are_not_packed_anew(saving: dict[str, Any], tmp_path: Path) -> None:
     base, task, examples = a_base("llama", tmp_path, packing=True)
     alike(trained(base, task, examples, **saving), trained(base, task, examples))

@@ -130,6 +130,7 @@ def test_training_leaves_the_random_numbers_alone(tiny_bert: Path, task: Task, e
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.slow
 def test_the_loss_goes_down(tiny_bert: Path, task: Task, examples: Examples, optimizer: Any, dtype: str) -> None:
     base = load(tiny_bert, task, examples, dtype)
     config = TrainConfig(steps=30, optimizer=optimizer, lr=1e-2 if optimizer == "adamw" else 0.1, momentum=0.5)
