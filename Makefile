@@ -78,7 +78,7 @@ test-containers: setup  ## run docker-compose.yml in a Docker engine of its own 
 	@tests/support/docker_engine.sh start .cache/docker
 	@trap 'tests/support/docker_engine.sh stop .cache/docker' EXIT; \
 	tests/support/docker_engine.sh images .cache/docker $(VENV) && \
-	FEDLORA_TEST_ENGINE="unix://$$PWD/.cache/docker/docker.sock" $(PYTEST) -m containers tests/e2e/test_containers.py
+	FEDLORA_TEST_ENGINE="unix://$$PWD/.cache/docker/docker.sock" $(PYTEST) -m containers tests/e2e/test_containers.py tests/e2e/test_hostile_app.py
 
 check: setup  ## linter, formatter, types, and which module may import which
 	$(BIN)/ruff check .

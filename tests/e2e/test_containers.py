@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import tomli_w
 import yaml
+from support.compose import ENGINE, Machine
 from support.real_federation import ROOT, Federation, demo
 from support.slow_relay import SlowRelay
 
@@ -27,7 +27,6 @@ from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, NodePlan
 from fedlora.model.fingerprint import fingerprint
 
-ENGINE = os.environ.get("FEDLORA_TEST_ENGINE", "")
 SITES = ("site-a", "site-b", "site-c")
 PORT = 8443
 pytestmark = [
@@ -36,41 +35,6 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(not ENGINE, reason="needs a Docker engine of its own: make test-containers starts one, as root"),
 ]
-
-
-class Machine:
-    """One compose project: a machine with some of the services.
-
-    Args:
-        name: Of the project.
-        file: The compose file.
-        environment: Variables that it reads.
-    """
-
-    def __init__(self, name: str, file: Path, environment: dict[str, str]) -> None:
-        self.name, self._file = name, file
-        self._environment = {**os.environ, **environment, "DOCKER_HOST": ENGINE, "COMPOSE_PROJECT_NAME": name}
-
-    def compose(self, *words: str) -> str:
-        return self._run("docker-compose", "--file", str(self._file), *words)
-
-    def docker(self, *words: str) -> str:
-        return self._run("docker", *words)
-
-    def container(self, service: str) -> str:
-        return self.compose("ps", "--quiet", service).strip()
-
-    def ask(self, service: str, template: str) -> str:
-        return self.docker("inspect", "--format", template, self.container(service)).strip()
-
-    def kill(self, service: str) -> None:
-        """As a crash: `docker kill` would count as an order to stay down."""
-        os.kill(int(self.ask(service, "{{.State.Pid}}")), 9)
-
-    def _run(self, *words: str) -> str:
-        done = subprocess.run(words, env=self._environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, f"{words}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
-        return done.stdout
 
 
 def compose_file(site: str, folder: Path) -> Path:
@@ -137,7 +101,7 @@ def machines(federation: Federation) -> Iterator[dict[str, Machine]]:
         federation.wait(lambda: demo.connects(8000), "the SuperLink")
         federation.register()
         gateway = hub.ask("proxy", "{{range .NetworkSettings.Networks}}{{.Gateway}} {{end}}").split()[0]
-        relay = SlowRelay(("0.0.0.0", 0), ("127.0.0.1", PORT), delay_s=0.1, rate=2e6, breaks=0.2)
+        relay = SlowRelay(("0.0.0.0", 0), ("127.0.0.1", PORT), delay_s=0.1, rate=2e6, breaks=0.5, longest=50_000)
         relay.__enter__()
         hub.compose("up", "--detach", "supernode-site-a", "worker-site-a", "superexec-site-a")
         for site, port in (("site-b", relay.port), ("site-c", PORT)):
@@ -146,7 +110,7 @@ def machines(federation: Federation) -> Iterator[dict[str, Machine]]:
             machines[site] = Machine(site, compose_file(site, folder), own)
             machines[site].compose("up", "--detach", f"supernode-{site}", f"worker-{site}", f"superexec-{site}")
         yield machines
-        assert relay.broken > 0
+        assert relay.broken > 0, f"{relay.connections} connections, {relay.bytes} bytes"
     finally:
         for name, machine in machines.items():
             (folder / f"{name}.log").write_text(machine.compose("logs", "--no-color"))

@@ -1,4 +1,7 @@
-"""A hostile app in the SuperExec's place, under a user of its own: it gets what the site's policy lets out, no more."""
+"""A hostile app in the SuperExec's place, under a user of its own: it gets what the site's policy lets out, no more.
+
+With an engine (`make test-containers`) the same attack starts in the SuperExec's container of docker-compose.yml.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import tomli_w
+import yaml
 from flwr.app import RecordDict
+from support.compose import ENGINE, Machine
 from support.other_user import cannot, run_as
 
-import fedlora
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig, parse_config
 from fedlora.federation.client_pool import ClientInfo, RoundRequest
@@ -31,11 +35,19 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.programs import Guard
 from fedlora.training.workspace import open_workspace
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(cannot()), reason=cannot())]
+BY_USERS = pytest.param("users", marks=[pytest.mark.slow, pytest.mark.skipif(bool(cannot()), reason=cannot())])
+IN_CONTAINERS = pytest.param(
+    "containers",
+    marks=[
+        *(pytest.mark.nightly, pytest.mark.containers, pytest.mark.timeout(1800)),
+        pytest.mark.skipif(not ENGINE, reason="needs a Docker engine of its own: make test-containers"),
+    ],
+)
 
 WORKER, NODE, APP = 42_001, 42_002, 42_003
 """Users (and groups) of the three programs of a node; nobody else on a machine has such numbers."""
 CANARY = "canary-of-one-patient"
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parents[1] / "support" / "hostile_app.py"
 
 
@@ -48,60 +60,81 @@ class Attack:
         loot: All bytes that it got.
         folder: Of the node.
         log: The worker's.
+        socket: Its folder, as the app sees it.
+        denials: The errors that keep a file from the app.
     """
 
     outcomes: dict[str, Any]
     loot: bytes
     folder: Path
     log: str
+    socket: str
+    denials: tuple[str, ...]
 
 
-@pytest.fixture(scope="module")
-def attack(tiny_bert: Path) -> Iterator[Attack]:
-    """A node of three users, attacked; which outcome is right is for the tests to say."""
+@dataclass(frozen=True)
+class Node:
+    """Where the programs of a node see its parts: "site", "socket", "superexec", "data", "state" and "models".
+
+    Args:
+        folder: The node's, on this machine: each part is the folder of that name in it, the state lies in the site's.
+        seen: Part -> where programs see it, if not there.
+    """
+
+    folder: Path
+    seen: dict[str, str]
+
+    def path(self, part: str) -> Path:
+        return self.folder / ("site/state" if part == "state" else part)
+
+    def __getitem__(self, part: str) -> str:
+        return self.seen.get(part, str(self.path(part)))
+
+
+MOUNTED = {
+    "socket": "/run/fedlora",
+    "superexec": "/federation",
+    "data": "/data",
+    "state": "/var/lib/fedlora",
+    "models": "/models",
+}
+"""Part -> where docker-compose.yml mounts it (/federation is the site's folder in the worker's container)."""
+
+
+@pytest.fixture(scope="module", params=[BY_USERS, IN_CONTAINERS])
+def attack(request: pytest.FixtureRequest, tiny_bert: Path) -> Iterator[Attack]:
+    """A node, attacked; which outcome is right is for the tests to say."""
     with tempfile.TemporaryDirectory(prefix="fedlora-", dir="/tmp") as name:
-        folder, guard = Path(name), Guard()
-        folder.chmod(0o755)
-        shutil.copytree(tiny_bert, folder / "model")
-        for one in (folder / "model", *(folder / "model").iterdir()):
+        node = Node(Path(name), MOUNTED if request.param == "containers" else {})
+        node.folder.chmod(0o755)
+        shutil.copytree(tiny_bert, node.path("models") / "model")
+        for one in node.path("models").rglob("*"):
             one.chmod(0o755 if one.is_dir() else 0o644)
-        config, forbidden = configs(folder)
-        make_node(folder, config)
-        owned = {"site": (WORKER, 0o700), "socket": (WORKER, 0o2750), "supernode": (NODE, 0o700), "app": (APP, 0o700)}
-        for part, (user, mode) in owned.items():
-            give(folder / part, user)
-            (folder / part).chmod(mode)
-        os.chown(folder / "socket", WORKER, APP)
-        (folder / "socket").chmod(0o2750)
-        home = {"HOME": str(folder / "site"), "FEDLORA_CACHE": str(folder / "site" / "cache"), "USER": "worker"}
-        command = ["worker", "--socket", f"{folder}/socket/w.sock", "--site", f"{folder}/site"]
-        with (folder / "worker.log").open("wb") as log:
-            worker = run_as(
-                WORKER,
-                [sys.executable, "-m", "fedlora", *command],
-                groups=[APP],
-                env={**os.environ, **home},
-                stderr=log,
-                stdout=log,
-                cwd=folder,
-            )
-            guard.watch(worker)
-            try:
-                until(lambda: (folder / "socket" / "w.sock").exists(), lambda: (folder / "worker.log").read_text())
-                outcomes = attacked(folder, config, forbidden, worker.pid, guard)
-                assert worker.poll() is None, "the worker is gone"
-            finally:
-                worker.terminate()
-                worker.wait(60)
-                guard.close()
-        log_text = (folder / "worker.log").read_text()
-        yield Attack(outcomes, (folder / "app" / "loot").read_bytes(), folder, log_text)
+        config, forbidden = configs(node)
+        make_node(node, config)
+        facts = {
+            "socket": f"{node['socket']}/worker.sock",
+            "home": node["superexec"],
+            "request": f"{node['superexec']}/request",
+            "marker": f"{node['socket']}/marker",
+            "config": config.to_toml(),
+            "open": forbidden.to_toml(),
+            "files": [
+                *(f"{node['data']}/data.csv", f"{node['state']}/ledger.jsonl", f"{node['state']}/audit.jsonl"),
+                *(f"{node['site']}/policy.toml", f"{node['site']}/node-config.toml", f"{node['supernode']}/node.key"),
+            ],
+            "folders": [node[part] for part in ("site", "state", "data", "supernode", "socket")],
+        }
+        attacked = attacked_in_containers if request.param == "containers" else attacked_by_a_user
+        outcomes, log, denials = attacked(node, facts)
+        loot = (node.path("superexec") / "loot").read_bytes()
+        yield Attack(outcomes, loot, node.folder, log, node["socket"], denials)
 
 
-def configs(folder: Path) -> tuple[RunConfig, RunConfig]:
+def configs(node: Node) -> tuple[RunConfig, RunConfig]:
     """Of a run that the policy allows, and of one without privacy."""
     shared = (
-        *("data.source=nodes", "partition.name=nodes", "partition.clients=1", f"model.name='{folder}/model'"),
+        *("data.source=nodes", "partition.name=nodes", "partition.clients=1", f"model.name='{node['models']}/model'"),
         *("adapter.targets=['query','value']", "adapter.rank=2", "task.name=text-classification", "evaluation.on=off"),
         *("task.labels=['negative','positive']", "runtime.threads=1", "runtime.kernels=off", "train.steps=1"),
     )
@@ -112,16 +145,17 @@ def configs(folder: Path) -> tuple[RunConfig, RunConfig]:
     return parse_config("", [*shared, *private], name="run"), parse_config("", shared, name="run")
 
 
-def make_node(folder: Path, config: RunConfig) -> None:
-    site, supernode = folder / "site", folder / "supernode"
-    for part in (site, supernode, folder / "socket", folder / "app"):
-        part.mkdir()
+def make_node(node: Node, config: RunConfig) -> None:
+    for part in ("state", "supernode", "socket", "superexec", "data"):
+        node.path(part).mkdir(parents=True)
     rows = [f"{CANARY} number {n} great happy,{'positive' if n % 2 else 'negative'},x{n}" for n in range(40)]
-    (site / "data.csv").write_text("\n".join(["text,label,diagnosis", *rows]) + "\n")
-    (site / "ledger.jsonl").touch()
-    facts = {"partition-id": 0, "data": f"{site}/data.csv", "ledger": f"{site}/ledger.jsonl", "device": "cpu"}
-    (site / "node-config.toml").write_text(tomli_w.dumps(facts))
-    workspace = open_workspace(config)
+    (node.path("data") / "data.csv").write_text("\n".join(["text,label,diagnosis", *rows]) + "\n")
+    ledger = f"{node['state']}/ledger.jsonl"
+    (node.path("state") / "ledger.jsonl").touch()
+    facts = {"partition-id": 0, "data": f"{node['data']}/data.csv", "ledger": ledger, "device": "cpu"}
+    (node.path("site") / "node-config.toml").write_text(tomli_w.dumps(facts))
+    here = config.model.model_copy(update={"name": str(node.path("models") / "model")})
+    workspace = open_workspace(config.model_copy(update={"model": here}))
     policy = {
         "private_only": True,
         "epsilon": 8.0,
@@ -130,14 +164,16 @@ def make_node(folder: Path, config: RunConfig) -> None:
         "message_mb": 4,
         "base_models": {config.model.name: workspace.base.fingerprint},
     }
-    (site / "policy.toml").write_text(tomli_w.dumps(policy))
-    (supernode / "node.key").write_text("secret")
+    (node.path("site") / "policy.toml").write_text(tomli_w.dumps(policy))
+    (node.path("supernode") / "node.key").write_text("secret")
     rule = load_aggregator("fedavg")
     state = rule.init(workspace.base.initial_adapter(config.seed), seed=1)
     planned = Planner(config, rule, workspace, run="ab" * 16).request(
         RoundRequest(1, [0], state), ClientInfo(0), Held()
     )
-    (folder / "app" / "request").write_bytes(pack({}, content=RequestEncoder().encode(planned), state=RecordDict()))
+    frame = pack({}, content=RequestEncoder().encode(planned), state=RecordDict())
+    (node.path("superexec") / "request").write_bytes(frame)
+    shutil.copy(SCRIPT, node.path("superexec") / SCRIPT.name)
 
 
 def give(path: Path, user: int) -> None:
@@ -145,40 +181,92 @@ def give(path: Path, user: int) -> None:
         os.chown(one, user, user)
 
 
-def attacked(folder: Path, config: RunConfig, forbidden: RunConfig, worker: int, guard: Guard) -> dict[str, Any]:
-    """Run the hostile app, which ends with the test; its outcomes."""
-    site = folder / "site"
-    facts = {
-        "socket": f"{folder}/socket/w.sock",
-        "worker": worker,
-        "home": f"{folder}/app",
-        "request": f"{folder}/app/request",
-        "marker": f"{folder}/socket/marker",
-        "config": config.to_toml(),
-        "open": forbidden.to_toml(),
-        "files": [
-            *(f"{site}/{name}" for name in ("data.csv", "policy.toml", "node-config.toml")),
-            *(f"{site}/{name}" for name in ("ledger.jsonl", "audit.jsonl")),
-            f"{folder}/supernode/node.key",
-        ],
-        "folders": [str(site), f"{folder}/supernode", f"{folder}/socket", str(Path(fedlora.__file__).parent)],
-    }
-    path = folder / "app" / "facts.json"
-    path.write_text(json.dumps(facts))
-    give(folder / "app", APP)
-    app = run_as(
-        APP,
-        [sys.executable, str(SCRIPT), str(path)],
-        env={**os.environ, "HOME": str(folder / "app"), "USER": "app", "FLWR_HOME": str(folder / "app")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=folder / "app",
+Attacked: TypeAlias = tuple[dict[str, Any], str, tuple[str, ...]]
+"""Outcomes, the worker's log, and the errors that keep a file from the app."""
+
+
+def attacked_by_a_user(node: Node, facts: dict[str, Any]) -> Attacked:
+    """Worker, SuperNode and app are users of this machine."""
+    folder, guard = node.folder, Guard()
+    owned = {"site": WORKER, "data": WORKER, "supernode": NODE, "superexec": APP}
+    home = {"HOME": f"{folder}/site", "FEDLORA_CACHE": f"{folder}/site/cache", "USER": "worker"}
+    command = ["worker", "--socket", str(facts["socket"]), "--site", str(node.path("site"))]
+    for part, user in owned.items():
+        give(node.path(part), user)
+        node.path(part).chmod(0o700)
+    os.chown(node.path("socket"), WORKER, APP)
+    node.path("socket").chmod(0o2750)
+    log = folder / "worker.log"
+    with log.open("wb") as file:
+        worker = run_as(
+            WORKER,
+            [sys.executable, "-m", "fedlora", *command],
+            groups=[APP],
+            env={**os.environ, **home},
+            stderr=file,
+            stdout=file,
+            cwd=folder,
+        )
+        guard.watch(worker)
+        try:
+            until(Path(facts["socket"]).exists, log.read_text)
+            facts_file = write_facts(node, {**facts, "worker": worker.pid}, APP)
+            app = run_as(
+                APP,
+                [sys.executable, str(SCRIPT), str(facts_file)],
+                env={**os.environ, "HOME": facts["home"], "USER": "app", "FLWR_HOME": facts["home"]},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=facts["home"],
+            )
+            guard.watch(app)
+            said, errors = app.communicate(timeout=500)
+            assert app.returncode == 0, errors.decode()
+            assert worker.poll() is None, "the worker is gone"
+        finally:
+            worker.terminate()
+            worker.wait(60)
+            guard.close()
+    return json.loads(said.splitlines()[-1]), log.read_text(), ("PermissionError",)
+
+
+def attacked_in_containers(node: Node, facts: dict[str, Any]) -> Attacked:
+    """Worker and app are containers of docker-compose.yml, of one user: what keeps them apart is what they mount."""
+    for part in ("site", "data", "supernode", "superexec", "socket"):
+        give(node.path(part), WORKER)
+    file = node.folder / "docker-compose.yml"
+    services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    for service in services["services"].values():
+        service.pop("build", None)  # `docker_engine.sh images` has built it
+    file.write_text(yaml.safe_dump(services))
+    environment = {"SITE_A": str(node.folder), "SITE_A_DATA": node.path("data"), "FEDLORA_MODELS": node.path("models")}
+    machine = Machine(
+        "attacked",
+        file,
+        {k: str(v) for k, v in environment.items()} | {"FEDLORA_UID": str(WORKER), "FEDLORA_GID": str(WORKER)},
     )
-    guard.watch(app)
-    said, errors = app.communicate(timeout=500)
-    assert app.returncode == 0, errors.decode()
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
-    return found
+    try:
+        machine.compose("up", "--detach", "--no-deps", "worker-site-a")
+        until((node.path("socket") / "worker.sock").exists, lambda: machine.compose("logs", "worker-site-a"))
+        worker = int(machine.ask("worker-site-a", "{{.State.Pid}}"))
+        write_facts(node, {**facts, "worker": worker}, WORKER)
+        script, path = (f"{facts['home']}/{name}" for name in (SCRIPT.name, "facts.json"))
+        app = ("run", "--rm", "--no-deps", "--no-TTY", "--entrypoint", "python", "superexec-site-a", script, path)
+        said = machine.compose(*app)
+        assert machine.ask("worker-site-a", "{{.State.Status}} {{.RestartCount}}") == "running 0", "the worker is gone"
+        log = machine.compose("logs", "--no-color", "worker-site-a")
+    finally:
+        machine.compose("down", "--timeout", "5")
+    denials = ("PermissionError", "FileNotFoundError", "ProcessLookupError", "OSError: [Errno 30] Read-only")
+    return json.loads(said.splitlines()[-1]), log, denials
+
+
+def write_facts(node: Node, facts: dict[str, Any], user: int) -> Path:
+    """For the app, which owns its folder; the path on this machine."""
+    path = node.path("superexec") / "facts.json"
+    path.write_text(json.dumps(facts))
+    give(node.path("superexec"), user)
+    return path
 
 
 def until(holds: Any, explain: Any, within_s: float = 120.0) -> None:
@@ -236,9 +324,9 @@ NO_REQUESTS = {
 
 def test_it_reads_no_file_and_changes_none(attack: Attack) -> None:
     tried = {name: outcome for name, outcome in attack.outcomes.items() if name not in answered_attempts()}
-    allowed = {f"list {attack.folder}/socket", f"list {Path(fedlora.__file__).parent}"}
     assert len(tried) > 20
-    assert {name for name, outcome in tried.items() if not str(outcome).startswith("PermissionError")} == allowed
+    got = {name for name, outcome in tried.items() if not str(outcome).startswith(attack.denials)}
+    assert got == {f"list {attack.socket}", "list fedlora"}
 
 
 def answered_attempts() -> set[str]:
@@ -265,10 +353,10 @@ def test_what_the_policy_allows_is_an_update_of_this_node_and_nothing_beside(att
 
 
 def test_one_step_was_paid_for_however_often_it_was_asked_for(attack: Attack) -> None:
-    ledger = Ledger(attack.folder / "site" / "ledger.jsonl")
+    ledger = Ledger(attack.folder / "site" / "state" / "ledger.jsonl")
     assert ledger.attempts("ab" * 16) == 1
     assert 0 < ledger.epsilon(1e-3, "rdp") <= 8.0
-    assert not (attack.folder / "app" / "ledger.jsonl").exists()
+    assert not (attack.folder / "superexec" / "ledger.jsonl").exists()
 
 
 def test_what_is_no_request_is_answered_in_words_and_ends_nothing(attack: Attack) -> None:
@@ -285,13 +373,6 @@ def test_no_code_of_its_own_runs_in_the_worker(attack: Attack) -> None:
 
 def test_not_a_word_of_the_data_comes_back(attack: Attack) -> None:
     assert attack.loot
-    assert CANARY in (attack.folder / "site" / "data.csv").read_text()
-    for word in (CANARY, "diagnosis", "x17", f"{attack.folder}/site/ledger"):
+    assert CANARY in (attack.folder / "data" / "data.csv").read_text()
+    for word in (CANARY, "diagnosis", "x17", "state/ledger", "/var/lib/fedlora/ledger"):
         assert word.encode() not in attack.loot.replace(b"'diagnosis'", b""), word
-
-
-def test_zz(attack):
-    for n, o in attack.outcomes.items():
-        print(n, "->", str(o)[:250])
-    print(attack.log[-5000:])
-    print((attack.folder / "site" / "ledger.jsonl").read_text())

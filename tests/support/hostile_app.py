@@ -25,6 +25,7 @@ import grpc
 import tomli_w
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+import fedlora
 from fedlora import __version__
 from fedlora.flower.arrays import to_array
 from fedlora.flower.messages import decode_head, encode_note
@@ -61,6 +62,9 @@ def files() -> None:
     for path in FACTS["folders"]:
         attempt(f"write in {path}", lambda path=path: (Path(path) / "evil.py").write_text("raise SystemExit"))
         attempt(f"list {path}", lambda path=path: sorted(os.listdir(path)))
+    package = Path(fedlora.__file__).parent
+    attempt("write in fedlora", lambda: (package / "evil.py").write_text("raise SystemExit"))
+    attempt("list fedlora", lambda: sorted(os.listdir(package)))
     path, other = FACTS["socket"], f"{FACTS['socket']}.other"
     attempt("replace the socket", lambda: os.rename(path, other))
     attempt("remove the socket", lambda: os.unlink(path))
