@@ -328,7 +328,9 @@ def measure(folder: Path, poll_s: float, sizes: list[float], arms: list[str], tu
                 name = f"r{poll_s}-{turn}".replace(".", "-")
                 file = place / "runs" / name / "metrics.jsonl"  # with a line for round 0
                 settings = f'set="name={name} rounds={rounds + 2}"'
-                seconds, _ = running.rounds(place / "app", file, rounds + 3, settings)
+                seconds, lines = running.rounds(place / "app", file, rounds + 3, settings)
+                lost = sum(len(line["answered"]) < NODES for line in lines[1:])  # type: ignore[arg-type]
+                print(f"{lost} of {len(lines) - 1} rounds lacked an answer")
             taken[mib, arm] += seconds
             print(f"{mib:g} MiB, {arm}, turn {turn}: {' '.join(f'{s:.1f}' for s in seconds)}", flush=True)
     print(f"\nFLWR_SUPEREXEC_TASK_POLL_INTERVAL={poll_s:g}: seconds of a round, medians of {turns} x {rounds}")
