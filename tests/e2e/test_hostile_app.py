@@ -234,6 +234,7 @@ def attacked_in_containers(node: Node, facts: dict[str, Any]) -> Attacked:
     """Worker and app are containers of docker-compose.yml, of one user: what keeps them apart is what they mount."""
     for part in ("site", "data", "supernode", "superexec", "socket"):
         give(node.path(part), WORKER)
+        node.path(part).chmod(0o750)
     file = node.folder / "docker-compose.yml"
     services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     for service in services["services"].values():
