@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -106,15 +106,18 @@ def train(message, context):
 
 def replay() -> None:
     """Let clients of this process answer what they were sent, moved by a little that differs by round and client."""
+    from fedlora.federation.client import Answer
     from fedlora.federation.protocol import TrainedReply, TrainRequest
     from fedlora.flower import client_app
 
-    def replayed(_workspace: object, requests: list[TrainRequest], _account: object) -> Iterator[TrainedReply]:
-        for asked in requests:
-            step = 1e-4 * (asked.round + asked.client_id)
-            yield TrainedReply(asked, {k: v + step for k, v in asked.starts.items()}, {"num_examples": 8, "loss": 1.0})
+    def moved(asked: TrainRequest) -> TrainedReply:
+        step = 1e-4 * (asked.round + asked.client_id)
+        return TrainedReply(asked, {k: v + step for k, v in asked.starts.items()}, {"num_examples": 8, "loss": 1.0})
 
-    client_app.answer = replayed  # type: ignore[assignment]
+    def replayed(_: object, requests: Sequence[TrainRequest], *__: object) -> list[Answer]:
+        return [moved(asked) for asked in requests]
+
+    client_app.answer = replayed
 
 
 def worker(path: str) -> None:
