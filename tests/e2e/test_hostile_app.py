@@ -252,7 +252,7 @@ def attacked_in_containers(node: Node, facts: dict[str, Any]) -> Attacked:
         worker = int(machine.ask("worker-site-a", "{{.State.Pid}}"))
         write_facts(node, {**facts, "worker": worker}, WORKER)
         script, path = (f"{facts['home']}/{name}" for name in (SCRIPT.name, "facts.json"))
-        app = ("run", "--rm", "--no-deps", "--no-TTY", "--entrypoint", "python", "superexec-site-a", script, path)
+        app = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "python", "superexec-site-a", script, path)
         said = machine.compose(*app)
         assert machine.ask("worker-site-a", "{{.State.Status}} {{.RestartCount}}") == "running 0", "the worker is gone"
         log = machine.compose("logs", "--no-color", "worker-site-a")
