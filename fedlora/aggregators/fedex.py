@@ -7,7 +7,10 @@ Models", ACL 2025, arXiv 2410.09432, equations (6) to (8):
 
 training goes on from (A, B). The residual is sent in factored form, cut to its numerical rank, (K - 1) r for K clients
 (the paper sends (K + 1) r from a Gram-Schmidt process). It is taken against the averages as they are broadcast, so that
-the rounding of A and B is made good in the base.
+the rounding of A and B is made good in the base. Where that rounding is no coarser than the residual's own, and the
+clients are few beside the layer's width, no decomposition is needed: with one s, and client K as the reference,
+
+    D* - s B A = s sum_k p_k (B_k - B) (A_k - A) = s sum_{k < K} p_k (B_k - B) (A_k - A_K).
 
 `rank_cap` is the paper's truncation for many clients: the best residual of that rank (Eckart and Young 1936). The rule
 is not exact then, and does not claim it.
@@ -22,7 +25,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
+from fedlora.adapter import LoraPair
 from fedlora.aggregators._base import (
     Aggregator,
     Claim,
@@ -37,7 +42,7 @@ from fedlora.aggregators._base import (
 )
 from fedlora.aggregators.base_updates import on_current_base, with_change
 from fedlora.errors import ConfigError
-from fedlora.lowrank import DeltaSum, Svd, svd
+from fedlora.lowrank import DeltaSum, Svd, stack, svd
 
 
 @final
@@ -82,14 +87,29 @@ class FedEx(Aggregator):
             require_same_ranks(self, state, ClientSpec(update.client_id, update.adapter.layout))
             mean.add(update.adapter.tensors(), update.num_examples)
             ideal.add(update.adapter.pairs, update.num_examples)
+        exact = mean.exact()
         averaged = state.adapter.with_tensors(mean.result(like=state.adapter.tensors()))
         change = {}
         for name, pair in averaged.pairs.items():
             wanted = [(weight / mean.total, theirs) for weight, theirs in ideal.terms(name)]
             dtype = torch.promote_types(torch.float32, pair.A.dtype)
-            found = svd([*wanted, (-1.0, pair)])
-            change[name] = found.pair(_rank(found, dtype, self.rank_cap), dtype=dtype)
+            narrow = (mean.count - 1) * pair.rank < min(pair.shape.d_in, pair.shape.d_out)
+            exactly = self.rank_cap is None and dtype == pair.A.dtype and narrow and len(wanted) == mean.count
+            if exactly and (apart := _apart(wanted, exact[f"{name}:B"])):
+                found = stack(apart)
+                change[name] = LoraPair(found.A.to(dtype), found.B.to(dtype), found.scale)
+                continue
+            whole = svd([*wanted, (-1.0, pair)])
+            change[name] = whole.pair(_rank(whole, dtype, self.rank_cap), dtype=dtype)
         return with_change(state, averaged, change)
+
+
+def _apart(wanted: list[tuple[float, LoraPair]], B: Tensor) -> list[tuple[float, LoraPair]]:
+    """sum_{k < K} p_k s (B_k - B) (A_k - A_K), without the terms that are zero."""
+    last, terms = wanted[-1][1].A.double(), []
+    for share, theirs in wanted[:-1]:
+        terms.append((share, LoraPair(theirs.A.double() - last, theirs.B.double() - B, theirs.scale)))
+    return [(share, term) for share, term in terms if term.A.any() and term.B.any()]
 
 
 def _rank(found: Svd, dtype: torch.dtype, cap: int | None) -> int:

@@ -35,7 +35,7 @@ from fedlora.aggregators._base import (
 from fedlora.aggregators._nested import collect, nested_start, shares
 from fedlora.aggregators.base_updates import on_current_base, with_change
 from fedlora.aggregators.flexlora import require_energy
-from fedlora.lowrank import Svd, svd
+from fedlora.lowrank import rank_of_energy, svd
 
 
 @final
@@ -79,8 +79,10 @@ class FedMomentum(Aggregator):
         pairs, change = {}, {}
         for name, pair in state.adapter.pairs.items():
             mine = shares(terms.pop(name))
-            kept = svd(mine).pair(pair.rank, pair.scale, pair.A.dtype, idle=pair.A)
-            tail: Svd = svd([*mine, (-1.0, kept)])  # with the rounding of what is broadcast
-            wide = torch.promote_types(torch.float32, pair.A.dtype)
-            pairs[name], change[name] = kept, tail.pair(tail.rank_of_energy(self.energy), dtype=wide)
+            r, wide = pair.rank, torch.promote_types(torch.float32, pair.A.dtype)
+            found = svd(mine, lambda S, r=r: r + rank_of_energy(S[r:], self.energy))  # type: ignore[misc]
+            kept, tail = found.pair(r, pair.scale, pair.A.dtype, idle=pair.A), found.part(r)
+            if self.energy == 1 or pair.A.dtype != wide:  # with the rounding of what is broadcast
+                tail = svd([*mine, (-1.0, kept)], lambda S: rank_of_energy(S, self.energy))
+            pairs[name], change[name] = kept, tail.pair(max(1, len(tail.S)), dtype=wide)
         return with_change(state, AdapterState(pairs, dense), change)

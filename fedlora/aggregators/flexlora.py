@@ -23,7 +23,7 @@ from fedlora.adapter import AdapterState
 from fedlora.aggregators._base import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, rules
 from fedlora.aggregators._nested import collect, nested_start, shares
 from fedlora.errors import ConfigError
-from fedlora.lowrank import randomised_svd, svd
+from fedlora.lowrank import randomised_svd, rank_of_energy, svd
 from fedlora.rng import derive
 
 
@@ -72,10 +72,9 @@ class FlexLora(Aggregator):
         for name, pair in state.adapter.pairs.items():
             mine = shares(terms.pop(name))
             if self.svd == "exact":
-                found = svd(mine)
+                kept = svd(mine, lambda S, rank=pair.rank: min(rank, rank_of_energy(S, self.energy)))  # type: ignore[misc]
             else:
-                found = randomised_svd(mine, pair.rank, derive(state.seed, "flexlora", state.round, name))
-            kept = found.first(found.rank_of_energy(self.energy))
+                kept = randomised_svd(mine, pair.rank, derive(state.seed, "flexlora", state.round, name))
             pairs[name] = kept.pair(pair.rank, pair.scale, pair.A.dtype, self.split, idle=pair.A)
         return replace(state, adapter=AdapterState(pairs, dense), round=state.round + 1)
 

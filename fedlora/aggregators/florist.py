@@ -20,7 +20,7 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators._base import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, rules
 from fedlora.aggregators.flexlora import require_energy
 from fedlora.aggregators.flora import Flora
-from fedlora.lowrank import svd
+from fedlora.lowrank import rank_of_energy, svd
 
 
 @final
@@ -67,8 +67,8 @@ class Florist(Aggregator):
         *log, last = after.base_updates
         change: dict[str, LoraPair] = {}
         for name, pair in last.change.pairs.items():
-            found = svd([(1.0, pair)])
-            change[name] = found.pair(found.rank_of_energy(self.energy), dtype=pair.A.dtype)
+            found = svd([(1.0, pair)], lambda S: rank_of_energy(S, self.energy))
+            change[name] = found.pair(len(found.S), dtype=pair.A.dtype)
         metrics = {"florist/rank": sum(pair.rank for pair in change.values()) / len(change)} if change else {}
         last = replace(last, change=AdapterState(change))
         return replace(after, base_updates=(*log, last), metrics=metrics)

@@ -65,13 +65,11 @@ class FlTrust(Around):
         inner = gram_of_changes(replies)
         size = inner.diagonal().clamp(min=0.0).sqrt()
         trust = torch.where(size > 0, inner[place] / (size * size[place]), 0.0).clamp(min=0.0).nan_to_num(nan=0.0)
-        kept = [
-            replace(one.shortened(root.length / one.length), num_examples=float(score))
-            for one, score in zip(replies, trust, strict=True)
-            if one is not root and score > 0 and one.length > 0
-        ]
-        metrics = {"fltrust/root": 1.0, "fltrust/trusted": len(kept) / max(1, len(replies) - 1)}
-        if not kept:
+        scored = zip(replies, trust.tolist(), strict=True)
+        trusted = [(one, score) for one, score in scored if one is not root and score > 0 and one.length > 0]
+        metrics = {"fltrust/root": 1.0, "fltrust/trusted": len(trusted) / max(1, len(replies) - 1)}
+        if not trusted:
             return replace(state, round=state.round + 1, metrics=metrics)
+        kept = (replace(one.shortened(root.length / one.length), num_examples=score) for one, score in trusted)
         after = self.outer_state(self.inner.aggregate(self.inner_state(state), kept))
         return replace(after, metrics={**after.metrics, **metrics})

@@ -12,9 +12,20 @@ import pytest
 import torch
 from support.errors import raises
 
+from fedlora import lowrank
 from fedlora.adapter import LoraPair, PairShape
 from fedlora.errors import RuleError
-from fedlora.lowrank import DeltaSum, Svd, compress, frobenius, gram, randomised_svd, relative_error, stack, svd
+from fedlora.lowrank import (
+    DeltaSum,
+    compress,
+    frobenius,
+    gram,
+    randomised_svd,
+    rank_of_energy,
+    relative_error,
+    stack,
+    svd,
+)
 
 
 def pair(rank: int, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float64) -> LoraPair:
@@ -86,10 +97,27 @@ def test_singular_values_and_vectors_are_the_dense_ones_with_signs_of_their_own(
 
 
 def test_rank_of_energy_is_the_smallest_that_reaches_it() -> None:
-    found = Svd(torch.eye(5).double(), torch.tensor([2.0, 1.0, 1.0, 1e-9, 0.0]).double(), torch.eye(5).double())
-    ranks = {energy: found.rank_of_energy(energy) for energy in (0.0, 0.5, 0.6, 0.7, 0.9999, 1.0)}
+    values = torch.tensor([2.0, 1.0, 1.0, 1e-9, 0.0]).double()
+    ranks = {energy: rank_of_energy(values, energy) for energy in (0.0, 0.5, 0.6, 0.7, 0.9999, 1.0)}
     assert ranks == {0.0: 1, 0.5: 1, 0.6: 1, 0.7: 2, 0.9999: 3, 1.0: 4}
-    assert svd([(1.0, LoraPair(torch.zeros(2, 11), torch.zeros(7, 2), 1.0))]).rank_of_energy(0.9) == 1
+    assert rank_of_energy(values[:0], 0.9) == rank_of_energy(torch.zeros(2), 0.9) == 1
+
+
+@pytest.mark.parametrize("falls", [0.0, 1.0])
+def test_the_largest_values_of_a_large_sum_are_those_of_all(falls: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By eigenvectors: of a flat spectrum, and of one in which each term is a tenth of the one before it."""
+    terms = [(10 ** (-falls * k), pair(2, k)) for k in range(3)]
+    whole = svd(terms)
+    monkeypatch.setattr(lowrank, "LARGE", 0)
+    for count in (1, 3, 6):
+        found = svd(terms, lambda S, count=count: count)  # type: ignore[misc]
+        torch.testing.assert_close(found.S, whole.S[:count], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            dense(found.pair(count)), dense(whole.part(0, count).pair(count)), rtol=1e-9, atol=1e-9
+        )
+    assert svd([*terms, *((-c, p) for c, p in terms)], lambda S: 4).rank == 0
+    low = svd([terms[0], terms[0]], lambda S: 4)
+    assert low.rank == 2, "two clients who sent the same"
 
 
 @pytest.mark.parametrize("split", ["root", "left"])
