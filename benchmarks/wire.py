@@ -29,9 +29,18 @@ from fedlora.config import RunConfig, load_config
 from fedlora.federation.protocol import TrainRequest
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.wire_formats import WIRES, decode_change, encode_change, header_of
+from fedlora.wire_formats import WIRES, Header, decode_change, encode_change, header_of
 
-ARMS = ("float32", "bfloat16", "int8", "[int8, residual kept]", "[int8, values]", "[bfloat16, values]")
+ARMS = (
+    "float32",
+    "bfloat16",
+    "int8",
+    "topk",
+    "topk alone",
+    "[int8, residual kept]",
+    "[int8, values]",
+    "[bfloat16, values]",
+)
 
 
 as_received = TrainRequest.as_received
@@ -94,6 +103,7 @@ def accuracy(config: str, overrides: list[str], rounds: int, seeds: int, arms: l
                 f"rounds={rounds}",
                 f"seed={seed}",
                 f"wire.up={wire}",
+                *(["wire.error_feedback=false"] if "without" in arm else []),
                 f"evaluation.every={rounds}",
             ]
             rows[arm].append(measure(load_config(config, [*overrides, *keys]), arm))
@@ -125,16 +135,14 @@ def times(layers: int, d: int, rank: int, repeats: int) -> None:
     print(f"\n{2 * layers} pairs of {d} x {d} at rank {rank}: {size / 1e6:.1f} MB in float32, {repeats} repetitions")
     results: dict[str, tuple[float, float, int]] = {}
     for wire in WIRES:
-        sent = {name: encode_change(value, start[name], wire, 0) for name, value in trained.items()}
+        headers = {name: header_of(wire, value.dtype, tuple(value.shape), 0.1) for name, value in start.items()}
+        sent = {name: encode_change(headers[name], value, start[name], 0) for name, value in trained.items()}
 
-        def encode(wire: str = wire) -> Any:
-            return [encode_change(value, start[name], wire, 0) for name, value in trained.items()]
+        def encode(headers: Mapping[str, Header] = headers) -> Any:
+            return [encode_change(headers[name], value, start[name], 0) for name, value in trained.items()]
 
-        def decode(wire: str = wire, sent: Mapping[str, bytes] = sent) -> Any:
-            return [
-                decode_change(header_of(wire, start[name].dtype, tuple(start[name].shape)), data, start[name])
-                for name, data in sent.items()
-            ]
+        def decode(headers: Mapping[str, Header] = headers, sent: Mapping[str, bytes] = sent) -> Any:
+            return [decode_change(headers[name], data, start[name]) for name, data in sent.items()]
 
         took = [statistics.median(_cpu(action) for _ in range(repeats)) for action in (encode, decode)]
         results[wire] = took[0], took[1], sum(map(len, sent.values()))

@@ -171,14 +171,15 @@ LARGE = 512
 """Total rank above which the largest values of a sum are found by the eigenvectors of its core."""
 
 
-def svd(terms: Terms, keep: Callable[[Float[Tensor, "k"]], int] | None = None) -> Svd:
+def svd(terms: Terms, keep: int | Callable[[Float[Tensor, "k"]], int] | None = None) -> Svd:
     """The singular values of a sum that are not zero by its shape, at most min(R, o, i); QR of both stacks.
 
     Args:
         terms: the sum.
-        keep: how many of the largest values are wanted, as a function of all of them; None: all. Above a total rank of
-            `LARGE` that takes half the time, by the eigenvectors of the core times its transpose: what is kept is the
-            projection on these, with an error at float64's level, and values below 1e-7 of the largest count as zero.
+        keep: how many of the largest values are wanted, a number or a function of all of them; None: all. Above a
+            total rank of `LARGE` that takes half the time, by the eigenvectors of the core times its transpose: what is
+            kept is the projection on these, with an error at float64's level, and values below 1e-7 of the largest
+            count as zero.
     """
     B, A = _stacks(terms)
     if not len(A):
@@ -188,17 +189,23 @@ def svd(terms: Terms, keep: Callable[[Float[Tensor, "k"]], int] | None = None) -
     core, size = RB @ RA.T, float(RB.norm() * RA.norm())
     if keep is None or len(core) <= LARGE:
         U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        count = len(S) if keep is None else keep(S)
+        count = _count(S, keep)
         U, S, Vh = U[:, :count], S[:count], Vh[:count]
     else:
         squares, vectors = torch.linalg.eigh(core @ core.T)
         S = squares.flip(0).clamp(min=0.0).sqrt()
         S = torch.where(1e-7 * S[0] < S, S, 0.0)
-        U = vectors.flip(1)[:, : keep(S)]
+        U = vectors.flip(1)[:, : _count(S, keep)]
         Vh = U.T @ core
         S = torch.where(S[: len(Vh)] > 0, Vh.norm(dim=1), 0.0)
         Vh = Vh / torch.where(S > 0, S, 1.0)[:, None]
     return _signed(_times_q(left, U), S, _times_q(right, Vh.T).T, size)
+
+
+def _count(S: Float[Tensor, "k"], keep: int | Callable[[Float[Tensor, "k"]], int] | None) -> int:
+    if keep is None:
+        return len(S)
+    return keep if isinstance(keep, int) else keep(S)
 
 
 def _times_q(factored: tuple[Tensor, Tensor], X: Float[Tensor, "k n"]) -> Float[Tensor, "d n"]:
@@ -260,7 +267,7 @@ def compress(pair: LoraPair, rank: int, scale: float = 1.0) -> LoraPair:
     Raises:
         RuleError: if `rank` is below 1 or `scale` is 0.
     """
-    return svd([(1.0, pair)], lambda _: rank).pair(rank, scale, torch.promote_types(pair.A.dtype, pair.B.dtype))
+    return svd([(1.0, pair)], rank).pair(rank, scale, torch.promote_types(pair.A.dtype, pair.B.dtype))
 
 
 # ---------------------------------------------------------------------------------------------- running sums

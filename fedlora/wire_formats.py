@@ -14,6 +14,8 @@ sides know the start exactly, and a small step is not lost beside a large value.
     bfloat16    the change, rounded to the nearest
     int8        the change, per row in steps of its own, rounded at random without bias (see `fedlora.quantise`):
                 the rows' steps in float32, then the codes
+    topk        the largest entries of the change by magnitude, a fraction of each tensor's: their places in ascending
+                order as int32, then their values in float32; the other entries count as unchanged
 
 A tensor that a format would not make smaller (a half-precision one in bfloat16, a scalar in int8) travels as it is.
 """
@@ -36,8 +38,8 @@ from fedlora.errors import ReplyError
 from fedlora.quantise import LARGEST, Rows, dequantise, quantise, row_shape
 from fedlora.sanitize import clean_text
 
-WIRES = ("float32", "bfloat16", "int8")
-RAW, BF16, INT8 = "raw", "change-bfloat16", "change-int8"
+WIRES = ("float32", "bfloat16", "int8", "topk")
+RAW, BF16, INT8, TOPK = "raw", "change-bfloat16", "change-int8", "change-topk"
 """What the bytes of one tensor are: itself, or its change in a smaller format."""
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -47,6 +49,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STEP = 4  # bytes of a row's step
+_PLACE = 4  # bytes of an entry's place, and as many of its value
 MOST_TENSORS, LONGEST_NAME, MOST_SIDES, MOST_ELEMENTS = 1 << 16, 1 << 10, 8, 1 << 40
 """Of a layout that is read: how many tensors, characters of a name, sides of a shape, and elements it may have."""
 
@@ -56,7 +59,7 @@ class Header:
     """All of a tensor but its bytes.
 
     Args:
-        form: `RAW`, `BF16` or `INT8`.
+        form: `RAW`, `BF16`, `INT8` or `TOPK`.
         dtype: Type of the elements that are sent.
         shape: Shape of the tensor.
         nbytes: Number of bytes that are sent.
@@ -69,14 +72,22 @@ class Header:
 
 
 @lru_cache(maxsize=4096)
-def header_of(wire: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Header:
-    """The only header that a tensor of this dtype and shape can have in a wire format."""
+def header_of(wire: str, dtype: torch.dtype, shape: tuple[int, ...], fraction: float = 1.0) -> Header:
+    """The only header that a tensor of this dtype and shape can have in a wire format.
+
+    Args:
+        wire: One of `WIRES`.
+        dtype: Of the tensor.
+        shape: Of the tensor.
+        fraction: Of its entries that "topk" sends, rounded up.
+    """
     size = math.prod(shape)
     raw = Header(RAW, _NAMES[dtype], shape, dtype.itemsize * size)
     formed = {
         "float32": raw,
         "bfloat16": Header(BF16, "bfloat16", shape, torch.bfloat16.itemsize * size),
         "int8": Header(INT8, "int8", shape, _STEP * row_shape(shape)[0] + size),
+        "topk": Header(TOPK, "float32", shape, 2 * _PLACE * max(1, math.ceil(fraction * size - 1e-9))),
     }[wire]
     return formed if formed.nbytes < raw.nbytes else raw
 
@@ -91,22 +102,25 @@ def from_raw(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> Te
     return _tensor(data, DTYPES[dtype]).reshape(shape)
 
 
-def encode_change(tensor: Tensor, start: Tensor, wire: str, seed: int) -> bytes | memoryview:
-    """The bytes of a trained tensor for the way up; its header is that of `header_of`.
+def encode_change(header: Header, tensor: Tensor, start: Tensor, seed: int) -> bytes | memoryview:
+    """The bytes of a trained tensor for the way up.
 
     Args:
+        header: Of `start`; see `header_of`.
         tensor: After training.
         start: The same tensor before it, as the server sent it.
-        wire: One of `WIRES`.
         seed: Of the random rounding.
     """
-    header = header_of(wire, tensor.dtype, tuple(tensor.shape))
     if header.form == RAW:
-        return raw_bytes(tensor)
+        return raw_bytes(tensor.to(start.dtype))
     tensor, start = tensor.detach().cpu(), start.detach().cpu()
     change = tensor.to(_wide(start)) - start.to(_wide(start))
     if header.form == BF16:
         return _bytes(change.to(torch.bfloat16))
+    if header.form == TOPK:
+        change = change.flatten().float()
+        places = _largest(change, header.nbytes // (2 * _PLACE))
+        return b"".join((_bytes(places.int()), _bytes(change[places])))
     rows = quantise(change, torch.Generator().manual_seed(seed))
     return b"".join((_bytes(rows.steps), _bytes(rows.codes)))
 
@@ -115,7 +129,7 @@ def decode_change(header: Header, data: bytes | memoryview, start: Tensor) -> Te
     """The trained tensor, in the dtype of its start, of as many bytes as the header says.
 
     Raises:
-        ReplyError: the codes are none that `encode_change` makes.
+        ReplyError: the codes or places are none that `encode_change` makes.
     """
     shape = header.shape
     if header.form == RAW:
@@ -123,6 +137,8 @@ def decode_change(header: Header, data: bytes | memoryview, start: Tensor) -> Te
     start = start.detach().cpu()
     if header.form == BF16:
         change = _tensor(data, torch.bfloat16).reshape(shape)
+    elif header.form == TOPK:
+        change = _scattered(data, shape)
     else:
         count, width = row_shape(shape)
         steps = _tensor(data[: _STEP * count], torch.float32)
@@ -135,12 +151,33 @@ def decode_change(header: Header, data: bytes | memoryview, start: Tensor) -> Te
     return (start.to(_wide(start)) + change.to(_wide(start))).to(start.dtype)
 
 
-def as_received(tensor: Tensor, start: Tensor, wire: str, seed: int) -> Tensor:
+def as_received(header: Header, tensor: Tensor, start: Tensor, seed: int) -> Tensor:
     """What the server would receive of a trained tensor: the tensor after `encode_change` and `decode_change`."""
-    header = header_of(wire, tensor.dtype, tuple(tensor.shape))
     if header.form == RAW:
-        return tensor.detach().cpu()
-    return decode_change(header, encode_change(tensor, start, wire, seed), start)
+        return tensor.detach().cpu().to(start.dtype)
+    return decode_change(header, encode_change(header, tensor, start, seed), start)
+
+
+def _largest(change: Tensor, count: int) -> Tensor:
+    """The places of the largest magnitudes, ascending; of equal ones the first, and what is not finite before all."""
+    size = change.abs().nan_to_num(nan=math.inf)
+    least = size.topk(count).values[-1]
+    tied = (size == least).nonzero().flatten()[: count - int((size > least).sum())]
+    return torch.cat([(size > least).nonzero().flatten(), tied]).sort().values
+
+
+def _scattered(data: bytes | memoryview, shape: tuple[int, ...]) -> Tensor:
+    """The change that the places and values of some entries stand for."""
+    half, size = len(data) // 2, math.prod(shape)
+    places = _tensor(data[:half], torch.int32).long()
+    if bool((places[1:] <= places[:-1]).any()) or not 0 <= int(places[0]) <= int(places[-1]) < size:
+        raise ReplyError(
+            "its places are none that a client sends: out of the tensor, or not in ascending order",
+            code="invalid-codes",
+        )
+    change = torch.zeros(size)
+    change[places] = _tensor(data[half:], torch.float32)
+    return change.reshape(shape)
 
 
 # ---------------------------------------------------------------------------------------------- many tensors

@@ -73,6 +73,7 @@ class Around(Aggregator):
             )
         self._claim((self.inner.claims & kept) | added)
         object.__setattr__(self, "keeps_basis", self.inner.keeps_basis)
+        object.__setattr__(self, "keeps_units", self.inner.keeps_units)
 
     def require_steps(self) -> None:
         """Raise `ConfigError` for an inner rule whose result is no step from the adapter."""

@@ -193,6 +193,8 @@ class Aggregator(ABC):
     keeps_basis: ClassVar[bool] = True
     """Whether unit i of the new adapter goes on from unit i of the old one, so that their difference is a step. Rules
     that draw a new basis, such as singular vectors, say no."""
+    keeps_units: ClassVar[bool] = True
+    """Whether unit i of a client's plan is the same unit of the global adapter in each round."""
 
     def _claim(self, claims: Claim) -> None:
         """Set what this instance claims, where that depends on its fields: for `__post_init__`."""

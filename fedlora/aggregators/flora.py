@@ -52,6 +52,7 @@ class Flora(Aggregator):
 
     claims: ClassVar[Claim] = Claim.EXACT | Claim.MIXED_RANKS | Claim.CHANGES_BASE | Claim.GAUGE_FREE
     paper: ClassVar[str] = "Wang et al., NeurIPS 2024, arXiv 2409.05976"
+    keeps_basis: ClassVar[bool] = False
 
     def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
         """Version 0; an adapter that is trained already is added to the base first, as version 1.

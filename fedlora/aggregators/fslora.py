@@ -45,6 +45,7 @@ class FsLora(Aggregator):
 
     claims: ClassVar[Claim] = Claim.MIXED_RANKS
     paper: ClassVar[str] = "Fang et al., ICML 2026, arXiv 2501.19389"
+    keeps_units: ClassVar[bool] = False
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
         """The client's units of this round, in their order; all of them at the global rank."""

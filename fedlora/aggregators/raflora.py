@@ -58,7 +58,5 @@ class RaFlora(Aggregator):
             seen = max(theirs.rank for _, theirs in mine)
             if seen < pair.rank:
                 parts.append((1.0, LoraPair(pair.A[seen:], pair.B[:, seen:], pair.scale)))
-            pairs[name] = svd(parts, lambda S, rank=pair.rank: min(rank, len(S))).pair(
-                pair.rank, pair.scale, pair.A.dtype, idle=pair.A
-            )
+            pairs[name] = svd(parts, pair.rank).pair(pair.rank, pair.scale, pair.A.dtype, idle=pair.A)
         return replace(state, adapter=AdapterState(pairs, dense), round=state.round + 1)

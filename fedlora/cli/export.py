@@ -77,7 +77,7 @@ def _of_client(run_dir: RunDir, state: GlobalState, client: int) -> GlobalState:
     number = last_used(lines).get(client, 0)
     kept: dict[str, Tensor] = {}
     if number and (run_dir.clients_dir / f"client-{client}").is_dir():
-        kept, _ = divided(ClientStore(run_dir.clients_dir).load(client, number))
+        kept, *_ = divided(ClientStore(run_dir.clients_dir).load(client, number))
     if not kept:
         raise RunDirError(
             f"{str(run_dir.path)!r} has no model of client {client}'s own: either it has not trained, or the rule lets "

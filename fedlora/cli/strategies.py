@@ -96,6 +96,8 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
     about = f"{config.model.name}, rank {'/'.join(map(str, ranks))}, {asked} clients a round"
     if config.wire.up != "float32":
         about += f", {config.wire.up} on the way up"
+    if config.wire.up == "topk":
+        about += f" ({config.wire.fraction:g} of the entries)"
     console.print(
         f"bytes for one client in one round, with {about}\n", style="dim", highlight=False, soft_wrap=True, markup=False
     )
@@ -105,7 +107,7 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
         try:
             rule = load_aggregator(name, fields)
             require_method(rule, workspace.base.method)
-            found = measure_traffic(rule, initial, layouts, config.wire.up)
+            found = measure_traffic(rule, initial, layouts, config.wire)
         except FedloraError as error:
             lines[name] = f"not with this config: {error}"
             continue

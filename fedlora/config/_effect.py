@@ -28,6 +28,9 @@ def without_effect(config: RunConfig) -> Iterator[str]:
     yield from _data(config)
     yield from _server(config)
     yield from _evaluation(config)
+    for key in ("fraction", "error_feedback"):
+        if config.wire.up != "topk" and _changed(config.wire, key):
+            yield f"wire.{key} applies to wire.up = 'topk': set that, or remove it"
     privacy, tracking, runtime = config.privacy, config.tracking, config.runtime
     if isinstance(privacy, ClientPrivacyConfig) and not privacy.adaptive_clipping:
         for key in ("quantile", "clip_lr"):

@@ -129,9 +129,19 @@ class ServerConfig(Section):
 class WireConfig(Section):
     """What travels."""
 
-    up: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Precision of what a client sends: its tensors in float32, or their changes in bfloat16 or int8. What the server
-    sends is never rounded, so that all clients train from the same values."""
+    up: Literal["float32", "bfloat16", "int8", "topk"] = "float32"
+    """Format of what a client sends: its tensors in float32, their changes in bfloat16 or int8, or of each tensor's
+    change the largest entries alone ("topk"). What the server sends is never rounded, so that all clients train from
+    the same values."""
+    fraction: Fraction = 0.1
+    """Of each tensor's entries, with up = "topk": at 0.1 a client sends a fifth of the bytes of float32."""
+    error_feedback: bool = True
+    """With up = "topk": what a client did not send it keeps, and adds to its next change."""
+
+    @property
+    def keeps_residual(self) -> bool:
+        """Whether clients keep what they did not send."""
+        return self.up == "topk" and self.error_feedback
 
 
 @lru_cache(maxsize=1 << 16)

@@ -219,6 +219,11 @@ class RunConfig(Section):
         return self.train.model_copy(update=changes)
 
     @property
+    def clients_keep(self) -> bool:
+        """Whether clients keep something from round to round beside what the rule lets them keep of the adapter."""
+        return self.train.keep_optimizer or self.wire.keeps_residual
+
+    @property
     def max_rank(self) -> int:
         """The largest rank that a node may ask for."""
         profiles = (profile.rank or 1 for profile in self.clients.profiles)

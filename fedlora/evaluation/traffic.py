@@ -9,9 +9,11 @@ import torch
 
 from fedlora.adapter import AdapterState, Layout
 from fedlora.aggregators import Aggregator, ClientPlan, ClientSpec, ClientUpdate, GlobalState
+from fedlora.config import WireConfig
 from fedlora.federation.protocol import PartDigests, TrainRequest, request_tensors, tensors_nbytes
 from fedlora.rng import derive
 
+FLOAT32 = WireConfig()
 ROUNDS = 3
 """The first is not counted: in it every client gets what is sent only once. Rules may alternate, so two are."""
 
@@ -32,7 +34,7 @@ class Traffic:
 
 
 def measure_traffic(
-    rule: Aggregator, initial: AdapterState, layouts: Sequence[Layout], wire: str = "float32"
+    rule: Aggregator, initial: AdapterState, layouts: Sequence[Layout], wire: WireConfig = FLOAT32
 ) -> Traffic:
     """Play a few rounds with all clients.
 
@@ -40,7 +42,7 @@ def measure_traffic(
         rule: to be measured.
         initial: the global adapter before the first round.
         layouts: of each client.
-        wire: format of what the clients send.
+        wire: of the config.
 
     Raises:
         RuleError: the rule cannot serve these layouts.
@@ -60,7 +62,7 @@ def measure_traffic(
                 first += received
             else:
                 down += received
-                up += TrainRequest(plan, number, k, wire=wire).reply_nbytes
+                up += TrainRequest(plan, number, k, wire=wire.up, fraction=wire.fraction).reply_nbytes
             versions[k] = plan.base_version
             moved, facts = _moved(plan, derive(number, "traffic", k)), dict.fromkeys(plan.asks, 1.0)
             updates.append(ClientUpdate(k, moved, 1.0, plan.base_version, facts=facts))

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedlora.adapter import AdapterState
@@ -31,7 +32,7 @@ from fedlora.errors import (
 )
 from fedlora.federation.client_ledger import Account
 from fedlora.federation.client_pool import SHARED, Failure, Sums
-from fedlora.federation.client_store import OPTIMIZER, ClientStore, divided
+from fedlora.federation.client_store import OPTIMIZER, RESIDUAL, ClientStore, divided, named
 from fedlora.federation.discretion import withheld
 from fedlora.federation.protocol import TrainedReply, TrainRequest, update_head
 from fedlora.model.base_history import follow
@@ -175,7 +176,7 @@ class _Start:
     def of(cls, request: TrainRequest, store: ClientStore, config: RunConfig) -> _Start:
         """With what the store has."""
         kept, plan = request.plan.kept, request.plan
-        if not kept and not config.train.keep_optimizer:
+        if not kept and not config.clients_keep:
             return cls(plan.adapter)
         if config.train.keep_optimizer and plan.fresh_seed is not None:
             raise ReplyError(
@@ -183,14 +184,10 @@ class _Start:
                 "earlier state of an optimiser belongs: remove it",
                 code="state-of-another-adapter",
             )
-        loaded, state = divided(store.load(request.client_id, request.kept_round))
+        loaded, state, _ = divided(store.load(request.client_id, request.kept_round))
         for name, value in loaded.items():
             if name not in kept or value.shape != kept[name].shape:
-                raise ReplyError(
-                    f"client {request.client_id} kept {name!r} {tuple(value.shape)} in an earlier round, and is asked "
-                    "to keep something else: let its rank and its model be those with which it began",
-                    code="kept-part-differs",
-                )
+                raise _kept_differs(request, name, value)
         return cls(plan.adapter.with_tensors(loaded), state)
 
 
@@ -206,10 +203,43 @@ def _reply(
         head = update_head(request, ledger)
         Disclosure(config.privacy.unit).require_reply(head, tuple(figures))
     kept = result.adapter.tensors(request.plan.kept) if request.plan.kept else {}
-    kept |= {f"{OPTIMIZER}{name}": value for name, value in result.optimizer.items()}
-    if kept or config.train.keep_optimizer:  # of a first round that failed there is nothing, which nobody may see
+    kept |= named(OPTIMIZER, result.optimizer)
+    sent = result.adapter.tensors(request.plan.sends)
+    if config.wire.keeps_residual:
+        sent, residual = sent_and_residual(request, sent, store, config.seed)
+        kept |= named(RESIDUAL, residual)
+    if kept or config.clients_keep:  # of a first round that failed there is nothing, which nobody may see
         store.save(request.client_id, request.round, kept, request.kept_round)
-    return TrainedReply(request, result.adapter.tensors(request.plan.sends), figures, ledger)
+    return TrainedReply(request, sent, figures, ledger)
+
+
+def sent_and_residual(
+    request: TrainRequest, trained: Mapping[str, Tensor], store: ClientStore, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a client sends, and what of it the wire format leaves out: error feedback.
+
+    Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599, algorithm 1, with a round's
+    change in the place of a gradient: m is added to the change, and what is not sent of their sum is the next m. The m
+    of a tensor that is not asked for in a round stays as it is.
+    """
+    _, _, residual = divided(store.load(request.client_id, request.kept_round))
+    sent: dict[str, Tensor] = {}
+    for name, value in trained.items():
+        sent[name] = value.cpu().to(torch.promote_types(value.dtype, torch.float32))
+        if (before := residual.get(name)) is not None:
+            if before.shape != value.shape:
+                raise _kept_differs(request, name, before)
+            sent[name] = sent[name] + before
+    received = request.as_received(sent, seed)
+    return sent, residual | {name: value - received[name] for name, value in sent.items()}
+
+
+def _kept_differs(request: TrainRequest, name: str, value: Tensor) -> ReplyError:
+    return ReplyError(
+        f"client {request.client_id} kept {name!r} {tuple(value.shape)} in an earlier round, and is asked to keep "
+        "something else: let its rank and its model be those with which it began",
+        code="kept-part-differs",
+    )
 
 
 def _unchanged(workspace: Workspace, request: TrainRequest, error: Exception, store: ClientStore) -> TrainResult:

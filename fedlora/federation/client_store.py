@@ -19,8 +19,8 @@ from fedlora.errors import ReplyError, RunDirError
 from fedlora.files import write_atomically
 from fedlora.state_io import pack, unpack
 
-OPTIMIZER = "optimizer/"
-"""Begins the names of what is the optimiser's."""
+OPTIMIZER, RESIDUAL = "optimizer/", "residual/"
+"""Begin the names of what is the optimiser's, and of what a client has still to send (`[wire] error_feedback`)."""
 
 
 @final
@@ -95,11 +95,18 @@ def last_used(lines: Iterable[Mapping[str, Any]]) -> dict[int, int]:
     return used
 
 
-def divided(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a client kept of its adapter, and of its optimiser, by `FlatOptimizer.state_of`'s names."""
-    adapter = {name: value for name, value in tensors.items() if not name.startswith(OPTIMIZER)}
-    optimizer = {name: value for name, value in tensors.items() if name.startswith(OPTIMIZER)}
-    return adapter, {name.removeprefix(OPTIMIZER): value for name, value in optimizer.items()}
+def named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under a prefix of their own."""
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def divided(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What a client kept of its adapter, of its optimiser (`FlatOptimizer.state_of`), and of what it did not send."""
+    parts: dict[str, dict[str, Tensor]] = {"": {}, OPTIMIZER: {}, RESIDUAL: {}}
+    for name, value in tensors.items():
+        prefix = next((prefix for prefix in (OPTIMIZER, RESIDUAL) if name.startswith(prefix)), "")
+        parts[prefix][name.removeprefix(prefix)] = value
+    return parts[""], parts[OPTIMIZER], parts[RESIDUAL]
 
 
 NOTHING_KEPT = ClientStore()

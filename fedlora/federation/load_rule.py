@@ -20,6 +20,7 @@ def load_rule(config: RunConfig) -> Aggregator:
     """
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
     _require_measured(config, rule)
+    _require_same_units(config, rule)
     privacy = config.client_privacy
     if privacy is None:
         return rule
@@ -54,6 +55,17 @@ def _require_measured(config: RunConfig, rule: Aggregator) -> None:
             f"with {config.strategy.name!r} clients keep parts of their models, of the last rounds alone: set "
             "selection.keep = 'last', or remove [selection]",
             code="best-round-not-kept",
+        )
+
+
+def _require_same_units(config: RunConfig, rule: Aggregator) -> None:
+    """Raise `ConfigError` where what a client has still to send would be added to another unit's change."""
+    if config.wire.keeps_residual and not (rule.keeps_basis and rule.keeps_units):
+        raise ConfigError(
+            f"wire.error_feedback adds what a client did not send to its next change, and {config.strategy.name!r} "
+            "gives it other units of A and B by then: set wire.error_feedback = false, or choose a rule that goes on "
+            "from the same units, such as fedavg or ffa",
+            code="residual-of-other-units",
         )
 
 

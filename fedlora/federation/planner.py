@@ -105,16 +105,17 @@ class Planner:
         since = held.base_digest if plan.base_updates and plan.base_updates[0].since == held.base_version else ""
         if not plan.base_updates:
             since = asked.base_digest
-        wire = self._config.wire.up
+        wire = self._config.wire
         private, digests = self._config.example_privacy is not None, self._digests(plan)
-        keeps = KEPT in digests or self._config.train.keep_optimizer
+        keeps = KEPT in digests or self._config.clients_keep
         request = TrainRequest(
             plan,
             asked.number,
             client.client_id,
             asked.base_digest,
             since,
-            wire=wire,
+            wire=wire.up,
+            fraction=wire.fraction,
             run=self._run,
             ledger=held.ledger if private else "",
             kept_round=asked.kept_rounds.get(client.client_id, 0) if keeps else 0,

@@ -64,6 +64,7 @@ class TrainRequest:
         base_digest: Identity of the base weights on which to train ("" for the pristine base).
         since_digest: Identity of the base to which `plan.base_updates` apply.
         wire: Format of the reply's tensors, one of `fedlora.wire_formats.WIRES`.
+        fraction: Of each tensor's entries that the format "topk" sends.
         run: Id of the run's directory, the same after a resume.
         ledger: Head of the client's ledger when the server last saw it, `fedlora.hash_chain.START` if it never did; ""
             where there is none.
@@ -77,6 +78,7 @@ class TrainRequest:
     base_digest: str = ""
     since_digest: str = ""
     wire: str = "float32"
+    fraction: float = 1.0
     run: str = ""
     ledger: str = ""
     kept_round: int = 0
@@ -89,7 +91,10 @@ class TrainRequest:
     @cached_property
     def headers(self) -> dict[str, Header]:
         """The reply's layout, in the order of its tensors' names."""
-        return {name: header_of(self.wire, t.dtype, tuple(t.shape)) for name, t in sorted(self.starts.items())}
+        return {
+            name: header_of(self.wire, start.dtype, tuple(start.shape), self.fraction)
+            for name, start in sorted(self.starts.items())
+        }
 
     @cached_property
     def layout_digest(self) -> str:
@@ -109,8 +114,8 @@ class TrainRequest:
             seed: The run's, for formats that round at random.
         """
         return joined(
-            encode_change(trained[name], self.starts[name], self.wire, self._rounding_seed(seed, name))
-            for name in self.headers
+            encode_change(header, trained[name], self.starts[name], self._rounding_seed(seed, name))
+            for name, header in self.headers.items()
         )
 
     def decode(self, buffer: bytes) -> dict[str, Tensor]:
@@ -125,12 +130,12 @@ class TrainRequest:
     def as_received(self, trained: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         """What the server would decode of `encode`'s buffer."""
         return {
-            name: as_received(tensor, self.starts[name], self.wire, self._rounding_seed(seed, name))
+            name: as_received(self.headers[name], tensor, self.starts[name], self._rounding_seed(seed, name))
             for name, tensor in trained.items()
         }
 
     def _rounding_seed(self, seed: int, name: str) -> int:
-        return 0 if self.wire == "float32" else derive(seed, "wire", self.round, self.client_id, name)
+        return 0 if self.wire in ("float32", "topk") else derive(seed, "wire", self.round, self.client_id, name)
 
 
 @dataclass(frozen=True)
@@ -227,6 +232,7 @@ def request_head(
         "fresh_seed": plan.fresh_seed,
         "proximal_mu": plan.proximal_mu,
         "wire": request.wire,
+        **({"fraction": request.fraction} if request.wire == "topk" else {}),
         "digests": digests,
         "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
         "buffers": {name: layout_json(tensors) for name, tensors in buffers.items()},

@@ -187,7 +187,7 @@ def _store(request: TrainRequest, context: Context, config: RunConfig) -> Client
     Raises:
         ReplyError: the request lets it keep parts, and the run's rule does not.
     """
-    keeps = request.plan.kept or config.train.keep_optimizer
+    keeps = request.plan.kept or config.clients_keep
     if request.plan.kept and Claim.PERSONAL not in load_aggregator(config.strategy.name, config.strategy.fields).claims:
         raise ReplyError(
             f"the request lets this client keep {min(request.plan.kept)!r}, and by strategy {config.strategy.name!r} "

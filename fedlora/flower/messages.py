@@ -152,6 +152,12 @@ def decode_request_head(content: RecordDict) -> dict[str, Any]:
             f"(fedlora {__version__}) knows {', '.join(WIRES)}: install the same fedlora on both",
             code="unknown-wire-format",
         )
+    if not (isinstance(fraction := head.get("fraction", 1.0), float) and 0 < fraction <= 1):
+        raise ReplyError(
+            f"the server asks for a fraction of {str(fraction)[:40]!r} of each tensor: set wire.fraction to a number "
+            "above 0 and at most 1",
+            code="unknown-wire-format",
+        )
     return head
 
 
@@ -201,6 +207,7 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
         head["base_digest"],
         head["since_digest"],
         wire=head["wire"],
+        fraction=head.get("fraction", 1.0),
         run=head["run"],
         ledger=str(head.get("ledger", "")),
         kept_round=int(head.get("kept_round", 0)),

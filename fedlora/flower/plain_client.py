@@ -32,7 +32,7 @@ def train_plain(message: Message, context: Context) -> Message:
     Raises:
         PrivacyError: the config has [privacy], which such a server knows nothing of.
         ReplyError: the arrays are not an adapter of this config's model.
-        ConfigError: a value in the message's config cannot be, or clients are to keep their optimiser's state.
+        ConfigError: a value in the message's config cannot be, or clients are to keep something from round to round.
     """
     config = config_of(context)
     if config.privacy is not None:
@@ -41,10 +41,11 @@ def train_plain(message: Message, context: Context) -> Message:
             "it learns; remove [privacy], or run fedlora's ServerApp",
             code="foreign-server",
         )
-    if config.train.keep_optimizer:
+    if config.clients_keep:
+        key = "train.keep_optimizer" if config.train.keep_optimizer else "wire.up = 'topk'"
         raise ConfigError(
-            "train.keep_optimizer needs fedlora's ServerApp, which says from which round a client goes on, and the "
-            "server's strategy is not fedlora's own: remove it",
+            f"{key} needs fedlora's ServerApp, which says from which round a client goes on, and the server's strategy "
+            "is not fedlora's own: remove it",
             code="foreign-server",
         )
     workspace, client_id = open_workspace(config), client_id_of(context)

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair
+from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
 from fedlora.federation.checks import clients_wanted
+from fedlora.federation.protocol import TrainRequest
 from fedlora.model import Base, load_base
 from fedlora.model.peft_methods import find_method
 from fedlora.model.reach import longest_text
@@ -41,7 +43,6 @@ LENGTH = 128
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314, section 3): 4 bits, a
 scale of 8 bits for each 64 of them, and one of 32 bits for each 256 scales."""
-UP_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 OF_LOGITS = 16
 """Bytes for a token of a chunk and a word of the vocabulary: logits of 16 and 32 bits, log-probabilities, gradients."""
 
@@ -143,6 +144,7 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
         {name: value.detach() for name, value in base.parameters.items() if ":" not in name},
     )
     trained = sum(value.numel() for value in adapter.tensors().values())
+    request = TrainRequest(ClientPlan(adapter), 1, 0, wire=config.wire.up, fraction=config.wire.fraction)
     own = {id(parameter) for parameter in base.parameters.values()}
     frozen = [parameter for parameter in base.model.parameters() if id(parameter) not in own]
     wide = base.adapter_dtype.itemsize
@@ -162,8 +164,8 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
         memory=memory,
         pass_tokens=min(wanted),
         row_tokens=longest,
-        down=4 * trained * clients,
-        up=UP_BYTES[config.wire.up] * trained * clients,
+        down=clients * adapter.nbytes(),
+        up=clients * request.reply_nbytes,
     )
 
 

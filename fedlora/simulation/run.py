@@ -149,7 +149,7 @@ def _pool(
             workers: Any = child_processes(environments)
         else:
             gpu = workspace.base.device.type == "cuda"
-            keeps = Claim.PERSONAL in rule.claims or config.train.keep_optimizer
+            keeps = Claim.PERSONAL in rule.claims or config.clients_keep
             shares = rundir is not None and (config.example_privacy is not None or keeps)
             seen = (rundir.path / "run-id").resolve() if rundir is not None and shares else None
             workers = cluster.actors(environments, choice.threads, gpu=gpu, file=seen)

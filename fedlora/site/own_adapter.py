@@ -49,7 +49,7 @@ def write_own_adapter(site: Path, adapter: Path, out: Path, run: str | None = No
             "adapter of the run's end",
             code="no-such-round",
         )
-    own, _ = divided(store.load(client_id, number))
+    own, *_ = divided(store.load(client_id, number))
     if not own:
         raise ExportError(
             "by the run's rule this node keeps no part of the model: use the run's adapter", code="nothing-kept"

@@ -45,7 +45,7 @@ PLAN = ClientPlan(AdapterState({"m": PAIR}, {"head": torch.randn(2, generator=G)
 TRAINED = PLAN.adapter.with_tensors(
     {name: (t + torch.randn(t.shape, generator=G)).to(t.dtype) for name, t in PLAN.adapter.tensors().items()}
 )
-WIRES = ("float32", "bfloat16", "int8")
+WIRES = ("float32", "bfloat16", "int8", "topk")
 SCREEN = Screen(
     parse_config("", ["server.max_examples=1000", "server.max_norm=50.0", "server.max_norm_ratio=off"]),
     cast("Workspace", SimpleNamespace(data=SimpleNamespace(clients=[range(2000)] * 2))),
@@ -67,7 +67,7 @@ def as_reply(content: RecordDict) -> Message:
 
 
 def asked(wire: str) -> TrainRequest:
-    return TrainRequest(PLAN, 5, 1, "base", wire=wire)
+    return TrainRequest(PLAN, 5, 1, "base", wire=wire, fraction=0.25)
 
 
 def good(wire: str) -> RecordDict:
@@ -86,7 +86,8 @@ def values_of(arrays: ArrayRecord, wire: str) -> dict[str, np.ndarray] | None:
     for name, shape in SHAPES.items():
         size, kind = math.prod(shape), "head" if name == "head" else wire
         # both matrices have two rows along the longer side
-        length = {"head": 2 * size, "float32": 4 * size, "bfloat16": 2 * size, "int8": 4 * 2 + size}[kind]
+        topk = 8 * math.ceil(size / 4)
+        length = {"head": 2 * size, "float32": 4 * size, "bfloat16": 2 * size, "int8": 4 * 2 + size, "topk": topk}[kind]
         values = one_of(name, kind, array.data[at : at + length]) if at + length <= len(array.data) else None
         if values is None:
             return None
@@ -101,7 +102,14 @@ def one_of(name: str, kind: str, data: bytes) -> np.ndarray | None:
     shape = SHAPES[name]
     if kind == "float32":
         return np.frombuffer(data, "<f4").reshape(shape)
-    if kind in ("head", "bfloat16"):
+    if kind == "topk":
+        places, kept = np.frombuffer(data[: len(data) // 2], "<i4"), np.frombuffer(data[len(data) // 2 :], "<f4")
+        if places[0] < 0 or places[-1] >= math.prod(shape) or (np.diff(places.astype("<i8")) <= 0).any():
+            return None
+        values = np.zeros(math.prod(shape), "<f4")
+        values[places] = kept
+        values = values.reshape(shape)
+    elif kind in ("head", "bfloat16"):
         values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
     else:
         steps, codes = np.frombuffer(data[:8], "<f4"), np.frombuffer(data[8:], "i1")

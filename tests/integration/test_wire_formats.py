@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from support.interrupted import cut_and_resumed
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientPlan, load_aggregator
 from fedlora.callbacks import Callback
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, WireConfig
 from fedlora.errors import ReplyError
 from fedlora.evaluation.traffic import measure_traffic
 from fedlora.federation.protocol import TrainRequest
@@ -31,6 +32,7 @@ from fedlora.wire_formats import (
     DTYPES,
     INT8,
     RAW,
+    TOPK,
     WIRES,
     as_received,
     decode_change,
@@ -71,14 +73,15 @@ def test_every_tensor_survives_every_format_with_its_header(
     start = torch.randn(shape, generator=G).to(dtype)
     trained = (start + 0.01 * torch.randn(shape, generator=G).to(dtype)).to(dtype)
     kept = trained.clone(), start.clone()
-    data, header = encode_change(trained, start, wire, seed=1), header_of(wire, dtype, shape)
+    header = header_of(wire, dtype, shape, fraction=0.4)
+    data = encode_change(header, trained, start, seed=1)
     assert (len(data), header.shape) == (header.nbytes, shape)
     back = decode_change(header, data, start)
-    assert torch.equal(as_received(trained, start, wire, seed=1), back)
+    assert torch.equal(as_received(header, trained, start, seed=1), back)
     assert (back.dtype, back.shape) == (dtype, trained.shape)
     change = trained.double() - start.double()
     largest = float(change.abs().max()) if change.numel() else 0.0
-    bound = {RAW: 0.0, BF16: 2**-8, INT8: 1 / 127}[header.form]
+    bound = {RAW: 0.0, BF16: 2**-8, INT8: 1 / 127, TOPK: 1.0}[header.form]
     rounding = torch.finfo(dtype).eps * float(start.abs().max()) if start.numel() and bound else 0.0
     assert bool(((back.double() - trained.double()).abs() <= bound * largest * 1.001 + rounding).all())
     assert torch.equal(trained, kept[0])
@@ -87,11 +90,14 @@ def test_every_tensor_survives_every_format_with_its_header(
 
 def test_sizes_are_half_and_a_quarter_and_never_more_than_raw() -> None:
     sizes = [header_of(wire, torch.float32, (16, 4096)).nbytes for wire in WIRES]
-    assert sizes == [16 * 4096 * 4, 16 * 4096 * 2, 16 * 4096 + 16 * 4]
+    assert sizes[:3] == [16 * 4096 * 4, 16 * 4096 * 2, 16 * 4096 + 16 * 4]
+    assert header_of("topk", torch.float32, (16, 4096), 0.1).nbytes == 8 * 6554
+    assert header_of("topk", torch.float32, (3, 10), 0.1).nbytes == 8 * 3  # 0.1 * 30 is above 3 in binary
+    assert header_of("topk", torch.float32, (4, 4096), 0.5).form == RAW
     assert header_of("int8", torch.float32, (4096, 16)).nbytes == sizes[2]
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         for shape in ((), (1,), (2,), (1, 1), (7, 1), (0,), (3, 3)):
-            raw, *lossy = [header_of(wire, dtype, shape) for wire in WIRES]
+            raw, *lossy = [header_of(wire, dtype, shape, 0.1) for wire in WIRES]
             assert all(header == raw or header.nbytes < raw.nbytes for header in lossy)
     assert header_of("bfloat16", torch.float16, (9, 9)).form == RAW
 
@@ -102,18 +108,19 @@ def test_a_small_change_beside_a_large_value_is_not_lost(wire: str) -> None:
     trained = start + 1e-5
     lost = trained.bfloat16().float() - start
     assert float(lost.abs().max()) == 0.0
-    assert torch.allclose(as_received(trained, start, wire, 0) - start, trained - start, rtol=0.01)
+    header = header_of(wire, torch.float32, (2, 200))
+    assert torch.allclose(as_received(header, trained, start, 0) - start, trained - start, rtol=0.01)
 
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_what_was_not_trained_comes_back_exactly(wire: str) -> None:
     start = torch.randn(8, 50, generator=G)
-    assert torch.equal(as_received(start, start, wire, 0), start)
+    assert torch.equal(as_received(header_of(wire, torch.float32, (8, 50), 0.1), start, start, 0), start)
 
 
 def test_int8_codes_that_no_client_makes_are_refused() -> None:
     start, header = torch.zeros(2, 8), header_of("int8", torch.float32, (2, 8))
-    good = encode_change(torch.randn(2, 8, generator=G), start, "int8", 0)
+    good = encode_change(header, torch.randn(2, 8, generator=G), start, 0)
     for at, byte in ((3, 0xBF), (8, 0x80)):  # the sign of a step; a code of -128
         data = bytearray(good)
         data[at] = byte
@@ -121,9 +128,32 @@ def test_int8_codes_that_no_client_makes_are_refused() -> None:
             decode_change(header, bytes(data), start)
 
 
+def test_topk_sends_the_largest_changes_as_they_are_and_of_equal_ones_the_first() -> None:
+    start, header = torch.zeros(2, 5), header_of("topk", torch.float32, (2, 5), 0.4)
+    trained = torch.tensor([[0.0, -3.0, 1.0, 1.0, 0.5], [1.0, 0.25, 2.0, -1.0, 0.0]])
+    received = torch.tensor([[0.0, -3.0, 1.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0]])
+    assert torch.equal(as_received(header, trained, start, 0), received)
+    trained[1, 4], trained[0, 0] = float("nan"), -math.inf
+    read = as_received(header, trained, start, 0)
+    assert read.isnan().sum() == 1, "what is not finite is sent, and so refused"
+    assert read.isinf().sum() == 1
+    assert [read[0, 1], read[1, 2]] == [-3.0, 2.0]
+
+
+def test_places_that_no_client_sends_are_refused() -> None:
+    start, header = torch.zeros(3, 4), header_of("topk", torch.float32, (3, 4), 0.25)
+    good = encode_change(header, torch.arange(12.0).reshape(3, 4), start, 0)
+    assert torch.equal(decode_change(header, good, start).flatten()[9:], torch.arange(9.0, 12.0))
+    for places in ([9, 9, 11], [10, 9, 11], [-1, 10, 11], [9, 10, 12], [2**31 - 1, 10, 11]):
+        data = torch.tensor(places, dtype=torch.int32).numpy().tobytes() + bytes(good[12:])
+        with raises(ReplyError, "invalid-codes", "places"):
+            decode_change(header, data, start)
+
+
 def test_the_raw_format_is_the_tensor_itself() -> None:
     value = torch.randn(3, 4, generator=G)
-    assert encode_change(value, torch.zeros(3, 4), "float32", 0) == raw_bytes(value) == value.numpy().tobytes()
+    header = header_of("float32", torch.float32, (3, 4))
+    assert encode_change(header, value, torch.zeros(3, 4), 0) == raw_bytes(value) == value.numpy().tobytes()
     assert torch.equal(from_raw(value.numpy().tobytes(), "float32", (3, 4)), value)
 
 
@@ -151,7 +181,7 @@ def test_a_simulation_uses_what_a_server_would_decode(wire: str) -> None:
     shapes = {"b": (3, 40), "odd": (5, 3), "a": (40, 3), "half": (7,), "one": (), "none": (0, 4)}
     dtypes = {"half": torch.bfloat16, "one": torch.float64}
     start = {name: torch.randn(shape, generator=G).to(dtypes.get(name)) for name, shape in shapes.items()}
-    request = TrainRequest(ClientPlan(AdapterState({}, start)), 2, 1, wire=wire)
+    request = TrainRequest(ClientPlan(AdapterState({}, start)), 2, 1, wire=wire, fraction=0.3)
     trained = {name: value + 0.1 for name, value in reversed(request.starts.items())}
     buffer, received = request.encode(trained, 7), request.as_received(trained, 7)
     assert len(buffer) == request.reply_nbytes
@@ -160,7 +190,7 @@ def test_a_simulation_uses_what_a_server_would_decode(wire: str) -> None:
     assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in start.items()}
     assert all(torch.equal(got[name], received[name]) for name in start)
     other = AdapterState({}, dict(reversed(start.items())))
-    assert TrainRequest(ClientPlan(other), 2, 1, wire=wire).encode(trained, 7) == buffer
+    assert TrainRequest(ClientPlan(other), 2, 1, wire=wire, fraction=0.3).encode(trained, 7) == buffer
 
 
 # ------------------------------------------------------------------------------------------------ many tensors
@@ -312,7 +342,7 @@ def test_every_rule_learns_as_well_and_sends_what_was_announced(tiny_config: Mak
     workspace = open_workspace(config)
     layouts = [workspace.base.layout()] * 4
     sizes = [
-        measure_traffic(load_aggregator(rule), workspace.base.initial_adapter(0), layouts, name).up
+        measure_traffic(load_aggregator(rule), workspace.base.initial_adapter(0), layouts, WireConfig(up=name)).up
         for name in ("float32", wire)
     ]
     assert sizes[1] < {"bfloat16": 0.51, "int8": 0.36}[wire] * sizes[0]

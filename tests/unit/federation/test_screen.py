@@ -91,8 +91,9 @@ def test_values_that_nobody_trains_are_refused(tensor: Tensor, code: str, named:
 )
 def test_rounded_values_are_judged_by_what_they_decode_to(step: bytes, code: str) -> None:
     start = REQUEST.starts["m:A"]
-    data = encode_change(start + 0.1, start, "int8", 0)
-    decoded = decode_change(header_of("int8", start.dtype, (4, 8)), step + data[4:], start)
+    header = header_of("int8", start.dtype, (4, 8))
+    data = encode_change(header, start + 0.1, start, 0)
+    decoded = decode_change(header, step + data[4:], start)
     with raises(ReplyError, code):
         admit({"m:A": decoded})
 

@@ -95,13 +95,18 @@ def test_a_broken_reply_is_refused_by_name(case: str) -> None:
 
 G = torch.Generator().manual_seed(0)
 START = torch.randn(4, 30, generator=G)
+BF16 = TrainRequest(ClientPlan(AdapterState({}, {"w": START})), 1, 0, wire="bfloat16")
 INT8 = TrainRequest(ClientPlan(AdapterState({}, {"w": START})), 1, 0, wire="int8")
-GOOD = bytes(encode_change(START + 0.1, START, "int8", 0))
+GOOD = bytes(encode_change(INT8.headers["w"], START + 0.1, START, 0))
 
 
 BROKEN_INT8: dict[str, tuple[bytes, str, str]] = {
     "raw": (START.numpy().tobytes(), "other-size", "480 bytes of tensors, 136"),
-    "bfloat16": (bytes(encode_change(START + 0.1, START, "bfloat16", 0)), "other-size", "240 bytes of tensors, 136"),
+    "bfloat16": (
+        bytes(encode_change(BF16.headers["w"], START + 0.1, START, 0)),
+        "other-size",
+        "240 bytes of tensors, 136",
+    ),
     "without steps": (GOOD[16:], "other-size", "120 bytes of tensors, 136"),
     "a negative step": (b"\0\0\0\xc0" + GOOD[4:], "invalid-codes", "negative step"),
     "a code of -128": (GOOD[:-1] + b"\x80", "invalid-codes", "-128"),

@@ -16,6 +16,7 @@ from fedlora.model import load_base
 from fedlora.simulation.capacity import COPIES
 from fedlora.simulation.plan import Plan, make_plan, read_size
 from fedlora.tasks import Table, load_task
+from fedlora.wire_formats import header_of
 
 MIB, GIB = 1 << 20, 1 << 30
 QWEN = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
@@ -172,7 +173,11 @@ def test_a_plan_counts_the_weights_that_are_loaded(tiny_bert: Path) -> None:
     own = {id(parameter) for parameter in base.parameters.values()}
     assert found.base == sum(value.nbytes for value in base.model.parameters() if id(value) not in own)
     assert found.trained == sum(value.numel() for value in base.initial_adapter(0).tensors().values())
-    assert found.down == 4 * found.up
+    assert found.down == 8 * 4 * found.trained, "to eight clients"
+    sent = base.initial_adapter(0).tensors().values()
+    assert found.up == 8 * sum(header_of("int8", value.dtype, tuple(value.shape)).nbytes for value in sent)
+    topk = parse_config("", [f"model.name='{tiny_bert}'", "wire={up='topk', fraction=0.25}"])
+    assert make_plan(topk, 10**9, "float32", "cpu").up == pytest.approx(found.down / 2, rel=0.01)
 
 
 def a_plan(room: int, wanted: int, row: int) -> Plan:
