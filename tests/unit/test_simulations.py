@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.made_runs import make_run
 
 from fedlora.config import RunConfig
+from fedlora.runs.outcomes import write_outcomes
 from fedlora.sweep import _workers
 
 FOLDER = Path(__file__).parents[2] / "simulations"
-SWEEPS = sorted(path.parent.name for path in FOLDER.glob("*/run.py") if "run_sweep" in path.read_text())
+SWEEPS = sorted(path.parent.name for path in FOLDER.glob("*/config.toml"))
 
 
 def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -25,7 +27,8 @@ def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shutil.copy(FOLDER / name / "config.toml", folder / "config.toml")
+    if name in SWEEPS:
+        shutil.copy(FOLDER / name / "config.toml", folder / "config.toml")
     monkeypatch.setattr(module, "HERE", folder)
     monkeypatch.setattr(module, "SEEDS", (0, 4))
     monkeypatch.setattr("sys.argv", ["run.py", "--processes", "1"])
@@ -108,3 +111,36 @@ def test_heterogeneity_reports_a_rate_chosen_at_one_alpha(tmp_path: Path, monkey
     others = [config for config in asked if config.partition.fields["alpha"] != 0.3]
     assert {config.train.lr for config in others} == {0.003}
     assert {config.seed for config in others} == {0, 4}
+
+
+@pytest.mark.slow
+def test_preferences_says_by_how_much_dpo_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[RunConfig] = []
+    right = {"dpo": [1, 1, 1, 1, 1, 0, 1, 1], 0.001: [0, 0, 1, 0, 1, 0, 0, 0], 0.01: [1, 0, 0, 0, 1, 0, 0, 1]}
+
+    def complete(config: RunConfig, keep: str, on_round: Callable[[int], None]) -> None:
+        asked.append(config)
+        how = str(config.task.fields["loss_type"])
+        found = np.asarray(right["dpo" if how == "dpo" else config.train.lr], dtype=float)
+        curve = [0.125, *[float("nan")] * (config.rounds - 1), float(found.mean())]
+        path = make_run(Path(config.output) / config.name, curve, metric="ranking_accuracy", chosen_loss=4.0)
+        (path / "config.toml").write_text(config.to_toml())
+        write_outcomes(path, config.rounds, "the same", {"loss": 1 - found, "right": found, "chosen_loss": found})
+
+    monkeypatch.setattr(_workers, "complete", complete)
+    module = load("preferences", tmp_path, monkeypatch)
+    monkeypatch.setattr(module, "RATES", (0.001, 0.01))
+    monkeypatch.setattr(module, "SEEDS", (0,))
+    module.main()
+    assert [config.task.fields["loss_type"] for config in asked] == ["dpo", "sft", "sft"]
+    assert [config.train.lr for config in asked[1:]] == [0.001, 0.01]
+    rows = (tmp_path / "table.md").read_text().splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [cell[:2] for cell in cells] == [
+        ["the base", "12.5"], ["DPO", "87.5"], ["SFT, lr 0.001", "25.0"], ["SFT, lr 0.01", "37.5"],
+    ]  # fmt: skip
+    assert cells[1][3] == ""
+    assert [cell[3].split(" ")[0] for cell in cells[2:]] == ["62.5", "50.0"]
+    low, high = (float(end) for end in cells[3][3].split("(")[1].strip(")").split(" to "))
+    assert 0 < low < 50 < high <= 100
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 4
