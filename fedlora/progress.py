@@ -105,7 +105,10 @@ NOT_METRICS = {
 }
 
 
-SHARES = {"accuracy", "balanced_accuracy", "majority_share", "f1", "macro_f1", "weighted_f1", "exact_match"}
+SHARES = {
+    *("accuracy", "balanced_accuracy", "token_accuracy", "majority_share", "exact_match"),
+    *("f1", "precision", "recall", "micro_f1", "macro_f1", "weighted_f1"),
+}
 """Figures that are shown as percentages."""
 
 

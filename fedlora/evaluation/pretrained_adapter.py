@@ -28,7 +28,7 @@ from fedlora.training.runtime import setup
 if TYPE_CHECKING:
     from peft import PeftModel
 
-TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm"}
+TASKS = {"SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "CAUSAL_LM": "causal-lm"}
 """PEFT's names of tasks."""
 
 

@@ -248,6 +248,36 @@ def _refuse_invented(tokenizer: Any, checkpoint: Checkpoint) -> None:
         )
 
 
+def owners_of_tokens(
+    model: str | Path | Checkpoint, words: Sequence[Sequence[str]], max_length: int
+) -> list[np.ndarray]:
+    """The word of each token that `encode` gives for words with blanks between them, -1 for special ones.
+
+    Args:
+        model: its folder, hub name or checkpoint.
+        words: of each example.
+        max_length: as for `encode`.
+
+    Raises:
+        ModelError: the tokeniser does not say where a token is from.
+    """
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {str(Checkpoint.at(model))!r} does not say which word a token is of: use a model with "
+            "tokenizer.json",
+            code="no-offsets",
+        )
+    found = []
+    how = {"truncation": True, "max_length": max_length, "return_offsets_mapping": True}
+    for some in words:
+        ends = np.cumsum([len(word) + 1 for word in some])
+        spans = np.asarray(tokenizer(" ".join(some), **how)["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        # By its last character: some tokens begin with the blank before their word.
+        found.append(np.where(spans[:, 1] > spans[:, 0], np.searchsorted(ends, spans[:, 1], side="left"), -1))
+    return found
+
+
 def encode(
     model: str | Path | Checkpoint, texts: Sequence[tuple[str, Sequence[Any]]], max_length: int
 ) -> tuple[Tokens, Tokens | None]:

@@ -27,21 +27,13 @@ TARGETS = "targets"
 
 @dataclass(frozen=True)
 class TextHead(Task):
-    """A head of the base model that reads a text, or two: `data.columns.text_pair` names the column of the second.
+    """A head on the base model.
 
     Args:
-        max_length: longer texts are cut to so many tokens, special tokens included; of a pair the longer text first.
+        max_length: longer texts are cut to so many tokens, special tokens included.
     """
 
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
-    roles: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
-
     max_length: Annotated[int, Field(ge=4)] = 64
-
-    def roles_of(self, found: Collection[str] | None, named: Mapping[str, str]) -> tuple[str, ...]:
-        """All, but for a second text where no column of it is named."""
-        return tuple(role for role in self.roles if role != "text_pair" or role in named)
 
     @property
     def head(self) -> tuple[str, ...]:
@@ -51,6 +43,62 @@ class TextHead(Task):
     def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
         """The tokeniser's hash."""
         return {"tokenizer": digest_tokenizer(model)}
+
+    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
+        """The padding token, which some models look for."""
+        return {"pad_token_id": tokens_of(examples).pad_id}
+
+    @abstractmethod
+    def wanted(self, examples: Examples, indices: np.ndarray) -> Tensor:
+        """What is learnt of some examples [b, ...]."""
+
+    def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Padded to the longest text of the batch: "input_ids" and "attention_mask" [b, t], "labels" [b, ...].
+
+        "token_type_ids" [b, t] too where the tokeniser gives any but 0.
+        """
+        ids, mask = tokens_of(examples).pad(indices)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": self.wanted(examples, np.asarray(indices, np.int64)),
+        }
+        if "token_type_ids" in examples.inputs:
+            batch["token_type_ids"] = tokens_of(examples, "token_type_ids").pad(indices)[0]
+        return batch
+
+    def padding(self, examples: Examples) -> Mapping[str, int]:
+        """The tokeniser's own padding, which is not looked at."""
+        names = {"input_ids", "token_type_ids"} & examples.inputs.keys()
+        return {"attention_mask": 0, **{name: tokens_of(examples, name).pad_id for name in names}}
+
+    def pads_left(self, examples: Examples) -> bool:
+        """As the tokeniser says."""
+        return tokens_of(examples).left
+
+    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
+        """Noise in the texts: `rate` is the share of words that are exchanged for words of other texts."""
+        tokens: Tokens = tokens_of(examples).corrupt(rows, rate, seed)
+        return replace(examples, inputs={**examples.inputs, "input_ids": tokens})
+
+    def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
+        """The head's scores."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        scores: Tensor = model(**inputs, **without_cache(model)).logits
+        return scores
+
+
+@dataclass(frozen=True)
+class WholeTextHead(TextHead):
+    """A head that says one thing of a text, or of two: `data.columns.text_pair` names the column of the second."""
+
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+    roles: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+
+    def roles_of(self, found: Collection[str] | None, named: Mapping[str, str]) -> tuple[str, ...]:
+        """All, but for a second text where no column of it is named."""
+        return tuple(role for role in self.roles if role != "text_pair" or role in named)
 
     @abstractmethod
     def targets(
@@ -87,25 +135,10 @@ class TextHead(Task):
             label_names=names,
         )
 
-    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
-        """The padding token, which some models look for."""
-        return {"pad_token_id": tokens_of(examples).pad_id}
-
-    def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Padded to the longest text of the batch: "input_ids" and "attention_mask" [b, t], "labels" [b, ...].
-
-        "token_type_ids" [b, t] too where the tokeniser gives any but 0.
-        """
-        ids, mask = tokens_of(examples).pad(indices)
+    def wanted(self, examples: Examples, indices: np.ndarray) -> Tensor:
+        """The class of each example, or the rest of what `targets` gave."""
         targets = examples.inputs[TARGETS] if examples.labels is None else examples.labels
-        batch = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": torch.from_numpy(np.asarray(targets)[np.asarray(indices, dtype=np.int64)]),
-        }
-        if "token_type_ids" in examples.inputs:
-            batch["token_type_ids"] = tokens_of(examples, "token_type_ids").pad(indices)[0]
-        return batch
+        return torch.from_numpy(np.asarray(targets)[indices])
 
     @abstractmethod
     def shown(self, examples: Examples, index: int) -> str:
@@ -117,23 +150,3 @@ class TextHead(Task):
         """The text with its special tokens, and what alone is learnt of it."""
         text = load_tokenizer(model_path).decode(tokens_of(examples)[index].tolist())
         return (f"{text} → ", False), (self.shown(examples, index), True)
-
-    def padding(self, examples: Examples) -> Mapping[str, int]:
-        """The tokeniser's own padding, which is not looked at."""
-        names = {"input_ids", "token_type_ids"} & examples.inputs.keys()
-        return {"attention_mask": 0, **{name: tokens_of(examples, name).pad_id for name in names}}
-
-    def pads_left(self, examples: Examples) -> bool:
-        """As the tokeniser says."""
-        return tokens_of(examples).left
-
-    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
-        """Noise in the texts: `rate` is the share of words that are exchanged for words of other texts."""
-        tokens: Tokens = tokens_of(examples).corrupt(rows, rate, seed)
-        return replace(examples, inputs={**examples.inputs, "input_ids": tokens})
-
-    def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
-        """The head's scores."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        scores: Tensor = model(**inputs, **without_cache(model)).logits
-        return scores

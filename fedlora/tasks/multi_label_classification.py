@@ -24,12 +24,12 @@ from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, tasks, wide
 from fedlora.tasks._class_figures import binary_sums, calibration_error, mean_auroc
 from fedlora.tasks._classification import class_kwargs, class_names
-from fedlora.tasks._text_head import TextHead
+from fedlora.tasks._text_head import WholeTextHead
 
 
 @tasks.register("multi-label-classification")
 @dataclass(frozen=True)
-class MultiLabelClassification(TextHead):
+class MultiLabelClassification(WholeTextHead):
     """Any number of classes for each text: its topics, the emotions in it.
 
     A label is a list of names, `["joy", "pride"]`, which may be empty; or a text with commas between them, as in a .csv

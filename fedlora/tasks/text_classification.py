@@ -15,12 +15,12 @@ from pydantic import Field
 from fedlora.assets import Checkpoint
 from fedlora.tasks._base import Examples, Table, tasks
 from fedlora.tasks._classification import Classification, classes_of
-from fedlora.tasks._text_head import TextHead
+from fedlora.tasks._text_head import WholeTextHead
 
 
 @tasks.register("text-classification")
 @dataclass(frozen=True)
-class TextClassification(TextHead, Classification):
+class TextClassification(WholeTextHead, Classification):
     """One label for each text, or for each pair of texts (`data.columns.text_pair`), as in natural language inference.
 
     Args:
@@ -44,7 +44,7 @@ class TextClassification(TextHead, Classification):
 
     def model_kwargs(self, examples: Examples) -> dict[str, Any]:
         """The number and the names of the classes, and the padding token that some models look for."""
-        return {**Classification.model_kwargs(self, examples), **TextHead.model_kwargs(self, examples)}
+        return {**Classification.model_kwargs(self, examples), **WholeTextHead.model_kwargs(self, examples)}
 
     def shown(self, examples: Examples, index: int) -> str:
         """The name of the class."""

@@ -20,7 +20,7 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, tasks, wide
-from fedlora.tasks._text_head import TextHead
+from fedlora.tasks._text_head import WholeTextHead
 
 RANK_BINS = 64
 """Bins of equal width, of `label_range` each way, in which Spearman's correlation sees labels and predictions."""
@@ -29,7 +29,7 @@ MOMENTS = ("label", "predicted", "label^2", "predicted^2", "product")
 
 @tasks.register("text-regression")
 @dataclass(frozen=True)
-class TextRegression(TextHead):
+class TextRegression(WholeTextHead):
     """A number for each text, such as a rating, or for each pair of texts, such as their likeness (STS-B).
 
     The loss of an example is the squared error of the head's one output, as of transformers' problem_type "regression";

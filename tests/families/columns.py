@@ -90,7 +90,7 @@ def opened(family: Family, folder: Path, *overrides: str) -> Iterator[Case]:
         raw = [draw.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(8)]
     else:
         raw = list(texts(8, seed=1))
-    more = [learnt(family.kind, number) for number in range(8)]
+    more = [learnt(family.kind, number, raw[number]) for number in range(8)]
     columns = {"text": raw, "image": raw, **{name: [row[name] for row in more] for name in more[0]}}
     roles = {role: role for role in workspace.task.roles if role in columns}
     examples = workspace.task.prepare(Table({r: columns[r] for r in roles}), folder, roles, keep=())
@@ -183,7 +183,10 @@ def plain_losses(case: Case, model: nn.Module, rows: np.ndarray) -> Tensor:
     logits = model(**batch, **({"use_cache": False} if case.family.kind == "causal" else {})).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if case.family.kind != "causal":
-        names, wanted = list(case.workspace.data.label_names), [case.more[row]["label"] for row in rows]
+        names = list(case.workspace.data.label_names)
+        if case.family.kind == "tags":
+            return tag_losses(case, logits, rows, names)
+        wanted = [case.more[row]["label"] for row in rows]
         if case.family.kind == "pairs":
             return functional.mse_loss(logits[:, 0], torch.tensor(wanted).to(logits), reduction="none")
         if case.family.kind == "labels":
@@ -194,6 +197,24 @@ def plain_losses(case: Case, model: nn.Module, rows: np.ndarray) -> Tensor:
     for one, ids, mask in zip(logits, batch["input_ids"], batch["attention_mask"], strict=True):
         size = int(mask.sum())
         out.append(functional.cross_entropy(one[: size - 1], ids[1:size]))
+    return torch.stack(out)
+
+
+def tag_losses(case: Case, logits: Tensor, rows: np.ndarray, names: list[str]) -> Tensor:
+    """The mean cross entropy of each example's words, looked for in the text by their last characters."""
+    from transformers import AutoTokenizer
+
+    tokenizer, out = AutoTokenizer.from_pretrained(case.folder), []
+    for one, row in zip(logits, rows, strict=True):
+        how = {"truncation": True, "max_length": 64, "return_offsets_mapping": True}
+        spans = tokenizer(case.raw[row], **how)["offset_mapping"]
+        places, tags, at = [], [], 0
+        for word, tag in zip(case.more[row]["tokens"], case.more[row]["tags"], strict=True):
+            found = [k for k, (_, end) in enumerate(spans) if at < end <= at + len(word)]
+            places += found[:1]
+            tags += [names.index(tag)] * len(found[:1])  # none of a word that was cut away
+            at += len(word) + 1
+        out.append(functional.cross_entropy(one[places], torch.tensor(tags)))
     return torch.stack(out)
 
 

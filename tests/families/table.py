@@ -16,12 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Kind = Literal["classifier", "pairs", "labels", "causal", "image"]
-"""What is learnt: a class of a text, a number of two texts, any number of classes, a text, or a class of a picture."""
+Kind = Literal["classifier", "pairs", "labels", "tags", "causal", "image"]
+"""What is learnt: a class of a text, a number of two texts, any number of classes, a tag of each word, a text, or a
+picture's class."""
 AUTO = {
     "classifier": "AutoModelForSequenceClassification",
     "pairs": "AutoModelForSequenceClassification",
     "labels": "AutoModelForSequenceClassification",
+    "tags": "AutoModelForTokenClassification",
     "causal": "AutoModelForCausalLM",
     "image": "AutoModelForImageClassification",
 }
@@ -243,6 +245,11 @@ FAMILIES: tuple[Family, ...] = (
     D("Llama", "pairs", fields=GQA),
     E("DistilBert", kind="labels", fields={"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 32}),
     D("GPT2", "labels"),
+    E("Bert", kind="tags"),
+    E("Roberta", kind="tags"),
+    E("DistilBert", kind="tags", fields={"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 32}),
+    D("Llama", "tags", fields=GQA),
+    D("Qwen2", "tags", tokenizer="bytes", fields={"vocab_size": 300, **GQA}),
     # ------------------------------------------------------------------------------------- decoders that classify
     D("GPT2", "classifier"),
     D(
@@ -607,20 +614,24 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-OUTPUTS = {"classifier": 3, "pairs": 1, "labels": 2}
+OUTPUTS = {"classifier": 3, "pairs": 1, "labels": 2, "tags": 3}
 TASKS = {
     "classifier": "text-classification",
     "pairs": "text-regression",
     "labels": "multi-label-classification",
+    "tags": "token-classification",
     "causal": "causal-lm",
     "image": "image-classification",
 }
 
 
-def learnt(kind: Kind, number: int) -> dict[str, Any]:
+def learnt(kind: Kind, number: int, text: Any) -> dict[str, Any]:
     """What an example has beside its text or picture."""
     if kind == "causal":
         return {}
+    if kind == "tags":
+        words = text.split()
+        return {"tokens": words, "tags": [("O", "B-X", "I-X")[place % 3] for place in range(len(words))]}
     if kind == "pairs":
         return {"text_pair": " ".join(WORDS[number : 2 * number + 1]), "label": number % 3 - 0.5}
     return {"label": [["a"], ["a", "b"], []][number % 3] if kind == "labels" else "abc"[number % 3]}
@@ -742,7 +753,7 @@ def toml(family: Family, folder: Path, *overrides: str) -> str:
     else:
         rows = [{"text": text} for text in texts(24)]
     for number, row in enumerate(rows):
-        row.update(learnt(family.kind, number))
+        row.update(learnt(family.kind, number, row.get("text")))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     more = f'format = "text"\nmax_length = {MAX_LENGTH}' if family.kind == "causal" else ""
     heads = f"modules_to_save = {json.dumps(list(family.heads))}" if family.heads is not None else ""

@@ -23,6 +23,7 @@ OFTEN = (
     "Llama classifier",
     "Bert pairs",
     "GPT2 labels",
+    "Bert tags",
     "GPT2 causal",
     "Gemma3Text causal",
     "Mixtral causal",
@@ -54,7 +55,14 @@ REFUSALS = {
     "cannot be trained": "cannot be trained on texts of any length",
     "no module would get an adapter": "has no plain linear layer",
 }
-TASKS = {"classifier": "text", "pairs": "regression", "labels": "multi-label", "causal": "causal-lm", "image": "image"}
+TASKS = {
+    "classifier": "text",
+    "pairs": "regression",
+    "labels": "multi-label",
+    "tags": "tokens",
+    "causal": "causal-lm",
+    "image": "image",
+}
 
 
 def tier(family: Family) -> list[pytest.MarkDecorator]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import LABEL_WORDS
 from safetensors.torch import load_file
 from support.federations import simulate
 
@@ -40,9 +41,17 @@ def labelled(row: Row) -> Row:
     return {"text": row["text"], "label": [row["label"], row["domain"]], "document": row["document"]}
 
 
+def tagged(row: Row) -> Row:
+    """The words that tell a text's class are entities of this type."""
+    words = row["text"].split()
+    tags = [f"B-{row['label']}" if word in LABEL_WORDS[row["label"]] else "O" for word in words]
+    return {"tokens": words, "tags": tags, "document": row["document"]}
+
+
 DATA: dict[str, tuple[Callable[[Row], Row], tuple[str, ...]]] = {
     "text-regression": (rated, ("data.columns={text_pair='other'}", "task.label_range=[-4, 4]")),
     "multi-label-classification": (labelled, ()),
+    "token-classification": (tagged, ()),
 }
 """Task -> a row of the tiny texts as its own, and what else its config says."""
 

@@ -11,6 +11,7 @@ import torch
 
 from fedlora.assets import ASSETS, fetch
 from fedlora.assets._made import chitchat_rows, digits_rows
+from fedlora.assets.hironsan import hironsan_rows
 from fedlora.assets.smollm2 import write_smollm2
 from fedlora.assets.vit import pretrain
 
@@ -176,3 +177,21 @@ def test_the_small_transformer_knows_digits_that_it_has_not_seen() -> None:
     with torch.no_grad():
         found = task.measure(model, task.collate(examples, range(len(rows))))
     assert float((found["predicted"] == found["label"]).float().mean()) > 0.9
+
+
+def test_sentences_of_the_hironsan_corpus_are_iob2_without_blank_words() -> None:
+    lines = [
+        "東京\tx\tB-LOC",
+        "\u3000\tx\tI-LOC",
+        "湾\tx\tI-LOC",
+        "で\tx\tO",
+        "",
+        "",
+        "新\tx\tI-ORG",
+        "社\tx\tI-ORG",
+        "丙\tx\tI-PSN",
+    ]
+    assert list(hironsan_rows("\n".join(lines) + "\n")) == [
+        {"tokens": ["東京", "湾", "で"], "tags": ["B-LOC", "I-LOC", "O"]},
+        {"tokens": ["新", "社", "丙"], "tags": ["B-ORG", "I-ORG", "B-PSN"]},
+    ]

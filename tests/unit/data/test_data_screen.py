@@ -178,6 +178,7 @@ def test_what_holds_for_all_rows_is_refused(read: Callable[[Path], Examples], tm
         ("text-classification", {"labels": list(LABELS)}),
         ("multi-label-classification", {"labels": list(LABELS)}),
         ("text-regression", {"label_range": [1, 5]}),
+        ("token-classification", {"labels": ["O", "B-PER", "I-PER"]}),
         *(("causal-lm", {"format": name}) for name in FORMATS),
     ],
 )

@@ -24,14 +24,14 @@ from fedlora.federation.evaluator import added
 from fedlora.tasks import Examples, Table, load_task
 from fedlora.tasks._class_figures import SCORE_BINS
 from fedlora.tasks._text import load_tokenizer
-from fedlora.tasks._text_head import TextHead
+from fedlora.tasks._text_head import WholeTextHead
 from fedlora.tasks.multi_label_classification import MultiLabelClassification
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.tasks.text_regression import RANK_BINS, TextRegression
 
 TEXTS = ["the film is great", "awful", "a very dull and boring story but it was so", "happy phone"]
 OTHERS = ["it was a great phone and the film was great and so was the story", "film", "awful", "a dull phone"]
-LABELS: dict[type[TextHead], list[Any]] = {
+LABELS: dict[type[WholeTextHead], list[Any]] = {
     TextClassification: ["a", "b", "c", "b"],
     TextRegression: [0.5, -1, "2.25", 4.0],
     MultiLabelClassification: [["joy"], [], ["joy", "pride"], "pride"],
@@ -49,7 +49,7 @@ def typed_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def prepared(path: Path, task: TextHead, labels: list[Any] | None = None, *, pair: bool = False) -> Examples:
+def prepared(path: Path, task: WholeTextHead, labels: list[Any] | None = None, *, pair: bool = False) -> Examples:
     columns = {"text": "one", "label": "wanted"} | ({"text_pair": "two"} if pair else {})
     table = Table({"one": TEXTS, "two": OTHERS, "wanted": LABELS[type(task)] if labels is None else labels})
     return task.prepare(table, path, columns, keep=())
@@ -57,7 +57,7 @@ def prepared(path: Path, task: TextHead, labels: list[Any] | None = None, *, pai
 
 @pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_transformers_own(kind: type[TextHead], pair: bool, typed_bert: Path) -> None:
+def test_the_loss_is_transformers_own(kind: type[WholeTextHead], pair: bool, typed_bert: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     task = kind()

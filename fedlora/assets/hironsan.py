@@ -1,0 +1,48 @@
+"""The Hironsan corpus: 500 Japanese sentences with named entities in IOB2."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedlora.errors import AssetError
+
+SENTENCES = "hironsancorpus-0.1.2/hironsan/corpus/iob_sents.txt"
+
+
+def unpack_hironsan(file: Path, folder: Path) -> None:
+    """Write hironsan.jsonl from the source archive of hironsancorpus."""
+    with tarfile.open(file, "r:gz") as archive:
+        member = archive.extractfile(SENTENCES)
+        if member is None:
+            raise AssetError(
+                f"{SENTENCES!r} is not a regular file in its archive; nothing was kept", code="archive-damaged"
+            )
+        text = member.read().decode("utf-8")
+    with (folder / "hironsan.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
+        for row in hironsan_rows(text):
+            sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def hironsan_rows(text: str) -> Iterator[dict[str, list[str]]]:
+    """The sentences: lines of a word, its morphology and its tag, with tabs between them; a blank line ends a sentence.
+
+    Two words that are blanks are left out, and two entities that begin with I- get their B-.
+
+    Returns:
+        For each sentence "tokens", its words, and "tags".
+    """
+    for block in text.split("\n\n"):
+        tokens: list[str] = []
+        tags: list[str] = []
+        for line in filter(str.strip, block.split("\n")):
+            word, *_, tag = line.split("\t")
+            if not word.strip():
+                continue
+            begins = tag.startswith("I-") and (not tags or tags[-1][2:] != tag[2:])
+            tokens.append(word)
+            tags.append(f"B-{tag[2:]}" if begins else tag)
+        if tokens:
+            yield {"tokens": tokens, "tags": tags}
