@@ -12,7 +12,7 @@ import pandas as pd
 
 from fedlora.compare._difference import Difference, difference
 from fedlora.compare._groups import Group, differing_keys, group_runs, silently_changed
-from fedlora.compare._runs import Run, read_runs
+from fedlora.compare._runs import ALONE, OWN_MODEL, SHARED_MODEL, Run, read_runs
 from fedlora.compare._tables import render_table, require_format
 from fedlora.errors import ConfigError, nearest
 from fedlora.progress import format_bytes, format_metric, format_seconds
@@ -26,6 +26,7 @@ COSTS: Mapping[str, tuple[Callable[[float], str], str]] = {
     "rounds": ("{:.3g}".format, ""),
     "aggregation": ("{:.2g}".format, ""),
     "epsilon": ("{:.3g}".format, ""),
+    "Gini": ("{:z.3f}".format, ""),
     "time": (format_seconds, " (seconds)"),
 }
 """First word of a cost's name -> how its mean is shown, and its unit in tables of plain numbers."""
@@ -66,7 +67,13 @@ class Comparison:
         unit = " in points" if _is_share(self.metric) else ""
         title = f"against {self.reference.label}: difference of the final {self.metric}{unit}, with a 95% interval"
         settings = differing_keys(self.groups).rename_axis("key").reset_index()
-        tables = {"": self.figures(), title: self.verdicts(), "what differs in the configs": settings}
+        own = f"{self.metric} on each client's own examples, over the clients"
+        tables = {
+            "": self.figures(),
+            title: self.verdicts(),
+            own: self.at_clients(),
+            "what differs in the configs": settings,
+        }
         mark = {"text": "note: ", "markdown": "Note: ", "latex": "% Note: "}[form]
         notes = [f"{mark}{clean_text(note)}\n" for note in self.notes]
         return "\n".join([render_table(table, form, title) for title, table in tables.items() if len(table)] + notes)
@@ -84,6 +91,25 @@ class Comparison:
         table = self.runs().groupby(level=0, sort=False).agg(self._shown)
         table.insert(0, "seeds", [str(len(group.runs)) for group in self.groups])
         return table.rename_axis("setting").reset_index()
+
+    def at_clients(self) -> pd.DataFrame:
+        """Rows for each group as text, one for each model that its clients measured: the mean over the clients, the
+        mean over the worst tenth of them, and Gini's coefficient; empty where no run has models of the clients' own."""
+        rows, metric = [], self.metric
+        found = {group.label: [run.at_clients for run in group.runs] for group in self.groups}
+        if any(OWN_MODEL in run for runs in found.values() for run in runs):
+            for label, runs in found.items():
+                for model in (OWN_MODEL, SHARED_MODEL, ALONE):
+                    spreads = [run[model] for run in runs if model in run]
+                    if len(spreads) == len(runs):
+                        figures = {
+                            metric: [one.mean for one in spreads],
+                            f"{metric}, worst tenth": [one.worst_decile for one in spreads],
+                            "Gini": [one.gini for one in spreads],
+                        }
+                        shown = [self._shown(pd.Series(each, name=name)) for name, each in figures.items()]
+                        rows.append([label, model, *shown])
+        return pd.DataFrame(rows, columns=["setting", "model", metric, f"{metric}, worst tenth", "Gini"])
 
     def verdicts(self) -> pd.DataFrame:
         """A row for each group but the reference, as text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 
 from fedlora.config import flat_keys
 from fedlora.errors import FedloraError, RunDirError
+from fedlora.fairness import Fairness, fairness
 from fedlora.provenance import Provenance
 from fedlora.runs.config_changes import Change
 from fedlora.runs.outcomes import read_outcomes
@@ -19,6 +20,8 @@ from fedlora.runs.rundir import RunDir
 from fedlora.tasks import Task, load_task
 
 NOTHING_KNOWN = Provenance()
+OWN_MODEL, SHARED_MODEL, ALONE = "each client's own", "shared", "trained alone"
+"""Models that are measured on what each client keeps apart."""
 CHANGED = "changed on the way"
 """Among the keys of a run: what was changed in its config when it was resumed."""
 
@@ -38,6 +41,7 @@ class Run:
         provenance: hashes of the base, tokenizer and data that it was made with, where known.
         changes: changes of its config when it was resumed.
         kept_round: whose model was kept; None: the last.
+        alone: client -> figures of a model that it trained alone, where there are any (`--baselines`).
     """
 
     path: Path
@@ -50,6 +54,7 @@ class Run:
     provenance: Provenance = NOTHING_KNOWN
     changes: Sequence[Change] = ()
     kept_round: int | None = None
+    alone: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -81,6 +86,26 @@ class Run:
         """The main figure after the round whose model was kept: the last, or the best by validation examples."""
         curve = self.curve.sort_index()
         return float(curve.iloc[-1] if self.kept_round not in curve.index else curve[self.kept_round])
+
+    @property
+    def at_clients(self) -> dict[str, Fairness]:
+        """How the main figure is spread over the clients, each on its own examples, at the end.
+
+        Of `OWN_MODEL`, `SHARED_MODEL` and, for the same clients, `ALONE`, as far as they were measured and are finite.
+        """
+        last = [record["federated"] for record in self.records if "federated" in record][-1:]
+        if not last:
+            return {}
+        own, shared = last[0]["clients"], last[0].get("shared", {}).get("clients")
+        models = {SHARED_MODEL: own} if shared is None else {OWN_MODEL: own, SHARED_MODEL: shared}
+        models |= {ALONE: {k: self.alone[k] for k in own if k in self.alone}}
+        values = {name: [row[self.metric] for row in rows.values()] for name, rows in models.items()}
+        better = self.higher_is_better
+        return {
+            name: fairness(found, higher_is_better=better)
+            for name, found in values.items()
+            if found and np.isfinite(found).all()
+        }
 
     @property
     def best(self) -> float:
@@ -131,10 +156,22 @@ def read_run(path: str | Path) -> Run:
     claim, kept = result.get("privacy") or {}, result.get("kept_round")
     made, changes = folder.provenance, folder.changes
     keys = flat_keys(folder.config)
+    trained = ((folder.read_json("baselines.json") or {}).get("local_only") or {}).get("clients") or ()
+    alone = {str(row["client"]): row["own"] for row in trained if "own" in row}
     if changes:  # a run that went on with other values is a setting of its own
         keys[CHANGED] = ", ".join(map(str, changes))
     return Run(
-        Path(path), keys, task, records, made.test_data or test, outcomes, claim.get("epsilon"), made, changes, kept
+        Path(path),
+        keys,
+        task,
+        records,
+        made.test_data or test,
+        outcomes,
+        claim.get("epsilon"),
+        made,
+        changes,
+        kept,
+        alone,
     )
 
 

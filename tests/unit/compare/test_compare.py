@@ -323,6 +323,33 @@ def test_csv_has_all_digits(family: Family) -> None:
     assert [row["strategy.name"] for row in rows] == ["fedavg", "ffa"]
 
 
+def test_models_of_the_clients_own_stand_beside_the_shared_one_and_those_trained_alone(tmp_path: Path) -> None:
+    """Of ten clients the worst tenth is one; Gini's coefficient of (0, 1, ..., 1) is 1 - 9/10."""
+
+    def federated(*models: Sequence[float]) -> dict[str, object]:
+        named = [{str(k): {"accuracy": value} for k, value in enumerate(values)} for values in models]
+        return {"clients": named[0], **({"shared": {"clients": named[1]}} if len(named) > 1 else {})}
+
+    own, even, uneven = [0.8] * 10, [0.5] * 10, [0.0, *[1.0] * 9]
+    plain = make_run(tmp_path / "plain", [0.5, 0.5], "seed=0", federated=federated(even))
+    assert not len(compare([plain]).at_clients())
+    personal = make_run(
+        tmp_path / "own", [0.5, 0.8], "seed=0", "strategy.name=fedper", federated=federated(own, uneven)
+    )
+    clients = [{"client": k, "own": {"accuracy": 0.25}} for k in range(10)]
+    (personal / "baselines.json").write_text(json.dumps({"local_only": {"clients": clients}}))
+    compared = compare([plain, personal])
+    assert compared.at_clients().to_numpy().tolist() == [
+        ["fedavg", "shared", "50.0%", "50.0%", "0.000"],
+        ["fedper", "each client's own", "80.0%", "80.0%", "0.000"],
+        ["fedper", "shared", "90.0%", "0.0%", "0.100"],
+        ["fedper", "trained alone", "25.0%", "25.0%", "0.000"],
+    ]
+    text = compared.render()
+    assert "on each client's own examples" in text
+    assert "trained alone" in text
+
+
 def test_text_stays_inside_its_width_and_loses_nothing() -> None:
     header = ["setting", *(f"figure {k}" for k in range(9))]
     table = pd.DataFrame([["a" * 12, *("1" * k for k in range(9))]], columns=header)
