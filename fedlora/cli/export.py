@@ -1,8 +1,9 @@
-"""`fedlora export`: a run's adapter or merged model, for use without fedlora."""
+"""`fedlora export`: a run's adapter or whole model, for use without fedlora."""
 
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,13 +20,29 @@ if TYPE_CHECKING:
     from fedlora.training import Workspace
 
 
+class Form(StrEnum):
+    """What is written."""
+
+    peft = "peft"
+    merged = "merged"
+    gguf = "gguf"
+    vllm = "vllm"
+
+
+WHOLE = (Form.merged, Form.gguf)
+
+
 @app.command()
 def export(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    base_update: Annotated[
-        bool, typer.Option("--merge", help="A whole model, with the adapter merged into its weights.")
-    ] = False,
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--format",
+            help="An adapter for PEFT or for vLLM, or a whole model with it: transformers' files, or GGUF.",
+        ),
+    ] = Form.peft,
     client: Annotated[
         int | None,
         typer.Option(help="A simulated client's own model, where the rule makes one for each.", show_default=False),
@@ -45,14 +62,14 @@ def export(
         like = "checked when the run ended"
         if client is not None and state is not None:
             state = _of_client(run_dir, state, client)
-        if not base_update and client is None and run_dir.finished and run_dir.adapter_dir.is_dir():
+        if form is Form.peft and client is None and run_dir.finished and run_dir.adapter_dir.is_dir():
             import shutil
 
             shutil.copytree(run_dir.adapter_dir, out, dirs_exist_ok=True)
         elif state is not None:
             workspace = open_workspace(run_dir.config)
             run_dir.require(workspace.pins.only(MODEL), "put back what it was made with")
-            number, like = state.round, _write_model(workspace, state, out, base_update)
+            number, like = state.round, _write_model(run_dir, workspace, state, out, form)
         elif run_dir.finished:
             raise RunDirError(
                 f"the checkpoints of {str(run_path)!r} were removed: only its shared adapter can be exported",
@@ -63,7 +80,7 @@ def export(
                 f"{str(run_path)!r} has no checkpoint yet: continue it with fedlora run --resume {run_path}",
                 code="no-checkpoint",
             )
-        what = ("model" if base_update else "adapter") + ("" if client is None else f" of client {client}")
+        what = ("model" if form in WHOLE else "adapter") + ("" if client is None else f" of client {client}")
         typer.echo(f"the {what} of round {number} is in {out} ({like})")
 
 
@@ -87,15 +104,20 @@ def _of_client(run_dir: RunDir, state: GlobalState, client: int) -> GlobalState:
     return replace(state, adapter=state.adapter.with_tensors(kept))
 
 
-def _write_model(workspace: Workspace, state: GlobalState, out: Path, base_update: bool) -> str:
+def _write_model(run_dir: RunDir, workspace: Workspace, state: GlobalState, out: Path, form: Form) -> str:
     """Write what was asked for, and say what its check found."""
     from fedlora.aggregators import equivalent_adapter
+    from fedlora.model.vllm import for_vllm
     from fedlora.provenance import MODEL
     from fedlora.training.export import export_adapter, export_merged
+    from fedlora.training.origin import origin_of
 
     said = "loaded without fedlora its logits differ by at most {:.1g}"
-    if base_update:
-        difference, moved = export_merged(workspace, state, out)
+    record = next((line for line in run_dir.read_metrics() if line["round"] == state.round), {})
+    claim = (run_dir.read_json("result.json") or {}).get("privacy") or {}
+    origin = origin_of(run_dir.config, record, claim.get("statement"))
+    if form in WHOLE:
+        difference, moved = export_merged(workspace, state, out, origin, gguf=form is Form.gguf)
         if moved is None:
             return said.format(difference)
         quantize = workspace.config.model.quantize
@@ -105,4 +127,6 @@ def _write_model(workspace: Workspace, state: GlobalState, out: Path, base_updat
         )
     adapter, error = equivalent_adapter(state, workspace.config.adapter.export_rank or sys.maxsize)
     facts = {"rounds": str(state.round), "provenance": workspace.pins.only(MODEL).known}
-    return said.format(export_adapter(workspace, state, adapter, error, out, facts))
+    if form is Form.vllm:
+        adapter = for_vllm(workspace.base, adapter)
+    return said.format(export_adapter(workspace, state, adapter, error, out, facts, origin))

@@ -21,11 +21,13 @@ from fedlora.federation.privacy_account import PrivacyAccount, open_account
 from fedlora.federation.run_files import RunFiles
 from fedlora.federation.selection import Best, Selection
 from fedlora.federation.server import FederatedServer
+from fedlora.model.model_card import Origin
 from fedlora.provenance import MODEL
 from fedlora.report import write_report
 from fedlora.runs.rundir import PROVENANCE, RunDir
 from fedlora.tracking import tracked
 from fedlora.training.export import export_adapter
+from fedlora.training.origin import origin_of
 from fedlora.training.own_loop import said_of_loops
 from fedlora.training.workspace import Workspace, open_workspace
 
@@ -125,6 +127,9 @@ def _finish(
     if config.selection is not None and config.selection.keep == "best" and selection is not None and selection.best:
         state = _best(rundir, selection.best)
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
+    claim = account.summary(records)
+    kept = next(record for record in records if record["round"] == state.round)
+    origin = origin_of(config, kept, claim.get("statement"))
     refusal: ExportError | None = None
     checked: dict[str, Any] = {}
     facts: dict[str, Any] = {
@@ -134,15 +139,17 @@ def _finish(
         "provenance": workspace.pins.only(MODEL).known,
     }
     try:
-        checked["logits_difference"] = export_adapter(workspace, state, adapter, error, rundir.adapter_dir, facts)
+        checked["logits_difference"] = export_adapter(
+            workspace, state, adapter, error, rundir.adapter_dir, facts, origin
+        )
     except ExportError as unlike:  # what was measured is told all the same
         refusal, checked["error"] = unlike, str(unlike)
     shutil.rmtree(rundir.last_adapter_dir, ignore_errors=True)
     if state.round != last_state.round:
-        checked |= _export_last(last_state, config, rundir, facts)
-    kept = next(record for record in records if record["round"] == state.round)
+        final = next(record for record in records if record["round"] == last_state.round)
+        origin = origin_of(config, final, claim.get("statement"))
+        checked |= _export_last(last_state, config, rundir, facts, origin)
     last = {key: value for key, value in kept.items() if key not in ("clients", "asked", "answered")}
-    claim = account.summary(records)
     result = {"rounds": last_state.round, "relative_error": error, "export": checked, "last": last}
     if selection is not None:
         best = None if selection.best is None else asdict(selection.best)
@@ -164,12 +171,15 @@ def _best(rundir: RunDir, best: Best) -> GlobalState:
     return state
 
 
-def _export_last(state: GlobalState, config: RunConfig, rundir: RunDir, facts: dict[str, Any]) -> dict[str, str]:
+def _export_last(
+    state: GlobalState, config: RunConfig, rundir: RunDir, facts: dict[str, Any], origin: Origin
+) -> dict[str, str]:
     """Write the last round's adapter beside that of the best; what is said if it could not be verified."""
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
     workspace = open_workspace(config)  # again, if the base made way for the verification of the best
     try:
-        export_adapter(workspace, state, adapter, error, rundir.last_adapter_dir, facts | {"rounds": str(state.round)})
+        facts = facts | {"rounds": str(state.round)}
+        export_adapter(workspace, state, adapter, error, rundir.last_adapter_dir, facts, origin)
     except ExportError as unlike:
         return {"last_error": str(unlike)}
     return {}

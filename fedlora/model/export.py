@@ -20,14 +20,17 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate
 from fedlora.errors import ExportError, ModelError
 from fedlora.model.base_model import Base
+from fedlora.model.gguf_file import GGUF, to_gguf
+from fedlora.model.model_card import NOTHING_SAID, Origin, card
 from fedlora.model.pair_shapes import alpha_of
 from fedlora.model.peft_tuners import ADAPTER, merged_weights, saved_tensors
 from fedlora.model.plain import quiet_transformers
 from fedlora.model.targets import in_any
+from fedlora.passed_in import shown
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
 PEFT_HEADS = ("classifier", "score")  # which PEFT's classes for classification train in full, unasked
-BESIDE_WEIGHTS = (
+READER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -41,12 +44,13 @@ BESIDE_WEIGHTS = (
     "chat_template*",
     "additional_chat_templates/*",
     "*processor_config.json",
-    "generation_config.json",
 )
-"""Files of a model's folder that go with its weights, whatever is done to those."""
+"""Files of a model's folder by which texts and pictures become its inputs."""
 
 
-def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mapping[str, Any]) -> None:
+def save_adapter(
+    base: Base, state: AdapterState, folder: Path, metadata: Mapping[str, Any], origin: Origin = NOTHING_SAID
+) -> None:
     """Write an adapter that plain `PeftModel.from_pretrained(plain_base, folder)` loads.
 
     Ranks and alphas that differ by module become `rank_pattern` and `alpha_pattern`. The folder appears complete or not
@@ -55,9 +59,10 @@ def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mappin
     Args:
         base: whose model the adapter is for.
         state: the adapter; trained on the pristine base (fold base updates in first, see `equivalent_adapter`).
-        folder: gets adapter_config.json, adapter_model.safetensors, fedlora.json and a README.md with the Python that
-            loads it.
+        folder: gets adapter_config.json, adapter_model.safetensors, fedlora.json, the base's tokenizer or image
+            processor, and a README.md with the Python that loads it.
         metadata: facts for fedlora.json.
+        origin: for the README.md.
 
     Raises:
         ModelError: the adapter does not fit the model.
@@ -75,20 +80,14 @@ def save_adapter(base: Base, state: AdapterState, folder: Path, metadata: Mappin
         _write_json(fresh / "adapter_config.json", _sorted(config.to_dict()))
         quantized = {} if base.config.quantize is None else {"quantize": base.config.quantize}
         _write_json(fresh / "fedlora.json", quantized | dict(metadata))
-        (fresh / "README.md").write_text(_card(base), encoding="utf-8")
+        _copy_reader(base, fresh)
+        _write_card(base, fresh, base.recipe.snippet(), origin)
 
 
-def _card(base: Base) -> str:
+def _write_card(base: Base, folder: Path, snippet: str, origin: Origin) -> None:
     names = getattr(base.model.config, "id2label", None) if "num_labels" in base.recipe.options else None
-    classes = f"\nClasses: {', '.join(f'{number} = {name}' for number, name in names.items())}\n" if names else ""
-    return f"""---
-library_name: peft
----
-# Adapter for {base.config.name}
-
-```python
-{base.recipe.snippet()}```
-{classes}"""
+    text = card(shown(base.config.name), base.recipe.checkpoint, base.recipe.auto_class, snippet, names or {}, origin)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _lora_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor]]:
@@ -170,7 +169,15 @@ def save_with(adapter: Path, tensors: Mapping[str, Tensor], folder: Path) -> Non
         save_file(stored, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def save_merged(base: Base, state: AdapterState, base_updates: Sequence[BaseUpdate], folder: Path) -> None:
+def save_merged(
+    base: Base,
+    state: AdapterState,
+    base_updates: Sequence[BaseUpdate],
+    folder: Path,
+    origin: Origin = NOTHING_SAID,
+    *,
+    gguf: bool = False,
+) -> None:
     """Write a whole model, base and adapter in one, that the transformers class loads without PEFT.
 
     W = W0 + base updates + s B A is summed in float32 and rounded once. Tokenizer, chat templates, image processor and
@@ -181,8 +188,11 @@ def save_merged(base: Base, state: AdapterState, base_updates: Sequence[BaseUpda
         state: the adapter on top of them.
         base_updates: the whole log, from version 0.
         folder: appears complete or not at all; an older one is replaced.
+        origin: for the README.md.
+        gguf: whether it is one GGUF file instead of transformers' files.
 
     Raises:
+        ExportError: no GGUF can be written of such a model.
         ModelError: the base is quantised, or adapter or base updates do not fit it.
     """
     base.rebase(0, ())  # the version held may come from another log
@@ -193,7 +203,12 @@ def save_merged(base: Base, state: AdapterState, base_updates: Sequence[BaseUpda
         with _replaced(folder) as fresh:
             with quiet_transformers():
                 plain.save_pretrained(fresh)
-            _copy_beside(base, fresh)
+            if (generation := getattr(base.model, "generation_config", None)) is not None:
+                generation.to_json_file(fresh / "generation_config.json")
+            _copy_reader(base, fresh)
+            if gguf:
+                to_gguf(fresh)
+            _write_card(base, fresh, base.recipe.snippet_merged(GGUF if gguf else None), origin)
     finally:
         base.rebase(0, ())
 
@@ -248,14 +263,12 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_beside(base: Base, folder: Path) -> None:
-    """What belongs to the base and is no weight: a local folder's files as they are, a hub model's written anew."""
+def _copy_reader(base: Base, folder: Path) -> None:
+    """Tokenizer, chat templates and processors: a local folder's files as they are, a hub model's written anew."""
     checkpoint = base.recipe.checkpoint
-    source, generation = Path(checkpoint.source), getattr(base.model, "generation_config", None)
-    if generation is not None:
-        generation.to_json_file(folder / "generation_config.json")
+    source = Path(checkpoint.source)
     if source.is_dir():
-        for path in (path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern)):
+        for path in (path for pattern in READER for path in source.glob(pattern)):
             if path.is_file():
                 to = folder / path.relative_to(source)
                 to.parent.mkdir(exist_ok=True)

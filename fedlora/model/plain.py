@@ -69,6 +69,15 @@ class Recipe:
             given["trust_remote_code"] = True
         return {**given, "dtype": self.dtype, **self.options}
 
+    def snippet_merged(self, gguf: str | None = None) -> str:
+        """Python that loads the whole model in the folder beside it, or in a GGUF file there."""
+        more = ", trust_remote_code=True" if self.checkpoint.trust_remote_code else ""
+        more += "" if gguf is None else f', gguf_file="{gguf}"'
+        return (
+            f"import torch\nfrom transformers import {self.auto_class}\n\n"
+            f'model = {self.auto_class}.from_pretrained("this folder", dtype={self.dtype}{more}).eval()\n'
+        )
+
     def snippet(self) -> str:
         """Python that loads the base and the adapter in the folder beside it."""
         words = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
@@ -85,14 +94,16 @@ class Recipe:
             'model = PeftModel.from_pretrained(base, "this folder").eval()\n'
         )
 
-    def load(self, folder: Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
-        """The base, or a whole model from a folder, and transformers' report on its weights."""
+    def load(self, folder: Path | None = None, gguf: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        """The base, or a whole model from a folder or a GGUF file in it, and transformers' report on its weights."""
         import transformers
 
         auto = getattr(transformers, self.auto_class)
         given: dict[str, Any] = {**self.arguments, **self.quantized} if folder is None else {"dtype": self.dtype}
         if folder is not None and self.checkpoint.trust_remote_code:
             given["trust_remote_code"] = True
+        if gguf is not None:
+            given["gguf_file"] = gguf
         with quiet_transformers():
             model, info = auto.from_pretrained(folder or self.checkpoint.source, output_loading_info=True, **given)
         return model.eval(), dict(info)
@@ -152,10 +163,12 @@ def verify_adapter(folder: Path, recipe: Recipe, reference: Reference, device: t
         return _require_near(reference, model.to(device), device, recipe.dtype, "plain PEFT")
 
 
-def verify_merged(folder: Path, recipe: Recipe, reference: Reference, device: torch.device) -> float:
+def verify_merged(
+    folder: Path, recipe: Recipe, reference: Reference, device: torch.device, gguf: str | None = None
+) -> float:
     """Load a merged model with plain transformers, and compare it with what was trained; see `verify_adapter`."""
     with _as_export_error("plain transformers cannot load it"):
-        model, info = recipe.load(folder)
+        model, info = recipe.load(folder, gguf)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if found := info.get(what):
                 raise ExportError(

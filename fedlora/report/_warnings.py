@@ -128,7 +128,7 @@ def _exactness(facts: Facts) -> Iterator[str]:
     if error > APPROXIMATE:
         yield (
             f"adapter/ is an approximation of the trained model, off by {100 * error:.1f}% of the change "
-            "(adapter.export_rank); fedlora export RUN OUT --merge is exact."
+            "(adapter.export_rank); fedlora export RUN OUT --format merged is exact."
         )
 
 

@@ -24,6 +24,8 @@ from fedlora.model import (
     verify_adapter,
     verify_merged,
 )
+from fedlora.model.gguf_file import GGUF
+from fedlora.model.model_card import NOTHING_SAID, Origin
 from fedlora.runs.rundir import unverified
 from fedlora.tasks import Examples, Task
 from fedlora.training.workspace import Workspace, close_workspace, open_workspace
@@ -41,6 +43,7 @@ def export_adapter(
     error: float,
     folder: Path,
     facts: Mapping[str, Any],
+    origin: Origin = NOTHING_SAID,
 ) -> float:
     """Write an adapter, load it with plain transformers and PEFT, and put it in place if its logits are the run's.
 
@@ -53,7 +56,8 @@ def export_adapter(
         adapter: `equivalent_adapter` of the state.
         error: its relative error.
         folder: where the adapter goes. Until it is verified, and if it is not, it stays in `unverified(folder)`.
-        facts: are written into fedlora.json.
+        facts: are written into fedlora.json, with the names of the classes.
+        origin: for the model card.
 
     Returns:
         The largest difference of the logits, as a share of the largest.
@@ -66,11 +70,14 @@ def export_adapter(
     served = (state.adapter, state.base_updates) if error <= EXACT else (adapter, ())
     reference = reference_of(base, workspace.task, workspace.data.probes, *served)
     base.rebase(0, ())
-    save_adapter(base, adapter, unverified(folder), {**facts, "relative_error": repr(error)})
+    names = {"class_names": list(workspace.data.label_names)} if workspace.data.label_names else {}
+    save_adapter(base, adapter, unverified(folder), {**names, **facts, "relative_error": repr(error)}, origin)
     return _verify(workspace, folder, lambda: verify_adapter(unverified(folder), base.recipe, reference, base.device))
 
 
-def export_merged(workspace: Workspace, state: GlobalState, folder: Path) -> tuple[float, float | None]:
+def export_merged(
+    workspace: Workspace, state: GlobalState, folder: Path, origin: Origin = NOTHING_SAID, *, gguf: bool = False
+) -> tuple[float, float | None]:
     """Write a whole model, load it with plain transformers, and put it in place; see `export_adapter`.
 
     What was trained on a quantised base is merged into the whole weights, since quantised ones take no addition.
@@ -79,6 +86,8 @@ def export_merged(workspace: Workspace, state: GlobalState, folder: Path) -> tup
         workspace: the run's. If its base is quantised, it is given up for one that is not.
         state: the run's last one.
         folder: where the model goes.
+        origin: for the model card.
+        gguf: whether it is written as one GGUF file.
 
     Returns:
         The largest difference of the logits from those of the base that was merged into, with the adapter beside it;
@@ -86,21 +95,25 @@ def export_merged(workspace: Workspace, state: GlobalState, folder: Path) -> tup
     """
     trained = _reference(workspace, state)
     if workspace.config.model.quantize is None:
-        return _merged(workspace, state, folder, trained), None
+        return _merged(workspace, state, folder, trained, origin, gguf), None
     workspace.base.discard()
     workspace = open_workspace(unquantised(workspace.config))
     reference = _reference(workspace, state)
-    return _merged(workspace, state, folder, reference), trained.apart(reference)
+    return _merged(workspace, state, folder, reference, origin, gguf), trained.apart(reference)
 
 
 def _reference(workspace: Workspace, state: GlobalState) -> Reference:
     return reference_of(workspace.base, workspace.task, workspace.data.probes, state.adapter, state.base_updates)
 
 
-def _merged(workspace: Workspace, state: GlobalState, folder: Path, reference: Reference) -> float:
-    base = workspace.base
-    save_merged(base, state.adapter, state.base_updates, unverified(folder))
-    return _verify(workspace, folder, lambda: verify_merged(unverified(folder), base.recipe, reference, base.device))
+def _merged(
+    workspace: Workspace, state: GlobalState, folder: Path, reference: Reference, origin: Origin, gguf: bool
+) -> float:
+    base, file = workspace.base, GGUF if gguf else None
+    save_merged(base, state.adapter, state.base_updates, unverified(folder), origin, gguf=gguf)
+    return _verify(
+        workspace, folder, lambda: verify_merged(unverified(folder), base.recipe, reference, base.device, file)
+    )
 
 
 def reference_of(

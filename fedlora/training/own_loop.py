@@ -239,13 +239,13 @@ def lent(base: Base) -> Iterator[None]:
             tensor.grad = None
             if tensor.device != base.device:
                 tensor.data = tensor.data.to(base.device)
-    for name, tensor in frozen.items():
-        if _checksum(tensor) != before[name]:
-            raise TrainingError(
-                f"train.loop changed {_plain(name)!r}, a weight of the frozen base: let it train what requires "
-                "gradients alone (no merging, no unfreezing)",
-                code="frozen-tensor-changed",
-            )
+        for name, tensor in frozen.items():
+            if _checksum(tensor) != before[name]:
+                raise TrainingError(
+                    f"train.loop changed {_plain(name)!r}, a weight of the frozen base: let it train what requires "
+                    "gradients alone (no merging, no unfreezing)",
+                    code="frozen-tensor-changed",
+                )
 
 
 def _as_it_is(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:  # noqa: ARG001

@@ -63,7 +63,8 @@ def test_adapter_and_merged_model_are_as_good_as_the_run_says(
 
     merged_to = tmp_path / "merged"
     subprocess.run(
-        [sys.executable, "-m", "fedlora", "export", str(outcome.rundir.path), str(merged_to), "--merge"], check=True
+        [sys.executable, "-m", "fedlora", "export", str(outcome.rundir.path), str(merged_to), "--format", "merged"],
+        check=True,
     )
     merged = AutoModelForSequenceClassification.from_pretrained(merged_to)
     # Where the rule leaves the base as it is, the very same sums are computed; a merged base rounds once more.

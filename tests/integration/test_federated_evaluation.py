@@ -230,7 +230,7 @@ def test_an_exported_model_is_that_of_the_round_that_was_kept(tiny_config: MakeC
     outcome = simulate(tiny_config(*OVERFITS, "rounds=6"))
     kept = outcome.rundir.read_json("result.json")["kept_round"]
     assert kept < 6
-    for flags, folder in (([], "adapter"), (["--merge"], "model")):
+    for flags, folder in (([], "adapter"), (["--format", "merged"], "model")):
         words = ["export", str(outcome.rundir.path), str(tmp_path / folder), *flags]
         said = CliRunner().invoke(app, words)
         assert f"of round {kept} is in" in said.output

@@ -289,7 +289,7 @@ def test_a_merged_export_answers_like_base_and_adapter(
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    result = cli("export", finished / "runs" / "tiny", tmp_path / "out", "--merge")
+    result = cli("export", finished / "runs" / "tiny", tmp_path / "out", "--format", "merged")
     assert result.exit_code == 0, result.output
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
     adapted = PeftModel.from_pretrained(plain, finished / "runs" / "tiny" / "adapter").eval()

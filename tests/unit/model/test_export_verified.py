@@ -355,7 +355,7 @@ def test_a_run_checks_its_adapter_and_says_how_near_it_is(cli: Cli, tmp_path: Pa
     run = RunDir.open(tmp_path / "runs" / "tiny")
     assert 0 <= (run.read_json("result.json") or {})["export"]["logits_difference"] < 1e-5
     assert sorted(path.name for path in run.path.glob("adapter*")) == ["adapter"]
-    result = cli("export", run.path, tmp_path / "merged", "--merge")
+    result = cli("export", run.path, tmp_path / "merged", "--format", "merged")
     assert result.exit_code == 0, result.output
     assert "differ by at most" in result.stdout
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {

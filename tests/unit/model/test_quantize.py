@@ -396,7 +396,7 @@ def test_what_a_run_leaves_can_be_evaluated_merged_and_looked_at(
         assert result.exit_code == 0, result.output
         return result.output
 
-    said = cli("export", run, str(merged), "--merge")
+    said = cli("export", run, str(merged), "--format", "merged")
     assert "merged into the whole weights" in said
     model = AutoModelForSequenceClassification.from_pretrained(merged)
     assert not getattr(model, "is_quantized", False)

@@ -145,7 +145,7 @@ COMMANDS: dict[str, tuple[Callable[[Path], tuple[object, ...]], set[str]]] = {
     "baselines": (lambda run: ("run", "--resume", run, "-q", "--baselines"), set(WORDS)),
     "evaluate": (lambda run: ("evaluate", run), {*MODEL, "test_data"}),
     "evaluate --clients": (lambda run: ("evaluate", run, "--clients"), set(WORDS)),
-    "export --merge": (lambda run: ("export", run, run.parent / "merged", "--merge"), set(MODEL)),
+    "export --format merged": (lambda run: ("export", run, run.parent / "merged", "--format", "merged"), set(MODEL)),
     "spectrum": (lambda run: ("spectrum", run), {"base"}),
 }
 

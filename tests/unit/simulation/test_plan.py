@@ -126,7 +126,7 @@ def test_the_same_federation_is_killed_resumed_and_exported_on_a_tiny_model(
     for name, value in whole.adapter.tensors().items():
         assert torch.equal(cut.adapter.tensors()[name], value), name
     assert whole.records[-1]["perplexity"] < whole.records[0]["perplexity"]
-    for more, folder in ((["--merge"], "model"), ([], "adapter")):
+    for more, folder in ((["--format", "merged"], "model"), ([], "adapter")):
         said = CliRunner().invoke(app, ["export", str(cut.rundir.path), str(tmp_path / folder), *more])
         assert said.exit_code == 0, said.output
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

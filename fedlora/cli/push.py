@@ -1,0 +1,96 @@
+"""`fedlora push`: a run's adapter, or another export, to a model hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedlora.cli._common import Debug, app, errors_in_one_line
+from fedlora.errors import ExportError, RunDirError, looks_like_path
+from fedlora.sanitize import clean_text
+
+CARD = "README.md"
+
+
+@app.command()
+def push(
+    run_path: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run's folder, or one that fedlora export has written.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Owner and name on the hub, such as me/my-adapter.")],
+    private: Annotated[bool, typer.Option("--private", help="For you alone, where the repository is new.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a run's adapter with its model card to the Hugging Face hub, or to the one that HF_ENDPOINT names."""
+    with errors_in_one_line(debug):
+        folder = _folder(run_path)
+        if (base := _unknown_base(folder)) is not None:
+            typer.echo(
+                f"note: the base model is {base!r}, by which nobody else finds it: name it as on the hub in "
+                f"adapter_config.json and {CARD} of a copy (fedlora export), and push that",
+                err=True,
+            )
+        typer.echo(f"uploading {folder}", err=True)
+        typer.echo(f"{folder} is at {_upload(folder, repo, private)}")
+
+
+def _folder(path: Path) -> Path:
+    """What is uploaded: the verified adapter of a run, or a folder as it is."""
+    if (path / "config.toml").is_file():
+        if not (path / "adapter" / CARD).is_file():
+            raise RunDirError(
+                f"{str(path)!r} has no adapter yet: go on with fedlora run --resume {path}, or write one with fedlora "
+                f"export {path} OUT",
+                code="run-without-adapter",
+            )
+        return path / "adapter"
+    if not (path / CARD).is_file():
+        raise RunDirError(
+            f"{str(path)!r} is neither a run nor an export: name a folder with a model card, {CARD}",
+            code="not-an-export",
+        )
+    return path
+
+
+def _unknown_base(folder: Path) -> str | None:
+    """What an adapter names as its base, if it is a folder of this machine or a name of fedlora's own."""
+    from fedlora.assets import ASSETS
+
+    try:
+        base = str(json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return base if base in ASSETS or looks_like_path(base) or Path(base).exists() else None
+
+
+def _upload(folder: Path, repo: str, private: bool) -> str:
+    """The address of the repository, after all files of a folder are there in one commit."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi(library_name="fedlora")
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=url.repo_id, commit_message=f"Upload {folder.name} by fedlora")
+    except OfflineModeIsEnabled:
+        raise ExportError("HF_HUB_OFFLINE is set: unset it to upload", code="hub-offline") from None
+    except HFValidationError as error:
+        raise ExportError(f"REPO {repo!r} is no name on the hub: {clean_text(error, 200)}", code="bad-repo") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        cure = "log in with hf auth login, or set HF_TOKEN" if status in (401, 403) else "look at what it says"
+        raise ExportError(
+            f"the hub refuses {repo!r} ({status}): {clean_text(error.server_message or error, 300)}; {cure}",
+            code="hub-refuses",
+        ) from None
+    except httpx.HTTPError as error:
+        raise ExportError(
+            f"the hub {api.endpoint} does not answer ({clean_text(error, 200)}): try again later", code="hub-away"
+        ) from None
+    except ValueError as error:  # of the card's metadata, or of a reply
+        raise ExportError(f"{folder} is not taken: {clean_text(error, 300)}", code="hub-refuses") from None
+    return str(url)

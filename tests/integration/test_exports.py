@@ -1,0 +1,185 @@
+"""What `fedlora export` writes is read back by those for whom it is: PEFT, transformers, and a reader of GGUF.
+
+vLLM itself needs a GPU and is not installed for the tests: its rules for adapters are transcribed from its PEFTHelper.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.federations import simulate
+from typer.testing import CliRunner, Result
+
+from fedlora.cli import app
+from fedlora.config import RunConfig
+from fedlora.training.origin import NO_CLAIM, UNFINISHED, origin_of
+
+pytestmark = pytest.mark.slow
+MakeConfig = Callable[..., RunConfig]
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<end>' }}{% endfor %}"
+KEPT = {"temperature": 0.7, "top_k": 5, "do_sample": True, "max_new_tokens": 9}
+
+
+def language_model(folder: Path, kind: str) -> Path:
+    """A tiny random one with a byte-level tokenizer, a chat template and generation settings."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, "re", "red", "Ġred"]
+    merges = [("r", "e"), ("re", "d"), ("Ġ", "red")]
+    tokenizer = Tokenizer(models.BPE({word: k for k, word in enumerate(words)}, merges))
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = bytes_ if kind == "qwen2" else pre_tokenizers.Sequence([digits, bytes_])  # type: ignore
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", bos_token="<end>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(fast) + 3, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
+        tie_word_embeddings=kind == "qwen2", pad_token_id=fast.pad_token_id, eos_token_id=fast.eos_token_id,
+        bos_token_id=fast.bos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # biases are drawn as zeros, of which none could be lost
+        for name, value in model.named_parameters():
+            if name.endswith("bias"):
+                value += torch.randn_like(value) * 0.1
+    model.generation_config.update(**KEPT)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def run(request: pytest.FixtureRequest, tiny_config: MakeConfig, tiny_chat: Path, tmp_path: Path) -> Path:
+    """With ranks and scales that differ by layer."""
+    model = language_model(tmp_path / "model", request.param)
+    made = tiny_config(
+        "task={name='causal-lm', max_length=32}", f"model.name='{model}'", "adapter.targets=['q_proj','down_proj']",
+        "adapter.rank_pattern={q_proj=2}", f"data={{source='{tiny_chat}', test_fraction=0.2}}", "rounds=1",
+        "train.lr=0.1",
+    )  # fmt: skip
+    return simulate(made).rundir.path
+
+
+def export(run: Path, out: Path, form: str) -> Result:
+    return CliRunner().invoke(app, ["export", str(run), str(out), "--format", form])
+
+
+def logits(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.randint(0, 250, (2, 12), generator=generator)).logits
+
+
+def by_peft(run: Path, folder: Path) -> torch.Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(run.parent.parent / "model", dtype=torch.float32)
+    return logits(PeftModel.from_pretrained(base, str(folder)))
+
+
+def test_each_format_is_read_back_and_says_the_same(run: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    wanted = by_peft(run, run / "adapter")
+    for form in ("peft", "merged", "gguf", "vllm"):
+        done = export(run, tmp_path / form, form)
+        assert done.exit_code == 0, done.output
+
+    served = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())
+    ranks = {len(value) for name, value in tensors(tmp_path / "vllm").items() if "lora_A" in name}
+    assert ranks == {served["r"]}
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_rslora", "bias"):
+        assert served[key] in ({}, None, False, "none"), key
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["rank_pattern"]
+    for form in ("peft", "vllm"):
+        torch.testing.assert_close(by_peft(run, tmp_path / form), wanted, atol=1e-5, rtol=1e-5)
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), wanted, atol=1e-5, rtol=1e-5)
+    kept = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert {key: getattr(kept, key) for key in KEPT} == KEPT
+
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
+    torch.testing.assert_close(logits(one), wanted, atol=1e-4, rtol=1e-4)
+    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["README.md", "model.gguf"]
+    tokenizer = AutoTokenizer.from_pretrained(run.parent.parent / "model")
+    fields = GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    listed = fields["tokenizer.ggml.tokens"].contents()
+    assert {token: number for number, token in enumerate(listed) if token in tokenizer.get_vocab()} == (
+        tokenizer.get_vocab()
+    )
+    assert len(listed) == one.config.vocab_size > len(tokenizer)
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert [kinds[tokenizer.convert_tokens_to_ids(token)] for token in ("red", "<end>", "<tool>")] == [1, 3, 4]
+    assert kinds[-1] == 5
+    assert fields["tokenizer.ggml.merges"].contents() == ["r e", "re d", "Ġ red"]
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
+    first = whole.get("pretokenizers", [whole])[0]["type"]
+    names = {"ByteLevel": "gpt-2", "Digits": "smollm", "Split": "qwen2"}
+    assert fields["tokenizer.ggml.pre"].contents() == names[first]
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATE
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+
+    for form in ("peft", "vllm", "merged"):
+        beside = AutoTokenizer.from_pretrained(tmp_path / form)
+        assert beside("red 12")["input_ids"] == tokenizer("red 12")["input_ids"]
+        assert beside.chat_template == TEMPLATE
+        card = (tmp_path / form / "README.md").read_text()
+        assert "| Aggregation rule | fedavg |" in card
+        assert "| perplexity |" in card
+        assert NO_CLAIM.split(":")[0] in card
+        assert "license: unknown" in card
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_what_a_format_cannot_hold_is_one_line(
+    tiny_config: MakeConfig, tasks: dict[str, list[str]], tmp_path: Path
+) -> None:
+    classes = simulate(tiny_config("rounds=1", name="classes")).rundir.path
+    words = simulate(tiny_config(*tasks["causal-lm"], "rounds=1", name="words")).rundir.path
+    for run, form, said in (
+        (classes, "vllm", "causal language models"),
+        (classes, "gguf", "of 'bert' models"),
+        (words, "gguf", "name of this tokenizer"),
+    ):
+        done = export(run, tmp_path / "out", form)
+        assert done.exit_code == 1
+        assert said in done.stderr
+        assert "--format merged" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    beside = json.loads((classes / "adapter" / "fedlora.json").read_text())
+    assert beside["class_names"] == ["negative", "positive"]
+    card = (classes / "adapter" / "README.md").read_text()
+    assert "Classes: 0 = negative, 1 = positive" in card
+    assert "| accuracy |" in card
+
+
+def test_the_card_says_what_is_claimed(tiny_config: MakeConfig) -> None:
+    plain, private = tiny_config(), tiny_config(
+        "privacy={noise_multiplier=1.0, delta=1e-4, max_grad_norm=1.0, public_examples=100}", "server.weighting=uniform"
+    )  # fmt: skip
+    record = {"round": 3, "accuracy": 0.5, "loss": 1, "bytes_up": 7, "seconds": 2.0, "domains": {}}
+    assert origin_of(plain, record, None).privacy == NO_CLAIM
+    assert origin_of(private, record, None).privacy == UNFINISHED
+    found = origin_of(private, record, "epsilon = 3 at delta = 1e-4")
+    assert found.privacy == "epsilon = 3 at delta = 1e-4"
+    assert found.figures == {"accuracy": 0.5, "loss": 1.0}
+    assert found.facts["Rounds"] == "3"
