@@ -48,6 +48,9 @@ SMALLEST_CHUNK = 1 << 16
 """Bytes; Flower cuts arrays into chunks of 5 MB. Of smaller ones there would be too many objects."""
 LARGEST_OBJECT = 1 << 24
 """Bytes; the HTTP client holds an object three times while it reads it."""
+BACKOFF_S = (0.1, 1.0)
+"""Shortest and longest pause before an object is asked for again that its node is still sending. Flower's are 1 and 10
+seconds: of a reply of 40 MiB they were a third of the round."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,14 @@ def _pull(grid: HttpGrid, message_id: str, allowed: Allowed, patience_s: float) 
                 return budget.count(pull_one(object_id))
 
             try:
-                return pull_objects(list(ids), one, max_time=patience_s)
+                return pull_objects(
+                    list(ids),
+                    one,
+                    max_time=patience_s,
+                    max_tries_per_object=None,
+                    initial_backoff=BACKOFF_S[0],
+                    backoff_cap=BACKOFF_S[1],
+                )
             except ObjectPullError as error:
                 raise ReplyError(
                     f"its reply is not complete: {clean_text(error, 200)}", code="incomplete-reply"
