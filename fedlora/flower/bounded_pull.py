@@ -49,8 +49,8 @@ SMALLEST_CHUNK = 1 << 16
 LARGEST_OBJECT = 1 << 24
 """Bytes; the HTTP client holds an object three times while it reads it."""
 BACKOFF_S = (0.1, 1.0)
-"""Shortest and longest pause before an object is asked for again that its node is still sending. Flower's are 1 and 10
-seconds: of a reply of 40 MiB they were a third of the round."""
+"""Shortest and longest pause before an object is asked for again that its node is still sending, in seconds. Flower's
+own, 1 and 10, are longer than it takes to send a large reply."""
 
 
 @dataclass(frozen=True)

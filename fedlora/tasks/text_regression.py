@@ -130,10 +130,7 @@ class TextRegression(WholeTextHead):
         n = float(sums["examples"])
         y, p, yy, pp, yp = (float(value) / n for value in sums["moments"])
         loss = float(sums["loss"]) / n
-        # What is left of a variance of equal numbers is rounding.
-        vary, guessed = (
-            found if found > 1e-12 * square else 0.0 for found, square in ((yy - y * y, yy), (pp - p * p, pp))
-        )
+        vary, guessed = _variance(y, yy), _variance(p, pp)
         figures = {
             "mean_absolute_error": float(sums["absolute_error"]) / n,
             "loss": loss,
