@@ -33,14 +33,18 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from support.tiny_words import DOMAIN_WORDS, FILLERS, LABEL_WORDS  # noqa: E402
 from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
 from fedlora.report.figures import Chart  # noqa: E402
 from fedlora.training import export, kept_evaluation  # noqa: E402
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")  # no test is one of time: machines are busy
 os.fsync = lambda fd: (
     None
 )  # a test's files need not outlive the machine; tests of what is on the disk put their own here
@@ -55,17 +59,6 @@ def _no_evaluation_of_another_session(tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kept_evaluation, "cache_dir", lambda: folder)
         yield
-
-
-LABEL_WORDS = {
-    "negative": ["awful", "boring", "broken", "dull", "sad", "terrible", "ugly", "weak"],
-    "positive": ["bright", "charming", "clever", "great", "happy", "lovely", "superb", "warm"],
-}
-DOMAIN_WORDS = {
-    "films": ["actor", "camera", "film", "plot", "scene", "story"],
-    "phones": ["battery", "button", "case", "phone", "screen", "sound"],
-}
-FILLERS = ["a", "and", "but", "is", "it", "of", "on", "so", "that", "the", "this", "very", "was", "with"]
 
 
 DRAW, VERIFY = Chart.svg, export.verify_adapter

@@ -13,7 +13,7 @@ unit = "client": one client against the server's noise, where it weighs most and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -285,6 +285,9 @@ class _CanaryBase:
 
     def write(self, state: AdapterState, trains: frozenset[Part]) -> list[torch.nn.Parameter]:
         return [*self._base.write(state, trains), *self.model.canaries.parameters()]
+
+    def tensor_names(self, parts: Iterable[Part]) -> list[str]:
+        return [*self._base.tensor_names(parts), *(name for name, _ in self.model.canaries.named_parameters())]
 
     def train_mode(self, training: bool) -> None:
         self._base.train_mode(training)

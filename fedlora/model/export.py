@@ -205,7 +205,7 @@ def save_merged(
                 plain.save_pretrained(fresh)
             if (generation := getattr(base.model, "generation_config", None)) is not None:
                 generation.to_json_file(fresh / "generation_config.json")
-            _copy_reader(base, fresh)
+            _copy_reader(base, fresh, (*READER, "generation_config.json"))
             if gguf:
                 to_gguf(fresh)
             _write_card(base, fresh, base.recipe.snippet_merged(GGUF if gguf else None), origin)
@@ -263,12 +263,12 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_reader(base: Base, folder: Path) -> None:
+def _copy_reader(base: Base, folder: Path, files: Sequence[str] = READER) -> None:
     """Tokenizer, chat templates and processors: a local folder's files as they are, a hub model's written anew."""
     checkpoint = base.recipe.checkpoint
     source = Path(checkpoint.source)
     if source.is_dir():
-        for path in (path for pattern in READER for path in source.glob(pattern)):
+        for path in (path for pattern in files for path in source.glob(pattern)):
             if path.is_file():
                 to = folder / path.relative_to(source)
                 to.parent.mkdir(exist_ok=True)

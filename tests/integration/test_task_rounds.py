@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LABEL_WORDS
 from safetensors.torch import load_file
 from support.federations import simulate
+from support.tiny_words import LABEL_WORDS
 
 from fedlora.api import figures_of
 from fedlora.config import RunConfig, parse_config
