@@ -75,6 +75,15 @@ class Around(Aggregator):
         object.__setattr__(self, "keeps_basis", self.inner.keeps_basis)
         object.__setattr__(self, "keeps_units", self.inner.keeps_units)
 
+    def require_means(self) -> None:
+        """Raise `ConfigError` for an inner rule that leaves updates out, of which a rule around it would not know."""
+        if Claim.ROBUST in self.inner.claims:
+            raise ConfigError(
+                f"{type(self).__name__} is around {type(self.inner).__name__}, and would learn from the updates that "
+                "this one leaves out: put that rule around this one",
+                code="robust-inside",
+            )
+
     def require_steps(self) -> None:
         """Raise `ConfigError` for an inner rule whose result is no step from the adapter."""
         if Claim.CHANGES_BASE in self.inner.claims or not self.inner.keeps_basis:

@@ -16,8 +16,9 @@ In both papers the clients hold their variates. Here the server does, since a va
 sent and received: clients stay without a state, an upload is one adapter as ever, a lost reply changes nothing, and the
 variates are in the checkpoint. The server keeps one adapter for each client that ever answered, and sends each client
 one more than without. Where a reply is rounded on its way ([wire] up), or shortened by a rule around this one, the
-variate is that of the update that the server uses. With DP-SGD it is a function of private releases, and the tilt is
-added after the noise.
+variate is that of the update that the server uses. (With "topk" a change is spread over several rounds, which FedDyn
+adds up and SCAFFOLD, whose c_k is the gradient of one round, refuses.) With DP-SGD it is a function of private
+releases, and the tilt is added after the noise.
 
 "Mean of all" is over all N clients of the federation, weighted by n_k as the mean of what is sent is, so that both aim
 at the minimum of sum_k n_k L_k. Clients that have not answered yet count as 0, with the mean weight of those that have:
@@ -57,7 +58,7 @@ from fedlora.aggregators._base import (
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.errors import ConfigError
 
-MEAN, WEIGHT = "mean/", "weight/"
+CLIENT, MEAN, WEIGHT = "client/", "mean/", "weight/"
 
 
 class Drift(Around):
@@ -136,12 +137,10 @@ class Drift(Around):
         weights = {key.removeprefix(WEIGHT): float(memory[key]) for key in sorted(memory) if key.startswith(WEIGHT)}
         total = math.fsum(weights.values()) * max(1.0, clients / len(weights))
         means: dict[str, Tensor] = {}
-        for client_id, weight in weights.items():
-            who = f"client/{client_id}/"
-            for key, value in memory.items():
-                if key.startswith(who):
-                    name = f"{MEAN}{key.removeprefix(who)}"
-                    means[name] = means.get(name, 0.0) + value.double() * (weight / total)
+        for key in [key for key in memory if key.startswith(CLIENT)]:
+            client_id, name = key.removeprefix(CLIENT).split("/", 1)
+            mean = means.get(f"{MEAN}{name}", 0.0)
+            means[f"{MEAN}{name}"] = mean + memory[key].double() * (weights[client_id] / total)
         memory.update(means)
 
 
@@ -155,7 +154,7 @@ class Scaffold(Drift):
         inner: a rule that leaves the base and the adapter's basis alone.
 
     Raises:
-        ConfigError: the inner rule's result is no step from the adapter.
+        ConfigError: the inner rule's result is no step from the adapter, or it is a robust rule.
     """
 
     inner: Inner = field(default_factory=FedAvg)
@@ -165,6 +164,7 @@ class Scaffold(Drift):
 
     def __post_init__(self) -> None:
         self.require_steps()
+        self.require_means()
         self.inherit(Claim.EXACT | Claim.ANY_TENSORS)
 
     def tilt(self, own: Tensor, mean: Tensor) -> Tensor:
@@ -187,7 +187,8 @@ class FedDyn(Drift):
         inner: a rule that leaves the base and the adapter's basis alone.
 
     Raises:
-        ConfigError: alpha is not positive, or the inner rule's result is no step from the adapter.
+        ConfigError: alpha is not positive, the inner rule's result is no step from the adapter, or it is a
+            robust rule.
     """
 
     alpha: float = 0.1
@@ -202,6 +203,7 @@ class FedDyn(Drift):
                 code="out-of-range",
             )
         self.require_steps()
+        self.require_means()
         self.inherit(Claim.ANY_TENSORS)
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
@@ -227,7 +229,7 @@ class FedDyn(Drift):
 
 
 def _of(client_id: int) -> str:
-    return f"client/{client_id}/"
+    return f"{CLIENT}{client_id}/"
 
 
 def _held(memory: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:

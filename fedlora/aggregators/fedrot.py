@@ -57,6 +57,8 @@ class FedRot(Around):
                 f"fedrot: strength must be at least 0 and at most 1, not {self.strength!r}", code="out-of-range"
             )
         self.inherit(Claim.EXACT | Claim.MIXED_RANKS | Claim.CHANGES_BASE)
+        if self.strength:
+            object.__setattr__(self, "keeps_units", False)  # the server turns what a client sends
 
     def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
         """The inner rule's.

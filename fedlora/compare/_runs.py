@@ -93,18 +93,21 @@ class Run:
 
         Of `OWN_MODEL`, `SHARED_MODEL` and, for the same clients, `ALONE`, as far as they were measured and are finite.
         """
-        last = [record["federated"] for record in self.records if "federated" in record][-1:]
-        if not last:
+        measured = [record for record in self.records if "federated" in record]
+        if not measured:
             return {}
-        own, shared = last[0]["clients"], last[0].get("shared", {}).get("clients")
+        kept = next((record for record in measured if record["round"] == self.kept_round), measured[-1])["federated"]
+        own, shared = kept["clients"], kept.get("shared", {}).get("clients")
         models = {SHARED_MODEL: own} if shared is None else {OWN_MODEL: own, SHARED_MODEL: shared}
         models |= {ALONE: {k: self.alone[k] for k in own if k in self.alone}}
-        values = {name: [row[self.metric] for row in rows.values()] for name, rows in models.items()}
+        values = {
+            name: np.asarray([row[self.metric] for row in rows.values()], dtype=float) for name, rows in models.items()
+        }
         better = self.higher_is_better
         return {
             name: fairness(found, higher_is_better=better)
             for name, found in values.items()
-            if found and np.isfinite(found).all()
+            if len(found) and np.isfinite(found).all()
         }
 
     @property

@@ -107,6 +107,18 @@ def _require_steps_as_planned(config: RunConfig, plan: ClientPlan) -> None:
             f"clip_norm = {train.clip_norm}": train.clip_norm is not None,
             f"proximal_mu = {train.proximal_mu:g}": train.proximal_mu,
         }
+        if config.wire.up == "topk":
+            raise ConfigError(
+                f"{rule!r} takes what a client sends for its whole change, which it is not with wire.up = 'topk': "
+                "remove it, or set strategy.name = 'feddyn'",
+                code="no-plain-steps",
+            )
+        if brought_by_nodes(config) and train.steps is None and config.server.weighting != "examples":
+            raise ConfigError(
+                f"{rule!r} needs to know how many steps a client makes, and with train.epochs a node with its own data "
+                f"would say so itself at no cost under server.weighting = {config.server.weighting!r}: set train.steps",
+                code="no-plain-steps",
+            )
         for key in (key for key, there in others.items() if there):
             raise ConfigError(
                 f"{rule!r} takes a client's change for the sum of its gradients times the learning rates, which it "

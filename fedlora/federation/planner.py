@@ -130,7 +130,7 @@ class Planner:
             plan = ClientPlan(asked.state.adapter, frozenset(), frozenset())
             return self._sent(asked, client, held, on_current_base(plan, asked.state, held.base_version))
         plan = self.plan(asked.state, client, held.base_version)
-        plan = replace(plan, adapter=asked.state.adapter, fresh_seed=None)
+        plan = replace(plan, adapter=asked.state.adapter, fresh_seed=None, tilt={}, asks=frozenset())
         return self._sent(asked, client, held, plan)
 
     def _simulated(self, planned: Planned) -> Planned:

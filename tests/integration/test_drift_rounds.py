@@ -92,6 +92,8 @@ def test_what_would_make_it_another_algorithm_is_refused(tiny_config: MakeConfig
     for key in ("train.optimizer=adamw", "train.momentum=0.5", "train.clip_norm=1.0", "train.proximal_mu=0.1"):
         with raises(ConfigError, "no-plain-steps", key.partition("=")[0], "feddyn"):
             simulate(tiny_config(*SCAFFOLD, key, name="refused"))
+    with raises(ConfigError, "no-plain-steps", "topk", "feddyn"):
+        simulate(tiny_config(*SCAFFOLD, "wire.up=topk", name="refused"))
     with raises(ConfigError, "proximal-term-twice", "remove train.proximal_mu"):
         simulate(tiny_config(*FEDDYN, "train.proximal_mu=0.1", name="refused"))
     private = "privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}"

@@ -152,11 +152,13 @@ def test_what_an_inner_rule_does_not_send_keeps_its_variate() -> None:
 
 def test_claims_and_refusals() -> None:
     assert Scaffold(load_aggregator("ffa", {})).claims == Claim.EXACT
-    assert FedDyn(inner=load_aggregator("median", {})).claims == Claim.ANY_TENSORS
     assert Claim.ROBUST in Krum(inner=Scaffold()).claims
     assert Claim.PERSONAL in Keep(inner=FedDyn()).claims
     with raises(ConfigError, "no-step", "changes the base"):
         Scaffold(load_aggregator("flora", {}))
+    for rule in (Scaffold, FedDyn):
+        with raises(ConfigError, "robust-inside", "around this one"):
+            rule(inner=load_aggregator("krum", {}))
     with raises(ConfigError, "rule-not-linear"):
         load_aggregator("median", {"inner": "scaffold"})
     for alpha in (0.0, -1.0, math.nan):
