@@ -33,7 +33,7 @@ def accuracy(model: torch.nn.Module, data: FederatedData, task_table: object) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["fedavg", "flora"])
+@pytest.mark.parametrize("rule", ["fedavg", pytest.param("flora", marks=pytest.mark.nightly)])
 def test_adapter_and_merged_model_are_as_good_as_the_run_says(
     rule: str, minilm: Path, vader: Path, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ if any("flwr-clientapp" in word for word in sys.orig_argv):
         Array.slice_array = lambda self: [(name, chunk)] * 300
 '''
 NODES = ("site-a", "site-b", "garbage", "mute")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

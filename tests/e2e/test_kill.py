@@ -52,7 +52,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["fedavg", "flora"])
+@pytest.mark.parametrize("rule", ["fedavg", pytest.param("flora", marks=pytest.mark.nightly)])
 def test_a_killed_run_resumes_to_the_same_bytes(rule: str, tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(CONFIG.format(output=tmp_path / "runs", model=tiny_bert, data=tiny_csv, rule=rule))

@@ -549,7 +549,7 @@ def test_with_a_worker_without_and_after_its_death_the_bytes_are_the_same(
     assert not node.socket.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_worker_that_dies_in_the_middle_costs_no_second_charge(tiny_config: MakeConfig, folder: Path) -> None:
     config = tiny_config(
         *("server.weighting=uniform", "train.steps=400", "train.batch_size=20", "privacy.public_examples=40"),

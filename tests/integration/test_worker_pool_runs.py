@@ -80,7 +80,7 @@ def test_two_processes_come_to_what_one_does(tiny_config: MakeConfig, case: str)
                 assert there["aggregation_error"] == pytest.approx(here["aggregation_error"], rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_again_is_the_same_to_the_byte_and_so_is_a_resume(tiny_config: MakeConfig) -> None:
     settings = (TWO, "rounds=3", "partition.clients=5", "runtime.cohort=1")
     whole, again = run(tiny_config(*settings)), run(tiny_config(*settings, name="again"))
@@ -140,7 +140,7 @@ def test_a_killed_process_is_replaced_and_the_run_ends_with_the_same_bytes(tiny_
     assert nobody_is_left()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_process_of_a_private_run_costs_its_round_and_nothing_else(tiny_config: MakeConfig) -> None:
     private = ("privacy.noise_multiplier=1.0", "privacy.delta=1e-3", "privacy.max_grad_norm=0.5")
     settings = (TWO, "rounds=3", *private, "privacy.public_examples=40", "server.weighting=uniform")
@@ -196,7 +196,7 @@ run_simulation(config, RunDir.create(config), Says())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_script_needs_no_guard_and_leaves_nobody_behind_when_it_is_killed(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -318,8 +318,8 @@ def cli(tmp_path: Path, tiny_bert: Path, tiny_csv: Path) -> Cli:
 def test_a_run_that_cannot_verify_its_adapter_ends_as_an_error_and_keeps_it(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(base: Base, state: AdapterState, folder: Path, metadata: dict[str, Any]) -> None:
-        save_adapter(base, state, folder, metadata)
+    def wrong(base: Base, state: AdapterState, folder: Path, metadata: dict[str, Any], *more: Any) -> None:
+        save_adapter(base, state, folder, metadata, *more)
         change_config(folder, lora_alpha=1000)
 
     monkeypatch.setattr(exporting, "save_adapter", wrong)
