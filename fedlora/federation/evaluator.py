@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, final
@@ -28,10 +29,13 @@ from fedlora.federation.evaluation_sample import sample_size, stratified
 from fedlora.model.base_history import show
 from fedlora.progress import SAMPLED
 from fedlora.rng import derive
-from fedlora.tasks import Examples
+from fedlora.tasks import Examples, Task
 from fedlora.training.evaluate import Measures, domains_of, measure_batches, measures_of, summarised
 from fedlora.training.kept_evaluation import kept_measures
 from fedlora.training.workspace import Workspace
+
+LARGEST_SUM = 1e300
+"""Those of a federation's clients add up to a finite number."""
 
 
 @final
@@ -171,7 +175,7 @@ class Evaluator:
         """A client's evaluation, if it can be one of examples."""
         try:
             for sums in one.sums.values():
-                _require_sums(sums, self._config.server.max_examples, self._workspace.task.signed_sums)
+                _require_sums(sums, self._config.server.max_examples, self._workspace.task)
         except ReplyError as error:
             return replace(one, sums={}, failure=Failure("refused", str(error)))
         return one
@@ -216,7 +220,7 @@ class Evaluator:
         return line
 
 
-def _require_sums(sums: Sums, most_examples: int, signed: Collection[str]) -> None:
+def _require_sums(sums: Sums, most_examples: int, task: Task) -> None:
     """Raise `ReplyError` for what no examples give."""
     examples = float(sums["examples"])
     if not (examples.is_integer() and 1 <= examples <= most_examples):
@@ -226,8 +230,17 @@ def _require_sums(sums: Sums, most_examples: int, signed: Collection[str]) -> No
             code="invalid-weight",
         )
     for name, values in sums.items():
-        if not bool(np.isfinite(values).all()) or (name not in signed and bool((np.asarray(values) < 0).any())):
-            raise ReplyError(f"its sum {name!r} is negative or not finite", code="invalid-sums")
+        negative = name not in task.signed_sums and bool((np.asarray(values) < 0).any())
+        if negative or not bool((np.abs(values) <= LARGEST_SUM).all()):
+            raise ReplyError(f"its sum {name!r} is negative, not finite or above {LARGEST_SUM:g}", code="invalid-sums")
+    with np.errstate(all="ignore"):
+        task.require_sums(sums)
+        try:
+            found = task.figures(sums)[task.metric]
+        except ArithmeticError as error:
+            raise ReplyError(f"its sums give no figures: {error}", code="invalid-sums") from error
+    if not math.isfinite(found):  # other figures may be NaN, as a correlation is where nothing varies
+        raise ReplyError(f"its sums give a {task.metric} of {found:g}", code="invalid-sums")
 
 
 def added(sums: Sequence[Sums]) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.assets import Checkpoint
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, ReplyError
 from fedlora.registry import Registry
 
 Batch = dict[str, Tensor]
@@ -346,9 +346,30 @@ class Task(ABC):
             sums: of at least one example.
         """
 
+    def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:  # noqa: B027
+        """Refuse a client's sums that no examples give, such as more right answers than examples.
+
+        Args:
+            sums: of the right names and shapes; finite, and not negative but for `signed_sums`.
+
+        Raises:
+            ReplyError: no examples give them.
+        """
+
     def summarise(self, measures: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Figures over some examples: at least `metric` and "loss"."""
         return self.figures(self.sums(measures))
+
+
+def require_possible(holds: bool | np.bool_, what: str) -> None:
+    """Raise `ReplyError` unless something holds that holds of all sums of examples.
+
+    Args:
+        holds: whether it does.
+        what: is wrong where it does not.
+    """
+    if not holds:
+        raise ReplyError(f"no examples give its sums: {what}", code="invalid-sums")
 
 
 def _joined(tensors: Sequence[Tensor], fill: int | None) -> Tensor:

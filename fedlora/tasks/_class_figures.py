@@ -13,10 +13,14 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Float
 
+from fedlora.tasks._base import require_possible
+
 SCORE_BINS = 200
 """Bins of equal width in which the AUROC sees probabilities."""
 CALIBRATION_BINS = 15
 """Bins of equal width of the expected calibration error, as in Guo et al. 2017 (arXiv 1706.04599)."""
+SLACK = 1e-5
+"""By how much of itself a probability in single precision may be above 1."""
 MOST_CLASSES = 100
 """With more classes, no histograms of their probabilities are kept, and there is no AUROC."""
 
@@ -76,6 +80,38 @@ def _scores(own: Bool[np.ndarray, "n c"], probabilities: Float[np.ndarray, "n c"
     place = (np.arange(c) * 2 + own) * SCORE_BINS + _bins(probabilities, SCORE_BINS)
     counts = np.bincount(place.ravel(), minlength=c * 2 * SCORE_BINS)
     return {"scores": counts.reshape(c, 2, SCORE_BINS).astype(np.float64)}
+
+
+def require_class_sums(sums: Mapping[str, np.ndarray]) -> None:
+    """Raise `ReplyError` for what `class_sums` never gives."""
+    confusion, examples = sums["confusion"], float(sums["examples"])
+    require_possible(confusion.sum() == examples, f"the confusion matrix is not of {examples:g} examples")
+    require_binary_sums(sums, examples, float(np.trace(confusion)), confusion.sum(axis=1))
+
+
+def require_binary_sums(
+    sums: Mapping[str, np.ndarray], decisions: float, right: float, of_class: Float[np.ndarray, "c"]
+) -> None:
+    """Raise `ReplyError` for histograms of other numbers of examples.
+
+    Args:
+        sums: with "calibration", and "scores" where there are any.
+        decisions: how many probabilities are in "calibration".
+        right: how many of them are of what is so.
+        of_class: examples of each class.
+    """
+    count, confidence, hits = sums["calibration"].T
+    inside = (hits <= count) & (confidence <= count * (1 + SLACK))
+    require_possible(
+        count.sum() == decisions and hits.sum() == right and inside.all(),
+        "the bins of the calibration error do not have as many probabilities and right answers as there are",
+    )
+    if "scores" in sums:
+        others, own = sums["scores"].sum(axis=2).T
+        require_possible(
+            (own == of_class).all() and (others + own == float(sums["examples"])).all(),
+            "the bins of the AUROC do not have as many examples of each class as there are",
+        )
 
 
 def class_figures(sums: Mapping[str, np.ndarray]) -> dict[str, float]:

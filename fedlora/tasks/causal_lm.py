@@ -6,6 +6,7 @@ looked at, v = vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError
 from fedlora.hashing import digest_of
 from fedlora.model.reach import longest_text
-from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
+from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, require_possible, tasks
 from fedlora.tasks._chat import PLAIN_TEMPLATE, TrainOn, encode_rows, learnt
 from fedlora.tasks._chat_formats import FORMATS, OPTIONAL, Conversation, FormatName, read_rows, roles_of
 from fedlora.tasks._text import LONGEST, digest_tokenizer, load_tokenizer, most_tokens, tokens_of
@@ -240,6 +241,11 @@ class CausalLM(Task):
         # exp overflows near 709; a diverged model has a perplexity of infinity, not an error.
         perplexity = float(np.exp(min(token_loss, 709.0))) if token_loss <= 709.0 else float("inf")
         return {"perplexity": perplexity, "loss": float(sums["loss"] / sums["examples"]), "token_loss": token_loss}
+
+    def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:
+        """An example has one token that counts at least, and at most `max_length`."""
+        examples, tokens, most = float(sums["examples"]), float(sums["tokens"]), self.max_length or math.inf
+        require_possible(examples <= tokens <= examples * most, f"{examples:g} examples do not have {tokens:g} tokens")
 
     def samples(
         self,

@@ -21,8 +21,8 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import DataError, nearest
 from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
-from fedlora.tasks._base import Batch, Examples, Table, tasks, wide
-from fedlora.tasks._class_figures import binary_sums, calibration_error, mean_auroc
+from fedlora.tasks._base import Batch, Examples, Table, require_possible, tasks, wide
+from fedlora.tasks._class_figures import binary_sums, calibration_error, mean_auroc, require_binary_sums
 from fedlora.tasks._classification import class_kwargs, class_names
 from fedlora.tasks._text_head import WholeTextHead
 
@@ -141,6 +141,14 @@ class MultiLabelClassification(WholeTextHead):
             "loss": float(sums["loss"]) / examples,
         }
         return {**figures, "auroc": mean_auroc(sums["scores"])} if "scores" in sums else figures
+
+    def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:
+        """No class has more examples, or more that are right, than there are."""
+        (own, guessed, both), examples = sums["counts"].T, float(sums["examples"])
+        require_possible((both <= np.minimum(own, guessed)).all(), "of a class more are right than there are")
+        require_possible((own + guessed - both <= examples).all(), f"a class has more than {examples:g} examples")
+        require_possible(float(sums["exact"]) <= examples, f"more than {examples:g} examples are right")
+        require_binary_sums(sums, examples * len(own), float(own.sum()), own)
 
 
 def _listed(value: Any, row: int, column: str) -> list[str | int]:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import DataError
-from fedlora.tasks._base import REFERENCE, Batch, Examples, Sample, Table, Task, tasks
+from fedlora.tasks._base import REFERENCE, Batch, Examples, Sample, Table, Task, require_possible, tasks
 from fedlora.tasks._chat import Encoded, encode_rows, learnt
 from fedlora.tasks._chat_formats import Conversation, Row, is_nothing, read_rows
 from fedlora.tasks._text import Tokens, load_tokenizer, most_tokens, tokens_of
@@ -193,6 +193,10 @@ class Preference(Task):
         """Means over the pairs; "ranking_accuracy" is the share whose chosen completion is the more likely one."""
         means = {name: float(sums[name] / sums["examples"]) for name in ("right", "loss", "chosen_loss")}
         return {"ranking_accuracy": means.pop("right"), **means}
+
+    def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:
+        """No more pairs are ranked right than there are."""
+        require_possible(float(sums["right"]) <= float(sums["examples"]), "more pairs are ranked right than there are")
 
     def samples(
         self,

@@ -19,11 +19,14 @@ from torch import Tensor
 from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError
 from fedlora.sanitize import clean_text
-from fedlora.tasks._base import Batch, Examples, Table, tasks, wide
+from fedlora.tasks._base import Batch, Examples, Table, require_possible, tasks, wide
 from fedlora.tasks._text_head import WholeTextHead
 
 RANK_BINS = 64
 """Bins of equal width, of `label_range` each way, in which Spearman's correlation sees labels and predictions."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Of labels: the models' own single precision holds no larger ones."""
+SLACK, TINY = 1e-9, 1e-300  # what rounding and underflow do to moments
 MOMENTS = ("label", "predicted", "label^2", "predicted^2", "product")
 
 
@@ -49,10 +52,15 @@ class TextRegression(WholeTextHead):
     label_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a range without width."""
-        if self.label_range is not None and not self.label_range[0] < self.label_range[1]:
+        """Refuse a range without width or end."""
+        if self.label_range is None:
+            return
+        low, high = self.label_range
+        if not -LARGEST <= low < high <= LARGEST:
+            what = "is empty" if math.isfinite(low) and math.isfinite(high) and low >= high else "has no end"
             raise ConfigError(
-                f"task.label_range = {list(self.label_range)} is empty: give the lowest and then the highest label",
+                f"task.label_range = {list(self.label_range)} {what}: give the lowest and then the highest label, each "
+                f"of at most {LARGEST:.1e}",
                 code="bad-value",
             )
 
@@ -131,13 +139,28 @@ class TextRegression(WholeTextHead):
         y, p, yy, pp, yp = (float(value) / n for value in sums["moments"])
         loss = float(sums["loss"]) / n
         vary, guessed = _variance(y, yy), _variance(p, pp)
+        spread = math.sqrt(vary) * math.sqrt(guessed)
         figures = {
             "mean_absolute_error": float(sums["absolute_error"]) / n,
             "loss": loss,
             "r2": 1 - loss / vary if vary else math.nan,
-            "pearson": (yp - y * p) / math.sqrt(vary * guessed) if vary and guessed else math.nan,
+            "pearson": max(-1.0, min((yp - y * p) / spread, 1.0)) if spread else math.nan,
         }
         return figures if self.label_range is None else {**figures, "spearman": _spearman(sums["ranks"])}
+
+    def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:
+        """Moments are as Cauchy and Schwarz have them, and each example is in a bin."""
+        n = float(sums["examples"])
+        y, p, yy, pp, yp = (float(value) / n for value in sums["moments"])
+        require_possible(
+            all(square >= 0 and mean * mean <= square * (1 + SLACK) + TINY for mean, square in ((y, yy), (p, pp))),
+            "its squares are too small for what is squared",
+        )
+        spreads = (max(square - mean * mean, 0.0) + SLACK * square for mean, square in ((y, yy), (p, pp)))
+        most = math.prod(map(math.sqrt, spreads)) * (1 + SLACK) + TINY
+        require_possible(abs(yp - y * p) <= most, "its products are too large for its squares")
+        if self.label_range is not None:
+            require_possible(sums["ranks"].sum() == n, f"the bins of the ranks do not have {n:g} examples")
 
 
 def _variance(mean: float, square: float) -> float:
@@ -157,12 +180,12 @@ def _spearman(counts: Float[np.ndarray, "h h"]) -> float:
 def _number(value: Any, row: int, column: str) -> float:
     try:
         found = math.nan if isinstance(value, bool | np.bool_) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
-    if not math.isfinite(found):
+    if not abs(found) <= LARGEST:
         raise DataError(
-            f"row {row}, column {column!r}: the label {clean_text(repr(value), 80)} is no number: remove the row or "
-            "fill it in",
+            f"row {row}, column {column!r}: the label {clean_text(repr(value), 80)} is no number of at most "
+            f"{LARGEST:.1e}: remove the row or correct it",
             code="not-a-number",
         )
     return found

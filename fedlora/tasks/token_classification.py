@@ -20,7 +20,7 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
-from fedlora.tasks._base import Batch, Examples, Table, tasks, wide
+from fedlora.tasks._base import Batch, Examples, Table, require_possible, tasks, wide
 from fedlora.tasks._classification import class_kwargs
 from fedlora.tasks._text import Tokens, encode, load_tokenizer, owners_of_tokens, require_text, tokens_of
 from fedlora.tasks._text_head import TARGETS, TextHead
@@ -196,6 +196,18 @@ class TokenClassification(TextHead):
             "majority_token_share": float(count.max() / count.sum()),
             "loss": float(sums["loss"] / sums["examples"]),
         }
+
+    def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:
+        """No tag and no type has more that are right than there are, and no text more words than `max_length`."""
+        (own, guessed, both), (count, right) = sums["entities"].T, sums["tags"].T
+        examples, words = float(sums["examples"]), float(count.sum())
+        require_possible(
+            examples <= words <= examples * self.max_length,
+            f"{examples:g} examples of at most {self.max_length} tokens do not have {words:g} words",
+        )
+        require_possible((right <= count).all(), "of a tag more are right than there are")
+        require_possible((both <= np.minimum(own, guessed)).all(), "of a type more entities are right than there are")
+        require_possible(max(own.sum(), guessed.sum()) <= words, "there are more entities than words")
 
 
 _EXAMPLE = ("O", "B-PER", "I-PER")

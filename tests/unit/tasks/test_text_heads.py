@@ -184,7 +184,7 @@ def test_figures_of_many_labels_are_scikit_learns(seed: int, n: int, c: int) -> 
 # ---------------------------------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("bad", ["seven", True, None, math.nan, math.inf, [1.0], {"a": 1}])
+@pytest.mark.parametrize("bad", ["seven", True, None, math.nan, math.inf, [1.0], {"a": 1}, 10**400, "1e400", -1e39])
 def test_a_label_that_is_no_number_is_refused_by_row(bad: Any, tiny_bert: Path) -> None:
     with raises(DataError, "not-a-number", "row 2, column 'wanted'"):
         prepared(tiny_bert, TextRegression(), [1, 2, bad, 3])
@@ -195,6 +195,9 @@ def test_a_label_outside_its_range_is_refused_by_row(tiny_bert: Path) -> None:
         prepared(tiny_bert, TextRegression(label_range=(0, 5)), [0, 5.5, 5, 3])
     with raises(ConfigError, "bad-value", "task.label_range"):
         load_task(OpenTable(name="text-regression", label_range=[5, 0]))
+    for bad in (0.0, math.inf), (-math.inf, 0.0), (0.0, math.nan), (0.0, 1e300):
+        with raises(ConfigError, "bad-value", "task.label_range", "has no end"):
+            TextRegression(label_range=bad)
 
 
 @pytest.mark.parametrize("bad", [3, "", "joy,", "joy,joy", "[joy]", [["joy"]], [True], [None], {"joy": 1}])
