@@ -11,11 +11,11 @@ import re
 import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import ClientsConfig, RunConfig
-from fedlora.errors import ConfigError, DataError, FedloraError, ModelError
+from fedlora.errors import ConfigError, DataError, FedloraError, ModelError, looks_like_path
 from fedlora.files import cache_dir, write_atomically
 from fedlora.hashing import digest_of, file_digest, tensors_digest
 from fedlora.provenance import config_digest
@@ -39,6 +39,12 @@ def is_copy(name: str) -> bool:
 def shown(name: str) -> str:
     """What a person is told of a model's or a data set's name."""
     return f"passed in by the caller ({Path(name).stem})" if is_copy(name) else name
+
+
+def last_part(name: str) -> str:
+    """A name, or of a path the last part, for what may be handed on: it is not about one's folders."""
+    is_path = looks_like_path(name) or Path(name).is_absolute() or Path(name).exists()
+    return PureWindowsPath(name).name or name if is_path else name
 
 
 def copies_in(*names: str | None) -> list[str]:

@@ -47,7 +47,7 @@ from fedlora.training.dp_settings import PrivateSettings, private_settings
 from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.out_of_memory import OUT_OF_MEMORY
-from fedlora.training.own_loop import FROZEN_CHANGED
+from fedlora.training.own_loop import FROZEN_CHANGED, FROZEN_PART_CHANGED
 from fedlora.training.step import Outcome
 from fedlora.training.workspace import Workspace, close_workspace
 
@@ -140,7 +140,7 @@ def failure_of(error: Exception, config: RunConfig | None) -> Failure | Exceptio
     """
     if config is not None and config.privacy is not None and not isinstance(error, TELLS_NOTHING):
         error = withheld(error)
-    ends = not isinstance(error, FedloraError) or error.code in (OUT_OF_MEMORY, FROZEN_CHANGED)
+    ends = not isinstance(error, FedloraError) or error.code in (OUT_OF_MEMORY, FROZEN_CHANGED, FROZEN_PART_CHANGED)
     if isinstance(error, FedloraError) and error.code == FROZEN_CHANGED:
         close_workspace()  # its base is not what it was
     return error if ends else Failure("refused", str(error))

@@ -26,7 +26,7 @@ from fedlora.model.pair_shapes import alpha_of
 from fedlora.model.peft_tuners import ADAPTER, merged_weights, saved_tensors
 from fedlora.model.plain import quiet_transformers
 from fedlora.model.targets import in_any
-from fedlora.passed_in import shown
+from fedlora.passed_in import last_part, shown
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
 PEFT_HEADS = ("classifier", "score")  # which PEFT's classes for classification train in full, unasked
@@ -86,7 +86,8 @@ def save_adapter(
 
 def _write_card(base: Base, folder: Path, snippet: str, origin: Origin) -> None:
     names = getattr(base.model.config, "id2label", None) if "num_labels" in base.recipe.options else None
-    text = card(shown(base.config.name), base.recipe.checkpoint, base.recipe.auto_class, snippet, names or {}, origin)
+    name, recipe = last_part(shown(base.config.name)), base.recipe
+    text = card(name, recipe.checkpoint, recipe.auto_class, snippet, names or {}, origin)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

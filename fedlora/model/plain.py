@@ -29,6 +29,7 @@ from fedlora.errors import ExportError, in_words
 from fedlora.memory import widest
 from fedlora.model.device import seeded
 from fedlora.model.quantize import keep_layout
+from fedlora.passed_in import last_part
 from fedlora.rng import derive
 
 Inputs = Mapping[str, Tensor]
@@ -79,18 +80,20 @@ class Recipe:
         )
 
     def snippet(self) -> str:
-        """Python that loads the base and the adapter in the folder beside it."""
+        """Python that loads the base, a folder by its name alone, and the adapter in the folder beside it."""
         words = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
         names = self.auto_class
         if self.quantized:
             how = self.quantized["quantization_config"].to_diff_dict()
             names += ", BitsAndBytesConfig"
             words += f", quantization_config=BitsAndBytesConfig(**{how!r})"
+        name = last_part(self.checkpoint.source)
+        note = "" if name == self.checkpoint.source else "# the base model's folder: write where yours is\n"
         return (
             "import torch\n"
             "from peft import PeftModel\n"
             f"from transformers import {names}\n\n"
-            f"base = {self.auto_class}.from_pretrained({self.checkpoint.source!r}{words})\n"
+            f"{note}base = {self.auto_class}.from_pretrained({name!r}{words})\n"
             'model = PeftModel.from_pretrained(base, "this folder").eval()\n'
         )
 

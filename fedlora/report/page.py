@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedlora import __version__
 from fedlora.files import write_atomically
-from fedlora.passed_in import shown
+from fedlora.passed_in import last_part, shown
 from fedlora.progress import format_bytes, format_metric, format_seconds
 from fedlora.report import _clients, _learning, _setup
 from fedlora.report._blocks import Block
@@ -59,8 +59,8 @@ def render_report(facts: Facts) -> str:
     return _template().render(
         facts=facts,
         config=facts.config,
-        model=_last_part(shown(facts.config.model.name)),
-        data=_last_part(shown(facts.config.data.source)),
+        model=last_part(shown(facts.config.model.name)),
+        data=last_part(shown(facts.config.data.source)),
         tiles=list(_tiles(facts)),
         warnings=warnings(facts),
         sections=sections,
@@ -127,8 +127,3 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
         epsilon = number(claim.get("epsilon") if claim else spent[-1])  # none: infinite, or it cannot be known
         said = "no ε can be stated" if epsilon is None else f"ε = {epsilon:.3g}"
         yield "privacy spent", said, f"at δ = {config.privacy.delta:g}, for one {config.privacy.unit}"
-
-
-def _last_part(name: str) -> str:
-    """A name, or the last part of an absolute path: a report may be handed on, and is not about one's folders."""
-    return Path(name).name if Path(name).is_absolute() else name

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedlora.config import NODES, RunConfig
 from fedlora.model.model_card import Origin
-from fedlora.passed_in import shown
+from fedlora.passed_in import last_part, shown
 from fedlora.privacy.disclosure import OF_NOISED_UPDATES, RECORD
 
 NO_CLAIM = "None: updates were aggregated as they were sent, without noise, and nothing is claimed."
@@ -23,7 +23,7 @@ def origin_of(config: RunConfig, record: Mapping[str, Any], privacy: str | None)
         privacy: The run's statement; None: it has none (yet).
     """
     data = config.data
-    source = "each site's own, which stayed there" if data.source == NODES else shown(data.source)
+    source = "each site's own, which stayed there" if data.source == NODES else last_part(shown(data.source))
     figures = {
         name: float(value)
         for name, value in record.items()
@@ -40,7 +40,8 @@ def origin_of(config: RunConfig, record: Mapping[str, Any], privacy: str | None)
             "Rounds": str(record.get("round", 0)),
             "Local training": config.train.loop or f"{config.train.optimizer}, learning rate {config.train.lr:g}",
             "Adapter": f"{adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}",
-            "Base model": shown(config.model.name) + (f" at {config.model.revision}" if config.model.revision else ""),
+            "Base model": last_part(shown(config.model.name))
+            + (f" at {config.model.revision}" if config.model.revision else ""),
             "Seed": str(config.seed),
         },
         figures,

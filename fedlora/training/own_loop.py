@@ -11,7 +11,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ from fedlora.training.job import TrainJob, TrainResult, batches, number_of_steps
 
 FROZEN_CHANGED = "frozen-tensor-changed"
 """Code of the error that ends a run: the base, which other clients share, is not what it was."""
+FROZEN_PART_CHANGED = "frozen-part-changed"
+"""Code of the error that ends a run: a frozen part of the adapter was trained, and the base is as it was."""
 FIGURES = ("loss", "steps", "examples_seen")
 """What a loop may return."""
 
@@ -84,7 +86,7 @@ def train_by_own_loop(base: Base, task: Task, examples: Examples, job: TrainJob,
         config: With the loop and the budget.
 
     Raises:
-        ConfigError: There is no such loop, or it returns something else.
+        ConfigError: There is no such loop, or it returns or keeps something else.
         TrainingError: It changed what was frozen, took more steps than it had, or loss or adapter are not finite.
     """
     loop = load_loop(config)
@@ -106,6 +108,8 @@ def train_by_own_loop(base: Base, task: Task, examples: Examples, job: TrainJob,
         trained = base.read()
     seconds = time.perf_counter() - begin
     figures = _figures(returned, work, config)
+    if config.keep_optimizer:
+        _require_tensors(kept, config)
     _require_frozen(job, trained.tensors())
     for name, value in trained.tensors(job.trains).items():
         if not bool(torch.isfinite(value).all()):
@@ -137,11 +141,11 @@ def _work(
         dataset=datasets.Dataset.from_dict(rows),
         tokenizer=_reader(base),
         label_names=examples.label_names,
-        start=job.adapter.tensors(),
+        start=job.adapter.clone().tensors(),
         trains=frozenset(job.trains),
         steps=steps,
         batch_size=config.batch_size,
-        batches=partial(_batches, base, task, examples, job, config, steps),
+        batches=partial(_batches, base, task, examples, job, config, steps, {}),
         loss=lambda batch: task.losses(base.model, batch).mean(),
         client_id=job.client_id,
         round=job.round,
@@ -153,22 +157,46 @@ def _work(
 
 
 def _batches(
-    base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig, steps: int
+    base: Base,
+    task: Task,
+    examples: Examples,
+    job: TrainJob,
+    config: TrainConfig,
+    steps: int,
+    references: dict[int, Tensor],
 ) -> Iterator[Batch]:
-    """The batches of fedlora's own loop; where the loss compares with the start, what that says is found out first."""
+    """The batches of fedlora's own loop; where the loss compares with the start, what that says is found out once.
+
+    Args:
+        references: By example, what the job's adapter says; filled by the first call, and the same for all calls.
+    """
     drawn = list(batches(job.indices, config.batch_size, steps, job.seed))
-    references: dict[int, Tensor] = {}
-    if task.refers:
-        training = base.model.training
-        base.model.eval()
-        with torch.no_grad():
+    if task.refers and not references:
+        found: dict[int, Tensor] = {}
+        with _as_it_started(base, job), torch.no_grad():
             for chosen in drawn:
                 batch = to_device(task, task.collate(examples, chosen), base.device)
-                references |= zip(chosen.tolist(), task.reference(base.model, batch), strict=True)
-        base.model.train(training)
+                found |= zip(chosen.tolist(), task.reference(base.model, batch), strict=True)
+        references.update(found)
     for chosen in drawn:
         batch = to_device(task, task.collate(examples, chosen), base.device)
         yield batch | ({REFERENCE: torch.stack([references[k] for k in chosen.tolist()])} if task.refers else {})
+
+
+@contextmanager
+def _as_it_started(base: Base, job: TrainJob) -> Iterator[None]:
+    """Within, the model evaluates with the values that the job starts from, whatever it has been trained to since."""
+    start, training = job.adapter.tensors(), base.model.training
+    now = {name: parameter.data for name, parameter in base.parameters.items()}
+    try:
+        base.model.eval()
+        for name, parameter in base.parameters.items():
+            parameter.data = start[name].to(parameter.device, parameter.dtype, copy=True)
+        yield
+    finally:
+        for name, parameter in base.parameters.items():
+            parameter.data = now[name]
+        base.model.train(training)
 
 
 def _reader(base: Base) -> Any:
@@ -188,16 +216,18 @@ def _reader(base: Base) -> Any:
 
 def _figures(returned: object, work: LocalWork, config: TrainConfig) -> dict[str, float]:
     """What the loop measured, with the budget where it does not say."""
-    if not isinstance(returned, Mapping) or "loss" not in returned or (odd := sorted(set(returned) - {*FIGURES})):
-        what = f"{odd[0]!r} is none" if isinstance(returned, Mapping) and "loss" in returned else "there is no 'loss'"
+    given = returned if isinstance(returned, Mapping) else {}
+    odd = sorted(map(str, given.keys() - {*FIGURES}))
+    if "loss" not in given or odd:
+        what = f"{odd[0]!r} is none" if "loss" in given else "there is no 'loss'"
         raise ConfigError(
             f"train.loop {config.loop!r} must return its metrics, {{'loss': mean training loss}} and if it likes "
             f"'steps' and 'examples_seen': {what}",
             code="bad-loop",
         )
-    steps = float(returned.get("steps", work.steps))
-    found = {"loss": float(returned["loss"]), "steps": steps}
-    found["examples_seen"] = float(returned.get("examples_seen", steps * work.batch_size))
+    found = {name: _number(name, value, config) for name, value in given.items()}
+    steps = found.setdefault("steps", float(work.steps))
+    found.setdefault("examples_seen", steps * work.batch_size)
     if not math.isfinite(found["loss"]):
         raise TrainingError(
             f"the loss of train.loop {config.loop!r} is not finite: lower its learning rate", code="loss-not-finite"
@@ -208,6 +238,33 @@ def _figures(returned: object, work: LocalWork, config: TrainConfig) -> dict[str
             code="budget-exceeded",
         )
     return found
+
+
+def _number(name: str, value: Any, config: TrainConfig) -> float:
+    """A figure that a loop returned, such as a float or a tensor of one value; only the loss may not be finite."""
+    number = None
+    if not isinstance(value, str):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            number = float(value)
+    if number is None or not (name == "loss" or math.isfinite(number)):
+        what = str(value) if isinstance(value, float) else f"a {type(value).__name__}"
+        raise ConfigError(
+            f"train.loop {config.loop!r} returned {what} as {name!r}: return a finite number"
+            + ("" if name == "loss" else f", or leave {name!r} out"),
+            code="bad-loop",
+        )
+    return number
+
+
+def _require_tensors(kept: Mapping[Any, Any], config: TrainConfig) -> None:
+    """Raise `ConfigError` for what cannot be kept with a client."""
+    for name, value in kept.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ConfigError(
+                f"train.loop {config.loop!r} put a {type(value).__name__} into work.kept under {name!r}: put tensors "
+                "under names there (torch.tensor makes one of a number)",
+                code="bad-loop",
+            )
 
 
 # ------------------------------------------------------------------------------------------------ what is put back
@@ -239,12 +296,13 @@ def lent(base: Base) -> Iterator[None]:
             tensor.grad = None
             if tensor.device != base.device:
                 tensor.data = tensor.data.to(base.device)
+        _end_of(base)
         for name, tensor in frozen.items():
             if _checksum(tensor) != before[name]:
                 raise TrainingError(
                     f"train.loop changed {_plain(name)!r}, a weight of the frozen base: let it train what requires "
                     "gradients alone (no merging, no unfreezing)",
-                    code="frozen-tensor-changed",
+                    code=FROZEN_CHANGED,
                 )
 
 
@@ -293,7 +351,7 @@ def _require_frozen(job: TrainJob, trained: Mapping[str, Tensor]) -> None:
             raise TrainingError(
                 f"train.loop changed {name!r}, which the rule has frozen in this round: let it train what requires "
                 "gradients alone",
-                code="frozen-tensor-changed",
+                code=FROZEN_PART_CHANGED,
             )
 
 

@@ -183,3 +183,19 @@ def test_the_card_says_what_is_claimed(tiny_config: MakeConfig) -> None:
     assert found.privacy == "epsilon = 3 at delta = 1e-4"
     assert found.figures == {"accuracy": 0.5, "loss": 1.0}
     assert found.facts["Rounds"] == "3"
+
+
+def test_the_card_does_not_tell_of_ones_folders(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tiny_config("rounds=1")
+    data, base = Path(config.data.source), Path(config.model.name)
+    assert data.is_absolute()
+    assert base.is_absolute()
+    simulated = simulate(config).rundir.path
+    assert export(simulated, tmp_path / "merged", "merged").exit_code == 0
+    for folder in (simulated / "adapter", tmp_path / "merged"):
+        card = (folder / "README.md").read_text()
+        assert str(data.parent) not in card
+        assert str(base.parent) not in card
+        assert f"| Training data | {data.name} |" in card
+        assert f"| Base model | {base.name} |" in card
+    assert f"from_pretrained('{base.name}'" in (simulated / "adapter" / "README.md").read_text()

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import own_loops
 from support.errors import raises
 from support.federations import deploy, simulate
 from support.interrupted import cut_before_checkpoint
+from support.tiny_federations import WORDS
 
+from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, TrainingError
 from fedlora.federation.checks import refuse_early
+from fedlora.federation.client import failure_of
 from fedlora.federation.run import RunOutcome
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
-from fedlora.training.own_loop import lent
+from fedlora.training.job import TrainJob
+from fedlora.training.own_loop import FROZEN_CHANGED, FROZEN_PART_CHANGED, lent, train_by_own_loop
 from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
@@ -31,6 +38,7 @@ HERE = ("runtime.processes=1", "train.steps=3", "train.batch_size=8", "model.dro
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     own_loops.SEEN.clear()
+    own_loops.DRAWN.clear()
 
 
 @pytest.fixture
@@ -42,6 +50,27 @@ def config(tiny_config: MakeConfig) -> MakeConfig:
         return tiny_config(*rate, *HERE, *overrides, **how)
 
     return make
+
+
+@pytest.fixture
+def preferences(tiny_llama: Path, tmp_path: Path) -> list[str]:
+    """What `config` takes for pairs of completions, on a tiny Llama."""
+    rows = [
+        {"prompt": word, "chosen": f" {word}", "rejected": f" {WORDS[(n + 3) % len(WORDS)]}"}
+        for n, word in enumerate(WORDS * 12)
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps(row) for row in rows))
+    return [
+        f"model.name='{tiny_llama}'",
+        "adapter.targets=['q_proj','v_proj']",
+        "task={name='preference'}",
+        f"data={{source='{pairs}', test_fraction=0.2}}",
+    ]
+
+
+def a_job(start: AdapterState, rows: np.ndarray) -> TrainJob:
+    return TrainJob(adapter=start, trains=ALL_PARTS, indices=rows, seed=3)
 
 
 def gap(one: RunOutcome, other: RunOutcome) -> float:
@@ -104,7 +133,7 @@ def test_what_a_loop_leaves_behind_is_put_back(config: MakeConfig) -> None:
     ("loop", "also", "kind", "code", "words"),
     [
         ("unfreezing", (), TrainingError, "frozen-tensor-changed", "LayerNorm.bias"),
-        ("changing_A", ("strategy.name=ffa",), TrainingError, "frozen-tensor-changed", ":A"),
+        ("changing_A", ("strategy.name=ffa",), TrainingError, "frozen-part-changed", ":A"),
         ("silent", (), FedloraError, "", "'loss'"),
         ("greedy", (), FedloraError, "", "budget of 3"),
         ("diverging", (), FedloraError, "", "not finite"),
@@ -116,6 +145,75 @@ def test_a_loop_that_does_something_else_is_named(
     with pytest.raises(kind, match=words) as caught:
         simulate(config(f"{OWN}{loop}", "rounds=1", *also))
     assert not code or caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("none", "a NoneType as 'loss': return a finite number"),
+        ("words", "a str as 'loss'"),
+        ("many", "a Tensor as 'loss'"),
+        ("seen", "nan as 'examples_seen'"),
+        ("steps", "inf as 'steps'"),
+        ("keys", "'1' is none"),
+        ("kept", "a int into work.kept under 'number'"),
+    ],
+)
+def test_figures_are_numbers_and_what_is_kept_are_tensors(what: str, words: str, config: MakeConfig) -> None:
+    made = config(f"{OWN}returning", f"train.options={{what='{what}'}}", "train.keep_optimizer=true", "rounds=1")
+    with pytest.raises(FedloraError, match=words):
+        simulate(made)
+    workspace = open_workspace(made)
+    job = a_job(workspace.base.initial_adapter(0), workspace.data.clients[0])
+    with raises(ConfigError, "bad-loop", words):
+        train_by_own_loop(workspace.base, workspace.task, workspace.data.train, job, made.train)
+
+
+def test_a_figure_may_be_a_tensor(config: MakeConfig) -> None:
+    made = config(f"{OWN}returning", "train.options={what='tensor'}", "rounds=1")
+    assert simulate(made).records[1]["train_loss"] == 0.0
+
+
+def test_what_a_loop_starts_from_is_a_copy(config: MakeConfig) -> None:
+    made = config(f"{OWN}in_place", "rounds=1")
+    workspace = open_workspace(made)
+    start = workspace.base.initial_adapter(0)
+    before = start.clone().tensors()
+    train_by_own_loop(
+        workspace.base, workspace.task, workspace.data.train, a_job(start, workspace.data.clients[0]), made.train
+    )
+    assert all(torch.equal(value, before[name]) for name, value in start.tensors().items())
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("boom")])
+def test_a_loop_that_casts_the_adapter_leaves_nothing(error: Exception | None, config: MakeConfig) -> None:
+    base = open_workspace(config(f"{OWN}sgd")).base
+    with nullcontext() if error is None else pytest.raises(RuntimeError, match="boom"), lent(base):
+        for parameter in base.parameters.values():
+            parameter.data = parameter.data.bfloat16()
+        if error is not None:
+            raise error
+    assert {parameter.dtype for parameter in base.parameters.values()} == {base.adapter_dtype}
+
+
+def test_a_frozen_part_of_the_adapter_leaves_the_base_open(config: MakeConfig) -> None:
+    made = config(f"{OWN}sgd")
+    workspace = open_workspace(made)
+    for code, same in ((FROZEN_PART_CHANGED, True), (FROZEN_CHANGED, False)):
+        error = TrainingError("changed", code=code)
+        assert failure_of(error, made) is error, "it ends the run"
+        assert (open_workspace(made).base is workspace.base) == same
+
+
+def test_the_reference_is_the_start_whenever_batches_are_drawn(config: MakeConfig, preferences: list[str]) -> None:
+    for late in ("false", "true"):
+        simulate(config(f"{OWN}referring", f"train.options={{late={late}}}", *preferences, "rounds=1"))
+    early, late_ones = own_loops.DRAWN[:8], own_loops.DRAWN[8:]
+    assert len(late_ones) == 4
+    for first, again, late_one in zip(early[::2], early[1::2], late_ones, strict=True):
+        assert len(first) == 3
+        assert all(map(torch.equal, first, again))
+        assert all(map(torch.equal, first, late_one))
 
 
 @pytest.mark.parametrize(
@@ -252,28 +350,13 @@ def test_trls_sft_trainer_learns_in_a_federation(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("ranks", ["", "clients.ranks=[2,4,2,4]"])
-def test_trls_dpo_trainer_learns_in_a_federation(
-    ranks: str, config: MakeConfig, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_trls_dpo_trainer_learns_in_a_federation(ranks: str, config: MakeConfig, preferences: list[str]) -> None:
     """Its reference is a copy of the adapter that the round starts from, in ranks of the client's own too."""
-    import json
-
-    from support.tiny_federations import WORDS
-
     pytest.importorskip("trl")
-    rows = [
-        {"prompt": word, "chosen": f" {word}", "rejected": f" {WORDS[(n + 3) % len(WORDS)]}"}
-        for n, word in enumerate(WORDS * 12)
-    ]
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("\n".join(json.dumps(row) for row in rows))
     found = simulate(
         config(
             f"{OWN}dpo",
-            f"model.name='{tiny_llama}'",
-            "adapter.targets=['q_proj','v_proj']",
-            "task={name='preference'}",
-            f"data={{source='{pairs}', test_fraction=0.2}}",
+            *preferences,
             "train.steps=8",
             *(("strategy.name=flora", ranks) if ranks else ()),
         )

@@ -9,6 +9,8 @@ import torch
 from fedlora.client import LocalWork, from_trainer
 
 SEEN: list[LocalWork] = []
+DRAWN: list[list[torch.Tensor]] = []
+"""What `referring` got as the references of its batches."""
 
 
 def sgd(work: LocalWork, *, lr: float = 0.1) -> dict[str, float]:
@@ -58,6 +60,41 @@ def changing_A(work: LocalWork) -> dict[str, float]:
             if "lora_A" in name:
                 parameter[0, 0] += 1.0
     return {"loss": 0.0}
+
+
+def referring(work: LocalWork, *, late: bool) -> dict[str, float]:
+    """Draws the batches before and after a change of the adapter; `late`: afterwards alone."""
+    if not late:
+        DRAWN.append([batch["reference"] for batch in work.batches()])
+    mine = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in mine:
+            parameter += 0.3
+    changed = [parameter.detach().clone() for parameter in mine]
+    DRAWN.append([batch["reference"] for batch in work.batches()])
+    assert all(map(torch.equal, mine, changed))
+    return {"loss": 0.0}
+
+
+def in_place(work: LocalWork) -> dict[str, float]:
+    """Writes into the tensors that it is to start from."""
+    for value in work.start.values():
+        value += 1.0
+    return {"loss": 0.0}
+
+
+def returning(work: LocalWork, *, what: str) -> dict[str, Any]:
+    """Returns, or keeps, what is no number and no tensor."""
+    work.kept.update({"tensor": torch.ones(1)} | ({"number": 3} if what == "kept" else {}))  # type: ignore[dict-item]
+    found: dict[str, dict[Any, Any]] = {
+        "none": {"loss": None},
+        "words": {"loss": "0.5"},
+        "many": {"loss": torch.ones(2)},
+        "seen": {"loss": 0.0, "examples_seen": float("nan")},
+        "steps": {"loss": 0.0, "steps": float("inf")},
+        "keys": {"loss": 0.0, 1: 2.0, "more": 3.0},
+    }
+    return found.get(what, {"loss": torch.tensor(0.0)})
 
 
 def silent(work: LocalWork) -> None:

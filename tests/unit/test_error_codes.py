@@ -24,12 +24,20 @@ def constructions(source: str) -> list[ast.Call]:
     return [call for call in calls if ast.unparse(call.func).rpartition(".")[2] in KINDS]
 
 
-def code_of(call: ast.Call) -> str | None:
+def constants(source: str) -> dict[str, ast.expr]:
+    """What a module's own names in capitals stand for."""
+    found = [node for node in ast.parse(source).body if isinstance(node, ast.Assign) and len(node.targets) == 1]
+    return {name: node.value for node in found if (name := ast.unparse(node.targets[0])).isupper()}
+
+
+def code_of(call: ast.Call, named: dict[str, ast.expr]) -> str | None:
     """The code that an error is constructed with; None without one, or if it is not a literal in kebab-case.
 
-    An error that tells another one's words keeps its code: `code=error.code`.
+    A constant of the module is as good as its literal. An error that tells another one's words keeps its code:
+    `code=error.code`.
     """
     given = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
+    given = [named.get(ast.unparse(value), value) for value in given]
     if given and ast.unparse(given[0]) == "error.code":
         return "error.code"
     if given and isinstance(given[0], ast.Constant) and CODE.fullmatch(str(given[0].value)):
@@ -47,8 +55,9 @@ def test_every_error_has_a_code(part: str) -> None:
     assert [
         f"{file.relative_to(SOURCE)}:{call.lineno}"
         for file in files
-        for call in constructions(file.read_text("utf-8"))
-        if code_of(call) is None
+        for source in [file.read_text("utf-8")]
+        for call in constructions(source)
+        if code_of(call, constants(source)) is None
     ] == []
 
 
@@ -61,9 +70,12 @@ def test_every_error_has_a_code(part: str) -> None:
         ('raise ConfigError("x", code="")', None),
         ('raise ConfigError("x", code="Unknown_Key")', None),
         ('raise ConfigError("x", code=code)', None),
+        ('LOST = "copy-lost"\nraise ConfigError("x", code=LOST)', "copy-lost"),
+        ('LOST = "Copy_Lost"\nraise ConfigError("x", code=LOST)', None),
+        ('raise ConfigError("x", code=LOST)', None),
         ('raise DataError(f"domain {name!r}: {error}", code=error.code)', "error.code"),
     ],
 )
 def test_a_code_is_a_literal_in_kebab_case(source: str, code: str | None) -> None:
     [call] = constructions(source)
-    assert code_of(call) == code
+    assert code_of(call, constants(source)) == code

@@ -247,7 +247,9 @@ def test_another_quantisation_is_another_base(held: tuple[Base, Task, Examples])
     assert whole.weights_digest != base.weights_digest
 
 
-def test_an_adapter_goes_on_the_base_that_its_readme_loads(held: tuple[Base, Task, Examples], tmp_path: Path) -> None:
+def test_an_adapter_goes_on_the_base_that_its_readme_loads(
+    held: tuple[Base, Task, Examples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import PeftModel
 
     base, task, examples = held
@@ -260,6 +262,7 @@ def test_an_adapter_goes_on_the_base_that_its_readme_loads(held: tuple[Base, Tas
     said = base.recipe.snippet().replace("this folder", str(tmp_path / "adapter"))
     assert "BitsAndBytesConfig(" in said
     names: dict[str, Any] = {}
+    monkeypatch.chdir(Path(base.config.name).parent)
     exec(said, names)
     assert isinstance(names["model"], PeftModel)
     with torch.no_grad():
