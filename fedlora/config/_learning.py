@@ -172,6 +172,27 @@ class TrainConfig(Section):
     options: dict[str, Any] = Field(default={})
     """Keyword arguments of a loop of your own."""
 
+    personal: Annotated[float, Field(ge=0)] | None = None
+    """Weight lambda of Ditto (Li et al. 2021, arXiv 2012.04221, algorithm 1): beside the shared model w each client
+    trains one of its own, v, on its loss plus lambda / 2 |v - w|^2, which stays with it; 0.1 to 2 are usual. 0: a model
+    that is trained alone. None: no models of their own."""
+
+    @model_validator(mode="after")
+    def _may_be_personal(self) -> TrainConfig:
+        if self.personal is not None and self.keep_optimizer:
+            raise ConfigError(
+                "train.keep_optimizer keeps one optimiser's state for each client, and with train.personal each trains "
+                "two models: remove one of them",
+                code="two-optimisers",
+            )
+        if self.personal and self.optimizer == "sgd" and self.lr * self.personal >= 2:
+            raise ConfigError(
+                f"train.personal = {self.personal:g} times train.lr = {self.lr:g} is 2 or more, so that each step "
+                "would end further from the shared model than it began: lower one of them",
+                code="personal-diverges",
+            )
+        return self
+
     @model_validator(mode="after")
     def _has_a_state(self) -> TrainConfig:
         if self.keep_optimizer and self.optimizer == "sgd" and not self.momentum:

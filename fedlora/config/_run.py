@@ -221,7 +221,7 @@ class RunConfig(Section):
     @property
     def clients_keep(self) -> bool:
         """Whether clients keep something from round to round beside what the rule lets them keep of the adapter."""
-        return self.train.keep_optimizer or self.wire.keeps_residual
+        return self.train.keep_optimizer or self.train.personal is not None or self.wire.keeps_residual
 
     @property
     def max_rank(self) -> int:

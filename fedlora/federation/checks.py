@@ -91,6 +91,12 @@ def require_servable(
         require_cohort(config.client_privacy, len(clients), clients_wanted(config, len(clients)))
     for plan in chain([first], plans):
         _require_steps_as_planned(config, plan)
+        if config.train.personal is not None and plan.adapter.layout != first.adapter.layout:
+            raise ConfigError(
+                "train.personal: clients' own models are measured and exported in the shared one's rank, and the ranks "
+                "of these differ: make them equal, or remove it",
+                code="personal-mixed-ranks",
+            )
         require_plain_plan(config.train, plan.proximal_mu)
     if config.example_privacy is not None:
         _require_private(config, workspace, first, clients)

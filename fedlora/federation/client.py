@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -83,13 +83,17 @@ def answer(
     if config.example_privacy is not None:
         return _answer_privately(workspace, requests, account, store)
     answers: list[Answer] = []
-    for request, outcome in zip(requests, _trained(workspace, requests, store), strict=True):
+    outcomes = _trained(workspace, requests, store)
+    owns = _trained_for_themselves(workspace, requests, outcomes, store)
+    for request, outcome, own in zip(requests, outcomes, owns, strict=True):
         try:
+            if isinstance(own, Exception):
+                raise own
             if isinstance(outcome, Exception) and config.client_privacy is not None:
                 outcome = _unchanged(workspace, request, outcome, store)
             if isinstance(outcome, Exception):
                 raise outcome
-            answers.append(_reply(request, outcome, _figures(outcome, config), config, store))
+            answers.append(_reply(request, outcome, _figures(outcome, config), config, store, own=own))
         except Exception as error:
             answers.append(failure_of(error, config))
     return answers
@@ -109,8 +113,9 @@ def measure_apart(
     config, client_id, found = workspace.config, request.client_id, dict[str, Sums]()
     if config.privacy is not None:
         return Failure("refused", "in a private run no client evaluates on its own examples")
+    keeps = bool(request.plan.kept) or (config.train.personal is not None and bool(request.plan.trains))
     try:
-        personal = _Start.of(request, store, config).adapter if request.plan.kept else request.plan.adapter
+        personal = _Start.of(request, store, config).adapter if keeps else request.plan.adapter
     except ReplyError as error:  # what it kept is lost
         return Failure("refused", str(error))
     for part in parts:
@@ -118,7 +123,7 @@ def measure_apart(
         apart = workspace.data.apart.get(examples)
         rows = () if apart is None or client_id >= len(apart.clients) else apart.clients[client_id]
         if apart is not None and len(rows) >= config.evaluation.min_examples:
-            if request.plan.kept:
+            if keeps:
                 workspace.base.write(request.plan.adapter if part != examples else personal)
             found[part] = evaluate(workspace.base, workspace.task, apart.examples, indices=np.asarray(rows)).sums
     if found:
@@ -165,7 +170,7 @@ class _Start:
     """Where a client starts in a round.
 
     Args:
-        adapter: The plan's, with what the client keeps in its place.
+        adapter: The plan's, with what the client keeps in its place: with `train.personal` its own model.
         optimizer: The state that the client kept of its optimiser.
     """
 
@@ -175,8 +180,9 @@ class _Start:
     @classmethod
     def of(cls, request: TrainRequest, store: ClientStore, config: RunConfig) -> _Start:
         """With what the store has."""
-        kept, plan = request.plan.kept, request.plan
-        if not kept and not config.clients_keep:
+        plan = request.plan
+        kept = plan.kept if config.train.personal is None else plan.adapter.tensors()
+        if not plan.kept and not config.clients_keep:
             return cls(plan.adapter)
         if config.train.keep_optimizer and plan.fresh_seed is not None:
             raise ReplyError(
@@ -198,11 +204,13 @@ def _reply(
     config: RunConfig,
     store: ClientStore,
     ledger: str = "",
+    own: AdapterState | None = None,
 ) -> TrainedReply:
     if config.privacy is not None:
         head = update_head(request, ledger)
         Disclosure(config.privacy.unit).require_reply(head, tuple(figures))
     kept = result.adapter.tensors(request.plan.kept) if request.plan.kept else {}
+    kept |= {} if own is None else own.tensors()
     kept |= named(OPTIMIZER, result.optimizer)
     sent = result.adapter.tensors(request.plan.sends)
     if config.wire.keeps_residual:
@@ -312,13 +320,43 @@ def _trained(
     return [outcomes[number] for number in range(len(requests))]
 
 
+def _trained_for_themselves(
+    workspace: Workspace, requests: Sequence[TrainRequest], outcomes: Sequence[Outcome], store: ClientStore
+) -> list[AdapterState | Exception | None]:
+    """The clients' own models after the round (Ditto, Li et al. 2021, arXiv 2012.04221, algorithm 1).
+
+    v <- v - eta (grad L(v) + lambda (v - w)), with w as the client was sent it, on the batches of the shared model. A
+    client that has none yet begins with w. None where there is no `train.personal`, or no outcome.
+    """
+    config = workspace.config
+    found: list[AdapterState | Exception | None] = [None] * len(requests)
+    trained = [k for k, outcome in enumerate(outcomes) if isinstance(outcome, TrainResult)]
+    if config.train.personal is None or not trained:
+        return found
+    jobs, configs = [], []
+    for k in trained:
+        request, drawn = requests[k], {"proximal_mu": config.train.personal}
+        shared = _job(workspace, request, examples_of_client(workspace, request.client_id), store)
+        own = _Start.of(request, store, config).adapter
+        jobs.append(replace(shared, adapter=own, toward=request.plan.adapter, proximal_mu=0.0, tilt={}))
+        configs.append(config.train_of(request.client_id).model_copy(update=drawn))
+    results: Sequence[Outcome]
+    try:
+        results = train_cohort(workspace.base, workspace.task, workspace.data.train, jobs, configs)
+    except Exception as error:  # what stopped all of them came of each
+        results = [error] * len(jobs)
+    for k, result in zip(trained, results, strict=True):
+        found[k] = result if isinstance(result, Exception) else result.adapter
+    return found
+
+
 def _job(workspace: Workspace, request: TrainRequest, indices: np.ndarray, store: ClientStore) -> TrainJob:
     """What a request asks, on a base that is brought to its version."""
     plan, config = request.plan, workspace.config
     start = _Start.of(request, store, config)
     follow(workspace.base, plan.base_updates, plan.base_version, request.base_digest, request.since_digest)
     return TrainJob(
-        adapter=start.adapter,
+        adapter=start.adapter if config.train.personal is None else plan.adapter,
         trains=plan.trains,
         indices=indices,
         seed=derive(config.seed, "train", request.round, request.client_id),

@@ -19,6 +19,7 @@ def load_rule(config: RunConfig) -> Aggregator:
         PrivacyError: it does not claim LINEAR, or epsilon is out of reach.
     """
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
+    _require_two_models(config, rule)
     _require_measured(config, rule)
     _require_same_units(config, rule)
     privacy = config.client_privacy
@@ -39,20 +40,56 @@ def load_rule(config: RunConfig) -> Aggregator:
     )
 
 
+def makes_models(config: RunConfig, rule: Aggregator) -> bool:
+    """Whether each client gets a model of its own, by a PERSONAL rule or `train.personal`."""
+    return Claim.PERSONAL in rule.claims or config.train.personal is not None
+
+
+def _require_two_models(config: RunConfig, rule: Aggregator) -> None:
+    """Raise where clients cannot train a model of their own beside the shared one (`train.personal`)."""
+    own, name = config.train.personal, config.strategy.name
+    if own is None:
+        return
+    if config.privacy is not None:
+        raise PrivacyError(
+            "train.personal: a client's own model is never sent, but it would be trained on the client's data without "
+            "clipping and noise, of which [privacy] says nothing: remove train.personal or [privacy], or keep parts of "
+            "the private model (strategy 'keep')",
+            code="personal-not-private",
+        )
+    if Claim.PERSONAL in rule.claims:
+        raise ConfigError(
+            f"with {name!r} clients keep parts of the shared model, and with train.personal a whole one beside it: "
+            "remove train.personal, or choose a rule whose clients send all that they train",
+            code="personal-twice",
+        )
+    if Claim.CHANGES_BASE in rule.claims or (own and not rule.keeps_basis):
+        why = (
+            "changes the base, under the clients' own models too"
+            if Claim.CHANGES_BASE in rule.claims
+            else ("draws a new basis in each round, in which a distance to the client's own factors says nothing")
+        )
+        raise ConfigError(
+            f"train.personal: {name!r} {why}: remove it, or choose a rule that averages the adapter, such as fedavg",
+            code="no-step",
+        )
+
+
 def _require_measured(config: RunConfig, rule: Aggregator) -> None:
-    """Raise `ConfigError` where the clients' own models, which a PERSONAL rule makes, would not be measured or kept."""
-    if Claim.PERSONAL not in rule.claims:
+    """Raise `ConfigError` where the clients' own models would not be measured or kept."""
+    if not makes_models(config, rule):
         return
     how = config.evaluation
+    by = "train.personal" if config.train.personal is not None else repr(config.strategy.name)
     if how.on == "server" and config.privacy is None:
         raise ConfigError(
-            f"with {config.strategy.name!r} each client has a model of its own, which the server cannot measure: set "
+            f"with {by} each client has a model of its own, which the server cannot measure: set "
             "evaluation.on = 'clients', or 'both' (the server's figures are then those of a new client)",
             code="personal-models-not-measured",
         )
     if config.selection is not None and config.selection.keep == "best":
         raise ConfigError(
-            f"with {config.strategy.name!r} clients keep parts of their models, of the last rounds alone: set "
+            f"with {by} clients keep models or parts of them, of the last rounds alone: set "
             "selection.keep = 'last', or remove [selection]",
             code="best-round-not-kept",
         )

@@ -139,7 +139,8 @@ class Planner:
         seconds = self._devices.seconds(
             request.client_id,
             bytes_down=planned.nbytes,
-            examples=examples_to_tell(self._workspace, request.client_id),
+            examples=examples_to_tell(self._workspace, request.client_id)
+            * (1 if self._config.train.personal is None else 2),
             bytes_up=request.reply_nbytes,
         )
         failure = None

@@ -24,7 +24,7 @@ from fedlora.federation.client_pool import ClientInfo, ClientPool, PartialAggreg
 from fedlora.federation.client_store import last_used
 from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.initial_state import first_state
-from fedlora.federation.load_rule import require_one_start
+from fedlora.federation.load_rule import makes_models, require_one_start
 from fedlora.federation.planner import Planner
 from fedlora.federation.plausibility import Expectations, median_change
 from fedlora.federation.privacy_account import PrivacyAccount
@@ -66,7 +66,7 @@ class FederatedServer:
         self.account, self.callbacks, self.where = account, callbacks, where
         self.clients: Mapping[int, ClientInfo] = {}
         self._planner = Planner(config, rule, workspace)
-        self._evaluator = Evaluator(pool, config, workspace, Claim.PERSONAL in rule.claims, callbacks)
+        self._evaluator = Evaluator(pool, config, workspace, makes_models(config, rule), callbacks)
         self._devices = SimulatedDevices.of(config)
         self._digests = {0: ""}
         self._kept_rounds: dict[int, int] = {}

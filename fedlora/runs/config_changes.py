@@ -110,8 +110,8 @@ def _allowed(key: str, written: RunConfig, wanted: RunConfig) -> bool:
         # Nodes with data of their own may join; any other partition would divide all examples anew.
         mine, yours = (config.partition.fields.get("clients", 0) for config in (written, wanted))
         return wanted.partition.name == NODES and unit != "client" and isinstance(yours, int) and yours > mine
-    if key == "train.keep_optimizer":
-        return written.train.keep_optimizer  # of rounds that are done nothing is there to go on from
+    if key in ("train.keep_optimizer", "train.personal"):  # of rounds that are done nothing is there to go on from
+        return written.train.keep_optimizer if key == "train.keep_optimizer" else written.train.personal is not None
     if _in(key, PLACES):
         return True
     return _in(key, FROM_NOW_ON) and not (unit is not None and _in(key, (*MECHANISM[unit], *SAMPLING)))

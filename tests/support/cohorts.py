@@ -74,6 +74,8 @@ def client(base: Base, number: int, *, rank: int | None = None, size: int = 30, 
     mine = {key: changes.pop(key) for key in ("trains", "proximal_mu") if key in changes}
     if (factor := changes.pop("tilt", 0.0)) != 0.0:
         mine["tilt"] = {name: factor * value for name, value in job.adapter.tensors().items()}
+    if changes.pop("toward", False):
+        mine["toward"] = adapter(base, rank, number + 100)
     return replace(job, **mine), config.model_copy(update=changes)
 
 

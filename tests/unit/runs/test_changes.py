@@ -58,6 +58,8 @@ def config(*overrides: str) -> RunConfig:
         ((), ("strategy.name=ffa",), ["strategy.name"]),
         ((), ("train.keep_optimizer=true",), ["train.keep_optimizer"]),  # of which nothing was kept
         (("train.keep_optimizer=true",), ("train.keep_optimizer=false",), []),
+        ((), ("train.personal=0",), ["train.personal"]),  # nor of a model of its own
+        (("train.personal=1",), ("train.personal=0.5",), []),
         # more clients
         ((), ("partition.clients=9",), ["partition.clients"]),
         (NODES, (*NODES, "partition.clients=4"), []),

@@ -81,6 +81,7 @@ RAGGED: list[dict[str, Any]] = [
     {"size": 5, "steps": 7, "weight_decay": 0.1, "clip_norm": 0.3},
     {"batch_size": 11, "steps": 1, "proximal_mu": 0.5},
     {"rank": 3, "proximal_mu": 0.2, "tilt": -0.5},
+    {"rank": 2, "proximal_mu": 0.7, "toward": True},
 ]
 OPTIMIZERS: list[dict[str, Any]] = [
     {},
@@ -102,7 +103,8 @@ def test_company_changes_nothing(
 def plain(base: Base, task: Task, examples: Examples, job: TrainJob, config: TrainConfig) -> AdapterState:
     """The same with PEFT's own layers, torch's own optimisers, and one client."""
     parameters = base.write(job.adapter, job.trains)
-    start = [p.detach().clone() for p in parameters]
+    anchor, names = (job.toward or job.adapter).tensors(), base.tensor_names(job.trains)
+    start = [anchor[name].to(p.dtype) for name, p in zip(names, parameters, strict=True)]
     tilt = [job.tilt.get(name, torch.zeros(())) for name in base.tensor_names(job.trains)]
     base.train_mode(True)
     decay = config.weight_decay
