@@ -194,4 +194,4 @@ def test_what_does_not_go_with_it_is_refused(
 ) -> None:
     private = ("server.aggregation_error=false",) if code == "personal-not-private" else ()
     with raises(kind, code):
-        simulate(tiny_config(*DITTO, *keys, *private))
+        simulate(tiny_config("evaluation.on=clients", "train.personal=0.5", *keys, *private))
