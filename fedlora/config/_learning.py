@@ -185,10 +185,11 @@ class TrainConfig(Section):
                 "two models: remove one of them",
                 code="two-optimisers",
             )
-        if self.personal and self.optimizer == "sgd" and self.lr * self.personal >= 2:
+        most = 2 * (1 + self.momentum)  # of a quadratic's curvature times the rate (Polyak 1964)
+        if self.personal and self.optimizer == "sgd" and self.lr * self.personal >= most:
             raise ConfigError(
-                f"train.personal = {self.personal:g} times train.lr = {self.lr:g} is 2 or more, so that each step "
-                "would end further from the shared model than it began: lower one of them",
+                f"train.personal = {self.personal:g} times train.lr = {self.lr:g} is {most:g} or more, so that the "
+                "steps would lead away from the shared model: lower one of them",
                 code="personal-diverges",
             )
         return self

@@ -91,10 +91,10 @@ def require_servable(
         require_cohort(config.client_privacy, len(clients), clients_wanted(config, len(clients)))
     for plan in chain([first], plans):
         _require_steps_as_planned(config, plan)
-        if config.train.personal is not None and plan.adapter.layout != first.adapter.layout:
+        if config.train.personal is not None and plan.adapter.layout != workspace.base.layout():
             raise ConfigError(
-                "train.personal: clients' own models are measured and exported in the shared one's rank, and the ranks "
-                "of these differ: make them equal, or remove it",
+                "train.personal: clients' own models are measured and exported in the shared one's rank, adapter.rank, "
+                "and a client has another: remove clients.ranks and the ranks of clients.profiles, or train.personal",
                 code="personal-mixed-ranks",
             )
         require_plain_plan(config.train, plan.proximal_mu)

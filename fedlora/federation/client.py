@@ -326,7 +326,7 @@ def _trained_for_themselves(
     """The clients' own models after the round (Ditto, Li et al. 2021, arXiv 2012.04221, algorithm 1).
 
     v <- v - eta (grad L(v) + lambda (v - w)), with w as the client was sent it, on the batches of the shared model. A
-    client that has none yet begins with w. None where there is no `train.personal`, or no outcome.
+    client that has none yet begins with w. None where there is no `train.personal`, or w's training failed.
     """
     config = workspace.config
     found: list[AdapterState | Exception | None] = [None] * len(requests)
@@ -335,17 +335,19 @@ def _trained_for_themselves(
         return found
     jobs, configs = [], []
     for k in trained:
-        request, drawn = requests[k], {"proximal_mu": config.train.personal}
+        request = requests[k]
         shared = _job(workspace, request, examples_of_client(workspace, request.client_id), store)
         own = _Start.of(request, store, config).adapter
         jobs.append(replace(shared, adapter=own, toward=request.plan.adapter, proximal_mu=0.0, tilt={}))
-        configs.append(config.train_of(request.client_id).model_copy(update=drawn))
+        configs.append(config.train_of(request.client_id).model_copy(update={"proximal_mu": config.train.personal}))
     results: Sequence[Outcome]
     try:
         results = train_cohort(workspace.base, workspace.task, workspace.data.train, jobs, configs)
     except Exception as error:  # what stopped all of them came of each
         results = [error] * len(jobs)
     for k, result in zip(trained, results, strict=True):
+        if isinstance(result, FedloraError):
+            result = type(result)(f"its own model (train.personal): {result}", code=result.code)
         found[k] = result if isinstance(result, Exception) else result.adapter
     return found
 

@@ -47,8 +47,8 @@ def makes_models(config: RunConfig, rule: Aggregator) -> bool:
 
 def _require_two_models(config: RunConfig, rule: Aggregator) -> None:
     """Raise where clients cannot train a model of their own beside the shared one (`train.personal`)."""
-    own, name = config.train.personal, config.strategy.name
-    if own is None:
+    name = config.strategy.name
+    if config.train.personal is None:
         return
     if config.privacy is not None:
         raise PrivacyError(
@@ -63,12 +63,14 @@ def _require_two_models(config: RunConfig, rule: Aggregator) -> None:
             "remove train.personal, or choose a rule whose clients send all that they train",
             code="personal-twice",
         )
-    if Claim.CHANGES_BASE in rule.claims or (own and not rule.keeps_basis):
-        why = (
-            "changes the base, under the clients' own models too"
-            if Claim.CHANGES_BASE in rule.claims
-            else ("draws a new basis in each round, in which a distance to the client's own factors says nothing")
-        )
+    why = ""
+    if Claim.CHANGES_BASE in rule.claims:
+        why = "changes the base, under the clients' own models too"
+    elif not rule.keeps_basis:
+        why = "gives clients a new basis in each round, in which the distance to their own factors says nothing"
+    elif not rule.keeps_units:
+        why = "gives clients other units of A and B in each round than those of their own models"
+    if why:
         raise ConfigError(
             f"train.personal: {name!r} {why}: remove it, or choose a rule that averages the adapter, such as fedavg",
             code="no-step",

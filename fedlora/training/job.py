@@ -24,7 +24,7 @@ class TrainJob:
         indices: the client's examples, as positions in the training set.
         seed: decides the batches and the dropout masks.
         proximal_mu: FedProx's mu; where it is 0, `train.proximal_mu` counts.
-        toward: the adapter to which the proximal term draws; None: `adapter`.
+        toward: the adapter to which the proximal term draws, and a task's reference model; None: `adapter`.
         tilt: what is added to each step's gradient, by tensors' names; see `ClientPlan.tilt`.
         round: of the run, from 1; a schedule of the learning rate goes by it.
         rounds: of the run in all.

@@ -170,9 +170,8 @@ class Loop(ABC):
         self._columns = Columns(adapters, base.tensor_names(jobs[0].trains))
         self._values = self._columns.rows(adapters, like)
         self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
-        self._start = self._values.clone() if self._task.refers else None
         anchors = [job.toward or job.adapter for job in jobs]
-        self._anchor = self._columns.rows(anchors, like) if any(self._mu) else None
+        self._anchor = self._columns.rows(anchors, like) if any(self._mu) or self._task.refers else None
         tilted = any(job.tilt for job in jobs)
         self._tilt = self._columns.rows([_tilt_of(job) for job in jobs], like) if tilted else None
         self._optimizer = FlatOptimizer(len(jobs), self._columns.width, [client.config for client in clients], like)
@@ -292,14 +291,14 @@ class Loop(ABC):
 
     @torch.no_grad()
     def _reference(self, group: Group, batch: Batch) -> Float[Tensor, "e ..."]:
-        """What the models that the clients started from say of a group's examples, computed when first drawn."""
+        """What the models that the clients were sent say of a group's examples, computed when first drawn."""
         rows = [client.row for client in group.clients]
         wanted = list(zip(group.of_examples(rows), group.chosen.tolist(), strict=True))
         if any(each not in self._references for each in wanted):
-            assert self._start is not None
+            assert self._anchor is not None
             self._base.train_mode(False)
             try:
-                self._binding.bind(take(self._start, rows), rows, group.sizes)
+                self._binding.bind(take(self._anchor, rows), rows, group.sizes)
                 found = self._task.reference(self._base.model, batch)
             finally:
                 self._base.train_mode(True)
@@ -355,7 +354,7 @@ class Loop(ABC):
     @torch.no_grad()
     def _add_terms(self, rows: Sequence[int], values: Float[Tensor, "k p"], gradients: Float[Tensor, "k p"]) -> None:
         """The gradient of (mu / 2) |w - w0|^2, FedProx's term (arXiv 1812.06127, equation (2)), and of the tilt's."""
-        if self._anchor is not None:
+        if self._anchor is not None and any(self._mu):
             mu = sent([self._mu[row] for row in rows], values)
             gradients.addcmul_(values - take(self._anchor, rows), mu[:, None])
         if self._tilt is not None:
