@@ -105,7 +105,7 @@ class Run:
         }
         better = self.higher_is_better
         return {
-            name: fairness(found, higher_is_better=better)
+            name: fairness(found.tolist(), higher_is_better=better)
             for name, found in values.items()
             if len(found) and np.isfinite(found).all()
         }
