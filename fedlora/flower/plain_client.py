@@ -42,11 +42,9 @@ def train_plain(message: Message, context: Context) -> Message:
             code="foreign-server",
         )
     if config.clients_keep:
-        kept = {"train.keep_optimizer": config.train.keep_optimizer, "wire.up = 'topk'": config.wire.keeps_residual}
-        key = next((key for key, is_set in kept.items() if is_set), "train.personal")
         raise ConfigError(
-            f"{key} needs fedlora's ServerApp, which says from which round a client goes on, and the server's strategy "
-            "is not fedlora's own: remove it",
+            f"{config.clients_keep[0]} needs fedlora's ServerApp, which says from which round a client goes on, and "
+            "the server's strategy is not fedlora's own: remove it",
             code="foreign-server",
         )
     if config.wire.up != "float32":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
+from torch.nn import functional
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.errors import ExportError
@@ -52,7 +52,6 @@ def for_vllm(base: Base, state: AdapterState) -> AdapterState:
 def _at(pair: LoraPair, rank: int, scale: float) -> LoraPair:
     if (pair.rank, pair.scale) == (rank, scale):
         return pair
-    A: Tensor = pair.A.new_zeros(rank, pair.A.shape[1])
-    B: Tensor = pair.B.new_zeros(pair.B.shape[0], rank)
-    A[: pair.rank], B[:, : pair.rank] = pair.A, pair.B * (pair.scale / scale)
-    return LoraPair(A, B, scale)
+    more = rank - pair.rank
+    B = pair.B * (pair.scale / scale)
+    return LoraPair(functional.pad(pair.A, (0, 0, 0, more)), functional.pad(B, (0, more)), scale)
