@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE  # or each of hundreds of processes would compile fedlora, and pytest the tests, again
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets fetched caddy run deploy-demo test test-slow test-nightly test-pretend-gpu gpu-check test-containers check docs format bench lock clean
+.PHONY: help setup assets fetched caddy run deploy-demo test test-slow test-nightly test-pretend-gpu gpu-check test-containers bench-containers check docs format bench lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,13 +72,22 @@ gpu-check: setup  ## run benchmarks/gpu.py and tests/gpu on a CUDA device; make 
 	$(BIN)/python benchmarks/gpu.py $(DRY)
 	$(PYTEST) -m gpu $(DRY) tests/gpu
 
+# $(call in_an_engine,COMMAND): where FEDLORA_TEST_ENGINE is a Docker engine that has the images, and ends with it.
+define in_an_engine
+@test "$$(id -u)" = 0 && command -v apt-get > /dev/null || { echo "needs root and Debian's packages"; exit 1; }
+@tests/support/docker_engine.sh start .cache/docker
+@trap 'tests/support/docker_engine.sh stop .cache/docker' EXIT; \
+tests/support/docker_engine.sh images .cache/docker $(VENV) && \
+FEDLORA_TEST_ENGINE="unix://$$PWD/.cache/docker/docker.sock" $(1)
+endef
+
 test-containers: export HF_HUB_OFFLINE := 1
 test-containers: setup  ## run docker-compose.yml in a Docker engine of its own (root and Debian's packages; many minutes)
-	@test "$$(id -u)" = 0 && command -v apt-get > /dev/null || { echo "needs root and Debian's packages"; exit 1; }
-	@tests/support/docker_engine.sh start .cache/docker
-	@trap 'tests/support/docker_engine.sh stop .cache/docker' EXIT; \
-	tests/support/docker_engine.sh images .cache/docker $(VENV) && \
-	FEDLORA_TEST_ENGINE="unix://$$PWD/.cache/docker/docker.sock" $(PYTEST) -m containers tests/e2e/test_containers.py tests/e2e/test_hostile_app.py
+	$(call in_an_engine,$(PYTEST) -m containers tests/e2e/test_containers.py tests/e2e/test_hostile_app.py)
+
+bench-containers: export HF_HUB_OFFLINE := 1
+bench-containers: setup  ## measure rounds of docker-compose.yml in such an engine (benchmarks/deployed_round.py)
+	$(call in_an_engine,$(BIN)/python benchmarks/deployed_round.py --containers)
 
 check: setup  ## linter, formatter, types, and which module may import which
 	$(BIN)/ruff check .

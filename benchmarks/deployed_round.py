@@ -2,8 +2,10 @@
 
     python benchmarks/deployed_round.py                          # 1 and 40 MiB, 3 turns of 5 rounds
     python benchmarks/deployed_round.py --mib 1 --poll 1 0.05    # what the SuperExec's poll interval is worth
+    make bench-containers                                        # the first, in the containers of docker-compose.yml
 
-A SuperLink with its database on the disk and two SuperNodes with a worker each, all real and on this machine. fedlora's
+A SuperLink with its database on the disk and two SuperNodes with a worker each, all real and on this machine: plain
+processes, or containers with TLS, node keys, proxy and policies as `fedlora deploy init` makes them. fedlora's
 ServerApp and ClientApp carry a BERT of 2 and of 32 layers, all linear layers adapted at ranks that make as many bytes;
 the worker answers from memory instead of training. Beside them a plain Flower app sends one array of as many bytes to
 each node and gets one back. The arms take turns. A round is what lies between two lines of the server's metrics.
@@ -18,23 +20,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import random
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from _federation import NODES, ComposedFederation, Federation
+
 HIDDEN = 64
-NODES = 2
-PATIENCE_S = 600.0
 WORDS = ("good", "bad", "warm", "cold", "film", "book", "song", "play")
 
 PROJECT = """
@@ -98,34 +93,10 @@ def train(message, context):
     ticks = int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[19])
     up = float(open("/proc/uptime").read().split()[0])
     begun = time.time() - (up - ticks / os.sysconf("SC_CLK_TCK"))
-    values = message.content["a"].to_numpy_ndarrays()[0] + np.uint8(1 + context.node_config["partition-id"])
+    values = message.content["a"].to_numpy_ndarrays()[0] + np.uint8(1 + context.node_id % 250)
     times = ConfigRecord({"begun": begun, "came": came, "left": time.time()})
     return Message(RecordDict({"a": ArrayRecord([values]), "times": times}), reply_to=message)
 """
-
-
-def replay() -> None:
-    """Let clients of this process answer what they were sent, moved by a little that differs by round and client."""
-    from fedlora.federation.client import Answer
-    from fedlora.federation.protocol import TrainedReply, TrainRequest
-    from fedlora.flower import client_app
-
-    def moved(asked: TrainRequest) -> TrainedReply:
-        step = 1e-4 * (asked.round + asked.client_id)
-        return TrainedReply(asked, {k: v + step for k, v in asked.starts.items()}, {"num_examples": 8, "loss": 1.0})
-
-    def replayed(_: object, requests: Sequence[TrainRequest], *__: object) -> list[Answer]:
-        return [moved(asked) for asked in requests]
-
-    client_app.answer = replayed
-
-
-def worker(path: str) -> None:
-    """A node's worker that answers without training."""
-    from fedlora.node_worker.server import Worker
-
-    replay()
-    Worker(Path(path)).serve()
 
 
 # ---------------------------------------------------------------------------------------------- what is run
@@ -178,164 +149,30 @@ def write_echo(folder: Path) -> None:
     (folder / "app" / "echo_client.py").write_text(ECHO_CLIENT)
 
 
-class Federation:
-    """SuperLink, nodes and workers.
-
-    Args:
-        folder: For logs, sockets and the database.
-        poll_s: FLWR_SUPEREXEC_TASK_POLL_INTERVAL.
-    """
-
-    def __init__(self, folder: Path, poll_s: float) -> None:
-        self.folder = folder
-        folder.mkdir(mode=0o700)
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "FLWR_HOME": str(folder / "flower"),
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(poll_s),
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def begin(self, nodes: int = NODES) -> str:
-        """Start all; gives the SuperLink's address."""
-        link, *runtimes = free_ports(1 + nodes)
-        (self.folder / "flower").mkdir()
-        (self.folder / "flower" / "config.toml").write_text(
-            f'[superlink]\ndefault = "bench"\n[superlink.bench]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
-        )
-        plain = ["--insecure", "--host", "127.0.0.1"]
-        database = ["--database", str(self.folder / "state.db"), "--disable-runtime-dependency-installation"]
-        self._start("superlink", "flower-superlink", *plain, "--port", str(link), *database)
-        wait_for(lambda: listens(link), "the SuperLink", self._all_there)
-        for number, port in enumerate(runtimes):
-            path = self.folder / f"{number}.sock"
-            self._start(f"worker-{number}", sys.executable, __file__, "--worker", str(path))
-            node = f'partition-id={number} num-partitions={nodes} worker="{path}"'
-            where = ["--superlink", f"127.0.0.1:{link}", "--port", str(port), "--node-config", node]
-            self._start(f"supernode-{number}", "flower-supernode", *plain, *where)
-            wait_for(path.exists, "the worker", self._all_there)
-        return f"127.0.0.1:{link}"
-
-    def end(self) -> None:
-        """End all that was started, and what it started."""
-        for process in reversed(self._processes):
-            process.terminate()
-        for process in self._processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-    def rounds(
-        self, app: Path, file: Path, count: int, settings: str, look: Callable[[], None] = lambda: None
-    ) -> tuple[list[float], list[dict[str, object]]]:
-        """Run an app, and give the seconds between its lines in a file, but the first and the last, and the lines."""
-        command = ["flwr", "run", str(app), "bench", "--run-config", settings]
-        subprocess.run(command, check=True, env=self._environment, stdout=subprocess.DEVNULL)
-        at, end = list[float](), time.monotonic() + PATIENCE_S
-        while len(at) < count:
-            if time.monotonic() > end:
-                raise SystemExit(f"no more rounds in {file}: logs are in {self.folder}")
-            lines = file.read_bytes().count(b"\n") if file.is_file() else 0
-            if lines > len(at):
-                at += [time.monotonic()] * (lines - len(at))
-                end = time.monotonic() + PATIENCE_S
-                look()
-            time.sleep(0.02)
-        wait_for(self._idle, "the end of the run")
-        lines_read = [json.loads(line) for line in file.read_text().splitlines()]
-        return [after - before for before, after in itertools.pairwise(at)][1:-1], lines_read
-
-    @property
-    def superlink(self) -> int:
-        """Process id of the SuperLink, which is its group's."""
-        return self._processes[0].pid
-
-    def _all_there(self) -> None:
-        for process in self._processes:
-            if process.poll() is not None:
-                raise SystemExit(f"{process.args} ended: its log is in {self.folder}")
-
-    def _idle(self) -> bool:
-        said = subprocess.run(
-            ["flwr", "list", "bench", "--format", "json"], env=self._environment, capture_output=True, check=True
-        )
-        time.sleep(1)
-        return all(run["status"].startswith("finished") for run in json.loads(said.stdout)["runs"])
-
-    def _start(self, name: str, *command: str) -> None:
-        with (self.folder / f"{name}.log").open("wb") as log:
-            self._processes.append(
-                subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
-            )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def listens(port: int) -> bool:
-    """Whether somebody takes connections."""
-    with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(condition: Callable[[], bool], what: str, check: Callable[[], object] = lambda: None) -> None:
-    """Wait, or give up."""
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        check()
-        if time.monotonic() > end:
-            raise SystemExit(f"{what} did not come")
-        time.sleep(0.1)
-
-
 # ---------------------------------------------------------------------------------------------- what is printed
 
 
-@contextmanager
-def federation(folder: Path, poll_s: float) -> Iterator[Federation]:
-    """A federation that ends with the block."""
-    one = Federation(folder, poll_s)
-    try:
-        one.begin()
-        yield one
-    finally:
-        one.end()
-
-
-def measure(folder: Path, poll_s: float, sizes: list[float], arms: list[str], turns: int, rounds: int) -> None:
+def measure(running: Federation, poll_s: float, sizes: list[float], arms: list[str], turns: int, rounds: int) -> None:
     """Print seconds of a round of each arm, and of the echo's where they go."""
     taken: dict[tuple[float, str], list[float]] = {(mib, arm): [] for mib in sizes for arm in arms}
     parts: dict[float, list[list[float]]] = {mib: [] for mib in sizes}
-    with federation(folder / f"poll-{poll_s}", poll_s) as running:
-        for turn, (mib, arm) in itertools.product(range(turns), taken):
-            place = folder / f"{arm}-{mib}"
-            if arm == "echo":
-                file = place / f"{poll_s}-{turn}.jsonl"
-                settings = f'file="{file}" nbytes={round(mib * 2**20)} rounds={rounds + 3}'
-                seconds, lines = running.rounds(place / "app", file, rounds + 3, settings)
-                parts[mib] += [part for line in lines[1:] for part in line["times"]]  # type: ignore[attr-defined]
-            else:
-                name = f"r{poll_s}-{turn}".replace(".", "-")
-                file = place / "runs" / name / "metrics.jsonl"  # with a line for round 0
-                settings = f'set="name={name} rounds={rounds + 2}"'
-                seconds, lines = running.rounds(place / "app", file, rounds + 3, settings)
-                lost = sum(len(line["answered"]) < NODES for line in lines[1:])  # type: ignore[arg-type]
-                print(f"{lost} of {len(lines) - 1} rounds lacked an answer")
-            taken[mib, arm] += seconds
-            print(f"{mib:g} MiB, {arm}, turn {turn}: {' '.join(f'{s:.1f}' for s in seconds)}", flush=True)
+    for turn, (mib, arm) in itertools.product(range(turns), taken):
+        place = running.folder.parent / f"{arm}-{mib}"
+        if arm == "echo":
+            file = place / f"{poll_s}-{turn}.jsonl"
+            settings = f'file="{file}" nbytes={round(mib * 2**20)} rounds={rounds + 3}'
+            seconds, lines = running.rounds(place / "app", file, rounds + 3, settings)
+            parts[mib] += [part for line in lines[1:] for part in line["times"]]
+        else:
+            name = f"r{poll_s}-{turn}".replace(".", "-")
+            file = place / "runs" / name / "metrics.jsonl"  # with a line for round 0
+            settings = f'set="name={name} rounds={rounds + 2}"'
+            seconds, lines = running.rounds(place / "app", file, rounds + 3, settings)
+            lost = sum(len(line["answered"]) < NODES for line in lines[1:])
+            print(f"{lost} of {len(lines) - 1} rounds lacked an answer")
+        seconds = seconds[1:-1]
+        taken[mib, arm] += seconds
+        print(f"{mib:g} MiB, {arm}, turn {turn}: {' '.join(f'{s:.1f}' for s in seconds)}", flush=True)
     print(f"\nFLWR_SUPEREXEC_TASK_POLL_INTERVAL={poll_s:g}: seconds of a round, medians of {turns} x {rounds}")
     for mib in sizes:
         medians = {arm: statistics.median(taken[mib, arm]) for arm in arms}
@@ -353,15 +190,13 @@ def measure(folder: Path, poll_s: float, sizes: list[float], arms: list[str], tu
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--mib", type=float, nargs="+", default=[1.0, 40.0])
     parser.add_argument("--arms", nargs="+", default=["echo", "2", "32"], help="echo, or a number of layers")
     parser.add_argument("--poll", type=float, nargs="+", default=[1.0], help="seconds between a SuperExec's looks")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--containers", action="store_true", help="those of docker-compose.yml, not processes")
     args = parser.parse_args()
-    if args.worker:
-        return worker(args.worker)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="fedlora-") as name:
         folder = Path(name)
@@ -372,8 +207,12 @@ def main() -> None:
             else:
                 print(f"{mib:g} MiB, {arm} layers: rank {write_ours(place, int(arm), mib)}")
         for poll_s in args.poll:
-            measure(folder, poll_s, args.mib, args.arms, args.turns, args.rounds)
-    return None
+            running = (ComposedFederation if args.containers else Federation)(folder / f"poll-{poll_s}", poll_s)
+            try:
+                running.begin()
+                measure(running, poll_s, args.mib, args.arms, args.turns, args.rounds)
+            finally:
+                running.end()
 
 
 if __name__ == "__main__":

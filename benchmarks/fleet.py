@@ -2,12 +2,14 @@
 
     python benchmarks/fleet.py                              # 10 nodes, 0.3 MiB: MiniLM's query and value at rank 8
     python benchmarks/fleet.py --nodes 30 100 --mib 0.3 --arms ours fedavg
-    python benchmarks/fleet.py --nodes 4 --mib 76 --layers 32   # as many bytes as a 7B's linear layers, rank 16, bf16
+    python benchmarks/fleet.py --nodes 4 --mib 76 --layers 37   # 444 tensors, with the bytes of a 7B's 448 (all linear
+                                                                # layers) at rank 16 in bf16
 
 The SuperLink (its database on the disk) and the ServerApp are real, and so is what a node does but for training: each
 polls, pulls the objects of a message, answers, and pushes the objects of the reply with Flower's own HTTP client, and
 sleeps 3 s where there is nothing, as a SuperNode does. `ours` is fedlora's ServerApp; `fedavg` is Flower's, on a record
-of as many arrays as our adapter has tensors. Answers come from memory: what was sent, moved by a little.
+of as many arrays as our adapter has tensors, and `packed` the same on a record of one. Answers come from memory: what
+was sent, moved by a little.
 
 It prints seconds of a round, HTTP calls and bytes of each node and round, and the peak memory of SuperLink and server.
 """
@@ -25,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deployed_round import PROJECT, Federation, replay, write_ours
+from _federation import PATIENCE_S, Federation, NoMoreRounds, replay
+from deployed_round import PROJECT, write_ours
 
 POLL_S = 3.0
 """What a SuperNode sleeps where there was no message."""
@@ -166,44 +169,46 @@ def peak_mib(root: int, name: str) -> float:
 
 def measure(folder: Path, arm: str, count: int, args: argparse.Namespace) -> None:
     """Print one line: an arm with so many nodes."""
-    app, place = folder / "app", folder / "link"
-    rank = write_ours(folder, args.layers, args.mib, count)
-    settings, file = f'set="name=fleet rounds={args.rounds + 2}"', folder / "runs" / "fleet" / "metrics.jsonl"
-    if arm == "fedavg":
-        app = folder / "fedavg"
+    app, arrays = folder / "app", 2 * 6 * args.layers
+    what = f"{arm:7} {count:4} nodes, {args.mib:g} MiB in "
+    what += f"{arrays} tensors (rank {write_ours(folder, args.layers, args.mib, count)})"
+    lines = args.rounds + 2  # the first round's start is not measured; here round 0 has a line
+    settings, file = f'set="name=fleet rounds={lines - 1}"', folder / "runs" / "fleet" / "metrics.jsonl"
+    if arm != "ours":
+        app, lines, file = folder / "fedavg", args.rounds + 1, folder / "rounds.jsonl"
         app.mkdir()
         (app / "pyproject.toml").write_text(
             PROJECT.format(server="fedavg", client="fedlora.node_worker.node_app") + "arrays = 1\n"
         )
         (app / "fedavg.py").write_text(FEDAVG)
-        arrays, file = 2 * 6 * args.layers, folder / "rounds.jsonl"
-        settings = f'file="{file}" nbytes={round(args.mib * 2**20)} rounds={args.rounds + 3} nodes={count}'
-        settings += f" arrays={arrays}"
-    running = Federation(place, 1.0)
+        settings = f'file="{file}" nbytes={round(args.mib * 2**20)} rounds={lines} nodes={count}'
+        settings += f" arrays={1 if arm == 'packed' else arrays}"
+    running, peaks = Federation(folder / "link", 1.0, args.in_memory), [0.0, 0.0]
+    running.patience_s = args.patience
+
+    def look() -> None:
+        for at, name in enumerate(("flower-superlink", "flwr-serverapp")):
+            peaks[at] = max(peaks[at], peak_mib(running.superlink, name))
+
     try:
         fleet = Fleet(running.begin(0), count, folder / "app" / "run.toml")
         fleet.start()
         try:
-            peaks = [0.0, 0.0]
-
-            def look() -> None:
-                for at, name in enumerate(("flower-superlink", "flwr-serverapp")):
-                    peaks[at] = max(peaks[at], peak_mib(running.superlink, name))
-
-            lines = args.rounds + 3
             seconds, _ = running.rounds(app, file, lines, settings, look)
         finally:
             fleet.end()
+    except NoMoreRounds as error:
+        look()
+        said = f"{error}; {fleet.calls / count:.0f} calls of each node"
+    else:
+        per = count * (args.rounds + 1)
+        said = f"{statistics.median(seconds[-args.rounds :]):6.1f} s a round; of each node and round "
+        said += f"{fleet.calls / per:.0f} calls, {fleet.bytes_down / per / 2**20:.2f} MiB down, "
+        said += f"{fleet.bytes_up / per / 2**20:.2f} up"
     finally:
         running.end()
-    per = count * (args.rounds + (3 if arm == "fedavg" else 2))
-    print(
-        f"{arm:7} {count:4} nodes, {args.mib:g} MiB in {2 * 6 * args.layers} tensors (rank {rank}): "
-        f"{statistics.median(seconds):6.1f} s a round; of each node and round {fleet.calls / per:.0f} calls, "
-        f"{fleet.bytes_down / per / 2**20:.2f} MiB down, {fleet.bytes_up / per / 2**20:.2f} up; "
-        f"peak memory of the SuperLink {peaks[0]:.0f} MiB, of the ServerApp {peaks[1]:.0f}",
-        flush=True,
-    )
+    memory = f"peak memory of the SuperLink {peaks[0]:.0f} MiB, of the ServerApp {peaks[1]:.0f}"
+    print(f"{what}: {said}; {memory}", flush=True)
 
 
 def main() -> None:
@@ -212,8 +217,10 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[10])
     parser.add_argument("--mib", type=float, default=0.3)
     parser.add_argument("--layers", type=int, default=2, help="of 12 tensors each")
-    parser.add_argument("--arms", nargs="+", default=["ours", "fedavg"])
+    parser.add_argument("--arms", nargs="+", default=["ours", "packed", "fedavg"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=PATIENCE_S, help="seconds for a round")
+    parser.add_argument("--in-memory", action="store_true", help="a SuperLink without a database on the disk")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     replay()
