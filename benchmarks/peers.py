@@ -2,12 +2,12 @@
 
     python benchmarks/peers.py --pfl ~/.cache/fedlora/pfl            # the encoder, float32
     python benchmarks/peers.py --shape tiny --pfl ~/.cache/fedlora/pfl
-    python benchmarks/peers.py --texts corpus --pfl ~/.cache/fedlora/pfl
+    python benchmarks/peers.py --texts corpus --batch-size 16 --pfl ~/.cache/fedlora/pfl
     python benchmarks/peers.py --shape llama --dtype float32 bfloat16 --peers flower-ray
 
 Random weights, random texts of one length or of the quickstart's lengths (--texts corpus: each arm then batches as its
 own users do, and the peers pad each client's batch to its longest text), LoRA of rank 8 on query and value with a
-trained head, AdamW, batch 4, federated averaging of 32 clients a round. Each arm has two cores: two processes of one
+trained head, AdamW, federated averaging of 32 clients a round. Each arm has two cores: two processes of one
 thread, or one process of two threads.
 
 - fedlora: whole rounds of a run, checks, merge and checkpoint included, in one process of two threads
@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from _shapes import CLASSES, SHAPES, TEXTS, VOCABULARY, auto_class, causal, lengths, machine, targets, write_model
 from peer.peer_arms import Arm, fedlora_processes, flower_processes, pfl_processes, pfl_python
-from peer.peer_client import BATCH, RATE
+from peer.peer_client import RATE
 
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.model import save_adapter
@@ -57,6 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", choices=TEXTS, default="fixed", help="their lengths")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="of the base")
     parser.add_argument("--peers", nargs="*", choices=["flower-ray", "pfl"], default=["flower-ray", "pfl"])
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, help="of a turn; by the shape if not given")
@@ -64,7 +65,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def federation(shape: str, clients: int, folder: Path, texts: str = "fixed") -> RunConfig:
+def federation(shape: str, clients: int, folder: Path, texts: str = "fixed", batch_size: int = 4) -> RunConfig:
     """Write a model, its tokeniser, texts and the config of a run."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -92,7 +93,7 @@ def federation(shape: str, clients: int, folder: Path, texts: str = "fixed") -> 
             f"data.test_fraction={8 / len(rows)}",
             f"partition={{name='iid',clients={clients}}}",
             f"train.steps={size['steps']}",
-            f"train.batch_size={BATCH}",
+            f"train.batch_size={batch_size}",
             f"train.lr={RATE}",
             "evaluation.every=1000000",
             "server.aggregation_error=false",  # the peers know nothing of the kind
@@ -114,7 +115,7 @@ def export(shape: str, config: RunConfig, folder: Path) -> None:
     labels = train.inputs["labels"].pad(np.arange(len(train)))[0] if causal(shape) else torch.from_numpy(train.labels)
     drawn = [
         [
-            list(batches(rows, BATCH, steps, derive(config.seed, "train", number, client)))
+            list(batches(rows, config.train.batch_size, steps, derive(config.seed, "train", number, client)))
             for client, rows in enumerate(workspace.data.clients)
         ]
         for number in range(1, ROUNDS + 1)
@@ -194,7 +195,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
         ray = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
-        export(args.shape, federation(args.shape, args.clients, folder, args.texts), folder)
+        export(args.shape, federation(args.shape, args.clients, folder, args.texts, args.batch_size), folder)
         arms = arms_of(args, folder, ray)
         for group in {id(arm.group): arm.group for arm in arms}.values():
             stack.callback(group.stop)
@@ -210,7 +211,7 @@ def main() -> None:
     size = SHAPES[args.shape]
     print(
         f"\n{args.shape}: {size['layers']} layers of {size['hidden']}, {size['tokens']} tokens ({args.texts}), "
-        f"{args.clients} clients of {size['steps']} steps of batch {BATCH}; "
+        f"{args.clients} clients of {size['steps']} steps of batch {args.batch_size}; "
         f"{args.repeats} turns of {rounds} rounds; {machine()}"
     )
     print("\n| arm | wall ms a client | CPU ms a client |\n|---|---|---|")

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-BATCH = 4
 RATE = 1e-3
 
 
@@ -24,6 +23,11 @@ def schedule(folder: str) -> dict[str, np.ndarray]:
     """Arrays "ids" [n, tokens], "labels" [n] or [n, tokens], "rows" [rounds, clients, steps, batch]."""
     with np.load(Path(folder) / "schedule.npz") as arrays:
         return dict(arrays)
+
+
+def batch_size(folder: str) -> int:
+    """Rows of a step."""
+    return schedule(folder)["rows"].shape[-1]
 
 
 def examples(folder: str, number: int, client: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,10 +79,12 @@ def loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest].long(), labels=labels).loss
 
 
-def train(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> None:
-    """A plain loop over batches."""
+def train(model: Any, folder: str, number: int, client: int) -> None:
+    """A plain loop over a client's batches in a round (from 1)."""
+    ids, labels = examples(folder, number, client)
+    size = batch_size(folder)
     steps = optimizer(model.parameters())
-    for batch, answers in zip(ids.split(BATCH), labels.split(BATCH), strict=True):
+    for batch, answers in zip(ids.split(size), labels.split(size), strict=True):
         loss(model, batch, answers).backward()
         steps.step()
         steps.zero_grad()

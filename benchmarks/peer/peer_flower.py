@@ -31,7 +31,7 @@ def train(message: Message, context: Context) -> Message:
     model = load(asked["folder"], asked["dtype"])
     set_peft_model_state_dict(model, message.content.array_records["arrays"].to_torch_state_dict())
     number = int(context.node_config["partition-id"])
-    client.train(model, *client.examples(asked["folder"], asked["round"], number))
+    client.train(model, asked["folder"], asked["round"], number)
     return Message(RecordDict({"arrays": ArrayRecord(client.tensors(model))}), reply_to=message)
 
 

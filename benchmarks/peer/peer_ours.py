@@ -56,13 +56,10 @@ class Turns(Callback):
 def main() -> None:
     """Answer the benchmark's turns."""
     folder, processes, kernels, dtype = sys.argv[1:5]
-    # Of "chosen" what "auto" should find; on a busy machine it may not.
-    best = "onednn" if dtype == "float32" else "off"
-    attention = "auto" if kernels == "chosen" else "sdpa"
     settings = [
         f"runtime.processes={processes}",
-        f"runtime.kernels={best if kernels == 'chosen' else 'off'}",
-        f"runtime.attention={attention}",
+        f"runtime.kernels={'auto' if kernels == 'chosen' else 'off'}",
+        f"runtime.attention={'auto' if kernels == 'chosen' else 'sdpa'}",
         f"model.dtype={dtype}",
     ]
     config = load_config(f"{folder}/federation.toml", settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 from fedlora.cli import (
@@ -74,5 +73,4 @@ def main() -> None:
     """Entry point of the `fedlora` command."""
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on faster kernels that it might fetch from the hub
     app()

@@ -1,5 +1,7 @@
 """The transformers and PEFT boundary: load a base, inject an adapter, swap its values, follow base updates, export."""
 
+import logging
+
 from fedlora.model.base_model import Base
 from fedlora.model.base_weights import BaseWeights
 from fedlora.model.device import resolve_device, seeded
@@ -29,3 +31,6 @@ __all__ = [
     "verify_adapter",
     "verify_merged",
 ]
+
+# PEFT imports it, and it warns in each process of faster kernels that it would fetch from the hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -29,7 +29,7 @@ def test_a_peers_client_trains_what_ours_trains(shape: str, tmp_path: Path, monk
     peers.export(shape, config, tmp_path)
     workspace = open_workspace(config)
     model = peer_client.build(str(tmp_path), "float32")
-    peer_client.train(model, *peer_client.examples(str(tmp_path), 1, 1))
+    peer_client.train(model, str(tmp_path), 1, 1)
     job = TrainJob(
         workspace.base.initial_adapter(config.seed),
         ALL_PARTS,
