@@ -89,7 +89,9 @@ def main() -> None:
         ),
         SimulatedBackend(users, users),
         model,
-        NNTrainHyperParams(local_num_epochs=1, local_learning_rate=client.RATE, local_batch_size=client.batch_size(folder)),
+        NNTrainHyperParams(
+            local_num_epochs=1, local_learning_rate=client.RATE, local_batch_size=client.batch_size(folder)
+        ),
         NNEvalHyperParams(local_batch_size=None),
         [turns],
         send_metrics_to_platform=False,
