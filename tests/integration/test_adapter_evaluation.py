@@ -117,6 +117,7 @@ def test_each_gate_has_its_say_and_writes_the_request_down(own: MakeConfig, site
         at_nodes(config, tmp_path / "adapter", gates(site(0, losses=False), closed), 2)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_refused_before_a_client_is_asked(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = tiny_config(*AT_CLIENTS, "rounds=1")
     folder = simulate(config).rundir.adapter_dir
@@ -138,6 +139,7 @@ def test_what_cannot_be_measured_is_refused_before_a_client_is_asked(tiny_config
         evaluate_in_simulation(config, broken)
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_run_and_its_federation(tiny_config: MakeConfig, tiny_csv: Path, tmp_path: Path) -> None:
     source = Path(shutil.copy(tiny_csv, tmp_path / "own.csv"))
     outcome = simulate(tiny_config(*AT_CLIENTS, "rounds=1", f"data.source='{source}'"))

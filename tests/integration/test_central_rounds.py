@@ -93,6 +93,7 @@ def test_the_claim_is_that_of_another_library_and_says_that_it_is_user_level(cen
     assert spent[-1] == found["epsilon"]
 
 
+@pytest.mark.slow
 def test_a_calibrated_run_ends_just_below_its_epsilon_whatever_share_of_the_clients_is_asked(
     central: MakeConfig,
 ) -> None:

@@ -137,6 +137,7 @@ def test_processes_and_clients_here_report_the_same(tiny_config: MakeConfig) -> 
         assert len(mine["federated"]["clients"]) == 3
 
 
+@pytest.mark.slow
 def test_on_both_the_servers_figures_stand_first(tiny_config: MakeConfig) -> None:
     outcome = simulate(tiny_config("evaluation.on=both", "evaluation.min_examples=2"))
     server = simulate(tiny_config(name="server")).records[0]
@@ -226,6 +227,7 @@ def test_the_best_round_by_validation_is_kept_and_the_last_beside_it(tiny_config
     assert weights(outcome.rundir.adapter_dir) != weights(last.rundir.adapter_dir)
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_that_of_the_round_that_was_kept(tiny_config: MakeConfig, tmp_path: Path) -> None:
     outcome = simulate(tiny_config(*OVERFITS, "rounds=6"))
     kept = outcome.rundir.read_json("result.json")["kept_round"]
@@ -240,6 +242,7 @@ def test_an_exported_model_is_that_of_the_round_that_was_kept(tiny_config: MakeC
     assert best.round == kept
 
 
+@pytest.mark.slow
 def test_a_run_ends_early_and_says_so(tiny_config: MakeConfig) -> None:
     said: list[str] = []
 
@@ -334,6 +337,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_compare_takes_the_round_that_was_kept(tiny_config: MakeConfig) -> None:
     from fedlora.compare._runs import read_run
 

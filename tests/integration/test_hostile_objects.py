@@ -256,6 +256,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 def test_a_node_whose_replies_cannot_be_inflated_is_named_and_the_rounds_go_on(tiny_config: MakeConfig) -> None:
     kinds = iter(BROKEN.items())
 

@@ -116,6 +116,7 @@ def test_a_part_that_rests_in_a_round_keeps_its_state(tmp_path: Path) -> None:
     assert seen == [{"A": 3}, {"A": 3, "B": 3}, {"A": 6, "B": 3}]
 
 
+@pytest.mark.slow
 def test_rounds_are_as_one_long_round(tiny_config: MakeConfig) -> None:
     """One client whose batch is all that it has: three rounds of two steps are six steps."""
     keys = ("partition.clients=1", "train.batch_size=500", "model.dtype=float64", *KEPT)
@@ -127,6 +128,7 @@ def test_rounds_are_as_one_long_round(tiny_config: MakeConfig) -> None:
     assert not anew.rundir.clients_dir.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_ends_with_the_same_bytes(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_node_that_left_is_asked_again_when_it_is_back_under_its_id(tiny_confi
     assert grid.kinds.count(("train", 3)) == 2  # nothing is sent to who is not there
 
 
+@pytest.mark.slow
 def test_a_client_that_is_back_under_a_new_id_replaces_its_old_one(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=4")
 

@@ -383,6 +383,7 @@ def test_the_nodes_app_imports_nothing_heavy() -> None:
     assert done.stdout.split() == ["[]"]
 
 
+@pytest.mark.slow
 def test_the_digest_of_the_code_is_that_of_fedlora_alone(tmp_path: Path) -> None:
     """In any place, whatever else is installed beside it, and of every file of it."""
     assert len(code_digest()) == 16

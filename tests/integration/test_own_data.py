@@ -195,6 +195,7 @@ def test_a_node_config_that_cannot_be_meant_is_refused(
         config_of(context_of(configs()[0], node_config))
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_there_costs_its_node_the_run_and_nobody_else(configs: Any, files: Path) -> None:
     own, _ = configs("server.node_timeout_s=0.02")
     outcome = federate(

@@ -227,6 +227,7 @@ def test_a_deployment_whose_server_dies_spends_what_an_uninterrupted_one_does(
         assert events(tmp_path / f"node-{k}.jsonl") == ["started", "released"] * ROUNDS
 
 
+@pytest.mark.slow
 def test_a_log_of_changes_that_was_compacted_is_the_same_question(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -240,6 +241,7 @@ def test_a_log_of_changes_that_was_compacted_is_the_same_question(
     assert events(tmp_path / "node-0.jsonl") == ["started", "released"] * 5
 
 
+@pytest.mark.slow
 def test_a_node_that_lost_its_answer_spends_twice_and_the_claim_says_so(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -358,6 +360,7 @@ def sent_bytes(reply: RecordDict) -> bytes | None:
     return b"".join(name.encode() + array.data for name, array in sorted(reply.array_records["update"].items()))
 
 
+@pytest.mark.slow
 def test_whatever_a_server_asks_again_each_answer_is_one_attempt_that_counts(
     private: MakeConfig, plans: list[RecordDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def test_the_claim_is_that_of_another_library_and_names_its_unit(private: MakeCo
     assert spent[-1] == found["epsilon"]
 
 
+@pytest.mark.slow
 def test_a_calibrated_run_ends_just_below_its_epsilon(private: MakeConfig) -> None:
     found = claim(run(private(noise="epsilon=4")))
     assert 3.99 < found["epsilon"] <= 4
@@ -168,6 +169,7 @@ def test_every_rule_takes_noised_updates(private: MakeConfig, rule: str) -> None
 # ------------------------------------------------------------------------------------------------ leaks
 
 
+@pytest.mark.slow
 def test_nothing_leaves_a_client_but_noised_tensors_and_public_figures(
     private: MakeConfig, replies: list[Message], tmp_path: Path
 ) -> None:
@@ -233,6 +235,7 @@ def test_errors_tell_nothing_of_the_data(
     assert not any(str(error) in str(reply.content) for reply in replies)
 
 
+@pytest.mark.slow
 def test_a_loss_that_explodes_is_not_reported(private: MakeConfig, replies: list[Message], tmp_path: Path) -> None:
     config = private("train.lr=3e38", "train.optimizer=sgd", "privacy.max_grad_norm=100")
     for refuses in (lambda: run(config), lambda: deploy(config, ledgers=tmp_path / "ledgers")):
@@ -242,6 +245,7 @@ def test_a_loss_that_explodes_is_not_reported(private: MakeConfig, replies: list
     assert not any("loss" in str(reply.content) for reply in replies)
 
 
+@pytest.mark.slow
 def test_an_update_with_more_than_public_figures_is_refused(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -416,6 +420,7 @@ def test_a_resume_without_the_record_of_what_was_asked_is_refused(private: MakeC
     assert resume(rundir).state.round == ROUNDS
 
 
+@pytest.mark.slow
 def test_more_rounds_are_refused_where_the_noise_was_calibrated_for_fewer(private: MakeConfig) -> None:
     calibrated = run(private(noise="epsilon=4")).rundir
     with raises(RunDirError, "noise-fixes-rounds", "rounds = 3"):
@@ -464,6 +469,7 @@ def test_a_nodes_own_ledger_cannot_be_replaced_and_releases_what_it_sends(tmp_pa
             local.open(3, nameless)
 
 
+@pytest.mark.slow
 def test_a_node_writes_that_its_update_leaves_and_a_simulation_once_a_round_is_over(
     private: MakeConfig, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_cluster_that_is_too_small_is_refused() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with raises(PoolError, "ray-unusable", "refused", "RAY_ADDRESS"), ray_pool.open_cluster():

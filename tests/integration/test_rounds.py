@@ -57,6 +57,7 @@ def test_a_federation_learns_and_says_what_it_did(tiny_config: MakeConfig) -> No
         assert record["bytes_up"] > 4 * outcome.adapter.nbytes()
 
 
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_config(tiny_config: MakeConfig) -> None:
     one, again, other = run(tiny_config()), run(tiny_config(name="b")), run(tiny_config("seed=1", name="c"))
     assert same(one.state.adapter, again.state.adapter)

@@ -115,12 +115,14 @@ def measured_rows(evaluation: Evaluation, n: int) -> np.ndarray:
     return np.arange(n) if evaluation.rows is None else evaluation.rows
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_the_same_sample(tiny_config: MakeConfig) -> None:
     whole = simulate(tiny_config(HALF, "rounds=4", name="whole"))
     resumed = cut_and_resumed(tiny_config(HALF, "rounds=4", name="cut"), 2)
     assert timeless(resumed.records) == timeless(whole.records)
 
 
+@pytest.mark.slow
 def test_a_round_that_may_be_kept_and_the_last_of_a_run_that_ends_early_are_measured_on_all(
     tiny_config: MakeConfig,
 ) -> None:
@@ -217,6 +219,7 @@ def test_the_base_is_measured_once_for_all_that_it_depends_on(
     assert count == n
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_a_private_run_and_a_damaged_file_is_measured_anew(
     tiny_config: MakeConfig, measured: list[int], tmp_path: Path
 ) -> None:

@@ -191,6 +191,7 @@ def test_nothing_is_answered_that_cannot_be_written_down(
 # ------------------------------------------------------------------------------------------------ the ledger
 
 
+@pytest.mark.slow
 def test_a_site_notices_that_its_ledger_was_rolled_back_whoever_asks(own: MakeConfig, site: MakeSite) -> None:
     config, folder = own(*PRIVATE), site()
     path = folder / "ledger.jsonl"

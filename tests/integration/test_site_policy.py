@@ -238,6 +238,7 @@ def figures(content: RecordDict) -> set[str]:
     return set(content.metric_records["metrics"])
 
 
+@pytest.mark.slow
 def test_figures_that_may_not_leave_stay(own: MakeConfig, site: MakeSite) -> None:
     config = own("train.steps=1", "server.weighting=uniform")
     everything = {"num_examples", "examples_seen", "loss", "steps", "seconds", "compute_seconds"}
@@ -316,6 +317,7 @@ def test_all_runs_together_stay_below_the_sites_epsilon(own: MakeConfig, site: M
     assert ledger.epsilon(1e-3) <= 3.0 < epsilon([replace(entry, steps=entry.steps + 2)], 1e-3)
 
 
+@pytest.mark.slow
 def test_the_ledger_holds_the_sites_cap_at_the_sites_delta(own: MakeConfig, site: MakeSite) -> None:
     """A run that names no epsilon, only noise, is capped too."""
     config = own(*(one for one in PRIVATE if "epsilon" not in one), "privacy.noise_multiplier=0.6")

@@ -161,6 +161,7 @@ class NeverAnswers(Troubled):
         return [] if kind == "train" and self.client(message) == 0 else self.really(message_id)
 
 
+@pytest.mark.slow
 def test_a_round_goes_on_at_its_deadline_with_all_that_is_there(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=2", "server.deadline_s=0.05")
     for record in federate(config, NeverAnswers(config)).records[1:]:
@@ -169,6 +170,7 @@ def test_a_round_goes_on_at_its_deadline_with_all_that_is_there(tiny_config: Mak
         assert record["refused"] == {}
 
 
+@pytest.mark.slow
 def test_a_missing_client_counts_against_the_quorum(tiny_config: MakeConfig) -> None:
     config = tiny_config("server.deadline_s=0.05", "server.quorum=0.76")
     with raises(RoundError, "no-quorum", "3 of 4", "the quorum is 4", "client 0", "0.05 s"):
@@ -186,6 +188,7 @@ class Leaves(Troubled):
         return [reply]
 
 
+@pytest.mark.slow
 def test_a_node_that_leaves_is_named_and_the_rounds_go_on(tiny_config: MakeConfig) -> None:
     config = tiny_config()
     _, first, *others = federate(config, Leaves(config)).records

@@ -46,6 +46,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_run_is_the_command_lines_run(tiny_toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = fedlora.run(tiny_toml, name="mine", rounds=1, train={"lr": 0.01}, quiet=True)
     assert capsys.readouterr().out == ""
@@ -65,6 +66,7 @@ def test_a_run_is_the_command_lines_run(tiny_toml: Path, capsys: pytest.CaptureF
     assert mine.result["rounds"] == 1
 
 
+@pytest.mark.slow
 def test_what_a_run_left_is_looked_at_and_used(tiny_toml: Path) -> None:
     run = fedlora.run(tiny_toml, quiet=True)
     metrics = run.metrics
@@ -81,6 +83,7 @@ def test_what_a_run_left_is_looked_at_and_used(tiny_toml: Path) -> None:
     assert model(**inputs).logits.shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_the_partition_is_the_one_that_a_run_has(tiny_toml: Path) -> None:
     two = {"name": "dirichlet", "clients": 3, "alpha": 0.3}
     table = fedlora.partition_table(tiny_toml, partition=two)
@@ -135,6 +138,7 @@ def test_the_command_line_says_its_version() -> None:
     assert (done.exit_code, done.stdout) == (0, f"fedlora {fedlora.__version__}\n")
 
 
+@pytest.mark.slow
 def test_callbacks_are_told_what_happens_when_it_is_on_the_disk(tiny_toml: Path) -> None:
     seen: list[tuple[str, int]] = []
 

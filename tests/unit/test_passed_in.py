@@ -176,6 +176,7 @@ def test_a_private_run_s_files_hold_no_hash_of_its_data(tiny_toml: Path, tiny_cs
     assert len({*names, public}) == 3
 
 
+@pytest.mark.slow
 def test_a_head_that_the_object_has_is_kept(tiny_toml: Path, tiny_bert: Path, tokenizer: Any) -> None:
     from transformers import AutoModelForSequenceClassification
 

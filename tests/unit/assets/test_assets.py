@@ -121,6 +121,7 @@ def test_an_sdist_is_fetched_without_running_its_code_and_only_once(
     assert fetch("words") == path
 
 
+@pytest.mark.slow
 def test_a_wrong_hash_is_refused_before_any_code_runs(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_broken_training_by_hooks_is_refuted(
     assert "REFUTED" in done.output
 
 
+@pytest.mark.slow
 def test_a_sound_merge_holds(overrides: list[str], tmp_path: Path) -> None:
     done = audited(tmp_path, [*overrides, *CLIENT])
     assert done.exit_code == 0, done.output

@@ -142,6 +142,7 @@ def test_assets_lists_without_fetching(cli: Cli, tmp_path: Path, monkeypatch: py
 # ---------------------------------------------------------------------------------------------- a run
 
 
+@pytest.mark.slow
 @pytest.mark.charts
 def test_a_run_shows_and_leaves_everything(cli: Cli, tiny_toml: Path) -> None:
     result = cli("run", tiny_toml)
@@ -257,6 +258,7 @@ def test_an_error_that_is_a_bug_is_not_hidden(cli: Cli, tiny_toml: Path, monkeyp
     assert isinstance(cli("run", tiny_toml, "--debug").exception, ZeroDivisionError)
 
 
+@pytest.mark.slow
 def test_baselines_have_their_rows(cli: Cli, tiny_toml: Path, finished: Path) -> None:
     shutil.copytree(finished / "runs", tiny_toml.parent / "runs")
     folder = tiny_toml.parent / "runs" / "tiny"
@@ -341,6 +343,7 @@ def test_a_report_of_nothing_names_the_nearest_run(cli: Cli, finished: Path) -> 
 # ---------------------------------------------------------------------------------------------- config
 
 
+@pytest.mark.slow
 def test_config_explains_a_key_and_says_where_its_value_comes_from(cli: Cli, tiny_toml: Path) -> None:
     alone = cli("config", "train.lr").stdout
     assert "number, > 0" in alone

@@ -350,6 +350,7 @@ def test_a_run_that_cannot_verify_its_adapter_ends_as_an_error_and_keeps_it(
     assert not (tmp_path / "out.unverified").exists()
 
 
+@pytest.mark.slow
 def test_a_run_checks_its_adapter_and_says_how_near_it_is(cli: Cli, tmp_path: Path) -> None:
     assert cli("run").exit_code == 0
     run = RunDir.open(tmp_path / "runs" / "tiny")

@@ -31,6 +31,7 @@ def spent_steps(path: Path) -> int:
     return sum(entry.steps for entry in Ledger(path).entries())
 
 
+@pytest.mark.slow
 def test_rounds_and_runs_add_up_in_one_ledger(tmp_path: Path) -> None:
     for run in ("one", "two"):
         for number in (1, 2, 3):

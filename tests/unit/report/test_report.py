@@ -36,6 +36,7 @@ def size_of(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])
 
 
+@pytest.mark.slow
 def test_the_same_figures_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         plot_accuracy(make_records(4), tmp_path / name)
@@ -44,6 +45,7 @@ def test_the_same_figures_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "labels-a.png").read_bytes() == (tmp_path / "labels-b.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_other_figures_give_another_picture(tmp_path: Path) -> None:
     records = make_records(4)
     one = plot_accuracy(records, tmp_path / "a.png").read_bytes()

@@ -185,6 +185,7 @@ def test_what_was_only_moved_or_written_again_is_the_same(
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_a_base_that_was_moved_is_named_by_set(scene: Path) -> None:
     (scene / "bert").rename(scene / "elsewhere")
     run = scene / "runs" / "scene"

@@ -211,6 +211,7 @@ def test_a_method_without_a_stacked_form_has_no_plan(tiny_bert: Path) -> None:
         make_plan(parse_config("", [f"model.name='{tiny_bert}'", "adapter.method=dora"]), 10**9, "float32", "cpu")
 
 
+@pytest.mark.slow
 def test_logits_are_there_a_chunk_at_a_time(tmp_path: Path) -> None:
     found = make_plan(config_of("llama", tmp_path), 24 * 10**9, "bfloat16")
     assert found.logits == 16 * 512 * 128_256

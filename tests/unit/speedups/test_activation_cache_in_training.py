@@ -132,6 +132,7 @@ def test_packed_rows_are_no_examples(tiny_bert: Path, tiny_csv: Path, monkeypatc
     assert "packed" in report.reason
 
 
+@pytest.mark.slow
 def test_memory_decides(tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = bench_of(tiny_bert, tiny_csv)
     tokens = int(workspace.data.train.lengths.sum() + workspace.data.test.lengths.sum())

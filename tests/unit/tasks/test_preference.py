@@ -180,6 +180,7 @@ def test_the_first_step_of_a_round_begins_at_log_two(base: Base, tiny_llama: Pat
         assert result.loss == pytest.approx(np.log(2), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_private_training_clips_pairs_and_has_the_same_reference(base: Base, tiny_llama: Path) -> None:
     """With all pairs in each sample, and next to no noise or clipping, it is plain SGD; a clipped pair moves by C."""
     task, examples = prepared(tiny_llama, pairs(24))

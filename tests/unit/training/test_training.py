@@ -304,6 +304,7 @@ def place(number: int, rounds: int) -> TrainJob:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
+@pytest.mark.slow
 def test_an_evaluation_does_not_depend_on_its_batches(tiny_bert: Path, task: Task, examples: Examples) -> None:
     base = load(tiny_bert, task, examples, "float64", dropout=0.5)
     base.write(job(base).adapter)

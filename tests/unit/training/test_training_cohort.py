@@ -326,6 +326,7 @@ class Refuses(torch.nn.Module):
         return self.embedding(ids)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_found_to_be_one_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, task = random_base("bert", tmp_path, causal=False), load_task(OpenTable(name="text-classification"))
     examples = random_examples(causal=False, vit=False)
