@@ -30,7 +30,18 @@ from fedlora.files import cache_dir
 from fedlora.hashing import Stamp, stamp
 from fedlora.passed_in import refuse_lost
 
-__all__ = ["ASSETS", "Asset", "Checkpoint", "Package", "cache_dir", "fetch", "resolve_corpus", "resolve_model"]
+__all__ = [
+    "ASSETS",
+    "Asset",
+    "Checkpoint",
+    "Package",
+    "cache_dir",
+    "fetch",
+    "local_name",
+    "public_name",
+    "resolve_corpus",
+    "resolve_model",
+]
 
 Report = Callable[[str], None]
 
@@ -144,6 +155,25 @@ def resolve_corpus(name: str) -> Path | None:
     """
     asset = ASSETS.get(name)
     return None if asset is None or asset.kind != "corpus" else _fetched(name, asset)
+
+
+def public_name(model: ModelConfig) -> tuple[str, str | None]:
+    """The name and the revision by which others find a base model.
+
+    On the hub, where an asset has the files of a repository there or the folder is a snapshot in the hub's own cache;
+    else the asset's name; and a folder's path where there is nothing else.
+    """
+    asset, parts = ASSETS.get(model.name), Path(model.name).parts
+    if asset is not None and asset.hub is not None:
+        return asset.hub, None
+    if len(parts) > 2 and parts[-3].startswith("models--") and parts[-2] == "snapshots":  # models--OWNER--NAME
+        return parts[-3].removeprefix("models--").replace("--", "/"), parts[-1]
+    return model.name, model.revision
+
+
+def local_name(name: str) -> str:
+    """The named asset that has the files of a repository of the hub, if it was fetched; every other name unchanged."""
+    return next((own for own, asset in ASSETS.items() if asset.hub == name and _finished(own, asset)), name)
 
 
 def _asset(name: str) -> Asset:

@@ -40,6 +40,7 @@ class Asset:
         columns: for a corpus, role -> column ("text", "label", "domain", "group"), where the config names none itself.
         label_names: for a corpus with labels 0, 1, ..., their names.
         needed: whether the first run and the tests use it, so that it is fetched without being named.
+        hub: of a model, the name of the hub's repository that has these very files; None: there is none.
     """
 
     kind: Literal["model", "corpus"]
@@ -50,6 +51,7 @@ class Asset:
     columns: Mapping[str, str] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     needed: bool = True
+    hub: str | None = None
 
     @property
     def download_bytes(self) -> int:

@@ -80,6 +80,7 @@ ASSETS: Mapping[str, Asset] = {
         packages=(
             Package(
                 requirement="vaderSentiment==3.3.2",
+        hub="sentence-transformers/all-MiniLM-L6-v2",
                 sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
                 size=2_466_783,
                 unpack=unpack_vader,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.cli._common import Debug, app, errors_in_one_line, open_workspace
-from fedlora.errors import RunDirError
+from fedlora.errors import RunDirError, looks_like_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,12 @@ def export(
         int | None,
         typer.Option(help="A simulated client's own model, where the rule makes one for each.", show_default=False),
     ] = None,
+    base: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="By what others find the base model, where the run had it in a folder: owner/name."
+        ),
+    ] = "",
     debug: Debug = False,
 ) -> None:
     """Write a run's adapter, or the whole model with it, for use without fedlora."""
@@ -62,17 +69,17 @@ def export(
         like = "checked when the run ended"
         if client is not None and state is not None:
             state = _of_client(run_dir, state, client)
-        if form is Form.peft and client is None and run_dir.finished and run_dir.adapter_dir.is_dir():
+        if form is Form.peft and client is None and not base and run_dir.finished and run_dir.adapter_dir.is_dir():
             import shutil
 
             shutil.copytree(run_dir.adapter_dir, out, dirs_exist_ok=True)
         elif state is not None:
             workspace = open_workspace(run_dir.config)
             run_dir.require(workspace.pins.only(MODEL), "put back what it was made with")
-            number, like = state.round, _write_model(run_dir, workspace, state, out, form)
+            number, like = state.round, _write_model(run_dir, workspace, state, out, form, base)
         elif run_dir.finished:
             raise RunDirError(
-                f"the checkpoints of {str(run_path)!r} were removed: only its shared adapter can be exported",
+                f"the checkpoints of {str(run_path)!r} were removed: only its shared adapter can be exported, as it is",
                 code="checkpoints-removed",
             )
         else:
@@ -82,6 +89,21 @@ def export(
             )
         what = ("model" if form in WHOLE else "adapter") + ("" if client is None else f" of client {client}")
         typer.echo(f"the {what} of round {number} is in {out} ({like})")
+        if form not in WHOLE and (path := base_folder(out)) is not None:
+            typer.echo(
+                f"note: it names its base model by the folder {path!r}: for others, give the name by which they find "
+                "it (--base)",
+                err=True,
+            )
+
+
+def base_folder(adapter: Path) -> str | None:
+    """The folder by which an adapter names its base model; None: by another name."""
+    try:
+        base = str(json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return base if looks_like_path(base) or Path(base).is_absolute() else None
 
 
 def _of_client(run_dir: RunDir, state: GlobalState, client: int) -> GlobalState:
@@ -104,8 +126,10 @@ def _of_client(run_dir: RunDir, state: GlobalState, client: int) -> GlobalState:
     return replace(state, adapter=state.adapter.with_tensors(kept))
 
 
-def _write_model(run_dir: RunDir, workspace: Workspace, state: GlobalState, out: Path, form: Form) -> str:
+def _write_model(run_dir: RunDir, workspace: Workspace, state: GlobalState, out: Path, form: Form, base: str) -> str:
     """Write what was asked for, and say what its check found."""
+    from dataclasses import replace
+
     from fedlora.aggregators import equivalent_adapter
     from fedlora.model.vllm import for_vllm
     from fedlora.provenance import MODEL
@@ -115,7 +139,7 @@ def _write_model(run_dir: RunDir, workspace: Workspace, state: GlobalState, out:
     said = "loaded without fedlora its logits differ by at most {:.1g}"
     record = next((line for line in run_dir.read_metrics() if line["round"] == state.round), {})
     claim = (run_dir.read_json("result.json") or {}).get("privacy") or {}
-    origin = origin_of(run_dir.config, record, claim.get("statement"))
+    origin = replace(origin_of(run_dir.config, record, claim.get("statement")), base=base)
     if form in WHOLE:
         difference, moved = export_merged(workspace, state, out, origin, gguf=form is Form.gguf)
         if moved is None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedlora.cli._common import Debug, app, errors_in_one_line
-from fedlora.errors import ExportError, RunDirError, looks_like_path
+from fedlora.cli.export import base_folder
+from fedlora.errors import ExportError, RunDirError
 from fedlora.sanitize import clean_text
 
 CARD = "README.md"
@@ -27,11 +27,11 @@ def push(
     """Upload a run's adapter with its model card to the Hugging Face hub, or to the one that HF_ENDPOINT names."""
     with errors_in_one_line(debug):
         folder = _folder(run_path)
-        if (base := _unknown_base(folder)) is not None:
-            typer.echo(
-                f"note: the base model is {base!r}, by which nobody else finds it: name it as on the hub in "
-                f"adapter_config.json and {CARD} of a copy (fedlora export), and push that",
-                err=True,
+        if (base := base_folder(folder)) is not None:
+            raise ExportError(
+                f"the adapter names its base model by a folder of this machine, {base!r}: write one that names it as "
+                f"others find it with fedlora export {run_path} OUT --base OWNER/NAME, and push OUT",
+                code="base-in-a-folder",
             )
         typer.echo(f"uploading {folder}", err=True)
         typer.echo(f"{folder} is at {_upload(folder, repo, private)}")
@@ -53,17 +53,6 @@ def _folder(path: Path) -> Path:
             code="not-an-export",
         )
     return path
-
-
-def _unknown_base(folder: Path) -> str | None:
-    """What an adapter names as its base, if it is a folder of this machine or a name of fedlora's own."""
-    from fedlora.assets import ASSETS
-
-    try:
-        base = str(json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError):
-        return None
-    return base if base in ASSETS or looks_like_path(base) or Path(base).exists() else None
 
 
 def _upload(folder: Path, repo: str, private: bool) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fedlora.assets import ASSETS, Checkpoint
+from fedlora.assets import ASSETS, Checkpoint, local_name
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.data import FederatedData, load_data, load_local
 from fedlora.errors import ConfigError, ModelError, RunDirError
@@ -124,7 +124,7 @@ def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> Run
         known.append(f"model.quantize={json.dumps(quantize)}")
     base, task = facts.get("base_model_name_or_path"), TASKS.get(facts.get("task_type") or "")
     if base and "model.name" not in given:
-        known.append(f"model.name={json.dumps(base)}")
+        known.append(f"model.name={json.dumps(base if facts.get('revision') else local_name(base))}")
     if facts.get("revision"):
         known.append(f"model.revision={json.dumps(facts['revision'])}")
     if "task.name" not in given:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate
+from fedlora.assets import public_name
 from fedlora.errors import ExportError, ModelError
 from fedlora.model.base_model import Base
 from fedlora.model.gguf_file import GGUF, to_gguf
@@ -71,6 +72,8 @@ def save_adapter(
 
     base.require_fit(state)
     config, tensors = _lora_files(base, state) if base.method.pairs else _tuner_files(base, state)
+    name, revision = named = _name(base, origin)
+    config.base_model_name_or_path, config.revision = name, revision
     with _replaced(folder) as fresh:
         save_file(
             {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
@@ -81,12 +84,17 @@ def save_adapter(
         quantized = {} if base.config.quantize is None else {"quantize": base.config.quantize}
         _write_json(fresh / "fedlora.json", quantized | dict(metadata))
         _copy_reader(base, fresh)
-        _write_card(base, fresh, base.recipe.snippet(), origin)
+        _write_card(base, fresh, base.recipe.snippet(*named), origin)
+
+
+def _name(base: Base, origin: Origin) -> tuple[str, str | None]:
+    """By what name and revision others find the base."""
+    return (origin.base, base.config.revision) if origin.base else public_name(base.config)
 
 
 def _write_card(base: Base, folder: Path, snippet: str, origin: Origin) -> None:
     names = getattr(base.model.config, "id2label", None) if "num_labels" in base.recipe.options else None
-    name, recipe = last_part(shown(base.config.name)), base.recipe
+    name, recipe = last_part(shown(_name(base, origin)[0])), base.recipe
     text = card(name, recipe.checkpoint, recipe.auto_class, snippet, names or {}, origin)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -102,8 +110,6 @@ def _lora_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor]
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = LoraConfig(
         task_type=_task_type(base),
-        base_model_name_or_path=base.config.name,
-        revision=base.config.revision,
         r=int(rank),
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=base.adapter_config.dropout,
@@ -126,7 +132,6 @@ def _tuner_files(base: Base, state: AdapterState) -> tuple[Any, dict[str, Tensor
     base.write(state, frozenset())
     config = copy.deepcopy(base.peft_model.peft_config[ADAPTER])
     config.task_type = _task_type(base)
-    config.base_model_name_or_path, config.revision = base.config.name, base.config.revision
     config.target_modules, config.inference_mode = base.target_names, True
     config.modules_to_save = [*base.heads, *base.random] or None
     return config, saved_tensors(base.peft_model) | _dense(base.random_tensors())

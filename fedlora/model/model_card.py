@@ -29,11 +29,13 @@ class Origin:
         facts: "Rule" -> "fedavg", for a table.
         figures: Name -> value on the test examples.
         privacy: What is claimed, or that nothing is.
+        base: By what name others find the base model; empty: by that of `fedlora.assets.public_name`.
     """
 
     facts: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     privacy: str = ""
+    base: str = ""
 
 
 NOTHING_SAID = Origin()
@@ -45,7 +47,7 @@ def card(
     """README.md, with the hub's metadata at its top.
 
     Args:
-        name: Of the base model in the config.
+        name: Of the base model.
         checkpoint: Where its files are.
         auto_class: Of transformers.
         snippet: Python that loads the model.

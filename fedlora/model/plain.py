@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.assets import Checkpoint
+from fedlora.assets import ASSETS, Checkpoint
 from fedlora.errors import ExportError, in_words
 from fedlora.memory import widest
 from fedlora.model.device import seeded
@@ -79,21 +79,29 @@ class Recipe:
             f'model = {self.auto_class}.from_pretrained("this folder", dtype={self.dtype}{more}).eval()\n'
         )
 
-    def snippet(self) -> str:
-        """Python that loads the base, a folder by its name alone, and the adapter in the folder beside it."""
-        words = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
+    def snippet(self, name: str, revision: str | None) -> str:
+        """Python that loads the base, a folder by its last part alone, and the adapter in the folder beside it.
+
+        Args:
+            name: by which others find the base: on the hub, of an asset, or a folder's path.
+            revision: of a hub name.
+        """
+        arguments = {**({"revision": revision} if revision else {}), **self.arguments}
+        words = "".join(f", {key}={value!r}" for key, value in arguments.items())
         names = self.auto_class
         if self.quantized:
             how = self.quantized["quantization_config"].to_diff_dict()
             names += ", BitsAndBytesConfig"
             words += f", quantization_config=BitsAndBytesConfig(**{how!r})"
-        name = last_part(self.checkpoint.source)
-        note = "" if name == self.checkpoint.source else "# the base model's folder: write where yours is\n"
+        if name in ASSETS:
+            note = f"# the base model's folder: fedlora assets {name} puts it into ~/.cache/fedlora/assets\n"
+        else:
+            note = "" if name == last_part(name) else "# the base model's folder: write where yours is\n"
         return (
             "import torch\n"
             "from peft import PeftModel\n"
             f"from transformers import {names}\n\n"
-            f"{note}base = {self.auto_class}.from_pretrained({name!r}{words})\n"
+            f"{note}base = {self.auto_class}.from_pretrained({last_part(name)!r}{words})\n"
             'model = PeftModel.from_pretrained(base, "this folder").eval()\n'
         )
 

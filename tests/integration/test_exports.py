@@ -70,8 +70,8 @@ def run(request: pytest.FixtureRequest, tiny_config: MakeConfig, tiny_chat: Path
     return simulate(made).rundir.path
 
 
-def export(run: Path, out: Path, form: str) -> Result:
-    return CliRunner().invoke(app, ["export", str(run), str(out), "--format", form])
+def export(run: Path, out: Path, form: str, *more: str) -> Result:
+    return CliRunner().invoke(app, ["export", str(run), str(out), "--format", form, *more])
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -199,3 +199,17 @@ def test_the_card_does_not_tell_of_ones_folders(tiny_config: MakeConfig, tmp_pat
         assert f"| Training data | {data.name} |" in card
         assert f"| Base model | {base.name} |" in card
     assert f"from_pretrained('{base.name}'" in (simulated / "adapter" / "README.md").read_text()
+    own = json.loads((simulated / "adapter" / "adapter_config.json").read_text())
+    assert own["base_model_name_or_path"] == str(base), "with it PEFT loads it here"
+    kept = export(simulated, tmp_path / "here", "peft")
+    assert f"the folder '{base}'" in kept.stderr
+    given = export(simulated, tmp_path / "given", "peft", "--base", "owner/base")
+    assert given.exit_code == 0, given.output
+    assert "--base" not in given.stderr
+    for path in (tmp_path / "given").rglob("*"):
+        assert str(tmp_path.parent).encode() not in path.read_bytes(), f"{path.name} tells of this machine"
+    card = (tmp_path / "given" / "README.md").read_text()
+    assert "base_model: owner/base" in card
+    assert "from_pretrained('owner/base'" in card
+    for name, value in tensors(simulated / "adapter").items():
+        assert torch.equal(tensors(tmp_path / "given")[name], value), name

@@ -14,9 +14,19 @@ import pytest
 from support.errors import raises
 
 from fedlora import assets
-from fedlora.assets import ASSETS, Asset, Package, fetch, resolve_corpus, resolve_model
+from fedlora.assets import (
+    ASSETS,
+    Asset,
+    Package,
+    fetch,
+    local_name,
+    public_name,
+    resolve_corpus,
+    resolve_model,
+)
 from fedlora.assets._archives import extract_zip
 from fedlora.assets.vader import vader_rows
+from fedlora.config import ModelConfig
 from fedlora.errors import AssetError
 
 WORDS = b"three words here\n"
@@ -239,6 +249,39 @@ def test_names_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         resolve_model("all-MiniLM-L6-v2")
     with raises(AssetError, "unknown-name", "'vadr'", "'vader'"):
         fetch("vadr")
+
+
+COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("all-MiniLM-L6-v2", ("sentence-transformers/all-MiniLM-L6-v2", None)),
+        ("digits-vit", ("digits-vit", None)),
+        ("owner/name", ("owner/name", "v1")),
+        (f"/home/ann/hub/models--owner--a-name/snapshots/{COMMIT}", ("owner/a-name", COMMIT)),
+        (f"/home/ann/hub/models--gpt2/snapshots/{COMMIT}/", ("gpt2", COMMIT)),
+        ("/home/ann/models/mine", ("/home/ann/models/mine", None)),
+    ],
+)
+def test_a_base_has_the_name_by_which_others_find_it(name: str, public: tuple[str, str | None]) -> None:
+    revision = "v1" if name == "owner/name" else None
+    assert public_name(ModelConfig(name=name, revision=revision)) == public
+
+
+def test_a_repository_of_the_hub_is_read_from_the_asset_that_has_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = "sentence-transformers/all-MiniLM-L6-v2"
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+    assert local_name(hub) == hub, "it was not fetched"
+    asset = ASSETS["all-MiniLM-L6-v2"]
+    folder = tmp_path / "assets" / "all-MiniLM-L6-v2"
+    folder.mkdir(parents=True)
+    (folder / ".complete.json").write_text(json.dumps({"content": dict(asset.content), "sizes": {}}))
+    assert local_name(hub) == "all-MiniLM-L6-v2"
+    assert local_name("owner/other") == "owner/other"
 
 
 def test_vader_rows_keep_what_has_a_polarity() -> None:

@@ -52,10 +52,11 @@ def test_all_files_arrive_in_one_commit(server: Hub, run: Path, tmp_path: Path) 
     assert server.repos["me/adapter"] == here
     assert server.private == {"me/adapter"}
     (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
-    again = push(server, run / "adapter", "me/adapter")
-    assert again.returncode == 0, again.stderr
-    assert "nobody else finds it" in again.stderr
-    assert b"base_model" in server.repos["me/adapter"]["adapter_config.json"]
+    for folder in (run, run / "adapter"):
+        again = push(server, folder, "me/other")
+        assert again.returncode == 1
+        assert f"fedlora export {folder} OUT --base OWNER/NAME" in again.stderr
+    assert "me/other" not in server.repos, "no path of this machine goes out"
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_an_adapter_goes_on_the_base_that_its_readme_loads(
     save_adapter(base, state, tmp_path / "adapter", {})
     found = find_adapter(tmp_path / "adapter", ["task.name=causal-lm", f"model.name='{base.config.name}'"]).config.model
     assert found.quantize == base.config.quantize, "as fedlora evaluate loads it"
-    said = base.recipe.snippet().replace("this folder", str(tmp_path / "adapter"))
+    said = base.recipe.snippet(base.config.name, None).replace("this folder", str(tmp_path / "adapter"))
     assert "BitsAndBytesConfig(" in said
     names: dict[str, Any] = {}
     monkeypatch.chdir(Path(base.config.name).parent)
