@@ -55,7 +55,7 @@ class Run:
         """A row for each round, 0 being the evaluation before training; the index is the round.
 
         Columns are the figures of metrics.jsonl that are single numbers: "accuracy", "loss", "train_loss", "bytes_up",
-        "seconds", and with dots those of the domains ("domains.films.accuracy") and of the rule.
+        "seconds", and with dots those of the domains ("domains.films.accuracy"), the classes and the rule.
         """
         import pandas
 
@@ -270,7 +270,7 @@ def evaluate(run: Run | str | Path, data: Any = None, **changes: Any) -> pandas.
     if objects:
         plain = {**plain, "model": {**plain.get("model", {}), "name": str(kept_model(objects))}}
     file = Path(data if isinstance(data, str | Path) else keep_data(data, "data=")) if data is not None else None
-    rows = figures_of(find_adapter(path, _overrides(plain), file), file)
+    rows, _ = figures_of(find_adapter(path, _overrides(plain), file), file)
     return pandas.DataFrame(list(rows.values()), index=list(rows))
 
 
@@ -296,8 +296,12 @@ def partition_table(config: str | Path | RunConfig, **changes: Any) -> pandas.Da
     return clients_table(load_data(resolve_config(config, changes)))
 
 
-def figures_of(source: Source, data: Path | None) -> dict[str, dict[str, float]]:
-    """What an adapter reaches: "all" and each domain -> "examples", the task's main figure, and the other figures.
+Rows = dict[str, dict[str, float]]
+
+
+def figures_of(source: Source, data: Path | None) -> tuple[Rows, Rows]:
+    """What an adapter reaches: "all" and each domain -> "examples", the task's main figure, and the other figures; and
+    each class -> its figures, none where there are no classes.
 
     Args:
         source: of the adapter.
@@ -318,7 +322,10 @@ def figures_of(source: Source, data: Path | None) -> dict[str, dict[str, float]]
     rows = {"all": found.overall, **found.domains}
     names = [task.metric, *(name for name in found.overall if name != task.metric)]
     sizes["all"] = len(examples)
-    return {label: {"examples": sizes[label]} | {name: row[name] for name in names} for label, row in rows.items()}
+    figures: Rows = {}
+    for label, row in rows.items():
+        figures[label] = {"examples": sizes[label]} | {name: row[name] for name in names}
+    return figures, task.by_class(found.sums, examples.label_names)
 
 
 def resolve_config(config: str | Path | RunConfig, changes: Mapping[str, Any]) -> RunConfig:

@@ -70,7 +70,7 @@ def evaluate(
             tables = _by_federation(adapter, federation, overrides or [], show)
         else:
             source = find_adapter(adapter, overrides or [], data)
-            tables = _by_client(source, data, examples, show) if clients else {"": _by_domain(source, data, show)}
+            tables = _by_client(source, data, examples, show) if clients else _by_domain(source, data, show)
         typer.echo("\n".join(render_table(table, form, title) for title, table in tables.items()), nl=False)
 
 
@@ -111,18 +111,26 @@ def _digits(_name: str, value: float | None) -> str:
     return "" if value is None else repr(value)
 
 
-def _by_domain(source: Source, data: Path | None, show: Show) -> pd.DataFrame:
-    """A row for all examples and one for each domain."""
+def _by_domain(source: Source, data: Path | None, show: Show) -> dict[str, pd.DataFrame]:
+    """Title -> table: a row for all examples and one for each domain, and a row for each class."""
     import pandas as pd
 
     from fedlora.api import figures_of
     from fedlora.data import column_roles
 
-    found = figures_of(source, data)
+    found, classes = figures_of(source, data)
     names = [name for name in found["all"] if name != "examples"]
     rows = [[label, str(row["examples"]), *(show(name, row[name]) for name in names)] for label, row in found.items()]
     domain = column_roles(source.config.data).get("domain") if len(found) > 1 else None
-    return pd.DataFrame(rows, columns=[domain or "", "examples", *names], dtype=object)
+    tables = {"": pd.DataFrame(rows, columns=[domain or "", "examples", *names], dtype=object)}
+    if classes:
+        cells = [
+            {"class": name, "examples": f"{row['examples']:g}"}
+            | {key: show(key, value) for key, value in row.items() if key != "examples"}
+            for name, row in classes.items()
+        ]
+        tables["each class"] = pd.DataFrame(cells)
+    return tables
 
 
 def _by_client(source: Source, data: Path | None, most: int | None, show: Show) -> dict[str, pd.DataFrame]:

@@ -82,6 +82,7 @@ class Evaluator:
         Returns:
             For a line of metrics: the figures ("accuracy", "loss", ...) and "domains" of the server's test set, with
             "sample" (its size) if only that was measured, or the figures over all clients where they alone evaluate;
+            "classes" (name -> its figures), if all examples were measured and the task has classes;
             "federated", where clients evaluate: "figures" over all their examples, "clients" (number -> its main
             figure, "loss" and "examples"), "macro" (the mean over clients), "worst_tenth" (the mean over the worst
             tenth of them), "left_out" (number -> why), "bytes_up" and "bytes_down"; where clients keep parts of their
@@ -100,7 +101,7 @@ class Evaluator:
             result = self._measured(state, digests, "test", data.require_test(), rows)
             self._callbacks.evaluated(state, result)
             line |= {**result.overall, "domains": dict(result.domains), **validation}
-            line |= {} if rows is None else {"sample": len(rows)}
+            line |= self._by_class(result.sums) if rows is None else {"sample": len(rows)}
         if how.at_clients:
             parts: tuple[str, ...] = ("test", "validation") if how.on == "clients" and selecting else ("test",)
             parts += (f"test{SHARED}",) if self._personal else ()
@@ -108,7 +109,9 @@ class Evaluator:
             found = [self._checked(one) for one in self._pool.evaluate(asked, parts)]
             line["federated"] = self._federated(found)
             if how.on == "clients":
-                line |= {**line["federated"]["figures"], "domains": {}}
+                sums = [one.sums["test"] for one in found if "test" in one.sums]
+                classes = self._by_class(added(sums)) if sums else {}
+                line |= {**line["federated"]["figures"], "domains": {}, **classes}
                 if selecting:
                     line["validation"] = self._pooled(found, "validation")
         return line
@@ -179,6 +182,10 @@ class Evaluator:
         except ReplyError as error:
             return replace(one, sums={}, failure=Failure("refused", str(error)))
         return one
+
+    def _by_class(self, sums: Sums) -> dict[str, Any]:
+        found = self._workspace.task.by_class(sums, self._workspace.data.label_names)
+        return {"classes": found} if found else {}
 
     def _pooled(self, found: Sequence[ClientEvaluation], part: str) -> dict[str, float]:
         sums = [one.sums[part] for one in found if part in one.sums]

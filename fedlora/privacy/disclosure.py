@@ -140,6 +140,7 @@ RECORD: Final = frozenset(
         "spent",
         "epsilon",
         "domains",
+        "classes",  # figures over the test examples, as those that stand beside them
     }
 )
 """Keys of a line of metrics.jsonl, beside the figures over the test examples."""

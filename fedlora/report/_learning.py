@@ -6,19 +6,31 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedlora.progress import SAMPLED, beside_accuracy, format_bytes, format_seconds
+from fedlora.privacy.disclosure import RECORD
+from fedlora.progress import (
+    NOT_METRICS,
+    SAMPLED,
+    beside_accuracy,
+    format_bytes,
+    format_metric,
+    format_seconds,
+)
 from fedlora.report._blocks import Block, Table, short
 from fedlora.report._facts import Facts, Record, number
 from fedlora.report.line_charts import Line, accuracy_curve, line_chart
 
 MOST_SAMPLES = 12
+MOST_CLASSES = 12  # that are shown without being asked for
+BESIDE = (NOT_METRICS | RECORD) - {"loss"}
+"""What a line of metrics has beside the figures of an evaluation."""
 
 
 def learning(facts: Facts) -> list[Block]:
     """The main figure by round, on the whole test set and on each domain."""
     if not facts.evaluated:
         return []
-    return [accuracy_curve(facts.records, facts.metric), _outcome(facts), _by_round(facts)]
+    curve, tables = accuracy_curve(facts.records, facts.metric), [_outcome(facts), *_by_class(facts), _figures(facts)]
+    return [curve, *tables, _by_round(facts)]
 
 
 def samples(facts: Facts) -> list[Block]:
@@ -85,6 +97,22 @@ def _outcome(facts: Facts) -> Table:
     rows = [(name, *(facts.show(of, domain=domain) for domain in (None, *facts.domains))) for name, of in records]
     caption = f"{metric.replace('_', ' ').capitalize()} on the test set"
     return Table(caption, ("", "all", *facts.domains), rows, strong=strong)
+
+
+def _by_class(facts: Facts) -> list[Table]:
+    classes = facts.last.get("classes") or {}
+    names = dict.fromkeys(name for row in classes.values() for name in row)
+    rows = [(name, *(format_metric(key, number(row.get(key))) for key in names)) for name, row in classes.items()]
+    caption = f"Each class after round {facts.last['round']}"
+    return [Table(caption, ("class", *names), rows, caption if len(rows) > MOST_CLASSES else "")] if rows else []
+
+
+def _figures(facts: Facts) -> Table:
+    first, last = facts.evaluated[0], facts.last
+    names = [name for name, value in last.items() if name not in BESIDE and isinstance(value, int | float)]
+    records = ([("base model", first)] if first["round"] == 0 else []) + [(f"round {last['round']}", last)]
+    rows = [(name.replace("_", " "), *(facts.show(record, name) for _, record in records)) for name in names]
+    return Table("All figures on the test set", ("", *(name for name, _ in records)), rows, "All figures")
 
 
 def _by_round(facts: Facts) -> Table:

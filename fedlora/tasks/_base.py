@@ -346,6 +346,15 @@ class Task(ABC):
             sums: of at least one example.
         """
 
+    def by_class(self, sums: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Class -> figures of its examples, from the same sums; empty without classes.
+
+        Args:
+            sums: of at least one example.
+            names: `Examples.label_names`.
+        """
+        return {}
+
     def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:  # noqa: B027
         """Refuse a client's sums that no examples give, such as more right answers than examples.
 

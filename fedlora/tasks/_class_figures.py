@@ -8,7 +8,7 @@ Shapes: n = examples, c = classes, h = bins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -144,6 +144,34 @@ def class_figures(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     if "scores" in sums:
         figures["auroc"] = mean_auroc(sums["scores"])
     return figures
+
+
+def figures_by_class(
+    names: Sequence[str], counts: Float[np.ndarray, "c 3"], scores: Float[np.ndarray, "c 2 h"] | None = None
+) -> dict[str, dict[str, float]]:
+    """Figures of each class; of more than 100 classes none.
+
+    Args:
+        names: of the classes.
+        counts: for each class what has it, what it was predicted for, and what both.
+        scores: see `class_sums`.
+
+    Returns:
+        Class -> "examples", "precision", "recall", "f1" (0 where they would be divided by 0) and with scores "auroc".
+    """
+    if len(names) > MOST_CLASSES:
+        return {}
+    found = {}
+    for place, (name, (own, guessed, both)) in enumerate(zip(names, counts.tolist(), strict=True)):
+        figures = {
+            "precision": both / max(guessed, 1),
+            "recall": both / max(own, 1),
+            "f1": 2 * both / max(own + guessed, 1),
+        }
+        if scores is not None:
+            figures["auroc"] = mean_auroc(scores[place : place + 1])
+        found[name] = {"examples": own, **figures}
+    return found
 
 
 def _bins(values: np.ndarray, number: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task, wide
-from fedlora.tasks._class_figures import class_figures, class_sums, require_class_sums
+from fedlora.tasks._class_figures import class_figures, class_sums, figures_by_class, require_class_sums
 from fedlora.tasks._text import require_encodable
 
 
@@ -71,6 +71,12 @@ class Classification(Task):
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """See `fedlora.tasks._class_figures`."""
         return class_figures(sums)
+
+    def by_class(self, sums: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """See `figures_by_class`."""
+        matrix = sums["confusion"]
+        counts = np.stack([matrix.sum(axis=1), matrix.sum(axis=0), np.diag(matrix)], axis=1)
+        return figures_by_class(names, counts, sums.get("scores"))
 
     def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:
         """See `fedlora.tasks._class_figures`."""

@@ -22,7 +22,13 @@ from fedlora.errors import DataError, nearest
 from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, require_possible, tasks, wide
-from fedlora.tasks._class_figures import binary_sums, calibration_error, mean_auroc, require_binary_sums
+from fedlora.tasks._class_figures import (
+    binary_sums,
+    calibration_error,
+    figures_by_class,
+    mean_auroc,
+    require_binary_sums,
+)
 from fedlora.tasks._classification import class_kwargs, class_names
 from fedlora.tasks._text_head import WholeTextHead
 
@@ -141,6 +147,10 @@ class MultiLabelClassification(WholeTextHead):
             "loss": float(sums["loss"]) / examples,
         }
         return {**figures, "auroc": mean_auroc(sums["scores"])} if "scores" in sums else figures
+
+    def by_class(self, sums: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """See `figures_by_class`."""
+        return figures_by_class(names, sums["counts"], sums.get("scores"))
 
     def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:
         """No class has more examples, or more that are right, than there are."""

@@ -21,6 +21,7 @@ from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, require_possible, tasks, wide
+from fedlora.tasks._class_figures import figures_by_class
 from fedlora.tasks._classification import class_kwargs
 from fedlora.tasks._text import Tokens, encode, load_tokenizer, owners_of_tokens, require_text, tokens_of
 from fedlora.tasks._text_head import TARGETS, TextHead
@@ -197,6 +198,10 @@ class TokenClassification(TextHead):
             "loss": float(sums["loss"] / sums["examples"]),
         }
 
+    def by_class(self, sums: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """See `figures_by_class`, by type of entities."""
+        return figures_by_class(_types(names), sums["entities"])
+
     def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:
         """No tag and no type has more that are right than there are, and no text more words than `max_length`."""
         (own, guessed, both), (count, right) = sums["entities"].T, sums["tags"].T
@@ -225,7 +230,7 @@ def count_entities(
         names: of the tags.
         n: examples.
     """
-    types = sorted({name[2:] for name in names if name != OUTSIDE})
+    types = _types(names)
     counts = np.zeros((n, len(types), 3))
     kinds = np.asarray([types.index(name[2:]) if name != OUTSIDE else -1 for name in names])
     begins = np.asarray([name.startswith("B-") for name in names])
@@ -255,6 +260,10 @@ def _names(model: nn.Module) -> list[str]:
     """The tags by number, as `model_kwargs` wrote them into the model's config."""
     config: Any = model.config
     return [str(config.id2label[number]) for number in range(len(config.id2label))]
+
+
+def _types(names: Sequence[str]) -> list[str]:
+    return sorted({name[2:] for name in names if name != OUTSIDE})
 
 
 def _tags(types: set[str]) -> tuple[str, ...]:

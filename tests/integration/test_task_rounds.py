@@ -20,6 +20,7 @@ from fedlora.config import RunConfig, parse_config
 from fedlora.evaluation.pretrained_adapter import find_adapter
 from fedlora.model.adapter_files import read_adapter
 from fedlora.training.evaluate import evaluate
+from fedlora.tasks import load_task
 from fedlora.training.workspace import open_workspace
 
 pytestmark = pytest.mark.nightly
@@ -49,6 +50,10 @@ def tagged(row: Row) -> Row:
 
 
 DATA: dict[str, tuple[Callable[[Row], Row], tuple[str, ...]]] = {
+def find_task(outcome: Any) -> Any:
+    return load_task(outcome.rundir.config.task)
+
+
     "text-regression": (rated, ("data.columns={text_pair='other'}", "task.label_range=[-4, 4]")),
     "multi-label-classification": (labelled, ()),
     "token-classification": (tagged, ()),
@@ -122,13 +127,16 @@ def test_it_can_be_private(make: Make, unit: str) -> None:
 
 def test_an_exported_adapter_is_evaluated_to_the_same_figures(make: Make) -> None:
     outcome = simulate(make("rounds=1"))
-    found = figures_of(find_adapter(outcome.rundir.path), None)["all"]
+    rows, classes = figures_of(find_adapter(outcome.rundir.path), None)
+    found = rows["all"]
     last = outcome.rundir.read_metrics()[-1]
     names = found.keys() - {"examples"}
     assert {name: found[name] for name in names} == pytest.approx({name: last[name] for name in names}, rel=1e-4)
 
 
 def test_a_client_in_company_gets_what_it_gets_alone(make: Make) -> None:
+    assert classes == last.get("classes", {})
+    assert bool(classes) == find_task(outcome).has_classes
     fixed = ("rounds=1", "model.dtype=float64", "model.dropout=0.1", "train.micro_batch_size=3")
     alone, company = (
         simulate(make(*fixed, f"name={cohort}", f"runtime.cohort={cohort}")).rundir.adapter_dir for cohort in (1, 3)

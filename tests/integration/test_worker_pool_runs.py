@@ -58,7 +58,7 @@ def gap(one: AdapterState, other: AdapterState) -> float:
 def facts(record: dict[str, Any]) -> dict[str, Any]:
     """What a line of metrics says that is no measurement of time or of a value that rounds."""
     loose = ("seconds", "clients", "loss", "accuracy", "error", "rule", "domains", "calibration")
-    loose += ("majority_share", "f1", "mcc", "auroc", "ece")
+    loose += ("majority_share", "f1", "mcc", "auroc", "ece", "classes")
     return {key: value for key, value in record.items() if not any(word in key for word in loose)}
 
 

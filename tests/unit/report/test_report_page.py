@@ -105,6 +105,18 @@ def test_it_says_the_last_figures_and_the_first(page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_each_class_and_every_figure_have_a_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    classes = {HOSTILE: {"examples": 7.0, "precision": 0.25, "recall": 0.5, "f1": 1 / 3, "auroc": math.nan}}
+    lines = [record | {"ece": 0.125, "classes": classes} for record in run.read_metrics()]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = " ".join(Page(render_report(Facts.read(RunDir.open(run.path)))).text.split())
+    assert "Each class after round 4 class examples precision recall f1 auroc" in text
+    assert " ".join(clean_lines(HOSTILE, 1000).split()) + " 7 25.0% 50.0% 33.3% -" in text
+    assert "All figures on the test set base model round 4 accuracy 50.0% 90.0% loss 0.7 0.6 ece 0.125 0.125" in text
+    assert "seconds evaluate" not in text
+
+
 def test_the_grid_counts_every_client_of_every_round(page: Page) -> None:
     counted = Counter(kind for record in records()[1:] for kind in statuses(record).values())
     assert counted == {"answered": 12, "late": 4, "refused": 4, "offline": 4}

@@ -9,10 +9,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import UndefinedMetricWarning
-from sklearn.metrics import balanced_accuracy_score, f1_score, matthews_corrcoef, roc_auc_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    f1_score,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 from fedlora.federation.evaluator import added
-from fedlora.tasks._class_figures import CALIBRATION_BINS, MOST_CLASSES, SCORE_BINS, class_figures, class_sums
+from fedlora.tasks._class_figures import (
+    CALIBRATION_BINS,
+    MOST_CLASSES,
+    SCORE_BINS,
+    class_figures,
+    class_sums,
+    figures_by_class,
+)
+from fedlora.tasks.multi_label_classification import MultiLabelClassification
+from fedlora.tasks.text_classification import TextClassification
+from fedlora.tasks.token_classification import TokenClassification
 
 
 def drawn(seed: int, n: int, c: int, *, skew: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -52,6 +68,43 @@ def test_auroc_is_scikit_learns_on_binned_probabilities(c: int) -> None:
     assert found == pytest.approx(wanted)
     exact = np.mean([roc_auc_score(label == k, probabilities[:, k]) for k in range(c)])
     assert found == pytest.approx(exact, abs=0.003)  # what the bins cost
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_of_each_class_are_scikit_learns(seed: int) -> None:
+    names = ("a", "b", "c", "d")
+    loss, label, predicted, probabilities = drawn(seed, 60, 4, skew=0.3)
+    task = TextClassification()
+    found = task.by_class(class_sums(loss, label, predicted, probabilities), names)
+    assert tuple(found) == names
+    wanted = precision_recall_fscore_support(label, predicted, labels=range(4), zero_division=0)
+    for place, row in enumerate(found.values()):
+        assert [row["precision"], row["recall"], row["f1"], row["examples"]] == pytest.approx(
+            [column[place] for column in wanted]
+        )
+        own = label == place
+        if own.any() and not own.all():
+            assert row["auroc"] == pytest.approx(roc_auc_score(own, np.floor(probabilities[:, place] * SCORE_BINS)))
+        else:
+            assert np.isnan(row["auroc"])
+
+
+def test_many_labels_and_entities_have_figures_by_class_too() -> None:
+    draw = np.random.default_rng(0)
+    labels, probabilities = draw.random((50, 3)) < 0.3, draw.random((50, 3))
+    many = MultiLabelClassification()
+    sums = many.sums({"loss": np.zeros(50), "labels": labels * 1.0, "probabilities": probabilities})
+    wanted = precision_recall_fscore_support(labels, probabilities >= 0.5)
+    for place, row in enumerate(many.by_class(sums, ("x", "y", "z")).values()):
+        assert [row["precision"], row["recall"], row["f1"], row["examples"]] == pytest.approx(
+            [column[place] for column in wanted]
+        )
+    tags = TokenClassification()
+    entities = {"entities": np.asarray([[4.0, 2.0, 1.0], [0.0, 0.0, 0.0]])}
+    found = tags.by_class(entities, ("O", "B-PER", "I-PER", "B-ART", "I-ART"))
+    assert found["ART"] == pytest.approx({"examples": 4.0, "precision": 0.5, "recall": 0.25, "f1": 1 / 3})
+    assert found["PER"] == {"examples": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert figures_by_class(("a",) * (MOST_CLASSES + 1), np.zeros((MOST_CLASSES + 1, 3))) == {}
 
 
 def test_calibration_error_is_that_of_its_definition() -> None:
