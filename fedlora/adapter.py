@@ -2,7 +2,7 @@
 
 Shapes: i = d_in, o = d_out, r = rank of a pair, R = total rank of a stack.
 A pair stands for the change of weights  dW = s B A,  with A [r, i], B [o, r] and scale s = alpha / r
-(alpha / sqrt(r) for rsLoRA, Kalajdzievski 2023, arXiv 2312.03732).
+(alpha / sqrt(r) for rsLoRA, Kalajdzievski 2023, arXiv 2312.03732). With a core R [r, r] it is  dW = s B R A.
 Products of factors are never multiplied out here, except in `LoraPair.delta`, which is for merging into a base.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
@@ -22,9 +22,11 @@ from torch import Tensor
 from fedlora.errors import RuleError, nearest
 from fedlora.rng import derive
 
-Part = Literal["A", "B", "dense"]
+Part = Literal["A", "B", "R", "dense"]
 """A part of an adapter that can be trained or sent on its own."""
 ALL_PARTS: frozenset[Part] = frozenset(("A", "B", "dense"))
+"""The parts of an adapter without cores."""
+EVERY_PART: frozenset[Part] = ALL_PARTS | {"R"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ Layout = Mapping[str, PairShape]
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One layer's low-rank change of weights, dW = scale * B @ A.
+    """One layer's low-rank change of weights, dW = scale * B @ A, or scale * B @ core @ A.
 
     Args:
         A: down projection, [r, d_in].
         B: up projection, [d_out, r].
         scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        core: R, [r, r], which is trained between frozen factors; None: the identity.
 
     Raises:
         RuleError: if the factors' shapes do not fit each other, or the scale is not finite.
@@ -57,8 +60,15 @@ class LoraPair:
     A: Float[Tensor, "r i"]
     B: Float[Tensor, "o r"]
     scale: float
+    core: Float[Tensor, "r r"] | None = None
 
     def __post_init__(self) -> None:
+        if self.core is not None and tuple(self.core.shape) != (self.A.shape[0], self.A.shape[0]):
+            raise RuleError(
+                f"a core {tuple(self.core.shape)} does not go between A {tuple(self.A.shape)} and B "
+                f"{tuple(self.B.shape)}: it must be [r, r]",
+                code="not-a-lora-pair",
+            )
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise RuleError(
                 f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are not a LoRA pair: A must be [r, d_in] and B "
@@ -74,6 +84,11 @@ class LoraPair:
         return int(self.A.shape[0])
 
     @property
+    def up(self) -> Float[Tensor, "o r"]:
+        """B, or B R."""
+        return self.B if self.core is None else self.B @ self.core
+
+    @property
     def shape(self) -> PairShape:
         """Shape and scale, without the values."""
         return PairShape(int(self.B.shape[0]), int(self.A.shape[1]), self.rank, self.scale)
@@ -81,7 +96,8 @@ class LoraPair:
     def delta(self) -> Float[Tensor, "o i"]:
         """The dense change of weights, in float32 or wider: only for merging into a base."""
         wide = accumulator(self.A.dtype)
-        return (self.B.to(wide) @ self.A.to(wide)) * self.scale
+        B = self.B.to(wide) if self.core is None else self.B.to(wide) @ self.core.to(wide)
+        return (B @ self.A.to(wide)) * self.scale
 
 
 @dataclass(frozen=True)
@@ -108,8 +124,9 @@ class AdapterState:
         """Shapes and scales of the pairs."""
         return MappingProxyType({name: pair.shape for name, pair in self.pairs.items()})
 
-    def tensors(self, parts: Iterable[str] = ALL_PARTS) -> dict[str, Tensor]:
-        """The named tensors of some parts: `"<module>:A"`, `"<module>:B"`, and the dense ones by their own name.
+    def tensors(self, parts: Iterable[str] = EVERY_PART) -> dict[str, Tensor]:
+        """The named tensors of some parts: `"<module>:A"`, `"<module>:B"`, `"<module>:R"` where there are cores, and
+        the dense ones by their own name.
 
         Args:
             parts: of type `Part`, or names of single tensors.
@@ -121,6 +138,8 @@ class AdapterState:
                 out[f"{name}:A"] = pair.A
             if "B" in chosen or f"{name}:B" in chosen:
                 out[f"{name}:B"] = pair.B
+            if pair.core is not None and ("R" in chosen or f"{name}:R" in chosen):
+                out[f"{name}:R"] = pair.core
         out.update({name: value for name, value in self.dense.items() if "dense" in chosen or name in chosen})
         return out
 
@@ -137,12 +156,23 @@ class AdapterState:
                 code="no-such-tensor",
             )
         pairs = {
-            name: replace(pair, A=tensors.get(f"{name}:A", pair.A), B=tensors.get(f"{name}:B", pair.B))
+            name: LoraPair(
+                tensors.get(f"{name}:A", pair.A),
+                tensors.get(f"{name}:B", pair.B),
+                pair.scale,
+                tensors.get(f"{name}:R", pair.core) if pair.core is not None else None,
+            )
             for name, pair in self.pairs.items()
         }
         return AdapterState(pairs, {name: tensors.get(name, value) for name, value in self.dense.items()})
 
-    def nbytes(self, parts: Iterable[str] = ALL_PARTS) -> int:
+    def plain(self) -> AdapterState:
+        """The same change of weights without cores, each B R in the place of B."""
+        if all(pair.core is None for pair in self.pairs.values()):
+            return self
+        return AdapterState({name: LoraPair(p.A, p.up, p.scale) for name, p in self.pairs.items()}, self.dense)
+
+    def nbytes(self, parts: Iterable[str] = EVERY_PART) -> int:
         """Bytes of the chosen parts as they are stored."""
         return sum(t.numel() * t.element_size() for t in self.tensors(parts).values())
 

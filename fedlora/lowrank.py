@@ -48,7 +48,7 @@ def stack(terms: Terms) -> LoraPair:
     for _, pair in terms:
         dtype = torch.promote_types(dtype, pair.A.dtype)
     A = torch.cat([(pair.A.double() * (c * pair.scale)).to(dtype) for c, pair in terms])
-    return LoraPair(A, torch.cat([pair.B for _, pair in terms], dim=1), 1.0)
+    return LoraPair(A, torch.cat([pair.up for _, pair in terms], dim=1), 1.0)
 
 
 def frobenius(terms: Terms) -> float:
@@ -70,7 +70,7 @@ def _r_factor(M: Float[Tensor, "d R"]) -> Float[Tensor, "k R"]:
 
 def _stacks(terms: Terms) -> tuple[Float[Tensor, "o R"], Float[Tensor, "R i"]]:
     """Both stacks in float64, coefficients and scales in A."""
-    B = torch.cat([pair.B.double() for _, pair in terms], dim=1)
+    B = torch.cat([p.B.double() if p.core is None else p.B.double() @ p.core.double() for _, p in terms], dim=1)
     return B, torch.cat([pair.A.double() * (c * pair.scale) for c, pair in terms])
 
 

@@ -1,7 +1,7 @@
 """States as flat named tensors and JSON, and back, exactly: what checkpoints and messages are made of.
 
-Tensor names are `A/<module>`, `B/<module>` and `dense/<name>`, so that no module can be called like a dense parameter.
-Order, scales and numbers are in the JSON part. No pickle anywhere.
+Tensor names are `A/<module>`, `B/<module>`, `R/<module>` where there is a core, and `dense/<name>`, so that no module
+can be called like a dense parameter. Order, scales and numbers are in the JSON part. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def flatten_adapter(state: AdapterState, prefix: str = "") -> tuple[dict[str, Te
     for name, pair in state.pairs.items():
         tensors[f"{prefix}A/{name}"] = pair.A
         tensors[f"{prefix}B/{name}"] = pair.B
+        if pair.core is not None:
+            tensors[f"{prefix}R/{name}"] = pair.core
     tensors.update({f"{prefix}dense/{name}": value for name, value in state.dense.items()})
     return tensors, {"scales": {name: pair.scale for name, pair in state.pairs.items()}, "dense": list(state.dense)}
 
@@ -47,7 +49,9 @@ def unflatten_adapter(tensors: Mapping[str, Tensor], meta: Meta, prefix: str = "
         KeyError: a tensor that the JSON part names is missing.
     """
     pairs = {
-        name: LoraPair(tensors[f"{prefix}A/{name}"], tensors[f"{prefix}B/{name}"], scale)
+        name: LoraPair(
+            tensors[f"{prefix}A/{name}"], tensors[f"{prefix}B/{name}"], scale, tensors.get(f"{prefix}R/{name}")
+        )
         for name, scale in meta["scales"].items()
     }
     return AdapterState(pairs, {name: tensors[f"{prefix}dense/{name}"] for name in meta["dense"]})

@@ -119,7 +119,7 @@ class ClientSpec:
     base_version: int = 0
 
 
-Fact: TypeAlias = Literal["rates", "clients"]
+Fact: TypeAlias = Literal["rates", "clients", "start_loss"]
 """What a rule may ask to know of a client's training; see `ClientUpdate.facts`."""
 
 
@@ -140,6 +140,8 @@ class ClientPlan:
         tilt: tensors t, by names of what is sent, that are added to each step's gradient: the client minimises its loss
             plus <t, w>.
         asks: what the rule has to know of the client's training; see `ClientUpdate.facts`.
+        first: parts that the client trains first and alone, and then no more; not all of `trains`.
+        first_times: how many times as long as the others.
     """
 
     adapter: AdapterState
@@ -151,6 +153,8 @@ class ClientPlan:
     proximal_mu: float = 0.0
     tilt: Mapping[str, Tensor] = field(default_factory=dict)
     asks: frozenset[Fact] = frozenset()
+    first: frozenset[Part] = frozenset()
+    first_times: int = 1
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -169,8 +173,10 @@ class ClientUpdate:
         num_examples: the weight n_k > 0 (1 for every client under uniform weighting).
         base_version: of the base that it was trained on.
         metrics: what the client measured, for the metrics file; rules must not depend on it.
-        facts: what the plan asked for, as the server checked it or knows it by itself: "rates", the sum of the learning
-            rates of the client's steps; "clients", the number of clients of the federation.
+        facts: what the plan asked for, as the server checked it or knows it by itself, positive: "rates", the sum of
+            the learning rates of the client's steps; "clients", the number of clients of the federation; "start_loss",
+            the mean loss of the plan's model on the client's training examples, which the client reports and the
+            server bounds (`fedlora.federation.plausibility.largest_loss`).
     """
 
     client_id: int

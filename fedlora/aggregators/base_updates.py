@@ -189,7 +189,7 @@ def equivalent_adapter(state: GlobalState, max_rank: int) -> tuple[AdapterState,
         RuleError: if `max_rank` is below 1.
     """
     if not state.base_updates:
-        return state.adapter, 0.0
+        return state.adapter.plain(), 0.0
     pairs: dict[str, LoraPair] = {}
     whole, kept = DeltaSum(), DeltaSum()
     changed = {

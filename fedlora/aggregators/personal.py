@@ -9,6 +9,9 @@ value before training, for every client.
 FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, algorithms 1 and 2): u is the adapter, v_k the head. FedSA-LoRA (Guo
 et al., ICLR 2025, arXiv 2410.01463, section 4): u are the A, of which the mean is taken, v_k are the B and the head.
 
+FedRep (Collins, Hassani, Mokhtari, Shakkottai, ICML 2021, arXiv 2102.07078, algorithm 1) is FedPer with clients that
+train the head first, with the adapter as it came, and then the adapter, with the head as it is by then.
+
 That of any parts is FedSim (Pillutla et al., ICML 2022, arXiv 2204.03809, algorithm 1).
 
 A client that has not trained yet has the v that all began with: with FedSA-LoRA's B = 0 that is the base model.
@@ -162,6 +165,41 @@ class FedPer(Keeping):
 
     keep: ClassVar[tuple[str, ...]] = ("dense",)  # type: ignore[misc]
     paper: ClassVar[str] = "Arivazhagan et al. 2019, arXiv 1912.00818"
+
+
+@final
+@rules.register("fedrep")
+@dataclass(frozen=True)
+class FedRep(Keeping):
+    """FedPer, whose clients train the head first and then the adapter.
+
+    Args:
+        head_times: how many times as long as [train] says the head is trained; the adapter is trained as long as that
+            says. (The paper's experiments have 10 epochs of the head and 1 of the rest.)
+        inner: any rule.
+
+    Raises:
+        ConfigError: head_times is below 1.
+    """
+
+    head_times: int = 1
+    inner: Inner = field(default_factory=FedAvg)
+
+    keep: ClassVar[tuple[str, ...]] = ("dense",)  # type: ignore[misc]
+    paper: ClassVar[str] = "Collins et al., ICML 2021, arXiv 2102.07078"
+
+    def __post_init__(self) -> None:
+        if self.head_times < 1:
+            raise ConfigError(
+                f"fedrep: head_times must be 1 or more, not {self.head_times!r}: to train head and adapter together "
+                "use fedper",
+                code="out-of-range",
+            )
+        super().__post_init__()
+
+    def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
+        """The inner rule's, of which the client trains the head first, and sends all but that."""
+        return replace(super().plan(state, client), first=frozenset({"dense"}), first_times=self.head_times)
 
 
 @final

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
@@ -68,16 +68,30 @@ class ServerOptimiser(Around):
         Raises:
             RuleError: see the inner rule.
         """
-        inner = self.inner_state(state)
-        sent = self.plan(state, ClientSpec(0, state.adapter.layout, state.base_version)).sends
-        wide = replace(inner, adapter=_wide(state.adapter))
-        after = self.inner.aggregate(wide, _widened(updates))
         memory = self.own_memory(state)
-        before, result = wide.adapter.tensors(sent), after.adapter.tensors()
-        moved = {name: x + self.step(name, result[name] - x, memory) for name, x in before.items()}
-        like = state.adapter.tensors()
-        rounded = {name: moved.get(name, value).to(like[name].dtype) for name, value in result.items()}
-        return self.outer_state(replace(after, adapter=state.adapter.with_tensors(rounded)), memory)
+        after = moved_inner(self, state, updates, lambda name, x, y: x + self.step(name, y - x, memory))
+        return self.outer_state(after, memory)
+
+
+def moved_inner(
+    rule: Around, state: GlobalState, updates: Iterable[ClientUpdate], move: Callable[[str, Tensor, Tensor], Tensor]
+) -> GlobalState:
+    """The state of the inner rule's round, with other values for what clients send; float64 until the end.
+
+    Args:
+        rule: around the inner rule.
+        state: before the round.
+        updates: read once, before `move` is called.
+        move: the value for a tensor of this name, from x before the round and the inner rule's result y.
+    """
+    sent = rule.plan(state, ClientSpec(0, state.adapter.layout, state.base_version)).sends
+    wide = replace(rule.inner_state(state), adapter=_wide(state.adapter))
+    after = rule.inner.aggregate(wide, _widened(updates))
+    before, result = wide.adapter.tensors(sent), after.adapter.tensors()
+    moved = {name: move(name, x, result[name]) for name, x in before.items()}
+    like = state.adapter.tensors()
+    rounded = {name: moved.get(name, value).to(like[name].dtype) for name, value in result.items()}
+    return replace(after, adapter=state.adapter.with_tensors(rounded))
 
 
 def _wide(adapter: AdapterState) -> AdapterState:

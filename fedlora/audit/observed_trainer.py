@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.adapter import ALL_PARTS, AdapterState, Part
+from fedlora.adapter import EVERY_PART, AdapterState, Part
 from fedlora.aggregators import ClientSpec
 from fedlora.audit.probe_tasks import Probe, Scaled, Silent
 from fedlora.config import TrainConfig
@@ -50,7 +50,7 @@ def first_job(workspace: Workspace) -> TrainJob:
     plan = plan_for(rule, state, ClientSpec(0, workspace.base.layout(config.clients.rank_of(0))))
     workspace.base.rebase(0, ())
     workspace.base.rebase(plan.base_version, plan.base_updates)
-    trains: frozenset[Part] = frozenset(plan.trains) & ALL_PARTS
+    trains: frozenset[Part] = frozenset(plan.trains) & EVERY_PART
     return TrainJob(plan.adapter, trains, np.empty(0, np.int64), derive(config.seed, "audit"))
 
 

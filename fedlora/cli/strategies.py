@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedlora.aggregators import Aggregator
     from fedlora.config import RunConfig
 
-GROUPS = ("exact", "mixed ranks", "robust", "server optimiser", "drift", "personal", "baseline")
+GROUPS = ("exact", "mixed ranks", "robust", "server optimiser", "drift", "fairness", "personal", "baseline")
 """Headings under which rules are listed; others come last."""
 
 

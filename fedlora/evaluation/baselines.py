@@ -50,7 +50,7 @@ def local_only(
     size = cohort_size(workspace, len(chosen)).clients
     for first in range(0, len(chosen), size):
         some = chosen[first : first + size]
-        work = [(data.clients[k], longer(config.train_of(k), config.rounds), f"local-only {k}") for k in some]
+        work = [(data.clients[k], longer(config.train_of(k), config.rounds), f"local-only {k}", k) for k in some]
         for k, figures in zip(some, _train_and_test(workspace, work), strict=True):
             row = {"client": k, "domain": domains[k] if domains else None, "num_examples": len(data.clients[k])}
             rows.append(row | figures | _own(workspace, k))
@@ -88,7 +88,7 @@ def centralised(
     batch = min(math.ceil(seen / steps), len(pooled))
     whole = longer(config.train, config.rounds)
     once = whole.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
-    (row,) = _train_and_test(workspace, [(pooled, once, "centralised")])
+    (row,) = _train_and_test(workspace, [(pooled, once, "centralised", 0)])
     figure = f"{workspace.task.metric} {row[workspace.task.metric]:.4f}"
     report(f"centralised: {steps} steps of batch {batch} on {len(pooled)} examples: {figure}")
     return row
@@ -132,17 +132,25 @@ def spread_over_domains(domains: Sequence[str] | None, clients: int, number: int
 
 
 def _train_and_test(
-    workspace: Workspace, work: Sequence[tuple[np.ndarray, TrainConfig, str]]
+    workspace: Workspace, work: Sequence[tuple[np.ndarray, TrainConfig, str, int]]
 ) -> Iterator[dict[str, Any]]:
-    """Figures of some adapters, each on its own examples, from the run's own start; they are trained together."""
+    """Figures of some adapters, each on its own examples, from the run's own start; they are trained together.
+
+    Args:
+        workspace: the run's.
+        work: for each adapter its examples, its config, a key of its random draws, and the number of its client.
+    """
     workspace.base.rebase(0, ())
     seed = workspace.config.seed
     start = workspace.base.initial_adapter(seed)
     base_updates = workspace.base.initial_base_updates(start)
     workspace.base.rebase(len(base_updates), base_updates)
-    jobs = [TrainJob(start, ALL_PARTS, indices, derive(seed, "baseline", key)) for indices, _, key in work]
+    jobs = [
+        TrainJob(start, ALL_PARTS, indices, derive(seed, "baseline", key), client_id=client_id)
+        for indices, _, key, client_id in work
+    ]
     # FedProx pulls a client towards the server's model; here there is none.
-    configs = [config.model_copy(update={"proximal_mu": 0.0}) for _, config, _ in work]
+    configs = [config.model_copy(update={"proximal_mu": 0.0}) for _, config, _, _ in work]
     for result in train_cohort(workspace.base, workspace.task, workspace.data.train, jobs, configs):
         if isinstance(result, Exception):
             raise result

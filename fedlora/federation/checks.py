@@ -10,14 +10,17 @@ import numpy as np
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
-from fedlora.errors import ConfigError, RoundError
+from fedlora.errors import ConfigError, PrivacyError, RoundError
 from fedlora.federation.initial_state import first_state, plan_for
 from fedlora.federation.load_rule import load_rule, require_cohort, require_one_start
+from fedlora.federation.plausibility import START_LOSS
+from fedlora.training.cohort import why_alone
 from fedlora.training.dp_check import check_model
 from fedlora.training.dp_settings import private_settings
 from fedlora.training.fits import require_fit_of_any
 from fedlora.training.job import TrainJob, number_of_steps
 from fedlora.training.own_loop import load_loop, require_plain_plan
+from fedlora.training.stacked_lora import cannot_stack
 from fedlora.training.workspace import Workspace
 
 
@@ -91,6 +94,7 @@ def require_servable(
         require_cohort(config.client_privacy, len(clients), clients_wanted(config, len(clients)))
     for plan in chain([first], plans):
         _require_steps_as_planned(config, plan)
+        _require_cores_trained(config, workspace, plan)
         if config.train.personal is not None and plan.adapter.layout != workspace.base.layout():
             raise ConfigError(
                 "train.personal: clients' own models are measured and exported in the shared one's rank, adapter.rank, "
@@ -132,6 +136,12 @@ def _require_steps_as_planned(config: RunConfig, plan: ClientPlan) -> None:
                 "clip_norm and proximal_mu; strategy 'feddyn' goes with AdamW too",
                 code="no-plain-steps",
             )
+    if plan.first and train.keep_optimizer:
+        raise ConfigError(
+            f"with {rule!r} a client trains {' and '.join(sorted(plan.first))} first and then the rest, each with an "
+            "optimiser of its own: remove train.keep_optimizer",
+            code="two-optimizers",
+        )
     if plan.proximal_mu and train.proximal_mu:
         raise ConfigError(
             f"{rule!r} sets the weight of the proximal term itself, to {plan.proximal_mu:g}: remove train.proximal_mu",
@@ -139,8 +149,37 @@ def _require_steps_as_planned(config: RunConfig, plan: ClientPlan) -> None:
         )
 
 
+def _require_cores_trained(config: RunConfig, workspace: Workspace, plan: ClientPlan) -> None:
+    """Raise `ConfigError` where nothing here trains what lies between two factors (`LoraPair.core`)."""
+    if not plan.adapter.tensors(("R",)):
+        return
+    why = cannot_stack(workspace.base)
+    if config.example_privacy is not None:
+        why = why_alone(workspace.base)
+    if config.train.loop is not None:
+        why = "train.loop is given PEFT's layers, which have none"
+    if why is not None:
+        raise ConfigError(
+            f"{config.strategy.name!r} trains cores between frozen factors, which is done in layers for many clients "
+            f"alone: {why}; choose a rule that trains factors, such as 'ffa'",
+            code="core-not-trained",
+        )
+
+
 def _require_private(config: RunConfig, workspace: Workspace, plan: ClientPlan, clients: Iterable[int]) -> None:
     """Calibrate every client's noise, and look at the model on two of the server's own test examples."""
+    if plan.first:
+        raise PrivacyError(
+            f"with {config.strategy.name!r} a client trains in two phases, and the noise is reckoned for one: choose "
+            "'fedper', or remove [privacy]",
+            code="phases-not-private",
+        )
+    if START_LOSS in plan.asks:
+        raise PrivacyError(
+            f"{config.strategy.name!r} asks each client for the loss on its examples, which would leave it without "
+            "noise: choose a rule that goes by what clients send alone, such as fedavg, or remove [privacy]",
+            code="fact-not-private",
+        )
     require_fit_of_any(config, workspace.base, workspace.task)
     for client_id in clients:
         private_settings(config, client_id)

@@ -1,6 +1,6 @@
 """What a client does in a round: train what it was asked for on its own examples, and say what may be said of it.
 
-Many clients of one process train together where they can (`fedlora.training.cohort`). In a private run nothing leaves a
+Many clients of one process train together where they can (`fedlora.training.phases`). In a private run nothing leaves a
 client but what is on the list of `fedlora.privacy.disclosure`: no number of examples, no loss, no seconds, and of
 errors only those that cannot tell of the data.
 """
@@ -34,13 +34,13 @@ from fedlora.federation.client_ledger import Account
 from fedlora.federation.client_pool import SHARED, Failure, Sums
 from fedlora.federation.client_store import OPTIMIZER, RESIDUAL, ClientStore, divided, named
 from fedlora.federation.discretion import withheld
+from fedlora.federation.plausibility import START_LOSS
 from fedlora.federation.protocol import TrainedReply, TrainRequest, update_head
 from fedlora.model.base_history import follow
 from fedlora.privacy.disclosure import Disclosure
 from fedlora.privacy.ledger import Attempt
 from fedlora.rng import derive
 from fedlora.sanitize import clean_text
-from fedlora.training.cohort import train_cohort
 from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import train_private_cohort
 from fedlora.training.dp_settings import PrivateSettings, private_settings
@@ -48,6 +48,7 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.out_of_memory import OUT_OF_MEMORY
 from fedlora.training.own_loop import FROZEN_CHANGED, FROZEN_PART_CHANGED
+from fedlora.training.phases import train_in_phases
 from fedlora.training.step import Outcome
 from fedlora.training.workspace import Workspace, close_workspace
 
@@ -79,21 +80,24 @@ def answer(
     Returns:
         For each request its answer.
     """
-    config = workspace.config
+    config, store = workspace.config, store.reading_once()
     if config.example_privacy is not None:
         return _answer_privately(workspace, requests, account, store)
     answers: list[Answer] = []
+    facts = [_measured(workspace, request, store) for request in requests]
     outcomes = _trained(workspace, requests, store)
     owns = _trained_for_themselves(workspace, requests, outcomes, store)
-    for request, outcome, own in zip(requests, outcomes, owns, strict=True):
+    for request, fact, outcome, own in zip(requests, facts, outcomes, owns, strict=True):
         try:
+            if isinstance(fact, Exception):
+                raise fact
             if isinstance(own, Exception):
                 raise own
             if isinstance(outcome, Exception) and config.client_privacy is not None:
                 outcome = _unchanged(workspace, request, outcome, store)
             if isinstance(outcome, Exception):
                 raise outcome
-            answers.append(_reply(request, outcome, _figures(outcome, config), config, store, own=own))
+            answers.append(_reply(request, outcome, _figures(outcome, config) | fact, config, store, own=own))
         except Exception as error:
             answers.append(failure_of(error, config))
     return answers
@@ -279,6 +283,19 @@ def _figures(result: TrainResult, config: RunConfig) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ training
 
 
+def _measured(workspace: Workspace, request: TrainRequest, store: ClientStore) -> dict[str, float] | Exception:
+    """What the rule asks to know of the client before it trains."""
+    if START_LOSS not in request.plan.asks:
+        return {}
+    try:
+        indices = examples_of_client(workspace, request.client_id)
+        workspace.base.write(_job(workspace, request, indices, store).adapter)
+        found = evaluate(workspace.base, workspace.task, workspace.data.train, indices=indices)
+        return {START_LOSS: found.overall["loss"]}
+    except Exception as error:
+        return error
+
+
 def _trained(
     workspace: Workspace,
     requests: Sequence[TrainRequest],
@@ -311,7 +328,7 @@ def _trained(
         on = (workspace.base, workspace.task, workspace.data.train, list(jobs.values()), configs)
         try:
             if settings is None:
-                results = train_cohort(*on)
+                results = train_in_phases(*on)
             else:
                 results = train_private_cohort(*on, [settings[number] for number in jobs])
         except Exception as error:  # what stopped all of them came of each
@@ -342,7 +359,7 @@ def _trained_for_themselves(
         configs.append(config.train_of(request.client_id).model_copy(update={"proximal_mu": config.train.personal}))
     results: Sequence[Outcome]
     try:
-        results = train_cohort(workspace.base, workspace.task, workspace.data.train, jobs, configs)
+        results = train_in_phases(workspace.base, workspace.task, workspace.data.train, jobs, configs)
     except Exception as error:  # what stopped all of them came of each
         results = [error] * len(jobs)
     for k, result in zip(trained, results, strict=True):
@@ -368,6 +385,8 @@ def _job(workspace: Workspace, request: TrainRequest, indices: np.ndarray, store
         rounds=config.rounds,
         optimizer=start.optimizer,
         client_id=request.client_id,
+        first=plan.first,
+        first_times=plan.first_times,
     )
 
 

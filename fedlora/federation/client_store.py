@@ -9,7 +9,7 @@ began; those two are all that a request of this run can still name, a resumed se
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -33,6 +33,11 @@ class ClientStore:
     """
 
     folder: Path | None = None
+    _read: dict[tuple[int, int], dict[str, Tensor]] | None = field(default=None, compare=False, repr=False)
+
+    def reading_once(self) -> ClientStore:
+        """The same store, which reads a file once and holds what it read for as long as it is there itself."""
+        return ClientStore(self.folder, {})
 
     def rounds(self, client_id: int) -> list[int]:
         """The rounds of which a client keeps something, in ascending order."""
@@ -47,15 +52,20 @@ class ClientStore:
         folder = self._of(client_id)
         if not number:
             return {}
+        if self._read is not None and (client_id, number) in self._read:
+            return self._read[client_id, number]
         found = sorted(folder.glob(f"{number:06d}-*.safetensors"))
         try:
-            return unpack(found[-1].read_bytes())[0]
+            tensors = unpack(found[-1].read_bytes())[0]
         except (IndexError, OSError, RunDirError) as error:
             why = "is damaged" if isinstance(error, RunDirError) else "is not there"
             raise ReplyError(
                 f"what client {client_id} kept of round {number} {why}: put its store back, or start a new run",
                 code="kept-part-lost",
             ) from None
+        if self._read is not None:
+            self._read[client_id, number] = tensors
+        return tensors
 
     def save(self, client_id: int, number: int, tensors: Mapping[str, Tensor], since: int) -> None:
         """Keep tensors of a round.

@@ -98,7 +98,15 @@ def _require_measured(config: RunConfig, rule: Aggregator) -> None:
 
 
 def _require_same_units(config: RunConfig, rule: Aggregator) -> None:
-    """Raise `ConfigError` where what a client has still to send would be added to another unit's change."""
+    """Raise `ConfigError` where what a client keeps of a unit would be used for another one."""
+    ranks = config.clients.ranks or [one.rank for one in config.clients.profiles if one.rank is not None]
+    if config.train.keep_optimizer and ranks and not rule.keeps_units:
+        raise ConfigError(
+            f"train.keep_optimizer: {config.strategy.name!r} gives clients of a smaller rank other units of A and B in "
+            "each round than those that the optimiser's state is of: remove it, or clients.ranks and the ranks of "
+            "clients.profiles",
+            code="state-of-other-units",
+        )
     if config.wire.keeps_residual and not (rule.keeps_basis and rule.keeps_units):
         raise ConfigError(
             f"wire.error_feedback adds what a client did not send to its next change, and {config.strategy.name!r} "

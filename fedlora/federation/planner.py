@@ -130,7 +130,7 @@ class Planner:
             plan = ClientPlan(asked.state.adapter, frozenset(), frozenset())
             return self._sent(asked, client, held, on_current_base(plan, asked.state, held.base_version))
         plan = self.plan(asked.state, client, held.base_version)
-        plan = replace(plan, adapter=asked.state.adapter, fresh_seed=None, tilt={}, asks=frozenset())
+        plan = replace(plan, adapter=asked.state.adapter, fresh_seed=None, tilt={}, asks=frozenset(), first=frozenset())
         return self._sent(asked, client, held, plan)
 
     def _simulated(self, planned: Planned) -> Planned:
@@ -140,7 +140,10 @@ class Planner:
             request.client_id,
             bytes_down=planned.nbytes,
             examples=examples_to_tell(self._workspace, request.client_id)
-            * (1 if self._config.train.personal is None else 2),
+            * (
+                (1 if self._config.train.personal is None else 2)
+                + (request.plan.first_times if request.plan.first else 0)
+            ),
             bytes_up=request.reply_nbytes,
         )
         failure = None

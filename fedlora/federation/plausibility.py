@@ -24,6 +24,12 @@ UPDATE_NORM = "update_norm"
 """Figure of a client in the metrics: the L2 norm of what it changed."""
 LOSS_RATIO = 1000.0
 """A loss above so many times the clients' median (of which at least 1 counts) is no loss of this model."""
+START_LOSS = "start_loss"
+"""Figure of a client, where the rule asks for it: the mean loss on its training examples before training."""
+START_LOSS_RATIO = 10.0
+"""Times the median client's, at most, does the loss before training count that a client reports."""
+SMALLEST_LOSS = 1e-10
+"""Added to it, as q-FedAvg's authors do: a power of zero, or a weight of zero, is nothing to divide by."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,12 @@ class Expectations:
     Args:
         median_change: Of the clients in the rounds before; None: it is not known.
         claims: Client -> examples that it said it has, of all clients.
+        median_loss: The largest median of the clients' losses before training in a round; None: it is not known.
     """
 
     median_change: float | None = None
     claims: Mapping[int, int] = field(default_factory=dict)
+    median_loss: float | None = None
 
 
 def median_change(records: Iterable[Mapping[str, Any]]) -> float | None:
@@ -79,6 +87,27 @@ def largest_weight(client_id: int, claims: Mapping[int, int], ratio: float) -> f
         return math.inf
     others = sum(count for other, count in claims.items() if other != client_id)
     return max(ratio * median_low(claims.values()), others / 3)
+
+
+def median_loss(records: Iterable[Mapping[str, Any]]) -> float | None:
+    """The largest median of `START_LOSS` of all rounds in which at least `FEWEST` clients reported it.
+
+    Not the last round's: a model that does well on most clients may be as bad on some as it was at the start.
+
+    Args:
+        records: lines of metrics.
+    """
+    every = [[row[START_LOSS] for row in record.get("clients", {}).values() if START_LOSS in row] for record in records]
+    return max((median_low(losses) for losses in every if len(losses) >= FEWEST), default=None)
+
+
+def largest_loss(before: float | None) -> float:
+    """The most that a client's loss before training counts: `START_LOSS_RATIO` times `median_loss`.
+
+    Args:
+        before: `median_loss` of the rounds before; None: of the first, and where too few answer.
+    """
+    return LOSS_RATIO if before is None else START_LOSS_RATIO * before
 
 
 def no_losses(losses: Mapping[int, float]) -> list[int]:

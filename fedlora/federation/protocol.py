@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedlora import __version__
 from fedlora.adapter import Layout, Part
-from fedlora.aggregators import ClientPlan
+from fedlora.aggregators import ClientPlan, Fact
 from fedlora.config import RunConfig
 from fedlora.hashing import tensors_digest
 from fedlora.rng import derive
@@ -45,6 +45,8 @@ TILT = "tilt"
 """Name of the buffer of what is added to each step's gradient."""
 KEPT = "kept"
 """Name of the part that a client keeps, beside "A", "B" and "dense"."""
+MEASURED: frozenset[Fact] = frozenset({"start_loss"})
+"""What of `ClientPlan.asks` a client measures; the server knows the others by itself."""
 MAX_ERROR = 1_000
 """Characters of an error that a client tells; escaped they fit into a head."""
 FIGURE_BYTES = 8
@@ -100,6 +102,11 @@ class TrainRequest:
     def layout_digest(self) -> str:
         """Names the reply's layout: client and server must mean the same."""
         return layout_digest(self.headers)
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """The facts that the client itself is to measure; they are among its reply's figures."""
+        return self.plan.asks & MEASURED
 
     @property
     def reply_nbytes(self) -> int:
@@ -160,7 +167,7 @@ def tensors_by_part(plan: ClientPlan) -> dict[str, dict[str, Tensor]]:
 
     What a client keeps is a part of its own, `KEPT`: it does not change, and is sent once.
     """
-    parts: tuple[Part, ...] = ("A", "B", "dense") if plan.fresh_seed is None else ("dense",)
+    parts: tuple[Part, ...] = ("A", "B", "R", "dense") if plan.fresh_seed is None else ("dense",)
     kept, found = plan.kept, dict[str, dict[str, Tensor]]()
     for part in parts:
         found[part] = {name: value for name, value in plan.adapter.tensors({part}).items() if name not in kept}
@@ -237,6 +244,8 @@ def request_head(
         "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
         "buffers": {name: layout_json(tensors) for name, tensors in buffers.items()},
         **({"tilt": tensors_digest(plan.tilt)} if plan.tilt else {}),
+        **({"asks": sorted(request.measured)} if request.measured else {}),
+        **({"first": sorted(plan.first), "first_times": plan.first_times} if plan.first else {}),
         **({"ledger": request.ledger} if request.ledger else {}),
         **({"kept_round": request.kept_round} if request.kept_round else {}),
     }

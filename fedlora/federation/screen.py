@@ -23,7 +23,15 @@ from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ReplyError
 from fedlora.federation.example_level_account import check_stated
-from fedlora.federation.plausibility import UPDATE_NORM, Expectations, largest_change, largest_weight
+from fedlora.federation.plausibility import (
+    SMALLEST_LOSS,
+    START_LOSS,
+    UPDATE_NORM,
+    Expectations,
+    largest_change,
+    largest_loss,
+    largest_weight,
+)
 from fedlora.federation.protocol import TrainRequest
 from fedlora.privacy.disclosure import REFUSED, Disclosure
 from fedlora.sanitize import clean_text
@@ -35,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 FIGURES = frozenset(("loss", "steps", "seconds", "compute_seconds", "examples_seen"))
 """What a client may report besides its number of examples, without [privacy]."""
-LARGEST_FIGURES = {"steps": 1e9, "seconds": 1e8, "compute_seconds": 1e10, "examples_seen": 1e12}
-"""Counts and times are not negative, and smaller than that; a loss may be any finite number."""
+LARGEST_FIGURES = {"steps": 1e9, "seconds": 1e8, "compute_seconds": 1e10, "examples_seen": 1e12, START_LOSS: 1e30}
+"""What cannot be negative, and how large it may be; the loss of training may be any finite number."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Screen:
         """
         try:
             change = self._require_sound(request, sent)
-            claimed, metrics = self._require_figures(request.client_id, figures)
+            claimed, metrics = self._require_figures(request, figures)
         except ReplyError as error:
             if self._config.client_privacy is None:
                 raise
@@ -93,7 +101,7 @@ class Screen:
             check_stated(metrics, private_settings(self._config, request.client_id))
         weight = self._weight(request.client_id, claimed, expected)
         adapter = request.plan.adapter.with_tensors(sent)
-        facts = self._facts(request, claimed)
+        facts = self._facts(request, claimed, metrics, expected)
         update = ClientUpdate(request.client_id, adapter, weight, request.plan.base_version, metrics, facts)
         return Admitted(update, self._written_down(claimed, weight, metrics, change))
 
@@ -115,9 +123,9 @@ class Screen:
             )
         return change
 
-    def _require_figures(self, client_id: int, figures: Mapping[str, object]) -> tuple[int, dict[str, float]]:
-        """The number of examples that it claims, and its figures."""
-        most = self._most_examples(client_id)
+    def _require_figures(self, request: TrainRequest, figures: Mapping[str, object]) -> tuple[int, dict[str, float]]:
+        """The number of examples that the client claims, and its figures."""
+        most = self._most_examples(request.client_id)
         claimed = figures.get("num_examples")
         if not isinstance(claimed, int) or isinstance(claimed, bool):
             raise ReplyError(
@@ -129,7 +137,7 @@ class Screen:
                 "partition gives it",
                 code="invalid-weight",
             )
-        if odd := set(figures) - self._allowed - {"num_examples"}:
+        if odd := set(figures) - self._allowed - {"num_examples"} - request.measured:
             raise ReplyError(f"metric {clean_text(min(odd), 40)!r} was not asked for", code="unexpected-metric")
         metrics: dict[str, float] = {}
         for name, value in figures.items():
@@ -138,6 +146,8 @@ class Screen:
             if name in LARGEST_FIGURES and not 0 <= value <= LARGEST_FIGURES[name]:
                 raise ReplyError(f"metric {name!r} is {value:g}, which no client measures", code="invalid-metric")
             metrics[name] = float(value)
+        if missing := request.measured - metrics.keys():
+            raise ReplyError(f"metric {min(missing)!r} was asked for, and is not there", code="metric-missing")
         return claimed, metrics
 
     def _most_examples(self, client_id: int) -> int:
@@ -149,7 +159,9 @@ class Screen:
             return config.server.max_examples
         return min(config.server.max_examples, max(1, len(self._workspace.data.clients[client_id])))
 
-    def _facts(self, request: TrainRequest, claimed: int) -> dict[Fact, float]:
+    def _facts(
+        self, request: TrainRequest, claimed: int, metrics: Mapping[str, float], expected: Expectations
+    ) -> dict[Fact, float]:
         """What the plan asks to know; a client is not believed where the server knows by itself."""
         config, plan, clients = self._config, request.plan, self._workspace.data.clients
         facts: dict[Fact, float] = {}
@@ -163,6 +175,8 @@ class Screen:
             else:
                 steps = number_of_steps(claimed if self._own_data else len(clients[request.client_id]), train)
             facts["rates"] = sum(learning_rate(step, steps, train, how) for step in range(steps))
+        if START_LOSS in plan.asks:
+            facts[START_LOSS] = min(metrics[START_LOSS], largest_loss(expected.median_loss)) + SMALLEST_LOSS
         return facts
 
     def _require_plausible(self, request: TrainRequest, change: float, expected: Expectations) -> None:

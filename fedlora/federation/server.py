@@ -26,7 +26,7 @@ from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import makes_models, require_one_start
 from fedlora.federation.planner import Planner
-from fedlora.federation.plausibility import Expectations, median_change
+from fedlora.federation.plausibility import Expectations, median_change, median_loss
 from fedlora.federation.privacy_account import PrivacyAccount
 from fedlora.federation.round_record import RoundRecord, quorum_of
 from fedlora.federation.selection import Selection
@@ -73,6 +73,7 @@ class FederatedServer:
         self._failed_rounds = 0
         self._interrupted: Exception | None = None
         self._median_change: float | None = None
+        self._median_loss: float | None = None
         self._capped: set[int] = set()
         self._selection: Selection | None = None
 
@@ -92,7 +93,7 @@ class FederatedServer:
         state = state or first_state(self.rule, self.workspace.base, self.config.seed)
         known = self.account.base_of(state)
         self._digests[state.base_version] = chain_digest("", state.base_updates) if known is None else known
-        self._median_change = median_change(history)
+        self._median_change, self._median_loss = median_change(history), median_loss(history)
         self._kept_rounds = last_used(history)
         selection: Selection | None = None
         if self.config.selection is not None:
@@ -127,7 +128,7 @@ class FederatedServer:
         record = self._sample(number)
         self.callbacks.round_started(number, record.asked)
         claims = {k: info.num_examples for k, info in self.clients.items() if info.num_examples is not None}
-        expected = Expectations(self._median_change, claims)
+        expected = Expectations(self._median_change, claims, self._median_loss)
         request = RoundRequest(number, record.asked, state, dict(self._digests), expected, dict(self._kept_rounds))
         with self.account.round(request):
             after = self._aggregate(request, record)
@@ -270,6 +271,8 @@ class FederatedServer:
         self._say_doubts(record)
         here = median_change([{"clients": record.clients}])
         self._median_change = self._median_change if here is None else here
+        losses = median_loss([{"clients": record.clients}])
+        self._median_loss = self._median_loss if losses is None else max(losses, self._median_loss or 0.0)
         left_out = self.pool.left_out
         line: dict[str, Any] = {
             "round": record.number,

@@ -116,6 +116,12 @@ class FedLoraStrategy(FedAvg):
                 "run it by fedlora's own ServerApp (flwr run, or fedlora run)",
                 code="plans-differ",
             )
+        if plan.adapter.tensors(("R",)):
+            raise RuleError(
+                f"{type(self.rule).__name__} trains cores between A and B, which PEFT's tensors do not have: run it by "
+                "fedlora's own ServerApp (flwr run, or fedlora run)",
+                code="core-elsewhere",
+            )
         return plan
 
     def _update(self, message: Message, plan: ClientPlan) -> ClientUpdate:

@@ -25,6 +25,7 @@ from fedlora.federation.protocol import (
     ADAPTER,
     KEPT,
     MAX_ERROR,
+    MEASURED,
     PROTOCOL,
     TILT,
     OfSameTensors,
@@ -158,6 +159,13 @@ def decode_request_head(content: RecordDict) -> dict[str, Any]:
             "above 0 and at most 1",
             code="unknown-wire-format",
         )
+    times = head.get("first_times", 1)
+    if not (type(times) is int and times >= 1 and set(head.get("first", ())) <= set(head["trains"])):
+        raise ReplyError(
+            f"the server asks to train {str(head.get('first'))[:40]} first, {str(times)[:40]} times as long as the "
+            "rest: a part of what is trained, a whole number of times",
+            code="unknown-part",
+        )
     return head
 
 
@@ -198,6 +206,9 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
         fresh_seed=head["fresh_seed"],
         proximal_mu=head["proximal_mu"],
         tilt=buffers.get(TILT, {}),
+        asks=MEASURED.intersection(head.get("asks", ())),
+        first=frozenset(head.get("first", ())),
+        first_times=head.get("first_times", 1),
     )
     _require_tilt(plan, head)
     request = TrainRequest(
@@ -271,14 +282,17 @@ def _by_part(tensors: Mapping[str, Tensor], layout: Layout, head: Mapping[str, A
 
 
 def _factors(layout: Layout) -> dict[str, str]:
-    return {f"{name}:{factor}": factor for name in layout for factor in "AB"}
+    return {f"{name}:{factor}": factor for name in layout for factor in "ABR"}
 
 
 def _adapter(layout: Layout, fresh_seed: int | None, tensors: Mapping[str, Tensor]) -> AdapterState:
     """Where training starts."""
     if fresh_seed is not None:
         return AdapterState(fresh_pairs(layout, fresh_seed), dict(tensors))
-    pairs = {name: LoraPair(tensors[f"{name}:A"], tensors[f"{name}:B"], shape.scale) for name, shape in layout.items()}
+    pairs = {
+        name: LoraPair(tensors[f"{name}:A"], tensors[f"{name}:B"], shape.scale, tensors.get(f"{name}:R"))
+        for name, shape in layout.items()
+    }
     factors = _factors(layout)
     return AdapterState(pairs, {name: tensor for name, tensor in tensors.items() if name not in factors})
 

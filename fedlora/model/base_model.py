@@ -216,7 +216,7 @@ class Base:
         """Put an adapter's values into the model; pairs of another rank than the present one are resized.
 
         Args:
-            state: is copied, never aliased.
+            state: is copied, never aliased. A core goes into B.
             trains: the parts that shall receive gradients; everything else in the model is frozen.
 
         Returns:
@@ -227,21 +227,21 @@ class Base:
         """
         self.require_fit(state)
         trained: list[Parameter] = []
-        train_A, train_B, train_dense = "A" in trains, "B" in trains, "dense" in trains
+        train_A, train_B, train_core, train_dense = (part in trains for part in ("A", "B", "R", "dense"))
         with torch.no_grad():
             for name, layer in self._layers.items():
                 pair = state.pairs[name]
                 down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
                 if layer.r[ADAPTER] != pair.rank:
                     layer.r[ADAPTER] = down.out_features = up.in_features = pair.rank
-                    down.weight, up.weight = self._new(pair.A), self._new(pair.B)
+                    down.weight, up.weight = self._new(pair.A), self._new(pair.up)
                 else:
                     down.weight.copy_(pair.A)
-                    up.weight.copy_(pair.B)
+                    up.weight.copy_(pair.up)
                 layer.scaling[ADAPTER] = pair.scale
                 layer.lora_alpha[ADAPTER] = alpha_of(pair.scale, pair.rank, self.method.root_scale)
                 _set_trained(down.weight, train_A, trained)
-                _set_trained(up.weight, train_B, trained)
+                _set_trained(up.weight, train_B or (train_core and pair.core is not None), trained)
             for name, parameter in self._dense.items():
                 parameter.copy_(state.dense[name])
                 _set_trained(parameter, train_dense, trained)
@@ -284,7 +284,7 @@ class Base:
     def tensor_names(self, parts: Iterable[Part] = ALL_PARTS) -> list[str]:
         """Names of an adapter's tensors of some parts, as in `AdapterState.tensors`, in the order of `write`."""
         chosen = set(parts)
-        names = [f"{name}:{part}" for name in self._layers for part in ("A", "B") if part in chosen]
+        names = [f"{name}:{part}" for name in self._layers for part in ("A", "B", "R") if part in chosen]
         return names + (list(self._dense) if "dense" in chosen else [])
 
     def train_mode(self, training: bool) -> None:

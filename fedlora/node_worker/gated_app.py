@@ -170,6 +170,7 @@ class GatedApp(ClientApp):
         if config.example_privacy is not None and "ledger" in self._facts:
             Ledger(str(self._facts["ledger"])).require_head(self._log.ledger)
         client_id, evaluates = client_id_of(own), message.metadata.message_type == "evaluate"
+        first_times = 0
         require_config(policy, config, client_id, own_data="data" in self._facts)
         if policy.approval and not Approvals(self.site).allows(config):
             digest = config_hash(config)
@@ -178,13 +179,15 @@ class GatedApp(ClientApp):
             require_foreign(policy)
         elif message.metadata.message_type != "query.hello":
             try:
-                require_request(policy, decode_request_head(message.content), evaluates=evaluates)
+                head = decode_request_head(message.content)
+                require_request(policy, head, evaluates=evaluates)
+                first_times = head.get("first_times", 1) if head.get("first") else 0
             except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
                 raise ReplyError("the message has no readable head", code="unreadable-head") from None
         whole = config_of(own)
         with looking_at_data(whole, always=True):
             workspace = open_workspace(whole)
-        require_workspace(policy, workspace, client_id, evaluates=evaluates)
+        require_workspace(policy, workspace, client_id, evaluates=evaluates, first_times=first_times)
         return {} if signer is None else {"signer": signer}
 
 

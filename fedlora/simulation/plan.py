@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair
-from fedlora.aggregators import ClientPlan
+from fedlora.aggregators import Aggregator, ClientPlan, load_aggregator
+from fedlora.aggregators._around import Around
+from fedlora.aggregators.drift import Drift
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
 from fedlora.federation.checks import clients_wanted
@@ -145,6 +147,7 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
     )
     trained = sum(value.numel() for value in adapter.tensors().values())
     request = TrainRequest(ClientPlan(adapter), 1, 0, wire=config.wire.up, fraction=config.wire.fraction)
+    tilts = _tilts(load_aggregator(config.strategy.name, config.strategy.fields))
     own = {id(parameter) for parameter in base.parameters.values()}
     frozen = [parameter for parameter in base.model.parameters() if id(parameter) not in own]
     wide = base.adapter_dtype.itemsize
@@ -164,7 +167,7 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
         memory=memory,
         pass_tokens=min(wanted),
         row_tokens=longest,
-        down=clients * adapter.nbytes(),
+        down=clients * adapter.nbytes() * (2 if tilts else 1),
         up=clients * request.reply_nbytes,
     )
 
@@ -185,6 +188,11 @@ def read_size(text: str) -> int:
     if not 0 < found < 1 << 60:
         raise ConfigError(f"{text!r} is no size of memory: write it as 24GB or 16GiB", code="not-a-size")
     return int(found)
+
+
+def _tilts(rule: Aggregator) -> bool:
+    """Whether clients are sent a tilt beside the adapter, which is as large."""
+    return isinstance(rule, Drift) or (isinstance(rule, Around) and _tilts(rule.inner))
 
 
 def _blank(base: Base, *shape: int) -> Tensor:

@@ -96,6 +96,8 @@ def require_request(policy: Policy, head: Mapping[str, Any], *, evaluates: bool)
     _require_at_most(policy.max_rounds, head["round"], "max_rounds", "round")
     ranks = [int(rank) for _, _, rank, _ in head["layout"].values()]
     _require_at_most(policy.max_rank, max(ranks, default=0), "max_rank", "rank of the adapter that was sent")
+    if (asked := sorted(head.get("asks", ()))) and not policy.losses:
+        raise refused("losses", f"the run's rule asks for the figure {asked[0]!r} of this site's examples")
     if evaluates:
         for clause in ("metrics", "losses", "example_counts"):  # sums hold all three
             if not getattr(policy, clause):
@@ -115,7 +117,9 @@ def require_foreign(policy: Policy) -> None:
             raise refused(clause, "a server of another kind asks, whose clients report it always")
 
 
-def require_workspace(policy: Policy, workspace: Any, client_id: int, *, evaluates: bool = False) -> None:
+def require_workspace(
+    policy: Policy, workspace: Any, client_id: int, *, evaluates: bool = False, first_times: int = 0
+) -> None:
     """Hold this site's base model and examples against the policy.
 
     Args:
@@ -123,6 +127,7 @@ def require_workspace(policy: Policy, workspace: Any, client_id: int, *, evaluat
         workspace: A `fedlora.training.workspace.Workspace` of the run, on this node.
         client_id: Number of the client that this node is.
         evaluates: See `require_request`.
+        first_times: How many times as long as the rest a part is trained first; 0: none is.
 
     Raises:
         PolicyError: naming the first clause that does not allow it.
@@ -144,6 +149,7 @@ def require_workspace(policy: Policy, workspace: Any, client_id: int, *, evaluat
         clients = workspace.data.clients
         size = len(clients[client_id]) if 0 <= client_id < len(clients) else 0
         steps = number_of_steps(size, config.train_of(client_id))
+    steps *= 1 + first_times
     _require_at_most(policy.max_steps, steps, "max_steps", "number of steps in a round")
     if policy.min_examples is None:
         return

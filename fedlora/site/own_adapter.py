@@ -54,6 +54,9 @@ def write_own_adapter(site: Path, adapter: Path, out: Path, run: str | None = No
         raise ExportError(
             "by the run's rule this node keeps no part of the model: use the run's adapter", code="nothing-kept"
         )
+    for name in [name for name in own if name.endswith(":R")]:  # what is exported has no cores
+        module, core = name.removesuffix(":R"), own.pop(name)
+        own[f"{module}:B"] = own[f"{module}:B"] @ core
     save_with(adapter, own, out)
     return number
 

@@ -68,6 +68,7 @@ class AggregatorContract(ClaimLaws):
                 require(plan.adapter.layout == spec.layout, "the plan's adapter does not have the client's layout")
                 trained, sent = (plan.adapter.tensors(parts).keys() for parts in (plan.trains, plan.sends))
                 require(sent <= trained, "the plan asks a client to send what it does not train")
+                require(plan.first < plan.trains, "the plan trains all parts first, or some that it does not train")
                 if Claim.PERSONAL in self.aggregator.claims:
                     require(bool(plan.kept), "claims PERSONAL, and clients send all that they train")
                 else:

@@ -104,14 +104,19 @@ def visible(before: GlobalState, after: GlobalState) -> dict[str, Tensor]:
     """All that clients see of an aggregation: each weight's change, multiplied out in float64, and the dense parts."""
     change = broadcast_change(before, after)
     out = {
-        name: torch.stack([c * p.scale * (p.B.double() @ p.A.double()) for c, p in change.terms(name)]).sum(0)
+        name: torch.stack([c * _as(p, torch.float64).delta() for c, p in change.terms(name)]).sum(0)
         for name in change.names
     }
     return out | {name: value.double() for name, value in after.adapter.dense.items()}
 
 
+def _as(pair: LoraPair, dtype: torch.dtype) -> LoraPair:
+    core = None if pair.core is None else pair.core.to(dtype)
+    return LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scale, core)
+
+
 def alpha_doubled(adapter: AdapterState) -> AdapterState:
-    pairs = {name: LoraPair(pair.A, pair.B / 2, pair.scale * 2) for name, pair in adapter.pairs.items()}
+    pairs = {name: LoraPair(p.A, p.B / 2, p.scale * 2, p.core) for name, p in adapter.pairs.items()}
     return AdapterState(pairs, adapter.dense)
 
 

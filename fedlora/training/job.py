@@ -31,6 +31,8 @@ class TrainJob:
         optimizer: the optimiser's state of the client's last round, as `TrainResult.optimizer` has it; empty: it starts
             anew.
         client_id: whose, for a loop of one's own.
+        first: parts that are trained first, and then no more; see `fedlora.training.phases`.
+        first_times: how many times as long as the others.
     """
 
     adapter: AdapterState
@@ -44,6 +46,8 @@ class TrainJob:
     rounds: int = 1
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     client_id: int = 0
+    first: frozenset[Part] = frozenset()
+    first_times: int = 1
 
 
 @dataclass(frozen=True)

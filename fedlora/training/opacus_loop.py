@@ -122,6 +122,11 @@ def train_by_opacus(
             if term is not None and parameter.grad is not None:
                 parameter.grad += term.to(parameter.grad)
 
+    if job.adapter.tensors(("R",)):
+        raise PrivacyError(
+            "cores between frozen factors are not trained where clients go one by one: choose strategy 'ffa'",
+            code="core-not-trained",
+        )
     optimizer = make_optimizer(parameters, config)
     plan, keys = settings.schedule, masks or secret_keys
     clip = settings.clipping_norm(base.dtype)

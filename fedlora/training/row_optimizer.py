@@ -106,7 +106,10 @@ class Columns:
             else value.detach().to("cpu", row.dtype, copy=True)
             for name, value in adapter.tensors().items()
         }
-        pairs = {name: LoraPair(found[f"{name}:A"], found[f"{name}:B"], p.scale) for name, p in adapter.pairs.items()}
+        pairs = {
+            name: LoraPair(found[f"{name}:A"], found[f"{name}:B"], pair.scale, found.get(f"{name}:R"))
+            for name, pair in adapter.pairs.items()
+        }
         return AdapterState(pairs, {name: found[name] for name in adapter.dense})
 
 

@@ -103,7 +103,9 @@ class Stacked:
         self._base, self._columns = base, columns
         self._changed: list[nn.Module] = []
         trained = {column.name for column in columns.columns}
-        self._kept = Columns(adapters, [name for name in base.tensor_names() if name not in trained])
+        cores = [name for name in adapters[0].tensors(("R",)) if name not in trained]
+        self._kept = Columns(adapters, [name for name in base.tensor_names() if name not in trained] + cores)
+        self._cored = [name for name in base.targets if adapters[0].pairs[name].core is not None]
         like = torch.empty(0, dtype=base.adapter_dtype, device=base.device)
         self._frozen = self._kept.rows(adapters, like)
         self._scales = like.new_tensor([[adapter.pairs[name].scale for name in base.targets] for adapter in adapters])
@@ -115,6 +117,8 @@ class Stacked:
         if self._kept.columns:
             frozen = take(self._frozen, rows)
             tensors |= {column.name: column.of(frozen) for column in self._kept.columns}
+        for name in self._cored:
+            tensors[f"{name}:B"] = tensors[f"{name}:B"] @ tensors[f"{name}:R"]
         scales = take(self._scales, rows).T[:, :, None, None].unbind()
         self.step = Step(blocks_of(sizes), tensors, dict(zip(self._base.targets, scales, strict=True)))
         return leaves

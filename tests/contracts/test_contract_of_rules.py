@@ -19,6 +19,7 @@ from fedlora.aggregators.clipping import CentredClipping, NormBound
 from fedlora.aggregators.coordinatewise import Median, TrimmedMean
 from fedlora.aggregators.drift import FedDyn, Scaffold
 from fedlora.aggregators.fair import Fair
+from fedlora.aggregators.fairness import Afl, QFedAvg
 from fedlora.aggregators.fedex import FedEx
 from fedlora.aggregators.fedmomentum import FedMomentum
 from fedlora.aggregators.fedrot import FedRot
@@ -31,7 +32,7 @@ from fedlora.aggregators.fslora import FsLora
 from fedlora.aggregators.geometric_median import GeometricMedian
 from fedlora.aggregators.hetlora import HetLora
 from fedlora.aggregators.krum import Krum
-from fedlora.aggregators.personal import FedPer, FedSaLora, Keep
+from fedlora.aggregators.personal import FedPer, FedRep, FedSaLora, Keep
 from fedlora.aggregators.raflora import RaFlora
 from fedlora.aggregators.rolora import RoLora
 from fedlora.aggregators.server_optimisers import FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -146,6 +147,49 @@ class Dynamic(AggregatorContract):
             torch.testing.assert_close(after, wanted, rtol=1e-12, atol=1e-12)
 
 
+class Shortened(AggregatorContract):
+    """Clients whose losses are equal: the mean step, times a factor below 1."""
+
+    exempt: ClassVar[dict[str, str]] = dict.fromkeys((ALONE, SAME, DENSE), "test_equal_losses_give_a_part_of_the_step")
+
+    def test_equal_losses_give_a_part_of_the_step(self) -> None:
+        """Of the inner rule's, the same part for all tensors: with F = 4, 1 / (1 + q L mean |x - y_k|^2 / F)."""
+        rule: QFedAvg = self.aggregator  # type: ignore[assignment]
+        for state in self.states():
+            updates = self.updates(state, self.specs())
+            start = rule.plan(state, self.specs()[0])
+            sent = start.adapter.tensors(start.sends)
+            squares = [
+                sum(float((u.adapter.tensors()[name] - value).square().sum()) for name, value in sent.items())
+                for u in updates
+            ]
+            total = sum(u.num_examples for u in updates)
+            mean = sum(u.num_examples * square for u, square in zip(updates, squares, strict=True)) / total
+            part = 1 / (1 + rule.q * rule.lipschitz * mean / 4.0)
+            after = rule.aggregate(state, updates)
+            whole = rule.inner.aggregate(rule.inner_state(state), updates).adapter.tensors()
+            for name, before in sent.items():
+                wanted = before + part * (whole[name] - before)
+                torch.testing.assert_close(after.adapter.tensors()[name], wanted, rtol=1e-12, atol=1e-12)
+            assert after.metrics["qfedavg/step"] == pytest.approx(part)
+
+
+class Agnostic(AggregatorContract):
+    """Each client counts by its weight lambda_k, whatever its number of examples."""
+
+    exempt: ClassVar[dict[str, str]] = dict.fromkeys((DENSE, TWINS), "test_examples_have_no_say")
+
+    def test_examples_have_no_say(self) -> None:
+        """While all losses are equal, all four count alike."""
+        for state in self.states():
+            updates = self.updates(state, self.specs())
+            after = self.aggregator.aggregate(state, updates)
+            equal = [dataclasses.replace(update, num_examples=1.0) for update in updates]
+            rule: Afl = self.aggregator  # type: ignore[assignment]
+            whole = rule.inner.aggregate(rule.inner_state(state), equal)
+            torch.testing.assert_close(visible(state, after), visible(state, whole), rtol=1e-12, atol=1e-12)
+
+
 class Cut(AggregatorContract):
     """A share of the singular values' energy is cut off."""
 
@@ -200,6 +244,8 @@ OWN: dict[type[Aggregator], type[AggregatorContract]] = {
     FedAdam: Step,
     FedYogi: Step,
     FedDyn: Dynamic,
+    QFedAvg: Shortened,
+    Afl: Agnostic,
     Florist: Cut,
     HetLora: ByNorm,
     RaFlora: AtFullRank,
@@ -233,9 +279,13 @@ VARIANTS: dict[str, tuple[type[AggregatorContract], Aggregator]] = {
     "KeepByPattern": (AggregatorContract, Keep(("*q:B", "head.bias"))),
     "KeepHeadsOfFlora": (AggregatorContract, Keep(inner=Flora())),
     "KeepHeadsOfKrum": (Chosen, Keep(inner=Krum())),
+    "FedRepOfRoLora": (AggregatorContract, FedRep(3, RoLora())),
     "FedPerOfRoLora": (AggregatorContract, FedPer(RoLora())),
     "FedSaOfMedian": (AggregatorContract, FedSaLora(Median())),
     "ScaffoldOfRoLora": (AggregatorContract, Scaffold(RoLora())),
+    "QFedAvgOfRoLora": (Shortened, QFedAvg(0.5, inner=RoLora())),
+    "AflOfFlora": (Agnostic, Afl(inner=Flora())),
+    "KrumOfQFedAvg": (Chosen, Krum(inner=QFedAvg(0.0))),
     "FedDynOfFedAvgM": (Dynamic, FedDyn(0.5, FedAvgM(momentum=0.0))),
     "KrumOfScaffold": (Chosen, Krum(inner=Scaffold())),
     "KeepHeadsOfScaffold": (AggregatorContract, Keep(inner=Scaffold())),
@@ -285,6 +335,7 @@ E, L, M, B, R, T, G, P = (
         (FedSaLora(), L | P),
         (Keep(inner=FedEx()), B | G | P),
         (FedPer(FfaLora()), L | M | P),
+        (FedRep(2, FfaLora()), L | M | P),
         (Keep(("B",), FedAdam()), L | P),
     ],
     ids=repr,
@@ -301,6 +352,7 @@ def test_claims_follow_from_the_fields_and_the_inner_rule(rule: Aggregator, clai
         (lambda: Keep(("B",), FfaLora()), "factor-kept"),
         (lambda: FedSaLora(Flora()), "factor-kept"),
         (lambda: Krum(inner=FedPer()), "personal-inside"),
+        (lambda: FedRep(0), "out-of-range"),
         (lambda: Keep(("A",), FedSaLora()), "personal-inside"),
         (lambda: Keep(("*:A",), FlexLora()).init(initial(torch.float32)), "factor-kept"),
     ],

@@ -21,7 +21,7 @@ from fedlora.callbacks import Callback
 from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, TrainingError
-from fedlora.federation import client
+from fedlora.federation import client, client_store
 from fedlora.federation.client_store import divided
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
@@ -181,6 +181,17 @@ def test_the_shared_model_and_its_figures_are_the_same_to_the_byte_in_cohorts_an
 
 
 @pytest.mark.slow
+def test_what_a_client_keeps_is_read_once_a_round(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many need it: the start, the own model's start and what topk has still to send."""
+    reads: list[bytes] = []
+    real = client_store.unpack
+    monkeypatch.setattr(client_store, "unpack", lambda data: (reads.append(data), real(data))[1])
+    keys = (*DITTO, "wire={up='topk', fraction=0.2}", "evaluation.every=3", "rounds=3")
+    simulate(tiny_config(*keys))
+    assert len(reads) == 4 * 2 + 4, "four clients in rounds 2 and 3, and the evaluation at the end"
+
+
+@pytest.mark.slow
 def test_beside_it_a_client_keeps_what_topk_did_not_send(tiny_config: MakeConfig) -> None:
     keys = (*ALIKE, "wire={up='topk', fraction=0.2}", "server.fraction=0.75")
     plain = simulate(tiny_config(*keys, name="plain"))
@@ -234,7 +245,7 @@ def test_a_model_of_a_round_whose_reply_was_lost_counts_as_never_trained(
 def test_a_client_whose_own_model_fails_or_is_lost_is_left_out_by_name(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = client.train_cohort
+    real = client.train_in_phases
 
     def failing(base: Any, task: Any, examples: Any, jobs: Any, configs: Any) -> Any:
         found = real(base, task, examples, jobs, configs)
@@ -244,7 +255,7 @@ def test_a_client_whose_own_model_fails_or_is_lost_is_left_out_by_name(
             for job, one in zip(jobs, found, strict=True)
         ]
 
-    monkeypatch.setattr(client, "train_cohort", failing)
+    monkeypatch.setattr(client, "train_in_phases", failing)
     outcome = simulate(tiny_config(*DITTO, "rounds=3"))
     assert [record["answered"] for record in outcome.records[1:]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
     assert "its own model (train.personal): the loss is nan" in outcome.records[2]["refused"]["1"]

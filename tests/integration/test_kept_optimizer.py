@@ -176,13 +176,13 @@ def test_nobody_sees_whose_first_round_failed(tiny_config: MakeConfig, monkeypat
     """Under user-level privacy, where a failed client's update changes nothing."""
     from fedlora.federation import client
 
-    real = client.train_cohort
+    real = client.train_in_phases
 
     def failing(base: Any, task: Any, examples: Any, jobs: Any, configs: Any) -> Any:
         found = real(base, task, examples, jobs, configs)
         return [RuntimeError("broken") if job.round == 1 else one for job, one in zip(jobs, found, strict=True)]
 
-    monkeypatch.setattr(client, "train_cohort", failing)
+    monkeypatch.setattr(client, "train_in_phases", failing)
     privacy = "privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}"
     outcome = simulate(tiny_config(*KEPT, privacy, "server.aggregation_error=false", "rounds=3"))
     assert [record["answered"] for record in outcome.records[1:]] == [[0, 1, 2, 3]] * 3
@@ -193,6 +193,8 @@ def test_what_cannot_be_kept_is_refused(tiny_config: MakeConfig, tmp_path: Path)
         tiny_config("train.keep_optimizer=true", "train.optimizer=sgd")
     with pytest.raises(FedloraError, match="starts each round from a new adapter"):
         simulate(tiny_config(*KEPT, "strategy.name=flora"))
+    with raises(ConfigError, "state-of-other-units", "'fslora'"):
+        simulate(tiny_config(*KEPT, "strategy.name=fslora", "clients.ranks=[2,4]"))
     sgd = simulate(tiny_config(*KEPT, "train.optimizer=sgd", "train.momentum=0.9", "rounds=1", name="sgd"))
     assert np.isfinite(sgd.records[-1]["train_loss"])
     assert files(sgd.rundir.clients_dir)

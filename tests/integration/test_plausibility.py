@@ -19,10 +19,12 @@ from fedlora.config import RunConfig
 from fedlora.errors import RoundError, RuleError
 from fedlora.federation.plausibility import (
     FIRST,
+    START_LOSS,
     UPDATE_NORM,
     largest_change,
     largest_weight,
     median_change,
+    median_loss,
     no_losses,
 )
 from fedlora.federation.run import RunOutcome
@@ -91,6 +93,14 @@ def test_clients_within_ten_times_the_median_count_in_full(counts: list[int]) ->
         if count <= 10 * median_low(counts):
             assert largest_weight(client_id, claims, 10.0) >= count
     assert largest_weight(0, {0: 10**7, 1: 1}, 10.0) == math.inf  # of two nobody is the median
+
+
+def test_the_largest_median_loss_of_all_rounds_counts() -> None:
+    def losses(*values: float) -> dict[str, Any]:
+        return {"clients": {str(k): {START_LOSS: value} for k, value in enumerate(values)}}
+
+    assert median_loss([{"round": 0}, losses(1.0, 9.0), line(1.0, 2.0, 3.0)]) is None
+    assert median_loss([losses(0.5, 0.7, 1e300), losses(0.1, 0.1, 0.2), losses(5.0, 6.0)]) == 0.7
 
 
 def test_losses_that_no_model_has() -> None:

@@ -251,6 +251,19 @@ def test_figures_that_may_not_leave_stay(own: MakeConfig, site: MakeSite) -> Non
     assert "num_examples" not in hello(site(example_counts=False), config)
 
 
+def test_a_rule_that_asks_for_losses_gets_none_where_they_may_not_leave(own: MakeConfig, site: MakeSite) -> None:
+    config = own("train.steps=1", "server.weighting=uniform", "strategy.name=qfedavg")
+    assert "start_loss" in figures(train(site(), config))
+    assert decode_head(train(site(losses=False), config))["error"] == refusal("losses")
+
+
+def test_steps_of_both_phases_count(own: MakeConfig, site: MakeSite) -> None:
+    rule = "strategy={name='fedrep',head_times=2}"
+    config = own("train.steps=2", rule, "evaluation.on=both", "server.weighting=uniform")
+    assert decode_head(train(site(max_steps=6), config))["kind"] == "update"
+    assert decode_head(train(site(max_steps=5), config))["error"] == refusal("max_steps")
+
+
 def test_a_private_runs_figures_are_the_plans_own(own: MakeConfig, site: MakeSite) -> None:
     config = own(*PRIVATE)
     reply = train(site(private_only=True, losses=False, example_counts=False), config)

@@ -162,7 +162,7 @@ def broken(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         raise IndexError("index out of range in self")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "train_cohort", fail)
+        patch.setattr(client, "train_in_phases", fail)
         yield tiny_toml
 
 

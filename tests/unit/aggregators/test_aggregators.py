@@ -72,9 +72,9 @@ def log(count: int, rank: int = 2, dtype: torch.dtype = torch.float32) -> tuple[
 # ------------------------------------------------------------------------------------------------ finding a rule
 
 
-NAMES = """centred_clipping fair fedadagrad fedadam fedavg fedavgm fedex fedmomentum fedper fedrot fedsa fedsvd fedyogi
-ffa flexlora flora florist fltrust frlora fslora geometric_median hetlora keep krum median norm_bound raflora rolora
-trimmed_mean"""
+NAMES = """afl centred_clipping fair fedadagrad fedadam fedavg fedavgm feddyn fedex fedmomentum fedper fedrep
+fedrot fedsa fedsb fedsvd fedyogi ffa flexlora flora florist fltrust frlora fslora geometric_median hetlora
+keep krum median norm_bound qfedavg raflora rolora scaffold trimmed_mean"""
 
 
 def test_every_rule_is_found_by_name_and_says_where_it_comes_from() -> None:
@@ -82,7 +82,7 @@ def test_every_rule_is_found_by_name_and_says_where_it_comes_from() -> None:
     assert all("arXiv" in cls.paper or "OpenReview" in cls.paper for cls in dict(rules.items()).values())
     assert {group_of(cls) for cls in dict(rules.items()).values()} == set(GROUPS)
     assert [
-        group_of(rules.get(name)) for name in ("ffa", "hetlora", "krum", "fedadam", "feddyn", "fedsa", "fedavg")
+        group_of(rules.get(name)) for name in ("ffa", "hetlora", "krum", "fedadam", "feddyn", "afl", "fedsa", "fedavg")
     ] == list(GROUPS)
 
 

@@ -124,6 +124,19 @@ def test_baselines_go_by_a_schedule_over_the_whole_run(config: RunConfig) -> Non
     assert (alone["steps"], together["steps"]) == (4, 4)
 
 
+def test_each_job_says_whose_it_is(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop of one's own is told, as in the federation."""
+    from fedlora.evaluation import baselines
+
+    seen: list[int] = []
+    real = baselines.train_cohort
+    monkeypatch.setattr(
+        baselines, "train_cohort", lambda *on: (seen.extend(job.client_id for job in on[3]), real(*on))[1]
+    )
+    local_only(workspace, [1, 3])
+    assert seen == [1, 3]
+
+
 def test_no_client_is_refused(workspace: Workspace) -> None:
     with raises(ConfigError, "no-clients"):
         local_only(workspace, [])

@@ -40,6 +40,22 @@ def test_what_is_kept_comes_back_as_it_was(store: ClientStore) -> None:
     assert store.load(3, 0) == {}
 
 
+def test_one_that_reads_once_reads_once(store: ClientStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(3, 1, kept(0.1), 0)
+    store.save(3, 2, kept(0.2), 1)
+    read: list[Path] = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), real(path))[1])
+    once = store.reading_once()
+    for number in (1, 2, 1, 2, 1):
+        assert torch.equal(once.load(3, number)["head.weight"], kept(number / 10)["head.weight"])
+    assert len(read) == 2
+    store.load(3, 1)
+    assert len(read) == 3, "the store itself holds nothing"
+    with raises(ReplyError, "kept-part-lost"):
+        once.load(3, 9)
+
+
 def test_what_can_still_be_named_stays_and_the_rest_goes(store: ClientStore) -> None:
     """After round 7 that began from 4: its own, 4's, and that from which 4 began, for a server that lost round 7."""
     for number, since in ((1, 0), (2, 1), (4, 2), (5, 4), (6, 4), (7, 4)):  # 5 and 6 were lost on the way

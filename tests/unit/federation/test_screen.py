@@ -17,7 +17,7 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ReplyError
-from fedlora.federation.plausibility import Expectations
+from fedlora.federation.plausibility import START_LOSS, Expectations
 from fedlora.federation.protocol import TrainRequest
 from fedlora.federation.screen import FIGURES, Admitted, Screen, l2_norm
 from fedlora.privacy.disclosure import REFUSED
@@ -138,6 +138,41 @@ def test_what_a_rule_asks_to_know_is_the_servers_own_knowledge() -> None:
     claimed = admit(figures={**GOOD, "num_examples": 250}, request=request, config=own_data(*keys)).update.facts
     assert claimed == {"clients": 2.0, "rates": 0.5 * 0.5 + 2 * 0.5}
     assert admit().update.facts == {}
+
+
+LOSS = replace(REQUEST, plan=replace(PLAN, asks=frozenset({START_LOSS})))
+
+
+@pytest.mark.parametrize(
+    ("figures", "code"),
+    [
+        ({}, "metric-missing"),
+        ({START_LOSS: math.nan}, "invalid-metric"),
+        ({START_LOSS: math.inf}, "invalid-metric"),
+        ({START_LOSS: -1e-9}, "invalid-metric"),
+        ({START_LOSS: 1e31}, "invalid-metric"),
+        ({START_LOSS: "0.5"}, "invalid-metric"),
+    ],
+)
+def test_a_loss_that_a_rule_asks_for_must_be_one(figures: dict[str, Any], code: str) -> None:
+    with raises(ReplyError, code, START_LOSS):
+        admit(figures={**GOOD, **figures}, request=LOSS)
+
+
+def test_a_loss_that_no_rule_asks_for_is_refused() -> None:
+    with raises(ReplyError, "unexpected-metric", START_LOSS):
+        admit(figures={**GOOD, START_LOSS: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("claimed", "before", "counted"),
+    [(0.5, None, 0.5), (0.0, None, 0.0), (1e9, None, 1000.0), (1e9, 0.25, 2.5), (2.4, 0.25, 2.4), (3.0, 0.0, 0.0)],
+)
+def test_a_loss_counts_ten_times_the_others_at_most(claimed: float, before: float | None, counted: float) -> None:
+    """And is written down as it came."""
+    found = admit(figures={**GOOD, START_LOSS: claimed}, request=LOSS, median_loss=before)
+    assert found.update.facts == {START_LOSS: counted + 1e-10}
+    assert found.figures[START_LOSS] == claimed
 
 
 def test_a_change_far_above_the_others_is_refused_only_where_it_is_compared() -> None:

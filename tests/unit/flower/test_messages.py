@@ -61,12 +61,17 @@ WITH_UPDATE = ClientPlan(
 )
 FRESH = ClientPlan(AdapterState(fresh_pairs({"m": PairShape(4, 5, 3, 2.0)}, 7), {"head": torch.ones(2)}), fresh_seed=7)
 TILTED = replace(FROZEN_A, tilt={"a:B": torch.ones(4, 3), "head.weight": torch.ones(2, 4)}, asks=frozenset({"rates"}))
+CORED = AdapterState(
+    {name: replace(pair, core=torch.randn(3, 3)) for name, pair in adapter().pairs.items()}, adapter().dense
+)
 PLANS = {
     "plain": ClientPlan(adapter()),
     "frozen A": FROZEN_A,
     "base update": WITH_UPDATE,
     "fresh": FRESH,
     "tilted": TILTED,
+    "core": ClientPlan(CORED, trains=frozenset(("R", "dense")), sends=frozenset(("R", "dense"))),
+    "two phases": replace(TILTED, first=frozenset({"dense"}), first_times=3, asks=frozenset({"start_loss"})),
 }
 
 

@@ -176,6 +176,9 @@ def test_a_plan_counts_the_weights_that_are_loaded(tiny_bert: Path) -> None:
     assert found.down == 8 * 4 * found.trained, "to eight clients"
     sent = base.initial_adapter(0).tensors().values()
     assert found.up == 8 * sum(header_of("int8", value.dtype, tuple(value.shape)).nbytes for value in sent)
+    for rule in ("{name='scaffold'}", "{name='krum',inner={name='feddyn'}}"):
+        tilted = make_plan(parse_config("", [f"model.name='{tiny_bert}'", f"strategy={rule}"]), 10**9, "float32", "cpu")
+        assert tilted.down == 2 * found.down, "the tilt is as large as the adapter"
     topk = parse_config("", [f"model.name='{tiny_bert}'", "wire={up='topk', fraction=0.25}"])
     assert make_plan(topk, 10**9, "float32", "cpu").up == pytest.approx(found.down / 2, rel=0.01)
 

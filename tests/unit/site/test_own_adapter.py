@@ -54,6 +54,21 @@ def test_what_is_kept_takes_the_place_of_the_shared_values(site: Path) -> None:
     assert (code, "already exists" in said) == (1, True)
 
 
+@pytest.mark.parametrize("cored", [False, True])
+def test_a_whole_model_of_its_own_is_written_as_plain_lora(site: Path, cored: bool) -> None:
+    """As a client of `train.personal` keeps it, beside what it has still to send."""
+    store = LedgerPlace(own=site / "ledger.jsonl").store(RUNS[0])
+    own = {"q:A": torch.full((2, 4), 3.0), "q:B": torch.full((3, 2), 5.0), "head.weight": torch.full((2,), 7.0)}
+    core = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    store.save(3, 4, {**own, **({"q:R": core} if cored else {}), "residual/q:B": torch.ones(3, 2)}, 2)
+    assert export(site)[0] == 0
+    found = load_file(site / "out" / "adapter_model.safetensors")
+    assert found.keys() == {A, B, HEAD}
+    assert torch.equal(found[A], own["q:A"])
+    assert torch.equal(found[B], own["q:B"] @ core if cored else own["q:B"])
+    assert torch.equal(found[HEAD], own["head.weight"])
+
+
 def test_where_an_optimiser_alone_is_kept_there_is_no_own_model(site: Path) -> None:
     store = LedgerPlace(own=site / "ledger.jsonl").store(RUNS[0])
     store.save(3, 2, {"optimizer/step/q:B": torch.ones(1)}, 1)

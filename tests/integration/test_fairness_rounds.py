@@ -1,0 +1,107 @@
+"""q-FedAvg and AFL in whole runs: what clients say of their losses, who is bounded, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict
+from support.errors import raises
+from support.federations import deploy, forget, simulate, timeless
+from support.interrupted import killed_before_checkpoint
+
+from fedlora.callbacks import Callback
+from fedlora.config import RunConfig
+from fedlora.errors import PrivacyError, RuleError
+from fedlora.federation.plausibility import START_LOSS
+from fedlora.federation.run import RunOutcome
+from fedlora.flower import client_app
+from fedlora.flower.flower_strategy import FedLoraStrategy
+from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
+from fedlora.training.evaluate import evaluate
+from fedlora.training.workspace import open_workspace
+
+MakeConfig = Callable[..., RunConfig]
+RULES = {
+    "qfedavg": ("strategy={name='qfedavg',q=2.0,lipschitz=0.1}",),
+    "afl": ("strategy={name='afl',rate=0.5,inner={name='ffa'}}",),
+}
+ALIKE = ("runtime.cohort=1", "runtime.prefix_cache=off", "server.fraction=0.75", "rounds=3")
+
+
+def require_same(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
+    mine, theirs = (run.state.adapter.tensors() | dict(run.state.memory) for run in (one, other))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for record, again in zip(timeless(one.records), timeless(other.records), strict=True):
+        for line in (record, again):
+            for key in uncounted:
+                line.pop(key, None)
+        assert record == again
+
+
+@pytest.mark.parametrize("rule", ["qfedavg", pytest.param("afl", marks=pytest.mark.slow)])
+def test_each_client_says_the_loss_of_what_it_was_sent_and_all_pools_agree(tiny_config: MakeConfig, rule: str) -> None:
+    here = simulate(tiny_config(*RULES[rule], *ALIKE, name="here"))
+    require_same(here, deploy(tiny_config(*RULES[rule], *ALIKE, name="grid")))
+    workspace = open_workspace(here.rundir.config)
+    workspace.base.write(workspace.base.initial_adapter(here.rundir.config.seed))
+    first = here.records[1]["clients"]
+    assert len(first) == 3
+    for client_id, row in first.items():
+        rows = workspace.data.clients[int(client_id)]
+        found = evaluate(workspace.base, workspace.task, workspace.data.train, indices=rows)
+        assert row[START_LOSS] == pytest.approx(found.overall["loss"], rel=1e-6)
+        assert row[START_LOSS] != row["loss"]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_comes_to_the_same(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = (*RULES["afl"], *ALIKE[:3], "rounds=4")
+    straight = simulate(tiny_config(*keys, name="straight"))
+    config = tiny_config(*keys, name="killed")
+    rundir = RunDir.create(config)
+    with killed_before_checkpoint(3, monkeypatch):
+        run_simulation(config, rundir, Callback())
+    forget(config)
+    require_same(straight, run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True), "bytes_down")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_loss_is_refused_and_a_large_one_is_bounded(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In round 2 client 1 says infinity, and in round 3 a number that is ten times the median for the rule."""
+    real = client_app.encode_reply
+
+    def lying(reply: Any, seed: int) -> RecordDict:
+        content = real(reply, seed)
+        if reply.request.client_id == 1 and reply.request.round > 1:
+            content["metrics"][START_LOSS] = float("inf") if reply.request.round == 2 else 1e9
+        return content
+
+    monkeypatch.setattr(client_app, "encode_reply", lying)
+    run = deploy(tiny_config("strategy.name=afl", "rounds=3", *ALIKE[:2]))
+    assert run.records[2]["answered"] == [0, 2, 3]
+    assert "is no finite number" in run.records[2]["refused"]["1"]
+    assert run.records[3]["clients"]["1"][START_LOSS] == 1e9
+    medians = [sorted(row[START_LOSS] for row in record["clients"].values())[1] for record in run.records[1:3]]
+    assert float(run.state.memory["loss/1"]) == pytest.approx(10 * max(medians))
+
+
+def test_what_would_tell_of_examples_or_not_work_is_refused(tiny_config: MakeConfig) -> None:
+    example = "privacy={unit='example', noise_multiplier=1.0, delta=1e-3, max_grad_norm=0.5, public_examples=40}"
+    hidden = ("server.weighting=uniform", "server.aggregation_error=false")
+    with raises(PrivacyError, "fact-not-private", "without noise"):
+        simulate(tiny_config("strategy.name=qfedavg", example, *hidden, name="refused"))
+    client = "privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}"
+    with raises(PrivacyError, "rule-not-linear", "LINEAR"):
+        simulate(tiny_config("strategy.name=afl", client, *hidden, name="refused"))
+    with raises(RuleError, "mixed-ranks"):
+        simulate(tiny_config("strategy.name=qfedavg", "clients.ranks=[2,4]", name="refused"))
+    with raises(RuleError, "plans-differ", "fedlora's own ServerApp"):
+        strategy = FedLoraStrategy("qfedavg", alpha=8)
+        strategy._plan(strategy.rule.init(open_workspace(tiny_config()).base.initial_adapter(0)))
