@@ -73,6 +73,7 @@ ASSETS: Mapping[str, Asset] = {
             "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
             "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
         },
+        hub="sentence-transformers/all-MiniLM-L6-v2",
     ),
     "vader": Asset(
         kind="corpus",
@@ -80,7 +81,6 @@ ASSETS: Mapping[str, Asset] = {
         packages=(
             Package(
                 requirement="vaderSentiment==3.3.2",
-        hub="sentence-transformers/all-MiniLM-L6-v2",
                 sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
                 size=2_466_783,
                 unpack=unpack_vader,

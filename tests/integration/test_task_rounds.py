@@ -19,8 +19,8 @@ from fedlora.api import figures_of
 from fedlora.config import RunConfig, parse_config
 from fedlora.evaluation.pretrained_adapter import find_adapter
 from fedlora.model.adapter_files import read_adapter
-from fedlora.training.evaluate import evaluate
 from fedlora.tasks import load_task
+from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import open_workspace
 
 pytestmark = pytest.mark.nightly
@@ -49,11 +49,11 @@ def tagged(row: Row) -> Row:
     return {"tokens": words, "tags": tags, "document": row["document"]}
 
 
-DATA: dict[str, tuple[Callable[[Row], Row], tuple[str, ...]]] = {
 def find_task(outcome: Any) -> Any:
     return load_task(outcome.rundir.config.task)
 
 
+DATA: dict[str, tuple[Callable[[Row], Row], tuple[str, ...]]] = {
     "text-regression": (rated, ("data.columns={text_pair='other'}", "task.label_range=[-4, 4]")),
     "multi-label-classification": (labelled, ()),
     "token-classification": (tagged, ()),
@@ -127,7 +127,7 @@ def test_it_can_be_private(make: Make, unit: str) -> None:
 
 def test_an_exported_adapter_is_evaluated_to_the_same_figures(make: Make) -> None:
     outcome = simulate(make("rounds=1"))
-    rows, classes = figures_of(find_adapter(outcome.rundir.path), None)
+    rows, _ = figures_of(find_adapter(outcome.rundir.path), None)
     found = rows["all"]
     last = outcome.rundir.read_metrics()[-1]
     names = found.keys() - {"examples"}
