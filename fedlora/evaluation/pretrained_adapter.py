@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from fedlora.model.fingerprint import fingerprint
 from fedlora.provenance import Provenance, class_names_digest, said_of_adapter
 from fedlora.runs.rundir import PUT_BACK, RunDir, require_provenance
 from fedlora.speedups.trial import find_coupling
-from fedlora.tasks import Examples, Task, load_task
+from fedlora.tasks import Examples, Task, load_task, tasks
 from fedlora.tasks._own_metric import with_own_metric
 from fedlora.training.runtime import setup
 
@@ -117,28 +117,40 @@ def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = 
 def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> RunConfig:
     """The config that an adapter of unknown origin implies."""
     facts: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    given = {override.partition("=")[0].strip() for override in overrides}
+    given = {key.strip(): value.strip(" '\"") for key, _, value in (one.partition("=") for one in overrides)}
     # No named corpus, whose columns and classes would be taken for the adapter's.
     known = [f"name={json.dumps(folder.name)}", f"data.source={json.dumps(str(data or 'none'))}"]
     if (quantize := said_of_adapter(folder).get("quantize")) and "model.quantize" not in given:
         known.append(f"model.quantize={json.dumps(quantize)}")
-    base, task = facts.get("base_model_name_or_path"), TASKS.get(facts.get("task_type") or "")
+    base, task = facts.get("base_model_name_or_path"), _task_of(folder, facts)
     if base and "model.name" not in given:
         known.append(f"model.name={json.dumps(base if facts.get('revision') else local_name(base))}")
     if facts.get("revision"):
         known.append(f"model.revision={json.dumps(facts['revision'])}")
-    if "task.name" not in given:
-        if task is None:
-            raise ConfigError(
-                f"{str(folder)!r} does not name its task: add --set task.name=... (and the task's fields)",
-                code="adapter-without-task",
-            )
-        known.append(f"task.name={task}")
+    if not task and not {"task", "task.name"} & given.keys():
+        raise ConfigError(
+            f"{str(folder)!r} does not name its task: add --set task.name=... (and the task's fields)",
+            code="adapter-without-task",
+        )
+    if "task" not in given and given.get("task.name", task.get("name")) == task.get("name"):
+        known += [f"task.{k}={json.dumps(v, ensure_ascii=False)}" for k, v in task.items() if f"task.{k}" not in given]
     if not base and "model.name" not in given:
         raise ConfigError(
             f"{str(folder)!r} does not name its base model: add --set model.name=...", code="adapter-without-base"
         )
     return parse_config("", [*known, *overrides], source=str(folder))
+
+
+def _task_of(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The table [task] with the names of the classes, as the run that left an adapter wrote it; of another program's
+    adapter what PEFT says. Code of somebody's own is not taken from there: {}."""
+    said = said_of_adapter(folder)
+    task, classes = said.get("task"), said.get("class_names")
+    if not isinstance(task, dict):
+        return {"name": TASKS[kind]} if (kind := facts.get("task_type")) in TASKS else {}
+    if tasks.is_foreign(str(task.get("name"))):
+        return {}
+    return {k: v for k, v in task.items() if v is not None} | ({"labels": classes} if classes else {})
 
 
 def examples_for(source: Source, data: Path | None) -> Examples:

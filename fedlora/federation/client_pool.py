@@ -271,7 +271,7 @@ class SimulatedClients(ABC):
         return None
 
 
-def nobody(left_out: Mapping[int, str] | Mapping[str, str]) -> RoundError:
+def nobody(left_out: Mapping[str, str]) -> RoundError:
     """The error of a run in which no client can take part.
 
     Args:

@@ -118,8 +118,8 @@ class FlowerClients:
 
     @property
     def left_out(self) -> Mapping[str, str]:
-        """Flower's id of each node that does not take part -> why."""
-        return {str(node_id): why for node_id, why in self.registry.turned_away.items()}
+        """See `NodeRegistry.turned_away`."""
+        return self.registry.turned_away
 
     def available(self, round_number: int, needed: int) -> Mapping[int, ClientInfo]:
         """The clients whose nodes have said hello."""

@@ -75,9 +75,9 @@ class NodeRegistry:
         self._refused: dict[int, str] = {}
 
     @property
-    def turned_away(self) -> dict[int, str]:
-        """Flower's id of each node that does not take part -> why."""
-        return dict(self._refused)
+    def turned_away(self) -> dict[str, str]:
+        """Each node that does not take part, by its name, where it is registered under one, and Flower's id -> why."""
+        return {self._called(node_id): why for node_id, why in self._refused.items()}
 
     def is_there(self, client_id: int) -> bool:
         """Whether the grid held the client's node to be there at the last look."""
@@ -87,6 +87,10 @@ class NodeRegistry:
         """A client with the name of its node, where that has one."""
         node = self._bindings.name(client_id)
         return f"client {client_id}" + (f" (node {clean_text(node, 80)})" if node else "")
+
+    def _called(self, node_id: int) -> str:
+        who = self._who.get(node_id)
+        return f"{clean_text(who.name, 80)} (node {node_id})" if who and who.name else str(node_id)
 
     def client_of(self, node_id: int) -> int | None:
         """The client of a node, as far as its key tells; see `Bindings.client_of`."""
@@ -117,7 +121,7 @@ class NodeRegistry:
                 break
             time.sleep(mailbox.POLL_S[1])
         if not self.nodes:
-            raise nobody(self._refused)
+            raise nobody(self.turned_away)
         away = ", ".join(self.name(k) for k in range(self._expected) if k not in self.nodes)
         self._say(
             f"only {len(self.nodes)} of {self._expected} clients are there; the run goes on without the others: {away}"

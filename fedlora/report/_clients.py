@@ -161,6 +161,10 @@ def participation(facts: Facts) -> list[Block]:
     reasons = Counter(str(why) for record in rounds for why in (record.get("refused") or {}).values())
     if reasons:
         blocks.append(Table("Why replies were refused", ("reason", "replies"), reasons.most_common(20), words=True))
+    away = Counter(pair for record in rounds for pair in (record.get("turned_away") or {}).items())
+    if away:
+        left_out = [(node, why, count) for (node, why), count in away.most_common(20)]
+        blocks.append(Table("Nodes that took no part", ("node", "reason", "rounds"), left_out, words=True))
     head = ("client", *(kind.split(",")[0] for kind in words))
     return [*blocks, Table("Rounds of each client", head, rows, "Each client in numbers")]
 

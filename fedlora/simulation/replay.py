@@ -1,7 +1,8 @@
-"""A run again, in which each round's updates come from the clients that answered then.
+"""A run again, in which each round's updates and figures come from the clients that answered then.
 
 Clients that are killed, or are late, make a deployed run another one than its simulation. Which of them answered is in
-its metrics: with the same ones in each round the simulation has the same updates, and must end with the same bytes.
+its metrics: with the same ones in each round the simulation has the same updates and keeps the same round, and must end
+with the same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def answered_in(records: Iterable[Mapping[str, Any]]) -> dict[int, frozenset[int
 
 @final
 class ReplayPool:
-    """A pool in which those clients answer that answered before; the others are left out of the round.
+    """A pool in which those clients answer that answered before; the others are left out of the round and its figures.
 
     Args:
         pool: That trains.
@@ -71,8 +72,10 @@ class ReplayPool:
         yield from self._pool.train(replace(request, clients=[k for k in request.clients if k in answered]))
 
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
-        """See `ClientPool`."""
-        return self._pool.evaluate(request, parts)
+        """Ask the clients that reported figures of this round's state; all that are sampled, where none was asked."""
+        federated = self._records.get(request.number, {}).get("federated")
+        asked = request.clients if federated is None else [int(k) for k in federated["clients"]]
+        return self._pool.evaluate(replace(request, clients=asked), parts)
 
     @property
     def measuring(self) -> MeasuringProcesses | None:

@@ -11,7 +11,7 @@ v = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,23 @@ def mean_losses(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> tuple
     return sums / counted.tokens, counted.tokens
 
 
+def measured_tokens(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "e"], Int[Tensor, "e"], Int[Tensor, "e"]]:
+    """What `mean_losses` gives, and how many of each example's counted tokens are not the likeliest after those before.
+
+    With none of them the model, decoding greedily, says to the example's prompt what the example says.
+    """
+    counted = Counted.of(batch)
+    losses, misses = [], []
+    logits = _logits(model, batch, counted, _chosen_states(model, batch, counted))
+    for part, own in zip(logits, counted.targets.split(CHUNK), strict=True):
+        losses.append(_cross_entropy(part, own, 0.0))
+        misses.append((part.argmax(dim=-1) != own).long())
+    each = torch.cat(losses)
+    sums = each.new_zeros(len(counted.tokens)).index_add(0, counted.owners, each)
+    missed = torch.zeros_like(counted.tokens).index_add(0, counted.owners, torch.cat(misses))
+    return sums / counted.tokens, counted.tokens, missed
+
+
 def logits_at(model: nn.Module, batch: Batch, places: Int[Tensor, "k"]) -> Float[Tensor, "k v"]:
     """Logits at some places of the flattened batch alone: a large vocabulary's are a third of a small model's work."""
     shape = batch["input_ids"].shape
@@ -90,18 +107,33 @@ def logits_at(model: nn.Module, batch: Batch, places: Int[Tensor, "k"]) -> Float
 
 
 def _losses(model: nn.Module, batch: Batch, counted: Counted, smoothing: float) -> Float[Tensor, "k"]:
-    if len(counted.places) > CHUNK and (body := _body(model)) is not None and (states := _states(model, body, batch)):
-        hidden, rest = states
-        chosen = _at(hidden, counted.places)
-        if chosen.requires_grad:
-            found: Tensor = _ChunkedLosses.apply(chosen, rest, counted.targets, smoothing)
-            return found
-        logits = map(rest, chosen.split(CHUNK))
-    else:
-        logits = iter(logits_at(model, batch, counted.places).split(CHUNK))
+    states = _chosen_states(model, batch, counted)
+    if states is not None and states[0].requires_grad:
+        found: Tensor = _ChunkedLosses.apply(*states, counted.targets, smoothing)
+        return found
+    logits = _logits(model, batch, counted, states)
     return torch.cat(
         [_cross_entropy(part, own, smoothing) for part, own in zip(logits, counted.targets.split(CHUNK), strict=True)]
     )
+
+
+def _chosen_states(
+    model: nn.Module, batch: Batch, counted: Counted
+) -> tuple[Float[Tensor, "k d"], Callable[[Float[Tensor, "c d"]], Float[Tensor, "c v"]]] | None:
+    """The hidden states that predict the counted tokens, and the rest of the model, where there is more than a chunk of
+    them and the model is put together so."""
+    if len(counted.places) > CHUNK and (body := _body(model)) is not None and (states := _states(model, body, batch)):
+        return _at(states[0], counted.places), states[1]
+    return None
+
+
+def _logits(
+    model: nn.Module, batch: Batch, counted: Counted, states: tuple[Tensor, Callable[[Tensor], Tensor]] | None
+) -> Iterator[Float[Tensor, "c v"]]:
+    """Those that predict the counted tokens, `CHUNK` of them at a time."""
+    if states is None:
+        return iter(logits_at(model, batch, counted.places).split(CHUNK))
+    return map(states[1], states[0].split(CHUNK))
 
 
 class _ChunkedLosses(torch.autograd.Function):

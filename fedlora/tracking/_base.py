@@ -53,7 +53,9 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
     for key, value in record.items():
         if key in ("round", "clients"):
             continue
-        if key in ("domains", "rule"):
+        if key == "federated":
+            value = {name: value[name] for name in ("figures", "macro", "worst_tenth") if name in value}
+        if key in ("domains", "classes", "federated", "validation", "rule"):
             found |= {f"{key}/{name}": number for name, number in _numbers(flatten(value, mark="/")).items()}
         elif isinstance(value, list | Mapping):
             found[f"clients/{key}"] = float(len(value))

@@ -56,7 +56,7 @@ def export_adapter(
         adapter: `equivalent_adapter` of the state.
         error: its relative error.
         folder: where the adapter goes. Until it is verified, and if it is not, it stays in `unverified(folder)`.
-        facts: are written into fedlora.json, with the names of the classes.
+        facts: are written into fedlora.json, with the task and the names of its classes.
         origin: for the model card.
 
     Returns:
@@ -71,7 +71,8 @@ def export_adapter(
     reference = reference_of(base, workspace.task, workspace.data.probes, *served)
     base.rebase(0, ())
     names = {"class_names": list(workspace.data.label_names)} if workspace.data.label_names else {}
-    save_adapter(base, adapter, unverified(folder), {**names, **facts, "relative_error": repr(error)}, origin)
+    known = {"task": workspace.config.task.model_dump(mode="json"), **names, **facts, "relative_error": repr(error)}
+    save_adapter(base, adapter, unverified(folder), known, origin)
     return _verify(workspace, folder, lambda: verify_adapter(unverified(folder), base.recipe, reference, base.device))
 
 

@@ -57,6 +57,9 @@ def test_federated_figures_are_those_of_all_examples_in_one_place(
     last = outcome.records[-1]
     counted = ("accuracy", "balanced_accuracy", "majority_share", "macro_f1", "weighted_f1", "mcc")
     assert {name: last[name] for name in counted} == {name: pooled[name] for name in counted}
+    f1 = [row["f1"] for row in last["classes"].values()]
+    assert last["classes"].keys() == {"negative", "positive"}
+    assert np.mean(f1) == pytest.approx(last["macro_f1"])
     assert last["loss"] == pytest.approx(pooled["loss"], rel=1e-5)
     federated = last["federated"]
     assert federated["figures"] == {name: last[name] for name in federated["figures"]}
@@ -199,6 +202,23 @@ def test_sums_that_no_examples_give_are_left_out_by_name(
     assert said in federated["left_out"]["3"]
     true = honest.records[-1]["federated"]["clients"]
     assert federated["clients"] == {k: row for k, row in true.items() if k != "3"}
+
+
+def test_a_replay_has_the_figures_of_the_clients_that_reported_then(tiny_config: MakeConfig) -> None:
+    def reported_by(records: list[dict[str, Any]], who: set[str]) -> list[dict[str, Any]]:
+        rows = [record["federated"]["clients"] for record in records]
+        return [{k: row for k, row in clients.items() if k in who} for clients in rows]
+
+    config = tiny_config(*AT_CLIENTS, "rounds=1", "train.steps=2", "selection.metric=loss")
+    run = simulate(config)
+    lines = json.loads(json.dumps(run.records))
+    for line in lines:
+        del line["federated"]["clients"]["1"]
+    again = simulate(
+        tiny_config(*AT_CLIENTS, "rounds=1", "train.steps=2", "selection.metric=loss", name="again"), replay=lines
+    )
+    assert [record["federated"]["clients"] for record in again.records] == reported_by(run.records, {"0", "2", "3"})
+    assert again.records[-1]["validation"] != run.records[-1]["validation"]
 
 
 def test_nothing_is_measured_where_evaluation_is_off(tiny_config: MakeConfig) -> None:

@@ -140,8 +140,8 @@ def test_an_impostor_that_is_first_takes_nobodys_place(tiny_config: MakeConfig) 
     grid = Registered(config, [0, 0, 1, 2, 3], names)
     outcome, _ = run(config, grid, RunDir.create(config))
     assert outcome.records[1]["answered"] == [0, 1, 2, 3]
-    assert outcome.records[1]["turned_away"].keys() == {"2"}
-    assert "site-a" in outcome.records[1]["turned_away"]["2"]
+    assert outcome.records[1]["turned_away"].keys() == {"stranger (node 2)"}
+    assert "site-a" in outcome.records[1]["turned_away"]["stranger (node 2)"]
 
 
 class OneAnswersForAnother(Registered):

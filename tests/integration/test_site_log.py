@@ -7,10 +7,12 @@ import datetime
 import errno
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message, RecordDict
@@ -41,6 +43,7 @@ from fedlora.hash_chain import read_chain
 from fedlora.hashing import code_digest, tensors_digest
 from fedlora.node_worker.gated_app import UNLOGGED, GatedApp
 from fedlora.node_worker.server import Worker
+from fedlora.node_worker.socket import METHOD
 from fedlora.privacy.ledger import Ledger
 from fedlora.site.approvals import config_hash
 from fedlora.site.audit_log import AUDIT_LOG, read_log
@@ -141,6 +144,23 @@ def test_what_is_no_request_is_written_too(site: MakeSite, tmp_path: Path) -> No
     asked, answered = lines(folder)
     assert (asked["bytes"], answered["refused"]) == (8, "no-request")
     worker._lock.release()
+
+
+def test_a_message_above_the_policys_size_is_not_read(site: MakeSite, tmp_path: Path) -> None:
+    folder = site(message_mb=1)
+    worker = Worker(tmp_path / "s" / "w.sock", app=GatedApp(folder))
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    try:
+        with grpc.insecure_channel(f"unix:{tmp_path}/s/w.sock") as channel:
+            for size, said in ((1 << 20) + 1, "RESOURCE_EXHAUSTED"), (1 << 10, "FAILED_PRECONDITION"):
+                with pytest.raises(grpc.RpcError) as error:
+                    channel.unary_unary(METHOD)(b"x" * size, wait_for_ready=True, timeout=60)
+                assert error.value.code().name == said
+    finally:
+        worker.stop()
+        thread.join()
+    assert [line.get("bytes") for line in lines(folder) if line["event"] == "request"] == [1 << 10]
 
 
 def test_an_error_that_nobody_foresaw_is_written_too(

@@ -31,6 +31,7 @@ from fedlora.privacy.accounting import epsilon
 from fedlora.privacy.ledger import Ledger
 from fedlora.runs.rundir import RunDir
 from fedlora.site.approvals import Approvals, config_hash
+from fedlora.site.policy import Policy
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
 
@@ -159,6 +160,14 @@ CLAUSES = {
     "sources": ({}, ("data.source=vader", "partition.name=iid"), ()),
 }  # fmt: skip
 """Name -> policy, changes of a run that it refuses, and of one that it lets through."""
+
+
+ELSEWHERE = {"approval", "base_models", "losses", "metrics", "signers", "message_mb"}
+"""Clauses whose refusals are in tests of their own, here and in test_site_log.py."""
+
+
+def test_no_clause_is_without_its_refusal() -> None:
+    assert {name.partition(",")[0] for name in CLAUSES} | ELSEWHERE == set(Policy.model_fields)
 
 
 @pytest.mark.parametrize("name", CLAUSES)

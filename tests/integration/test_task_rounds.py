@@ -132,11 +132,11 @@ def test_an_exported_adapter_is_evaluated_to_the_same_figures(make: Make) -> Non
     last = outcome.rundir.read_metrics()[-1]
     names = found.keys() - {"examples"}
     assert {name: found[name] for name in names} == pytest.approx({name: last[name] for name in names}, rel=1e-4)
+    assert classes == last.get("classes", {})
+    assert bool(classes) == find_task(outcome).has_classes
 
 
 def test_a_client_in_company_gets_what_it_gets_alone(make: Make) -> None:
-    assert classes == last.get("classes", {})
-    assert bool(classes) == find_task(outcome).has_classes
     fixed = ("rounds=1", "model.dtype=float64", "model.dropout=0.1", "train.micro_batch_size=3")
     alone, company = (
         simulate(make(*fixed, f"name={cohort}", f"runtime.cohort={cohort}")).rundir.adapter_dir for cohort in (1, 3)

@@ -62,10 +62,13 @@ def test_an_adapter_without_its_run_says_the_same_of_a_file(
     run: Path, cli: Cli, tiny_csv: Path, tmp_path: Path
 ) -> None:
     alone = shutil.copytree(run / "adapter", tmp_path / "alone")
-    told = ("--set", "task.labels=['negative','positive']", "--set", "data.domain=domain")
+    domain = ("--set", "data.domain=domain")
     with_run = rows(cli(run, "--data", tiny_csv, "--format", "csv"))
-    assert rows(cli(alone, "--data", tiny_csv, *told, "--format", "csv")) == with_run
+    assert rows(cli(alone, "--data", tiny_csv, *domain, "--format", "csv")) == with_run  # task and classes beside it
     assert rows(cli(run / "adapter", "--data", tiny_csv, "--format", "csv")) == with_run
+    (alone / "fedlora.json").unlink()  # as another program leaves it
+    told = ("--set", "task.labels=['negative','positive']")
+    assert rows(cli(alone, "--data", tiny_csv, *domain, *told, "--format", "csv")) == with_run
     lines = tiny_csv.read_text().splitlines()
     few = tmp_path / "few.csv"  # one class and no domain: a node's file may be like that
     few.write_text("\n".join(line.rsplit(",", 2)[0] for line in lines if ",negative," in line or line is lines[0]))
@@ -105,15 +108,17 @@ def test_clients_that_have_names_stand_by_them(tiny_toml: Path, cli: Cli) -> Non
         (["RUN", "--format", "html"], "'html'"),
         (["ALONE"], "--data"),
         (["ALONE", "--clients"], "--clients"),
-        (["ALONE", "--data", "CSV"], "task.labels"),
+        (["OTHERS", "--data", "CSV"], "task.labels"),
         (["CSV"], "neither a run nor an adapter"),
     ],
 )
 def test_a_mistake_is_said_in_one_line(
     run: Path, cli: Cli, tiny_csv: Path, tmp_path: Path, words: list[str], message: str
 ) -> None:
-    places = {"RUN": run, "CSV": tiny_csv, "ALONE": tmp_path / "alone"}
-    shutil.copytree(run / "adapter", places["ALONE"])
+    places = {"RUN": run, "CSV": tiny_csv, "ALONE": tmp_path / "alone", "OTHERS": tmp_path / "others"}
+    for name in ("ALONE", "OTHERS"):
+        shutil.copytree(run / "adapter", places[name])
+    (places["OTHERS"] / "fedlora.json").unlink()
     result = cli(*(places.get(word, word) for word in words))
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr
@@ -129,7 +134,10 @@ def test_an_adapter_for_another_base_is_refused(run: Path, cli: Cli, tiny_csv: P
     assert "does not fit" in result.stderr
     facts["task_type"] = None
     (other / "adapter_config.json").write_text(json.dumps(facts))
-    assert "add --set task.name=..." in cli(other, "--data", tiny_csv).stderr
+    said = json.loads((other / "fedlora.json").read_text())
+    for task in ({"name": "my_module:MyTask"}, None):  # of which no code is loaded, and another program's
+        (other / "fedlora.json").write_text(json.dumps({**said, "task": task}))
+        assert "add --set task.name=..." in cli(other, "--data", tiny_csv).stderr
 
 
 def test_the_spectrum_is_that_of_the_adapters_own_factors(run: Path, tmp_path: Path) -> None:
@@ -152,6 +160,8 @@ def test_the_spectrum_is_that_of_the_adapters_own_factors(run: Path, tmp_path: P
         assert float(row["|D| / |W0|"]) > 0
         assert 0 <= int(row["new of the first 10"]) <= 10
     alone = shutil.copytree(run / "adapter", tmp_path / "alone")
+    assert call(app, ["spectrum", str(alone), "--format", "csv"]).stdout == result.stdout
+    (alone / "fedlora.json").unlink()
     assert "name them with --set task.labels" in call(app, ["spectrum", str(alone)]).stderr
     told = call(app, ["spectrum", str(alone), "--set", "task.labels=['no','yes']", "--format", "csv"])
     assert told.stdout == result.stdout

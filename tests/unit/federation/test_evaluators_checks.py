@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,6 +35,9 @@ TASKS: dict[str, Task] = {
     "free": CausalLM(),
     "pairs": Preference(),
 }
+CLASSES = defaultdict[type[Task], Sequence[str]](
+    tuple, {TextClassification: "abc", MultiLabelClassification: "abcd", TokenClassification: NAMES}
+)
 Sums = dict[str, np.ndarray]
 
 
@@ -63,7 +67,7 @@ def honest(name: str, seed: int, n: int) -> Sums:
         np.add.at(tags, (rows, own, 1), own == guessed)
         measures = {"tags": tags, "entities": count_entities(own, guessed, rows, NAMES, n)}
     elif name in ("text", "free"):
-        measures = {"tokens": draw.integers(1, 9, n).astype(float)}
+        measures = {"tokens": draw.integers(1, 9, n).astype(float), "exact": draw.integers(0, 2, n).astype(float)}
     else:
         measures = {"right": draw.integers(0, 2, n).astype(float), "chosen_loss": loss}
     return TASKS[name].sums({"loss": loss, **measures})
@@ -85,7 +89,7 @@ def measured(task: Task, sums: Sequence[Mapping[str, np.ndarray]]) -> tuple[dict
         return [ClientEvaluation(k, dict.fromkeys(parts, sums[k])) for k in request.clients]
 
     told, state = Told(), SimpleNamespace(round=3)
-    workspace = SimpleNamespace(task=task, data=SimpleNamespace(test=None))
+    workspace = SimpleNamespace(task=task, data=SimpleNamespace(test=None, label_names=CLASSES[type(task)]))
     evaluator = Evaluator(cast("Any", SimpleNamespace(evaluate=evaluate)), config, cast("Any", workspace), False, told)
     clients = dict.fromkeys(range(len(sums)), cast("Any", None))
     request = RoundRequest(3, (), cast("Any", state), {})
@@ -128,6 +132,7 @@ HOSTILE: list[tuple[str, Mapping[str, Any], str]] = [
     ("tags", {"tags": np.zeros((5, 2))}, "0 words"),
     ("text", {"tokens": 1e9}, "1e+09 tokens"),
     ("text", {"tokens": 0.0}, "0 tokens"),
+    ("text", {"exact": 11.0}, "more than 10 examples are exact"),
     ("free", {"token_loss": 1e290}, "perplexity of inf"),
     ("pairs", {"right": 1e9}, "ranked right"),
 ]

@@ -12,7 +12,7 @@ from support.errors import raises
 
 from fedlora.config import OpenTable
 from fedlora.errors import ConfigError, DataError, ModelError
-from fedlora.tasks import Examples, Table, load_task
+from fedlora.tasks import Examples, Table, _token_loss, load_task
 from fedlora.tasks._chat import PLAIN_TEMPLATE, _cut, encode_rows, pieces
 from fedlora.tasks._chat_formats import Conversation
 from fedlora.tasks._text import load_tokenizer
@@ -332,12 +332,15 @@ def test_a_frozen_head_sees_what_counts_and_a_trained_one_whole_rows(folder: Pat
 
 
 def test_perplexity_weighs_tokens_and_the_loss_weighs_examples() -> None:
-    found = CausalLM().summarise({"loss": np.array([1.0, 4.0]), "tokens": np.array([9.0, 1.0])})
+    measures = {"loss": np.array([1.0, 4.0]), "tokens": np.array([9.0, 1.0]), "exact": np.array([0.0, 1.0])}
+    found = CausalLM().summarise(measures)
+    assert found["exact_match"] == 0.5
     assert found["loss"] == pytest.approx(2.5)
     assert found["token_loss"] == pytest.approx(1.3)
     assert found["perplexity"] == pytest.approx(np.exp(1.3))
     assert not CausalLM.higher_is_better
-    assert CausalLM().summarise({"loss": np.array([1e4]), "tokens": np.array([1.0])})["perplexity"] == np.inf
+    diverged = {"loss": np.array([1e4]), "tokens": np.array([1.0]), "exact": np.array([0.0])}
+    assert CausalLM().summarise(diverged)["perplexity"] == np.inf
 
 
 def test_measure_counts_tokens_and_agrees_with_the_loss(folder: Path) -> None:
@@ -348,6 +351,26 @@ def test_measure_counts_tokens_and_agrees_with_the_loss(folder: Path) -> None:
     counted = [int((examples.inputs["labels"][row] != IGNORED).sum()) for row in (0, 2)]
     assert found["tokens"].tolist() == counted
     torch.testing.assert_close(found["loss"], losses(task, model, examples, [0, 2]))
+
+
+@pytest.mark.parametrize("chunk", [512, 2])
+def test_an_answer_is_exact_if_greedy_decoding_gives_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(_token_loss, "CHUNK", chunk)
+    task, model = CausalLM(), tiny_llama()
+    batch = task.collate(prepared(task, folder, PAIRS), [0, 2])
+    ids, labels = batch["input_ids"], batch["labels"]
+    with torch.no_grad():
+        assert not task.measure(model, batch)["exact"].any()
+        for row, place in (
+            (labels != IGNORED).nonzero().tolist()
+        ):  # in order, so that each token follows from those before
+            ids[row, place] = labels[row, place] = model(input_ids=ids[row : row + 1, :place]).logits[0, -1].argmax()
+        assert task.measure(model, batch)["exact"].all()
+        last = int((labels[0] != IGNORED).nonzero()[-1])
+        ids[0, last] = labels[0, last] = (labels[0, last] + 1) % model.config.vocab_size
+        assert task.measure(model, batch)["exact"].tolist() == [False, True]
 
 
 # ------------------------------------------------------------------------------------------------ packing

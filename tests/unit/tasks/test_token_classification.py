@@ -24,6 +24,7 @@ from fedlora.tasks.token_classification import TokenClassification, count_entiti
 WORDS = [["the", "great", "phone"], ["awful", "film"], ["happyphone", "and", "dullfilm"], ["story"]]
 TAGS = [["O", "B-ART", "I-ART"], ["B-PER", "B-ART"], ["B-ART", "O", "O"], ["O"]]
 NAMES = ("O", "B-ART", "I-ART", "B-PER", "I-PER")
+TYPES = ("ART", "PER")
 
 
 def prepared(path: Path, task: TokenClassification | None = None, **columns: list[Any]) -> Examples:
@@ -92,7 +93,7 @@ def drawn(seed: int, n: int) -> tuple[list[list[str]], list[list[str]]]:
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 20))
 @settings(deadline=None, max_examples=60)
 def test_entities_are_seqevals(seed: int, n: int) -> None:
-    from seqeval.metrics import f1_score, precision_score, recall_score
+    from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
 
     labels, guesses = drawn(seed, n)
     rows = np.repeat(np.arange(n), [len(row) for row in labels])
@@ -100,7 +101,8 @@ def test_entities_are_seqevals(seed: int, n: int) -> None:
     tags = np.zeros((n, len(NAMES), 2))
     np.add.at(tags, (rows, flat[0], 0), 1)
     measures = {"loss": np.zeros(n), "tags": tags, "entities": count_entities(*flat, rows, NAMES, n)}
-    found = TokenClassification().summarise(measures)
+    task = TokenClassification()
+    found = task.summarise(measures)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert found["f1"] == pytest.approx(f1_score(labels, guesses))
@@ -108,6 +110,10 @@ def test_entities_are_seqevals(seed: int, n: int) -> None:
         assert found["recall"] == pytest.approx(recall_score(labels, guesses))
         if any(tag != "O" for some in (labels, guesses) for row in some for tag in row):
             assert found["macro_f1"] == pytest.approx(f1_score(labels, guesses, average="macro"))
+            report = classification_report(labels, guesses, output_dict=True, zero_division=0)
+            each = {name: report[name]["f1-score"] if name in report else 0.0 for name in TYPES}
+            found = task.by_class(task.sums(measures), NAMES)
+            assert {name: row["f1"] for name, row in found.items()} == pytest.approx(each)
 
 
 def test_long_texts_are_cut_and_it_is_said(tiny_bert: Path) -> None:

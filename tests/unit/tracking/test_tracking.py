@@ -124,7 +124,13 @@ def test_without_the_key_nothing_is_tracked(tmp_path: Path, told: type[Told]) ->
 def test_figures_are_numbers_and_tell_of_no_single_client() -> None:
     record = {**records()[1], "rule": {"fair/objective": 2}, "epsilon": None, "lost": False, "loss": float("inf")}
     record["domains"] = {"fil\nms:é": {"accuracy": 0.25}}
+    record["validation"] = {"loss": 0.75}
+    clients = {"7": {"accuracy": 0.125, "loss": 1.0, "examples": 3.0}}
+    record["federated"] = {"figures": {"accuracy": 0.5}, "macro": {"accuracy": 0.625}, "clients": clients}
     figures = figures_of(record)
+    assert figures["validation/loss"] == 0.75
+    assert (figures["federated/figures/accuracy"], figures["federated/macro/accuracy"]) == (0.5, 0.625)
+    assert 0.125 not in figures.values()
     assert figures["domains/fil_ms__/accuracy"] == 0.25
     assert figures["rule/fair/objective"] == 2.0
     assert figures["clients/answered"] == 3.0
