@@ -31,6 +31,7 @@ from fedlora.rng import derive
 RULES: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in rules}
 RULES |= {
     "fair, cosine, 20 steps": ("fair", {"solver": "cosine", "steps": 20}),
+    "fedex, rank_cap 16": ("fedex", {"rank_cap": 16}),
     "flexlora, randomised": ("flexlora", {"svd": "randomised"}),
     "krum of flora": ("krum", {"keep": 0.5, "inner": {"name": "flora"}}),
     "geometric_median of flora": ("geometric_median", {"inner": {"name": "flora"}}),
@@ -56,7 +57,8 @@ class Replies:
                 name: torch.empty_like(value).normal_(0.0, 0.02, generator=generator)
                 for name, value in self.plan.adapter.tensors(self.plan.sends).items()
             }
-            update = ClientUpdate(k, self.plan.adapter.with_tensors(tensors), 1.0 + k % 7, self.plan.base_version)
+            adapter, facts = self.plan.adapter.with_tensors(tensors), {"rates": 1.0, "clients": float(self.clients)}
+            update = ClientUpdate(k, adapter, 1.0 + k % 7, self.plan.base_version, facts=facts)  # type: ignore[arg-type]
             del tensors
             self.seconds += time.perf_counter() - start
             self.cpu += time.process_time() - cpu

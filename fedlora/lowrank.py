@@ -169,6 +169,8 @@ def rank_of_energy(S: Float[Tensor, "k"], energy: float) -> int:
 
 LARGE = 512
 """Total rank above which the largest values of a sum are found by the eigenvectors of its core."""
+BLOCK = 256
+"""Columns of a triangular product that are multiplied at once."""
 
 
 def svd(terms: Terms, keep: int | Callable[[Float[Tensor, "k"]], int] | None = None) -> Svd:
@@ -184,22 +186,47 @@ def svd(terms: Terms, keep: int | Callable[[Float[Tensor, "k"]], int] | None = N
     B, A = _stacks(terms)
     if not len(A):
         return Svd(B, B.new_zeros(0), A)
+    size = float(B.norm() * A.norm())
+    if keep is not None and len(A) > LARGE:
+        return _signed(*_largest(B, A, keep), size)
     left, right = torch.geqrf(B), torch.geqrf(A.T)
-    RB, RA = (factored[0][: min(factored[0].shape)].triu() for factored in (left, right))
-    core, size = RB @ RA.T, float(RB.norm() * RA.norm())
-    if keep is None or len(core) <= LARGE:
-        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        count = _count(S, keep)
-        U, S, Vh = U[:, :count], S[:count], Vh[:count]
-    else:
-        squares, vectors = torch.linalg.eigh(core @ core.T)
-        S = squares.flip(0).clamp(min=0.0).sqrt()
-        S = torch.where(1e-7 * S[0] < S, S, 0.0)
-        U = vectors.flip(1)[:, : _count(S, keep)]
-        Vh = U.T @ core
-        S = torch.where(S[: len(Vh)] > 0, Vh.norm(dim=1), 0.0)
-        Vh = Vh / torch.where(S > 0, S, 1.0)[:, None]
-    return _signed(_times_q(left, U), S, _times_q(right, Vh.T).T, size)
+    U, S, Vh = torch.linalg.svd(_triangle(left) @ _triangle(right).T, full_matrices=False)
+    count = _count(S, keep)
+    return _signed(_times_q(left, U[:, :count]), S[:count], _times_q(right, Vh[:count].T).T, size)
+
+
+def _largest(
+    B: Float[Tensor, "o R"], A: Float[Tensor, "R i"], keep: int | Callable[[Float[Tensor, "k"]], int]
+) -> tuple[Float[Tensor, "o k"], Float[Tensor, "k"], Float[Tensor, "k i"]]:
+    """The largest singular values of B A: with B = Q R, the eigenvectors of (R A)(R A)^T are left ones in the basis Q.
+
+    R is the Cholesky factor of B^T B where the columns of B are far from dependent, so that Q = B R^-1 is orthonormal
+    at float64's level; where clients send much the same, it comes from Householder's QR, which takes longer.
+    """
+    factored: tuple[Tensor, Tensor] | None = None
+    L, failed = torch.linalg.cholesky_ex(_lower(B.T))
+    sizes = L.diagonal()
+    if B.shape[0] < B.shape[1] or bool(failed) or not 1e-2 * sizes.max() < sizes.min():
+        factored = torch.geqrf(B)
+        L = _triangle(factored).T
+    columns = range(0, L.shape[1], BLOCK)
+    core = torch.cat([L[k:, k : k + BLOCK].T @ A[k:] for k in columns])
+    squares, vectors = torch.linalg.eigh(_lower(core))
+    S = squares.flip(0).clamp(min=0.0).sqrt()
+    S = torch.where(1e-7 * S[0] < S, S, 0.0)
+    U = vectors.flip(1)[:, : _count(S, keep)]
+    Vh = U.T @ core
+    S = torch.where(S[: len(Vh)] > 0, Vh.norm(dim=1), 0.0)
+    Q_U = B @ torch.linalg.solve_triangular(L.T, U, upper=True) if factored is None else _times_q(factored, U)
+    return Q_U, S, Vh / torch.where(S > 0, S, 1.0)[:, None]
+
+
+def _lower(X: Float[Tensor, "k n"]) -> Float[Tensor, "k k"]:
+    """X X^T, of which only the blocks on and below the diagonal are computed."""
+    square = X.new_zeros(len(X), len(X))
+    for k in range(0, len(X), BLOCK):
+        square[k:, k : k + BLOCK] = X[k:] @ X[k : k + BLOCK].T
+    return square
 
 
 def _count(S: Float[Tensor, "k"], keep: int | Callable[[Float[Tensor, "k"]], int] | None) -> int:
@@ -208,10 +235,15 @@ def _count(S: Float[Tensor, "k"], keep: int | Callable[[Float[Tensor, "k"]], int
     return keep if isinstance(keep, int) else keep(S)
 
 
+def _triangle(factored: tuple[Tensor, Tensor]) -> Float[Tensor, "k n"]:
+    """R of a matrix that `torch.geqrf` factored."""
+    return factored[0][: min(factored[0].shape)].triu()
+
+
 def _times_q(factored: tuple[Tensor, Tensor], X: Float[Tensor, "k n"]) -> Float[Tensor, "d n"]:
     """Q X of a matrix that `torch.geqrf` factored."""
     H, tau = factored
-    if 4 * X.shape[1] > H.shape[1] or H.shape[0] < H.shape[1]:
+    if H.shape[0] < H.shape[1]:
         found: Tensor = torch.linalg.householder_product(H[:, : min(H.shape)], tau) @ X
         return found
     return torch.ormqr(H, tau, torch.cat([X, X.new_zeros(H.shape[0] - len(X), X.shape[1])]))

@@ -99,7 +99,7 @@ class FedEx(Aggregator):
                 found = stack(apart)
                 change[name] = LoraPair(found.A.to(dtype), found.B.to(dtype), found.scale)
                 continue
-            whole = svd([*wanted, (-1.0, pair)])
+            whole = svd([*wanted, (-1.0, pair)], self.rank_cap)
             change[name] = whole.pair(_rank(whole, dtype, self.rank_cap), dtype=dtype)
         return with_change(state, averaged, change)
 

@@ -7,6 +7,8 @@ D* = sum_k p_k s_k B_k A_k,
 
 It is FlexLoRA, and what FlexLoRA throws away is kept in the base. No rule of that rank moves less into the base: what
 it moves is the Eckart-Young tail. At energy = 1 it is exact for mixed ranks too, without restarting the adapter.
+Where the cut would leave out less than a tenth of the rank of all the clients' factors, as with many clients who have
+little in common, these factors go into the base as they are, less the new adapter: that is the whole tail.
 
 A receiver of rank r_k < r gets the first r_k units. What the units behind them hold is not in its model, as in
 FFA-LoRA: it trains without it. A unit whose singular value is zero keeps its old row of A, as in FlexLoRA.
@@ -20,8 +22,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
-from fedlora.adapter import AdapterState
+from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators._base import (
     Aggregator,
     Claim,
@@ -35,7 +38,10 @@ from fedlora.aggregators._base import (
 from fedlora.aggregators._nested import collect, nested_start, shares
 from fedlora.aggregators.base_updates import on_current_base, with_change
 from fedlora.aggregators.flexlora import require_energy
-from fedlora.lowrank import rank_of_energy, svd
+from fedlora.lowrank import Terms, rank_of_energy, stack, svd
+
+WORTH_CUTTING = 0.9
+"""Largest rank of a tail that is decomposed, as a share of the rank of the stack that would hold it uncut."""
 
 
 @final
@@ -78,11 +84,24 @@ class FedMomentum(Aggregator):
         dense, terms = collect(state, current())
         pairs, change = {}, {}
         for name, pair in state.adapter.pairs.items():
-            mine = shares(terms.pop(name))
-            r, wide = pair.rank, torch.promote_types(torch.float32, pair.A.dtype)
-            found = svd(mine, lambda S, r=r: r + rank_of_energy(S[r:], self.energy))  # type: ignore[misc]
-            kept, tail = found.pair(r, pair.scale, pair.A.dtype, idle=pair.A), found.part(r)
-            if self.energy == 1 or pair.A.dtype != wide:  # with the rounding of what is broadcast
-                tail = svd([*mine, (-1.0, kept)], lambda S: rank_of_energy(S, self.energy))
-            pairs[name], change[name] = kept, tail.pair(max(1, len(tail.S)), dtype=wide)
+            pairs[name], change[name] = self._split(shares(terms.pop(name)), pair)
         return with_change(state, AdapterState(pairs, dense), change)
+
+    def _split(self, mine: Terms, pair: LoraPair) -> tuple[LoraPair, LoraPair]:
+        """The new pair, and what goes into the base."""
+        r, wide, tails = pair.rank, torch.promote_types(torch.float32, pair.A.dtype), [0]
+        most = WORTH_CUTTING * (r + sum(theirs.rank for _, theirs in mine))
+
+        def count(S: Tensor) -> int:
+            tails.append(rank_of_energy(S[r:], self.energy))
+            return r if tails[-1] > most else r + tails[-1]
+
+        found = svd(mine, count)
+        kept = found.pair(r, pair.scale, pair.A.dtype, idle=pair.A)
+        rest, tail = [*mine, (-1.0, kept)], found.part(r)
+        if tails[-1] > most:
+            whole = stack(rest)
+            return kept, LoraPair(whole.A.to(wide), whole.B.to(wide), whole.scale)
+        if self.energy == 1 or pair.A.dtype != wide:  # with the rounding of what is broadcast
+            tail = svd(rest, lambda S: rank_of_energy(S, self.energy))
+        return kept, tail.pair(max(1, len(tail.S)), dtype=wide)

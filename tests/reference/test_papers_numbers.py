@@ -15,7 +15,7 @@ import torch
 from test_papers_equations import ALPHA, D_IN, D_OUT, RANK, RANKS, Array, Client, N, ideal, merged, same, start
 
 from fedlora.adapter import AdapterState, LoraPair
-from fedlora.aggregators import Aggregator, ClientSpec, ClientUpdate, GlobalState
+from fedlora.aggregators import Aggregator, ClientSpec, ClientUpdate, GlobalState, fedmomentum
 from fedlora.aggregators._around import gram_of_changes, received, squared_distances, weighted_median
 from fedlora.aggregators.clipping import CentredClipping, NormBound
 from fedlora.aggregators.coordinatewise import Median, TrimmedMean
@@ -75,6 +75,13 @@ def test_flexlora_is_the_best_approximation(ranks: list[int], size: float, at_fo
         assert error(change, clients(ranks)) == pytest.approx(at_four, rel=1e-10)
 
 
+@pytest.mark.parametrize(("ranks", "wanted"), [(EQUAL, 0.152413921959197), (RANKS, 0.0695317943059828)])
+def test_flexlora_of_a_larger_rank_is_nearer(ranks: list[int], wanted: float) -> None:
+    pair = LoraPair(torch.zeros(6, D_IN).double(), torch.zeros(D_OUT, 6).double(), ALPHA / 6)
+    _, change = merged(FlexLora(), clients(ranks), AdapterState({"m": pair}, start().dense))
+    assert error(change, clients(ranks)) == pytest.approx(wanted, rel=1e-10)
+
+
 def test_flexloras_receivers_hold_orthonormal_rows_in_their_own_scale() -> None:
     state, _ = merged(FlexLora(), clients(RANKS), start())
     layout = {"m": replace(state.adapter.layout["m"], rank=2, scale=ALPHA / 2)}
@@ -96,6 +103,13 @@ def test_florist_keeps_the_smallest_rank_that_holds_its_energy(energy: float, eq
         tail = sigma(ideal(clients(ranks)))[rank:]
         assert error(change, clients(ranks)) == pytest.approx(norm(tail) / norm(ideal(clients(ranks))), abs=1e-14)
         assert error(change, clients(ranks)) <= math.sqrt(1 - energy) + 1e-14
+
+
+def test_florists_error_at_nine_tenths_of_the_energy() -> None:
+    for ranks, wanted in ((EQUAL, 0.213965351323782), (RANKS, 0.298927114063078)):
+        assert error(merged(Florist(0.9), clients(ranks), start())[1], clients(ranks)) == pytest.approx(
+            wanted, rel=1e-10
+        )
 
 
 def test_flexloras_energy_cuts_inside_the_rank() -> None:
@@ -183,6 +197,17 @@ def test_fedmomentum_splits_at_the_adapters_rank() -> None:
         state, change = merged(FedMomentum(energy), clients(EQUAL), start())
         assert state.base_updates[-1].change.pairs["m"].rank == kept
         assert error(change, clients(EQUAL)) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_fedmomentum_stacks_a_tail_that_a_cut_would_hardly_shorten(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {}
+    for share in (0.1, 0.9):
+        monkeypatch.setattr(fedmomentum, "WORTH_CUTTING", share)
+        made[share] = merged(FedMomentum(energy=0.9), clients(EQUAL), start())
+    (stacked, whole), (cut, change) = made.values()
+    assert [state.base_updates[-1].change.pairs["m"].rank for state in (stacked, cut)] == [3 * RANK + RANK, 3]
+    assert error(whole, clients(EQUAL)) < 1e-12 < error(change, clients(EQUAL))
+    same(stacked.adapter.pairs["m"].delta().numpy(), cut.adapter.pairs["m"].delta().numpy())
 
 
 def test_frlora_moves_the_step_of_the_product_into_the_base() -> None:
@@ -289,25 +314,33 @@ def test_fedrot_turns_independent_clients_towards_the_broadcast(strength: float,
     assert error(after.adapter.pairs["m"].delta().numpy(), clients(EQUAL)) == pytest.approx(wanted, rel=1e-11)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_fedrot_is_exact_for_clients_that_are_one_but_for_a_rotation(number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "noise", "wanted"),
+    [
+        (1, 0.0, (0.672156742105484, 0.25160129029055, 0.0)),
+        (2, 0.0, (0.672156742105484, 0.25160129029055, 0.0)),
+        (1, 0.1, (0.672740704416651, 0.253162524789938, 0.00579556685705558)),
+    ],
+)
+def test_fedrot_is_exact_for_clients_that_are_one_but_for_a_rotation(
+    number: int, noise: float, wanted: tuple[float, ...]
+) -> None:
     draw = np.random.default_rng(99)
     A0, B0 = draw.normal(size=(RANK, D_IN)), draw.normal(size=(D_OUT, RANK))
     who = clients(EQUAL)
     for k, client in enumerate(who):
-        G = 0.3 * np.random.default_rng(200 + k).normal(size=(RANK, RANK))
+        draw = np.random.default_rng(200 + k)
+        G = 0.3 * draw.normal(size=(RANK, RANK))
         T = np.linalg.solve(np.eye(RANK) + G - G.T, np.eye(RANK) - G + G.T)
-        client.A, client.B = T.T @ A0, B0 @ T
+        client.A = T.T @ (A0 + noise * draw.normal(size=A0.shape))
+        client.B = (B0 + noise * draw.normal(size=B0.shape)) @ T
     first = AdapterState({"m": LoraPair(torch.from_numpy(A0), torch.from_numpy(B0), 2.0)}, start().dense)
     updates = [ClientUpdate(k, client.adapter, N[k]) for k, client in enumerate(who)]
-    found = {}
-    for strength in (0.0, 0.5, 1.0):
+    for strength, off in zip((0.0, 0.5, 1.0), wanted, strict=True):
         rule = FedRot(strength)
         after = rule.aggregate(replace(rule.init(first), round=number), updates)
-        found[strength] = error(after.adapter.pairs["m"].delta().numpy(), who)
-    assert found[0.0] == close(0.672156742105484)
-    assert found[0.5] == pytest.approx(0.25160129029055, rel=1e-10)
-    assert found[1.0] < 1e-14
+        found = error(after.adapter.pairs["m"].delta().numpy(), who)
+        assert found == pytest.approx(off, rel=1e-10, abs=1e-14)
 
 
 def test_fslora_is_right_on_average_over_sketches() -> None:

@@ -120,6 +120,26 @@ def test_the_largest_values_of_a_large_sum_are_those_of_all(falls: float, monkey
     assert low.rank == 2, "two clients who sent the same"
 
 
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 1e-9, 0.0])
+@pytest.mark.parametrize("clients", [3, 5])
+def test_the_largest_values_are_those_of_all_however_alike_the_clients_are(
+    apart: float, clients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far from dependent, B has a Cholesky factor; where it has none that can be trusted, Householder's QR is taken."""
+    start, terms = pair(2, 9), []
+    for k in range(clients):
+        moved = pair(2, k)
+        terms.append((0.3 + k, LoraPair(start.A + apart * moved.A, start.B + apart * moved.B, 2.0)))
+    whole = svd(terms)
+    monkeypatch.setattr(lowrank, "LARGE", 0)
+    monkeypatch.setattr(lowrank, "BLOCK", 2)
+    found = svd(terms, lambda S: min(4, len(S)))
+    large = whole.S[:4] > 1e-6 * whole.S[0]  # those below come from the squares
+    torch.testing.assert_close(found.S[large], whole.S[:4][large], rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(dense(found.pair(2)), dense(whole.pair(2)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.U[:, :2].T @ found.U[:, :2], torch.eye(2).double(), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("split", ["root", "left"])
 @pytest.mark.parametrize("scale", [0.25, -3.0])
 def test_both_splits_are_the_same_change(split: Literal["root", "left"], scale: float) -> None:
