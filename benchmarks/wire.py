@@ -1,4 +1,4 @@
-"""What the wire formats save and cost: bytes, relative error of an update, encoding time, accuracy after a short run.
+"""What the wire formats save and cost: bytes both ways, relative error of an update, encoding time, accuracy.
 
     python benchmarks/wire.py configs/images_vit.toml --rounds 6 --seeds 3
     python benchmarks/wire.py configs/quickstart.toml --rounds 5 --seeds 3 --set train.steps=5
@@ -37,6 +37,8 @@ ARMS = (
     "int8",
     "topk",
     "topk alone",
+    "bfloat16, down",
+    "int8, down",
     "[int8, residual kept]",
     "[int8, values]",
     "[bfloat16, values]",
@@ -86,6 +88,7 @@ def measure(config: RunConfig, arm: str) -> dict[str, float]:
         last = run_simulation(config, RunDir.create(config, folder)).records[-1]
     return {
         "bytes": statistics.mean(upload.bytes),
+        "down": last["bytes_down"] / len(last["asked"]),
         "error": statistics.mean(upload.errors),
         "accuracy": last.get("accuracy", float("nan")),
         "loss": last["loss"],
@@ -102,18 +105,19 @@ def accuracy(config: str, overrides: list[str], rounds: int, seeds: int, arms: l
                 "runtime.processes=1",
                 f"rounds={rounds}",
                 f"seed={seed}",
-                f"wire.up={wire}",
+                f"wire.{'down' if 'down' in arm else 'up'}={wire}",
                 *(["wire.error_feedback=false"] if "without" in arm else []),
                 f"evaluation.every={rounds}",
             ]
             rows[arm].append(measure(load_config(config, [*overrides, *keys]), arm))
             print(f"seed {seed}, {arm}: {rows[arm][-1]}", flush=True)
     print(f"\n{config}, {rounds} rounds, {seeds} seeds {' '.join(overrides)}")
-    print(f"{'format':22} {'bytes up':>9} {'of float32':>10} {'rel. error':>10} {'accuracy':>18} {'test loss':>20}")
+    print(f"{'format':22} {'up':>9} {'down':>9} {'of float32':>15} {'error up':>10} {'accuracy':>18} {'test loss':>20}")
     base = rows[arms[0]]
     for arm, runs in rows.items():
-        size = statistics.mean(run["bytes"] for run in runs)
-        line = f"{arm:22} {size:9.0f} {size / statistics.mean(run['bytes'] for run in base):10.3f}"
+        sizes = {way: statistics.mean(run[way] for run in runs) for way in ("bytes", "down")}
+        shares = [f"{size / statistics.mean(run[way] for run in base):.3f}" for way, size in sizes.items()]
+        line = f"{arm:22} {sizes['bytes']:9.0f} {sizes['down']:9.0f} {', '.join(shares):>15}"
         line += f" {statistics.mean(run['error'] for run in runs):10.2%}"
         for name, width, scale, unit in (("accuracy", 18, 100, " pt"), ("loss", 20, 1, "")):
             values = [run[name] for run in runs]

@@ -1,10 +1,12 @@
-"""Eight bits for a number: each row of a matrix in whole multiples of its own step, rounded at random without bias.
+"""Eight bits for a number: each row of a matrix in whole multiples of its own step.
 
 Shapes: n = rows, w = width of a row. A row lies along the longer side of a matrix: for a LoRA pair these are A's rows
 and B's columns, its rank-one units, so that a step is paid for by hundreds of numbers.
 
-Stochastic rounding as in QSGD (Alistarh et al. 2017, arXiv 1610.02132, section 3.1), with the largest magnitude of a
-row in place of its norm: q = floor(x / s + u), s = max|x| / 127, u uniform on [0, 1), and E[s q] = x.
+Changes are rounded at random without bias, as in QSGD (Alistarh et al. 2017, arXiv 1610.02132, section 3.1), with the
+largest magnitude of a row in place of its norm: q = floor(x / s + u), s = max|x| / 127, u uniform on [0, 1), and
+E[s q] = x. Values are rounded to the nearest, by at most s / 2, where s is rounded to bfloat16: s q is then exact in
+float32, and what is rounded once is not changed by rounding it again.
 """
 
 from __future__ import annotations
@@ -41,18 +43,23 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return min(sides), max(sides)
 
 
-def quantise(values: Tensor, generator: torch.Generator) -> Rows:
+def quantise(values: Tensor, generator: torch.Generator | None) -> Rows:
     """Round a tensor to eight bits.
 
     Args:
         values: of any shape, on the CPU; not changed. Values that are not finite give steps that are not.
-        generator: on the CPU; the codes are a function of it and the values.
+        generator: on the CPU; the codes are a function of it and the values. None: round to the nearest.
     """
     rows = _as_rows(values.float())
     steps = rows.abs().amax(dim=1) / LARGEST if rows.numel() else rows.new_zeros(rows.shape[0])
+    if generator is None:  # below the normal numbers no step has the digits that it needs
+        steps = torch.where(steps < torch.finfo(torch.float32).tiny, 0.0, steps.bfloat16().float())
     scaled = rows / torch.where(steps > 0, steps, 1.0)[:, None]
-    dithered = scaled.add_(torch.rand(rows.shape, generator=generator)).floor_()
-    return Rows(steps, dithered.nan_to_num_().clamp_(-LARGEST, LARGEST).to(torch.int8))
+    if generator is None:
+        scaled.round_()
+    else:
+        scaled.add_(torch.rand(rows.shape, generator=generator)).floor_()
+    return Rows(steps, scaled.nan_to_num_().clamp_(-LARGEST, LARGEST).to(torch.int8))
 
 
 def dequantise(rows: Rows, shape: tuple[int, ...]) -> Tensor:

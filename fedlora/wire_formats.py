@@ -6,9 +6,10 @@ length of its buffer. There is no pickle, no NumPy container and no offset anywh
 
 Who carries the bytes (Flower's messages, or nobody in a simulation) is not known here.
 
-What a server sends is never rounded: all clients train on one base and one state, to the byte. What a client sends may
-be (`[wire] up`): then it is the *change* from the tensor that the server sent that is rounded, since it is small, both
-sides know the start exactly, and a small step is not lost beside a large value.
+Changes of the base are never rounded: all clients train on one base, to the byte. Where a client starts may be
+(`[wire] down`), to the nearest, in bfloat16 or int8, as a function of the tensor alone. Of what a client sends (`[wire]
+up`) it is the *change* from the tensor that the server sent that is rounded, since it is small, both sides know the
+start exactly, and a small step is not lost beside a large value.
 
     float32     the tensor itself, in its own dtype
     bfloat16    the change, rounded to the nearest
@@ -17,7 +18,8 @@ sides know the start exactly, and a small step is not lost beside a large value.
     topk        the largest entries of the change by magnitude, a fraction of each tensor's: their places in ascending
                 order as int32, then their values in float32; the other entries count as unchanged
 
-A tensor that a format would not make smaller (a half-precision one in bfloat16, a scalar in int8) travels as it is.
+A tensor that a format would not make smaller (a half-precision one in bfloat16, a scalar in int8) travels as it is. On
+the way down so does all that is not float32, and in int8 a vector: one step would have to do for all of it.
 """
 
 from __future__ import annotations
@@ -92,6 +94,12 @@ def header_of(wire: str, dtype: torch.dtype, shape: tuple[int, ...], fraction: f
     return formed if formed.nbytes < raw.nbytes else raw
 
 
+def header_of_value(wire: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Header:
+    """The only header that a tensor can have on the way down; see `header_of`."""
+    whole = dtype != torch.float32 or (wire == "int8" and len(shape) < 2)
+    return header_of("float32" if whole else wire, dtype, shape)
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor as little-endian bytes: its own memory, where it is contiguous and on the CPU."""
     return _bytes(tensor.detach().cpu())
@@ -115,14 +123,28 @@ def encode_change(header: Header, tensor: Tensor, start: Tensor, seed: int) -> b
         return raw_bytes(tensor.to(start.dtype))
     tensor, start = tensor.detach().cpu(), start.detach().cpu()
     change = tensor.to(_wide(start)) - start.to(_wide(start))
-    if header.form == BF16:
-        return _bytes(change.to(torch.bfloat16))
-    if header.form == TOPK:
-        change = change.flatten().float()
-        places = _largest(change, header.nbytes // (2 * _PLACE))
-        return b"".join((_bytes(places.int()), _bytes(change[places])))
-    rows = quantise(change, torch.Generator().manual_seed(seed))
-    return b"".join((_bytes(rows.steps), _bytes(rows.codes)))
+    return _encoded(header, change, torch.Generator().manual_seed(seed))
+
+
+def encode_value(header: Header, tensor: Tensor) -> bytes | memoryview:
+    """The bytes of a tensor for the way down, in the format of its `header_of_value`."""
+    tensor = tensor.detach().cpu()
+    return _bytes(tensor) if header.form == RAW else _encoded(header, tensor, None)
+
+
+def decode_value(header: Header, data: bytes | memoryview) -> Tensor:
+    """The tensor of as many bytes as the header says; it owns its memory.
+
+    Raises:
+        ReplyError: the codes or places are none that `encode_value` makes.
+    """
+    return from_raw(data, header.dtype, header.shape) if header.form == RAW else _decoded(header, data).float()
+
+
+def as_sent(wire: str, tensor: Tensor) -> Tensor:
+    """What a client would decode of a tensor; the tensor itself where it travels as it is."""
+    header = header_of_value(wire, tensor.dtype, tuple(tensor.shape))
+    return tensor if header.form == RAW else decode_value(header, encode_value(header, tensor))
 
 
 def decode_change(header: Header, data: bytes | memoryview, start: Tensor) -> Tensor:
@@ -131,24 +153,10 @@ def decode_change(header: Header, data: bytes | memoryview, start: Tensor) -> Te
     Raises:
         ReplyError: the codes or places are none that `encode_change` makes.
     """
-    shape = header.shape
     if header.form == RAW:
-        return from_raw(data, header.dtype, shape)
+        return from_raw(data, header.dtype, header.shape)
     start = start.detach().cpu()
-    if header.form == BF16:
-        change = _tensor(data, torch.bfloat16).reshape(shape)
-    elif header.form == TOPK:
-        change = _scattered(data, shape)
-    else:
-        count, width = row_shape(shape)
-        steps = _tensor(data[: _STEP * count], torch.float32)
-        codes = _tensor(data[_STEP * count :], torch.int8).reshape(count, width)
-        if bool((steps < 0).any()) or bool((codes < -LARGEST).any()):
-            raise ReplyError(
-                "its int8 codes are none that a client makes: a negative step, or a code of -128", code="invalid-codes"
-            )
-        change = dequantise(Rows(steps, codes), shape)
-    return (start.to(_wide(start)) + change.to(_wide(start))).to(start.dtype)
+    return (start.to(_wide(start)) + _decoded(header, data).to(_wide(start))).to(start.dtype)
 
 
 def as_received(header: Header, tensor: Tensor, start: Tensor, seed: int) -> Tensor:
@@ -156,6 +164,34 @@ def as_received(header: Header, tensor: Tensor, start: Tensor, seed: int) -> Ten
     if header.form == RAW:
         return tensor.detach().cpu().to(start.dtype)
     return decode_change(header, encode_change(header, tensor, start, seed), start)
+
+
+def _encoded(header: Header, change: Tensor, generator: torch.Generator | None) -> bytes | memoryview:
+    """A change, or a value as its change from zero; the generator is for int8's random rounding."""
+    if header.form == BF16:
+        return _bytes(change.to(torch.bfloat16))
+    if header.form == TOPK:
+        change = change.flatten().float()
+        places = _largest(change, header.nbytes // (2 * _PLACE))
+        return b"".join((_bytes(places.int()), _bytes(change[places])))
+    rows = quantise(change, generator)
+    return b"".join((_bytes(rows.steps), _bytes(rows.codes)))
+
+
+def _decoded(header: Header, data: bytes | memoryview) -> Tensor:
+    """The inverse of `_encoded`."""
+    if header.form == BF16:
+        return _tensor(data, torch.bfloat16).reshape(header.shape)
+    if header.form == TOPK:
+        return _scattered(data, header.shape)
+    count, width = row_shape(header.shape)
+    steps = _tensor(data[: _STEP * count], torch.float32)
+    codes = _tensor(data[_STEP * count :], torch.int8).reshape(count, width)
+    if bool((steps < 0).any()) or bool((codes < -LARGEST).any()):
+        raise ReplyError(
+            "its int8 codes are none that fedlora makes: a negative step, or a code of -128", code="invalid-codes"
+        )
+    return dequantise(Rows(steps, codes), header.shape)
 
 
 def _largest(change: Tensor, count: int) -> Tensor:
@@ -183,9 +219,14 @@ def _scattered(data: bytes | memoryview, shape: tuple[int, ...]) -> Tensor:
 # ---------------------------------------------------------------------------------------------- many tensors
 
 
-def layout_json(tensors: Mapping[str, Tensor]) -> list[Any]:
-    """The layout of tensors that travel as they are, in the order of their bytes: [name, dtype, shape] of each."""
-    return [[name, _NAMES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors.items()]
+def layout_json(tensors: Mapping[str, Tensor], wire: str = "float32") -> list[Any]:
+    """The layout of tensors on the way down, in the order of their bytes: [name, dtype, shape] of each, and the format
+    of those that do not travel as they are."""
+    said: list[Any] = []
+    for name, tensor in tensors.items():
+        header = header_of_value(wire, tensor.dtype, tuple(tensor.shape))
+        said.append([name, _NAMES[tensor.dtype], list(tensor.shape), *([] if header.form == RAW else [wire])])
+    return said
 
 
 def read_layout(said: object, nbytes: int) -> dict[str, Header]:
@@ -203,15 +244,16 @@ def read_layout(said: object, nbytes: int) -> dict[str, Header]:
     found: dict[str, Header] = {}
     for entry in said:
         match entry:
-            case [str(name), str(dtype), list(shape)] if (
+            case [str(name), str(dtype), list(shape), *formats] if (
                 name not in found
+                and formats in ([], ["bfloat16"], ["int8"])
                 and 0 < len(name) <= LONGEST_NAME
                 and dtype in DTYPES
                 and len(shape) <= MOST_SIDES
                 and all(type(side) is int and side >= 0 for side in shape)
                 and math.prod(side or 1 for side in shape) <= MOST_ELEMENTS
             ):
-                found[name] = header_of("float32", DTYPES[dtype], tuple(shape))
+                found[name] = header_of_value(formats[0] if formats else "float32", DTYPES[dtype], tuple(shape))
             case _:
                 raise _no_layout(
                     f"has an entry that is no name, dtype and shape of one tensor: {clean_text(entry, 80)}"

@@ -79,6 +79,7 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
     from fedlora.errors import AssetError
     from fedlora.evaluation.traffic import measure_traffic
     from fedlora.federation.initial_state import require_method
+    from fedlora.federation.load_rule import require_base_unchanged
     from fedlora.progress import format_bytes
     from fedlora.training import open_workspace
 
@@ -98,6 +99,8 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
         about += f", {config.wire.up} on the way up"
     if config.wire.up == "topk":
         about += f" ({config.wire.fraction:g} of the entries)"
+    if config.wire.down != "float32":
+        about += f", {config.wire.down} on the way down"
     console.print(
         f"bytes for one client in one round, with {about}\n", style="dim", highlight=False, soft_wrap=True, markup=False
     )
@@ -107,6 +110,7 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
         try:
             rule = load_aggregator(name, fields)
             require_method(rule, workspace.base.method)
+            require_base_unchanged(config.wire, name, rule)
             found = measure_traffic(rule, initial, layouts, config.wire)
         except FedloraError as error:
             lines[name] = f"not with this config: {error}"

@@ -131,8 +131,10 @@ class WireConfig(Section):
 
     up: Literal["float32", "bfloat16", "int8", "topk"] = "float32"
     """Format of what a client sends: its tensors in float32, their changes in bfloat16 or int8, or of each tensor's
-    change the largest entries alone ("topk"). What the server sends is never rounded, so that all clients train from
-    the same values."""
+    change the largest entries alone ("topk")."""
+    down: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Format of the adapter that the server sends: as it is, or rounded to the nearest in bfloat16 or int8. Clients
+    train from the rounded values; the server keeps its own, and adds what a client changed to them."""
     fraction: Fraction = 0.1
     """Of each tensor's entries, with up = "topk": at 0.1 a client sends a fifth of the bytes of float32."""
     error_feedback: bool = True

@@ -56,7 +56,8 @@ def measure_traffic(
         for k, layout in enumerate(layouts):
             plan = rule.plan(state, ClientSpec(k, layout, versions[k]))
             digests = digests_of(plan)
-            received = tensors_nbytes(request_tensors(plan, {p for p, digest in digests.items() if digest in held[k]}))
+            mine = {part for part, digest in digests.items() if digest in held[k]}
+            received = tensors_nbytes(request_tensors(plan, mine), wire.down)
             held[k] = frozenset(digests.values())
             if number == 1:
                 first += received

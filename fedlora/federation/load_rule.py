@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, load_aggregator
-from fedlora.config import ClientPrivacyConfig, RunConfig
+from fedlora.config import ClientPrivacyConfig, RunConfig, WireConfig
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.privacy.server_dp import ServerDP
 from fedlora.training.dp_settings import calibrated
@@ -22,6 +22,7 @@ def load_rule(config: RunConfig) -> Aggregator:
     _require_two_models(config, rule)
     _require_measured(config, rule)
     _require_same_units(config, rule)
+    require_base_unchanged(config.wire, config.strategy.name, rule)
     privacy = config.client_privacy
     if privacy is None:
         return rule
@@ -113,6 +114,23 @@ def _require_same_units(config: RunConfig, rule: Aggregator) -> None:
             "gives it other units of A and B by then: set wire.error_feedback = false, or choose a rule that goes on "
             "from the same units, such as fedavg or ffa",
             code="residual-of-other-units",
+        )
+
+
+def require_base_unchanged(wire: WireConfig, name: str, rule: Aggregator) -> None:
+    """Raise `ConfigError` where most of what clients are sent could not be rounded (`wire.down`).
+
+    Args:
+        wire: Of the config.
+        name: Of the rule.
+        rule: The rule.
+    """
+    if wire.down != "float32" and Claim.CHANGES_BASE in rule.claims:
+        raise ConfigError(
+            f"wire.down rounds where clients start, and {name!r} sends them changes of the base, which has to be the "
+            "same for all to the byte: remove wire.down, or choose a rule that leaves the base as it is, such as "
+            "fedavg or ffa",
+            code="base-not-rounded",
         )
 
 

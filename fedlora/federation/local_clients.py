@@ -123,14 +123,15 @@ class LocalClients(SimulatedClients):
             held: What each holds; changed in place.
             parts: See `ClientPool`.
         """
-        show(self._workspace.base, request.state, request.digests)
+        bring_to(self._workspace.base, request.state, request.digests)
         return [self._evaluated(request, *pair, parts) for pair in zip(clients, held, strict=True)]
 
     def _evaluated(
         self, request: RoundRequest, client: ClientInfo, held: Held, parts: Sequence[str]
     ) -> ClientEvaluation:
-        """What one client reports of the state that the base holds."""
+        """What one client reports of the state, on a base that has its version."""
         planned = self._planner.evaluation(request, client, held)
+        self._workspace.base.write(planned.request.plan.adapter)
         found = measure_apart(self._workspace, planned.request, parts, self._store)
         planned.received_by(held)
         if isinstance(found, Failure):

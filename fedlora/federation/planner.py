@@ -10,10 +10,18 @@ from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, Globa
 from fedlora.config import RunConfig
 from fedlora.federation.client_pool import ClientInfo, Failure, RoundRequest
 from fedlora.federation.initial_state import plan_for
-from fedlora.federation.protocol import KEPT, PartDigests, TrainRequest, request_nbytes
+from fedlora.federation.protocol import (
+    KEPT,
+    OfSameTensors,
+    PartDigests,
+    TrainRequest,
+    request_nbytes,
+    tensors_by_part,
+)
 from fedlora.federation.simulated_devices import SimulatedDevices, examples_to_tell
 from fedlora.hash_chain import START
 from fedlora.training.workspace import Workspace
+from fedlora.wire_formats import as_sent
 
 
 @dataclass
@@ -78,6 +86,8 @@ class Planner:
         self._config, self._rule, self._workspace, self._run = config, rule, workspace, run
         self._devices = SimulatedDevices.of(config)
         self._digests = PartDigests()
+        down = config.wire.down
+        self._rounded = OfSameTensors(lambda tensors: {name: as_sent(down, value) for name, value in tensors.items()})
 
     @property
     def measures_error(self) -> bool:
@@ -105,7 +115,11 @@ class Planner:
         since = held.base_digest if plan.base_updates and plan.base_updates[0].since == held.base_version else ""
         if not plan.base_updates:
             since = asked.base_digest
-        wire = self._config.wire
+        wire, exact = self._config.wire, None
+        down = wire.down if asked.of_run else "float32"  # an adapter from elsewhere is measured as it is
+        if down != "float32":
+            travels = {name: value for part in tensors_by_part(plan).values() for name, value in part.items()}
+            exact, plan = plan.adapter, replace(plan, adapter=plan.adapter.with_tensors(self._rounded(travels)))
         private, digests = self._config.example_privacy is not None, self._digests(plan)
         keeps = KEPT in digests or self._config.clients_keep
         request = TrainRequest(
@@ -119,6 +133,8 @@ class Planner:
             run=self._run,
             ledger=held.ledger if private else "",
             kept_round=asked.kept_rounds.get(client.client_id, 0) if keeps else 0,
+            down=down,
+            exact=exact,
         )
         parts = frozenset(part for part, digest in digests.items() if digest in held.digests)
         return Planned(request, digests, parts, request_nbytes(request, digests, parts))

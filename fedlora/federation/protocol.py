@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar, final
 from torch import Tensor
 
 from fedlora import __version__
-from fedlora.adapter import Layout, Part
+from fedlora.adapter import AdapterState, Layout, Part
 from fedlora.aggregators import ClientPlan, Fact
 from fedlora.config import RunConfig
 from fedlora.hashing import tensors_digest
@@ -32,6 +32,7 @@ from fedlora.wire_formats import (
     decode_change,
     encode_change,
     header_of,
+    header_of_value,
     joined,
     layout_digest,
     layout_json,
@@ -72,6 +73,8 @@ class TrainRequest:
             where there is none.
         kept_round: The round whose kept tensors the client goes on from: the last one of which the server used its
             update; 0 if there is none.
+        down: Format of the plan's adapter on the way to the client. The plan has it as the client decodes it.
+        exact: The adapter as the server has it, if that is another; it does not travel.
     """
 
     plan: ClientPlan
@@ -84,6 +87,8 @@ class TrainRequest:
     run: str = ""
     ledger: str = ""
     kept_round: int = 0
+    down: str = "float32"
+    exact: AdapterState | None = None
 
     @cached_property
     def starts(self) -> dict[str, Tensor]:
@@ -140,6 +145,27 @@ class TrainRequest:
             name: as_received(self.headers[name], tensor, self.starts[name], self._rounding_seed(seed, name))
             for name, tensor in trained.items()
         }
+
+    def updated(self, received: Mapping[str, Tensor]) -> AdapterState:
+        """The server's adapter with what the client changed.
+
+        Where the client started from rounded values, what it changed *of these* is added to the server's own: a state
+        that is not rounded, and clients that compute their gradients beside it (Philippenko and Dieuleveut, NeurIPS
+        2021, arXiv 2102.12528). Of the clients' tensors themselves a mean would be the rounded state's, in which
+        changes below half a step are lost in every round.
+
+        Args:
+            received: See `decode`.
+        """
+        if self.exact is None:
+            return self.plan.adapter.with_tensors(received)
+        own = self.exact.tensors()
+        return self.exact.with_tensors(
+            {
+                name: (own[name].double() + (tensor.double() - self.starts[name].double())).to(own[name].dtype)
+                for name, tensor in received.items()
+            }
+        )
 
     def _rounding_seed(self, seed: int, name: str) -> int:
         return 0 if self.wire in ("float32", "topk") else derive(seed, "wire", self.round, self.client_id, name)
@@ -242,7 +268,7 @@ def request_head(
         **({"fraction": request.fraction} if request.wire == "topk" else {}),
         "digests": digests,
         "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
-        "buffers": {name: layout_json(tensors) for name, tensors in buffers.items()},
+        "buffers": {name: layout_json(tensors, format_of(name, request.down)) for name, tensors in buffers.items()},
         **({"tilt": tensors_digest(plan.tilt)} if plan.tilt else {}),
         **({"asks": sorted(request.measured)} if request.measured else {}),
         **({"first": sorted(plan.first), "first_times": plan.first_times} if plan.first else {}),
@@ -288,6 +314,11 @@ def request_tensors(plan: ClientPlan, held: Container[str] = ()) -> dict[str, di
     return buffers | {merge_buffer(update.version): flatten_base_update(update)[0] for update in plan.base_updates}
 
 
+def format_of(buffer: str, down: str) -> str:
+    """The wire format of a buffer of a request: the adapter's may be rounded, the others travel as they are."""
+    return down if buffer == ADAPTER else "float32"
+
+
 def merge_buffer(version: int) -> str:
     """Name of the buffer of a change of the base to this version."""
     return f"merge/{version}"
@@ -296,12 +327,16 @@ def merge_buffer(version: int) -> str:
 def request_nbytes(request: TrainRequest, digests: Mapping[str, str], held: Container[str]) -> int:
     """Bytes of a request: tensors, and the head as text."""
     buffers = request_tensors(request.plan, held)
-    return tensors_nbytes(buffers) + head_nbytes(request_head(request, digests, buffers))
+    return tensors_nbytes(buffers, request.down) + head_nbytes(request_head(request, digests, buffers))
 
 
-def tensors_nbytes(buffers: Mapping[str, Mapping[str, Tensor]]) -> int:
+def tensors_nbytes(buffers: Mapping[str, Mapping[str, Tensor]], down: str) -> int:
     """Bytes of all buffers of a request."""
-    return sum(tensor.nbytes for tensors in buffers.values() for tensor in tensors.values())
+    return sum(
+        header_of_value(format_of(name, down), tensor.dtype, tuple(tensor.shape)).nbytes
+        for name, tensors in buffers.items()
+        for tensor in tensors.values()
+    )
 
 
 def head_nbytes(head: Mapping[str, Any]) -> int:

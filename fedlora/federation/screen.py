@@ -100,9 +100,10 @@ class Screen:
         if self._config.example_privacy is not None:
             check_stated(metrics, private_settings(self._config, request.client_id))
         weight = self._weight(request.client_id, claimed, expected)
-        adapter = request.plan.adapter.with_tensors(sent)
         facts = self._facts(request, claimed, metrics, expected)
-        update = ClientUpdate(request.client_id, adapter, weight, request.plan.base_version, metrics, facts)
+        update = ClientUpdate(
+            request.client_id, request.updated(sent), weight, request.plan.base_version, metrics, facts
+        )
         return Admitted(update, self._written_down(claimed, weight, metrics, change))
 
     def _require_sound(self, request: TrainRequest, sent: Mapping[str, Tensor]) -> float:

@@ -11,6 +11,7 @@ import json
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast, final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -31,6 +32,7 @@ from fedlora.federation.protocol import (
     OfSameTensors,
     TrainedReply,
     TrainRequest,
+    format_of,
     merge_buffer,
     note_head,
     request_head,
@@ -41,7 +43,7 @@ from fedlora.flower.arrays import from_array, to_array
 from fedlora.hashing import tensors_digest
 from fedlora.sanitize import clean_text
 from fedlora.state_io import unflatten_base_update
-from fedlora.wire_formats import WIRES, from_raw, joined, raw_bytes, read_layout, sliced
+from fedlora.wire_formats import WIRES, decode_value, encode_value, header_of_value, joined, read_layout, sliced
 
 BUFFER = "buffer"
 """Name of the one array of a reply."""
@@ -70,7 +72,7 @@ class RequestEncoder:
     """Makes the contents of train messages; a buffer that many clients share is encoded, and hashed, once."""
 
     def __init__(self) -> None:
-        self._arrays: defaultdict[str, OfSameTensors[Array]] = defaultdict(lambda: OfSameTensors(_packed))
+        self._arrays: dict[tuple[str, str], OfSameTensors[Array]] = {}
 
     def encode(self, planned: Planned, parts: Sequence[str] = ()) -> RecordDict:
         """The content of a message; messages with the same tensors share their arrays.
@@ -83,12 +85,14 @@ class RequestEncoder:
         head = request_head(planned.request, planned.digests, buffers) | ({"parts": list(parts)} if parts else {})
         arrays = ArrayRecord()
         for name, tensors in buffers.items():  # one by one: from a dict it would copy them
-            arrays[name] = self._arrays[name](tensors)
+            wire = format_of(name, planned.request.down)
+            arrays[name] = self._arrays.setdefault((name, wire), OfSameTensors(partial(_packed, wire)))(tensors)
         return RecordDict({"plan": ConfigRecord({"json": json.dumps(head)}), "arrays": arrays})
 
 
-def _packed(tensors: Mapping[str, Tensor]) -> Array:
-    return to_array(joined(map(raw_bytes, tensors.values())))
+def _packed(wire: str, tensors: Mapping[str, Tensor]) -> Array:
+    headers = (header_of_value(wire, tensor.dtype, tuple(tensor.shape)) for tensor in tensors.values())
+    return to_array(joined(map(encode_value, headers, tensors.values())))
 
 
 @final
@@ -263,10 +267,7 @@ def _unpacked(content: RecordDict, head: Mapping[str, Any]) -> dict[str, dict[st
     buffers = {name: from_array(array) for name, array in arrays.items()}
     checked = {name: read_layout(layouts[name], len(buffer)) for name, buffer in buffers.items()}
     return {
-        name: {
-            key: from_raw(part, layout[key].dtype, layout[key].shape)
-            for key, part in sliced(layout, buffers[name]).items()
-        }
+        name: {key: decode_value(layout[key], part) for key, part in sliced(layout, buffers[name]).items()}
         for name, layout in checked.items()
     }
 

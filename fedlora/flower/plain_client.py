@@ -47,12 +47,13 @@ def train_plain(message: Message, context: Context) -> Message:
             "the server's strategy is not fedlora's own: remove it",
             code="foreign-server",
         )
-    if config.wire.up != "float32":
-        raise ConfigError(
-            f"wire.up = {config.wire.up!r} is for fedlora's ServerApp, and the server's strategy is not fedlora's own: "
-            "remove it",
-            code="foreign-server",
-        )
+    for way, wire in (("up", config.wire.up), ("down", config.wire.down)):
+        if wire != "float32":
+            raise ConfigError(
+                f"wire.{way} = {wire!r} is for fedlora's ServerApp, and the server's strategy is not fedlora's own: "
+                "remove it",
+                code="foreign-server",
+            )
     workspace, client_id = open_workspace(config), client_id_of(context)
     key, arrays = next(iter(message.content.array_records.items()))
     asked = next(iter(message.content.config_records.values()), ConfigRecord())

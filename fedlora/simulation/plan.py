@@ -24,7 +24,7 @@ from fedlora.aggregators.drift import Drift
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
 from fedlora.federation.checks import clients_wanted
-from fedlora.federation.protocol import TrainRequest
+from fedlora.federation.protocol import ADAPTER, TrainRequest, tensors_nbytes
 from fedlora.model import Base, load_base
 from fedlora.model.peft_methods import find_method
 from fedlora.model.reach import longest_text
@@ -167,7 +167,8 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
         memory=memory,
         pass_tokens=min(wanted),
         row_tokens=longest,
-        down=clients * adapter.nbytes() * (2 if tilts else 1),
+        down=clients
+        * (tensors_nbytes({ADAPTER: adapter.tensors()}, config.wire.down) + (adapter.nbytes() if tilts else 0)),
         up=clients * request.reply_nbytes,
     )
 

@@ -140,6 +140,9 @@ def test_what_plain_tensors_cannot_carry_is_refused(config: RunConfig, tiny_conf
     )
     result = start(FedAvg(fraction_evaluate=0.0), client_app.app, private, rounds=1)
     assert not result.train_metrics_clientapp, "a private client answered a server that accounts for nothing"
+    for way in ("up", "down"):
+        result = start(FedAvg(fraction_evaluate=0.0), client_app.app, tiny_config(f"wire.{way}=int8"), rounds=1)
+        assert not result.train_metrics_clientapp, "a client answered a server that knows no formats"
 
 
 def test_the_messages_config_is_heeded(config: RunConfig) -> None:

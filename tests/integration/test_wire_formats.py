@@ -35,10 +35,14 @@ from fedlora.wire_formats import (
     TOPK,
     WIRES,
     as_received,
+    as_sent,
     decode_change,
+    decode_value,
     encode_change,
+    encode_value,
     from_raw,
     header_of,
+    header_of_value,
     joined,
     layout_digest,
     layout_json,
@@ -86,6 +90,24 @@ def test_every_tensor_survives_every_format_with_its_header(
     assert bool(((back.double() - trained.double()).abs() <= bound * largest * 1.001 + rounding).all())
     assert torch.equal(trained, kept[0])
     assert torch.equal(start, kept[1])
+
+
+@pytest.mark.parametrize("wire", ["float32", *LOSSY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 40), (40, 3), (2, 3, 4), (5,), (1,), (), (0, 4)])
+def test_a_start_is_rounded_once_to_the_nearest(wire: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    value = torch.randn(shape, generator=G).to(dtype)
+    header = header_of_value(wire, dtype, shape)
+    data = encode_value(header, value)
+    back = decode_value(header, data)
+    assert (len(data), back.dtype, back.shape) == (header.nbytes, dtype, value.shape)
+    assert torch.equal(as_sent(wire, value), back)
+    assert encode_value(header, back) == data, "or a server that keeps what it sends would send something else"
+    largest = float(value.abs().max()) if value.numel() else 0.0
+    bound = {RAW: 0.0, BF16: 2**-8, INT8: 1.01 / 254}[header.form]
+    assert bool(((back.double() - value.double()).abs() <= bound * largest).all())
+    whole = dtype != torch.float32 or wire == "float32" or (wire == "int8" and len(shape) < 2)
+    assert (header.form == RAW) >= whole
 
 
 def test_sizes_are_half_and_a_quarter_and_never_more_than_raw() -> None:
@@ -213,6 +235,19 @@ def test_tensors_survive_as_a_layout_and_one_buffer(dtype: torch.dtype) -> None:
     assert tensors_digest(back) == tensors_digest(tensors)
 
 
+@pytest.mark.parametrize("wire", LOSSY)
+def test_rounded_tensors_survive_as_a_layout_and_one_buffer(wire: str) -> None:
+    tensors = named() | {"wide": torch.randn(3, 40, generator=G)}
+    headers = {name: header_of_value(wire, value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    buffer = joined(encode_value(headers[name], value) for name, value in tensors.items())
+    assert len(buffer) < sum(value.nbytes for value in tensors.values())
+    layout = read_layout(json.loads(json.dumps(layout_json(tensors, wire))), len(buffer))
+    assert layout == headers
+    parts = sliced(layout, buffer)
+    for name, value in tensors.items():
+        assert torch.equal(decode_value(layout[name], parts[name]), as_sent(wire, value))
+
+
 def test_a_buffer_is_as_long_as_its_tensors_and_sliced_without_a_copy() -> None:
     tensors = {name: torch.ones(1 << 20) for name in "abc"}
     tracemalloc.start()
@@ -243,6 +278,9 @@ NO_LAYOUTS: dict[str, Any] = {
     "too many": [[f"{n}", "float32", [0]] for n in range((1 << 16) + 1)],
     "a tensor of two fields": [GOOD[0], GOOD[1][:2]],
     "a tensor of four fields": [GOOD[0], [*GOOD[1], 24]],
+    "a format that no start has": [GOOD[0], [*GOOD[1], "topk"]],
+    "two formats": [GOOD[0], [*GOOD[1], "int8", "int8"]],
+    "a format of fewer bytes": [[*GOOD[0], "bfloat16"], GOOD[1]],
     "a tensor as text": ["abc", GOOD[1]],
     "a name twice": changed(1, 0, "a"),
     "a name twice, and the second is all": [GOOD[0], ["a", "float32", [8]]],
@@ -301,7 +339,7 @@ def test_thousands_of_mutated_layouts_are_refused_or_describe_the_whole_buffer()
         parts = sliced(layout, bytes(range(32)))
         assert b"".join(parts.values()) == bytes(range(32))
         for name, header in layout.items():
-            assert from_raw(parts[name], header.dtype, header.shape).shape == header.shape
+            assert decode_value(header, parts[name]).shape == header.shape
     assert refused == {("invalid-layout", True)}
     assert 20 < kept < 2000
 

@@ -50,6 +50,26 @@ def test_every_value_is_within_a_step_of_itself(shape: tuple[int, ...], seed: in
     assert int(rows.codes.abs().max()) <= LARGEST
 
 
+@given(
+    st.lists(st.integers(1, 6), max_size=4).map(tuple),
+    st.integers(0, 2**32),
+    st.one_of(st.floats(1e-42, 1e-30), st.floats(1e-30, 1e30)),
+)
+@settings(max_examples=200, deadline=None)
+def test_to_the_nearest_is_within_half_a_step_and_not_rounded_again(
+    shape: tuple[int, ...], seed: int, size: float
+) -> None:
+    values = torch.randn(shape, generator=drawn(seed)) * size
+    rows = quantise(values, None)
+    back = dequantise(rows, shape)
+    half = dequantise(Rows(rows.steps / 2, torch.ones_like(rows.codes)), shape)
+    none = 127 * torch.finfo(torch.float32).tiny  # a row below this is zero
+    assert bool(((back - values).abs() <= torch.where(half > 0, half * (1 + 1e-4), none)).all())
+    again = quantise(back, None)
+    assert torch.equal(again.steps, rows.steps)
+    assert torch.equal(again.codes, rows.codes)
+
+
 def test_it_has_no_bias() -> None:
     values = torch.randn(4, 64, generator=drawn(3))
     draws = 4000

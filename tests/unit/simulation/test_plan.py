@@ -16,7 +16,7 @@ from fedlora.model import load_base
 from fedlora.simulation.capacity import COPIES
 from fedlora.simulation.plan import Plan, make_plan, read_size
 from fedlora.tasks import Table, load_task
-from fedlora.wire_formats import header_of
+from fedlora.wire_formats import header_of, header_of_value
 
 MIB, GIB = 1 << 20, 1 << 30
 QWEN = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
@@ -179,6 +179,9 @@ def test_a_plan_counts_the_weights_that_are_loaded(tiny_bert: Path) -> None:
     for rule in ("{name='scaffold'}", "{name='krum',inner={name='feddyn'}}"):
         tilted = make_plan(parse_config("", [f"model.name='{tiny_bert}'", f"strategy={rule}"]), 10**9, "float32", "cpu")
         assert tilted.down == 2 * found.down, "the tilt is as large as the adapter"
+    rounded = parse_config("", [f"model.name='{tiny_bert}'", "wire.down=int8"])
+    down = sum(header_of_value("int8", value.dtype, tuple(value.shape)).nbytes for value in sent)
+    assert make_plan(rounded, 10**9, "float32", "cpu").down == 8 * down < 0.5 * found.down
     topk = parse_config("", [f"model.name='{tiny_bert}'", "wire={up='topk', fraction=0.25}"])
     assert make_plan(topk, 10**9, "float32", "cpu").up == pytest.approx(found.down / 2, rel=0.01)
 
