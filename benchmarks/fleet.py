@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Fleet:
         self.calls = self.bytes_up = self.bytes_down = 0
         self._address, self._toml = address, load_config(config).to_toml()
         self._stop, self._one = threading.Event(), threading.Lock()
-        self._threads = [threading.Thread(target=self._node, args=(number,)) for number in range(count)]
+        self._threads = [threading.Thread(target=self._node, args=(number,), daemon=True) for number in range(count)]
 
     def start(self) -> None:
         """Start all nodes."""
@@ -83,10 +84,11 @@ class Fleet:
             thread.start()
 
     def end(self) -> None:
-        """Stop them."""
+        """Stop them; one whose calls are in vain is left alone."""
         self._stop.set()
+        end = time.monotonic() + 20.0
         for thread in self._threads:
-            thread.join(60)
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _node(self, number: int) -> None:
         from flwr.supernode.fleet_http_connection import http_request_response
