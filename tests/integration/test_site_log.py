@@ -16,9 +16,11 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 from integration.test_site_policy import (
     EXAMPLES,
     PRIVATE,
+    ByNode,
     MakeConfig,
     MakeSite,
     ask,
@@ -33,10 +35,12 @@ from support.errors import raises
 from torch import Tensor
 
 from fedlora import hash_chain
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import DeployError, WorkerError
 from fedlora.flower import client_app, messages
 from fedlora.flower.messages import HeldParts, decode_head, decode_request, decode_request_head, payload_bytes
+from fedlora.flower.server_app import serve
 from fedlora.flower.task_identity import task_identity
 from fedlora.flower.update_checks import check_update
 from fedlora.hash_chain import read_chain
@@ -45,9 +49,11 @@ from fedlora.node_worker.gated_app import UNLOGGED, GatedApp
 from fedlora.node_worker.server import Worker
 from fedlora.node_worker.socket import METHOD
 from fedlora.privacy.ledger import Ledger
+from fedlora.runs.rundir import RunDir
 from fedlora.site.approvals import config_hash
 from fedlora.site.audit_log import AUDIT_LOG, read_log
 from fedlora.site.signatures import Statement, public_line, sign
+from fedlora.testing.loopback_grid import LoopbackGrid
 
 __all__ = ["own", "site"]  # fixtures
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
@@ -226,6 +232,40 @@ def test_a_site_notices_that_its_ledger_was_rolled_back_whoever_asks(own: MakeCo
         assert path.read_bytes() == content
     path.write_bytes(newer)
     assert decode_head(train_one(folder, config, 2))["kind"] == "update"
+
+
+@pytest.mark.slow
+def test_a_ledger_put_back_is_found_by_the_log_and_put_back_with_the_log_by_the_coordinator(
+    own: MakeConfig, site: MakeSite
+) -> None:
+    fixed = [one for one in PRIVATE if not one.startswith("privacy.epsilon")]
+    keys = (*fixed, "privacy.noise_multiplier=1.0", "evaluation.on=off", "data.test=", "partition.clients=3")
+    config, sites = own(*keys, "server.node_timeout_s=1", "server.quorum=0.3"), [site(k) for k in range(3)]
+    apps: dict[int, ClientApp] = {k: GatedApp(folder) for k, folder in enumerate(sites, start=2)}
+    older: dict[Path, bytes] = {}
+
+    class Copying(Callback):
+        def round_ended(self, record: Mapping[str, Any]) -> None:
+            if record["round"] == 1:
+                paths = (sites[0] / "ledger.jsonl", sites[1] / "ledger.jsonl", sites[1] / AUDIT_LOG)
+                older.update({path: path.read_bytes() for path in paths})
+
+    client_app.held_parts = HeldParts()
+    rundir = RunDir.create(config)
+    with task_identity(1):
+        serve(LoopbackGrid(ByNode(apps), [{}] * 3, {"toml": config.to_toml()}), config, rundir, Copying(), resume=False)
+    for path, content in older.items():
+        path.write_bytes(content)
+    apps[3] = GatedApp(sites[1])  # a worker knows the head of its log for as long as it lives
+    again = own(*keys, "server.node_timeout_s=1", "server.quorum=0.3", "rounds=3")
+    with task_identity(2):
+        grid = LoopbackGrid(ByNode(apps), [{}] * 3, {"toml": again.to_toml()})
+        last = serve(grid, again, RunDir.open(rundir.path, again), resume=True).records[-1]
+    assert last["answered"] == [2]
+    # Who the second node is, a hello does not tell where no key is registered: it refuses the request.
+    assert "rolled back" in next(iter(last["turned_away"].values()))
+    assert "rolled back" in last["refused"]["1"]
+    assert ["ledger_not_usable" in lines(folder)[-1] for folder in sites] == [True, False, False]
 
 
 def test_a_worker_does_not_start_on_a_log_that_was_edited(own: MakeConfig, site: MakeSite) -> None:
