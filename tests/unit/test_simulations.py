@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     if name in SWEEPS:
         shutil.copy(FOLDER / name / "config.toml", folder / "config.toml")
@@ -58,7 +60,7 @@ def simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SWEEPS if name != "rules"])
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in ("rules", "personal")])
 def test_it_runs_through(name: str, simulate: Callable[[str], list[RunConfig]], tmp_path: Path) -> None:
     require_results(simulate(name), tmp_path)
 
@@ -111,6 +113,51 @@ def test_heterogeneity_reports_a_rate_chosen_at_one_alpha(tmp_path: Path, monkey
     others = [config for config in asked if config.partition.fields["alpha"] != 0.3]
     assert {config.train.lr for config in others} == {0.003}
     assert {config.seed for config in others} == {0, 4}
+
+
+@pytest.mark.slow
+def test_personal_takes_the_rate_that_is_best_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the test would choose another: on the reported seeds it falls with the rate, on validation it rises."""
+    asked: list[RunConfig] = []
+
+    def complete(config: RunConfig, keep: str, on_round: Callable[[int], None]) -> None:
+        asked.append(config)
+        lr = config.train.lr
+        own = config.train.personal is not None or config.strategy.name in ("fedsa", "fedper", "fedrep")
+        if config.strategy.name == "feddyn" and lr == 0.03:
+            raise ValueError("diverged")
+        shared = [0.8 - lr + config.seed / 100 - 0.3 * (k == 0) for k in range(20)]
+        at_clients = {"clients": {str(k): {"accuracy": value} for k, value in enumerate(shared)}}
+        if own:
+            better = {str(k): {"accuracy": value + 0.1} for k, value in enumerate(shared)}
+            at_clients = {"clients": better, "shared": at_clients}
+        path = Path(config.output) / config.name
+        make_run(path, [0.1, shared[1]], federated=at_clients, validation={"accuracy": 0.5 + lr})
+        (path / "config.toml").write_text(config.to_toml())
+        (path / "result.json").write_text('{"rounds": 10}')
+
+    monkeypatch.setattr(_workers, "complete", complete)
+    module = load("personal", tmp_path, monkeypatch)
+    monkeypatch.setattr("sys.argv", ["run.py", "--results", str(tmp_path / "kept")])
+    module.main()
+    assert {config.seed for config in asked} == {0, 4, 100}
+    reported = {(c.strategy.name, c.train.personal, c.train.lr) for c in asked if c.seed != 100}
+    assert ("fedavg", None, 0.03) in reported
+    assert ("feddyn", None, 0.01) in reported  # at the best rate of all it diverged
+    assert ("scaffold", None, 1.0) in reported
+    assert len(reported) == 9
+    text = (tmp_path / "table.md").read_text()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[:12] if "±" in row]
+    rows = {name: values for name, *values in cells}
+    assert rows["FedAvg"][:3] == ["0.03*", "77.5 ± 25.4", ""]
+    assert rows["local only"][1:3] == ["", "87.5 ± 25.4"]
+    assert rows["Ditto"][4] == "10.0 ± 0.0"
+    assert rows["FedDyn"][:1] == ["0.01"]
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * (2 * 4 + 2 * 2 * 5)
+    before = len(asked)
+    module.main()
+    assert len(asked) == before + 3, "what is done is not repeated; what failed in each setting is tried again"
 
 
 @pytest.mark.slow
