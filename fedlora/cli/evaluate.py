@@ -35,7 +35,7 @@ def evaluate(
         bool, typer.Option("--clients", help="On each client's own training examples: who is served badly?")
     ] = False,
     examples: Annotated[
-        int | None, typer.Option("--examples", min=1, metavar="N", help="With --clients: at most N of each client.")
+        int | None, typer.Option("--examples", min=1, metavar="N", help="At most N of each client, or of each task.")
     ] = None,
     federation: Annotated[
         Path | None,
@@ -45,28 +45,54 @@ def evaluate(
             help="Its clients measure, on what they keep apart: a deployment's folder, a run's, or a config.",
         ),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Tasks of lm-evaluation-harness, or files of your own, with commas between: base and adapter beside "
+            "each other.",
+        ),
+    ] = None,
+    local_only: Annotated[
+        Path | None,
+        typer.Option(
+            "--local-only", metavar="ADAPTER", help="With --lm-eval: one that a client trained alone, beside it."
+        ),
+    ] = None,
     overrides: Overrides = None,
     form: Form = "text",
     debug: Debug = False,
 ) -> None:
-    """Measure an adapter: overall and by domain, client by client, or where the clients' data are."""
+    """Measure an adapter: overall and by domain, client by client, where the clients' data are, or on other tasks."""
     with errors_in_one_line(debug):
         from fedlora.compare import render_table, require_format
         from fedlora.evaluation.pretrained_adapter import find_adapter
         from fedlora.progress import format_metric
 
         require_format(form)
-        if examples is not None and not clients:
+        if examples is not None and not (clients or lm_eval):
             raise ConfigError(
-                "--examples applies to --clients: give both, or --set data.limit=...", code="option-without-effect"
+                "--examples applies to --clients and --lm-eval: give one of them, or --set data.limit=...",
+                code="option-without-effect",
             )
+        if lm_eval is not None and (clients or data is not None or federation is not None):
+            raise ConfigError(
+                "--lm-eval measures on tasks of its own: leave out --data, --clients and --federation",
+                code="option-without-effect",
+            )
+        if local_only is not None and lm_eval is None:
+            raise ConfigError("--local-only applies to --lm-eval: give both", code="option-without-effect")
         if federation is not None and (clients or data is not None):
             raise ConfigError(
                 "--federation measures on what the clients keep apart: leave out --data and --clients",
                 code="option-without-effect",
             )
         show = _digits if form == "csv" else format_metric
-        if federation is not None:
+        if lm_eval is not None:
+            source = find_adapter(adapter, overrides or [])
+            tables = {"": _outside(source, lm_eval, examples, local_only, show)}
+        elif federation is not None:
             tables = _by_federation(adapter, federation, overrides or [], show)
         else:
             source = find_adapter(adapter, overrides or [], data)
@@ -105,6 +131,23 @@ def _by_federation(adapter: Path, place: Path, overrides: list[str], show: Show)
     if found["left_out"]:
         tables["report nothing"] = pd.DataFrame(list(found["left_out"].items()), columns=["client", "why"])
     return tables
+
+
+def _outside(source: Source, tasks: str, most: int | None, local_only: Path | None, show: Show) -> pd.DataFrame:
+    """A row for each figure of each task, a column for each model."""
+    import pandas as pd
+
+    from fedlora.evaluation.harness import evaluate_outside
+
+    named = [name.strip() for name in tasks.split(",") if name.strip()]
+    others = {} if local_only is None else {"local-only": local_only}
+    found = evaluate_outside(source, named, most, others)
+    rows = [
+        {"task": name.partition("/")[0], "figure": name.partition("/")[2]}
+        | {whose: show(name.partition("/")[2], figures[name]) for whose, figures in found.items()}
+        for name in next(iter(found.values()))
+    ]
+    return pd.DataFrame(rows)
 
 
 def _digits(_name: str, value: float | None) -> str:
