@@ -107,7 +107,7 @@ NOT_METRICS = {
 
 SHARES = {
     *("accuracy", "balanced_accuracy", "token_accuracy", "majority_share", "exact_match"),
-    *("f1", "precision", "recall", "micro_f1", "macro_f1", "weighted_f1"),
+    *("f1", "precision", "recall", "micro_f1", "macro_f1", "weighted_f1", "rouge1", "rouge2", "rougeL"),
 }
 """Figures that are shown as percentages."""
 

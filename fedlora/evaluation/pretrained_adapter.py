@@ -28,7 +28,12 @@ from fedlora.training.runtime import setup
 if TYPE_CHECKING:
     from peft import PeftModel
 
-TASKS = {"SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "CAUSAL_LM": "causal-lm"}
+TASKS = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "CAUSAL_LM": "causal-lm",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
+}
 """PEFT's names of tasks."""
 
 

@@ -217,8 +217,9 @@ def _logits(model: nn.Module, batch: Inputs, device: torch.device) -> Tensor:
         for name, value in batch.items()
     }
     logits: Tensor = model(**given).logits
-    if logits.ndim == 3 and "attention_mask" in batch:  # of a language model: padding says anything
-        logits = logits[given["attention_mask"].bool()]
+    mask = given.get("decoder_attention_mask", given.get("attention_mask"))
+    if logits.ndim == 3 and mask is not None:  # of a language model: padding says anything
+        logits = logits[mask.bool()]
     return logits.detach().to("cpu", torch.promote_types(logits.dtype, torch.float32)).clone()
 
 

@@ -152,7 +152,9 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
     frozen = [parameter for parameter in base.model.parameters() if id(parameter) not in own]
     wide = base.adapter_dtype.itemsize
     clients = clients_wanted(config, int(config.partition.fields.get("clients", 1)))
-    longest, causal = task.texts_of_an_example * _longest(base, task), task.auto_class == "AutoModelForCausalLM"
+    longest, answer = task.texts_of_an_example * _longest(base, task), int(getattr(task, "max_target_length", 0))
+    spoken = {"AutoModelForCausalLM": CHUNK, "AutoModelForSeq2SeqLM": answer * config.train.batch_size}
+    longest += answer
     wanted = [pass_tokens(base, kind if kind in ENTRIES else "cpu"), config.train.batch_size * longest * clients]
     if config.train.micro_batch_size is not None:
         wanted.append(config.train.micro_batch_size * longest)
@@ -163,7 +165,7 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
         adapter=trained * wide,
         optimizer=COPIES * trained * wide,
         token=_kept(base, task, adapter, saved=config.train.gradient_checkpointing),
-        logits=OF_LOGITS * min(CHUNK, longest * config.train.batch_size) * _vocabulary(base) if causal else 0,
+        logits=OF_LOGITS * min(spoken.get(task.auto_class, 0), longest * config.train.batch_size) * _vocabulary(base),
         memory=memory,
         pass_tokens=min(wanted),
         row_tokens=longest,
@@ -247,7 +249,8 @@ def _kept(base: Base, task: Task, adapter: AdapterState, *, saved: bool) -> int:
             rows = step if pictures else 1
             stacked.bind(values, [0], [rows])
             found.append(_saved(base.model, _inputs(base, rows, step * length, pictures=pictures)))
-    return (found[1] - found[0]) // (_longest(base, task) if pictures else length)
+    texts = 1 + _decodes(base)
+    return (found[1] - found[0]) // (_longest(base, task) if pictures else texts * length)
 
 
 def _inputs(base: Base, rows: int, length: int, *, pictures: bool) -> dict[str, Tensor]:
@@ -256,8 +259,15 @@ def _inputs(base: Base, rows: int, length: int, *, pictures: bool) -> dict[str, 
         size = (rows, int(config.num_channels), int(config.image_size), int(config.image_size))
         return {"pixel_values": torch.empty(size, dtype=base.dtype, device="meta")}
     ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
+    if _decodes(base):
+        return {"input_ids": ids, "decoder_input_ids": ids}
     # With four dimensions transformers takes it for the layers' own mask, and looks at no value of it.
     return {"input_ids": ids, "attention_mask": torch.empty(rows, 1, length, length, dtype=torch.bool, device="meta")}
+
+
+def _decodes(base: Base) -> bool:
+    """Whether it has an encoder, and a decoder with an input of its own."""
+    return base.recipe.auto_class == "AutoModelForSeq2SeqLM"
 
 
 def _saved(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:

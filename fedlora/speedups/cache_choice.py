@@ -277,7 +277,7 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits of a batch; a language model's at padding, which nobody looks at, are zero."""
     with torch.no_grad():
         logits: Tensor = model(**inputs).logits
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     if mask is None or logits.dim() != 3 or logits.shape[:2] != mask.shape:
         return logits
     return logits.masked_fill((mask == 0)[..., None], 0.0)

@@ -270,7 +270,7 @@ def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"
     finally:
         for module, training in modes:
             module.training = training
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     if head is not None and mask is not None and mask.shape == found.shape[:2]:
         found = found * (mask != 0)[..., None]
     return found

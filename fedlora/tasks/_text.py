@@ -279,7 +279,11 @@ def owners_of_tokens(
 
 
 def encode(
-    model: str | Path | Checkpoint, texts: Sequence[tuple[str, Sequence[Any]]], max_length: int
+    model: str | Path | Checkpoint,
+    texts: Sequence[tuple[str, Sequence[Any]]],
+    max_length: int,
+    *,
+    target: bool = False,
 ) -> tuple[Tokens, Tokens | None]:
     """Token ids of texts or of pairs with the model's special tokens, cut to `max_length` tokens, and their segments.
 
@@ -291,6 +295,7 @@ def encode(
         model: its folder, hub name or checkpoint.
         texts: one column, or two of pairs: its name, for messages, and one string an example.
         max_length: in tokens, special tokens included.
+        target: whether they are what a decoder is to write, for tokenisers that tell the two apart.
 
     Raises:
         DataError: a text is missing, empty or no Unicode, or the tokenizer knows none of their words.
@@ -308,13 +313,17 @@ def encode(
     # Without padding and masks the tokeniser's own lists are all that is built; in slices, to bound their memory.
     how = {"truncation": True, "max_length": max_length, "padding": False, "return_attention_mask": False}
     typed = "token_type_ids" in tokenizer.model_input_names and len(columns[0]) > 0
-    typed = typed and any(
-        tokenizer(*(values[0] for values in columns), return_token_type_ids=True, **how)["token_type_ids"]
-    )
+    names = ("text_target",) if target else ("text", "text_pair")[: len(columns)]
+
+    def found_in(start: int, stop: int, typed: bool) -> Any:
+        given: dict[str, Any] = {name: values[start:stop] for name, values in zip(names, columns, strict=True)}
+        return tokenizer(**given, return_token_type_ids=typed, **how)
+
+    typed = typed and any(found_in(0, 1, True)["token_type_ids"][0])
     rows: list[list[int]] = []
     types: list[list[int]] = []
     for start in range(0, len(columns[0]), 4096):
-        found = tokenizer(*(values[start : start + 4096] for values in columns), return_token_type_ids=typed, **how)
+        found = found_in(start, start + 4096, typed)
         rows += found["input_ids"]
         types += found["token_type_ids"] if typed else []
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}

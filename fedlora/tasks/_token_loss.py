@@ -15,15 +15,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.tasks._base import Batch, wide, without_cache
+from fedlora.tasks._base import Batch, require_possible, wide, without_cache
 
 IGNORED = -100  # the label of a token that does not count
 CHUNK = 512  # tokens: a vocabulary of 50,000 makes 100 MB of logits of them
+DECODED = "decoder_input_ids"  # of a batch for an encoder and a decoder
+COMPARED = 64  # tokens of an example whose logits are compared after an export
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,13 @@ class Counted:
 
     @classmethod
     def of(cls, batch: Batch) -> Counted:
-        """Found on the CPU, where the labels are, and sent in one copy: a GPU would be waited for at each index."""
-        labels, device = batch["labels"], batch["input_ids"].device
-        places = functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
-        targets = labels.flatten()[places + 1]
+        """Found on the CPU, where the labels are, and sent in one copy: a GPU would be waited for at each index.
+
+        A token is predicted by the one before it; a decoder's input is shifted already.
+        """
+        labels, device, shift = batch["labels"], batch["input_ids"].device, int(DECODED not in batch)
+        places = functional.pad(labels[:, shift:] != IGNORED, (0, shift)).flatten().nonzero()[:, 0]
+        targets = labels.flatten()[places + shift]
         if "segments" in batch:
             owners, count = batch["segments"].flatten()[places], int(batch["segments"].max()) + 1
         else:
@@ -88,13 +94,51 @@ def measured_tokens(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "e"],
     return sums / counted.tokens, counted.tokens, missed
 
 
+def perplexity_sums(measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The numbers of "examples", of "exact" ones and of counted "tokens", and the losses in nats added up over the
+    examples and over the tokens.
+
+    Args:
+        measures: "loss", "tokens" and "exact" (1 or 0) of each example.
+    """
+    loss, tokens, exact = (np.asarray(measures[name], dtype=np.float64) for name in ("loss", "tokens", "exact"))
+    return {
+        "examples": np.asarray(float(len(loss))),
+        "exact": np.asarray(np.sum(exact)),
+        "tokens": np.asarray(np.sum(tokens)),
+        "loss": np.asarray(np.sum(loss)),
+        "token_loss": np.asarray(np.sum(loss * tokens)),
+    }
+
+
+def perplexity_figures(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Perplexity and "token_loss", its logarithm, weigh every token alike; "loss" weighs every example alike, and
+    "exact_match" is the share of the examples that greedy decoding gives."""
+    token_loss = float(sums["token_loss"] / sums["tokens"])
+    # exp overflows near 709; a diverged model has a perplexity of infinity, not an error.
+    perplexity = float(np.exp(min(token_loss, 709.0))) if token_loss <= 709.0 else float("inf")
+    return {
+        "perplexity": perplexity,
+        "loss": float(sums["loss"] / sums["examples"]),
+        "token_loss": token_loss,
+        "exact_match": float(sums["exact"] / sums["examples"]),
+    }
+
+
+def require_tokens(sums: Mapping[str, np.ndarray], most: float) -> None:
+    """Raise `ReplyError` for examples without a counted token, with more than `most`, or with too many right ones."""
+    examples, tokens = float(sums["examples"]), float(sums["tokens"])
+    require_possible(examples <= tokens <= examples * most, f"{examples:g} examples do not have {tokens:g} tokens")
+    require_possible(float(sums["exact"]) <= examples, f"more than {examples:g} examples are exact")
+
+
 def logits_at(model: nn.Module, batch: Batch, places: Int[Tensor, "k"]) -> Float[Tensor, "k v"]:
     """Logits at some places of the flattened batch alone: a large vocabulary's are a third of a small model's work."""
-    shape = batch["input_ids"].shape
+    shape = batch.get(DECODED, batch["input_ids"]).shape
 
     def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
-        return (_at(hidden, places)[None], *args[1:]) if hidden.shape[:2] == shape else args
+        return (_at(hidden, places)[None], *args[1:]) if hidden.ndim == 3 and hidden.shape[:2] == shape else args
 
     head = _frozen_head(model)  # whoever takes a trained one's gradients by example wants to see whole rows
     handle = None if head is None else head.register_forward_pre_hook(select)
@@ -122,7 +166,9 @@ def _chosen_states(
 ) -> tuple[Float[Tensor, "k d"], Callable[[Float[Tensor, "c d"]], Float[Tensor, "c v"]]] | None:
     """The hidden states that predict the counted tokens, and the rest of the model, where there is more than a chunk of
     them and the model is put together so."""
-    if len(counted.places) > CHUNK and (body := _body(model)) is not None and (states := _states(model, body, batch)):
+    whole = DECODED not in batch  # an encoder would be computed anew for each chunk
+    many = whole and len(counted.places) > CHUNK
+    if many and (body := _body(model)) is not None and (states := _states(model, body, batch)):
         return _at(states[0], counted.places), states[1]
     return None
 
@@ -215,7 +261,7 @@ def _inputs(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
         # its sliding window or chunk; but not where it is given a mask or keeps a cache.
         inputs: dict[str, Any] = {"position_ids": batch["position_ids"]}
     else:
-        inputs = {"attention_mask": batch["attention_mask"]}
+        inputs = {name: batch[name] for name in ("attention_mask", DECODED, "decoder_attention_mask") if name in batch}
     return {"input_ids": batch["input_ids"], **inputs, **without_cache(model)}
 
 

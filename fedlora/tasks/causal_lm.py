@@ -22,14 +22,21 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError
 from fedlora.hashing import digest_of
 from fedlora.model.reach import longest_text
-from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, require_possible, tasks
+from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
 from fedlora.tasks._chat import PLAIN_TEMPLATE, TrainOn, encode_rows, learnt
 from fedlora.tasks._chat_formats import FORMATS, OPTIONAL, Conversation, FormatName, read_rows, roles_of
 from fedlora.tasks._text import LONGEST, digest_tokenizer, load_tokenizer, most_tokens, tokens_of
-from fedlora.tasks._token_loss import IGNORED, logits_at, mean_losses, measured_tokens
+from fedlora.tasks._token_loss import (
+    COMPARED,
+    IGNORED,
+    logits_at,
+    mean_losses,
+    measured_tokens,
+    perplexity_figures,
+    perplexity_sums,
+    require_tokens,
+)
 from fedlora.tasks._trials import evaluating, refuse_foresight, refuse_leaks
-
-COMPARED = 64  # tokens of an example whose logits are compared after an export
 
 
 @tasks.register("causal-lm")
@@ -227,35 +234,16 @@ class CausalLM(Task):
         return {"loss": loss, "tokens": tokens, "exact": missed == 0}
 
     def sums(self, measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The numbers of "examples", of "exact" ones and of counted "tokens", and the losses in nats added up over the
-        examples and over the tokens."""
-        loss, tokens, exact = (np.asarray(measures[name], dtype=np.float64) for name in ("loss", "tokens", "exact"))
-        return {
-            "examples": np.asarray(float(len(loss))),
-            "exact": np.asarray(np.sum(exact)),
-            "tokens": np.asarray(np.sum(tokens)),
-            "loss": np.asarray(np.sum(loss)),
-            "token_loss": np.asarray(np.sum(loss * tokens)),
-        }
+        """See `perplexity_sums`."""
+        return perplexity_sums(measures)
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Perplexity and "token_loss", its logarithm, weigh every token alike; "loss" weighs every example alike, and
-        "exact_match" is the share of the examples that greedy decoding gives token by token."""
-        token_loss = float(sums["token_loss"] / sums["tokens"])
-        # exp overflows near 709; a diverged model has a perplexity of infinity, not an error.
-        perplexity = float(np.exp(min(token_loss, 709.0))) if token_loss <= 709.0 else float("inf")
-        return {
-            "perplexity": perplexity,
-            "loss": float(sums["loss"] / sums["examples"]),
-            "token_loss": token_loss,
-            "exact_match": float(sums["exact"] / sums["examples"]),
-        }
+        """See `perplexity_figures`."""
+        return perplexity_figures(sums)
 
     def require_sums(self, sums: Mapping[str, np.ndarray]) -> None:
         """An example has one token that counts at least, and at most `max_length`."""
-        examples, tokens, most = float(sums["examples"]), float(sums["tokens"]), self.max_length or math.inf
-        require_possible(examples <= tokens <= examples * most, f"{examples:g} examples do not have {tokens:g} tokens")
-        require_possible(float(sums["exact"]) <= examples, f"more than {examples:g} examples are exact")
+        require_tokens(sums, self.max_length or math.inf)
 
     def samples(
         self,

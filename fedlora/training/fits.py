@@ -52,14 +52,16 @@ def require_fit_of_any(config: RunConfig, base: Base, task: Task) -> None:
     """
     if not hasattr(task, "max_length"):
         return
-    most = task.max_length or most_tokens(Checkpoint.of(config.model))
     limit, rows = position_limit(base.model), embedding_rows(base.model)
-    if limit is not None and most > limit:
-        raise ConfigError(
-            f"task.max_length is {most} and the model has {limit} positions; a private run must not fail on one long "
-            f"text: set task.max_length = {limit}",
-            code="max-length-too-large",
-        )
+    lengths = {"max_length": task.max_length or most_tokens(Checkpoint.of(config.model))}
+    lengths |= {name: getattr(task, name) for name in ("max_target_length",) if hasattr(task, name)}
+    for name, most in lengths.items():
+        if limit is not None and most > limit:
+            raise ConfigError(
+                f"task.{name} is {most} and the model has {limit} positions; a private run must not fail on one long "
+                f"text: set task.{name} = {limit}",
+                code="max-length-too-large",
+            )
     if rows is not None:
         _require_row(config, len(load_tokenizer(Checkpoint.of(config.model))) - 1, rows)
 

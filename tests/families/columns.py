@@ -36,6 +36,8 @@ YES = "yes"
 SGD = TrainConfig(steps=1, batch_size=8, optimizer="sgd", lr=0.1)
 ROWS = np.arange(6)
 CLIP = 0.05
+SPEAKING = ("causal", "seq2seq")
+"""Kinds of models that have an output layer for a vocabulary and no head."""
 
 
 @dataclass
@@ -121,7 +123,7 @@ def plain_model(case: Case, folder: Path | None = None) -> nn.Module:
     kwargs: dict[str, Any] = {}
     if case.family.kind == "pairs":
         kwargs = {"num_labels": 1}
-    elif case.family.kind != "causal":
+    elif case.family.kind not in SPEAKING:
         names = case.workspace.data.label_names
         kwargs = {"num_labels": len(names), "id2label": dict(enumerate(names))}
     if case.workspace.base.config.quantize == "nf4":
@@ -144,9 +146,9 @@ def plain_model(case: Case, folder: Path | None = None) -> nn.Module:
 def whole_layers(case: Case) -> list[str]:
     """The layers that nobody quantises: heads, whether they are trained in full or not, and the output layer."""
     model: Any = case.workspace.base.model
-    output = model.get_output_embeddings() if case.family.kind == "causal" else None
+    output = model.get_output_embeddings() if case.family.kind in SPEAKING else None
     names = [*case.workspace.base.heads, *(name for name, module in model.named_modules() if module is output)]
-    return [*names, *(("classifier", "score") if case.family.kind != "causal" else ()), "cls", "dt_proj"]
+    return [*names, *(("classifier", "score") if case.family.kind not in SPEAKING else ()), "cls", "dt_proj"]
 
 
 def plain_peft(case: Case, folder: Path) -> nn.Module:
@@ -171,7 +173,13 @@ def plain_batch(case: Case, rows: np.ndarray) -> dict[str, Tensor]:
     tokenizer = AutoTokenizer.from_pretrained(case.folder)
     if case.family.kind != "causal":
         pairs = [[case.more[row]["text_pair"] for row in rows]] if case.family.kind == "pairs" else []
-        return dict(tokenizer(raw, *pairs, padding=True, truncation=True, max_length=64, return_tensors="pt"))
+        batch = dict(tokenizer(raw, *pairs, padding=True, truncation=True, max_length=64, return_tensors="pt"))
+        if case.family.kind == "seq2seq":  # the decoder's own input is the model's affair
+            targets = tokenizer(
+                text_target=[case.more[row]["target"] for row in rows], padding=True, return_tensors="pt"
+            )
+            batch["labels"] = targets["input_ids"].masked_fill(targets["attention_mask"] == 0, -100)
+        return batch
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in raw]
     ids = [row[:MAX_LENGTH] if row[-2] != row[-1] else row[:-1][:MAX_LENGTH] for row in ids]
     return dict(tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt"))
@@ -180,8 +188,11 @@ def plain_batch(case: Case, rows: np.ndarray) -> dict[str, Tensor]:
 def plain_losses(case: Case, model: nn.Module, rows: np.ndarray) -> Tensor:
     """The loss of each example, written out anew."""
     batch = plain_batch(case, rows)
-    logits = model(**batch, **({"use_cache": False} if case.family.kind == "causal" else {})).logits
+    logits = model(**batch, **({"use_cache": False} if case.family.kind in SPEAKING else {})).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if case.family.kind == "seq2seq":
+        each = functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+        return each.sum(dim=1) / (batch["labels"] != -100).sum(dim=1)
     if case.family.kind != "causal":
         names = list(case.workspace.data.label_names)
         if case.family.kind == "tags":

@@ -16,15 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Kind = Literal["classifier", "pairs", "labels", "tags", "causal", "image"]
-"""What is learnt: a class of a text, a number of two texts, any number of classes, a tag of each word, a text, or a
-picture's class."""
+Kind = Literal["classifier", "pairs", "labels", "tags", "causal", "seq2seq", "image"]
+"""What is learnt: a class of a text, a number of two texts, any number of classes, a tag of each word, a text, a text
+for a text, or a picture's class."""
 AUTO = {
     "classifier": "AutoModelForSequenceClassification",
     "pairs": "AutoModelForSequenceClassification",
     "labels": "AutoModelForSequenceClassification",
     "tags": "AutoModelForTokenClassification",
     "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
     "image": "AutoModelForImageClassification",
 }
 SIZE = 32  # pixels of a picture's side
@@ -96,6 +97,16 @@ def common(kind: Kind) -> dict[str, Any]:
 
 GQA = {"num_key_value_heads": 2, "head_dim": 4}
 SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+START = {"decoder_start_token_id": 1}
+ENCODER_DECODER = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
 MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
 
 
@@ -206,17 +217,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     E(
         "Bart",
-        fields={
-            "d_model": 16,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 32,
-            "decoder_ffn_dim": 32,
-            "decoder_start_token_id": 2,
-            "forced_eos_token_id": 2,
-        },
+        fields={**ENCODER_DECODER, "decoder_start_token_id": 2, "forced_eos_token_id": 2},
         heads=("classification_head",),
     ),
     E(
@@ -250,6 +251,15 @@ FAMILIES: tuple[Family, ...] = (
     E("DistilBert", kind="tags", fields={"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 32}),
     D("Llama", "tags", fields=GQA),
     D("Qwen2", "tags", tokenizer="bytes", fields={"vocab_size": 300, **GQA}),
+    # ------------------------------------------------------------------------------------- encoders with decoders
+    *(
+        E(name, "seq2seq", fields={"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, **START})
+        for name in ("T5", "MT5", "UMT5", "LongT5")
+    ),
+    *(
+        E(name, "seq2seq", fields={**ENCODER_DECODER, **START, "forced_eos_token_id": None})
+        for name in ("Bart", "MBart", "Marian", "Pegasus", "M2M100", "Blenderbot", "PLBart")
+    ),
     # ------------------------------------------------------------------------------------- decoders that classify
     D("GPT2", "classifier"),
     D(
@@ -621,6 +631,7 @@ TASKS = {
     "labels": "multi-label-classification",
     "tags": "token-classification",
     "causal": "causal-lm",
+    "seq2seq": "seq2seq-lm",
     "image": "image-classification",
 }
 
@@ -629,6 +640,8 @@ def learnt(kind: Kind, number: int, text: Any) -> dict[str, Any]:
     """What an example has beside its text or picture."""
     if kind == "causal":
         return {}
+    if kind == "seq2seq":
+        return {"target": " ".join(WORDS[number : 2 * number + 1])}
     if kind == "tags":
         words = text.split()
         return {"tokens": words, "tags": [("O", "B-X", "I-X")[place % 3] for place in range(len(words))]}

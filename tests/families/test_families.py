@@ -24,6 +24,7 @@ OFTEN = (
     "Bert pairs",
     "GPT2 labels",
     "Bert tags",
+    "T5 seq2seq",
     "GPT2 causal",
     "Gemma3Text causal",
     "Mixtral causal",
@@ -61,6 +62,7 @@ TASKS = {
     "labels": "multi-label",
     "tags": "tokens",
     "causal": "causal-lm",
+    "seq2seq": "seq2seq",
     "image": "image",
 }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.federations import simulate
+from support.tiny_t5 import write_tiny_t5
 from support.tiny_words import LABEL_WORDS
 
 from fedlora.api import figures_of
@@ -53,17 +54,31 @@ def find_task(outcome: Any) -> Any:
     return load_task(outcome.rundir.config.task)
 
 
+def answered(row: Row) -> Row:
+    """What a text is about and how, in words."""
+    return {"text": row["text"], "target": f"{row['label']} {row['domain']}", "document": row["document"]}
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory, tiny_csv: Path) -> Path:
+    with tiny_csv.open() as source:
+        rows = [answered(row) for row in csv.DictReader(source)]
+    return write_tiny_t5(tmp_path_factory.mktemp("tiny_t5"), (f"{row['text']} {row['target']}" for row in rows))
+
+
 DATA: dict[str, tuple[Callable[[Row], Row], tuple[str, ...]]] = {
     "text-regression": (rated, ("data.columns={text_pair='other'}", "task.label_range=[-4, 4]")),
     "multi-label-classification": (labelled, ()),
     "token-classification": (tagged, ()),
+    "seq2seq-lm": (answered, ("task.max_target_length=4",)),
 }
 """Task -> a row of the tiny texts as its own, and what else its config says."""
 
 
 @pytest.fixture(params=sorted(DATA))
-def make(request: pytest.FixtureRequest, tiny_bert: Path, tiny_csv: Path, tmp_path: Path) -> Make:
+def make(request: pytest.FixtureRequest, tiny_csv: Path, tmp_path: Path) -> Make:
     change, more = DATA[request.param]
+    model = request.getfixturevalue("tiny_t5" if request.param == "seq2seq-lm" else "tiny_bert")
     file = tmp_path / "own.jsonl"
     with tiny_csv.open() as source:
         file.write_text("".join(json.dumps(change(row)) + "\n" for row in csv.DictReader(source)))
@@ -73,7 +88,7 @@ def make(request: pytest.FixtureRequest, tiny_bert: Path, tiny_csv: Path, tmp_pa
             "",
             [
                 f"output='{tmp_path / 'runs'}'",
-                f"model.name='{tiny_bert}'",
+                f"model.name='{model}'",
                 "adapter.rank=4",
                 "adapter.targets=all-linear",
                 f"data.source='{file}'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,60 @@ def spoken_examples(count: int = 209, seed: int = 0) -> Examples:
     return Examples({"input_ids": ids, "labels": labels}, None, texts.lengths)
 
 
+def answered_examples(count: int = 209, seed: int = 0) -> Examples:
+    """The same as texts for which a decoder is to write the next one."""
+    texts = text_examples(count, seed)
+    ids = texts.inputs["input_ids"]
+    labels = ids.take(np.roll(np.arange(count), 1))
+    before = Tokens.join([np.append(0, row[:-1]) for row in labels], 0)
+    inputs = {"input_ids": ids, "decoder_input_ids": before, "labels": Tokens.join(list(labels), -100)}
+    return Examples(inputs, None, texts.lengths + labels.lengths)
+
+
+def rated_examples(count: int = 209, seed: int = 0) -> Examples:
+    """The same as pairs of texts with a number each."""
+    texts = text_examples(count, seed)
+    ids = texts.inputs["input_ids"]
+    second = Tokens.join([(np.arange(len(row)) >= len(row) // 2).astype(np.int64) for row in ids], 0)
+    targets = np.random.default_rng(seed).normal(size=count)
+    return Examples({"input_ids": ids, "token_type_ids": second, "targets": targets}, None, texts.lengths)
+
+
+def labelled_examples(count: int = 209, seed: int = 0) -> Examples:
+    """The same with any number of classes each."""
+    texts = text_examples(count, seed)
+    targets = np.random.default_rng(seed).integers(0, 2, size=(count, 3))
+    return Examples({**texts.inputs, "targets": targets}, None, texts.lengths, {}, texts.label_names)
+
+
+def tagged_examples(count: int = 209, seed: int = 0) -> Examples:
+    """The same with a tag of every other token."""
+    texts = text_examples(count, seed)
+    ids, draw = texts.inputs["input_ids"], np.random.default_rng(seed)
+    tags = [np.where(np.arange(len(row)) % 2, draw.integers(0, 3, size=len(row)), -100) for row in ids]
+    return Examples(
+        {"input_ids": ids, "targets": Tokens.join(tags, -100)}, None, texts.lengths, {}, ("O", "B-X", "I-X")
+    )
+
+
 def pictures(count: int = 209, seed: int = 0) -> Examples:
     """Pictures of noise."""
     draw = np.random.default_rng(seed)
     values = draw.integers(0, 256, size=(count, 3, SIDE, SIDE), dtype=np.uint8)
     pixels = Pixels(values, np.full(3, 1 / 128, np.float32), np.full(3, -1, np.float32))
     return Examples({"pixel_values": pixels}, draw.integers(0, 3, size=count), np.full(count, 17), {}, ("a", "b", "c"))
+
+
+KINDS: dict[str, tuple[str, str, Callable[[], Examples]]] = {
+    "SequenceClassification": ("text-classification", "SequenceClassification", text_examples),
+    "Regression": ("text-regression", "SequenceClassification", rated_examples),
+    "MultiLabel": ("multi-label-classification", "SequenceClassification", labelled_examples),
+    "TokenClassification": ("token-classification", "TokenClassification", tagged_examples),
+    "CausalLM": ("causal-lm", "CausalLM", spoken_examples),
+    "Seq2Seq": ("seq2seq-lm", "ConditionalGeneration", answered_examples),
+    "ImageClassification": ("image-classification", "ImageClassification", pictures),
+}
+"""What is learnt -> the task, the end of transformers' class, and examples."""
 
 
 def loaded(
@@ -112,7 +161,7 @@ def loaded(
     Args:
         folder: to be written to.
         kind: "Bert", "ViT", ...
-        what: "SequenceClassification", "CausalLM" or "ImageClassification".
+        what: of `KINDS`.
         dtype: of the base.
         lora_dropout: of the adapter.
         quantize: `model.quantize`.
@@ -122,23 +171,20 @@ def loaded(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        name = "GPT2LMHeadModel" if (kind, what) == ("GPT2", "CausalLM") else f"{kind}For{what}"
+        task_name, head, examples_of = KINDS[what]
+        name = "GPT2LMHeadModel" if (kind, head) == ("GPT2", "CausalLM") else f"{kind}For{head}"
         model = getattr(transformers, name)(config_of(kind, **config))
         for parameter in model.parameters():  # large enough that every layer shows
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.2)
     path = folder / f"{kind}-{what}"
     model.save_pretrained(path)
-    named = {"SequenceClassification": "text", "ImageClassification": "image"}.get(what)
-    task = load_task(OpenTable(name="causal-lm" if named is None else f"{named}-classification"))
-    examples = {None: spoken_examples, "text": text_examples, "image": pictures}[named]()
-    heads = [name for name in ("classifier", "score", "pre_classifier") if hasattr(model, name)]
+    task, examples = load_task(OpenTable(name=task_name)), examples_of()
+    heads = [name for name in task.head if hasattr(model, name)]
     targets = tuple(name for name, module in model.named_modules() if _is_target(name, module, heads))
     run = RunConfig(
         model=ModelConfig(name=str(path), dtype=dtype, quantize=quantize),  # type: ignore[arg-type]
-        adapter=AdapterConfig(
-            rank=2, targets=targets, dropout=lora_dropout, modules_to_save=tuple(heads) if named else ()
-        ),
+        adapter=AdapterConfig(rank=2, targets=targets, dropout=lora_dropout, modules_to_save=tuple(heads)),
         runtime=RuntimeConfig(device="cpu"),
     )
     return load_base(run, task.auto_class, task.head, task.model_kwargs(examples), task.peft_task_type), task, examples

@@ -118,6 +118,13 @@ def checked(base: Base, task: Task, examples: Examples) -> None:
 
 TEXT = ("DistilBert", "Roberta", "Camembert", "Electra", "Albert", "Deberta", "DebertaV2", "GPT2", "Llama", "Qwen2")
 PICTURES = ("ViT", "Beit", "Dinov2")
+OTHER_TASKS = (
+    ("Bert", "Regression"),  # of pairs of texts
+    ("Bert", "MultiLabel"),
+    ("Bert", "TokenClassification"),
+    ("T5", "Seq2Seq"),
+    ("Bart", "Seq2Seq"),
+)
 REFUSED = {
     "FNet": "examples-coupled",
     "Nystromformer": "examples-coupled",
@@ -195,6 +202,16 @@ def test_one_example_more_moves_the_sum_of_any_family_by_c(kind: str, path: str,
 @pytest.mark.parametrize(("kind", "path"), tiers(product(["GPT2", "Llama", "Qwen2"], ["cohort", "opacus"])))
 def test_one_continuation_more_moves_the_sum_by_c(kind: str, path: str, tmp_path: Path) -> None:
     base, task, examples = loaded(tmp_path, kind, "CausalLM")
+    checked(base, task, examples)
+    assert 0.99 < largest_movement(base, task, examples, path, others=3) <= 1.001
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "path"),
+    tiers(((*each, path) for each, path in product(OTHER_TASKS, ["cohort", "opacus"])), ("T5", "Seq2Seq", "cohort")),
+)
+def test_one_example_more_moves_the_sum_of_any_task_by_c(kind: str, what: str, path: str, tmp_path: Path) -> None:
+    base, task, examples = loaded(tmp_path, kind, what)
     checked(base, task, examples)
     assert 0.99 < largest_movement(base, task, examples, path, others=3) <= 1.001
 

@@ -11,6 +11,8 @@ import torch
 
 from fedlora.assets import ASSETS, fetch
 from fedlora.assets._made import chitchat_rows, digits_rows
+from fedlora.assets.cmudict import pretrain as read_aloud
+from fedlora.assets.cmudict import pronunciations
 from fedlora.assets.hironsan import hironsan_rows
 from fedlora.assets.smollm2 import write_smollm2
 from fedlora.assets.vit import pretrain
@@ -195,3 +197,33 @@ def test_sentences_of_the_hironsan_corpus_are_iob2_without_blank_words() -> None
         {"tokens": ["東京", "湾", "で"], "tags": ["B-LOC", "I-LOC", "O"]},
         {"tokens": ["新", "社", "丙"], "tags": ["B-ORG", "I-ORG", "B-PSN"]},
     ]
+
+
+def test_pronunciations_are_the_first_ones_of_words_of_some_letters() -> None:
+    lines = [
+        "'bout B AW1 T",
+        "cat K AE1 T",
+        "cat(2) K AE2 T",
+        "house HH AW1 S # noun",
+        "a.m. EY2 EH1 M",
+        "dog's D AO1 G Z",
+    ]
+    assert list(pronunciations("\n".join(lines), range(3, 6))) == [
+        {"word": "cat", "initial": "c", "pronunciation": "K AE1 T"},
+        {"word": "house", "initial": "h", "pronunciation": "HH AW1 S"},
+    ]
+
+
+@pytest.mark.slow
+def test_a_small_t5_learns_to_pronounce_and_is_the_same_each_time(tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    words, spoken = ["cat", "house"], ["K AE1 T", "HH AW1 S"]
+    losses = [read_aloud(words * 64, spoken * 64, tmp_path / name, epochs=40) for name in ("one", "other")]
+    assert losses[0] == losses[1] < 0.1
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    assert weights[0] == weights[1]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "one")
+    written = model.generate(**tokenizer(words, padding=True, return_tensors="pt"), max_new_tokens=8)
+    assert tokenizer.batch_decode(written, skip_special_tokens=True) == spoken

@@ -9,6 +9,7 @@ import pytest
 from support.errors import raises
 from support.federations import simulate
 from support.interrupted import cut_and_resumed
+from support.tiny_t5 import write_tiny_t5
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError
@@ -150,6 +151,21 @@ def test_a_pair_takes_the_tokens_of_both_its_texts(tiny_llama: Path) -> None:
             "cpu",
         ).token
     )
+
+
+def test_a_plan_counts_a_text_and_what_is_written_for_it(tmp_path: Path) -> None:
+    t5 = write_tiny_t5(tmp_path, ["old red cat"])
+    own = ["max_length=12", "max_target_length=5"]
+    config = parse_config(
+        "",
+        [f"model.name='{t5}'", "task.name=seq2seq-lm", *(f"task.{one}" for one in own), "adapter.targets=all-linear"],
+    )
+    found, task = make_plan(config, 24 * 10**9, "float32", "cpu"), load_task(config.task)
+    long = {"text": ["cat " * 50], "target": ["old red " * 50]}
+    examples = task.prepare(Table(long), t5, {name: name for name in long}, keep=())
+    assert found.row_tokens == task.tokens(task.collate(examples, [0])) == int(examples.lengths[0]) == 17
+    assert 0 < found.token < 24 * 10**4
+    assert found.logits > 0
 
 
 @pytest.mark.slow
