@@ -43,7 +43,8 @@ def require_same(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
         assert record == again
 
 
-@pytest.mark.parametrize("rule", ["qfedavg", pytest.param("afl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
 def test_each_client_says_the_loss_of_what_it_was_sent_and_all_pools_agree(tiny_config: MakeConfig, rule: str) -> None:
     here = simulate(tiny_config(*RULES[rule], *ALIKE, name="here"))
     require_same(here, deploy(tiny_config(*RULES[rule], *ALIKE, name="grid")))

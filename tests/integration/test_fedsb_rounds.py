@@ -32,6 +32,7 @@ def require_same(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
         assert record == again
 
 
+@pytest.mark.slow
 def test_on_a_grid_it_is_the_same_and_what_it_exports_is_plain_lora(tiny_config: MakeConfig) -> None:
     here = simulate(tiny_config(*FEDSB, "rounds=2", name="here"))
     require_same(here, deploy(tiny_config(*FEDSB, "rounds=2", name="grid")))
