@@ -1,7 +1,7 @@
 """A whole model as one GGUF file, for llama.cpp and what is built on it.
 
-Layout as in llama.cpp's convert_hf_to_gguf.py, which no package has: names by the package `gguf`, query and key rows of
-Llama in the order of interleaved rotary pairs. Families and tokenizers that are not here are refused.
+Layout as in llama.cpp's convert_hf_to_gguf.py, which its own packages do not have: names by the package `gguf`, query
+and key rows of Llama in the order of interleaved rotary pairs. Families and tokenizers that are not here are refused.
 """
 
 from __future__ import annotations
