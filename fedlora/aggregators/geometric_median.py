@@ -20,11 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.aggregators._around import Around, Inner, gram_of_changes, received, squared_distances, usable
@@ -99,15 +97,19 @@ def weiszfeld(inner: Tensor, shares: Tensor) -> Tensor:
     return torch.from_numpy(_iterate(inner.numpy(), shares.numpy(), w.numpy(), size))
 
 
-def _iterate(
-    inner: Float[np.ndarray, "K K"], shares: Float[np.ndarray, "K"], w: Float[np.ndarray, "K"], size: float
-) -> Float[np.ndarray, "K"]:
-    """Weiszfeld's iterations from weights; in NumPy, whose calls on K numbers take a fifth of torch's."""
+def _iterate(inner: Any, shares: Any, w: Any, size: float) -> Any:
+    """Weiszfeld's iterations from weights w; in NumPy, whose calls on K numbers take a fifth of torch's.
+
+    Args:
+        inner: array [K, K].
+        shares: array [K], as is w and what is given.
+        size: of the updates, by which the iterations end.
+    """
     lengths = inner.diagonal()
     for _ in range(LONGEST):
         moments = inner @ w
-        away = np.sqrt(np.maximum(lengths - 2 * moments + w @ moments, 0.0))
-        beta = shares / np.maximum(away, NU * size)
+        away = (lengths - 2 * moments + w @ moments).clip(0.0) ** 0.5
+        beta = shares / away.clip(NU * size)
         step = beta / beta.sum() - w
         w = w + step
         if (step @ inner @ step) <= (TOLERANCE * size) ** 2:
