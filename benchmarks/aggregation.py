@@ -24,13 +24,16 @@ from pathlib import Path
 import torch
 
 from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
-from fedlora.aggregators import ClientSpec, ClientUpdate, GlobalState, load_aggregator, rules
+from fedlora.aggregators import ClientSpec, ClientUpdate, Fact, GlobalState, load_aggregator, rules
 from fedlora.lowrank import compress, stack
 from fedlora.rng import derive
 
-RULES: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in rules}
+NO_HEAD = ("fedper", "fedrep")
+"""Rules whose clients keep a head, which this adapter does not have."""
+RULES: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in rules if name not in NO_HEAD}
 RULES |= {
     "fair, cosine, 20 steps": ("fair", {"solver": "cosine", "steps": 20}),
+    "keep": ("keep", {"keep": ["B"]}),
     "fedex, rank_cap 16": ("fedex", {"rank_cap": 16}),
     "flexlora, randomised": ("flexlora", {"svd": "randomised"}),
     "krum of flora": ("krum", {"keep": 0.5, "inner": {"name": "flora"}}),
@@ -46,6 +49,7 @@ class Replies:
 
     def __init__(self, rule: str, state: GlobalState, clients: int) -> None:
         self.state, self.clients, self.seconds, self.cpu = state, clients, 0.0, 0.0
+        self.facts: dict[Fact, float] = {"rates": 1.0, "clients": float(clients), "start_loss": 1.0}
         aggregator = load_aggregator(*RULES[rule])
         self.plan = aggregator.plan(state, ClientSpec(0, state.adapter.layout))
 
@@ -57,8 +61,8 @@ class Replies:
                 name: torch.empty_like(value).normal_(0.0, 0.02, generator=generator)
                 for name, value in self.plan.adapter.tensors(self.plan.sends).items()
             }
-            adapter, facts = self.plan.adapter.with_tensors(tensors), {"rates": 1.0, "clients": float(self.clients)}
-            update = ClientUpdate(k, adapter, 1.0 + k % 7, self.plan.base_version, facts=facts)  # type: ignore[arg-type]
+            adapter = self.plan.adapter.with_tensors(tensors)
+            update = ClientUpdate(k, adapter, 1.0 + k % 7, self.plan.base_version, facts=self.facts)
             del tensors
             self.seconds += time.perf_counter() - start
             self.cpu += time.process_time() - cpu

@@ -335,6 +335,10 @@ class DeltaSum:
         """Coefficients and pairs of one module's sum."""
         return list(self._terms.get(name, ()))
 
+    def pop(self, name: str) -> list[tuple[float, LoraPair]]:
+        """The same, which this sum then no longer holds: for a result that grows as its terms are let go of."""
+        return self._terms.pop(name, [])
+
     @property
     def names(self) -> frozenset[str]:
         """Modules with at least one term."""

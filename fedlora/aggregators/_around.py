@@ -222,6 +222,8 @@ def finite(updates: list[Received]) -> list[Received]:
     return kept
 
 
+BLOCK = 2048
+"""Numbers of which the clients' values are sorted at once."""
 GAUGE_LIMIT = 10.0
 """How many times as far as the median client's the factors of an update may have moved; see `usable`."""
 
@@ -280,12 +282,32 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
         values: float64 [K, ...].
         weights: float64 [K], positive.
     """
-    ordered, order = values.sort(dim=0)
-    reached = weights[order].cumsum(dim=0)
-    half, slack = weights.sum() / 2, 1e-12 * weights.sum()
-    low = (reached >= half - slack).to(torch.int8).argmax(dim=0, keepdim=True)
-    high = (reached > half + slack).to(torch.int8).argmax(dim=0, keepdim=True)
-    return (ordered.gather(0, low) + ordered.gather(0, high)).squeeze(0) / 2
+    half, slack, medians = weights.sum() / 2, 1e-12 * weights.sum(), []
+    for ordered, theirs in in_order(values, weights):
+        reached = theirs.cumsum(dim=1)
+        low = (reached >= half - slack).to(torch.int8).argmax(dim=1, keepdim=True)
+        high = (reached > half + slack).to(torch.int8).argmax(dim=1, keepdim=True)
+        medians.append((ordered.gather(1, low) + ordered.gather(1, high)).squeeze(1) / 2)
+    return torch.cat(medians).reshape(values.shape[1:])
+
+
+def in_order(values: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The clients' values of each number in ascending order, and their weights in that order, some numbers at a time.
+
+    Blocks stay in the processor's cache, and NumPy sorts their short rows several times as fast as torch.
+
+    Args:
+        values: float64 [K, ...], without NaN.
+        weights: float64 [K].
+
+    Yields:
+        Both as [n, K], of at most `BLOCK` numbers.
+    """
+    numbers = values.reshape(len(values), -1).T
+    for k in range(0, max(1, len(numbers)), BLOCK):
+        rows = numbers[k : k + BLOCK].contiguous()
+        order = torch.from_numpy(rows.numpy().argsort(axis=1))
+        yield rows.gather(1, order), weights[order]
 
 
 def require_share(rule: str, name: str, share: float) -> None:

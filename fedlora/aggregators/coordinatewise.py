@@ -24,7 +24,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from fedlora.aggregators._around import AroundMean, Inner, as_one, received, require_share, weighted_median
+from fedlora.aggregators._around import AroundMean, Inner, as_one, in_order, received, require_share, weighted_median
 from fedlora.aggregators._base import Claim, ClientUpdate, GlobalState, rules
 from fedlora.aggregators.fedavg import FedAvg
 
@@ -118,10 +118,10 @@ class TrimmedMean(Coordinatewise):
 
     def centre(self, values: Tensor, weights: Tensor) -> Tensor:
         """Definition 2."""
-        ordered, order = values.sort(dim=0)
-        share = weights[order] / weights.sum()
-        high = share.cumsum(dim=0)
-        kept = high.clamp(max=1 - self.trim) - (high - share).clamp(min=self.trim)
-        kept = torch.where(kept > 1e-12, kept, 0.0)  # a rounding times a liar's 1e8 would be seen
-        mean: Tensor = torch.where(kept > 0, ordered * kept, 0.0).sum(dim=0) / kept.sum(dim=0)
-        return mean
+        means = []
+        for ordered, share in in_order(values, weights / weights.sum()):
+            high = share.cumsum(dim=1)
+            kept = high.clamp(max=1 - self.trim) - (high - share).clamp(min=self.trim)
+            kept = torch.where(kept > 1e-12, kept, 0.0)  # a rounding times a liar's 1e8 would be seen
+            means.append(torch.where(kept > 0, ordered * kept, 0.0).sum(dim=1) / kept.sum(dim=1))
+        return torch.cat(means)

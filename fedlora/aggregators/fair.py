@@ -124,7 +124,7 @@ class Fair(Aggregator):
         for name, pair in averaged.pairs.items():
             if pair.scale == 0:
                 continue
-            terms = [(c / mean.total / pair.scale, theirs) for c, theirs in ideal.terms(name)]
+            terms = [(c / mean.total / pair.scale, theirs) for c, theirs in ideal.pop(name)]
             R, before, after, penalty = self._correct(pair, terms)
             if not math.isfinite(after + penalty):
                 raise RuleError(

@@ -91,7 +91,7 @@ class FedEx(Aggregator):
         averaged = state.adapter.with_tensors(mean.result(like=state.adapter.tensors()))
         change = {}
         for name, pair in averaged.pairs.items():
-            wanted = [(weight / mean.total, theirs) for weight, theirs in ideal.terms(name)]
+            wanted = [(weight / mean.total, theirs) for weight, theirs in ideal.pop(name)]
             dtype = torch.promote_types(torch.float32, pair.A.dtype)
             narrow = (mean.count - 1) * pair.rank < min(pair.shape.d_in, pair.shape.d_out)
             exactly = self.rank_cap is None and dtype == pair.A.dtype and narrow and len(wanted) == mean.count
