@@ -104,7 +104,7 @@ def test_strategies_lists_every_rule_with_its_bytes(cli: Cli, tiny_toml: Path) -
     for name, cls in rules.items():
         assert f"\n{name}\n" in result.stdout
         assert cls.paper.split(",")[0] in result.stdout
-    assert len(re.findall(r"bytes: sends \d+\.\d kB, receives \d+\.\d kB", result.stdout)) == len(list(rules))
+    assert len(re.findall(r"bytes: sends [\d.]+ \w+, receives [\d.]+ \w+", result.stdout)) == len(list(rules))
     assert "regularisation = 0.01" in result.stdout
 
 
