@@ -73,6 +73,7 @@ def test_figures_are_those_of_all_examples_in_one_place(tiny_config: MakeConfig,
     assert outcome.rundir.read_metrics() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", [evaluate_in_simulation, at_nodes])
 def test_whatever_the_rule_lets_clients_keep_the_adapter_is_measured_as_it_is(
     tiny_config: MakeConfig, measured: Measured, tmp_path: Path
@@ -98,6 +99,7 @@ def test_processes_measure_the_same(tiny_config: MakeConfig) -> None:
     assert {name: two["figures"][name] for name in COUNTED} == {name: here["figures"][name] for name in COUNTED}
 
 
+@pytest.mark.slow
 def test_each_gate_has_its_say_and_writes_the_request_down(own: MakeConfig, site: MakeSite, tmp_path: Path) -> None:
     config = own(*AT_SITES, "server.node_timeout_s=1")
     base = open_workspace(config).base

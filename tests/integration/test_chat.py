@@ -52,6 +52,7 @@ def plainly(folder: Path, llama: Path, turns: list[tuple[str, str]], said: str, 
     return tokenizer.decode(grown[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_it_says_what_plain_peft_says_and_remembers(run: Path, tiny_llama: Path, tmp_path: Path) -> None:
     options = ("--temperature", 0, "--max-new-tokens", 5)
     for place in (run, run / "adapter"):

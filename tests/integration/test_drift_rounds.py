@@ -37,6 +37,7 @@ def require_same(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
         assert record == again
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("wire", ["int8", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 def test_on_a_grid_with_rounded_replies_it_comes_to_the_same(

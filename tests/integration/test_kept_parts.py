@@ -92,6 +92,7 @@ def raw(message: Message) -> bytes:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keep", [pytest.param("['B','dense']", marks=pytest.mark.slow), "['*layer.1.*','classifier.bias']"]
 )

@@ -86,6 +86,7 @@ class Told(Callback):
         self.messages.append(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora", "rolora", "fedsa"])
 def test_plain_sgd_on_the_same_batches_is_our_own_loop(rule: str, config: MakeConfig) -> None:
     rounds = ("rounds=2", f"strategy.name={rule}", *(("evaluation.on=both",) if rule == "fedsa" else ()))
@@ -205,6 +206,7 @@ def test_a_frozen_part_of_the_adapter_leaves_the_base_open(config: MakeConfig) -
         assert (open_workspace(made).base is workspace.base) == same
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_start_whenever_batches_are_drawn(config: MakeConfig, preferences: list[str]) -> None:
     for late in ("false", "true"):
         simulate(config(f"{OWN}referring", f"train.options={{late={late}}}", *preferences, "rounds=1"))
@@ -261,6 +263,7 @@ def test_what_it_keeps_goes_on_through_kill_and_resume(config: MakeConfig, monke
     assert [line["train_loss"] for line in resumed.records[1:]] == [line["train_loss"] for line in whole.records[1:]]
 
 
+@pytest.mark.slow
 def test_a_deployment_does_the_same(config: MakeConfig) -> None:
     made = config(f"{OWN}sgd", "rounds=2", "runtime.kernels=off")
     assert gap(simulate(made), deploy(made)) == 0.0

@@ -136,6 +136,7 @@ def test_clients_train_from_what_they_decode_and_the_state_is_not_rounded(
     assert not same(last.tensors(), sent(last, "int8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "more"),
     [

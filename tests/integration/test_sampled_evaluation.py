@@ -84,6 +84,7 @@ def test_another_seed_draws_others_and_each_example_can_be_drawn() -> None:
     assert {row for draw in draws for row in draw} == set(range(40))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [simulate, deploy])
 def test_rounds_between_are_measured_on_one_sample_and_the_ends_on_all(
     tiny_config: MakeConfig, run: Callable[..., RunOutcome]

@@ -273,6 +273,7 @@ def test_steps_of_both_phases_count(own: MakeConfig, site: MakeSite) -> None:
     assert decode_head(train(site(max_steps=5), config))["error"] == refusal("max_steps")
 
 
+@pytest.mark.slow
 def test_a_private_runs_figures_are_the_plans_own(own: MakeConfig, site: MakeSite) -> None:
     config = own(*PRIVATE)
     reply = train(site(private_only=True, losses=False, example_counts=False), config)

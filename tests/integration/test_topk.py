@@ -114,6 +114,7 @@ def test_keys_of_topk_need_it(tiny_config: MakeConfig, key: str) -> None:
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_ends_with_the_same_bytes(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_each_class_and_every_figure_have_a_row(tmp_path: Path) -> None:
     assert "seconds evaluate" not in text
 
 
+@pytest.mark.slow
 def test_the_grid_counts_every_client_of_every_round(page: Page) -> None:
     counted = Counter(kind for record in records()[1:] for kind in statuses(record).values())
     assert counted == {"answered": 12, "late": 4, "refused": 4, "offline": 4}
