@@ -18,17 +18,17 @@ The step of q-FedAvg is the mean step, weighted by n_k F_k^q, times a factor of 
 
     sum_k n_k F_k^q / (sum_k n_k F_k^q + q L sum_k n_k F_k^(q-1) |x - y_k|^2),
 
-so that a client which claims too large a loss can draw x to its own y_k and no further. In AFL one that is not asked in
-a round counts with the loss that it reported last, and one that never answered with the mean of the round; lambda_k is
-in the memory as "weight/<id>", and "weight/others" for those who never answered.
+so that a client which claims too large a loss can draw x to its own y_k and no further. In AFL one that does not
+answer in a round counts with the mean loss of those who did, so that no loss outlives its round; lambda_k is in the
+memory as "weight/<id>", and "weight/others" for those who never answered.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import ClassVar, final
 
 import torch
@@ -49,11 +49,16 @@ from fedlora.aggregators._base import (
 )
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.server_optimisers import moved_inner
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, RuleError
 
-WEIGHT, LOSS, OTHERS = "weight/", "loss/", "weight/others"
+logger = logging.getLogger(__name__)
+
+WEIGHT, OTHERS = "weight/", "weight/others"
+NO_WEIGHT = 1e-30
+"""Of a client whose lambda is 0: nothing beside any other, and an equal share where nobody has more."""
 LARGEST_Q = 20.0
 """With the smallest loss that is reported, 1e-10, and larger exponents a weight would be zero."""
+LARGEST_RATE = 1e6
 
 
 class Fairness(Around):
@@ -107,7 +112,7 @@ class QFedAvg(Fairness):
         """Algorithm 2, one update in memory at a time if the inner rule is LINEAR.
 
         Raises:
-            RuleError: see the inner rule; or an update does not say its loss.
+            RuleError: see the inner rule; or an update does not say its loss, or one that is too large for this q.
         """
         sums = [0.0, 0.0]
 
@@ -116,8 +121,8 @@ class QFedAvg(Fairness):
                 plan = self.plan(state, ClientSpec(update.client_id, update.adapter.layout, update.base_version))
                 require_fit(update, plan)
                 n, loss = require_weight(update.num_examples, update.client_id), require_fact(update, "start_loss")
-                after = update.adapter.tensors()
-                sums[0] += n * loss**self.q
+                after, value = update.adapter.tensors(), n * self._power(loss)
+                sums[0] += value
                 sums[1] += (
                     n
                     * loss ** (self.q - 1)
@@ -126,7 +131,7 @@ class QFedAvg(Fairness):
                         for name, before in plan.adapter.tensors(plan.sends).items()
                     )
                 )
-                yield replace(update, num_examples=n * loss**self.q)
+                yield replace(update, num_examples=value)
                 del update
 
         def share() -> float:
@@ -136,6 +141,15 @@ class QFedAvg(Fairness):
         metrics = {**after.metrics, "qfedavg/step": share()}
         return self.outer_state(replace(after, metrics=metrics), self.own_memory(state))
 
+    def _power(self, loss: float) -> float:
+        try:
+            return float(loss**self.q)
+        except OverflowError:
+            raise RuleError(
+                f"qfedavg: a loss of {loss:g} to the power of q = {self.q:g} is beyond all numbers: lower q",
+                code="out-of-range",
+            ) from None
+
 
 @final
 @rules.register("afl")
@@ -144,11 +158,12 @@ class Afl(Fairness):
     """The inner rule with the weights lambda_k, which grow by gamma F_k and are projected on the simplex.
 
     Args:
-        rate: gamma > 0, by which a loss moves its client's weight; weights add up to 1 over all clients.
+        rate: gamma, above 0 and up to 1e6, by which a loss moves its client's weight; weights add up to 1 over all
+            clients.
         inner: any rule of clients of one rank that leaves no updates out.
 
     Raises:
-        ConfigError: the rate is not positive, or the inner rule is robust.
+        ConfigError: the rate is out of its range, or the inner rule is robust.
     """
 
     rate: float = 0.1
@@ -159,17 +174,19 @@ class Afl(Fairness):
 
     def __post_init__(self) -> None:
         _require_positive("afl", "rate", self.rate)
+        if self.rate > LARGEST_RATE:
+            raise ConfigError(f"afl: rate must be at most {LARGEST_RATE:g}, not {self.rate!r}", code="out-of-range")
         self.require_means()
         self.inherit(Claim.ANY_TENSORS | Claim.CHANGES_BASE | Claim.GAUGE_FREE)
 
     def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
-        """One round; where all who answered have the weight 0, the weights alone move.
+        """One round; where all who answered have the weight 0, they count equally, and a warning says so.
 
         Raises:
             RuleError: see the inner rule; or an update does not say its loss.
         """
         memory = self.own_memory(state)
-        found, clients = dict[str, float](), [0.0]
+        found, clients, most = dict[str, float](), [0.0], [0.0]
 
         def weighted() -> Iterator[ClientUpdate]:
             for update in updates:
@@ -180,32 +197,28 @@ class Afl(Fairness):
                 found[str(update.client_id)] = require_fact(update, "start_loss")
                 weight = memory.get(f"{WEIGHT}{update.client_id}", memory.get(OTHERS))
                 value = 1 / clients[0] if weight is None else float(weight)
-                if value > 0:
-                    yield replace(update, num_examples=value)
+                most[0] = max(most[0], value)
+                yield replace(update, num_examples=max(value, NO_WEIGHT))
                 del update
 
-        counted, inner = weighted(), self.inner_state(state)
-        first = next(counted, None)
-        if first is None and found:
-            after = replace(inner, round=state.round + 1)
-        else:
-            after = self.inner.aggregate(inner, chain([] if first is None else [first], counted))
+        after = self.inner.aggregate(self.inner_state(state), weighted())
+        if not most[0]:
+            said = "round %d: all %d clients that answered have the weight 0 in afl, and count equally"
+            logger.warning(said, after.round, len(found))
         self._move_weights(memory, found, clients[0])
         metrics = {**after.metrics, "afl/largest_weight": max(_of(memory, WEIGHT).values())}
         return self.outer_state(replace(after, metrics=metrics), memory)
 
     def _move_weights(self, memory: dict[str, Tensor], found: dict[str, float], clients: float) -> None:
-        losses = {**_of(memory, LOSS), **found}
-        others = max(0, round(clients) - len(losses))
-        unseen = float(memory.get(OTHERS, 1 / clients))
-        names = sorted(losses)
+        names = sorted({*_of(memory, WEIGHT), *found})
+        others = max(0, round(clients) - len(names))
+        unseen, mean = float(memory.get(OTHERS, 1 / clients)), math.fsum(found.values()) / len(found)
         before = [float(memory.get(f"{WEIGHT}{name}", unseen)) for name in names] + [unseen] * others
-        raised = [losses[name] for name in names] + [math.fsum(found.values()) / len(found)] * others
+        raised = [found.get(name, mean) for name in names] + [mean] * others
         moved = torch.tensor(before, dtype=torch.float64) + self.rate * torch.tensor(raised, dtype=torch.float64)
         weights = on_simplex(moved)
         for place, name in enumerate(names):
             memory[f"{WEIGHT}{name}"] = weights[place].clone()
-            memory[f"{LOSS}{name}"] = torch.tensor(losses[name], dtype=torch.float64)
         memory[OTHERS] = weights[-1].clone() if others else torch.zeros((), dtype=torch.float64)
 
 
@@ -214,6 +227,7 @@ def on_simplex(point: Tensor) -> Tensor:
 
     Duchi, Shalev-Shwartz, Singer, Chandra, ICML 2008, figure 1.
     """
+    point = point - point.max()  # the same closest point, and 1 is not lost beside large entries
     ordered = point.sort(descending=True).values
     over = (ordered.cumsum(0) - 1) / torch.arange(1, len(point) + 1, dtype=point.dtype)
     last = int((ordered > over).nonzero().amax())

@@ -89,24 +89,21 @@ def export(
             )
         what = ("model" if form in WHOLE else "adapter") + ("" if client is None else f" of client {client}")
         typer.echo(f"the {what} of round {number} is in {out} ({like})")
-        if form not in WHOLE and (here := base_known_here(out)) is not None:
+        if form not in WHOLE and (path := base_folder(out)) is not None:
             typer.echo(
-                f"note: it names its base model by {here}: for others, give the name by which they find it (--base)",
+                f"note: it names its base model by the folder {path!r}: for others, give the name by which they find "
+                "it (--base)",
                 err=True,
             )
 
 
-def base_known_here(adapter: Path) -> str | None:
-    """Words for how an adapter names its base model, where others do not find it by that; None: they do."""
-    from fedlora.assets import ASSETS
-
+def base_folder(adapter: Path) -> str | None:
+    """The folder by which an adapter names its base model; None: by another name."""
     try:
         base = str(json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"])
     except (OSError, ValueError, KeyError):
         return None
-    if looks_like_path(base) or Path(base).is_absolute():
-        return f"a folder of this machine, {base!r}"
-    return f"{base!r}, which is an asset of fedlora and not on the hub" if base in ASSETS else None
+    return base if looks_like_path(base) or Path(base).is_absolute() else None
 
 
 def _of_client(run_dir: RunDir, state: GlobalState, client: int) -> GlobalState:

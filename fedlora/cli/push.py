@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedlora.cli._common import Debug, app, errors_in_one_line
-from fedlora.cli.export import base_known_here
+from fedlora.cli.export import base_folder
 from fedlora.errors import ExportError, RunDirError
 from fedlora.sanitize import clean_text
 
@@ -27,11 +27,11 @@ def push(
     """Upload a run's adapter with its model card to the Hugging Face hub, or to the one that HF_ENDPOINT names."""
     with errors_in_one_line(debug):
         folder = _folder(run_path)
-        if (here := base_known_here(folder)) is not None:
+        if (base := base_folder(folder)) is not None:
             raise ExportError(
-                f"the adapter names its base model by {here}: write one that names it as others find it with fedlora "
-                f"export {run_path} OUT --base OWNER/NAME, and push OUT",
-                code="base-not-public",
+                f"the adapter names its base model by a folder of this machine, {base!r}: write one that names it as "
+                f"others find it with fedlora export {run_path} OUT --base OWNER/NAME, and push OUT",
+                code="base-in-a-folder",
             )
         typer.echo(f"uploading {folder}", err=True)
         typer.echo(f"{folder} is at {_upload(folder, repo, private)}")

@@ -7,8 +7,8 @@ looked at, since a run's own config.toml writes every key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from fedlora.config._learning import NODES
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 BUDGET = ("steps", "epochs", "batch_size", "keep_optimizer")
 """Keys of `[train]` that a loop of one's own is told."""
+AFL = "afl"
+"""The rule to which what a client weighs otherwise is nothing; `server.weighting` still says whether nodes with
+their own data tell their numbers of examples."""
 
 
 def without_effect(config: RunConfig) -> Iterator[str]:
@@ -112,6 +115,21 @@ def _server(config: RunConfig) -> Iterator[str]:
             yield "server.max_weight_ratio has no effect with server.weighting = 'uniform': remove it"
         elif config.data.source != NODES:
             yield "server.max_weight_ratio applies to nodes that bring their own data: remove it"
+        elif AFL in _rules(config):
+            yield f"server.max_weight_ratio has no effect with {AFL!r}, which sets the weights itself: remove it"
+    secret = config.data.source == NODES or config.privacy is not None
+    if AFL in _rules(config) and not secret and _changed(server, "weighting"):
+        yield f"server.weighting has no effect with {AFL!r}, which sets the weights itself: remove it"
+
+
+def _rules(config: RunConfig) -> Iterator[str]:
+    """The names of the rule and of those inside it."""
+    found: Any = config.strategy.model_dump()
+    while isinstance(found, Mapping):
+        yield str(found.get("name"))
+        found = found.get("inner")
+    if isinstance(found, str):
+        yield found
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:

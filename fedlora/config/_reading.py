@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -56,7 +55,7 @@ def load_section(path: Path, section: type[S], what: str) -> S:
     """
     tree = _tree(_read(path, what), str(path))
     _refuse_unknown(tree, section, "")
-    _refuse_no_text(tree, "")
+    _refuse_nul(tree, "")
     try:
         return section.model_validate(tree)
     except ValidationError as error:
@@ -72,7 +71,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def parse_config(
-    text: str | Mapping[str, Any],
+    text: str,
     overrides: Sequence[str] = (),
     *,
     source: str = "config",
@@ -82,14 +81,14 @@ def parse_config(
     """As `load_config`, from TOML text.
 
     Args:
-        text: of the file, or the tables that it stands for.
+        text: of the file.
         overrides: see `load_config`.
         source: of the text, for messages.
         name: of the run, unless the text gives one.
         folder: that the text's relative paths are relative to, those of `overrides` being relative to the current one;
             None: all paths stay as they are.
     """
-    tree = _tree(text, source) if isinstance(text, str) else deepcopy(dict(text))
+    tree = _tree(text, source)
     if name is not None:
         tree.setdefault("name", name)
     if folder is not None:
@@ -99,7 +98,7 @@ def parse_config(
         absolute(tree, Path(), tuple(key for key in PATHS if key in {o.partition("=")[0].strip() for o in overrides}))
     _refuse_unknown(tree, RunConfig, "")
     tree = without_unset(tree)
-    _refuse_no_text(tree, "")
+    _refuse_nul(tree, "")
     for table in OPEN_TABLES:
         if isinstance(given := tree.get(table), dict) and "name" not in given:
             tree[table] = {**RunConfig.model_fields[table].default.model_dump(), **given}
@@ -136,20 +135,17 @@ def _tree(text: str, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source} is not valid TOML: {error}", code="not-toml") from None
 
 
-def _refuse_no_text(tree: Any, key: str) -> None:
-    """No file name and no program takes text with a NUL character, which TOML can write, or with half a pair of
-    surrogates, which JSON can."""
+def _refuse_nul(tree: Any, key: str) -> None:
+    """No file name and no program takes text with a NUL character, which TOML can write."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
-            _refuse_no_text(str(name), f"a name in {key or 'the config'}")
-            _refuse_no_text(value, f"{key}.{name}" if key else str(name))
+            _refuse_nul(str(name), f"a name in {key or 'the config'}")
+            _refuse_nul(value, f"{key}.{name}" if key else str(name))
     elif isinstance(tree, list):
         for value in tree:
-            _refuse_no_text(value, key)
+            _refuse_nul(value, key)
     elif isinstance(tree, str) and "\0" in tree:
         raise ConfigError(f"{key} contains a NUL character: remove it", code="nul-character")
-    elif isinstance(tree, str) and any("\ud800" <= character <= "\udfff" for character in tree):
-        raise ConfigError(f"{key} is not UTF-8 text: write it in UTF-8", code="not-utf8")
 
 
 def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tomli_w
 import torch
 from torch import nn
 
@@ -125,24 +124,26 @@ def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> Run
     facts: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     given = {key.strip(): value.strip(" '\"") for key, _, value in (one.partition("=") for one in overrides)}
     # No named corpus, whose columns and classes would be taken for the adapter's.
-    known = [tomli_w.dumps({"name": folder.name}), "data." + tomli_w.dumps({"source": str(data or "none")})]
+    known = [f"name={json.dumps(folder.name)}", f"data.source={json.dumps(str(data or 'none'))}"]
     if (quantize := said_of_adapter(folder).get("quantize")) and "model.quantize" not in given:
-        known.append("model." + tomli_w.dumps({"quantize": str(quantize)}))
+        known.append(f"model.quantize={json.dumps(quantize)}")
     base, task = facts.get("base_model_name_or_path"), _task_of(folder, facts)
     if base and "model.name" not in given:
-        known.append("model." + tomli_w.dumps({"name": str(base if facts.get("revision") else local_name(base))}))
+        known.append(f"model.name={json.dumps(base if facts.get('revision') else local_name(base))}")
     if facts.get("revision"):
-        known.append("model." + tomli_w.dumps({"revision": str(facts["revision"])}))
+        known.append(f"model.revision={json.dumps(facts['revision'])}")
     if not task and not {"task", "task.name"} & given.keys():
         raise ConfigError(
             f"{str(folder)!r} does not name its task: add --set task.name=... (and the task's fields)",
             code="adapter-without-task",
         )
+    if "task" not in given and given.get("task.name", task.get("name")) == task.get("name"):
+        known += [f"task.{k}={json.dumps(v, ensure_ascii=False)}" for k, v in task.items() if f"task.{k}" not in given]
     if not base and "model.name" not in given:
         raise ConfigError(
             f"{str(folder)!r} does not name its base model: add --set model.name=...", code="adapter-without-base"
         )
-    return parse_config({"task": task}, [*known, *overrides], source=str(folder))
+    return parse_config("", [*known, *overrides], source=str(folder))
 
 
 def _task_of(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,13 @@ def require_servable(
                 code="personal-mixed-ranks",
             )
         require_plain_plan(config.train, plan.proximal_mu)
+        if START_LOSS in plan.asks and workspace.task.refers:
+            raise ConfigError(
+                f"{config.strategy.name!r} goes by clients' losses before training, and this task's loss compares a "
+                "model with the one that the round starts from, which are the same then: choose another rule, or a "
+                "loss without a reference, as the preference task's loss_type = 'orpo' is",
+                code="relative-loss",
+            )
     if config.example_privacy is not None:
         _require_private(config, workspace, first, clients)
 

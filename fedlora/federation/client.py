@@ -85,18 +85,19 @@ def answer(
         return _answer_privately(workspace, requests, account, store)
     answers: list[Answer] = []
     facts = [_measured(workspace, request, store) for request in requests]
-    outcomes = _trained(workspace, requests, store)
+    sound = [request for request, fact in zip(requests, facts, strict=True) if not isinstance(fact, Exception)]
+    trained = iter(_trained(workspace, sound, store))
+    outcomes = [fact if isinstance(fact, Exception) else next(trained) for fact in facts]
     owns = _trained_for_themselves(workspace, requests, outcomes, store)
     for request, fact, outcome, own in zip(requests, facts, outcomes, owns, strict=True):
         try:
-            if isinstance(fact, Exception):
-                raise fact
             if isinstance(own, Exception):
                 raise own
             if isinstance(outcome, Exception) and config.client_privacy is not None:
                 outcome = _unchanged(workspace, request, outcome, store)
             if isinstance(outcome, Exception):
                 raise outcome
+            assert not isinstance(fact, Exception)  # it would be the outcome
             answers.append(_reply(request, outcome, _figures(outcome, config) | fact, config, store, own=own))
         except Exception as error:
             answers.append(failure_of(error, config))
@@ -167,6 +168,15 @@ def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
             f"there is no client {client_id}: the partition has {len(clients)}, numbered from 0", code="no-such-client"
         )
     return clients[client_id]
+
+
+def _examples_to_train_on(workspace: Workspace, client_id: int) -> np.ndarray:
+    indices = examples_of_client(workspace, client_id)
+    if not len(indices):
+        raise TrainingError(
+            f"client {client_id} has no examples: give it some, or lower partition.clients", code="no-examples"
+        )
+    return indices
 
 
 @dataclass(frozen=True)
@@ -288,7 +298,7 @@ def _measured(workspace: Workspace, request: TrainRequest, store: ClientStore) -
     if START_LOSS not in request.plan.asks:
         return {}
     try:
-        indices = examples_of_client(workspace, request.client_id)
+        indices = _examples_to_train_on(workspace, request.client_id)
         workspace.base.write(_job(workspace, request, indices, store).adapter)
         found = evaluate(workspace.base, workspace.task, workspace.data.train, indices=indices)
         return {START_LOSS: found.overall["loss"]}
@@ -314,12 +324,8 @@ def _trained(
     outcomes: dict[int, Outcome] = {}
     for number, request in enumerate(requests):
         try:
-            indices = examples_of_client(workspace, request.client_id)
-            if settings is None and not len(indices):
-                raise TrainingError(
-                    f"client {request.client_id} has no examples: give it some, or lower partition.clients",
-                    code="no-examples",
-                )
+            examples = _examples_to_train_on if settings is None else examples_of_client
+            indices = examples(workspace, request.client_id)
             jobs[number] = _job(workspace, request, indices, store)
         except Exception as error:
             outcomes[number] = error

@@ -34,10 +34,6 @@ from fedlora.training.evaluate import Measures, domains_of, measure_batches, mea
 from fedlora.training.kept_evaluation import kept_measures
 from fedlora.training.workspace import Workspace
 
-NOTHING_OF_TEST = "it reports nothing of its test examples"
-"""Why a client that reports on its validation examples alone is left out of the test figures."""
-FEWEST_CLIENTS = 2
-"""With fewer, figures by class over the clients would be those of a single one."""
 LARGEST_SUM = 1e300
 """Those of a federation's clients add up to a finite number."""
 
@@ -86,8 +82,7 @@ class Evaluator:
         Returns:
             For a line of metrics: the figures ("accuracy", "loss", ...) and "domains" of the server's test set, with
             "sample" (its size) if only that was measured, or the figures over all clients where they alone evaluate;
-            "classes" (name -> its figures), if all examples were measured and the task has classes; where clients
-            alone evaluate, of those classes that `_classes_of_clients` tells;
+            "classes" (name -> its figures), if all examples were measured and the task has classes;
             "federated", where clients evaluate: "figures" over all their examples, "clients" (number -> its main
             figure, "loss" and "examples"), "macro" (the mean over clients), "worst_tenth" (the mean over the worst
             tenth of them), "left_out" (number -> why), "bytes_up" and "bytes_down"; where clients keep parts of their
@@ -115,7 +110,8 @@ class Evaluator:
             line["federated"] = self._federated(found)
             if how.on == "clients":
                 sums = [one.sums["test"] for one in found if "test" in one.sums]
-                line |= {**line["federated"]["figures"], "domains": {}, **self._classes_of_clients(sums)}
+                classes = self._by_class(added(sums)) if sums else {}
+                line |= {**line["federated"]["figures"], "domains": {}, **classes}
                 if selecting:
                     line["validation"] = self._pooled(found, "validation")
         return line
@@ -191,14 +187,6 @@ class Evaluator:
         found = self._workspace.task.by_class(sums, self._workspace.data.label_names)
         return {"classes": found} if found else {}
 
-    def _classes_of_clients(self, sums: Sequence[Sums]) -> dict[str, Any]:
-        """Figures by class over the clients' examples: of no single client, and of no class with a few examples."""
-        if len(sums) < FEWEST_CLIENTS:
-            return {}
-        found, least = self._by_class(added(sums)).get("classes", {}), self._config.evaluation.min_examples
-        told = {name: row for name, row in found.items() if row["examples"] >= least}
-        return {"classes": told} if told else {}
-
     def _pooled(self, found: Sequence[ClientEvaluation], part: str) -> dict[str, float]:
         sums = [one.sums[part] for one in found if part in one.sums]
         return dict(self._workspace.task.figures(added(sums))) if sums else {}
@@ -207,7 +195,7 @@ class Evaluator:
         left_out: dict[str, str] = {}
         for one in found:
             if "test" not in one.sums:
-                why = one.failure.why if one.failure is not None else NOTHING_OF_TEST
+                why = one.failure.why if one.failure is not None else "it reports nothing of its test examples"
                 left_out[str(one.client_id)] = why
                 if self._said.get(one.client_id) != why:
                     self._said[one.client_id] = why

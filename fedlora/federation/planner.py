@@ -10,6 +10,7 @@ from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, Globa
 from fedlora.config import RunConfig
 from fedlora.federation.client_pool import ClientInfo, Failure, RoundRequest
 from fedlora.federation.initial_state import plan_for
+from fedlora.federation.plausibility import START_LOSS
 from fedlora.federation.protocol import (
     KEPT,
     OfSameTensors,
@@ -159,7 +160,9 @@ class Planner:
             * (
                 (1 if self._config.train.personal is None else 2)
                 + (request.plan.first_times if request.plan.first else 0)
-            ),
+            )
+            # A forward pass alone is a third of a training step.
+            + (len(self._workspace.data.clients[request.client_id]) // 3 if START_LOSS in request.plan.asks else 0),
             bytes_up=request.reply_nbytes,
         )
         failure = None

@@ -26,6 +26,8 @@ LOSS_RATIO = 1000.0
 """A loss above so many times the clients' median (of which at least 1 counts) is no loss of this model."""
 START_LOSS = "start_loss"
 """Figure of a client, where the rule asks for it: the mean loss on its training examples before training."""
+COUNTED_LOSS = "start_loss_counted"
+"""Figure of a client beside it: as what it counts, where that is less."""
 START_LOSS_RATIO = 10.0
 """Times the median client's, at most, does the loss before training count that a client reports."""
 SMALLEST_LOSS = 1e-10
@@ -39,7 +41,7 @@ class Expectations:
     Args:
         median_change: Of the clients in the rounds before; None: it is not known.
         claims: Client -> examples that it said it has, of all clients.
-        median_loss: The largest median of the clients' losses before training in a round; None: it is not known.
+        median_loss: `median_loss`; None: it is not known, and the server waits for the round's own.
     """
 
     median_change: float | None = None
@@ -92,12 +94,14 @@ def largest_weight(client_id: int, claims: Mapping[int, int], ratio: float) -> f
 def median_loss(records: Iterable[Mapping[str, Any]]) -> float | None:
     """The largest median of `START_LOSS` of all rounds in which at least `FEWEST` clients reported it.
 
-    Not the last round's: a model that does well on most clients may be as bad on some as it was at the start.
+    Of the losses as they counted: a round in which most clients lie moves the bound by `START_LOSS_RATIO` at most. And
+    not the last round's: a model that does well on most clients may be as bad on some as it was at the start.
 
     Args:
         records: lines of metrics.
     """
-    every = [[row[START_LOSS] for row in record.get("clients", {}).values() if START_LOSS in row] for record in records]
+    rows = [[row for row in record.get("clients", {}).values() if START_LOSS in row] for record in records]
+    every = [[row.get(COUNTED_LOSS, row[START_LOSS]) for row in those] for those in rows]
     return max((median_low(losses) for losses in every if len(losses) >= FEWEST), default=None)
 
 
@@ -105,9 +109,9 @@ def largest_loss(before: float | None) -> float:
     """The most that a client's loss before training counts: `START_LOSS_RATIO` times `median_loss`.
 
     Args:
-        before: `median_loss` of the rounds before; None: of the first, and where too few answer.
+        before: `median_loss` of the rounds before, and of the first round itself; None: where too few answer.
     """
-    return LOSS_RATIO if before is None else START_LOSS_RATIO * before
+    return math.inf if before is None else START_LOSS_RATIO * before
 
 
 def no_losses(losses: Mapping[int, float]) -> list[int]:

@@ -24,6 +24,7 @@ from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ReplyError
 from fedlora.federation.example_level_account import check_stated
 from fedlora.federation.plausibility import (
+    COUNTED_LOSS,
     SMALLEST_LOSS,
     START_LOSS,
     UPDATE_NORM,
@@ -43,8 +44,10 @@ logger = logging.getLogger(__name__)
 
 FIGURES = frozenset(("loss", "steps", "seconds", "compute_seconds", "examples_seen"))
 """What a client may report besides its number of examples, without [privacy]."""
-LARGEST_FIGURES = {"steps": 1e9, "seconds": 1e8, "compute_seconds": 1e10, "examples_seen": 1e12, START_LOSS: 1e30}
+LARGEST_FIGURES = {"steps": 1e9, "seconds": 1e8, "compute_seconds": 1e10, "examples_seen": 1e12}
 """What cannot be negative, and how large it may be; the loss of training may be any finite number."""
+LARGEST_LOSS = 1e13
+"""To the power of q-FedAvg's largest q, 20, and times a number of examples it is still a number."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ class Screen:
         update = ClientUpdate(
             request.client_id, request.updated(sent), weight, request.plan.base_version, metrics, facts
         )
-        return Admitted(update, self._written_down(claimed, weight, metrics, change))
+        written = self._written_down(claimed, weight, metrics, change)
+        if (most := largest_loss(expected.median_loss)) < written.get(START_LOSS, 0.0):
+            written[COUNTED_LOSS] = most
+        return Admitted(update, written)
 
     def _require_sound(self, request: TrainRequest, sent: Mapping[str, Tensor]) -> float:
         """The L2 norm of what the client changed."""
@@ -146,6 +152,13 @@ class Screen:
                 raise ReplyError(f"metric {name!r} is no finite number", code="invalid-metric")
             if name in LARGEST_FIGURES and not 0 <= value <= LARGEST_FIGURES[name]:
                 raise ReplyError(f"metric {name!r} is {value:g}, which no client measures", code="invalid-metric")
+            if name == START_LOSS and not 0 <= value <= LARGEST_LOSS:
+                raise ReplyError(
+                    f"its loss before training ({START_LOSS}) is {value:g}, and {self._config.strategy.name!r} goes by "
+                    f"losses that are not negative, up to {LARGEST_LOSS:g}: give the task such a loss, or choose "
+                    "another rule",
+                    code="invalid-metric",
+                )
             metrics[name] = float(value)
         if missing := request.measured - metrics.keys():
             raise ReplyError(f"metric {min(missing)!r} was asked for, and is not there", code="metric-missing")

@@ -26,7 +26,16 @@ from fedlora.federation.evaluator import Evaluator
 from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import makes_models, require_one_start
 from fedlora.federation.planner import Planner
-from fedlora.federation.plausibility import Expectations, median_change, median_loss
+from fedlora.federation.plausibility import (
+    COUNTED_LOSS,
+    FEWEST,
+    SMALLEST_LOSS,
+    START_LOSS,
+    Expectations,
+    largest_loss,
+    median_change,
+    median_loss,
+)
 from fedlora.federation.privacy_account import PrivacyAccount
 from fedlora.federation.round_record import RoundRecord, quorum_of
 from fedlora.federation.selection import Selection
@@ -75,6 +84,8 @@ class FederatedServer:
         self._median_change: float | None = None
         self._median_loss: float | None = None
         self._capped: set[int] = set()
+        self._cut: set[int] = set()
+        self._said_unchecked = False
         self._selection: Selection | None = None
 
     def run(self, state: GlobalState | None, history: Sequence[Mapping[str, Any]]) -> GlobalState:
@@ -191,8 +202,11 @@ class FederatedServer:
         return after if after.round == record.number else replace(after, round=record.number)
 
     def _updates(self, request: RoundRequest, record: RoundRecord) -> Generator[ClientUpdate, None, None]:
-        """What the round's clients sent; the outcome of each is written down."""
-        replies = self.pool.train(request)
+        """What the round's clients sent; the outcome of each is written down.
+
+        Updates whose losses nothing is known to compare with are kept until all are there: those of the first round.
+        """
+        replies, held = self.pool.train(request), list[ClientUpdate]()
         try:
             for reply in replies:
                 if isinstance(reply, PartialAggregate):
@@ -204,13 +218,35 @@ class FederatedServer:
                     self.callbacks.reply(record.number, reply.client_id, True, "")
                 elif reply.failure.why:  # a simulated device that drops out says nothing
                     self.callbacks.reply(record.number, reply.client_id, False, reply.failure.why)
-                if reply.update is not None:
+                if reply.update is None:
+                    continue
+                if START_LOSS in reply.update.facts and request.expected.median_loss is None:
+                    held.append(reply.update)
+                else:
                     yield reply.update
         except Exception as error:  # of the pool or of a callback, and no fault of the rule
             self._interrupted = error
             raise
         finally:
             replies.close()
+        if held:
+            yield from self._bounded(held, record)
+
+    def _bounded(self, updates: Sequence[ClientUpdate], record: RoundRecord) -> Generator[ClientUpdate, None, None]:
+        """Updates of the first round, with losses that count no more than that round's own allow."""
+        most = largest_loss(median_loss([{"clients": record.clients}]))
+        if len(updates) < FEWEST and not self._said_unchecked:
+            self._said_unchecked = True
+            self.callbacks.message(
+                f"round {record.number}: fewer than {FEWEST} clients report a loss before training: nothing is known "
+                "to compare it with, and it counts as it is"
+            )
+        for update in updates:
+            row = record.clients[update.client_id]
+            if row[START_LOSS] > most:
+                row[COUNTED_LOSS] = most
+                update = replace(update, facts={**update.facts, "start_loss": most + SMALLEST_LOSS})
+            yield update
 
     def _require_progress(self, record: RoundRecord) -> None:
         """Raise `RoundError` after too many rounds without a quorum in a row, and after such a last round."""
@@ -298,6 +334,13 @@ class FederatedServer:
                 self.callbacks.message(
                     f"client {client_id} says it has {row['num_examples']:.0f} examples and counts as "
                     f"{row['weight']:.0f}: if it is so, raise server.max_weight_ratio"
+                )
+
+            if COUNTED_LOSS in row and client_id not in self._cut:
+                self._cut.add(client_id)
+                self.callbacks.message(
+                    f"client {client_id} reports a loss of {row[START_LOSS]:g} before training, which counts as "
+                    f"{row[COUNTED_LOSS]:g}: ten times the largest median of the clients in a round"
                 )
 
     def _aggregation_error(self, before: GlobalState, after: GlobalState, record: RoundRecord) -> float:

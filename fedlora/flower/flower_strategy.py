@@ -17,6 +17,7 @@ from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RuleError
+from fedlora.federation.plausibility import START_LOSS
 from fedlora.flower.peft_records import PeftNames, record_of, tensors_of
 from fedlora.model.export import peft_name
 from fedlora.sanitize import clean_text
@@ -110,6 +111,12 @@ class FedLoraStrategy(FedAvg):
 
     def _plan(self, state: GlobalState) -> ClientPlan:
         plan = self.rule.plan(state, ClientSpec(0, state.adapter.layout))
+        if START_LOSS in plan.asks:
+            raise RuleError(
+                f"{type(self.rule).__name__} asks each client for its loss before training, which other clients than "
+                "fedlora's do not report: run it by fedlora's own ServerApp (flwr run, or fedlora run)",
+                code="loss-not-reported",
+            )
         if plan.asks:
             raise RuleError(
                 f"{type(self.rule).__name__} has a plan for each client, and elsewhere all clients get the same: "

@@ -99,20 +99,12 @@ def _outcome(facts: Facts) -> Table:
     return Table(caption, ("", "all", *facts.domains), rows, strong=strong)
 
 
-def _by_class(facts: Facts) -> list[Block]:
+def _by_class(facts: Facts) -> list[Table]:
     classes = facts.last.get("classes") or {}
     names = dict.fromkeys(name for row in classes.values() for name in row)
     rows = [(name, *(format_metric(key, number(row.get(key))) for key in names)) for name, row in classes.items()]
     caption = f"Each class after round {facts.last['round']}"
-    out: list[Block] = []
-    if rows:
-        out.append(Table(caption, ("class", *names), rows, caption if len(rows) > MOST_CLASSES else ""))
-    if facts.config.evaluation.on == "clients" and "macro_f1" in facts.last:
-        out.append(
-            f"A class of which the clients have fewer than {facts.config.evaluation.min_examples} test examples in all "
-            "(evaluation.min_examples) has no figures of its own; where one client alone reports, no class has."
-        )
-    return out
+    return [Table(caption, ("class", *names), rows, caption if len(rows) > MOST_CLASSES else "")] if rows else []
 
 
 def _figures(facts: Facts) -> Table:

@@ -23,7 +23,6 @@ from fedlora.federation.client_pool import (
     Reply,
     RoundRequest,
 )
-from fedlora.federation.evaluator import NOTHING_OF_TEST
 from fedlora.runs.rundir import RunDir
 
 
@@ -73,13 +72,9 @@ class ReplayPool:
         yield from self._pool.train(replace(request, clients=[k for k in request.clients if k in answered]))
 
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
-        """Ask the clients that reported of this round's state, of which some have validation figures alone; all that
-        are sampled, where none was asked."""
+        """Ask the clients that reported figures of this round's state; all that are sampled, where none was asked."""
         federated = self._records.get(request.number, {}).get("federated")
-        if federated is None:
-            return self._pool.evaluate(request, parts)
-        untested = (k for k, why in federated["left_out"].items() if why == NOTHING_OF_TEST)
-        asked = sorted(map(int, (*federated["clients"], *untested)))
+        asked = request.clients if federated is None else [int(k) for k in federated["clients"]]
         return self._pool.evaluate(replace(request, clients=asked), parts)
 
     @property

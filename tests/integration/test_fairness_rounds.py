@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -12,10 +12,13 @@ from support.errors import raises
 from support.federations import deploy, forget, simulate, timeless
 from support.interrupted import killed_before_checkpoint
 
+from fedlora.aggregators import ClientUpdate, GlobalState
+from fedlora.aggregators.fairness import QFedAvg
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
-from fedlora.errors import PrivacyError, RuleError
-from fedlora.federation.plausibility import START_LOSS
+from fedlora.errors import ConfigError, PrivacyError, ReplyError, RuleError
+from fedlora.federation import client
+from fedlora.federation.plausibility import COUNTED_LOSS, START_LOSS
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.flower_strategy import FedLoraStrategy
@@ -30,6 +33,16 @@ RULES = {
     "afl": ("strategy={name='afl',rate=0.5,inner={name='ffa'}}",),
 }
 ALIKE = ("runtime.cohort=1", "runtime.prefix_cache=off", "server.fraction=0.75", "rounds=3")
+
+
+class Said(Callback):
+    """What the run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def require_same(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
@@ -75,25 +88,84 @@ def test_killed_and_resumed_it_comes_to_the_same(tiny_config: MakeConfig, monkey
 def test_a_loss_that_is_no_loss_is_refused_and_a_large_one_is_bounded(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In round 2 client 1 says infinity, and in round 3 a number that is ten times the median for the rule."""
+    """Client 1 lies in every round; in round 2 it says infinity."""
     real = client_app.encode_reply
 
     def lying(reply: Any, seed: int) -> RecordDict:
         content = real(reply, seed)
-        if reply.request.client_id == 1 and reply.request.round > 1:
+        if reply.request.client_id == 1:
             content["metrics"][START_LOSS] = float("inf") if reply.request.round == 2 else 1e9
         return content
 
     monkeypatch.setattr(client_app, "encode_reply", lying)
-    run = deploy(tiny_config("strategy.name=afl", "rounds=3", *ALIKE[:2]))
+    run = deploy(tiny_config("strategy.name=afl", "rounds=3", *ALIKE[:2]), said := Said())
     assert run.records[2]["answered"] == [0, 2, 3]
     assert "is no finite number" in run.records[2]["refused"]["1"]
-    assert run.records[3]["clients"]["1"][START_LOSS] == 1e9
     medians = [sorted(row[START_LOSS] for row in record["clients"].values())[1] for record in run.records[1:3]]
-    assert float(run.state.memory["loss/1"]) == pytest.approx(10 * max(medians))
+    for number, most in ((1, medians[0]), (3, max(medians))):
+        assert run.records[number]["clients"]["1"][START_LOSS] == 1e9
+        assert run.records[number]["clients"]["1"][COUNTED_LOSS] == pytest.approx(10 * most)
+    assert float(run.state.memory["weight/1"]) == 1
+    assert [line[:18] for line in said.lines if "loss" in line] == ["client 1 reports a"]
 
 
-def test_what_would_tell_of_examples_or_not_work_is_refused(tiny_config: MakeConfig) -> None:
+def test_large_losses_are_nobodys_lie_in_the_first_round_and_of_two_clients_nothing_is_known(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale, told = 1.0, dict[int, float]()
+    real, truly = client._measured, QFedAvg.aggregate
+
+    def scaled(*args: Any) -> Any:
+        return {name: scale * value for name, value in real(*args).items()}  # type: ignore[union-attr]
+
+    def aggregate(self: QFedAvg, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        updates = list(updates)
+        told.clear()
+        told.update({update.client_id: update.facts["start_loss"] for update in updates})
+        return truly(self, state, updates)
+
+    monkeypatch.setattr(client, "_measured", scaled)
+    monkeypatch.setattr(QFedAvg, "aggregate", aggregate)
+    scale = 1e8
+    keys = ("strategy.name=qfedavg", "rounds=1", "train.steps=1", *ALIKE[:2])
+    simulate(tiny_config(*keys, name="four"), said := Said())
+    assert len(told) == 4
+    assert min(told.values()) > 1e7
+    assert not [line for line in said.lines if "loss" in line]
+    two = simulate(tiny_config(*keys, "server.clients_per_round=2", "rounds=2", name="two"), said)
+    rows = two.records[2]["clients"].values()
+    assert sorted(row[START_LOSS] for row in rows) == pytest.approx(sorted(told.values()))
+    assert len(told) == 2
+    assert not any(COUNTED_LOSS in row for row in rows)
+    assert sum("fewer than 3 clients" in line for line in said.lines) == 1
+
+
+def test_a_client_without_examples_says_that_it_has_none_and_one_that_cannot_be_measured_is_not_trained(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config("strategy.name=qfedavg", "rounds=1", "train.steps=1", "server.quorum=0.5", *ALIKE[:2])
+    trained, real, measured = [], client._trained, client._measured
+
+    def cannot(workspace: Any, request: Any, store: Any) -> Any:
+        return ReplyError("odd", code="odd") if request.client_id == 2 else measured(workspace, request, store)
+
+    def noted(workspace: Any, requests: Any, *rest: Any) -> Any:
+        trained.extend(request.client_id for request in requests)
+        return real(workspace, requests, *rest)
+
+    monkeypatch.setattr(client, "_measured", cannot)
+    monkeypatch.setattr(client, "_trained", noted)
+    held = client.examples_of_client
+    monkeypatch.setattr(client, "examples_of_client", lambda w, k: held(w, k)[:0] if k == 1 else held(w, k))
+    record = simulate(config).records[1]
+    assert "client 1 has no examples" in record["refused"]["1"]
+    assert record["refused"]["2"] == "odd"
+    assert trained == [0, 3]
+
+
+def test_what_would_tell_of_examples_or_not_work_is_refused(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     example = "privacy={unit='example', noise_multiplier=1.0, delta=1e-3, max_grad_norm=0.5, public_examples=40}"
     hidden = ("server.weighting=uniform", "server.aggregation_error=false")
     with raises(PrivacyError, "fact-not-private", "without noise"):
@@ -103,6 +175,9 @@ def test_what_would_tell_of_examples_or_not_work_is_refused(tiny_config: MakeCon
         simulate(tiny_config("strategy.name=afl", client, *hidden, name="refused"))
     with raises(RuleError, "mixed-ranks"):
         simulate(tiny_config("strategy.name=qfedavg", "clients.ranks=[2,4]", name="refused"))
-    with raises(RuleError, "plans-differ", "fedlora's own ServerApp"):
+    with monkeypatch.context() as patch, raises(ConfigError, "relative-loss", "'qfedavg' goes by clients' losses"):
+        patch.setattr(type(open_workspace(tiny_config()).task), "refers", True)
+        simulate(tiny_config("strategy.name=qfedavg", name="refused"))
+    with raises(RuleError, "loss-not-reported", "fedlora's own ServerApp"):
         strategy = FedLoraStrategy("qfedavg", alpha=8)
         strategy._plan(strategy.rule.init(open_workspace(tiny_config()).base.initial_adapter(0)))

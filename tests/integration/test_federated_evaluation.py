@@ -221,25 +221,6 @@ def test_a_replay_has_the_figures_of_the_clients_that_reported_then(tiny_config:
     assert again.records[-1]["validation"] != run.records[-1]["validation"]
 
 
-@pytest.mark.slow
-def test_a_replay_has_the_validation_figures_of_clients_with_too_few_test_examples_too(tiny_config: MakeConfig) -> None:
-    keys = (
-        "evaluation.on=clients",
-        "selection.metric=loss",
-        "data.validation_fraction=0.4",
-        "train.steps=1",
-        "rounds=1",
-    )
-    tested = [len(rows) for rows in open_workspace(tiny_config(*keys)).data.apart["test"].clients]
-    assert min(tested) < max(tested)
-    keys += (f"evaluation.min_examples={max(tested)}",)
-    run = simulate(tiny_config(*keys))
-    again = simulate(tiny_config(*keys, name="again"), replay=run.records)
-    for then, now in zip(run.records, again.records, strict=True):
-        assert then["federated"]["left_out"], "somebody reports on validation examples alone"
-        assert (now["validation"], now["federated"]) == (then["validation"], then["federated"])
-
-
 def test_nothing_is_measured_where_evaluation_is_off(tiny_config: MakeConfig) -> None:
     outcome = simulate(tiny_config("evaluation.on=off"))
     assert all("accuracy" not in record for record in outcome.records)

@@ -18,6 +18,7 @@ from support.on_a_grid import grid_of, serve_on
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError, RuleError
 from fedlora.federation.plausibility import (
+    COUNTED_LOSS,
     FIRST,
     START_LOSS,
     UPDATE_NORM,
@@ -101,6 +102,8 @@ def test_the_largest_median_loss_of_all_rounds_counts() -> None:
 
     assert median_loss([{"round": 0}, losses(1.0, 9.0), line(1.0, 2.0, 3.0)]) is None
     assert median_loss([losses(0.5, 0.7, 1e300), losses(0.1, 0.1, 0.2), losses(5.0, 6.0)]) == 0.7
+    bounded = [{START_LOSS: 0.5}, *[{START_LOSS: 1e13, COUNTED_LOSS: 7.0}] * 2]
+    assert median_loss([losses(0.5, 0.7, 0.9), {"clients": dict(enumerate(bounded))}]) == 7.0
 
 
 def test_losses_that_no_model_has() -> None:

@@ -13,6 +13,7 @@ from fedlora.federation import local_clients
 from fedlora.federation.run import RunOutcome
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
+from fedlora.training.workspace import open_workspace
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -56,6 +57,13 @@ def test_without_a_deadline_the_round_takes_as_long_as_its_slowest(tiny_config: 
     assert outcome.records[1]["simulated_seconds"] == pytest.approx(2 * 8 / 1.0)
     assert outcome.records[1]["clients"]["1"]["steps"] == 2
     assert outcome.records[1]["clients"]["0"]["steps"] == 4
+
+
+def test_the_pass_that_measures_the_loss_takes_simulated_time(tiny_config: MakeConfig) -> None:
+    outcome = run(tiny_config(profiles(FAST), "strategy.name=qfedavg", "rounds=1"))
+    held = open_workspace(outcome.rundir.config).data.clients
+    for client_id, row in outcome.records[1]["clients"].items():
+        assert row["simulated_seconds"] == pytest.approx((4 * 8 + len(held[int(client_id)]) // 3) / 100)
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "flora"])

@@ -127,6 +127,7 @@ def test_the_projection_is_the_closest_point_of_the_simplex() -> None:
             found = on_simplex(torch.tensor(point)).numpy()
             assert found == pytest.approx(simplex_of_the_paper(point), abs=1e-9)
             assert found.sum() == pytest.approx(1, abs=1e-9)
+    assert on_simplex(torch.tensor([1e30, 3.0, 1e30], dtype=torch.float64)).tolist() == [0.5, 0.0, 0.5]
 
 
 SLOPES, CENTRES, RATE = (1.0, 4.0), (1.0, -1.0), 0.05
@@ -163,27 +164,34 @@ def test_afl_is_the_papers_algorithm_and_ends_where_both_losses_are_equal() -> N
     assert abs(afl(FedAvg(), 400)[-1] + 1 / 3) > 0.1
 
 
-def test_clients_that_are_away_count_in_afl_with_the_loss_that_they_reported_last() -> None:
+def test_clients_that_are_away_count_in_afl_with_the_mean_loss_of_the_round() -> None:
     rule = Afl(0.2)
     state = one_round(rule, who=(0, 1))
     weights = simplex_of_the_paper(np.full(3, 1 / 3) + 0.2 * np.array([0.5, 1.0, 0.75]))  # of client 2 nobody knows
     assert float(state.memory["weight/others"]) == pytest.approx(weights[2])
-    state = one_round(rule, losses=(9.0, 9.0, 2.0), state=state, who=(2,))
-    weights = simplex_of_the_paper(weights + 0.2 * np.array([0.5, 1.0, 2.0]))
+    state = one_round(rule, losses=(9.0, 0.4, 1.6), state=state, who=(1, 2))
+    weights = simplex_of_the_paper(weights + 0.2 * np.array([1.0, 0.4, 1.6]))
     assert [float(state.memory[f"weight/{k}"]) for k in range(3)] == pytest.approx(weights)
     assert float(state.memory["weight/others"]) == 0
 
 
-def test_in_a_round_of_clients_without_weight_the_weights_alone_move() -> None:
-    rule = Afl(10.0)
-    first = one_round(rule, losses=(0.1, 0.1, 5.0))
-    assert [float(first.memory[f"weight/{k}"]) for k in range(3)] == [0, 0, 1]
-    after = one_round(rule, losses=(0.1, 8.0, 5.0), state=first, who=(0, 1))
-    assert after.adapter is first.adapter
-    assert after.round == first.round + 1
-    assert [float(after.memory[f"weight/{k}"]) for k in range(3)] == [0, 1, 0]
+def test_a_client_that_claims_a_huge_loss_and_leaves_does_not_stop_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    rule = Afl(1.0)
+    state = one_round(rule, losses=(0.5, 0.5, 1e13))
+    assert [float(state.memory[f"weight/{k}"]) for k in range(3)] == [0, 0, 1]
+    assert not caplog.records
+    state = one_round(rule, losses=(0.5, 1.0, 0.0), state=state, who=(0, 1))
+    assert values(state) == pytest.approx(np.mean(SENT[:2], axis=0), rel=1e-12)  # without weight they share equally
+    assert "round 2: all 2 clients that answered have the weight 0 in afl" in caplog.text
+    after = one_round(rule, losses=(0.5, 1.0, 0.0), state=state, who=(0, 1))
+    assert values(after) == pytest.approx(SENT[1], rel=1e-12)  # and from then on the one with the larger loss counts
     with raises(RuleError, "bad-weight"):
-        one_round(rule, state=first, weights=(1.0, math.nan, 1.0), who=(0, 1))
+        one_round(rule, state=state, weights=(1.0, math.nan, 1.0), who=(0, 1))
+
+
+def test_a_client_without_weight_changes_no_bit_of_the_mean_of_the_others() -> None:
+    state = one_round(Afl(10.0), losses=(0.1, 5.0, 5.0))
+    assert values(one_round(Afl(10.0), state=state)) == values(one_round(Afl(10.0), state=state, who=(1, 2)))
 
 
 # ------------------------------------------------------------------------------------------ claims and refusals
@@ -204,6 +212,11 @@ def test_claims_and_refusals() -> None:
     for bad in (-0.5, 21.0, math.nan):
         with raises(ConfigError, "out-of-range", "q must be"):
             QFedAvg(bad)
+    with raises(ConfigError, "out-of-range", "at most 1e"):
+        Afl(1e20)
+    with raises(RuleError, "out-of-range", "lower q"):
+        one_round(QFedAvg(20.0), losses=(1.0, 1e17, 1.0))
+    assert math.isfinite(sum(values(one_round(QFedAvg(20.0), losses=(1e-10, 1e13, 1e13)))))
     for bad in (0.0, -1.0, math.inf):
         with raises(ConfigError, "out-of-range", "lipschitz"):
             QFedAvg(lipschitz=bad)

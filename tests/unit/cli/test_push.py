@@ -59,17 +59,6 @@ def test_all_files_arrive_in_one_commit(server: Hub, run: Path, tmp_path: Path) 
     assert "me/other" not in server.repos, "no path of this machine goes out"
 
 
-@pytest.mark.parametrize("base", ["digits-vit", "SmolLM2-135M-Instruct"])
-def test_an_adapter_whose_base_only_fedlora_can_name_is_refused(server: Hub, run: Path, base: str) -> None:
-    (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    done = push(server, run, "me/adapter")
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert f"{base!r}, which is an asset of fedlora" in line
-    assert f"fedlora export {run} OUT --base OWNER/NAME" in line
-    assert not server.repos
-
-
 @pytest.mark.parametrize(
     ("repo", "how", "words"),
     [

@@ -35,6 +35,8 @@ IN_VAIN = [
     ("server.max_examples=100", (EXAMPLE, "server.weighting=uniform"), ()),
     ("server.max_weight_ratio=5", ("data.source=vader",), ("data.source=nodes",)),
     ("server.max_weight_ratio=5", ("data.source=nodes", "server.weighting=uniform"), ("data.source=nodes",)),
+    ("server.max_weight_ratio=5", ("data.source=nodes", "strategy.name=afl"), ("data.source=nodes",)),
+    ("server.weighting=uniform", ("strategy={name='krum',inner='afl'}",), ("data.source=nodes", "strategy.name=afl")),
     ("privacy.quantile=0.9", (CLIENT, *CLIENT_SERVER), (CLIENT, *CLIENT_SERVER, "privacy.adaptive_clipping=true")),
     ("privacy.clip_lr=0.9", (CLIENT, *CLIENT_SERVER), (CLIENT, *CLIENT_SERVER, "privacy.adaptive_clipping=true")),
     ("tracking.project=mine", ("tracking.name=tensorboard",), ("tracking.name=wandb",)),

@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from support.errors import raises
 from support.tiny import write_tiny_toml
 from typer.testing import CliRunner
 
 import fedlora
 from fedlora.cli import app
-from fedlora.errors import ConfigError
-from fedlora.evaluation.pretrained_adapter import find_adapter
 from fedlora.fairness import fairness
 from fedlora.runs.rundir import RunDir
 
@@ -141,33 +138,6 @@ def test_an_adapter_for_another_base_is_refused(run: Path, cli: Cli, tiny_csv: P
     for task in ({"name": "my_module:MyTask"}, None):  # of which no code is loaded, and another program's
         (other / "fedlora.json").write_text(json.dumps({**said, "task": task}))
         assert "add --set task.name=..." in cli(other, "--data", tiny_csv).stderr
-
-
-@pytest.mark.parametrize("name", ["a\x7fb", "a  b", "\N{GRINNING FACE}", "a\nb", "'\"\\", "x=y", "\x1b", ""])
-def test_the_names_beside_an_adapter_are_read_as_they_are(tmp_path: Path, name: str) -> None:
-    folder = tmp_path / "alone"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": f"base{name}"}))
-    said = {"task": {"name": "text-classification", "max_length": 9}, "class_names": [name, "positive"]}
-    (folder / "fedlora.json").write_text(json.dumps(said))
-    config = find_adapter(folder).config
-    assert config.model.name == f"base{name}"
-    assert (config.task.name, config.task.fields) == (
-        "text-classification",
-        {"max_length": 9, "labels": [name, "positive"]},
-    )
-    assert find_adapter(folder, ["task.labels=['no','yes']"]).config.task.fields["labels"] == ["no", "yes"]
-    other = find_adapter(folder, ["task={name='text-classification', max_length=7}"]).config
-    assert other.task.fields == {"max_length": 7}
-
-
-def test_names_beside_an_adapter_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
-    for text, code in (("\\ud800", "not-utf8"), ("\\u0000", "nul-character")):
-        said = f'{{"task": {{"name": "text-classification"}}, "class_names": ["{text}"]}}'
-        (tmp_path / "fedlora.json").write_text(said)
-        with raises(ConfigError, code, "task.labels"):
-            find_adapter(tmp_path)
 
 
 def test_the_spectrum_is_that_of_the_adapters_own_factors(run: Path, tmp_path: Path) -> None:

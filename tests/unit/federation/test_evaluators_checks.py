@@ -106,21 +106,6 @@ def test_sums_of_examples_pass(name: str, seed: int, sizes: list[int]) -> None:
     TASKS[name].require_sums(added(sums))
 
 
-@given(
-    name=st.sampled_from(["classes", "labels", "tags"]),
-    seed=st.integers(0, 10**6),
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
-)
-@settings(deadline=None)
-def test_figures_by_class_are_of_several_clients_and_of_enough_examples(name: str, seed: int, sizes: list[int]) -> None:
-    task = TASKS[name]
-    sums = [honest(name, seed + k, n) for k, n in enumerate(sizes)]
-    line, _ = measured(task, sums)
-    pooled = task.by_class(added(sums), CLASSES[type(task)])
-    enough = {key: row for key, row in pooled.items() if row["examples"] >= 10}  # evaluation.min_examples
-    np.testing.assert_equal(line.get("classes", {}), enough if len(sizes) > 1 else {})
-
-
 HOSTILE: list[tuple[str, Mapping[str, Any], str]] = [
     ("classes", {"confusion": np.diag([2e9, 0, 0])}, "confusion"),
     ("classes", {"confusion": np.full((3, 3), 1e200)}, "confusion"),

@@ -17,7 +17,7 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ReplyError
-from fedlora.federation.plausibility import START_LOSS, Expectations
+from fedlora.federation.plausibility import COUNTED_LOSS, START_LOSS, Expectations, median_loss
 from fedlora.federation.protocol import TrainRequest
 from fedlora.federation.screen import FIGURES, Admitted, Screen, l2_norm
 from fedlora.privacy.disclosure import REFUSED
@@ -150,13 +150,18 @@ LOSS = replace(REQUEST, plan=replace(PLAN, asks=frozenset({START_LOSS})))
         ({START_LOSS: math.nan}, "invalid-metric"),
         ({START_LOSS: math.inf}, "invalid-metric"),
         ({START_LOSS: -1e-9}, "invalid-metric"),
-        ({START_LOSS: 1e31}, "invalid-metric"),
+        ({START_LOSS: 1e14}, "invalid-metric"),
         ({START_LOSS: "0.5"}, "invalid-metric"),
     ],
 )
 def test_a_loss_that_a_rule_asks_for_must_be_one(figures: dict[str, Any], code: str) -> None:
     with raises(ReplyError, code, START_LOSS):
         admit(figures={**GOOD, **figures}, request=LOSS)
+
+
+def test_a_task_with_negative_losses_is_told_what_the_rule_needs() -> None:
+    with raises(ReplyError, "invalid-metric", "'fedavg' goes by losses that are not negative"):
+        admit(figures={**GOOD, START_LOSS: -0.3}, request=LOSS)
 
 
 def test_a_loss_that_no_rule_asks_for_is_refused() -> None:
@@ -166,13 +171,24 @@ def test_a_loss_that_no_rule_asks_for_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("claimed", "before", "counted"),
-    [(0.5, None, 0.5), (0.0, None, 0.0), (1e9, None, 1000.0), (1e9, 0.25, 2.5), (2.4, 0.25, 2.4), (3.0, 0.0, 0.0)],
+    [(0.5, None, 0.5), (0.0, None, 0.0), (1e9, None, 1e9), (1e9, 0.25, 2.5), (2.4, 0.25, 2.4), (3.0, 0.0, 0.0)],
 )
 def test_a_loss_counts_ten_times_the_others_at_most(claimed: float, before: float | None, counted: float) -> None:
     """And is written down as it came."""
     found = admit(figures={**GOOD, START_LOSS: claimed}, request=LOSS, median_loss=before)
     assert found.update.facts == {START_LOSS: counted + 1e-10}
     assert found.figures[START_LOSS] == claimed
+    assert found.figures.get(COUNTED_LOSS, claimed) == counted
+
+
+def test_a_round_of_lies_moves_the_bound_by_ten_times_at_most() -> None:
+    before = 0.5
+    for _ in range(4):
+        rows = [admit(figures={**GOOD, START_LOSS: loss}, request=LOSS, median_loss=before).figures
+                for loss in (0.5, 1e12, 1e13)]  # fmt: skip
+        after = median_loss([{"clients": dict(enumerate(rows))}])
+        assert after == 10 * before
+        before = after
 
 
 def test_a_change_far_above_the_others_is_refused_only_where_it_is_compared() -> None:

@@ -7,7 +7,6 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +24,6 @@ from fedlora.config import parse_config
 from fedlora.report._client_charts import KINDS, participation_grid
 from fedlora.report._clients import participation
 from fedlora.report._facts import Facts, interval, statuses
-from fedlora.report._learning import learning
 from fedlora.report._warnings import warnings
 from fedlora.report.figures import DARK, LIGHT, Chart
 from fedlora.report.line_charts import Line, line_chart
@@ -117,15 +115,6 @@ def test_each_class_and_every_figure_have_a_row(tmp_path: Path) -> None:
     assert " ".join(clean_lines(HOSTILE, 1000).split()) + " 7 25.0% 50.0% 33.3% -" in text
     assert "All figures on the test set base model round 4 accuracy 50.0% 90.0% loss 0.7 0.6 ece 0.125 0.125" in text
     assert "seconds evaluate" not in text
-
-
-@pytest.mark.parametrize(("where", "said"), [("clients", True), ("both", False), ("server", False)])
-def test_it_says_which_classes_of_the_clients_have_no_figures(tmp_path: Path, where: str, said: bool) -> None:
-    run = make_run(tmp_path, toml=f'evaluation = {{ on = "{where}" }}\n')
-    facts = Facts.read(run)
-    facts = replace(facts, records=[record | {"macro_f1": 0.5} for record in facts.records])
-    (*_, text) = [block for block in ("", *learning(facts)) if isinstance(block, str)]
-    assert ("fewer than 10 test examples" in text) == said
 
 
 @pytest.mark.slow
