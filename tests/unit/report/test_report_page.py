@@ -110,7 +110,7 @@ def test_each_class_and_every_figure_have_a_row(tmp_path: Path) -> None:
     classes = {HOSTILE: {"examples": 7.0, "precision": 0.25, "recall": 0.5, "f1": 1 / 3, "auroc": math.nan}}
     lines = [record | {"ece": 0.125, "classes": classes} for record in run.read_metrics()]
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = " ".join(Page(render_report(Facts.read(RunDir.open(run.path)))).text.split())
+    text = " ".join(" ".join(Page(render_report(Facts.read(RunDir.open(run.path)))).words).split())
     assert "Each class after round 4 class examples precision recall f1 auroc" in text
     assert " ".join(clean_lines(HOSTILE, 1000).split()) + " 7 25.0% 50.0% 33.3% -" in text
     assert "All figures on the test set base model round 4 accuracy 50.0% 90.0% loss 0.7 0.6 ece 0.125 0.125" in text
