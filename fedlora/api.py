@@ -364,7 +364,7 @@ def _overrides(changes: Mapping[str, Any], prefix: str = "") -> list[str]:
             raise ConfigError(f"{prefix + key!r} is None: leave the key out, or give its default", code="bad-value")
         else:
             text = tomli_w.dumps({"value": str(value) if isinstance(value, Path) else value})
-            out.append(f"{prefix}{key}={' '.join(text.partition('=')[2].split())}")
+            out.append(f"{prefix}{key}={text.partition('=')[2].strip()}")
     return out
 
 

@@ -15,6 +15,7 @@ from support.errors import raises
 from typer.testing import CliRunner
 
 import fedlora
+from fedlora.api import resolve_config
 from fedlora.cli import app
 
 NAMES = {
@@ -164,3 +165,9 @@ def test_callbacks_are_told_what_happens_when_it_is_on_the_disk(tiny_toml: Path)
         *(("started", 4), ("state", 0), ("lines", 1), ("asked", 4), ("state", 1), ("lines", 2)),
         *(("asked", 4), ("state", 2), ("lines", 3), ("ended", 2)),
     ]
+
+
+def test_a_text_that_is_set_keeps_its_spaces(tiny_toml: Path) -> None:
+    labels = ["a  b", "c\n\td", "e"]
+    found = resolve_config(tiny_toml, {"task": {"name": "text-classification", "labels": labels}})
+    assert found.task.fields["labels"] == labels
