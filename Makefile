@@ -45,7 +45,7 @@ fetched: setup
 run: fetched  ## train the quickstart federation
 	$(BIN)/fedlora run configs/quickstart.toml --overwrite
 
-deploy-demo: setup  ## three nodes with TLS and node keys on this machine; one is killed and comes back, one forbids the run (minutes)
+deploy-demo: setup  ## a whole federation on this machine, with what goes wrong in one and how it is found (minutes)
 	$(BIN)/python deploy/demo.py
 
 test: export HF_HUB_OFFLINE := 1

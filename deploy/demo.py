@@ -1,237 +1,198 @@
-"""A federation of three nodes on this machine, as in production: `make deploy-demo`.
+"""A federation of three sites on this machine, as in production: `make deploy-demo`.
 
-TLS with a certificate authority of its own, node keys, process isolation, each node with a file of its own. One site's
-policy forbids what the run asks: it is left out, by name. In the middle of the run another node is killed (SIGKILL);
-the round goes on with the one that is left, the node comes back and takes part again. Afterwards the same federation is
-simulated in one process, with the same clients answering in each round, and must end with the same accuracy: to the
-byte of the adapter.
+The coordinator has no data. Each site trains on a file of its own, keeps a test and a validation part of it apart, and
+answers what its policy allows: the policy of site-c forbids the run, which goes on without it. An app that the
+coordinator might send tries what it can get at site-c. site-b is killed in mid-round and comes back. The sites' own
+validation figures end the run early, and its best round is kept. A second run is private: two sites put back older
+ledgers, and both are found; so is an edited line of an audit log.
+
+Afterwards everything is looked at from one place, as nobody could in production: the federated figures must be those of
+the same adapter on all held-out rows in one file, and the run, simulated with the clients that answered in each round,
+must end with the same bytes.
 
 python deploy/demo.py [FOLDER]
 """
 
 from __future__ import annotations
 
+import csv
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from fedlora.programs import Guard
+from hostile_app import DEMANDS, attack, separate_users
+from local_federation import (
+    FEDLORA,
+    bury,
+    command_line,
+    end,
+    failed_run,
+    flower,
+    free_ports,
+    kill,
+    listens,
+    members,
+    processes,
+    records,
+    say,
+    say_command,
+    start,
+    wait_until,
+)
 
 SITES = ("site-a", "site-b", "site-c")
-VICTIM = "site-b"
-FORBIDS = "site-c"
-ROUNDS = 5
-FEDLORA = [sys.executable, "-m", "fedlora"]
-PATIENCE_S = 900.0
-"""For anything that is waited for: every message starts a process that imports torch, and machines may be slow."""
+A, B, C = SITES
+CONFIG = Path(__file__).with_name("demo.toml").read_text(encoding="utf-8")
+ROUNDS: int = tomllib.loads(CONFIG)["rounds"]
+PRIVATE = (
+    "name=private evaluation.on=off selection= data.validation_fraction= data.test_fraction= train.steps=4 "
+    "server.weighting=uniform privacy.noise_multiplier=1.0 privacy.delta=1e-3 privacy.max_grad_norm=1.0 "
+    "privacy.public_examples=100"
+)
+"""What the second run has of its own: noise at the sites, and no figures of their examples."""
 
-CONFIG = """\
-rounds = {rounds}
-
-[model]
-name = "digits-vit"
-
-[adapter]
-rank = 8
-alpha = 16.0
-targets = ["q_proj", "v_proj", "fc1", "fc2"]
-
-[task]
-name = "image-classification"
-labels = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
-
-[data]
-source = "{folder}/data/all.jsonl"
-test = "{folder}/data/test.jsonl"
-
-[partition]
-name = "natural"
-column = "site"
-
-[train]
-steps = 24
-batch_size = 16
-lr = 2e-3
-
-[server]
-quorum = 0.3
-deadline_s = 300
-node_timeout_s = 120
-
-[runtime]
-device = "cpu"
-threads = 1
-kernels = "off"
-"""
+faults: list[str] = []
 
 
 def main() -> int:
-    """Run the demo; the exit status is 0 only if deployment and simulation agree."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/deploy-demo").resolve()
+    """Run the demo; the exit status is 0 only if everything was as it must be."""
+    folder = make_folder(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/deploy-demo").resolve())
+    project = folder / "federation"
+    run = project / "coordinator" / "runs" / "demo"
+    config = write_data(folder)
+    init(project, config)
+    alone = separate_users(project / "nodes" / C, folder / "data" / f"{C}.jsonl")
+    with running(project) as nodes:
+        flower(project, "run", f"{project}/coordinator/app", "federation")
+        try_hostile_app(project, folder / "data" / f"{C}.jsonl", alone)
+        kill_and_bring_back(project, run, nodes)
+        wait_until(lambda: finished(project, run), "the run to end")
+        tell_outcome(run)
+        put_ledgers_back(project, nodes)
+        edit_audit_log(project / "nodes" / C / "site")
+    evaluate_in_one_place(folder, config, run)
+    simulate(folder, config, run)
+    say(f"{len(faults)} faults: {'; '.join(faults)}" if faults else "all of it is as it must be")
+    return 1 if faults else 0
+
+
+def must(holds: bool, what: str) -> None:
+    """Say what holds, or that it does not."""
+    say(what if holds else f"FAULT: not so: {what}")
+    if not holds:
+        faults.append(what)
+
+
+# ---------------------------------------------------------------------------------------------- before the run
+
+
+def make_folder(folder: Path) -> Path:
+    """An empty folder for everything, which may be an earlier demo's."""
     if folder.exists() and not (folder / "demo").is_file():
-        print(f"error: {folder} is in the way: give another folder", file=sys.stderr)
-        return 1
+        raise SystemExit(f"error: {folder} is in the way: give another folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "demo").touch()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     say(f"all files and everybody's log: {folder}, from where paths begin below")
-    config = write_data(folder)
-    project = folder / "federation"
-    init(project, config)
-    begin = time.monotonic()
-    with running(project) as nodes:
-        wait_until(lambda: listens(project), "the SuperLink")
-        for site in SITES:
-            key = f"{project}/coordinator/nodes/{site}.pub"
-            flower(project, "supernode", "register", key, "federation", "--name", site)
-            nodes[site] = start(project / "nodes" / site, folder / f"{site}.log")
-        flower(project, "run", f"{project}/coordinator/app", "federation")
-        rundir = project / "coordinator" / "runs" / "demo"
-        kill_and_bring_back(project, rundir, nodes, folder)
-        wait_until(lambda: finished(project, rundir), "the run to end")
-    say(f"deployed: {time.monotonic() - begin:.0f} s; simulating it")
-    return compare(folder, config, rundir)
+    return folder
 
 
 def write_data(folder: Path) -> Path:
-    """The sites' files (each has few kinds of digits), the server's test file, and all sites' in one to simulate."""
+    """The base model, the sites' files (each has few kinds of digits), and all of them in one, to simulate."""
     from fedlora.assets import fetch
 
-    for asset in ("digits", "digits-vit"):
-        fetch(asset, report=say)
-    rows = [json.loads(line) for line in (fetch("digits")).open(encoding="utf-8")][::3]
-    files: dict[str, list[dict[str, object]]] = {name: [] for name in (*SITES, "test", "all")}
-    for number, row in enumerate(rows):
+    pictures, model = fetch("digits", report=say), fetch("digits-vit", report=say)
+    shutil.copytree(model, folder / "models" / "digits-vit")
+    files: dict[str, list[str]] = {site: [] for site in SITES}
+    for number, line in enumerate(pictures.read_text(encoding="utf-8").splitlines()[::8]):
+        row = json.loads(line)
         # Site k holds the digits 3 k to 3 k + 3: neighbours share one kind.
-        homes = [k for k in range(len(SITES)) if 3 * k <= int(row["label"]) <= 3 * k + 3]
-        site = SITES[homes[number % len(homes)]]
-        files["test" if number % 4 == 0 else site].append({**row, "site": site})
-    files["all"] = [row for site in SITES for row in files[site]]
+        homes = [site for k, site in enumerate(SITES) if 3 * k <= int(row["label"]) <= 3 * k + 3]
+        site = homes[number % len(homes)]
+        files[site].append(json.dumps({**row, "site": site}) + "\n")
     (folder / "data").mkdir()
-    for name, lines in files.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / "data" / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    for name, lines in {**files, "all": [line for site in SITES for line in files[site]]}.items():
+        (folder / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    say(
+        "pictures of digits: "
+        + ", ".join(f"{len(lines)} at {site}" for site, lines in files.items())
+        + "; none at the coordinator"
+    )
     config = folder / "demo.toml"
-    config.write_text(CONFIG.format(folder=folder, rounds=ROUNDS), encoding="utf-8")
+    config.write_text(CONFIG.replace("FOLDER", str(folder)), encoding="utf-8")
     return config
 
 
 def init(project: Path, config: Path) -> None:
-    """`fedlora deploy init` for one machine: no proxy, everything on loopback."""
-    port = free_ports(1 + len(SITES))
+    """`fedlora deploy init` for one machine (no proxy, everything on loopback), and the policy of site-c."""
     command = [*FEDLORA, "deploy", "init", str(project), str(config)]
-    command += ["--host", "127.0.0.1", "--control-port", str(port)]
+    command += ["--host", "127.0.0.1", "--control-port", str(free_ports(1 + len(SITES)))]
     for site in SITES:
         command += ["--node", site, "--data", f"{site}={config.parent}/data/{site}.jsonl"]
-        command += ["--ledger", f"{site}={project}/{site}-ledger.jsonl"]
+        command += ["--ledger", f"{site}={project}/nodes/{site}/site/state/ledger.jsonl"]
     say_command(project, "fedlora", *command[3:])
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    policy = project / "nodes" / FORBIDS / "site" / "policy.toml"
+    policy = project / "nodes" / C / "site" / "policy.toml"
     policy.write_text(f"max_rounds = {ROUNDS - 1}\n{policy.read_text()}")
-    say(
-        f"{FORBIDS} allows {ROUNDS - 1} rounds in federation/nodes/{FORBIDS}/site/policy.toml, and the run has {ROUNDS}"
-    )
-
-
-def free_ports(number: int) -> int:
-    """The first of so many free ports in a row."""
-    for port in range(21000, 21900, number):
-        with suppress(OSError):
-            for k in range(number):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port + k))
-            return port
-    raise SystemExit("error: no free ports between 21000 and 21900")
+    say(f"{C} writes into its policy.toml: max_rounds = {ROUNDS - 1}; the run has {ROUNDS}")
 
 
 @contextmanager
 def running(project: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """The coordinator's programs; all that is put into the dict ends with them."""
-    processes = {"coordinator": start(project, project.parent / "coordinator.log")}
+    """Coordinator and nodes, whose keys are let in; all that is put into the dict ends with them."""
+    nodes = {"coordinator": start(project, project.parent / "coordinator.log")}
     try:
-        yield processes
+        wait_until(lambda: listens(project), "the SuperLink")
+        for site in SITES:
+            key = f"{project}/coordinator/nodes/{site}.pub"
+            flower(project, "supernode", "register", key, "federation", "--name", site)
+            nodes[site] = start(project / "nodes" / site, project.parent / f"{site}.log")
+        yield nodes
     finally:
-        for process in processes.values():
-            process.send_signal(signal.SIGTERM)
-        for process in processes.values():
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-            process.kill()
-            bury(process)
+        end(list(nodes.values()))
 
 
-def start(folder: Path, log: Path, *prefix: str) -> subprocess.Popen[bytes]:
-    """`fedlora deploy up` in the background, after the words of `prefix`."""
-    say(f"fedlora deploy up {'federation' if folder.name == 'federation' else f'federation/nodes/{folder.name}'}")
-    command = [*prefix, *FEDLORA, "deploy", "up", str(folder)]
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-    guard().watch(process)
-    return process
+# ---------------------------------------------------------------------------------------------- while it runs
 
 
-def bury(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a program's end, and watch it no longer: its number may become another's."""
-    process.wait()
-    guard().forget(process)
+def try_hostile_app(project: Path, data: Path, alone: str) -> None:
+    """What an app in the SuperExec's place reads at site-c, and what the worker says to what it asks."""
+    node = project / "nodes" / C
+    files = [data, node / "site" / "policy.toml", node / "site" / "audit.jsonl", node / "supernode" / "node.key"]
+    own = node / "superexec" / "superexec.secret"
+    found = attack(node, project / "coordinator" / "app" / "run.toml", [] if alone else [*files, own])
+    say(f"an app of a hostile coordinator takes the SuperExec's place at {C}:")
+    if alone:
+        say(f"  left out: which files it can read, since one user runs all programs here ({alone})")
+    else:
+        must(
+            all(found[file.name] == "Permission denied" for file in files) and found[own.name].endswith("bytes"),
+            f"  of {', '.join(file.name for file in files)} it reads nothing, of its own {own.name} {found[own.name]}",
+        )
+    must(
+        all(found[key].endswith(f"does not allow it: {clause}") for key, clause in DEMANDS.items()),
+        "  the worker refuses by the policy: " + ", ".join(f"{key} ({clause})" for key, clause in DEMANDS.items()),
+    )
 
 
-@cache
-def guard() -> Guard:
-    """Ends what `start` started when this process is gone, however it went."""
-    from fedlora.programs import Guard
-
-    return Guard(grace_s=30.0)
-
-
-def flower(project: Path, *arguments: str) -> str:
-    """A command of Flower's, with the coordinator's connection."""
-    say_command(project, "flwr", *arguments)
-    environment = {**os.environ, "FLWR_HOME": str(project / "coordinator" / "flower")}
-    program = Path(sys.executable).parent / "flwr"
-    done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"error: flwr {' '.join(arguments)} failed: {done.stdout}{done.stderr}")
-    return done.stdout
-
-
-def listens(project: Path) -> bool:
-    """Whether the project's SuperLink takes connections."""
-    return connects(tomllib.loads((project / "coordinator" / "federation.toml").read_text())["control-port"])
-
-
-def connects(port: int) -> bool:
-    """Whether something on this machine listens there."""
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
-
-
-def kill_and_bring_back(project: Path, rundir: Path, nodes: dict[str, subprocess.Popen[bytes]], folder: Path) -> None:
-    """SIGKILL to everything of one node in round 2, while it trains; start it again as an admin would."""
-    node = project / "nodes" / VICTIM
-    wait_until(lambda: tell(rundir) >= 2 and trains(node), f"{VICTIM} to train in round 2")
-    group = members(nodes[VICTIM].pid)
-    for pid in group:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    bury(nodes[VICTIM])
-    say(f"killed {VICTIM} in round {len(records(rundir))} (SIGKILL, {len(group)} processes)")
-    nodes[VICTIM] = start(node, folder / f"{VICTIM}.log")
+def kill_and_bring_back(project: Path, run: Path, nodes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """SIGKILL to everything of site-b in round 2, while it trains; start it again as an admin would."""
+    node = project / "nodes" / B
+    wait_until(lambda: tell(run) >= 2 and trains(node), f"{B} to train in round 2")
+    group = members(nodes[B].pid)
+    kill(group)
+    bury(nodes[B])
+    say(f"{B} is killed in round {len(records(run))} (SIGKILL, {len(group)} processes)")
+    nodes[B] = start(node, project.parent / f"{B}.log")
 
 
 def trains(node: Path) -> bool:
@@ -239,117 +200,189 @@ def trains(node: Path) -> bool:
     return any(str(node) in line and "flwr-clientapp" in line for line in map(command_line, processes()))
 
 
-def members(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    children: dict[int, list[int]] = {}
-    for other in processes():
-        with suppress(OSError, IndexError, ValueError):
-            parent = int(Path(f"/proc/{other}/stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(other)
-    found = [pid]
-    for known in found:
-        found += children.get(known, [])
-    return found
+_told: set[str] = set()
 
 
-def processes() -> list[int]:
-    """The numbers of all processes."""
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-
-
-def command_line(pid: int) -> str:
-    """What a process was started with; empty if it is gone."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
-
-
-def records(rundir: Path) -> list[dict[str, object]]:
-    """The run's lines of metrics; complains of nothing that is not there yet."""
-    with suppress(OSError):
-        return [json.loads(line) for line in (rundir / "metrics.jsonl").read_text().split("\n")[:-1]]
-    return []
-
-
-_told, _next_look = 0, 0.0
-
-
-def tell(rundir: Path) -> int:
+def tell(run: Path) -> int:
     """Say the rounds that have not been said yet; how many there are, with the evaluation before training."""
-    global _told
-    for record in records(rundir)[_told:]:
-        _told += 1
-        who = f"clients {record['answered']} answered" if "answered" in record else "before training"
-        refused = [f"; client {k}: {str(why).partition(' — ')[0]}" for k, why in record.get("refused", {}).items()]
-        away = [f"; left out: {why}" for why in record.get("turned_away", {}).values()]
-        missing = [f"; client {k}: no reply" for k in record.get("missing", ())]
-        say(f"round {record['round']}: accuracy {record['accuracy']:.1%}, {who}{''.join(refused + missing + away)}")
-    return _told
+    lines = records(run)
+    for record in lines:
+        line = f"{run.name}, round {record['round']}: {in_words(record)}"
+        if line not in _told:
+            _told.add(line)
+            say(line)
+    return len(lines)
 
 
-def finished(project: Path, rundir: Path) -> bool:
-    """Whether the run has its result; tells each round once, and ends the demo if the run failed."""
+def in_words(record: Mapping[str, Any]) -> str:
+    """A line of metrics: the figures, who answered, and who did not."""
+    parts = []
+    if clients := record.get("federated", {}).get("clients"):
+        sizes = {SITES[int(k)]: f"{row['examples']:.0f}" for k, row in clients.items()}
+        parts.append(
+            f"accuracy {record['accuracy']:.1%} on the {' + '.join(sizes.values())} examples kept apart by "
+            f"{' and '.join(sizes)}"
+        )
+        parts.append(f"loss for the selection {record['validation']['loss']:.3f}")
+    elif "federated" in record:
+        parts.append("nobody reports a figure")
+    if "answered" in record:
+        parts.append(f"{' and '.join(SITES[k] for k in record['answered'])} trained")
+    parts += [f"epsilon {record['epsilon']:.2f}"] if "epsilon" in record else []
+    parts += [f"{SITES[int(k)]} left out: {_short(why)}" for k, why in record.get("refused", {}).items()]
+    parts += [f"no reply of {SITES[k]}" for k in record.get("missing", ())]
+    parts += [f"{name.split(' ')[0]} left out: {_short(why)}" for name, why in record.get("turned_away", {}).items()]
+    return "; ".join(parts)
+
+
+def _short(why: str) -> str:
+    return why.partition(" — ")[0].partition("; ")[0]
+
+
+_next_look = 0.0
+
+
+def finished(project: Path, run: Path, rounds: int = 0) -> bool:
+    """Whether a run has its result, of so many rounds; tells each round once, and ends the demo if the run failed."""
     global _next_look
-    tell(rundir)
-    if (rundir / "result.json").is_file():
+    tell(run)
+    if (run / "result.json").is_file() and json.loads((run / "result.json").read_text())["rounds"] >= rounds:
         return True
     if time.monotonic() > _next_look:
-        _next_look = time.monotonic() + 60.0  # it costs seconds
-        runs = json.loads(flower_list(project)).get("runs", [])
-        if runs and str(runs[0]["status"]).startswith("finished") and "completed" not in runs[0]["status"]:
-            raise SystemExit(f"error: the run is {runs[0]['status']}: flwr log, and {project.parent}/coordinator.log")
+        _next_look = time.monotonic() + 60.0
+        if why := failed_run(project):
+            raise SystemExit(f"error: the run is {why}: flwr log, and {project.parent}/coordinator.log")
     return False
 
 
-def flower_list(project: Path) -> str:
-    """`flwr list`, quietly."""
-    environment = {**os.environ, "FLWR_HOME": str(project / "coordinator" / "flower")}
-    command = [Path(sys.executable).parent / "flwr", "list", "federation", "--format", "json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else "{}"
+# ---------------------------------------------------------------------------------------------- after it
 
 
-def wait_until(condition, what: str) -> None:  # type: ignore[no-untyped-def]
-    """Wait, not for ever."""
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > end:
-            raise SystemExit(f"error: waited {PATIENCE_S:g} s for {what}")
-        time.sleep(0.5)
+def tell_outcome(run: Path) -> None:
+    """Which round was kept, why the run ended, and where its report is."""
+    result, last = json.loads((run / "result.json").read_text()), records(run)[-1]["round"]
+    must(
+        result["stopped"] is not None and last < ROUNDS,
+        f"the run ends after round {last} of {ROUNDS}: {result['stopped']}",
+    )
+    kept = result["kept_round"]
+    must(
+        kept == result["best"]["round"] < last, f"adapter/ is that of round {kept}, adapter-last/ that of round {last}"
+    )
+    away = {name.split(" ")[0]: why for r in records(run) for name, why in r.get("turned_away", {}).items()}
+    must("max_rounds" in away.get(C, ""), f"{C} took no part in any round: {away.get(C)}")
+    say_path("its report", run / "report.html")
 
 
-def compare(folder: Path, config: Path, deployed: Path) -> int:
-    """Simulate the run with the same clients in each round, and say both accuracies."""
+def say_path(what: str, path: Path) -> None:
+    """A file, by its name in the demo's folder."""
+    say(f"{what}: {'/'.join(path.parts[-5:])}")
+
+
+def put_ledgers_back(project: Path, nodes: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    """A private run, whose ledgers two sites put back as they were a round ago; the run goes on, and finds both."""
+    run = project / "coordinator" / "runs" / "private"
+    app = ("run", f"{project}/coordinator/app", "federation", "--run-config")
+    flower(project, *app, f'set="{PRIVATE} rounds=2"')
+    wait_until(lambda: tell(run) >= 2, "the first private round")
+    sites = {site: project / "nodes" / site / "site" for site in (A, B)}
+    ledgers, log = {site: path / "state" / "ledger.jsonl" for site, path in sites.items()}, sites[B] / "audit.jsonl"
+    older = {path: path.read_bytes() for path in (*ledgers.values(), log)}
+    wait_until(lambda: finished(project, run, 2), "the private run to end")
+    say(json.loads((run / "result.json").read_text())["privacy"]["statement"])
+    say(
+        f"{A} puts its ledger back as it was after round 1, {B} its ledger and its audit log; then a third round begins"
+    )
+    kill([pid for pid in members(nodes[B].pid) if " worker --socket" in command_line(pid)])  # it knows the log's head
+    for path, content in older.items():
+        path.write_bytes(content)
+    flower(project, *app, f'resume=true set="{PRIVATE} rounds=3"')
+    wait_until(lambda: finished(project, run, 3), "the third private round")
+    last = records(run)[-1]
+    reasons = (*last.get("turned_away", {}).values(), *last.get("refused", {}).values())
+    found = sum("was rolled back or changed" in why for why in reasons)
+    itself = {site: b"ledger_not_usable" in (path / "audit.jsonl").read_bytes() for site, path in sites.items()}
+    must(
+        last["answered"] == [2] and found == 2 and itself == {A: True, B: False},
+        f"{A}'s worker finds it by its audit log, and the coordinator finds {B} by the head that it has kept",
+    )
+
+
+def edit_audit_log(site: Path) -> None:
+    """`fedlora node log --verify` before and after somebody has changed a figure in a line."""
+    log = site / "audit.jsonl"
+    verified = _verify(site)
+    must(verified.returncode == 0, f"$ fedlora node log {C}/site --verify: {verified.stdout.strip()}")
+    lines = log.read_text().splitlines(keepends=True)
+    place = next(k for k, line in enumerate(lines) if '"refused":"max_rounds"' in line)
+    lines[place] = lines[place].replace('"refused":"max_rounds"', '"refused":"max_rank"')
+    log.write_text("".join(lines))
+    verified = _verify(site)
+    must(
+        verified.returncode == 1 and f"line {place + 1} " in verified.stderr,
+        f"with one word of line {place + 1} changed: {_short(verified.stderr.strip().replace(str(site.parent), C))}",
+    )
+
+
+def _verify(site: Path) -> subprocess.CompletedProcess[str]:
+    command = [*FEDLORA, "node", "log", str(site), "--verify"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# ---------------------------------------------------------------------------------------------- from one place
+
+COUNTED = ("accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "mcc")
+"""Figures of counts alone, which have no last digits that an order of additions could change."""
+
+
+def evaluate_in_one_place(folder: Path, config: Path, run: Path) -> None:
+    """The adapter on all rows that the sites kept apart, in one file, beside what the sites' sums gave."""
+    result = json.loads((run / "result.json").read_text())
+    clients, federated = result["last"]["federated"]["clients"], result["last"]["federated"]["figures"]
+    file = folder / "data" / "held-out.jsonl"
+    file.write_text("".join(held_out(folder, config, [int(k) for k in clients])), encoding="utf-8")
+    command = [*FEDLORA, "evaluate", str(run), "--data", str(file), "--format", "csv"]
+    say_command(run.parents[2], "fedlora", *command[3:])
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    pooled = next(csv.DictReader(done.stdout.splitlines()))
+    size = int(pooled["examples"])
+    must(
+        size == sum(row["examples"] for row in clients.values())
+        and all(float(pooled[name]) == federated[name] for name in COUNTED)
+        and all(abs(float(pooled[name]) - federated[name]) < 1e-3 for name in ("auroc", "ece", "loss")),
+        f"the sites' sums and the {size} rows in one file give the same figures to the last count: "
+        f"{round(federated['accuracy'] * size)} right, "
+        + ", ".join(f"{name} {federated[name]:.4f}" for name in COUNTED[1:]),
+    )
+    for name in ("auroc", "ece", "loss"):
+        say(f"  {name} {federated[name]:.6f} at the sites, {float(pooled[name]):.6f} in one place")
+
+
+def held_out(folder: Path, config: Path, clients: list[int]) -> list[str]:
+    """The rows that these clients keep apart for the test."""
+    from fedlora.config import load_config
+    from fedlora.data import load_data
+
+    rows = (folder / "data" / "all.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    apart = load_data(load_config(config)).apart["test"].clients
+    return [rows[place] for client_id in clients for place in apart[client_id]]
+
+
+def simulate(folder: Path, config: Path, deployed: Path) -> None:
+    """The same run in one process, in whose rounds the clients answer that answered then."""
+    rounds = records(deployed)[-1]["round"]
     command = [*FEDLORA, "run", str(config), "--set", f"output={folder}", "--set", "name=simulation"]
-    command += ["--replay", str(deployed), "--quiet"]
+    command += ["--set", f"rounds={rounds}", "--replay", str(deployed), "--quiet"]
+    say_command(deployed.parents[2], "fedlora", *command[3:])
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     simulated = folder / "simulation"
-    one, other = records(deployed)[-1]["accuracy"], records(simulated)[-1]["accuracy"]
-    weights = "adapter/adapter_model.safetensors"
-    same = (deployed / weights).read_bytes() == (simulated / weights).read_bytes()
-    say(
-        f"final accuracy: deployed {one:.2%}, simulated {other:.2%}; "
-        f"adapters {'equal to the byte' if same else 'DIFFER'}"
+    weights = [f"{which}/adapter_model.safetensors" for which in ("adapter", "adapter-last")]
+    must(
+        all((deployed / one).read_bytes() == (simulated / one).read_bytes() for one in weights),
+        "deployed and simulated, both adapters are the same to the byte",
     )
-    say(
-        f"(the simulation leaves {FORBIDS} out, and {VICTIM} of the rounds that it missed; all else is the same anyway)"
-    )
-    return 0 if same and one == other else 1
-
-
-_begin = time.monotonic()
-_lock = threading.Lock()
-
-
-def say_command(project: Path, *words: str) -> None:
-    """One line, with files by their names in the demo's folder."""
-    say(" ".join(words).replace(f"{project.parent}/", ""))
-
-
-def say(line: str) -> None:
-    """One line, with the seconds since the start."""
-    with _lock:
-        print(f"{time.monotonic() - _begin:5.0f} s  {line}", flush=True)
+    figures = [[(r["federated"]["figures"], r["validation"]) for r in records(run)] for run in (deployed, simulated)]
+    must(figures[0] == figures[1], f"and all figures of all {rounds} rounds are the same")
 
 
 if __name__ == "__main__":

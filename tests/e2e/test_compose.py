@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.real_federation import ROOT, Federation, demo
+from support.real_federation import ROOT, Federation, local
 
 from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, NodePlan, Program, start, stop
@@ -27,7 +27,7 @@ def as_processes(project: Path, caddy: str | None) -> tuple[list[Program], list[
         The programs, the health checks, and the SuperLink's port.
     """
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    first = demo.free_ports(4)
+    first = local.free_ports(4)
     servers = {"superlink:8000": first, "proxy:8443": first + 1 if caddy else first}
     servers |= {"supernode-site-a:9094": first + 2, "supernode-site-b:9094": first + 3}
     own = {"superlink": first, "supernode-site-a": first + 2, "supernode-site-b": first + 3}
@@ -97,7 +97,7 @@ def test_compose_commands_make_a_federation_that_trains(
                 running.append(start(program, log.fileno()))
             guard.watch(running[-1])
             if program.name == "superlink":
-                federation.wait(lambda: demo.connects(port), "the SuperLink")
+                federation.wait(lambda: local.connects(port), "the SuperLink")
                 federation.register()
         run = federation.run()
         for check in checks:

@@ -19,7 +19,7 @@ import pytest
 import tomli_w
 import yaml
 from support.compose import ENGINE, Machine
-from support.real_federation import ROOT, WEIGHTS, Federation, demo
+from support.real_federation import ROOT, WEIGHTS, Federation, local
 from support.slow_relay import SlowRelay
 
 from fedlora.assets import Checkpoint
@@ -95,7 +95,7 @@ def machines(federation: Federation) -> Iterator[dict[str, Machine]]:
     relay: SlowRelay | None = None
     try:
         hub.compose("up", "--detach", "superlink", "superexec", "proxy")
-        federation.wait(lambda: demo.connects(8000), "the SuperLink")
+        federation.wait(lambda: local.connects(8000), "the SuperLink")
         federation.register()
         gateway = hub.ask("proxy", "{{range .NetworkSettings.Networks}}{{.Gateway}} {{end}}").split()[0]
         relay = SlowRelay(("0.0.0.0", 0), ("127.0.0.1", PORT), delay_s=0.1, rate=2e6, breaks=0.5, longest=50_000)
@@ -144,12 +144,12 @@ def test_containers_train_through_cuts_kills_a_full_disk_and_a_slow_line(
     assert all(third.ask(s, "{{.State.Status}}") == "running" for s in ("supernode-site-c", "worker-site-c"))
     for site, machine in machines.items():
         federation.wait(lambda machine=machine, site=site: healthy(machine, site), f"{site}'s health")
-    listed = json.loads(demo.flower(federation.project, "supernode", "list", "federation", "--format", "json"))
+    listed = json.loads(local.flower(federation.project, "supernode", "list", "federation", "--format", "json"))
     assert [node["status"] for node in listed["nodes"]] == ["online"] * 3
     assert third.docker("exec", third.container("supernode-site-c"), "sh", "-c", "getent hosts superlink || true") == ""
     replayed = simulated(federation, run)
     assert (run.rundir / WEIGHTS).read_bytes() == (replayed / WEIGHTS).read_bytes()
-    assert run.records()[-1]["accuracy"] == demo.records(replayed)[-1]["accuracy"]
+    assert run.records()[-1]["accuracy"] == local.records(replayed)[-1]["accuracy"]
 
 
 def healthy(machine: Machine, site: str) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from support.federations import simulate
-from support.real_federation import ROOT, Federation, Run, demo
+from support.real_federation import ROOT, Federation, Run, local
 
 from fedlora.config import ModelConfig, load_config, parse_config
 from fedlora.deploy import FederationPlan, NodePlan, Program, programs, start, stop
@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def ports() -> int:
     """The first of as many free ports as all programs of this file need: the SuperLink, nodes and strangers."""
-    return int(demo.free_ports(1 + len(NODES) + len(STRANGERS)))
+    return int(local.free_ports(1 + len(NODES) + len(STRANGERS)))
 
 
 @pytest.fixture(scope="module")
@@ -161,15 +161,15 @@ def test_strangers_are_turned_away(federation: Federation, ports: int, bereft: R
     finally:
         stop(running.values())
         guard.close()
-    listed = demo.flower(federation.project, "supernode", "list", "federation", "--format", "json")
+    listed = local.flower(federation.project, "supernode", "list", "federation", "--format", "json")
     assert listed.count('"node-id"') == len(NODES)
 
 
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from support.real_federation import demo
-print(demo.start(Path(sys.argv[1]), Path(sys.argv[2])).pid, flush=True)
+from support.real_federation import local
+print(local.start(Path(sys.argv[1]), Path(sys.argv[2])).pid, flush=True)
 time.sleep(600)
 """
 
@@ -179,7 +179,7 @@ def test_a_federation_ends_with_the_process_that_started_it(
 ) -> None:
     """However that ends: here by SIGKILL, as pytest itself could."""
     folder = tmp_path_factory.mktemp("g")
-    port = demo.free_ports(2)
+    port = local.free_ports(2)
     nodes = (NodePlan("alone", ledger=f"{folder}/ledger.jsonl"),)
     config = load_config(ROOT / "configs" / "quickstart.toml", ["partition.clients=1", "partition.mixing=1.0"])
     federation = Federation(folder, config, FederationPlan(("127.0.0.1",), nodes, control_port=port))
@@ -191,9 +191,9 @@ def test_a_federation_ends_with_the_process_that_started_it(
         assert launcher.stdout is not None
         while not (line := launcher.stdout.readline()).strip().isdigit():
             assert line
-        federation.wait(lambda: demo.listens(federation.project), "the SuperLink")
-        family = demo.members(int(line))
-        assert any("flower-superexec" in demo.command_line(pid) for pid in family)
+        federation.wait(lambda: local.listens(federation.project), "the SuperLink")
+        family = local.members(int(line))
+        assert any("flower-superexec" in local.command_line(pid) for pid in family)
     finally:
         launcher.kill()
         launcher.wait()
@@ -211,8 +211,8 @@ def test_a_node_that_is_killed_is_missed_and_comes_back(bereft: Run) -> None:
 
 
 def test_nothing_is_left_of_what_deploy_up_started_when_it_is_killed(federation: Federation) -> None:
-    family = [pid for process in federation.processes.values() for pid in demo.members(process.pid)]
-    assert sum("flower-supernode" in demo.command_line(pid) for pid in family) == len(NODES)
+    family = [pid for process in federation.processes.values() for pid in local.members(process.pid)]
+    assert sum("flower-supernode" in local.command_line(pid) for pid in family) == len(NODES)
     for process in federation.processes.values():
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -222,4 +222,4 @@ def test_nothing_is_left_of_what_deploy_up_started_when_it_is_killed(federation:
 def alive(pids: list[int]) -> list[str]:
     """Those of the processes that are still there; what died and was not buried has no command line."""
     time.sleep(0.2)
-    return [line for line in map(demo.command_line, pids) if line]
+    return [line for line in map(local.command_line, pids) if line]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.bad_cable import NetworkError, Switch
-from support.real_federation import Federation, demo
+from support.real_federation import Federation, local
 
 from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, NodePlan
@@ -43,7 +43,7 @@ def test_slow_cables_that_lose_frames_and_one_that_is_out_for_a_while_cost_nothi
     changes += ["runtime.device=cpu", "runtime.threads=1", "runtime.cohort=1", "runtime.kernels=off"]
     config = parse_config("", [*changes, "adapter.targets=['query','value']"], name="far")
     nodes = tuple(NodePlan(name, ledger=f"{folder}/{name}.jsonl") for name in NODES)
-    port = demo.free_ports(2)
+    port = local.free_ports(2)
     federation = Federation(folder, config, FederationPlan(("10.99.7.1",), nodes, port=port, control_port=port + 1))
     try:
         federation.begin()

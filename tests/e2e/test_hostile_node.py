@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.real_federation import ROOT, Federation, demo
+from support.real_federation import ROOT, Federation, local
 
 from fedlora.config import load_config
 from fedlora.deploy import FederationPlan, NodePlan
@@ -54,7 +54,7 @@ def federation(tiny_bert: Path, tiny_csv: Path, tmp_path_factory: pytest.TempPat
         ],
     )
     nodes = tuple(NodePlan(name, ledger=f"{folder}/{name}-ledger.jsonl") for name in NODES)
-    ports = int(demo.free_ports(1 + len(NODES)))
+    ports = int(local.free_ports(1 + len(NODES)))
     federation = Federation(folder, config, FederationPlan(("127.0.0.1",), nodes, control_port=ports))
     try:
         federation.begin()

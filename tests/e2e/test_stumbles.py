@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.real_federation import Federation, demo
+from support.real_federation import Federation, local
 from support.stumbling_superlink import OK, Stumbles, every_second
 
 from fedlora.config import parse_config
@@ -69,12 +69,12 @@ def federation(
     changes += ["runtime.device=cpu", "runtime.threads=1", "runtime.cohort=1", "runtime.kernels=off"]
     config = parse_config("", [*changes, "adapter.targets=['query','value']"], name="stumbles")
     nodes = tuple(NodePlan(name, ledger=f"{folder}/{name}.jsonl") for name in NODES)
-    federation = Federation(folder, config, FederationPlan(("127.0.0.1",), nodes, control_port=demo.free_ports(3)))
+    federation = Federation(folder, config, FederationPlan(("127.0.0.1",), nodes, control_port=local.free_ports(3)))
     patience = pytest.MonkeyPatch()
-    patience.setattr(demo, "PATIENCE_S", 1200.0)  # the SuperLink gives up a broken upload after 180 s
+    patience.setattr(local, "PATIENCE_S", 1200.0)  # the SuperLink gives up a broken upload after 180 s
     try:
         federation.up("coordinator", *stumbles.prefix)
-        federation.wait(lambda: demo.listens(federation.project), "the SuperLink")
+        federation.wait(lambda: local.listens(federation.project), "the SuperLink")
         federation.register()
         stumbles.plan(PLAN)
         for name in NODES:
@@ -118,5 +118,5 @@ def require_undisturbed(federation: Federation) -> None:
     """No program of anybody's has ended, and every node is there."""
     for name in ("coordinator", *NODES):
         assert "ended with status" not in (federation.folder / f"{name}.log").read_text()
-    listed = demo.flower(federation.project, "supernode", "list", "federation", "--format", "json")
+    listed = local.flower(federation.project, "supernode", "list", "federation", "--format", "json")
     assert [node["status"] for node in json.loads(listed)["nodes"]] == ["online"] * len(NODES)

@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
-def _demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "deploy" / "demo.py")
+def _local_federation() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("local_federation", ROOT / "deploy" / "local_federation.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -44,7 +44,7 @@ def _demo() -> ModuleType:
     return module
 
 
-demo = _demo()
+local = _local_federation()
 os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = "0.2"  # seconds; Flower's own 1.0 is most of a tiny model's round
 
 
@@ -73,30 +73,30 @@ class Federation:
     def begin(self) -> None:
         """Start the coordinator and let the nodes' keys in."""
         self.up("coordinator")
-        self.wait(lambda: demo.listens(self.project), "the SuperLink")
+        self.wait(lambda: local.listens(self.project), "the SuperLink")
         self.register()
 
     def register(self) -> None:
         for name in self.names:
             key = f"{self.project}/coordinator/nodes/{name}.pub"
-            demo.flower(self.project, "supernode", "register", key, "federation", "--name", name)
+            local.flower(self.project, "supernode", "register", key, "federation", "--name", name)
 
     def folder_of(self, name: str) -> Path:
         return self.project if name == "coordinator" else self.project / "nodes" / name
 
     def up(self, name: str, *prefix: str) -> None:
-        self.processes[name] = demo.start(self.folder_of(name), self.folder / f"{name}.log", *prefix)
+        self.processes[name] = local.start(self.folder_of(name), self.folder / f"{name}.log", *prefix)
 
     def down(self) -> None:
         for process in self.processes.values():
             process.send_signal(signal.SIGTERM)
         for process in self.processes.values():
             process.wait(60)
-            demo.bury(process)
+            local.bury(process)
 
     def pids(self, name: str, program: str) -> list[int]:
         """Processes of that program under one of the folders."""
-        return [pid for pid in demo.members(self.processes[name].pid) if program in demo.command_line(pid)]
+        return [pid for pid in local.members(self.processes[name].pid) if program in local.command_line(pid)]
 
     def kill(self, name: str, program: str) -> None:
         for pid in self.pids(name, program):
@@ -114,14 +114,14 @@ class Federation:
     def _run(self, *overrides: str, more: str = "") -> str:
         config = f'{more}set="{" ".join(overrides)}"'
         words = ["run", f"{self.project}/coordinator/app", "federation", "--run-config", config, "--format", "json"]
-        said = json.loads(demo.flower(self.project, *words))
+        said = json.loads(local.flower(self.project, *words))
         assert said["success"], said
         return str(said["run-id"])
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         """Wait; fails with the end of everybody's log."""
         try:
-            demo.wait_until(condition, what)
+            local.wait_until(condition, what)
         except SystemExit as error:
             logs = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in self.folder.glob("*.log"))
             pytest.fail(f"{error}\n{logs}")
@@ -146,7 +146,7 @@ class Run:
         return self.federation.project / "coordinator" / "runs" / self.config.name
 
     def records(self) -> list[dict[str, Any]]:
-        return demo.records(self.rundir)
+        return local.records(self.rundir)
 
     def answers(self) -> list[list[int]]:
         return [record["answered"] for record in self.records()[1:]]
@@ -166,7 +166,7 @@ class Run:
 
     def left_out(self) -> dict[tuple[int, int], str]:
         """(round, client) -> why its reply was not used, as the server said at the time: Flower keeps its log."""
-        said = demo.flower(self.federation.project, "log", self.run_id, "federation", "--show")
+        said = local.flower(self.federation.project, "log", self.run_id, "federation", "--show")
         found = re.findall(r"round (\d+): client (\d+) left out: (.*)", said)
         return {(int(number), int(client_id)): why.strip() for number, client_id, why in found}
 
@@ -179,5 +179,5 @@ class Run:
     def require_equal(self, simulated: Path) -> None:
         """The bytes of the adapter are those of the simulation."""
         assert (self.rundir / WEIGHTS).read_bytes() == (simulated / WEIGHTS).read_bytes()
-        mine, other = self.records(), demo.records(simulated)
+        mine, other = self.records(), local.records(simulated)
         assert [record["accuracy"] for record in mine] == [record["accuracy"] for record in other]
