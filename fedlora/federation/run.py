@@ -123,7 +123,7 @@ def _finish(
 ) -> RunOutcome:
     """Write the adapter that plain PEFT loads, and the file that says that the run is finished."""
     records, last_state = rundir.read_metrics(), state
-    selection = None if config.selection is None else Selection(config.selection, workspace.task, records)
+    selection = None if config.selection is None else Selection(config, workspace.task, records)
     if config.selection is not None and config.selection.keep == "best" and selection is not None and selection.best:
         state = _best(rundir, selection.best)
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)

@@ -108,7 +108,7 @@ class FederatedServer:
         self._kept_rounds = last_used(history)
         selection: Selection | None = None
         if self.config.selection is not None:
-            selection = Selection(self.config.selection, self.workspace.task, history)
+            selection = Selection(self.config, self.workspace.task, history)
             if selection.best is not None and selection.best.round == state.round:
                 self.callbacks.best_reached(state)  # a kill may have come between its checkpoint and this
         self._selection = selection
@@ -127,6 +127,8 @@ class FederatedServer:
             state, line = self._round(state, number)
             if selection is not None and selection.see(line):
                 self.callbacks.best_reached(state)
+            if selection is not None and selection.said:
+                self.callbacks.message(selection.said)
         self._evaluator.show(state, self._digests)
         self.callbacks.ended(state)
         return state

@@ -320,10 +320,41 @@ def test_rounds_are_compared_as_asked(
     figures = [{"accuracy": value, "loss": value} for value in values]
     history = [{"round": 0, "validation": {"accuracy": 1.0, "loss": 0.0}}]
     history += [{"round": number, "validation": row} for number, row in enumerate(figures, 1)]
-    selection = Selection(config.selection, task, history)
+    selection = Selection(config, task, history)
     assert selection.best is not None
     assert selection.best.round == best  # never that before training
     assert (selection.stopped is not None) == stopped
+
+
+def test_rounds_are_compared_that_are_of_the_same_clients(tiny_config: MakeConfig) -> None:
+    config = parse_config("", ["evaluation.on=clients", "selection.patience=9"])
+    task = open_workspace(tiny_config()).task
+    sizes = {"0": 50.0, "1": 60.0, "2": 5.0}
+
+    def selected(*rounds: tuple[float, str], sampled: bool = False) -> tuple[int | None, list[str]]:
+        """The best round by (accuracy, the clients that report), and what is said."""
+        table = config.evaluation.model_copy(update={"clients_fraction": 0.5 if sampled else 1.0})
+        selection, said = Selection(config.model_copy(update={"evaluation": table}), task, []), []
+        for number, (value, there) in enumerate(rounds):
+            clients = {k: {"examples": sizes[k]} for k in there}
+            left_out = {} if sampled else {k: "away" for k in sizes if k not in there}
+            found = {"clients": clients, "left_out": left_out}
+            selection.see({"round": number, "validation": {"accuracy": value}, "federated": found})
+            said += [selection.said] if selection.said else []
+        return selection.best and selection.best.round, said
+
+    all_there = (0.1, "012"), (0.5, "012")
+    assert selected(*all_there, (0.9, "012")) == (2, [])
+    best, said = selected(*all_there, (0.9, "02"), (0.6, "012"))  # who holds half of the examples is away
+    assert best == 3
+    assert [line.split(" ")[1] for line in said] == ["2"]
+    assert "client 1 " in said[0]
+    assert selected(*all_there, (0.9, "01")) == (2, [])  # who holds few of them
+    away = [(0.3 + number / 100, "02") for number in range(4)]
+    assert selected(*all_there, *away)[0] == 5  # rounds 4 and 5 are compared with each other
+    assert selected(*all_there, *away, (0.2, "012"), (0.25, "012"))[0] == 7  # and again with who is back
+    assert selected((0.1, "0"), (0.9, "0"), (0.3, "01"))[0] == 2  # a client that has joined
+    assert selected((0.1, "0"), (0.9, "1"), (0.3, "2"), sampled=True)[0] == 1  # other clients are asked by chance
 
 
 @pytest.mark.parametrize(
