@@ -450,10 +450,11 @@ def test_what_a_nodes_file_lacks_for_every_example_is_told(
     federated: Any, everything: Everything, reviews: Rows, tmp_path: Path
 ) -> None:
     config, nodes = federated(*EXAMPLE)
-    (tmp_path / "mine.csv").write_bytes(b"txt,label\r\nwarm,positive\r\n")
+    (tmp_path / "mine.csv").write_bytes(b"txt,label\r\nlukewarm,hivpositive\r\n")
     found = everything(config, deploy(config, nodes))
     assert any("has no column 'text'" in str(line) for line in found["told"])
-    assert "positive" not in str([line for line in found["told"] if "column" in str(line)])
+    assert "hivpositive" not in str(found["told"])
+    assert "lukewarm" not in str(found["told"])
 
 
 @pytest.mark.slow
