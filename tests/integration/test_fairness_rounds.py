@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-import torch
 from flwr.app import RecordDict
 from support.errors import raises
-from support.federations import deploy, forget, simulate, timeless
+from support.federations import deploy, forget, require_same, simulate
 from support.interrupted import killed_before_checkpoint
 
 from fedlora.aggregators import ClientUpdate, GlobalState
@@ -19,7 +18,6 @@ from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, PrivacyError, ReplyError, RuleError
 from fedlora.federation import client
 from fedlora.federation.plausibility import COUNTED_LOSS, START_LOSS
-from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.flower_strategy import FedLoraStrategy
 from fedlora.runs.rundir import RunDir
@@ -43,17 +41,6 @@ class Said(Callback):
 
     def message(self, text: str) -> None:
         self.lines.append(text)
-
-
-def require_same(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
-    mine, theirs = (run.state.adapter.tensors() | dict(run.state.memory) for run in (one, other))
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    for record, again in zip(timeless(one.records), timeless(other.records), strict=True):
-        for line in (record, again):
-            for key in uncounted:
-                line.pop(key, None)
-        assert record == again
 
 
 @pytest.mark.slow

@@ -8,28 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.federations import deploy, forget, simulate, timeless
+from support.federations import deploy, forget, require_same, simulate
 from support.interrupted import killed_before_checkpoint
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
-from fedlora.federation.run import RunOutcome
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 
 MakeConfig = Callable[..., RunConfig]
 FEDSB = ("strategy.name=fedsb", "train.lr=0.05", "runtime.cohort=1", "runtime.prefix_cache=off")
-
-
-def require_same(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
-    mine, theirs = one.state.adapter.tensors(), other.state.adapter.tensors()
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    for record, again in zip(timeless(one.records), timeless(other.records), strict=True):
-        for line in (record, again):
-            for key in uncounted:
-                line.pop(key, None)
-        assert record == again
 
 
 @pytest.mark.slow

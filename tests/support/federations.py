@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
@@ -76,6 +77,18 @@ def require_alike(one: Any, other: Any) -> None:
             require_alike(one[key], other[key])
     else:
         assert one == (pytest.approx(other, rel=1e-5) if isinstance(other, float) else other)
+
+
+def require_same(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
+    """Two runs with the same state to the byte, and the same lines of metrics but for some keys."""
+    mine, theirs = (run.state.adapter.tensors() | dict(run.state.memory) for run in (one, other))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for record, again in zip(timeless(one.records), timeless(other.records), strict=True):
+        for line in (record, again):
+            for key in uncounted:
+                line.pop(key, None)
+        assert record == again
 
 
 def _timeless(value: Any) -> Any:
