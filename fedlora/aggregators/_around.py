@@ -9,16 +9,16 @@ along the inner rule's result. What a rule around another claims follows from wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, TypeAlias
 
 import torch
 from pydantic import PlainValidator
 from torch import Tensor
 
-from fedlora.adapter import AdapterState
+from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators._base import (
     Aggregator,
     Claim,
@@ -128,19 +128,27 @@ class Received:
 
     Args:
         update: as it came.
-        start: the adapter from which the client started.
-        sent: what the client sent, before the round.
+        plan: makes that plan. It is made anew where the start is looked at: for some rules each client starts from an
+            adapter of its own, and all of them together would be as large as the updates.
+        values: what the client sent.
+        changed: the start's pairs whose product is not zero.
     """
 
     update: ClientUpdate
-    start: AdapterState
-    sent: Mapping[str, Tensor]
+    plan: Callable[[], ClientPlan]
+    values: Mapping[str, Tensor]
+    changed: Mapping[str, LoraPair]
 
-    @cached_property
-    def values(self) -> dict[str, Tensor]:
-        """What the client sent."""
-        tensors = self.update.adapter.tensors()
-        return {name: tensors[name] for name in self.sent}
+    @property
+    def start(self) -> AdapterState:
+        """The adapter from which the client started."""
+        return self.plan().adapter
+
+    @property
+    def sent(self) -> dict[str, Tensor]:
+        """What the client sent, before the round."""
+        plan = self.plan()
+        return plan.adapter.tensors(plan.sends)
 
     def steps(self) -> Iterator[tuple[str, Tensor]]:
         """By how much each sent tensor moved, float64, one in memory at a time."""
@@ -163,7 +171,10 @@ class Received:
         if factor == 1.0:
             return self.update
         tensors = {
-            name: (self.sent[name].double() + step * factor).to(self.values[name].dtype) for name, step in self.steps()
+            name: (before.double() + (self.values[name].double() - before.double()) * factor).to(
+                self.values[name].dtype
+            )
+            for name, before in self.sent.items()
         }
         return replace(self.update, adapter=self.update.adapter.with_tensors(tensors))
 
@@ -179,9 +190,12 @@ def received(rule: Aggregator, state: GlobalState, updates: Iterable[ClientUpdat
         require_weight(update.num_examples, update.client_id)
         if Claim.CHANGES_BASE in rule.claims:
             require_current_base(state, update)
-        plan = rule.plan(state, ClientSpec(update.client_id, update.adapter.layout, update.base_version))
+        make = partial(rule.plan, state, ClientSpec(update.client_id, update.adapter.layout, update.base_version))
+        plan, tensors = make(), update.adapter.tensors()
         require_fit(update, plan)
-        out.append(Received(update, plan.adapter, plan.adapter.tensors(plan.sends)))
+        changed = {name: pair for name, pair in plan.adapter.pairs.items() if pair.A.any() and pair.B.any()}
+        values = {name: tensors[name] for name in plan.adapter.tensors(plan.sends)}
+        out.append(Received(update, make, values, changed))
     if not out:
         raise RuleError("there is nothing to aggregate: give at least one client's update", code="no-updates")
     return sorted(out, key=lambda one: one.update.client_id)
@@ -252,18 +266,21 @@ def gram_of_changes(updates: list[Received]) -> Tensor:
     to the last bit, so that of two clients who lie closest to each other none is nearer by rounding.
     """
     total = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-    for name in updates[0].start.pairs:
+    first = updates[0]
+    for name in first.update.adapter.pairs:
         total += gram([_change(one, name) for one in updates])
-    for name in updates[0].start.dense:
-        if name in updates[0].sent:
-            steps = torch.stack([(one.values[name].double() - one.sent[name].double()).flatten() for one in updates])
-            total += steps @ steps.T
+    moved: dict[str, list[Tensor]] = {name: [] for name in first.update.adapter.dense if name in first.values}
+    for one in updates if moved else ():
+        before = one.sent
+        for name, steps in moved.items():
+            steps.append((one.values[name].double() - before[name].double()).flatten())
+    for steps in moved.values():
+        total += (rows := torch.stack(steps)) @ rows.T
     return total.triu() + total.triu(1).T
 
 
 def _change(one: Received, name: str) -> Terms:
-    before = one.start.pairs[name]
-    start = [(-1.0, before)] if before.A.any() and before.B.any() else []
+    start = [(-1.0, one.changed[name])] if name in one.changed else []
     return [(1.0, one.update.adapter.pairs[name]), *start]
 
 

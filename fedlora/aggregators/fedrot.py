@@ -89,9 +89,9 @@ class FedRot(Around):
     def _turned(self, one: Received, number: int) -> ClientUpdate:
         if number == 0 or self.strength == 0:
             return one.update
-        pairs = {}
+        pairs, starts = {}, one.start.pairs
         for name, pair in one.update.adapter.pairs.items():
-            start, A, B = one.start.pairs[name], pair.A.double(), pair.B.double()
+            start, A, B = starts[name], pair.A.double(), pair.B.double()
             cross = start.A.double() @ A.T if number % 2 else start.B.double().T @ B
             R = softened(rotation(cross), self.strength)
             pairs[name] = LoraPair((R.T @ A).to(pair.A.dtype), (B @ R).to(pair.B.dtype), pair.scale)
