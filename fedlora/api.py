@@ -191,8 +191,8 @@ def train(
     Raises:
         FedloraError: of any kind; a folder that holds nothing yet is removed again.
     """
-    from fedlora.aggregators import load_aggregator
     from fedlora.data.describe import draw_labels
+    from fedlora.federation.load_rule import load_rule
     from fedlora.report import plot_accuracy, write_report
     from fedlora.tracking import require_tracker
     from fedlora.training import open_workspace
@@ -210,7 +210,7 @@ def train(
     resume = folder is not None
     if not resume:
         check_free(config, overwrite=overwrite)
-    load_aggregator(config.strategy.name, config.strategy.fields)  # a wrong name is said before anything is loaded
+    load_rule(config)  # what is wrong with it is said before anything is loaded
     require_tracker(config)
     before = None if replay is None else RunDir.open(replay)
     if before is not None:
