@@ -119,5 +119,14 @@ def divided(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return parts[""], parts[OPTIMIZER], parts[RESIDUAL]
 
 
+def kept_differs(client_id: int, name: str, value: Tensor) -> ReplyError:
+    """The error of a kept tensor that does not fit what the client is asked to keep."""
+    return ReplyError(
+        f"client {client_id} kept {name!r} {tuple(value.shape)} in an earlier round, and is asked to keep "
+        "something else: let its rank and its model be those with which it began",
+        code="kept-part-differs",
+    )
+
+
 NOTHING_KEPT = ClientStore()
 """Of clients that keep nothing."""

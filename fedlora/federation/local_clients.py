@@ -15,7 +15,8 @@ from fedlora.aggregators import Aggregator
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ReplyError
-from fedlora.federation.client import Answer, answer, measure_apart
+from fedlora.federation.client import answer
+from fedlora.federation.client_evaluation import measure_apart
 from fedlora.federation.client_ledger import NOWHERE, LedgerPlace
 from fedlora.federation.client_pool import (
     ClientEvaluation,
@@ -26,6 +27,7 @@ from fedlora.federation.client_pool import (
     ServerPart,
     SimulatedClients,
 )
+from fedlora.federation.client_reply import Answer
 from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
 from fedlora.federation.planner import Held, Planned, Planner
 from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, head_nbytes, note_head, update_head

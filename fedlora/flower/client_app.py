@@ -17,11 +17,13 @@ from fedlora import __version__
 from fedlora.aggregators import Claim, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, ReplyError
-from fedlora.federation.client import answer, examples_of_client, failure_of, measure_apart
+from fedlora.federation.client import answer
+from fedlora.federation.client_evaluation import measure_apart
 from fedlora.federation.client_ledger import LedgerPlace
 from fedlora.federation.client_pool import Failure
 from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
-from fedlora.federation.discretion import looking_at_data
+from fedlora.federation.client_training import examples_of_client
+from fedlora.federation.discretion import failure_of, looking_at_data
 from fedlora.federation.protocol import TrainedReply, TrainRequest, plan_config
 from fedlora.flower.app_config import client_id_of, config_of, rank_of
 from fedlora.flower.evaluation_messages import encode_sums

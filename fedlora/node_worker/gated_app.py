@@ -16,9 +16,8 @@ from flwr.clientapp import ClientApp
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError, DeployError, PolicyError, ReplyError, WorkerError
-from fedlora.federation.client import failure_of
 from fedlora.federation.client_pool import Failure
-from fedlora.federation.discretion import looking_at_data
+from fedlora.federation.discretion import failure_of, looking_at_data
 from fedlora.flower import client_app
 from fedlora.flower.app_config import client_id_of, config_of, require_node_config
 from fedlora.flower.messages import decode_head, decode_request_head, encode_note

@@ -183,7 +183,7 @@ def test_even_the_trusted_server_is_told_no_figure_but_what_weights_need(
 def test_a_client_whose_training_fails_sends_an_update_that_changes_nothing(
     central: MakeConfig, monkeypatch: pytest.MonkeyPatch, run: Callable[..., RunOutcome]
 ) -> None:
-    real = client._trained
+    real = client.train_requests
 
     def fails(workspace: Any, requests: Any, *rest: Any) -> list[Any]:
         return [
@@ -191,7 +191,7 @@ def test_a_client_whose_training_fails_sends_an_update_that_changes_nothing(
             for one, found in zip(requests, real(workspace, requests, *rest), strict=True)
         ]
 
-    monkeypatch.setattr(client, "_trained", fails)
+    monkeypatch.setattr(client, "train_requests", fails)
     moved: dict[int, bool] = {}
     admit = Screen.admit
 

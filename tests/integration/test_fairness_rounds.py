@@ -16,7 +16,7 @@ from fedlora.aggregators.fairness import QFedAvg
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, PrivacyError, ReplyError, RuleError
-from fedlora.federation import client
+from fedlora.federation import client, client_training
 from fedlora.federation.plausibility import COUNTED_LOSS, START_LOSS
 from fedlora.flower import client_app
 from fedlora.flower.flower_strategy import FedLoraStrategy
@@ -100,7 +100,7 @@ def test_large_losses_are_nobodys_lie_in_the_first_round_and_of_two_clients_noth
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scale, told = 1.0, dict[int, float]()
-    real, truly = client._measured, QFedAvg.aggregate
+    real, truly = client.measure_start, QFedAvg.aggregate
 
     def scaled(*args: Any) -> Any:
         return {name: scale * value for name, value in real(*args).items()}  # type: ignore[union-attr]
@@ -111,7 +111,7 @@ def test_large_losses_are_nobodys_lie_in_the_first_round_and_of_two_clients_noth
         told.update({update.client_id: update.facts["start_loss"] for update in updates})
         return truly(self, state, updates)
 
-    monkeypatch.setattr(client, "_measured", scaled)
+    monkeypatch.setattr(client, "measure_start", scaled)
     monkeypatch.setattr(QFedAvg, "aggregate", aggregate)
     scale = 1e8
     keys = ("strategy.name=qfedavg", "rounds=1", "train.steps=1", *ALIKE[:2])
@@ -131,7 +131,7 @@ def test_a_client_without_examples_says_that_it_has_none_and_one_that_cannot_be_
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config("strategy.name=qfedavg", "rounds=1", "train.steps=1", "server.quorum=0.5", *ALIKE[:2])
-    trained, real, measured = [], client._trained, client._measured
+    trained, real, measured = [], client.train_requests, client.measure_start
 
     def cannot(workspace: Any, request: Any, store: Any) -> Any:
         return ReplyError("odd", code="odd") if request.client_id == 2 else measured(workspace, request, store)
@@ -140,10 +140,10 @@ def test_a_client_without_examples_says_that_it_has_none_and_one_that_cannot_be_
         trained.extend(request.client_id for request in requests)
         return real(workspace, requests, *rest)
 
-    monkeypatch.setattr(client, "_measured", cannot)
-    monkeypatch.setattr(client, "_trained", noted)
-    held = client.examples_of_client
-    monkeypatch.setattr(client, "examples_of_client", lambda w, k: held(w, k)[:0] if k == 1 else held(w, k))
+    monkeypatch.setattr(client, "measure_start", cannot)
+    monkeypatch.setattr(client, "train_requests", noted)
+    held = client_training.examples_of_client
+    monkeypatch.setattr(client_training, "examples_of_client", lambda w, k: held(w, k)[:0] if k == 1 else held(w, k))
     record = simulate(config).records[1]
     assert "client 1 has no examples" in record["refused"]["1"]
     assert record["refused"]["2"] == "odd"

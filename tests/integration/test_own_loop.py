@@ -22,7 +22,7 @@ from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, TrainingError
 from fedlora.federation.checks import refuse_early
-from fedlora.federation.client import failure_of
+from fedlora.federation.discretion import failure_of
 from fedlora.federation.run import RunOutcome
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation

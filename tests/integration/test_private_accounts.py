@@ -17,7 +17,7 @@ from support.errors import raises
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError
-from fedlora.federation import client
+from fedlora.federation import private_client
 from fedlora.federation.client_ledger import ledger_path
 from fedlora.federation.example_level_account import ExampleLevelAccount
 from fedlora.federation.run import RunOutcome
@@ -171,7 +171,7 @@ def test_where_the_record_of_what_was_asked_is_lost_no_claim_is_made(
 def test_an_update_that_was_not_made_as_asked_is_refused(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: float | None
 ) -> None:
-    real = client._private_figures
+    real = private_client._private_figures
 
     def states(result: Any, one: Any) -> dict[str, float]:
         figures = dict(real(result, one))
@@ -180,7 +180,7 @@ def test_an_update_that_was_not_made_as_asked_is_refused(
             figures |= {} if value is None else {name: value}
         return figures
 
-    monkeypatch.setattr(client, "_private_figures", states)
+    monkeypatch.setattr(private_client, "_private_figures", states)
     record = deploy(private("rounds=1"), nodes_of(tmp_path)).records[1]
     assert record["answered"] == [0]
     assert "state" in record["refused"]["1"]

@@ -26,7 +26,7 @@ from flwr.app import ArrayRecord, Message
 from fedlora.adapter import AdapterState
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
-from fedlora.federation import client
+from fedlora.federation import client, private_client
 from fedlora.federation.protocol import TrainRequest
 from fedlora.flower import client_app
 from fedlora.flower.server_app import serve
@@ -44,6 +44,7 @@ from fedlora.training.workspace import close_workspace, open_workspace
 Rows = list[dict[str, str]]
 OWN_LOGS = (
     "fedlora.federation.client",
+    "fedlora.federation.private_client",
     "fedlora.flower.client_app",
     "fedlora.flower.kept_answers",
     "fedlora.federation.discretion",
@@ -138,7 +139,7 @@ BROKEN = (bad_label, bad_bytes, bad_fields, empty_text)
 def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What clients train is trained, and replaced by fixed tensors; the server's noise is fixed."""
 
-    trained, unchanged = client._trained, client._unchanged
+    trained, unchanged = client.train_requests, client._unchanged
 
     def fixed_trained(workspace: Any, requests: Any, *how: Any) -> list[Any]:
         return [
@@ -149,7 +150,8 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fixed_unchanged(workspace: Any, request: Any, *how: Any) -> TrainResult:
         return replace(unchanged(workspace, request, *how), adapter=fixed_adapter(request))
 
-    monkeypatch.setattr(client, "_trained", fixed_trained)
+    for module in (client, private_client):
+        monkeypatch.setattr(module, "train_requests", fixed_trained)
     monkeypatch.setattr(client, "_unchanged", fixed_unchanged)
 
     def noise(like: torch.Tensor, std: float, _generator: torch.Generator) -> torch.Tensor:

@@ -21,7 +21,7 @@ from support.interrupted import cut, cut_before_checkpoint
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import DataError, PrivacyError, ReplyError, RoundError, RunDirError
-from fedlora.federation import client
+from fedlora.federation import client_training, private_client
 from fedlora.federation.client_ledger import ledger_path
 from fedlora.federation.example_level_account import ExampleLevelAccount
 from fedlora.federation.run import RunOutcome
@@ -226,7 +226,7 @@ def test_errors_tell_nothing_of_the_data(
     def breaks(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(client, "train_private_cohort", breaks)
+    monkeypatch.setattr(client_training, "train_private_cohort", breaks)
     for refuses in (lambda: run(private()), lambda: deploy(private(name="sent"), ledgers=tmp_path / "ledgers")):
         with raises(RoundError, "no-quorum", WITHHELD) as info:
             refuses()
@@ -249,8 +249,8 @@ def test_a_loss_that_explodes_is_not_reported(private: MakeConfig, replies: list
 def test_an_update_with_more_than_public_figures_is_refused(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = client._private_figures
-    monkeypatch.setattr(client, "_private_figures", lambda *args: {**real(*args), "loss": 0.5})
+    real = private_client._private_figures
+    monkeypatch.setattr(private_client, "_private_figures", lambda *args: {**real(*args), "loss": 0.5})
     with raises(RoundError, "no-quorum", "'loss'", "fedlora.privacy.disclosure"):
         run(private())
     monkeypatch.setattr(Disclosure, "require_reply", lambda *args: None)
@@ -262,8 +262,9 @@ def test_an_update_with_more_than_public_figures_is_refused(
 def test_a_client_without_examples_answers_like_the_others(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = client.examples_of_client
-    monkeypatch.setattr(client, "examples_of_client", lambda w, k: np.empty(0, np.int64) if k == 2 else real(w, k))
+    real = client_training.examples_of_client
+    none = np.empty(0, np.int64)
+    monkeypatch.setattr(client_training, "examples_of_client", lambda w, k: none if k == 2 else real(w, k))
     outcome = run(private())
     assert outcome.records[-1]["answered"] == [0, 1, 2, 3]
     rows = outcome.records[-1]["clients"]
@@ -328,7 +329,7 @@ def test_a_run_killed_between_rounds_spends_what_an_uninterrupted_one_does(priva
 def killed_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A kill in the middle of training, after so many clients."""
     left: list[int] = []
-    real = client.train_private_cohort
+    real = client_training.train_private_cohort
 
     def train(base: Any, task: Any, data: Any, jobs: Any, *rest: Any) -> Any:
         result = real(base, task, data, jobs, *rest)
@@ -339,7 +340,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
                 raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(client, "train_private_cohort", train)
+    monkeypatch.setattr(client_training, "train_private_cohort", train)
     return left
 
 
@@ -382,7 +383,7 @@ def test_a_failed_client_has_spent_even_if_its_round_is_repeated(
         raise ValueError
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "train_private_cohort", breaks)
+        patch.setattr(client_training, "train_private_cohort", breaks)
         with raises(RoundError, "no-quorum"):
             run_simulation(rundir.config, rundir, Callback())
     resume(rundir)

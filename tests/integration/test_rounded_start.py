@@ -18,7 +18,7 @@ from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, WireConfig
 from fedlora.errors import ConfigError
 from fedlora.evaluation.traffic import measure_traffic
-from fedlora.federation import client
+from fedlora.federation import client_training
 from fedlora.federation.client_pool import ClientInfo, RoundRequest
 from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import load_rule
@@ -119,13 +119,13 @@ def test_clients_train_from_what_they_decode_and_the_state_is_not_rounded(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs: list[TrainJob] = []
-    real = client.train_in_phases
+    real = client_training.train_in_phases
 
     def seen(base: object, task: object, data: object, asked: Sequence[TrainJob], configs: object) -> object:
         jobs.extend(asked)
         return real(base, task, data, asked, configs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(client, "train_in_phases", seen)
+    monkeypatch.setattr(client_training, "train_in_phases", seen)
     states = States()
     simulate(tiny_config(*DOWN, "rounds=2", "evaluation.every=2"), states)
     assert len(jobs) == 8

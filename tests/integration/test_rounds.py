@@ -20,7 +20,7 @@ from fedlora.aggregators import equivalent_adapter
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RoundError, RuleError, TrainingError
-from fedlora.federation import client
+from fedlora.federation import client, client_training
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.messages import HeldParts
@@ -164,14 +164,14 @@ def test_mixed_ranks_are_refused_before_anything_is_trained(tiny_config: MakeCon
 def failing(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Clients in this set raise."""
     bad: set[int] = set()
-    real = client._job
+    real = client_training.job_of
 
     def job(workspace: Any, request: Any, *rest: Any) -> Any:
         if request.client_id in bad:
             raise TrainingError("disk on fire" if request.client_id % 2 else "the loss is not finite")
         return real(workspace, request, *rest)
 
-    monkeypatch.setattr(client, "_job", job)
+    monkeypatch.setattr(client_training, "job_of", job)
     return bad
 
 
@@ -191,12 +191,12 @@ def test_a_fault_of_the_program_in_a_client_ends_the_simulation(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All clients are one program: rounds without those that meet the fault would be another experiment."""
-    real = client._job
+    real = client_training.job_of
 
     def job(workspace: Any, request: Any, *rest: Any) -> Any:
         return 1 / 0 if request.client_id == 1 else real(workspace, request, *rest)
 
-    monkeypatch.setattr(client, "_job", job)
+    monkeypatch.setattr(client_training, "job_of", job)
     with pytest.raises(ZeroDivisionError):
         run(tiny_config())
 
@@ -280,13 +280,13 @@ def test_a_config_that_cannot_work_is_refused_before_an_earlier_run_is_removed(t
 
 
 def test_a_merge_that_overflows_is_named_and_not_kept(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = client._trained
+    real = client.train_requests
 
     def blown_up(result: Any) -> Any:
         large = {name: torch.full_like(value, 3e38) for name, value in result.adapter.tensors(("A", "B")).items()}
         return dataclasses.replace(result, adapter=result.adapter.with_tensors(large))
 
-    monkeypatch.setattr(client, "_trained", lambda *asked: [blown_up(result) for result in real(*asked)])
+    monkeypatch.setattr(client, "train_requests", lambda *asked: [blown_up(result) for result in real(*asked)])
     config = tiny_config("strategy.name=flora", "adapter.alpha=64", "server.max_norm_ratio=off")
     rundir = RunDir.create(config)
     with raises(RoundError, "state-not-finite", "round 1", "server.max_norm"):

@@ -18,7 +18,7 @@ from fedlora.aggregators import ClientPlan
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ReplyError
-from fedlora.federation.client import sent_and_residual
+from fedlora.federation.client_reply import sent_and_residual
 from fedlora.federation.client_store import RESIDUAL, ClientStore, divided, named
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.protocol import TrainRequest

@@ -18,7 +18,7 @@ import fedlora.api  # noqa: F401  # before `load_config` is replaced
 from fedlora.cli import app
 from fedlora.config import load_config
 from fedlora.errors import RunDirError
-from fedlora.federation import client, evaluator
+from fedlora.federation import client_training, evaluator
 from fedlora.runs.place import check_free
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
@@ -162,7 +162,7 @@ def broken(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         raise IndexError("index out of range in self")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "train_in_phases", fail)
+        patch.setattr(client_training, "train_in_phases", fail)
         yield tiny_toml
 
 

@@ -21,7 +21,7 @@ from fedlora.callbacks import Callback
 from fedlora.config import OpenTable, RunConfig, TrainConfig, parse_config
 from fedlora.errors import ConfigError, ModelError, PrivacyError
 from fedlora.evaluation.pretrained_adapter import find_adapter
-from fedlora.federation import client as federation_client
+from fedlora.federation import client_training
 from fedlora.model import Base, load_base, save_adapter, save_merged, seeded
 from fedlora.model import quantize as quantize_module
 from fedlora.privacy import dpsgd
@@ -352,7 +352,7 @@ def test_a_private_run_resumes_to_the_same_bytes_and_the_same_epsilon(
     on_4_bits: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the secret draws of each cohort given; by themselves no two private runs are alike."""
-    drawn, real = Drawn(), federation_client.train_private_cohort
+    drawn, real = Drawn(), client_training.train_private_cohort
 
     def trained(base: Base, task: Task, examples: Examples, jobs: Sequence[TrainJob], *rest: Any) -> Any:
         drawn.begin(jobs)
@@ -360,7 +360,7 @@ def test_a_private_run_resumes_to_the_same_bytes_and_the_same_epsilon(
 
     for module in (dpsgd, dropout_masks, opacus_loop):
         monkeypatch.setattr(module, "os", drawn)
-    monkeypatch.setattr(federation_client, "train_private_cohort", trained)
+    monkeypatch.setattr(client_training, "train_private_cohort", trained)
     private = (
         "privacy={unit='example', noise_multiplier=1.0, delta=1e-3, max_grad_norm=0.5, public_examples=40}",
         "server.weighting=uniform",

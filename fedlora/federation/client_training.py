@@ -1,0 +1,183 @@
+"""The training that requests ask of clients: where each starts, on what, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
+
+from fedlora.adapter import AdapterState
+from fedlora.config import RunConfig
+from fedlora.errors import FedloraError, ReplyError, TrainingError
+from fedlora.federation.client_store import ClientStore, divided, kept_differs
+from fedlora.federation.plausibility import START_LOSS
+from fedlora.federation.protocol import TrainRequest
+from fedlora.model.base_history import follow
+from fedlora.rng import derive
+from fedlora.training.dp_loop import train_private_cohort
+from fedlora.training.dp_settings import PrivateSettings
+from fedlora.training.evaluate import evaluate
+from fedlora.training.job import TrainJob, TrainResult
+from fedlora.training.phases import train_in_phases
+from fedlora.training.step import Outcome
+from fedlora.training.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a client starts in a round.
+
+    Args:
+        adapter: The plan's, with what the client keeps in its place: with `train.personal` its own model.
+        optimizer: The state that the client kept of its optimiser.
+    """
+
+    adapter: AdapterState
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request: TrainRequest, store: ClientStore, config: RunConfig) -> Start:
+        """With what the store has."""
+        plan = request.plan
+        kept = plan.kept if config.train.personal is None else plan.adapter.tensors()
+        if not plan.kept and not config.clients_keep:
+            return cls(plan.adapter)
+        if config.train.keep_optimizer and plan.fresh_seed is not None:
+            raise ReplyError(
+                f"train.keep_optimizer: {config.strategy.name!r} starts each round from a new adapter, to which no "
+                "earlier state of an optimiser belongs: remove it",
+                code="state-of-another-adapter",
+            )
+        loaded, state, _ = divided(store.load(request.client_id, request.kept_round))
+        for name, value in loaded.items():
+            if name not in kept or value.shape != kept[name].shape:
+                raise kept_differs(request.client_id, name, value)
+        return cls(plan.adapter.with_tensors(loaded), state)
+
+
+def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
+    """Positions of a client's examples in the training set.
+
+    Raises:
+        TrainingError: there is no such client.
+    """
+    clients = workspace.data.clients
+    if not 0 <= client_id < len(clients):
+        raise TrainingError(
+            f"there is no client {client_id}: the partition has {len(clients)}, numbered from 0", code="no-such-client"
+        )
+    return clients[client_id]
+
+
+def measure_start(workspace: Workspace, request: TrainRequest, store: ClientStore) -> dict[str, float] | Exception:
+    """What the rule asks to know of the client before it trains."""
+    if START_LOSS not in request.plan.asks:
+        return {}
+    try:
+        indices = _examples_to_train_on(workspace, request.client_id)
+        workspace.base.write(job_of(workspace, request, indices, store).adapter)
+        found = evaluate(workspace.base, workspace.task, workspace.data.train, indices=indices)
+        return {START_LOSS: found.overall["loss"]}
+    except Exception as error:
+        return error
+
+
+def train_requests(
+    workspace: Workspace,
+    requests: Sequence[TrainRequest],
+    store: ClientStore,
+    settings: Sequence[PrivateSettings] | None = None,
+) -> list[Outcome]:
+    """What came of the clients' training.
+
+    Args:
+        workspace: Of the clients.
+        requests: On one version of the base.
+        store: Has what the clients keep.
+        settings: Of DP-SGD, one for each; a client without examples trains on noise alone then. None: no DP-SGD.
+    """
+    jobs: dict[int, TrainJob] = {}
+    outcomes: dict[int, Outcome] = {}
+    for number, request in enumerate(requests):
+        try:
+            examples = _examples_to_train_on if settings is None else examples_of_client
+            indices = examples(workspace, request.client_id)
+            jobs[number] = job_of(workspace, request, indices, store)
+        except Exception as error:
+            outcomes[number] = error
+    if jobs:
+        configs = [workspace.config.train_of(requests[number].client_id) for number in jobs]
+        on = (workspace.base, workspace.task, workspace.data.train, list(jobs.values()), configs)
+        try:
+            if settings is None:
+                results = train_in_phases(*on)
+            else:
+                results = train_private_cohort(*on, [settings[number] for number in jobs])
+        except Exception as error:  # what stopped all of them came of each
+            results = [error] * len(jobs)
+        outcomes |= dict(zip(jobs, results, strict=True))
+    return [outcomes[number] for number in range(len(requests))]
+
+
+def train_own_models(
+    workspace: Workspace, requests: Sequence[TrainRequest], outcomes: Sequence[Outcome], store: ClientStore
+) -> list[AdapterState | Exception | None]:
+    """The clients' own models after the round (Ditto, Li et al. 2021, arXiv 2012.04221, algorithm 1).
+
+    v <- v - eta (grad L(v) + lambda (v - w)), with w as the client was sent it, on the batches of the shared model. A
+    client that has none yet begins with w. None where there is no `train.personal`, or w's training failed.
+    """
+    config = workspace.config
+    found: list[AdapterState | Exception | None] = [None] * len(requests)
+    trained = [k for k, outcome in enumerate(outcomes) if isinstance(outcome, TrainResult)]
+    if config.train.personal is None or not trained:
+        return found
+    jobs, configs = [], []
+    for k in trained:
+        request = requests[k]
+        shared = job_of(workspace, request, examples_of_client(workspace, request.client_id), store)
+        own = Start.of(request, store, config).adapter
+        jobs.append(replace(shared, adapter=own, toward=request.plan.adapter, proximal_mu=0.0, tilt={}))
+        configs.append(config.train_of(request.client_id).model_copy(update={"proximal_mu": config.train.personal}))
+    results: Sequence[Outcome]
+    try:
+        results = train_in_phases(workspace.base, workspace.task, workspace.data.train, jobs, configs)
+    except Exception as error:  # what stopped all of them came of each
+        results = [error] * len(jobs)
+    for k, result in zip(trained, results, strict=True):
+        if isinstance(result, FedloraError):
+            result = type(result)(f"its own model (train.personal): {result}", code=result.code)
+        found[k] = result if isinstance(result, Exception) else result.adapter
+    return found
+
+
+def job_of(workspace: Workspace, request: TrainRequest, indices: np.ndarray, store: ClientStore) -> TrainJob:
+    """What a request asks, on a base that is brought to its version."""
+    plan, config = request.plan, workspace.config
+    start = Start.of(request, store, config)
+    follow(workspace.base, plan.base_updates, plan.base_version, request.base_digest, request.since_digest)
+    return TrainJob(
+        adapter=start.adapter if config.train.personal is None else plan.adapter,
+        trains=plan.trains,
+        indices=indices,
+        seed=derive(config.seed, "train", request.round, request.client_id),
+        proximal_mu=plan.proximal_mu or config.train.proximal_mu,
+        tilt=plan.tilt,
+        round=request.round,
+        rounds=config.rounds,
+        optimizer=start.optimizer,
+        client_id=request.client_id,
+        first=plan.first,
+        first_times=plan.first_times,
+    )
+
+
+def _examples_to_train_on(workspace: Workspace, client_id: int) -> np.ndarray:
+    indices = examples_of_client(workspace, client_id)
+    if not len(indices):
+        raise TrainingError(
+            f"client {client_id} has no examples: give it some, or lower partition.clients", code="no-examples"
+        )
+    return indices
