@@ -40,14 +40,15 @@ _SAME = {
     "server.clients_per_round": "client_num_per_round",
     "evaluation.every": "eval_steps eval_strategy evaluation_strategy evaluate_every",
     "tracking.name": "report_to",
+    "runtime.device_map": "device_map",
 }
 _WHOLE = (
-    "a base lies whole on one device, the one of runtime.device: remove it; model.quantize = 'nf4' and "
-    "train.gradient_checkpointing = true make it need less memory"
+    "no weight is cut into pieces here: runtime.device_map = 'auto' spreads a base's layers over all GPUs; "
+    "model.quantize = 'nf4' and train.gradient_checkpointing = true make it need less memory"
 )
 _ALWAYS = "rows of like length are always computed together, whatever is sampled: remove it"
 _WORDS = {
-    **dict.fromkeys(("device_map", "max_memory", "fsdp", "fsdp_config", "deepspeed", "tp_plan", "tp_size"), _WHOLE),
+    **dict.fromkeys(("max_memory", "fsdp", "fsdp_config", "deepspeed", "tp_plan", "tp_size"), _WHOLE),
     "group_by_length": _ALWAYS,
     "padding_free": f"{_ALWAYS}, or set task.packing = true for causal-lm",
     "bf16": "set model.dtype = 'bfloat16', or 'auto' for it wherever it is fast",

@@ -36,7 +36,8 @@ def plan(
         config = load_config(config_path, overrides or [])
         if gpu is None:
             device = resolve_device(config.runtime.device)
-            memory, dtype = total_bytes(device), str(choose_dtype(config)).removeprefix("torch.")
+            devices = torch.cuda.device_count() if config.runtime.device_map is not None else 1
+            memory, dtype = devices * total_bytes(device), str(choose_dtype(config)).removeprefix("torch.")
         else:
             device, memory, dtype = torch.device("cuda"), read_size(gpu), "bfloat16"
         found = make_plan(config, memory, dtype, device.type)

@@ -26,6 +26,9 @@ class RuntimeConfig(Section):
 
     device: str = "auto"
     """One of: auto (CUDA, Apple's MPS, CPU, in this order), cpu, cuda, cuda:1, mps."""
+    device_map: Literal["auto"] | None = None
+    """"auto" spreads the layers of a base over all CUDA devices of a machine, where one cannot hold it; one process
+    trains then. None: it lies whole on `device`."""
     cohort: Literal["auto"] | PositiveInt = "auto"
     """How many clients train at once in a process; "auto" goes by memory, batches and the model's width."""
     processes: Literal["auto"] | PositiveInt = "auto"
@@ -136,6 +139,22 @@ class RunConfig(Section):
             raise ConfigError(
                 "[selection] compares rounds, and evaluation.on = 'off' measures none: remove one of them",
                 code="selection-without-evaluation",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spread(self) -> RunConfig:
+        beside = {
+            "[privacy]": self.privacy is not None,
+            "train.loop": self.train.loop is not None,
+            "runtime.processes": self.runtime.processes not in ("auto", 1),
+            "runtime.backend": self.runtime.backend != "processes",
+        }
+        if self.runtime.device_map is not None and (key := next((key for key, is_set in beside.items() if is_set), "")):
+            raise ConfigError(
+                f"runtime.device_map = 'auto' does not go with {key}: one process takes all GPUs, in plain training; "
+                "remove one of them",
+                code="base-on-several-gpus",
             )
         return self
 

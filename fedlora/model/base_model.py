@@ -65,7 +65,8 @@ class Base:
         peft_model: PEFT's wrapper, for exports.
         method: of the adapter.
         model: to be called by a task; its dropout is on or off by `train_mode`.
-        device: where it computes.
+        device: where it computes: of several, the first.
+        devices: all of them.
         dtype: of the frozen weights.
         adapter_dtype: of all that is trained: float64 for a float64 base, float32 for any other.
         weights: the versions of the frozen weights.
@@ -113,6 +114,7 @@ class Base:
         self.peft_model, self.method, self.model = peft_model, method, model
         self.config, self.adapter_config, self.task_type, self.recipe = config, adapter_config, task_type, recipe
         self.device, self.dtype, self.key = device, dtype, key
+        self.devices = tuple(dict.fromkeys((device, *(value.device for value in model.parameters()))))
         self.adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.targets, self.heads = tuple(targets), tuple(heads)
         self.random, self.notes = tuple(frozen), tuple(notes)
@@ -234,7 +236,7 @@ class Base:
                 down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
                 if layer.r[ADAPTER] != pair.rank:
                     layer.r[ADAPTER] = down.out_features = up.in_features = pair.rank
-                    down.weight, up.weight = self._new(pair.A), self._new(pair.up)
+                    down.weight, up.weight = self._new(pair.A, down), self._new(pair.up, up)
                 else:
                     down.weight.copy_(pair.A)
                     up.weight.copy_(pair.up)
@@ -372,10 +374,9 @@ class Base:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _new(self, value: Tensor) -> Parameter:
-        return Parameter(
-            value.detach().to(self.device, self.adapter_dtype).clone(memory_format=torch.contiguous_format)
-        )
+    def _new(self, value: Tensor, layer: nn.Linear) -> Parameter:
+        device = layer.weight.device
+        return Parameter(value.detach().to(device, self.adapter_dtype).clone(memory_format=torch.contiguous_format))
 
     def _widen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         dtype = next((p.dtype for p in module.parameters()), self.adapter_dtype)

@@ -46,26 +46,37 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's default generators, of the CPU and of `device`, start from `seed` inside and are as before afterwards.
+def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
+    """Torch's default generators, of the CPU and of `devices`, start from `seed` inside and are as before afterwards.
 
     Unlike `torch.manual_seed` it leaves other devices alone, and costs microseconds where CUDA was never started.
     """
-    before = torch.default_generator.get_state()
+    before = [(place, generator_state(place)) for place in (torch.device("cpu"), *devices)]
     torch.default_generator.manual_seed(seed)
-    other: torch.Tensor | None = None
-    if device.type == "cuda":
-        other = torch.cuda.get_rng_state(device)
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        other = torch.mps.get_rng_state()
-        torch.mps.manual_seed(seed)
+    for device in devices:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
     try:
         yield
     finally:
-        torch.default_generator.set_state(before)
-        if other is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(other, device)
-        elif other is not None:
-            torch.mps.set_rng_state(other)
+        for place, state in before:
+            _put_back(place, state)
+
+
+def generator_state(device: torch.device) -> torch.Tensor:
+    """The state of torch's default generator of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device.type == "mps" else torch.default_generator.get_state()
+
+
+def _put_back(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.default_generator.set_state(state)

@@ -22,11 +22,12 @@ from fedlora.model.device import resolve_device, seeded
 from fedlora.model.dropout import set_dropout
 from fedlora.model.dtype import choose_dtype, warning_of
 from fedlora.model.fingerprint import fingerprint
-from fedlora.model.new_weights import MISSING, frozen_modules, require_apart, require_whole
+from fedlora.model.new_weights import MISSING, draw_absent, frozen_modules, require_apart, require_whole
 from fedlora.model.peft_methods import Method, find_method, peft_type, tuner_fields
 from fedlora.model.peft_tuners import ADAPTER
+from fedlora.model.placement import first_device, placement
 from fedlora.model.plain import Recipe, quiet_transformers
-from fedlora.model.quantize import keep_layout, keep_whole, note_of, on_its_device, own_dtype, quantization
+from fedlora.model.quantize import keep_layout, keep_whole, note_of, own_dtype, quantization
 from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape, resolve_heads, resolve_targets
 from fedlora.rng import derive
 
@@ -44,7 +45,7 @@ def base_key(
             config.digest("model", "adapter"),
             None if find_method(config.adapter).pairs else config.seed,  # by which PEFT draws what is no pair
             [auto_class, list(head), dict(model_kwargs or {}), peft_task_type],
-            str(resolve_device(config.runtime.device)),
+            [str(resolve_device(config.runtime.device)), config.runtime.device_map],
             Checkpoint.of(config.model).stamps(),  # a folder that was changed since is another base
         ],
         sort_keys=True,
@@ -91,11 +92,13 @@ def load_base(
         quantized, said = {}, None if only_shapes else note_of(config, model)
         if config.model.quantize is not None and not only_shapes:
             how = model.config.quantization_config  # type: ignore[union-attr]
-            quantized = {"quantization_config": how, "device_map": {"": str(device)}}
+            quantized = {"quantization_config": how}
         model.requires_grad_(False)
         if config.model.dropout is not None:
             set_dropout(model, config.model.dropout)
-        if not getattr(model, "is_quantized", False):
+        device, spread = first_device(config, model, device)
+        stays = spread or getattr(model, "is_quantized", False)
+        if not stays:
             model.to(device)
         heads = resolve_heads(model, config.adapter, head)
         if not config.model.ignore_mismatched_sizes:
@@ -125,7 +128,7 @@ def load_base(
         heads=heads,
         drawn=drawn,
         frozen=frozen,
-        recipe=Recipe(auto_class, checkpoint, dtype, options, quantized),
+        recipe=Recipe(auto_class, checkpoint, dtype, options, quantized, placement(config, device) if stays else {}),
         notes=[*_notes(drawn, frozen, trained, names), *filter(None, [said, warning_of(config)])],
         plain_names=plain_names,
         seed=None if method.pairs else config.seed,
@@ -148,11 +151,11 @@ def _from_pretrained(
     checkpoint = Checkpoint.of(config.model)
     auto = getattr(transformers, auto_class)
     _require_pad_row(checkpoint, model_kwargs.get("pad_token_id"))
-    where = on_its_device(checkpoint, device)
+    where = placement(config, device)
     if config.model.quantize is not None:
         with torch.device("meta"):
             shapes, _ = _from_config(config, auto_class, model_kwargs, dtype, device)
-        where = quantization(config, shapes, dtype, device)
+        where |= quantization(config, shapes, dtype)
     try:
         with quiet_transformers():  # its report on absent weights is replaced by ours
             model, info = auto.from_pretrained(
@@ -177,6 +180,7 @@ def _from_pretrained(
         absent[name] = f"has shape {list(found)} there and {list(wanted)} in the model"
     if config.model.quantize is not None:
         keep_whole(model, absent)
+    draw_absent(model, absent)
     return model, absent
 
 

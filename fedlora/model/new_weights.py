@@ -1,13 +1,14 @@
 """Weights of a model that its checkpoint does not hold: which of them are no fault, and where they go.
 
-transformers draws them at random when it loads the model, another draw each time. Those of the head are trained and
-are part of the adapter. Others that a new task brings along (the pooler between an encoder and its classifier) stay
-frozen; an export carries them, so that the adapter is the same model wherever it is loaded. What should be in the
-checkpoint and is not is refused.
+transformers draws them at random when it loads the model, another draw each time and on each kind of device; here they
+are drawn again, on the CPU and by name. Those of the head are trained and are part of the adapter. Others that a new
+task brings along (the pooler between an encoder and its classifier) stay frozen; an export carries them, so that the
+adapter is the same model wherever it is loaded. What should be in the checkpoint and is not is refused.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from fedlora.errors import ModelError
 from fedlora.model.device import seeded
 from fedlora.model.targets import in_any
+from fedlora.rng import derive
 
 MISSING = "is missing"
 """What is the matter with a tensor that is not in the checkpoint at all."""
@@ -78,6 +80,23 @@ def _comes_with_a_task(model: nn.Module, tensor: str, matter: str) -> bool:
     if not trunk or not hasattr(model, trunk):
         return False
     return not in_any(tensor, [trunk]) or (matter == MISSING and POOLER in tensor.split("."))
+
+
+@torch.no_grad()
+def draw_absent(model: nn.Module, absent: Collection[str]) -> None:
+    """Draw the parameters of some names, the same wherever they lie: on a GPU transformers drew them there, unseeded.
+
+    Args:
+        model: as loaded, with what is no parameter of a quantised layer any more (`fedlora.model.quantize.keep_whole`).
+        absent: names of the tensors that are not the checkpoint's.
+    """
+    for owner in sorted({name.rpartition(".")[0] for name in absent}):
+        module = model.get_submodule(owner)
+        drawn = copy.deepcopy(module).to("cpu")
+        draw_anew(drawn, derive(0, "base", owner), getattr(model, "_init_weights", None))
+        for inner, value in drawn.named_parameters(recurse=False):
+            if f"{owner}.{inner}".removeprefix(".") in absent:
+                module.get_parameter(inner).copy_(value)
 
 
 def draw_anew(module: nn.Module, seed: int, class_init: Callable[[nn.Module], None] | None) -> None:

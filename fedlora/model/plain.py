@@ -54,6 +54,7 @@ class Recipe:
         dtype: of its weights.
         options: other arguments of `from_pretrained`, such as `num_labels`.
         quantized: those by which weights are quantised; empty: they are not.
+        placed: those by which weights go to where they stay; empty: they can be moved.
     """
 
     auto_class: str
@@ -61,6 +62,7 @@ class Recipe:
     dtype: torch.dtype
     options: Mapping[str, Any] = field(default_factory=dict)
     quantized: Mapping[str, Any] = field(default_factory=dict)
+    placed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -115,6 +117,7 @@ class Recipe:
             given["trust_remote_code"] = True
         if gguf is not None:
             given["gguf_file"] = gguf
+        given |= self.placed
         with quiet_transformers():
             model, info = auto.from_pretrained(folder or self.checkpoint.source, output_loading_info=True, **given)
         return model.eval(), dict(info)
@@ -169,7 +172,7 @@ def verify_adapter(folder: Path, recipe: Recipe, reference: Reference, device: t
     """
     with _as_export_error("plain PEFT cannot load it"):
         model = _with_adapter(folder, recipe)
-        if recipe.quantized:  # is where it was loaded, and has no wider form
+        if recipe.placed:  # is where it was loaded, and has no wider form
             return _require_near(reference, model, device, recipe.dtype, "plain PEFT", widen=False)
         return _require_near(reference, model.to(device), device, recipe.dtype, "plain PEFT")
 
@@ -180,13 +183,14 @@ def verify_merged(
     """Load a merged model with plain transformers, and compare it with what was trained; see `verify_adapter`."""
     with _as_export_error("plain transformers cannot load it"):
         model, info = recipe.load(folder, gguf)
+        model = model if recipe.placed else model.to(device)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if found := info.get(what):
                 raise ExportError(
                     f"plain transformers reports {what.replace('_', ' ')}: {min(map(str, found))}",
                     code="tensors-differ",
                 )
-        return _require_near(reference, model.to(device), device, recipe.dtype, "plain transformers")
+        return _require_near(reference, model, device, recipe.dtype, "plain transformers", widen=not recipe.placed)
 
 
 def _with_adapter(folder: Path, recipe: Recipe) -> nn.Module:

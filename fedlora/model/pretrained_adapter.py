@@ -20,6 +20,7 @@ from fedlora.model.device import seeded
 from fedlora.model.dtype import choose_dtype
 from fedlora.model.loading import _from_pretrained
 from fedlora.model.peft_tuners import merged_weights
+from fedlora.model.placement import first_device
 from fedlora.model.targets import in_any, is_transposed
 from fedlora.rng import derive
 
@@ -65,7 +66,7 @@ def load_adapted(
             "that the adapter was trained on, or export the adapter again",
             code="tensors-missing",
         )
-    if not getattr(model, "is_quantized", False):
+    if not getattr(model, "is_quantized", False) and not first_device(config, model, device)[1]:
         adapted.to(device)
     return adapted
 

@@ -26,14 +26,13 @@ READ_BY_NAME = ("dt_proj",)
 SHOWN = 3
 
 
-def quantization(config: RunConfig, model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def quantization(config: RunConfig, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `from_pretrained` for `model.quantize`; none where nothing is quantised.
 
     Args:
         config: of the run.
         model: to be loaded; its weights are not looked at.
         dtype: in which the layers compute.
-        device: on which the weights are quantised, and stay.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -61,7 +60,7 @@ def quantization(config: RunConfig, model: nn.Module, dtype: torch.dtype, device
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=whole,
         )
-    return {"quantization_config": how, "device_map": {"": str(device)}}
+    return {"quantization_config": how}
 
 
 def unquantised(config: RunConfig) -> RunConfig:
@@ -69,18 +68,14 @@ def unquantised(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"quantize": None})})
 
 
-def on_its_device(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a checkpoint that is quantised already: its weights stay where they are.
-
-    Without them that is the first GPU, whatever `runtime.device` says.
-    """
+def is_quantised(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is quantised already."""
     import transformers
 
     with suppress(Exception):  # whoever loads the model says what is wrong with its config
         found = transformers.AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
-        if getattr(found, "quantization_config", None) is not None:
-            return {"device_map": {"": str(device)}}
-    return {}
+        return getattr(found, "quantization_config", None) is not None
+    return False
 
 
 def keep_whole(model: nn.Module, absent: Iterable[str]) -> None:

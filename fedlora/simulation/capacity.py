@@ -104,6 +104,8 @@ def process_count(workspace: Workspace, asked: int, cluster: Sequence[Machine] =
         share = most_threads(cluster, processes, gpus=on_gpus) if cluster else max(1, cores // processes)
         return ProcessChoice(processes, config.runtime.threads or share, reason)
 
+    if config.runtime.device_map is not None:
+        return chosen(1, "the base lies on all GPUs")
     if wanted != "auto":
         if on_gpus and not cluster:
             _require_room(workspace.base, wanted, 1 if ":" in config.runtime.device else torch.cuda.device_count())

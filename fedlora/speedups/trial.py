@@ -86,7 +86,7 @@ class Trial:
                 self.states("alone")
             doing = "be trained on"
             parameters = base.write(self.adapters[0])
-            with seeded(0, base.device), torch.enable_grad():
+            with seeded(0, *base.devices), torch.enable_grad():
                 base.train_mode(True)
                 loss = self.task.losses(base.model, batch).sum()
                 if parameters:

@@ -200,7 +200,7 @@ class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
-        return slopes * grads[0][:, None].to(slopes.dtype), None, None, None
+        return slopes * grads[0][:, None].to(slopes), None, None, None
 
 
 def _states(
@@ -272,7 +272,9 @@ def _frozen_head(model: nn.Module) -> nn.Module | None:
 
 
 def _at(values: Float[Tensor, "w t d"], places: Int[Tensor, "k"]) -> Float[Tensor, "k d"]:
-    return values.flatten(0, 1)[places]  # `index_select` takes a fifth longer on a CPU, backward included
+    return values.flatten(0, 1)[
+        places.to(values.device)
+    ]  # `index_select` takes a fifth longer on a CPU, backward included
 
 
 def _cross_entropy(logits: Float[Tensor, "k v"], targets: Int[Tensor, "k"], smoothing: float) -> Float[Tensor, "k"]:

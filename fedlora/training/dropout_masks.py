@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fedlora.model.device import generator_state
+
 LEVELS = 1 << 16  # of a 16-bit draw
 GOLDEN = 0x9E3779B97F4A7C15
 FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -69,12 +71,12 @@ class RowDropout(TorchFunctionMode):
         super().__init__()
         self._strict = strict
         self._keys: Keys = np.empty(0, np.uint64)
-        self._there: Tensor | None = None  # the keys on the device where masks are drawn
+        self._there: dict[torch.device, Tensor] = {}  # the keys on the devices where masks are drawn
         self._drawn = self._added = 0
 
     def begin(self, keys: Keys) -> None:
         """The keys of the next forward pass's rows."""
-        self._keys, self._drawn, self._added, self._there = keys, 0, 0, None
+        self._keys, self._drawn, self._added, self._there = keys, 0, 0, {}
 
     def again(self) -> RowDropout:
         """Draws, for the same rows, the masks that come next here; for a forward pass that is repeated later."""
@@ -159,9 +161,9 @@ class RowDropout(TorchFunctionMode):
             sizes = (*sizes, 1)
         if device.type == "cpu":
             return _draws(_mixed(self._keys[:rows] ^ np.uint64(salt)), sizes).reshape(shape)
-        if self._there is None:
-            self._there = torch.from_numpy(self._keys.view(np.int64)).to(device)
-        return _draws_on_device(_mixed_on_device(self._there[:rows] ^ _signed(salt)), sizes).reshape(shape)
+        if device not in self._there:
+            self._there[device] = torch.from_numpy(self._keys.view(np.int64)).to(device)
+        return _draws_on_device(_mixed_on_device(self._there[device][:rows] ^ _signed(salt)), sizes).reshape(shape)
 
     def _rows(self, rows: int) -> int:
         """How many rows' keys a mask of `rows` rows goes by, one where it is drawn as one row's."""
@@ -253,8 +255,8 @@ class RowsError(Exception):
 class Watch:
     """Notices random numbers drawn from the default generators of torch, numpy and Python, which no part owns."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self._devices = dict.fromkeys((torch.device("cpu"), *devices))
         self.drawn = False
 
     def __enter__(self) -> Watch:
@@ -268,11 +270,7 @@ class Watch:
         self.drawn = others != after or any(not torch.equal(a, b) for a, b in zip(tensors, now, strict=True))
 
     def _state(self) -> tuple[list[Tensor], tuple[Any, ...]]:
-        states = [torch.default_generator.get_state()]
-        if self._device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._device))
-        elif self._device.type == "mps":
-            states.append(torch.mps.get_rng_state())
+        states = [generator_state(device) for device in self._devices]
         _, words, place, *_ = np.random.get_state(legacy=True)  # noqa: NPY002 - what others draw from
         return states, (words.tobytes(), place, random.getstate())  # type: ignore[union-attr]
 

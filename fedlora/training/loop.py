@@ -184,7 +184,7 @@ class Loop(ABC):
         self._dropout, seed = self._random(clients)
         base.train_mode(True)
         with ExitStack() as stack:
-            stack.enter_context(seeded(seed, base.device))
+            stack.enter_context(seeded(seed, *base.devices))
             if self._dropout is not None:
                 stack.enter_context(self._dropout)
             if self._dropout is not None and any(client.config.neftune_noise_alpha for client in clients):
@@ -270,7 +270,7 @@ class Loop(ABC):
             places = sent(group.members, losses, torch.int64)
             gradients.index_add_(0, places, found)
             owners = sent(group.of_examples(group.members), losses, torch.int64)
-            losses.index_add_(0, owners, each.detach().to(losses.dtype))
+            losses.index_add_(0, owners, each.detach().to(losses))
             computed += self._now() - started
         # Whatever can fail on the data comes before the move: a step that failed is taken again.
         tokens = [float(np.maximum(self._examples.lengths[client.chosen], 1).sum()) for client in members]

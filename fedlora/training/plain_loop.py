@@ -53,7 +53,7 @@ class TrainingLoop(Loop):
     def _losses(self, batch: Batch) -> Float[Tensor, "e"]:
         if len(self._clients) == 1:
             return self._task.losses(self._base.model, batch)
-        with Watch(self._base.device) as watch:
+        with Watch(*self._base.devices) as watch:
             each = self._task.losses(self._base.model, batch)
         if watch.drawn:
             raise RowsError("it draws random numbers in a way that cannot be told apart by clients")

@@ -11,7 +11,7 @@ Shapes: k = clients, n = rows of the batch, m = rows and tokens of one client, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, final
@@ -101,7 +101,7 @@ class Stacked:
     def __init__(self, base: Base, columns: Columns, adapters: Sequence[AdapterState]) -> None:
         self.step = Step()
         self._base, self._columns = base, columns
-        self._changed: list[nn.Module] = []
+        self._changed: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
         trained = {column.name for column in columns.columns}
         cores = [name for name in adapters[0].tensors(("R",)) if name not in trained]
         self._kept = Columns(adapters, [name for name in base.tensor_names() if name not in trained] + cores)
@@ -137,14 +137,16 @@ class Stacked:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for module in self._changed:
+        for module, before in self._changed:
             del module.forward
+            if before is not None:
+                module.forward = before
         self._changed.clear()
         self.step = Step()
 
     def _set(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self._changed.append((module, vars(module).get("forward")))
         module.forward = forward
-        self._changed.append(module)
 
     def _adapted(self, name: str, layer: Any) -> Callable[..., Tensor]:
         dropout = layer.lora_dropout[ADAPTER]
@@ -153,15 +155,15 @@ class Stacked:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             step = self.step
             out: Tensor = layer.base_layer(x, *args, **kwargs)
-            A, B = step.tensors[f"{name}:A"], step.tensors[f"{name}:B"]
+            A, B, scales = there(x, step.tensors[f"{name}:A"], step.tensors[f"{name}:B"], step.scales[name])
             inner = x if plain else dropout(x.to(A.dtype))
-            return add_pairs(out, inner, A, B, step.scales[name], step.blocks_in(x))
+            return add_pairs(out, inner, A, B, scales, step.blocks_in(x))
 
         return forward
 
     def _linear(self, name: str) -> Callable[[Tensor], Tensor]:
         def forward(x: Float[Tensor, "n *t i"]) -> Float[Tensor, "n *t o"]:
-            weight, bias = self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias")
+            weight, bias = there(x, self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias"))
             parts = []
             for block in self.step.blocks_in(x):
                 own, w = x[block.rows].reshape(block.size, -1, x.shape[-1]), weight[block.clients].transpose(1, 2)
@@ -174,7 +176,7 @@ class Stacked:
     def _norm(self, name: str, module: Any) -> Callable[[Tensor], Tensor]:
         def forward(x: Float[Tensor, "n *t i"]) -> Float[Tensor, "n *t i"]:
             out = functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
-            weight, bias = self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias")
+            weight, bias = there(x, self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias"))
             parts = []
             for block in self.step.blocks_in(x):
                 own = out[block.rows].reshape(block.size, -1, *module.normalized_shape) * weight[block.clients, None]
@@ -242,7 +244,7 @@ def cannot_stack(base: Base) -> str | None:
                 continue
             if type(module) not in (nn.Linear, OneDnnLinear, nn.LayerNorm):
                 return f"{inner} is trained in full, and {type(module).__name__} has no stacked form"
-            if "forward" in vars(module):
+            if "forward" in vars(module) and "_hf_hook" not in vars(module):  # which moves inputs to their GPU
                 return f"another library has replaced the forward of {inner}"
     return None
 
@@ -278,6 +280,11 @@ def cannot_share(trial: Trial) -> str | None:
     if any(gap(together[row], wanted[row]) > trial.limit for row in range(2)):
         return f"two clients' adapters in {name} give other results than each alone"
     return None
+
+
+def there(x: Tensor, *tensors: Tensor | None) -> Iterator[Any]:
+    """Tensors where a layer's input is: of a base on several GPUs the adapters lie on the first."""
+    return (tensor if tensor is None else tensor.to(x.device) for tensor in tensors)
 
 
 def add_pairs(

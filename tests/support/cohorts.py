@@ -109,9 +109,12 @@ def random_base(
     dtype: str = "float64",
     device: str = "cpu",
     quantize: str | None = None,
+    runtime: dict[str, Any] | None = None,
     **adapter: Any,
 ) -> Base:
-    """A tiny random model of an architecture, its head three classes or its vocabulary."""
+    """A tiny random model of an architecture, its head three classes or its vocabulary.
+
+    `runtime` stands for the device."""
     import transformers
 
     kind, options = MODELS[name]
@@ -128,7 +131,7 @@ def random_base(
     run = RunConfig(
         model=ModelConfig(name=str(folder), dtype=dtype, quantize=quantize),  # type: ignore[arg-type]
         adapter=AdapterConfig(**adapter),
-        runtime=RuntimeConfig(device=device),
+        runtime=RuntimeConfig(**(runtime or {"device": device})),
     )
     base = load_base(run, auto, () if causal else ("classifier", "pre_classifier", "score"), {})
     choose_attention(base.model)

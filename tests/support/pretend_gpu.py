@@ -1,18 +1,21 @@
-"""A GPU that is not there: what is computed "on" it is computed on the CPU, and what a GPU would not do fails.
+"""GPUs that are not there: what is computed "on" them is computed on the CPU, and what a GPU would not do fails.
 
 Each storage has a device of its own beside the real one. An operation on tensors of several devices raises, but where
 CUDA allows it (numbers without dimensions, indices on the CPU); so do numpy's view of a tensor on the device and, on a
-pretended MPS, double precision and copies that do not wait. Launches of kernels and places where the host waits for the
-device are counted. What it cannot show: bugs of kernels, races, the allocator, time.
+pretended MPS, double precision and copies that do not wait. A device draws from a default generator of its own, which
+the CPU's seed does not reach. Launches of kernels and places where the host waits for the device are counted. What it
+cannot show: bugs of kernels, races, the allocator, time.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import traceback
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,6 +32,8 @@ COPIES = {"copy_", "_to_copy", "copy"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 WAITS = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select", "unique", "_unique2"}
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
+RANDOM = {"normal_", "uniform_", "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "randint"}
+RANDOM |= {"random_", "normal", "native_dropout", "randperm", "multinomial", "exponential_"}
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "expand_as", "unsqueeze", "squeeze"),
     *("select", "slice", "narrow", "split", "split_with_sizes", "unbind", "detach", "alias", "as_strided", "unflatten"),
@@ -78,15 +83,16 @@ def device_of(tensor: Tensor) -> torch.device:
 
 
 @contextlib.contextmanager
-def pretend_gpu(kind: str = "cuda", memory: int = 80 << 30) -> Iterator[Log]:
-    """Inside, torch finds one GPU.
+def pretend_gpu(kind: str = "cuda", memory: int = 80 << 30, count: int = 1) -> Iterator[Log]:
+    """Inside, torch finds GPUs.
 
     Args:
         kind: "cuda" or "mps".
-        memory: bytes that it has.
+        memory: bytes that each has.
+        count: how many there are.
     """
-    log, gpu = Log(), torch.device(kind, 0)
-    made = torch.Generator
+    log = Log()
+    made, device = torch.Generator, torch.device
 
     class Generator(made):  # type: ignore[misc, valid-type]
         def __new__(cls, device: Any = "cpu") -> Any:
@@ -95,23 +101,32 @@ def pretend_gpu(kind: str = "cuda", memory: int = 80 << 30) -> Iterator[Log]:
         def __init__(self, device: Any = "cpu") -> None:
             self.pretended = torch.device(device)
 
+    class OfDevice(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            return isinstance(value, device)
+
+    class Device(metaclass=OfDevice):
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # a number alone is that of a GPU
+            return device("cuda", *args) if len(args) == 1 and isinstance(args[0], int) else device(*args, **kwargs)
+
     class Properties:
         total_memory, name, major, minor = memory, "pretended", 9, 0
 
     state, cuda = made().manual_seed(1), kind == "cuda"
     patches: dict[tuple[Any, str], Any] = {
         (torch, "Generator"): Generator,
+        (torch, "device"): Device,
         (torch.autograd, "has_torch_function"): lambda *_: False,
         (torch._tensor, "has_torch_function_unary"): lambda *_: False,
         (TENSOR, "pin_memory"): lambda self, *_: self,
         (torch.cuda, "is_available"): lambda: cuda,
-        (torch.cuda, "device_count"): lambda: int(cuda),
+        (torch.cuda, "device_count"): lambda: count * cuda,
         (torch.cuda, "current_device"): lambda: 0,
         (torch.cuda, "_lazy_init"): lambda: None,
         (torch.cuda, "get_device_properties"): lambda *_: Properties,
         (torch.cuda, "get_device_name"): lambda *_: "pretended",
         (torch.cuda, "is_bf16_supported"): lambda *_, **__: cuda,
-        (torch.cuda, "mem_get_info"): lambda *_: (memory, memory),
+        (torch.cuda, "mem_get_info"): lambda *_: (memory, max(memory, 80 << 30)),
         (torch.cuda, "get_rng_state"): lambda *_: state.get_state(),
         (torch.cuda, "set_rng_state"): lambda new, *_: state.set_state(new),
         (torch.cuda, "manual_seed"): lambda seed: state.manual_seed(seed),
@@ -132,8 +147,8 @@ def pretend_gpu(kind: str = "cuda", memory: int = 80 << 30) -> Iterator[Log]:
     for place, value in patches.items():
         setattr(*place, value)
     try:
-        with _Dispatch(log, gpu), _Functions(log, gpu):
-            yield log
+        with _Dispatch(log, state), _Functions(log), mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):
+            yield log  # transformers would load in threads, where nothing is pretended
     finally:
         for place, value in before.items():
             setattr(*place, value)
@@ -172,9 +187,9 @@ def _refuse_wide(log: Log, device: torch.device, dtype: torch.dtype) -> None:
 
 
 class _Dispatch(TorchDispatchMode):
-    def __init__(self, log: Log, gpu: torch.device) -> None:
+    def __init__(self, log: Log, generator: torch.Generator) -> None:
         super().__init__()
-        self._log, self._gpu = log, gpu
+        self._log, self._generator = log, generator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -182,7 +197,10 @@ class _Dispatch(TorchDispatchMode):
         tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         wanted = None if kwargs.get("device") is None else _whole(kwargs["device"])
         if (wanted is not None and wanted.type == "meta") or any(tensor.is_meta for tensor in tensors):
-            return func(*args, **kwargs)
+            out = func(*args, **(kwargs if wanted is None or wanted.type == "meta" else {**kwargs, "device": CPU}))
+            if wanted is not None:  # made on a device after the shape of what is nowhere
+                _tag(out, wanted)
+            return out
         said = bool(_calls and _calls[-1])
         if name in COPIES:
             return self._copied(func, name, args, kwargs, None if wanted == CPU and not said else wanted)
@@ -191,14 +209,16 @@ class _Dispatch(TorchDispatchMode):
             for tensor in tensors:
                 if device_of(tensor) == ANY:
                     _tag(tensor, next(iter(found)))
-        on_gpu = self._gpu in found or (wanted is not None and wanted != CPU)
+        there = next(iter(found - {CPU}), CPU)
+        on_gpu = there != CPU or (wanted is not None and wanted != CPU)
         if on_gpu:
             self._count_waits(name, args)
         self._refuse_mixed(name, args, tensors, found)
         if wanted is not None:
             kwargs["device"] = CPU
-        out = func(*args, **kwargs)
-        target = wanted if wanted is not None else (self._gpu if self._gpu in found else CPU)
+        with self._own_draws() if on_gpu and name in RANDOM else contextlib.nullcontext():
+            out = func(*args, **kwargs)
+        target = there if wanted is None else wanted
         if any(tensor.layout != torch.strided for tensor in tensors) or (wanted == CPU and not said):
             target = ANY
         held = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout == torch.strided}
@@ -210,6 +230,15 @@ class _Dispatch(TorchDispatchMode):
         if on_gpu and name not in VIEWS and name not in EMPTY:
             self._log.launches[name] += 1
         return out
+
+    @contextlib.contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """Inside, what draws from the default generator draws from the device's."""
+        before = torch.default_generator.get_state()
+        torch.default_generator.set_state(self._generator.get_state())
+        yield
+        self._generator.set_state(torch.default_generator.get_state())
+        torch.default_generator.set_state(before)
 
     def _copied(self, func: Any, name: str, args: Any, kwargs: Any, wanted: torch.device | None) -> Any:
         source = device_of(args[0] if name == "_to_copy" else args[1])
@@ -242,9 +271,9 @@ class _Dispatch(TorchDispatchMode):
     def _refuse_mixed(self, name: str, args: Any, tensors: list[Tensor], found: set[torch.device]) -> None:
         large = {device_of(tensor) for tensor in tensors if tensor.dim() > 0} - {ANY}
         # A number on the CPU may go with tensors on the GPU, and never the other way round.
-        if len(large) < 2 and (len(found) < 2 or large == {self._gpu}):
+        if len(large) < 2 and (len(found) < 2 or (large and CPU not in large and found == large | {CPU})):
             return
-        if name in INDEXED and device_of(args[0]) != CPU:
+        if name in INDEXED and device_of(args[0]) != CPU and found <= {device_of(args[0]), CPU}:
             return
         shapes = [(tuple(tensor.shape), str(device_of(tensor))) for tensor in tensors]
         raise PretendError(f"{name} mixes devices: {shapes} at {_where()}")
@@ -265,12 +294,14 @@ class _To(torch.autograd.Function):
 
 
 class _Functions(TorchFunctionMode):
-    def __init__(self, log: Log, gpu: torch.device) -> None:
+    def __init__(self, log: Log) -> None:
         super().__init__()
-        self._log, self._gpu = log, gpu
+        self._log = log
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(kwargs.get("device"), int):
+            kwargs["device"] = torch.device("cuda", kwargs["device"])
         _calls.append(func in SAID or kwargs.get("device") is not None)
         try:
             return self._called(func, args, kwargs)
@@ -286,7 +317,7 @@ class _Functions(TorchFunctionMode):
             if owner is getattr(TENSOR, f"is_{kind}"):
                 return device_of(args[0]).type == kind
         if func is TENSOR.get_device:
-            return -1 if device_of(args[0]) == CPU else 0
+            return -1 if device_of(args[0]) == CPU else device_of(args[0]).index
         if func in (TENSOR.numpy, TENSOR.__array__) and device_of(args[0]) not in (CPU, ANY):
             raise PretendError(f"a tensor on {device_of(args[0])} has no numpy array: {_where()}")
         if func is TENSOR.tolist and device_of(args[0]) != CPU:
@@ -294,7 +325,7 @@ class _Functions(TorchFunctionMode):
         if func is TENSOR.cpu:
             return args[0] if device_of(args[0]) == CPU else _to_device(args[0], {"device": CPU})
         if func is TENSOR.cuda:
-            return _to_device(args[0], {"device": self._gpu})
+            return _to_device(args[0], {"device": torch.device("cuda", 0)})
         if func is TENSOR.to:
             return self._to(args, kwargs)
         if func in (torch.as_tensor, torch.tensor, torch.from_numpy, torch.frombuffer, TENSOR.new_tensor):

@@ -262,9 +262,23 @@ def test_every_key_that_stands_for_a_foreign_one_is_there() -> None:
 
 
 @pytest.mark.parametrize("key", ["model.device_map=auto", "device_map=auto", "train.fsdp=full_shard", "deepspeed=a"])
-def test_several_devices_for_one_base_are_refused_and_not_taken_for_another_key(key: str) -> None:
-    with raises(ConfigError, "unknown-key", "whole on one device", "remove it"):
+def test_several_devices_for_one_base_are_answered_and_not_taken_for_another_key(key: str) -> None:
+    with raises(ConfigError, "unknown-key", "runtime.device_map"):
         parse_config("", [key])
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "runtime.processes=2",
+        "privacy={epsilon=8.0, delta=1e-5, max_grad_norm=1.0, public_examples=[100]}",
+        "train.loop='a:b'",
+    ],
+)
+def test_a_base_on_several_gpus_is_of_one_process_and_plain_training(beside: str) -> None:
+    parse_config("", ["runtime.device_map=auto"])
+    with raises(ConfigError, "base-on-several-gpus", "device_map", "remove one of them"):
+        parse_config("", ["runtime.device_map=auto", "server.weighting=uniform", beside])
 
 
 def test_a_foreign_name_in_an_open_table_is_answered_too() -> None:

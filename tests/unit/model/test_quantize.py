@@ -290,7 +290,7 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(quantize_module, "find_spec", lambda _name: None)
     config = parse_config("", ["model.quantize=nf4"])
     with raises(ConfigError, "extra-missing", "pip install 'fedlora[quantize]'"):
-        quantize_module.quantization(config, nn.Linear(1, 1), torch.float32, torch.device("cpu"))
+        quantize_module.quantization(config, nn.Linear(1, 1), torch.float32)
 
 
 @pytest.fixture

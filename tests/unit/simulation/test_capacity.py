@@ -144,6 +144,23 @@ def test_on_a_cluster_of_gpus_each_has_one() -> None:
     assert choice.reason == "6 GPUs of the cluster, 50 clients a round, memory for 10"
 
 
+def test_a_gpu_gets_no_more_bases_than_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process has one of its own, and the server another beside them."""
+    monkeypatch.setattr(sizing, "_base_bytes", lambda _base: 3 << 30)
+    made = workspace(settled("runtime.processes=2"))
+    made.base.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with raises(ConfigError, "gpu-too-small", "runtime.processes = 2", "3 bases"):
+        process_count(made, 50)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert process_count(made, 50).processes == 2
+
+
+def test_a_base_on_all_gpus_has_one_process() -> None:
+    choice = process_count(workspace(settled("runtime.device_map=auto", rounds=LONG)), 50)
+    assert (choice.processes, choice.reason) == (1, "the base lies on all GPUs")
+
+
 def test_kept_prefixes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = workspace(settled(rounds=LONG), sizes=(40,) * 10)
     mine.speedups.cache.nbytes = 2 << 30
