@@ -17,16 +17,19 @@ from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.callbacks import Callback
 from fedlora.config import OpenTable, RunConfig, RuntimeConfig
 from fedlora.memory import widest
-from fedlora.model import Base
+from fedlora.model import Base, changed_weights, load_adapted, save_adapter
+from fedlora.model.dropout import set_dropout
 from fedlora.privacy.calibrate import Schedule
 from fedlora.runs.environment import describe_environment
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
+from fedlora.speedups.cache_choice import open_cache
 from fedlora.tasks import Examples, Task, load_task
 from fedlora.training import TrainJob, TrainResult, close_workspace
 from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import PrivateTrainingLoop
 from fedlora.training.dp_settings import PrivateSettings
+from fedlora.training.dropout_masks import Watch
 from fedlora.training.evaluate import evaluate
 from fedlora.training.runtime import setup
 
@@ -34,9 +37,11 @@ pytestmark = pytest.mark.slow
 KINDS = ["cuda", "mps"]
 
 
-def a_base(name: str, folder: Path, device: str, **options: Any) -> tuple[Base, Task, Examples]:
+def a_base(
+    name: str, folder: Path, device: str, layers: str | None = None, **options: Any
+) -> tuple[Base, Task, Examples]:
     causal = name != "bert"
-    base = random_base(name, folder, causal, "float32", device, dropout=0.1)
+    base = random_base(name, folder, causal, "float32", device, dropout=0.1, layers=layers)
     task = load_task(OpenTable(name="causal-lm" if causal else "text-classification", **options))  # type: ignore[arg-type]
     return base, task, random_examples(causal, vit=False)
 
@@ -170,6 +175,7 @@ def test_what_is_recorded_of_determinism_is_true(strict: bool) -> None:
         machine = setup(RuntimeConfig(device="cuda", deterministic=strict, threads=1))
         assert machine.deterministic == strict == torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled(), "or fused attention would not repeat itself"
+        assert not torch.utils.deterministic.fill_uninitialized_memory, "a kernel for each empty tensor"  # type: ignore[attr-defined]
     with pretend_gpu("mps"):
         assert not setup(RuntimeConfig(device="mps", threads=1)).deterministic
     assert setup(RuntimeConfig(device="cpu", threads=1)).deterministic
@@ -180,6 +186,60 @@ def test_a_run_on_the_cpu_leaves_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) 
     with pretend_gpu():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: pytest.fail("CUDA was started"))
         assert describe_environment(config)["cuda"] is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_from_the_devices_own_generator_are_noticed(kind: str) -> None:
+    with pretend_gpu(kind):
+        device = torch.device(kind, 0)
+        with Watch(device) as watch:
+            torch.zeros(2, device=device)
+        assert not watch.drawn
+        with Watch(device) as watch:
+            torch.rand(2, device=device)
+        assert watch.drawn
+        with Watch(torch.device("cpu")) as watch:
+            torch.rand(2, device=device)
+        assert not watch.drawn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_loaded_to_where_it_is_asked(kind: str, tmp_path: Path) -> None:
+    base, _, _ = a_base("bert", tmp_path / "model", "cpu")
+    state = client(base, 0)[0].adapter
+    save_adapter(base, state, tmp_path / "adapter", {})
+    config = RunConfig(model=base.config, runtime=RuntimeConfig(device="cpu"))
+    wanted = [after - before for _, before, after in changed_weights(loaded(config, tmp_path, "cpu"))]
+    with pretend_gpu(kind):
+        assert {value.device.type for value in loaded(config, tmp_path, "cpu").parameters()} == {"cpu"}
+        there = loaded(config, tmp_path, kind)
+        assert {value.device.type for value in there.parameters()} == {kind}
+        found = [after - before for _, before, after in changed_weights(there)]
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def loaded(config: RunConfig, folder: Path, device: str) -> torch.nn.Module:
+    kwargs = {"num_labels": 3}
+    return load_adapted(config, folder / "adapter", "AutoModelForSequenceClassification", kwargs, torch.device(device))
+
+
+def test_kept_states_take_the_memory_that_they_need(tmp_path: Path) -> None:
+    """A GPU has no pages that are there only when they are written."""
+    base, task, examples = a_base("bert", tmp_path, "cpu", layers="top:1")
+    inputs = {name: value for name, value in task.collate(examples, np.arange(8)).items() if name != "labels"}
+    with torch.no_grad():
+        wanted = base.model(**inputs).logits
+        with pretend_gpu():
+            base, _, _ = a_base("bert", tmp_path, "cuda", layers="top:1")
+            set_dropout(base.model, 0.0)
+            there = {name: value.to("cuda") for name, value in inputs.items()}
+            cache = open_cache(base.model, base.targets, base.heads, there)
+            cache.clear(10_000)
+            found = base.model(**there).logits.cpu()
+            assert cache.fills == len(found)
+            assert cache._flat is not None
+            assert len(cache._flat) < 1000
+    assert float((found - wanted).abs().max()) < 1e-5
 
 
 def test_the_widest_dtype_is_one_that_the_device_has() -> None:

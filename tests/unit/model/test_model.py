@@ -21,6 +21,7 @@ from fedlora.aggregators import BaseUpdate
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ConfigError, FedloraError, ModelError
 from fedlora.model import Base, BaseWeights, load_base, loading, save_adapter, save_merged
+from fedlora.model.base_weights import absorbs
 from fedlora.model.pair_shapes import alpha_of
 from fedlora.speedups.last_layer import restore_unread
 
@@ -509,6 +510,19 @@ def test_a_quantised_layer_carries_what_it_cannot_absorb() -> None:
         weights.merged("q")
     weights.rebase(0, ())
     assert torch.equal(layer(x), before)
+
+
+def test_packed_bits_take_no_addition() -> None:
+    """Though their dtype is a floating one: 8 bits a weight, and 4-bit pairs that are stored as bfloat16."""
+    bnb = pytest.importorskip("bitsandbytes")
+    plain = nn.Linear(64, 64)
+    assert absorbs(plain)
+    packed = bnb.nn.Params4bit(plain.weight.data, requires_grad=False, quant_storage=torch.bfloat16).to("cpu")
+    assert packed.dtype == torch.bfloat16
+    plain.weight = packed
+    assert not absorbs(plain)
+    plain.weight = nn.Parameter(torch.zeros(64, 64).to(torch.float8_e4m3fn), requires_grad=False)
+    assert not absorbs(plain)
 
 
 def test_a_quantised_base_trains_and_follows_merges(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,21 @@ def test_a_batch_gives_the_same_logits_and_gradients(kind: str, above: int) -> N
         assert torch.equal(a, b)
 
 
+def test_pictures_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, targets = adapted("ViT")
+    inputs, rows, real = inputs_of("ViT", "right"), [], ActivationCache.reach
+
+    def noted(self: ActivationCache, given: dict[str, Tensor]) -> Tensor:
+        rows.append(len(given["pixel_values"]))
+        return real(self, given)
+
+    prefix = opened(model, targets, inputs)
+    prefix.grouped = True
+    monkeypatch.setattr(ActivationCache, "reach", noted)
+    outcome(model, inputs)
+    assert rows == [3]
+
+
 def test_lower_layers_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, targets = adapted("Bert")
     inputs = inputs_of("Bert", "right")
