@@ -17,6 +17,7 @@ _SAME = {
     "adapter.dropout": "lora_dropout",
     "adapter.targets": "target_modules lora_target_modules",
     "adapter.layers": "layers_to_transform",
+    "adapter.start": "lora_model_dir adapter_name_or_path",
     "task.max_length": "max_seq_length seq_length sequence_len cutoff_len model_max_length",
     "task.packing": "sample_packing",
     "task.label_smoothing": "label_smoothing_factor",
@@ -54,6 +55,8 @@ _WORDS = {
     "bf16": "set model.dtype = 'bfloat16', or 'auto' for it wherever it is fast",
     "fp16": "set model.dtype = 'float16', or 'auto' for bfloat16 wherever it is fast",
     "torch_dtype": "it is model.dtype here",
+    "target_parameters": "adapters sit on linear layers, and experts that are stacked in one tensor stay as they are: "
+    "remove it",
     "use_rslora": "set adapter.method = 'rslora'",
     "use_dora": "set adapter.method = 'dora'",
     "init_lora_weights": "set adapter.method = 'pissa' or 'olora' for another start than LoRA's",

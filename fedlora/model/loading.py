@@ -28,7 +28,15 @@ from fedlora.model.peft_tuners import ADAPTER
 from fedlora.model.placement import first_device, placement
 from fedlora.model.plain import Recipe, quiet_transformers
 from fedlora.model.quantize import keep_layout, keep_whole, note_of, own_dtype, quantization
-from fedlora.model.targets import in_any, is_linear, is_transposed, linear_shape, resolve_heads, resolve_targets
+from fedlora.model.targets import (
+    beyond_layers,
+    in_any,
+    is_linear,
+    is_transposed,
+    linear_shape,
+    resolve_heads,
+    resolve_targets,
+)
 from fedlora.rng import derive
 
 
@@ -97,6 +105,7 @@ def load_base(
         if config.model.dropout is not None:
             set_dropout(model, config.model.dropout)
         device, spread = first_device(config, model, device)
+        experts = beyond_layers(model)
         stays = spread or getattr(model, "is_quantized", False)
         if not stays:
             model.to(device)
@@ -129,7 +138,7 @@ def load_base(
         drawn=drawn,
         frozen=frozen,
         recipe=Recipe(auto_class, checkpoint, dtype, options, quantized, placement(config, device) if stays else {}),
-        notes=[*_notes(drawn, frozen, trained, names), *filter(None, [said, warning_of(config)])],
+        notes=[*_notes(drawn, frozen, trained, names), *filter(None, [experts, said, warning_of(config)])],
         plain_names=plain_names,
         seed=None if method.pairs else config.seed,
         config=config.model,

@@ -124,6 +124,20 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
+def beyond_layers(model: nn.Module) -> str | None:
+    """What is to be said of a mixture whose experts are stacked in tensors of three dimensions, which no adapter
+    reaches, where these are most of its weights; None elsewhere."""
+    convolutions = {name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    every = {name: value for name, value in model.named_parameters() if name.rpartition(".")[0] not in convolutions}
+    stacked = {name: value.numel() for name, value in every.items() if value.ndim == 3}
+    if 2 * sum(stacked.values()) <= sum(value.numel() for value in every.values()):
+        return None
+    return (
+        f"adapters sit on linear layers, and {sum(stacked.values()):,} parameters are in none, such as "
+        f"{next(iter(stacked))}: these experts stay as they are (PEFT's target_parameters are not used)"
+    )
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module is transformers' Conv1D, which stores its weight as [d_in, d_out]."""
     from transformers.pytorch_utils import Conv1D

@@ -189,8 +189,12 @@ def test_experts_that_stay_whole_are_named(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(vocab_size=40, num_key_value_heads=1, num_local_experts=4, **sizes)
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     run = parse_config("", [f"model.name='{tmp_path}'", "model.quantize=nf4", "model.dtype=float32"])
-    (note,) = load_base(run, "AutoModelForCausalLM").notes
-    assert "model.layers.0.mlp.experts.gate_up_proj" in note
+    whole, quantised = load_base(run, "AutoModelForCausalLM").notes
+    assert "model.quantize = 'nf4' reaches" in quantised
+    (alone,) = load_base(parse_config("", [f"model.name='{tmp_path}'"]), "AutoModelForCausalLM").notes
+    assert alone == whole
+    for note in (whole, quantised):
+        assert "model.layers.0.mlp.experts.gate_up_proj" in note
 
 
 def test_changes_of_the_base_are_carried_beside_and_taken_back(held: tuple[Base, Task, Examples]) -> None:
