@@ -2,14 +2,15 @@
 
 Shapes: i = d_in, o = d_out, r = rank of a pair, R = total rank of a stack.
 A pair stands for the change of weights  dW = s B A,  with A [r, i], B [o, r] and scale s = alpha / r
-(alpha / sqrt(r) for rsLoRA, Kalajdzievski 2023, arXiv 2312.03732). With a core R [r, r] it is  dW = s B R A.
+(alpha / sqrt(r) for rsLoRA, Kalajdzievski 2023, arXiv 2312.03732). With a core R [r, r] it is  dW = s B R A; R may be
+given as the blocks [h, r / h, r / h] of a block-diagonal matrix.
 Products of factors are never multiplied out here, except in `LoraPair.delta`, which is for merging into a base.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -51,7 +52,8 @@ class LoraPair:
         A: down projection, [r, d_in].
         B: up projection, [d_out, r].
         scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        core: R, [r, r], which is trained between frozen factors; None: the identity.
+        core: R, [r, r], which is trained between frozen factors, or its blocks [h, r / h, r / h] where it is
+            block-diagonal; None: the identity.
 
     Raises:
         RuleError: if the factors' shapes do not fit each other, or the scale is not finite.
@@ -60,13 +62,13 @@ class LoraPair:
     A: Float[Tensor, "r i"]
     B: Float[Tensor, "o r"]
     scale: float
-    core: Float[Tensor, "r r"] | None = None
+    core: Float[Tensor, "r r"] | Float[Tensor, "h q q"] | None = None
 
     def __post_init__(self) -> None:
-        if self.core is not None and tuple(self.core.shape) != (self.A.shape[0], self.A.shape[0]):
+        if self.core is not None and not _is_core(self.core.shape, self.A.shape[0]):
             raise RuleError(
                 f"a core {tuple(self.core.shape)} does not go between A {tuple(self.A.shape)} and B "
-                f"{tuple(self.B.shape)}: it must be [r, r]",
+                f"{tuple(self.B.shape)}: it must be [r, r], or [h, r / h, r / h]",
                 code="not-a-lora-pair",
             )
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
@@ -86,7 +88,7 @@ class LoraPair:
     @property
     def up(self) -> Float[Tensor, "o r"]:
         """B, or B R."""
-        return self.B if self.core is None else self.B @ self.core
+        return self.B if self.core is None else times_core(self.B, self.core)
 
     @property
     def shape(self) -> PairShape:
@@ -96,8 +98,20 @@ class LoraPair:
     def delta(self) -> Float[Tensor, "o i"]:
         """The dense change of weights, in float32 or wider: only for merging into a base."""
         wide = accumulator(self.A.dtype)
-        B = self.B.to(wide) if self.core is None else self.B.to(wide) @ self.core.to(wide)
+        B = self.B.to(wide) if self.core is None else times_core(self.B.to(wide), self.core.to(wide))
         return (B @ self.A.to(wide)) * self.scale
+
+
+def times_core(B: Float[Tensor, "*k o r"], core: Tensor) -> Float[Tensor, "*k o r"]:
+    """B R, with R [*k, r, r] or the blocks [*k, h, r / h, r / h] of a block-diagonal matrix."""
+    if core.ndim == B.ndim:
+        return B @ core
+    blocks = B.unflatten(-1, core.shape[-3:-1]).transpose(-3, -2)
+    return (blocks @ core).transpose(-3, -2).flatten(-2)
+
+
+def _is_core(shape: Sequence[int], rank: int) -> bool:
+    return tuple(shape) == (rank, rank) or (len(shape) == 3 and shape[1] == shape[2] and shape[0] * shape[1] == rank)
 
 
 @dataclass(frozen=True)

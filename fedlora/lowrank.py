@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.adapter import LoraPair
+from fedlora.adapter import LoraPair, times_core
 from fedlora.errors import RuleError
 
 Terms = Sequence[tuple[float, LoraPair]]
@@ -70,7 +70,8 @@ def _r_factor(M: Float[Tensor, "d R"]) -> Float[Tensor, "k R"]:
 
 def _stacks(terms: Terms) -> tuple[Float[Tensor, "o R"], Float[Tensor, "R i"]]:
     """Both stacks in float64, coefficients and scales in A."""
-    B = torch.cat([p.B.double() if p.core is None else p.B.double() @ p.core.double() for _, p in terms], dim=1)
+    up = [p.B.double() if p.core is None else times_core(p.B.double(), p.core.double()) for _, p in terms]
+    B = torch.cat(up, dim=1)
     return B, torch.cat([pair.A.double() * (c * pair.scale) for c, pair in terms])
 
 

@@ -42,6 +42,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from fedlora.adapter import AdapterState
 from fedlora.aggregators._around import Around, Inner, require_fit
 from fedlora.aggregators._base import (
     Claim,
@@ -56,7 +57,7 @@ from fedlora.aggregators._base import (
     rules,
 )
 from fedlora.aggregators.fedavg import FedAvg
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, RuleError
 
 CLIENT, MEAN, WEIGHT = "client/", "mean/", "weight/"
 
@@ -82,6 +83,21 @@ class Drift(Around):
             step: y_k - x.
             update: the client's.
         """
+
+    def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
+        """The inner rule's.
+
+        Raises:
+            RuleError: clients train factors beside what they send, so that its change is not that of their steps.
+        """
+        state = super().init(adapter, seed=seed)
+        if any(pair.core is not None and pair.core.ndim == 3 for pair in state.adapter.pairs.values()):
+            raise RuleError(
+                f"{type(self).__name__} corrects the gradients of what clients send, and {type(self.inner).__name__}'s "
+                "send products of cores and trained factors: choose an inner rule without factors, such as fedsb",
+                code="no-step",
+            )
+        return state
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
         """The inner rule's, tilted.

@@ -41,14 +41,14 @@ from fedlora.rng import derive
 TRAINED = frozenset({"R", "dense"})
 
 
-@final
-@rules.register("fedsb")
-@dataclass(frozen=True)
-class FedSb(Aggregator):
-    """A and B are frozen; the core R between them, r x r, is averaged, and so are dense parts."""
+class Cored(Aggregator):
+    """A and B are frozen; the cores between them are averaged, and so are dense parts."""
 
     claims: ClassVar[Claim] = Claim.EXACT | Claim.LINEAR
-    paper: ClassVar[str] = "Singhal et al., TMLR 2026, arXiv 2502.15436"
+
+    def core(self, name: str, pair: LoraPair) -> Tensor:
+        """The first core of a module: zeros [r, r]."""
+        return pair.A.new_zeros(pair.rank, pair.rank)
 
     def init(self, adapter: AdapterState, *, seed: int = 0) -> GlobalState:
         """With orthonormal factors in the place of the adapter's, and cores of zeros.
@@ -58,10 +58,11 @@ class FedSb(Aggregator):
         """
         if any("lora_magnitude_vector" in name for name in adapter.dense):
             raise RuleError(
-                "Fed-SB trains cores in the layers of plain LoRA, and these are DoRA's: set adapter.method = 'lora'",
+                f"{type(self).__name__} trains cores in the layers of plain LoRA, and these are DoRA's: set "
+                "adapter.method = 'lora'",
                 code="dora-unsupported",
             )
-        pairs = {name: _pair(name, pair, derive(seed, "fedsb", name)) for name, pair in adapter.pairs.items()}
+        pairs = {name: self._pair(name, pair, derive(seed, "fedsb", name)) for name, pair in adapter.pairs.items()}
         return super().init(AdapterState(pairs, adapter.dense), seed=seed)
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
@@ -86,17 +87,25 @@ class FedSb(Aggregator):
         moved = mean.result(like=state.adapter.tensors(TRAINED))
         return replace(state, adapter=state.adapter.with_tensors(moved), round=state.round + 1)
 
+    def _pair(self, name: str, pair: LoraPair, seed: int) -> LoraPair:
+        shape = pair.shape
+        if shape.rank > min(shape.d_in, shape.d_out):
+            raise RuleError(
+                f"{type(self).__name__}'s factors are orthonormal, and {name!r} is [{shape.d_out}, {shape.d_in}], "
+                f"smaller than its rank {shape.rank}: lower adapter.rank, or its entry in adapter.rank_pattern",
+                code="rank-above-layer",
+            )
+        A, B = orthonormal_factors(shape, seed)
+        return LoraPair(A.to(pair.A.dtype), B.to(pair.B.dtype), shape.scale, self.core(name, pair))
 
-def _pair(name: str, pair: LoraPair, seed: int) -> LoraPair:
-    shape = pair.shape
-    if shape.rank > min(shape.d_in, shape.d_out):
-        raise RuleError(
-            f"Fed-SB's factors are orthonormal, and {name!r} is [{shape.d_out}, {shape.d_in}], smaller than its rank "
-            f"{shape.rank}: lower adapter.rank, or its entry in adapter.rank_pattern",
-            code="rank-above-layer",
-        )
-    A, B = orthonormal_factors(shape, seed)
-    return LoraPair(A.to(pair.A.dtype), B.to(pair.B.dtype), shape.scale, pair.A.new_zeros(shape.rank, shape.rank))
+
+@final
+@rules.register("fedsb")
+@dataclass(frozen=True)
+class FedSb(Cored):
+    """A and B are frozen; the core R between them, r x r, is averaged, and so are dense parts."""
+
+    paper: ClassVar[str] = "Singhal et al., TMLR 2026, arXiv 2502.15436"
 
 
 def orthonormal_factors(shape: PairShape, seed: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from fedlora.adapter import times_core
 from fedlora.errors import ConfigError, ExportError
 from fedlora.federation.client_ledger import LedgerPlace
 from fedlora.federation.client_store import divided
@@ -56,7 +57,7 @@ def write_own_adapter(site: Path, adapter: Path, out: Path, run: str | None = No
         )
     for name in [name for name in own if name.endswith(":R")]:  # what is exported has no cores
         module, core = name.removesuffix(":R"), own.pop(name)
-        own[f"{module}:B"] = own[f"{module}:B"] @ core
+        own[f"{module}:B"] = times_core(own[f"{module}:B"], core)
     save_with(adapter, own, out)
     return number
 

@@ -230,9 +230,8 @@ class PrivateTrainingLoop(Loop):
                 f"the adapter is no longer finite after private training: lower train.lr (now {client.config.lr:g})",
                 code="adapter-not-finite",
             )
-        adapter = self._columns.read(row, client.job.adapter)
         kept = self._optimizer_of(client)
-        return TrainResult(adapter, 1, client.steps, 0, float("nan"), client.seconds, 0.0, kept)
+        return TrainResult(self._trained(client), 1, client.steps, 0, float("nan"), client.seconds, 0.0, kept)
 
 
 def train_private(

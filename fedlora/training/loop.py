@@ -30,6 +30,7 @@ from fedlora.errors import TrainingError
 from fedlora.model import Base, seeded
 from fedlora.progress import activity
 from fedlora.tasks._base import REFERENCE, Batch, Examples, Task, to_device
+from fedlora.training.block_factors import closed, factor_names, opened
 from fedlora.training.checkpointing import checkpointed
 from fedlora.training.dropout_masks import Keys, RowDropout, RowsError
 from fedlora.training.embedding_noise import EmbeddingNoise
@@ -162,12 +163,12 @@ class Loop(ABC):
 
     def _train(self, clients: list[Client]) -> None:
         base = self._base
-        jobs = [client.job for client in clients]
         for row, client in enumerate(clients):
-            client.row = row
+            client.row, client.job = row, opened(client.job)
+        jobs = [client.job for client in clients]
         like = torch.empty(0, dtype=base.adapter_dtype, device=base.device)
         adapters = [job.adapter for job in jobs]
-        self._columns = Columns(adapters, base.tensor_names(jobs[0].trains))
+        self._columns = Columns(adapters, [*base.tensor_names(jobs[0].trains), *factor_names(adapters[0])])
         self._values = self._columns.rows(adapters, like)
         self._mu = [client.job.proximal_mu or client.config.proximal_mu for client in clients]
         anchors = [job.toward or job.adapter for job in jobs]
@@ -322,6 +323,10 @@ class Loop(ABC):
             own = [np.sort(rows[found[owners[found] == k]]) for k in order]
             clients = [members[k] for k in order]
             yield Group(order, clients, own, *self._batch(clients, own))
+
+    def _trained(self, client: Client) -> AdapterState:
+        """The adapter as it is in the client's row."""
+        return closed(self._columns.read(self._values[client.row], client.job.adapter))
 
     def _optimizer_of(self, client: Client) -> dict[str, Tensor]:
         """The state that the client keeps for its next round."""

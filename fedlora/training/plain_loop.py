@@ -108,7 +108,7 @@ class TrainingLoop(Loop):
                 code="adapter-not-finite",
             )
         return TrainResult(
-            adapter=self._columns.read(row, client.job.adapter),
+            adapter=self._trained(client),
             num_examples=len(client.job.indices),
             steps=client.steps,
             examples_seen=client.seen,

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.adapter import AdapterState
+from fedlora.adapter import AdapterState, times_core
 from fedlora.model import Base
 from fedlora.model.peft_tuners import ADAPTER
 from fedlora.model.quantize import holds_int8
@@ -118,7 +118,8 @@ class Stacked:
             frozen = take(self._frozen, rows)
             tensors |= {column.name: column.of(frozen) for column in self._kept.columns}
         for name in self._cored:
-            tensors[f"{name}:B"] = tensors[f"{name}:B"] @ tensors[f"{name}:R"]
+            core, factors = tensors[f"{name}:R"], tensors.get(f"{name}:F")
+            tensors[f"{name}:B"] = times_core(tensors[f"{name}:B"], core if factors is None else core * factors)
         scales = take(self._scales, rows).T[:, :, None, None].unbind()
         self.step = Step(blocks_of(sizes), tensors, dict(zip(self._base.targets, scales, strict=True)))
         return leaves

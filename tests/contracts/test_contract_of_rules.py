@@ -34,6 +34,7 @@ from fedlora.aggregators.hetlora import HetLora
 from fedlora.aggregators.krum import Krum
 from fedlora.aggregators.personal import FedPer, FedRep, FedSaLora, Keep
 from fedlora.aggregators.raflora import RaFlora
+from fedlora.aggregators.ravan import Ravan
 from fedlora.aggregators.rolora import RoLora
 from fedlora.aggregators.server_optimisers import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedlora.errors import ConfigError
@@ -275,6 +276,9 @@ VARIANTS: dict[str, tuple[type[AggregatorContract], Aggregator]] = {
     "FedRotOfFedEx": (AggregatorContract, FedRot(1.0, FedEx())),
     "FedAdamOfFfa": (Step, FedAdam(inner=FfaLora())),
     "FedAdamOfRoLora": (Step, FedAdam(inner=RoLora())),
+    "RavanOfTwoHeads": (AggregatorContract, Ravan(2)),
+    "MedianOfRavan": (Centre, Median(Ravan(2))),
+    "KrumOfRavan": (Chosen, Krum(inner=Ravan(2))),
     "KeepFactors": (AggregatorContract, Keep(("A",))),
     "KeepByPattern": (AggregatorContract, Keep(("*q:B", "head.bias"))),
     "KeepHeadsOfFlora": (AggregatorContract, Keep(inner=Flora())),
@@ -291,7 +295,7 @@ VARIANTS: dict[str, tuple[type[AggregatorContract], Aggregator]] = {
     "KeepHeadsOfScaffold": (AggregatorContract, Keep(inner=Scaffold())),
     "FedYogiOfMedianOfFfa": (Step, FedYogi(inner=Median(FfaLora()))),
 }
-OFTEN = ("KrumOfFlora", "FedAdamOfFfa", "KeepByPattern")
+OFTEN = ("KrumOfFlora", "FedAdamOfFfa", "KeepByPattern", "RavanOfTwoHeads")
 for _name, (_base, _variant) in VARIANTS.items():
     contract(f"Test{_name}", _base, _variant, *([] if _name in OFTEN else [pytest.mark.slow]))
 

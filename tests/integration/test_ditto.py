@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from flwr.app import Message
 from safetensors.torch import load_file
@@ -54,6 +55,14 @@ def own(outcome: RunOutcome, client_id: int) -> AdapterState:
 
 def weights(outcome: RunOutcome) -> bytes:
     return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
+
+
+def require_exported(folder: Path, adapter: AdapterState) -> None:
+    exported, mine = load_file(folder / "adapter_model.safetensors"), adapter.tensors()
+    assert len(exported) == len(mine)
+    for name, value in mine.items():
+        module, mark, factor = name.rpartition(":")
+        assert torch.equal(exported[f"base_model.model.{f'{module}.lora_{factor}.weight' if mark else name}"], value)
 
 
 def gap(one: AdapterState, other: AdapterState) -> float:
@@ -289,11 +298,36 @@ def test_each_is_measured_and_exported_with_its_own(tiny_config: MakeConfig, tmp
             assert figures["clients"][str(client_id)]["loss"] == pytest.approx(found["loss"])
     done = CliRunner().invoke(app, ["export", str(outcome.rundir.path), str(tmp_path / "out"), "--client", "2"])
     assert done.exit_code == 0, done.output
-    exported, mine = load_file(tmp_path / "out" / "adapter_model.safetensors"), own(outcome, 2).tensors()
-    assert len(exported) == len(mine)
-    for name, value in mine.items():
-        module, mark, factor = name.rpartition(":")
-        assert torch.equal(exported[f"base_model.model.{f'{module}.lora_{factor}.weight' if mark else name}"], value)
+    require_exported(tmp_path / "out", own(outcome, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["{name='fedavg'}", "{name='ravan', heads=2}"])
+def test_a_node_exports_its_own_model_which_was_in_no_message(
+    tiny_config: MakeConfig, messages: list[Message], tmp_path: Path, rule: str
+) -> None:
+    keys = (*DITTO, f"strategy={rule}", "rounds=2")
+    sites = [tmp_path / f"site-{k}" for k in range(4)]
+    nodes = [{"partition-id": k, "ledger": f"{site}/ledger.jsonl"} for k, site in enumerate(sites)]
+    for site, node in zip(sites, nodes, strict=True):
+        site.mkdir()
+        (site / "node-config.toml").write_text(tomli_w.dumps(node))
+    grid = deploy(tiny_config(*keys, name="grid"), nodes=nodes)
+    sent = [raw(message) for message in messages]
+    here = simulate(tiny_config(*keys, name="here"))
+    shared = here.state.adapter.tensors()
+    assert any(shared["classifier.weight"].numpy().tobytes() in message for message in sent), "the search can find"
+    for client_id, site in enumerate(sites):
+        words = ["node", "export", str(site), str(grid.rundir.adapter_dir), str(site / "out")]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        mine = own(here, client_id)
+        require_exported(site / "out", mine.plain())
+        trained = {name: value for name, value in mine.tensors().items() if not torch.equal(value, shared[name])}
+        assert len(trained) > 4
+        for value in (*trained.values(), *load_file(site / "out" / "adapter_model.safetensors").values()):
+            if not any(torch.equal(value, other) for other in shared.values()):
+                assert not any(value.numpy().tobytes() in message for message in sent)
 
 
 @pytest.mark.parametrize(

@@ -311,11 +311,14 @@ def _cases() -> Iterator[Any]:
         yield pytest.param("text-classification", [*unit, *prefix], (longer,), id=f"{name}-prefix", marks=slow)
         yield pytest.param("text-classification", [*unit, "runtime.cohort=1"], WHOLE, id=f"{name}-alone", marks=slow)
         yield pytest.param("text-classification", [*unit, "strategy.name=ffa"], WHOLE, id=f"{name}-ffa", marks=slow)
+        cores = [*unit, "strategy={name='ravan', heads=2}"]
+        yield pytest.param("text-classification", cores, WHOLE, id=f"{name}-ravan", marks=slow)
         yield pytest.param("causal-lm", unit, (longer, removed), id=f"{name}-causal", marks=slow)
         yield pytest.param("causal-lm", [*unit, *prefix], (longer,), id=f"{name}-causal-prefix", marks=slow)
     counted = [*CLIENT, "server.weighting=examples"]  # who has how many counts as public
     yield pytest.param("text-classification", [*counted, *DEVICES], (longer, relabelled), id="counted", marks=slow)
     yield pytest.param("text-classification", [*EXAMPLE, "strategy.name=flora"], WHOLE, id="flora", marks=slow)
+    yield pytest.param("text-classification", [*EXAMPLE, "strategy.name=fedsb"], WHOLE, id="fedsb", marks=slow)
     yield pytest.param("text-classification", [*EXAMPLE, "wire.up=int8"], WHOLE, id="int8", marks=slow)
 
 

@@ -19,6 +19,10 @@ from support.errors import raises
 from torch import Tensor
 
 from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.aggregators import Aggregator, ClientSpec, GlobalState
+from fedlora.aggregators.fedavg import FedAvg
+from fedlora.aggregators.fedsb import FedSb
+from fedlora.aggregators.ravan import Ravan
 from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
 from fedlora.model import Base
@@ -37,11 +41,12 @@ from fedlora.training.step import Client
 C = 0.01
 OTHERS = 8
 ADDED = 200
+FEDAVG = FedAvg()
 
 
-def moved(base: Base) -> AdapterState:
-    """An adapter that has come a way from its start, where A's gradients are zero."""
-    state = base.initial_adapter(0)
+def moved(base: Base, rule: Aggregator = FEDAVG) -> AdapterState:
+    """A rule's adapter that has come a way from its start, where A's gradients are zero."""
+    state = rule.init(base.initial_adapter(0)).adapter
     generator = torch.Generator().manual_seed(1)
     return state.with_tensors(
         {
@@ -63,12 +68,14 @@ def noise_free_sums(
     path: str,
     masks: Masks | None = own_masks,
     expected: float = 1.0,
+    rule: Aggregator = FEDAVG,
 ) -> list[Tensor]:
     """What a private step adds up for each batch before its noise; on the Opacus path the step is taken back."""
-    start = moved(base)
+    start = moved(base, rule)
+    trains = rule.plan(GlobalState(start), ClientSpec(0, start.layout)).trains
     config = TrainConfig(optimizer="sgd", lr=1.0)
     how = PrivateSettings(Schedule(1.0, 1, 1, expected), 1e-13 if path == "opacus" else 1.0, C)
-    jobs = [TrainJob(start, ALL_PARTS, batch, 7) for batch in batches]
+    jobs = [TrainJob(start, trains, batch, 7) for batch in batches]
     if path == "opacus":
         found = [train_by_opacus(base, task, examples, job, config, how, masks=masks) for job in jobs]
         before = start.tensors()
@@ -103,11 +110,12 @@ def largest_movement(
     others: int = OTHERS,
     masks: Masks = own_masks,
     expected: float = 1.0,
+    rule: Aggregator = FEDAVG,
 ) -> float:
     """max over x of |S(D + x) - S(D)| / C."""
     D = np.arange(others)
     batches = [np.concatenate([[others + number], D]) for number in range(added)]
-    without, *with_one = noise_free_sums(base, task, examples, [D, *batches], path, masks, expected)
+    without, *with_one = noise_free_sums(base, task, examples, [D, *batches], path, masks, expected, rule)
     return max(float((found - without).norm()) for found in with_one) / C
 
 
@@ -149,6 +157,17 @@ def test_one_example_more_moves_berts_sum_by_c(
 ) -> None:
     checked(*bert)
     assert 0.99 < largest_movement(*bert, path, added, others) <= 1.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["cohort", "alone"])
+@pytest.mark.parametrize("rule", [FedSb(), Ravan(2)], ids=repr)
+def test_one_example_more_moves_the_sum_of_cores_by_c(
+    bert: tuple[Base, Task, Examples], rule: Aggregator, path: str
+) -> None:
+    """With the factors of a core's blocks, which are in the sum as the blocks are."""
+    checked(*bert)
+    assert 0.99 < largest_movement(*bert, path, 20, 3, rule=rule) <= 1.001
 
 
 @pytest.mark.parametrize("path", ["alone", "opacus"])

@@ -22,6 +22,7 @@ from fedlora.aggregators.coordinatewise import Median, TrimmedMean
 from fedlora.aggregators.fedex import FedEx
 from fedlora.aggregators.fedmomentum import FedMomentum
 from fedlora.aggregators.fedrot import FedRot
+from fedlora.aggregators.fedsb import FedSb
 from fedlora.aggregators.fedsvd import FedSvd
 from fedlora.aggregators.ffa import FfaLora
 from fedlora.aggregators.flexlora import FlexLora
@@ -34,6 +35,7 @@ from fedlora.aggregators.geometric_median import GeometricMedian
 from fedlora.aggregators.hetlora import HetLora
 from fedlora.aggregators.krum import Krum, krum_scores
 from fedlora.aggregators.raflora import RaFlora
+from fedlora.aggregators.ravan import Ravan
 from fedlora.aggregators.rolora import RoLora
 from fedlora.aggregators.server_optimisers import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedlora.lowrank import compress, gram
@@ -288,6 +290,40 @@ def test_fedsvd_under_plain_sgd_is_ffa_lora_from_an_orthonormal_a() -> None:
         found.append(state.adapter.pairs["m"].delta().numpy())
     assert norm(found[1]) == close(0.332550304359892)
     same(found[0], found[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "sigmas"),
+    [
+        (FedSb(), 56.470367927969136, [52.75677194611562, 18.477278566410188, 7.9672771069963035, 0.8591507582293322]),
+        (Ravan(2), 20.143741036903187, [17.47311749537563, 10.005099045257595, 0.5039213364763139, 0.32330223606602]),
+    ],
+    ids=repr,
+)
+def test_cores_between_frozen_factors(rule: Aggregator, size: float, sigmas: list[float]) -> None:
+    """dW = s sum_k p_k B R_k A, and s sum_k p_k sum_h f_kh B_h R_kh A_h: R_k (and then f_k) normal by default_rng(k),
+    A by default_rng(77), B by default_rng(78). A server that multiplied the means of f and R would be off by 0.678."""
+    A, B = (np.random.default_rng(seed).normal(size=shape) for seed, shape in ((77, (RANK, D_IN)), (78, (D_OUT, RANK))))
+    state = rule.init(start())
+    core = state.adapter.pairs["m"].core
+    assert core is not None
+    frozen = LoraPair(torch.from_numpy(A), torch.from_numpy(B), ALPHA / RANK, core)
+    state = replace(state, adapter=AdapterState({"m": frozen}, state.adapter.dense))
+    updates, cores, factors = [], [], []
+    for k, n in enumerate(N):
+        draw = np.random.default_rng(k)
+        cores.append(draw.normal(size=core.shape))
+        factors.append(draw.normal(size=(len(core), 1, 1)) if core.ndim == 3 else np.ones(()))
+        sent = {"m:R": torch.from_numpy(factors[-1] * cores[-1])}
+        updates.append(ClientUpdate(k, state.adapter.with_tensors(sent), n))
+    change = rule.aggregate(state, updates).adapter.pairs["m"].delta().numpy()
+    assert norm(change) == close(size)
+    same(sigma(change), np.array([*sigmas, *[0.0] * 5]), rtol=1e-11)
+    if core.ndim == 3:
+        p = np.array(N) / sum(N)
+        blocks = np.tensordot(p, np.array(factors), 1) * np.tensordot(p, np.array(cores), 1)
+        wrong = sum(ALPHA / RANK * B[:, 2 * h : 2 * h + 2] @ blocks[h] @ A[2 * h : 2 * h + 2] for h in range(2))
+        assert norm(wrong - change) / norm(change) == close(0.6781528173539864)
 
 
 def test_hetlora_weighs_by_the_size_of_the_product() -> None:

@@ -74,7 +74,7 @@ def log(count: int, rank: int = 2, dtype: torch.dtype = torch.float32) -> tuple[
 
 NAMES = """afl centred_clipping fair fedadagrad fedadam fedavg fedavgm feddyn fedex fedmomentum fedper fedrep
 fedrot fedsa fedsb fedsvd fedyogi ffa flexlora flora florist fltrust frlora fslora geometric_median hetlora
-keep krum median norm_bound qfedavg raflora rolora scaffold trimmed_mean"""
+keep krum median norm_bound qfedavg raflora ravan rolora scaffold trimmed_mean"""
 
 
 def test_every_rule_is_found_by_name_and_says_where_it_comes_from() -> None:

@@ -17,7 +17,7 @@ from fedlora.aggregators.fedsb import FedSb
 from fedlora.config import TrainConfig
 from fedlora.errors import ConfigError, RuleError
 from fedlora.evaluation.traffic import measure_traffic
-from fedlora.federation.checks import require_servable
+from fedlora.federation.checks import refuse_early, require_servable
 from fedlora.testing import AggregatorContract
 from fedlora.training import TrainJob, open_workspace, train
 from fedlora.training.cohort import train_cohort
@@ -115,6 +115,8 @@ def test_what_has_no_place_for_a_core_is_refused(tiny_config: Any, tmp_path: Any
         FedSb().init(AdapterState({"m": LoraPair(torch.zeros(4, 8), torch.zeros(3, 4), 1.0)}))
     with raises(RuleError, "not-a-lora-pair", "must be"):
         LoraPair(torch.zeros(4, 8), torch.zeros(9, 4), 1.0, torch.zeros(4, 3))
+    with raises(RuleError, "mixed-ranks", "client 0 has rank 2", "choose a rule that accepts mixed ranks (fedmomentum"):
+        refuse_early(mixed := tiny_config("strategy.name=fedsb", "clients.ranks=[2,4]"), open_workspace(mixed))
     from fedlora.flower.flower_strategy import FedLoraStrategy
 
     config = tiny_config("strategy.name=fedsb")
