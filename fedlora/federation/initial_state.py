@@ -36,7 +36,7 @@ def first_state(rule: Aggregator, base: Base, seed: int) -> GlobalState:
     adapter = first_adapter(base, seed)
     state = rule.init(adapter, seed=derive(seed, "rule"))
     given = base.adapter_config.start is not None
-    if given or base.method.start != "kaiming":
+    if (given and not state.base_updates) or base.method.start != "kaiming":  # in the base, nothing of it is lost
         planned = rule.plan(state, ClientSpec(0, base.layout())).adapter.tensors(("A", "B"))
         if any(not torch.equal(planned[name], value) for name, value in adapter.tensors(("A", "B")).items()):
             lost, cure = f"method {base.method.name!r} starts from", "set adapter.method = 'lora'"

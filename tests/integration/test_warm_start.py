@@ -26,7 +26,7 @@ def first(tiny_config: MakeConfig) -> RunOutcome:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["fedavg", "ffa", "fedex"])
+@pytest.mark.parametrize("rule", ["fedavg", "ffa", "fedex", "flora"])
 def test_a_run_begins_where_the_other_ended(rule: str, first: RunOutcome, tiny_config: MakeConfig) -> None:
     start = f"adapter.start='{first.rundir.adapter_dir}'"
     second = run(tiny_config(start, "rounds=1", f"strategy.name={rule}", name=rule))
@@ -46,7 +46,7 @@ def test_what_is_no_start_is_refused(first: RunOutcome, tiny_config: MakeConfig,
         "adapter.alpha=3.5": (ModelError, str(folder), "shape-mismatch", "scale"),
         "adapter.method=pissa": (ModelError, str(folder), "two-starts", "remove adapter.start"),
         "adapter.targets=['key']": (ModelError, str(folder), "tensors-missing", "key"),
-        "strategy.name=flora": (RuleError, str(folder), "rule-method-mismatch", "remove adapter.start"),
+        "strategy.name=fedsb": (RuleError, str(folder), "rule-method-mismatch", "remove adapter.start"),
         "rounds=1": (ModelError, str(tmp_path), "adapter-not-loadable", str(tmp_path)),
     }
     for key, (kind, start, code, word) in wrong.items():
