@@ -106,8 +106,9 @@ def times_core(B: Float[Tensor, "*k o r"], core: Tensor) -> Float[Tensor, "*k o 
     """B R, with R [*k, r, r] or the blocks [*k, h, r / h, r / h] of a block-diagonal matrix."""
     if core.ndim == B.ndim:
         return B @ core
-    blocks = B.unflatten(-1, core.shape[-3:-1]).transpose(-3, -2)
-    return (blocks @ core).transpose(-3, -2).flatten(-2)
+    blocks = B.view(*B.shape[:-1], *core.shape[-3:-1]).transpose(-3, -2)
+    units: Tensor = (blocks @ core).transpose(-3, -2)
+    return units.flatten(-2)
 
 
 def _is_core(shape: Sequence[int], rank: int) -> bool:
