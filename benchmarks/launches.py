@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft  # noqa: F401 - what it imports asks torch for a GPU, and must find none
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

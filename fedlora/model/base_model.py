@@ -228,6 +228,7 @@ class Base:
             ModelError: if the adapter does not fit the model.
         """
         self.require_fit(state)
+        state = _sent(state, self.device, self.adapter_dtype)
         trained: list[Parameter] = []
         train_A, train_B, train_core, train_dense = (part in trains for part in ("A", "B", "R", "dense"))
         with torch.no_grad():
@@ -396,6 +397,17 @@ def _set_trained(parameter: Parameter, train: bool, trained: list[Parameter]) ->
     parameter.grad = None
     if train:
         trained.append(parameter)
+
+
+def _sent(state: AdapterState, device: torch.device, dtype: torch.dtype) -> AdapterState:
+    """An adapter on a GPU, in one copy for all of its tensors, since each is waited for; elsewhere as it is."""
+    tensors = state.tensors()
+    if device.type != "cuda" or not tensors:
+        return state
+    flat = torch.cat([value.reshape(-1).to(dtype) for value in tensors.values()]).to(device)
+    parts = flat.split([value.numel() for value in tensors.values()])
+    named = zip(tensors.items(), parts, strict=True)
+    return state.with_tensors({name: part.view(value.shape) for (name, value), part in named})
 
 
 def _copy(value: Tensor) -> Tensor:

@@ -84,7 +84,9 @@ class Columns:
             like: a tensor of the wanted dtype and device.
         """
         each = [adapter.tensors() for adapter in adapters]
-        rows = like.new_zeros(len(each), self.width)
+        # Put together in memory and sent at once: each copy to a GPU is waited for.
+        place = like.device if like.is_meta else torch.device("cpu")
+        rows = torch.zeros(len(each), self.width, dtype=like.dtype, device=place)
         for column in self.columns:
             values = [tensors[column.name] for tensors in each]
             if all(value.shape == column.shape for value in values):
@@ -92,7 +94,7 @@ class Columns:
                 continue
             for row, value in zip(rows, values, strict=True):
                 column.within(row, value.shape).copy_(value)
-        return rows
+        return rows.to(like.device)
 
     def read(self, row: Float[Tensor, "p"], adapter: AdapterState) -> AdapterState:
         """An adapter of `adapter`'s shape from a row, on the CPU and in the row's dtype; what is not there is kept.

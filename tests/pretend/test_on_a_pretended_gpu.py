@@ -31,6 +31,7 @@ from fedlora.training.dp_loop import PrivateTrainingLoop
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Watch
 from fedlora.training.evaluate import evaluate
+from fedlora.training.row_optimizer import Columns
 from fedlora.training.runtime import setup
 
 pytestmark = pytest.mark.slow
@@ -133,6 +134,21 @@ def test_a_step_waits_neither_for_each_layer_nor_for_each_client(
     assert found[0] <= 8
     assert found[1] == found[0]
     assert found[2] <= found[0] + 3, "passes of some more lengths, whoever's"
+
+
+def test_an_adapter_is_sent_at_once(tmp_path: Path) -> None:
+    """And not tensor by tensor, each of which would be waited for."""
+    with pretend_gpu() as log:
+        base, _, _ = a_base("llama", tmp_path, "cuda")
+        state = client(base, 0)[0].adapter
+        for rank in (4, 2):
+            log.reset()
+            base.write(client(base, 0, rank=rank)[0].adapter)
+            assert sum(log.waits.values()) == 1
+        log.reset()
+        columns = Columns([state, state], base.tensor_names())
+        columns.rows([state, state], torch.empty(0, device=base.device))
+        assert sum(log.waits.values()) == 1
 
 
 @pytest.fixture

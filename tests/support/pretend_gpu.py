@@ -17,12 +17,16 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import peft  # noqa: F401 - what it imports asks torch for a GPU, and must find none
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+with contextlib.suppress(ImportError):
+    import bitsandbytes  # noqa: F401
 
 CPU = torch.device("cpu")
 ANY = torch.device("xpu")
