@@ -13,7 +13,6 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +34,23 @@ os.environ.update(
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from support.tiny_words import DOMAIN_WORDS, FILLERS, LABEL_WORDS  # noqa: E402
 from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
-from fedlora.report.figures import Chart  # noqa: E402
-from fedlora.training import export, kept_evaluation  # noqa: E402
-
-torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")  # no test is one of time: machines are busy
 os.fsync = lambda fd: (
     None
 )  # a test's files need not outlive the machine; tests of what is on the disk put their own here
 
-pytest_plugins = ["support.tiny_federations"]
+
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist's own process runs no test and imports no torch, so that its workers start seconds earlier."""
+    if config.getvalue("dist") == "no" or hasattr(config, "workerinput"):
+        for name in ("support.left_out", "support.tiny_federations"):
+            config.pluginmanager.import_plugin(name)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_evaluation_of_another_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept of base models is this session's: what a test patches is no part of its key."""
-    folder = tmp_path_factory.mktemp("kept")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_evaluation, "cache_dir", lambda: folder)
-        yield
-
-
-DRAW, VERIFY = Chart.svg, export.verify_adapter
 REAL_PROCESSES = ("e2e", "test_ray_pool", "test_node_worker", "test_deploy_up")
 """Folder and files whose tests start servers, clusters or nodes: with --dist loadgroup these run one after the other.
 
@@ -82,33 +71,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
     return ProcessesInOneWorker(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave out what most of a tiny run's time goes into and no test looks at: a report's charts, the adapter's check.
-
-    Tests that look at them have the mark "charts" or "verified"; nightly ones, and runs in processes of their own,
-    always draw and check.
-    """
-
-    def has(mark: str) -> bool:
-        return any(item.get_closest_marker(name) for name in (mark, "nightly"))
-
-    Chart.svg = DRAW if has("charts") else _undrawn  # type: ignore[method-assign]
-    export.verify_adapter = VERIFY if has("verified") else _unverified  # type: ignore[attr-defined]
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Give back the models and graphs of a nightly test: Python leaves their cycles until they take gigabytes."""
     if item.get_closest_marker("nightly"):
         gc.collect()
-
-
-def _undrawn(chart: Chart, width: float) -> str:
-    return f'<svg viewBox="0 0 {width} 1" role="img"></svg>'
-
-
-def _unverified(*_: object) -> float:
-    return 0.0
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -149,6 +116,7 @@ def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer BERT (hidden 32, 2 heads) and a WordPiece tokeniser for `tiny_csv`'s words."""
+    import torch
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 

@@ -27,7 +27,6 @@ RANK_BINS = 64
 LARGEST = float(np.finfo(np.float32).max)
 """Of labels: the models' own single precision holds no larger ones."""
 SLACK, TINY = 1e-9, 1e-300  # what rounding and underflow do to moments
-MOMENTS = ("label", "predicted", "label^2", "predicted^2", "product")
 
 
 @tasks.register("text-regression")
@@ -107,8 +106,9 @@ class TextRegression(WholeTextHead):
         """Sums over some examples.
 
         Returns:
-            "examples"; "loss" and "absolute_error"; "moments" [5], see `MOMENTS`; and with a range "ranks" [h, h],
-            examples by the bins of their label (row) and of what was predicted (column).
+            "examples"; "loss" and "absolute_error"; "moments" [5] of label, predicted, label^2, predicted^2 and their
+            product; and with a range "ranks" [h, h], examples by the bins of their label (row) and of what was
+            predicted (column).
         """
         y, p = (np.asarray(measures[name], dtype=np.float64) for name in ("label", "predicted"))
         found = {

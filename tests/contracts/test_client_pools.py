@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
 import pytest
@@ -29,13 +29,24 @@ TASKS = ("text-classification", "causal-lm")
 Case = tuple[str, ...]
 """Rule, wire, privacy and task."""
 
-QUICK = {("fedavg", "int8", "example", TASKS[0]), ("flora", "float32", "none", TASKS[1])}
+QUICK = ("fedavg", "int8", "example", TASKS[0])
 
 
-def cases(*, few: Callable[[Case], bool], rest: pytest.MarkDecorator, units: Iterable[str] = PRIVACY) -> list[object]:
-    """Rule, wire, privacy, task; user-level privacy is for rules that need sums alone. `rest` marks all but few."""
+def cases(units: Iterable[str] = PRIVACY) -> list[object]:
+    """Rule, wire, privacy, task; user-level privacy is for rules that need sums alone.
+
+    One is quick, a third is slow, in which any two values of two of the four meet, and the others are nightly.
+    """
+    alternatives: tuple[Sequence[str], ...] = (RULES, WIRES, tuple(PRIVACY), TASKS)
+
+    def tier(case: Case) -> tuple[pytest.MarkDecorator, ...]:
+        if case == QUICK:
+            return ()
+        places = [values.index(value) for values, value in zip(alternatives, case, strict=True)]
+        return (pytest.mark.nightly if sum(places) % 3 else pytest.mark.slow,)
+
     return [
-        pytest.param(*case, marks=() if few(case) else rest)
+        pytest.param(*case, marks=tier(case))
         for case in product(RULES, WIRES, units, TASKS)
         if case[2] != "client" or case[0] in ("fedavg", "ffa")
     ]
@@ -61,7 +72,7 @@ def weights(outcome: RunOutcome) -> bytes:
     return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("rule", "wire", "privacy", "task"), cases(few=QUICK.__contains__, rest=pytest.mark.slow))
+@pytest.mark.parametrize(("rule", "wire", "privacy", "task"), cases())
 def test_clients_on_a_grid_come_to_what_clients_here_do(
     make: Callable[..., RunConfig], same_secrets: Callable[[], None], rule: str, wire: str, privacy: str, task: str
 ) -> None:
@@ -73,11 +84,8 @@ def test_clients_on_a_grid_come_to_what_clients_here_do(
     require_same(here, deploy(config, ledgers=ledgers))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rule", "wire", "privacy", "task"),
-    cases(few=lambda case: case in QUICK and "client" in case, rest=pytest.mark.nightly, units=("none", "client")),
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("rule", "wire", "privacy", "task"), cases(("none", "client")))
 def test_clients_in_two_processes_come_to_what_clients_here_do(
     make: Callable[..., RunConfig], same_secrets: Callable[[], None], rule: str, wire: str, privacy: str, task: str
 ) -> None:
@@ -97,14 +105,14 @@ def test_clients_in_two_processes_come_to_what_clients_here_do(
 
 
 def all_rules() -> list[object]:
-    """Every rule with its own fields, and rules around rules; all but two are nightly."""
+    """Every rule with its own fields, and rules around rules; all but one are nightly."""
     alone = [pytest.param(name, marks=() if name == "flora" else pytest.mark.nightly, id=name) for name in rules]
     around = [
         "{name='krum', keep=0.5, inner={name='flora'}}",
         "{name='fedadam', inner={name='ffa'}}",
         "{name='median', inner={name='rolora'}}",
     ]
-    return [*alone, around[0], *(pytest.param(table, marks=pytest.mark.nightly) for table in around[1:])]
+    return [*alone, *(pytest.param(table, marks=pytest.mark.nightly) for table in around)]
 
 
 @pytest.mark.slow

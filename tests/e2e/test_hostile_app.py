@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import yaml
 from flwr.app import RecordDict
 from support.compose import ENGINE, Machine
 from support.other_user import cannot, run_as
+from support.waiting import until
 
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig, parse_config
@@ -268,13 +268,6 @@ def write_facts(node: Node, facts: dict[str, Any], user: int) -> Path:
     path.write_text(json.dumps(facts))
     give(node.path("superexec"), user)
     return path
-
-
-def until(holds: Any, explain: Any, within_s: float = 120.0) -> None:
-    end = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < end, explain()
-        time.sleep(0.1)
 
 
 def refusal(clause: str) -> str:

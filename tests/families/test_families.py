@@ -19,27 +19,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 ALWAYS = ("Bert classifier", "Mistral causal", "FNet classifier")
 OFTEN = (
     "DebertaV2 classifier",
-    "XLM classifier",
     "Llama classifier",
     "Bert pairs",
     "GPT2 labels",
     "Bert tags",
     "T5 seq2seq",
     "GPT2 causal",
-    "Gemma3Text causal",
     "Mixtral causal",
-    "Mamba causal",
-    "Bert causal",
     "ViT image",
-    "Swin image",
 )
 IN_FOUR_BITS_OFTEN = (
     "Bert classifier",
     "Llama classifier",
     "GPT2 causal",
-    "Mamba causal",
-    "BioGpt causal",
-    "ViT image",
 )
 NOT_IN_FOUR_BITS = {
     "Rwkv causal": "remove model.quantize",  # its own code for such layers fails

@@ -90,7 +90,7 @@ def test_all_clients_are_asked_whatever_share_a_run_asks(tiny_config: MakeConfig
     assert list(found["clients"]) == ["0", "1", "2", "3"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_measure_the_same(tiny_config: MakeConfig) -> None:
     config = tiny_config(*AT_CLIENTS, "rounds=1")
     folder = simulate(config).rundir.adapter_dir

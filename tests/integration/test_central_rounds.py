@@ -103,7 +103,9 @@ def test_a_calibrated_run_ends_just_below_its_epsilon_whatever_share_of_the_clie
     assert "examples" not in few["statement"].split("counts as public")[0].rsplit(";", 1)[1]
 
 
-@pytest.mark.parametrize(("weighting", "unequal"), [("uniform", False), ("examples", True)])
+@pytest.mark.parametrize(
+    ("weighting", "unequal"), [pytest.param("uniform", False, marks=pytest.mark.slow), ("examples", True)]
+)
 def test_noise_follows_the_largest_share_of_the_replies_that_came(
     central: MakeConfig, weighting: str, unequal: bool
 ) -> None:

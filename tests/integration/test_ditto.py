@@ -170,7 +170,7 @@ def test_killed_and_resumed_each_has_the_same_model_of_its_own(
     assert files(straight.rundir.clients_dir) == files(resumed.rundir.clients_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_shared_model_and_its_figures_are_the_same_to_the_byte_in_cohorts_and_processes(
     tiny_config: MakeConfig,
 ) -> None:

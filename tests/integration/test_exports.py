@@ -58,7 +58,7 @@ def language_model(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.fixture(params=["llama", "qwen2"])
+@pytest.fixture(params=["llama", pytest.param("qwen2", marks=pytest.mark.nightly)])
 def run(request: pytest.FixtureRequest, tiny_config: MakeConfig, tiny_chat: Path, tmp_path: Path) -> Path:
     """With ranks and scales that differ by layer."""
     model = language_model(tmp_path / "model", request.param)

@@ -45,9 +45,14 @@ def on_all_own_examples(workspace: Workspace, outcome: RunOutcome, part: str) ->
     return evaluate(workspace.base, workspace.task, apart.examples, indices=rows).overall
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora"])
-@pytest.mark.parametrize("run", [simulate, deploy])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "rule"),
+    [
+        pytest.param(run, rule, marks=pytest.mark.slow if often else pytest.mark.nightly)
+        for rule, here in (("fedavg", True), ("ffa", False), ("flora", True))
+        for run, often in ((simulate, here), (deploy, not here))
+    ],
+)
 def test_federated_figures_are_those_of_all_examples_in_one_place(
     tiny_config: MakeConfig, run: Callable[..., RunOutcome], rule: str
 ) -> None:

@@ -67,7 +67,7 @@ def test_killed_and_resumed_it_comes_to_the_same(
     ("rule", "key"),
     [
         *product(CORED.values(), ["wire.up=int8", "wire={up='topk', fraction=0.3}", "train.keep_optimizer=true"]),
-        (CORED["ravan"], "runtime.processes=2"),
+        pytest.param(CORED["ravan"], "runtime.processes=2", marks=pytest.mark.nightly),
     ],
 )
 def test_it_goes_with_what_other_rules_go_with(tiny_config: MakeConfig, rule: str, key: str) -> None:

@@ -85,7 +85,7 @@ def test_our_strategy_and_our_client_reach_what_a_run_reaches(config: RunConfig,
     assert set(result.train_metrics_clientapp[1]) == {"train_loss"}
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("schedule", [pytest.param("constant", marks=pytest.mark.slow), "linear"])
 def test_flowers_fedavg_with_our_client_is_our_fedavg(config: RunConfig, schedule: str) -> None:
     config = config.model_copy(update={"train": config.train.model_copy(update={"schedule": schedule})})
     run = run_simulation(config, RunDir.create(config))

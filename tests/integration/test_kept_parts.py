@@ -239,7 +239,7 @@ def test_a_client_whose_reply_was_lost_goes_on_from_what_the_server_has_used(
     assert files(again.rundir.clients_dir) == files(at_nodes(tmp_path, run))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_in_several_processes_clients_keep_the_same(tiny_config: MakeConfig) -> None:
     keys = (*FEDSA, "server.fraction=0.75")
     here = simulate(tiny_config(*keys, name="here"))

@@ -41,7 +41,7 @@ FAST = ("pissa", "vera")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+@pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.nightly) for m in METHODS])
 def test_a_federation_learns_with_every_method(tiny_config: MakeConfig, method: str) -> None:
     outcome = run(tiny_config(*keys(method, "rounds=8", f"train.lr={RATES.get(method, 0.01)}")))
     first, *rounds = outcome.records

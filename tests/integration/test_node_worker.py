@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from support.errors import raises
+from support.waiting import until
 
 import fedlora
 from fedlora.aggregators import load_aggregator
@@ -361,8 +361,7 @@ def test_requests_are_done_one_at_a_time_and_a_stopping_worker_begins_no_other(
         threads[0].start()
         assert begun.wait(30)
         threads[1].start()
-        while serving.worker._jobs.empty():
-            time.sleep(0.01)
+        until(lambda: not serving.worker._jobs.empty())
         check(path)  # the health service does not wait
         serving.worker.stop()
         may_end.set()
@@ -464,13 +463,6 @@ with task_identity(7, 9):
     reply = app(message, Context(7, 9, head["node"], contents["state"], head["run"]))
 Path(sys.argv[2]).write_bytes(pack({"torch": "torch" in sys.modules}, content=reply.content))
 """
-
-
-def until(holds: Callable[[], bool], within_s: float = 300.0) -> None:
-    end = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < end, f"did not come true within {within_s:g} s"
-        time.sleep(0.02)
 
 
 class Node:

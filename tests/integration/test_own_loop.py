@@ -87,7 +87,9 @@ class Told(Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["fedavg", "ffa", "flora", "rolora", "fedsa"])
+@pytest.mark.parametrize(
+    "rule", ["fedavg", "flora", *(pytest.param(rule, marks=pytest.mark.nightly) for rule in ("ffa", "rolora", "fedsa"))]
+)
 def test_plain_sgd_on_the_same_batches_is_our_own_loop(rule: str, config: MakeConfig) -> None:
     rounds = ("rounds=2", f"strategy.name={rule}", *(("evaluation.on=both",) if rule == "fedsa" else ()))
     ours = simulate(config("train.optimizer=sgd", "train.lr=0.1", "runtime.cohort=1", *rounds))

@@ -302,24 +302,24 @@ def simulate(config: RunConfig) -> Callable[[RunDir, Told], Any]:
 
 
 def _cases() -> Iterator[Any]:
-    slow = pytest.mark.slow
+    nightly = pytest.mark.nightly
     prefix = ["adapter.layers=top:1", "model.dropout=0"]
     for unit, name in ((EXAMPLE, "example"), (CLIENT, "client")):
         yield pytest.param("text-classification", [*unit, *DEVICES], (longer,), id=f"{name}-devices")
-        yield pytest.param("text-classification", unit, WHOLE, id=f"{name}-all", marks=slow)
-        yield pytest.param("text-classification", [*unit, *DEVICES], WHOLE, id=f"{name}-devices-all", marks=slow)
-        yield pytest.param("text-classification", [*unit, *prefix], (longer,), id=f"{name}-prefix", marks=slow)
-        yield pytest.param("text-classification", [*unit, "runtime.cohort=1"], WHOLE, id=f"{name}-alone", marks=slow)
-        yield pytest.param("text-classification", [*unit, "strategy.name=ffa"], WHOLE, id=f"{name}-ffa", marks=slow)
+        yield pytest.param("text-classification", unit, WHOLE, id=f"{name}-all")
+        yield pytest.param("text-classification", [*unit, *DEVICES], WHOLE, id=f"{name}-devices-all", marks=nightly)
+        yield pytest.param("text-classification", [*unit, *prefix], (longer,), id=f"{name}-prefix")
+        yield pytest.param("text-classification", [*unit, "runtime.cohort=1"], WHOLE, id=f"{name}-alone", marks=nightly)
+        yield pytest.param("text-classification", [*unit, "strategy.name=ffa"], WHOLE, id=f"{name}-ffa")
         cores = [*unit, "strategy={name='ravan', heads=2}"]
-        yield pytest.param("text-classification", cores, WHOLE, id=f"{name}-ravan", marks=slow)
-        yield pytest.param("causal-lm", unit, (longer, removed), id=f"{name}-causal", marks=slow)
-        yield pytest.param("causal-lm", [*unit, *prefix], (longer,), id=f"{name}-causal-prefix", marks=slow)
+        yield pytest.param("text-classification", cores, WHOLE, id=f"{name}-ravan")
+        yield pytest.param("causal-lm", unit, (longer, removed), id=f"{name}-causal")
+        yield pytest.param("causal-lm", [*unit, *prefix], (longer,), id=f"{name}-causal-prefix", marks=nightly)
     counted = [*CLIENT, "server.weighting=examples"]  # who has how many counts as public
-    yield pytest.param("text-classification", [*counted, *DEVICES], (longer, relabelled), id="counted", marks=slow)
-    yield pytest.param("text-classification", [*EXAMPLE, "strategy.name=flora"], WHOLE, id="flora", marks=slow)
-    yield pytest.param("text-classification", [*EXAMPLE, "strategy.name=fedsb"], WHOLE, id="fedsb", marks=slow)
-    yield pytest.param("text-classification", [*EXAMPLE, "wire.up=int8"], WHOLE, id="int8", marks=slow)
+    yield pytest.param("text-classification", [*counted, *DEVICES], (longer, relabelled), id="counted")
+    yield pytest.param("text-classification", [*EXAMPLE, "strategy.name=flora"], WHOLE, id="flora")
+    yield pytest.param("text-classification", [*EXAMPLE, "strategy.name=fedsb"], WHOLE, id="fedsb")
+    yield pytest.param("text-classification", [*EXAMPLE, "wire.up=int8"], WHOLE, id="int8")
 
 
 @pytest.mark.slow
@@ -427,9 +427,9 @@ def deploy(config: RunConfig, nodes: list[dict[str, Any]]) -> Callable[[RunDir, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "unit",
-    [pytest.param(EXAMPLE, id="example"), pytest.param(CLIENT, id="client", marks=pytest.mark.slow)],
+    [pytest.param(EXAMPLE, id="example"), pytest.param(CLIENT, id="client")],
 )
-@pytest.mark.parametrize("some", ["few", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", ["few", pytest.param("all", marks=pytest.mark.nightly)])
 def test_a_node_answers_as_any_other_whatever_its_own_file_holds(
     federated: Any, everything: Everything, reviews: Rows, tmp_path: Path, unit: list[str], some: str
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 from support.errors import raises
 from support.states import same_state
+from support.waiting import until
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
@@ -45,13 +45,6 @@ def actors() -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------------------------------------- without a cluster
@@ -143,7 +136,7 @@ def test_ray_comes_to_what_processes_do_to_the_byte(tiny_config: MakeConfig, clu
     facts = there.rundir.read_json("environment.json")
     assert (facts["backend"], facts["processes"]) == ("ray", 2)
     assert cluster.is_initialized()
-    until(lambda: not actors(), "an actor outlived its run")
+    until(lambda: not actors(), lambda: "an actor outlived its run")
 
 
 class _At2(Callback):
@@ -167,7 +160,7 @@ def test_a_killed_actor_is_replaced_and_the_run_ends_with_the_same_bytes(tiny_co
         os.kill(actors()[0].pid, signal.SIGKILL)
 
     assert same_state(run_simulation(config, RunDir.create(config), _At2(kill)).state, whole.state)
-    until(lambda: not actors(), "an actor outlived its run")
+    until(lambda: not actors(), lambda: "an actor outlived its run")
 
 
 @pytest.mark.nightly
@@ -190,7 +183,7 @@ def test_a_private_run_needs_its_folder_on_every_machine(
     monkeypatch.setattr(ray_pool, "_content", lambda file: b"of another machine")
     with raises(PrivacyError, "folder-not-shared", "output"):
         run(config.model_copy(update={"name": "elsewhere"}))
-    until(lambda: not actors(), "an actor outlived its run")
+    until(lambda: not actors(), lambda: "an actor outlived its run")
 
 
 @pytest.mark.nightly

@@ -188,7 +188,14 @@ def test_a_deployment_comes_to_what_clients_here_do(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "down"), [("ffa", "int8"), ("fedsvd", "bfloat16"), ("fedavg", "int8")])
+@pytest.mark.parametrize(
+    ("rule", "down"),
+    [
+        ("ffa", "int8"),
+        pytest.param("fedsvd", "bfloat16", marks=pytest.mark.nightly),
+        pytest.param("fedavg", "int8", marks=pytest.mark.nightly),
+    ],
+)
 def test_it_learns_as_well_with_the_bytes_that_were_announced(tiny_config: MakeConfig, rule: str, down: str) -> None:
     settings = (f"strategy.name={rule}", "evaluation.every=3")
     exact, config = simulate(tiny_config(*settings, name="exact")), tiny_config(*settings, f"wire.down={down}")

@@ -156,7 +156,7 @@ def test_by_default_it_follows_from_what_a_round_trains_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sample", ["0.5", "1.0"])
+@pytest.mark.parametrize("sample", ["0.5", pytest.param("1.0", marks=pytest.mark.nightly)])
 def test_processes_share_the_servers_test_set(tiny_config: MakeConfig, sample: str) -> None:
     keys = ("runtime.cohort=1", "runtime.prefix_cache=off", f"evaluation.sample={sample}")
     one = simulate(tiny_config(*keys, name="one"))

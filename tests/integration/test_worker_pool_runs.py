@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from support.errors import raises
 from support.interrupted import cut
 from support.states import same_state
+from support.waiting import until
 
 from fedlora.adapter import AdapterState
 from fedlora.callbacks import Callback
@@ -213,10 +213,10 @@ def test_a_script_needs_no_guard_and_leaves_nobody_behind_when_it_is_killed(
     finally:
         os.kill(script.pid, signal.SIGKILL)
         script.wait()
-    deadline = time.monotonic() + 10
-    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
-        assert time.monotonic() < deadline, "a process outlived the script"
-        time.sleep(0.05)
+    until(
+        lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children),
+        lambda: "a process outlived the script",
+    )
 
 
 @pytest.mark.nightly

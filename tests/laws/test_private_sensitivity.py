@@ -151,7 +151,10 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Task, Examples
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("path", "added", "others"), [("cohort", 200, 3), ("alone", 20, 8), ("opacus", 20, 8)])
+@pytest.mark.parametrize(
+    ("path", "added", "others"),
+    [("cohort", 200, 3), pytest.param("alone", 20, 8, marks=pytest.mark.nightly), ("opacus", 20, 8)],
+)
 def test_one_example_more_moves_berts_sum_by_c(
     bert: tuple[Base, Task, Examples], path: str, added: int, others: int
 ) -> None:
@@ -209,7 +212,7 @@ def tiers(cases: Iterable[tuple[object, ...]], *slow: tuple[object, ...]) -> lis
 
 @pytest.mark.parametrize(
     ("kind", "path"),
-    tiers(product([*TEXT, *PICTURES], ["cohort", "opacus"]), ("Llama", "cohort"), ("ViT", "cohort")),
+    tiers(product([*TEXT, *PICTURES], ["cohort", "opacus"]), ("Llama", "cohort")),
 )
 def test_one_example_more_moves_the_sum_of_any_family_by_c(kind: str, path: str, tmp_path: Path) -> None:
     what = "ImageClassification" if kind in PICTURES else "SequenceClassification"
@@ -227,7 +230,7 @@ def test_one_continuation_more_moves_the_sum_by_c(kind: str, path: str, tmp_path
 
 @pytest.mark.parametrize(
     ("kind", "what", "path"),
-    tiers(((*each, path) for each, path in product(OTHER_TASKS, ["cohort", "opacus"])), ("T5", "Seq2Seq", "cohort")),
+    tiers(((*each, path) for each, path in product(OTHER_TASKS, ["cohort", "opacus"]))),
 )
 def test_one_example_more_moves_the_sum_of_any_task_by_c(kind: str, what: str, path: str, tmp_path: Path) -> None:
     base, task, examples = loaded(tmp_path, kind, what)

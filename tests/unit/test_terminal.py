@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.waiting import until
 
 from fedlora.config import RunConfig
 from fedlora.progress import Columns, PlainProgress, activity, format_bytes, format_metric, format_seconds, main_metric
@@ -177,28 +178,26 @@ def test_samples_are_cut_short_inside_the_width(width: int) -> None:
 
 def test_a_pipe_hears_what_is_done_before_long() -> None:
     console, file = make_console(200)
-    with Terminal(console, silence_s=0.1) as terminal:
+    with Terminal(console, silence_s=0.02) as terminal:
         activity.info("tokenising %d examples", 1200)
-        time.sleep(0.5)
+        until(lambda: file.getvalue().count("tokenising 1200 examples (") >= 3)
         terminal.started(RunConfig(), 3, 2)
         terminal.round_started(1, [0, 1, 2])
         terminal.reply(1, 0, True, "")
         activity.info("training: step 3 of 40")
-        time.sleep(0.5)
+        until(lambda: file.getvalue().count("round 1 of 2: 1 of 3 clients answered; training: step 3 of 40 (") >= 3)
     said = file.getvalue().splitlines()
-    assert sum("tokenising 1200 examples (" in line for line in said) >= 3
-    assert sum("round 1 of 2: 1 of 3 clients answered; training: step 3 of 40 (" in line for line in said) >= 3
     activity.info("nobody listens")
-    time.sleep(0.2)
+    time.sleep(0.1)
     assert file.getvalue().splitlines() == said
 
 
 def test_what_is_done_moves_on_a_screen_and_leaves_no_line() -> None:
     console, file = make_console(100, terminal=True)
-    with Terminal(console, silence_s=0.1):
+    with Terminal(console, silence_s=0.02):
         activity.info("loading a model")
-        time.sleep(0.6)
-    assert "loading a model" in file.getvalue()
+        until(lambda: "loading a model" in file.getvalue())
+        time.sleep(0.1)
     assert file.getvalue().count("\n") <= 1
 
 

@@ -149,7 +149,7 @@ def test_only_small_assets_are_fetched_unasked() -> None:
     assert {name for name, asset in ASSETS.items() if asset.needed} == {"all-MiniLM-L6-v2", "vader"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_chat_model_says_what_the_capital_of_france_is() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -162,7 +162,7 @@ def test_the_chat_model_says_what_the_capital_of_france_is() -> None:
     assert "Paris" in tokenizer.decode(said[0, ids.shape[1] :])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_small_transformer_knows_digits_that_it_has_not_seen() -> None:
     from transformers import AutoModelForImageClassification
 

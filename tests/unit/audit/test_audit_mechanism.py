@@ -55,9 +55,9 @@ def audited(folder: Path, config: list[str], canaries: int = 1000) -> Result:
     return CliRunner().invoke(app, command, env={"COLUMNS": "150", "NO_COLOR": "1"})
 
 
-def parametrised(mutants: dict[str, Mutant], fast: str = "", slow: str = "") -> pytest.MarkDecorator:
-    """The default tests have one mutant, the slow ones another; the rest is nightly."""
-    marks = {fast: (), slow: pytest.mark.slow}
+def parametrised(mutants: dict[str, Mutant], often: str = "") -> pytest.MarkDecorator:
+    """One mutant is slow; the others are nightly."""
+    marks = {often: pytest.mark.slow}
     rows = [pytest.param(one, id=name, marks=marks.get(name, pytest.mark.nightly)) for name, one in mutants.items()]
     return pytest.mark.parametrize("mutant", rows)
 
@@ -71,8 +71,7 @@ def test_sound_training_holds(example: list[str], tmp_path: Path) -> None:
     assert "REFUTED" not in done.output
 
 
-@pytest.mark.slow
-@parametrised(dict(STACKED), "per-tensor clipping", "shuffled passes")
+@parametrised(dict(STACKED), "per-tensor clipping")
 def test_broken_training_is_refuted(
     example: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Mutant
 ) -> None:
@@ -82,7 +81,7 @@ def test_broken_training_is_refuted(
     assert "REFUTED" in done.output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("same_bytes")
 def test_sound_training_with_dropout_holds(example: list[str], tmp_path: Path) -> None:
     done = audited(tmp_path, [*example, "model.dropout=0.1", "adapter.dropout=0.1"])
@@ -90,7 +89,7 @@ def test_sound_training_with_dropout_holds(example: list[str], tmp_path: Path) -
     assert "dropout masks" in done.output
 
 
-@parametrised(dict(DROPPED), slow="masks of the clients")
+@parametrised(dict(DROPPED), "masks of the clients")
 def test_masks_that_examples_share_are_refuted(
     example: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Mutant
 ) -> None:
@@ -100,7 +99,7 @@ def test_masks_that_examples_share_are_refuted(
     assert "REFUTED" in done.output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("same_bytes")
 def test_sound_training_by_hooks_holds(example: list[str], tmp_path: Path, hooks: None) -> None:
     done = audited(tmp_path, example)
@@ -126,8 +125,7 @@ def test_a_sound_merge_holds(overrides: list[str], tmp_path: Path) -> None:
     assert "REFUTED" not in done.output
 
 
-@pytest.mark.slow
-@parametrised(dict(MERGED), "an unclipped head", "noise of 8 bits")
+@parametrised(dict(MERGED), "an unclipped head")
 def test_a_broken_merge_is_refuted(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Mutant
 ) -> None:
@@ -139,7 +137,7 @@ def test_a_broken_merge_is_refuted(
     assert "REFUTED" in done.output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("same_bytes")
 def test_a_sound_adaptive_merge_holds(overrides: list[str], tmp_path: Path) -> None:
     done = audited(tmp_path, [*overrides, *CLIENT, "privacy.adaptive_clipping=true"])

@@ -11,12 +11,12 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 from support.errors import raises
+from support.waiting import until
 
 from fedlora.deploy import Address, Program, commands, start
 from fedlora.deploy.keys import make_authority, make_server
@@ -45,13 +45,6 @@ def pids(file: Path) -> list[int]:
     return [int(word) for word in file.read_text().split()] if file.exists() else []
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def group_is_empty(pid: int) -> bool:
     try:
         os.killpg(pid, 0)
@@ -72,9 +65,9 @@ def test_up_starts_again_what_ended_and_leaves_nothing_behind(number: signal.Sig
     runner = subprocess.Popen([sys.executable, "-c", UP, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         a, b = tmp_path / "a", tmp_path / "b"
-        wait_until(lambda: pids(a) and pids(b))
+        until(lambda: pids(a) and pids(b))
         os.kill(pids(a)[0], signal.SIGKILL)
-        wait_until(lambda: len(pids(a)) == 2)
+        until(lambda: len(pids(a)) == 2)
         runner.send_signal(number)
         output, _ = runner.communicate(timeout=60)
     finally:
@@ -84,7 +77,7 @@ def test_up_starts_again_what_ended_and_leaves_nothing_behind(number: signal.Sig
     assert output.endswith("all programs have ended\n")
     assert len(pids(b)) == 1
     for pid in pids(a) + pids(b):
-        wait_until(lambda pid=pid: group_is_empty(pid))  # init may be a moment behind with burying them
+        until(lambda pid=pid: group_is_empty(pid))  # init may be a moment behind with burying them
 
 
 @pytest.mark.slow
@@ -93,14 +86,14 @@ def test_up_leaves_nothing_behind_however_it_ends(number: signal.Signals, tmp_pa
     runner = subprocess.Popen([sys.executable, "-c", UP, str(tmp_path)], stdout=subprocess.DEVNULL)
     try:
         a, b = tmp_path / "a", tmp_path / "b"
-        wait_until(lambda: pids(a) and pids(b))
+        until(lambda: pids(a) and pids(b))
         os.kill(pids(a)[0], signal.SIGKILL)
-        wait_until(lambda: len(pids(a)) == 2)  # what was started later is watched as well
+        until(lambda: len(pids(a)) == 2)  # what was started later is watched as well
     finally:
         runner.send_signal(number)
         runner.wait()
     for pid in pids(a) + pids(b):
-        wait_until(lambda pid=pid: not lives(pid))
+        until(lambda pid=pid: not lives(pid))
 
 
 OWNER = """
@@ -131,7 +124,7 @@ def test_a_guard_that_is_killed_has_a_successor_and_deaf_programs_end_too() -> N
         owner.kill()
         owner.wait()
     for pid in (first, second):
-        wait_until(lambda pid=pid: not lives(pid))
+        until(lambda pid=pid: not lives(pid))
 
 
 def test_a_guard_ends_what_it_watches_and_nothing_that_it_forgot() -> None:
@@ -198,7 +191,7 @@ def test_the_proxy_itself_lets_nobody_reach_anything_else(tmp_path: Path) -> Non
         return False
 
     try:
-        wait_until(is_up)
+        until(is_up)
         found = {path: status(path) for path in (*FORWARDED, *KEPT_BACK, *DETOURS)}
     finally:
         proxy.terminate()

@@ -109,7 +109,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_exports_what_it_trained(kind: str, dtype: str, tmp_path: Path) -> None:
     auto_class, config = FAMILIES[kind]
@@ -184,7 +184,7 @@ CODES = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_faulty_adapter_is_refused(tmp_path: Path, fault: str, dtype: str) -> None:
     base = load(saved("Bert/ForMaskedLM", tmp_path / "base", **WORDS, **SMALL, **WIDE), dtype)

@@ -150,8 +150,16 @@ COMMANDS: dict[str, tuple[Callable[[Path], tuple[object, ...]], set[str]]] = {
 }
 
 
+def meetings() -> list[object]:
+    """Each command with each change; two commands for each change are slow, the others nightly."""
+    places = product(enumerate(COMMANDS), enumerate(CHANGES))
+    return [
+        pytest.param(one, two, marks=() if (i - j) % 3 == 0 else pytest.mark.nightly) for (i, one), (j, two) in places
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "change"), list(product(COMMANDS, CHANGES)))
+@pytest.mark.parametrize(("command", "change"), meetings())
 def test_a_command_says_what_changed_of_what_it_reads_and_nothing_else(scene: Path, command: str, change: str) -> None:
     do, parts = CHANGES[change]
     words, reads = COMMANDS[command]

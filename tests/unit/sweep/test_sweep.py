@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.errors import raises
 from support.made_runs import make_run
+from support.waiting import until
 from typer.testing import CliRunner
 
 from fedlora.cli import app
@@ -346,11 +346,8 @@ def test_processes_end_with_the_sweep_and_a_killed_one_is_noted(tiny_toml: Path,
         """A sweep whose processes are both at work."""
         before = lines()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        end = time.monotonic() + 240
-        while len(children(process)) < 2 or lines() < before + 4:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: process.poll() is not None or (len(children(process)) == 2 and lines() >= before + 4))
+        assert process.poll() is None, process.communicate()
         return process
 
     def children(process: subprocess.Popen[str]) -> list[int]:
@@ -362,10 +359,7 @@ def test_processes_end_with_the_sweep_and_a_killed_one_is_noted(tiny_toml: Path,
     assert len(workers) == 2
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    end = time.monotonic() + 60
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
 
     second = begin()
     os.kill(children(second)[0], signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,17 @@ def gap(one: AdapterState, other: AdapterState) -> float:
     return max(float((value - two[name]).abs().max()) for name, value in one.tensors().items())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
-@pytest.mark.parametrize("most", [1, 80, 10**6], ids=["each row", "few", "all"])
+def passes() -> list[object]:
+    """Each optimiser with each size of a pass; slow are three in which all of them are, the others are nightly."""
+    places = product(enumerate((1, 80, 10**6)), enumerate(OPTIMIZERS))
+    sizes, names = ("each row", "few", "all"), ("adamw", "sgd", "momentum")
+    return [
+        pytest.param(most, one, marks=pytest.mark.nightly if j != k else (), id=f"{sizes[j]}-{names[k]}")
+        for (j, most), (k, one) in places
+    ]
+
+
+@pytest.mark.parametrize(("most", "optimizer"), passes())
 @pytest.mark.slow
 def test_company_gives_opacus_numbers(
     base: Base, task: Task, examples: Examples, optimizer: dict[str, Any], most: int, same_noise: None

@@ -70,8 +70,10 @@ def move(result: AdapterState, start: AdapterState) -> torch.Tensor:
     return torch.cat([(value - before[name]).double().flatten() for name, value in result.tensors().items()])
 
 
-@pytest.mark.parametrize("physical", [None, 7])
-@pytest.mark.parametrize("mu", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("mu", "physical"),
+    [(0.0, None), (0.5, 7), *(pytest.param(*one, marks=pytest.mark.slow) for one in [(0.5, None), (0.0, 7)])],
+)
 def test_without_noise_and_clipping_it_is_the_plain_loop(workspace: Workspace, physical: int | None, mu: float) -> None:
     how = TrainConfig(steps=3, batch_size=N, optimizer="sgd", lr=0.2, momentum=0.5, warmup_steps=1, proximal_mu=mu)
     what = job(workspace.base)

@@ -124,8 +124,17 @@ def plain(base: Base, task: Task, examples: Examples, job: TrainJob, config: Tra
     return base.read()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
-@pytest.mark.parametrize("trains", [("A", "B", "dense"), ("B", "dense"), ("A",), ("dense",)], ids="".join)
+def parts_and_optimizers() -> list[object]:
+    """Any parts with any optimiser; four, in which all of them are, are quick, the others slow."""
+    parts = [("A", "B", "dense"), ("B", "dense"), ("A",), ("dense",)]
+    names = ("adamw", "sgd", "momentum")
+    return [
+        pytest.param(trains, one, marks=pytest.mark.slow if j % 3 != k else (), id=f"{''.join(trains)}-{names[k]}")
+        for (j, trains), (k, one) in product(enumerate(parts), enumerate(OPTIMIZERS))
+    ]
+
+
+@pytest.mark.parametrize(("trains", "optimizer"), parts_and_optimizers())
 def test_a_cohort_is_torch_and_peft_client_by_client(
     tiny_bert: Path, task: Task, examples: Examples, optimizer: dict[str, Any], trains: tuple[Any, ...]
 ) -> None:
