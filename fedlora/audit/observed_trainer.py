@@ -20,6 +20,7 @@ from fedlora.adapter import EVERY_PART, AdapterState, Part
 from fedlora.aggregators import ClientSpec
 from fedlora.audit.probe_tasks import Probe, Scaled, Silent
 from fedlora.config import TrainConfig
+from fedlora.errors import PrivacyError
 from fedlora.federation.initial_state import first_state, plan_for
 from fedlora.federation.load_rule import load_rule
 from fedlora.privacy.dpsgd import ROUNDING, clipping_norm
@@ -43,11 +44,21 @@ QUIET = 1e-6
 
 
 def first_job(workspace: Workspace) -> TrainJob:
-    """What a client of the run trains in the first round, without its examples."""
+    """What a client of the run trains in the first round, without its examples.
+
+    Raises:
+        PrivacyError: it sends products of what it trains, off which no noise can be read.
+    """
     config = workspace.config
     rule = load_rule(config)
     state = first_state(rule, workspace.base, config.seed)
     plan = plan_for(rule, state, ClientSpec(0, workspace.base.layout(config.clients.rank_of(0))))
+    if any(pair.core is not None and pair.core.ndim == 3 for pair in plan.adapter.pairs.values()):
+        raise PrivacyError(
+            f"an audit reads the noise off what a client sends, and with {config.strategy.name!r} these are products "
+            "of two things that noise was added to: audit strategy 'fedsb', which the same code trains",
+            code="products-not-audited",
+        )
     workspace.base.rebase(0, ())
     workspace.base.rebase(plan.base_version, plan.base_updates)
     trains: frozenset[Part] = frozenset(plan.trains) & EVERY_PART

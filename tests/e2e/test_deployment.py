@@ -17,9 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.federations import simulate
-from support.real_federation import ROOT, Federation, Run, local
+from support.real_federation import ROOT, WEIGHTS, Federation, Run, local
+from typer.testing import CliRunner
 
+from fedlora.cli import app
 from fedlora.config import ModelConfig, load_config, parse_config
 from fedlora.deploy import FederationPlan, NodePlan, Program, programs, start, stop
 from fedlora.deploy.evaluation import evaluate_in_deployment
@@ -93,6 +97,29 @@ def test_an_adapter_is_measured_where_the_data_are(federation: Federation, tiny:
     assert found["figures"]["accuracy"] == run.records[-1]["accuracy"], said
     assert found["figures"]["macro_f1"] == run.records[-1]["macro_f1"]
     assert list(found["clients"]) == ["0", "1", "2"]
+
+
+def test_a_node_exports_a_model_of_its_own(federation: Federation, tiny: list[str], tmp_path: Path) -> None:
+    """Ditto's, which no reply has: in the folder of each site, to the byte as in a simulation."""
+    apart = ("evaluation.on=clients", "evaluation.min_examples=2", "train.personal=0.5")
+    run = federation.run("name=own", *tiny, *apart)
+    assert run.finish() == {}
+    simulated = run.simulate()
+    run.require_equal(simulated)
+    shared, models = (run.rundir / WEIGHTS).read_bytes(), set[bytes]()
+    for client_id, name in enumerate(NODES):
+        words = {
+            "site": ["node", "export", federation.folder_of(name) / "site", run.rundir / "adapter"],
+            "simulated": ["export", simulated, "--client", client_id],
+        }
+        for out, command in words.items():
+            done = CliRunner().invoke(app, [*map(str, command), str(tmp_path / name / out)])
+            assert done.exit_code == 0, done.output
+        mine, theirs = (load_file(tmp_path / name / out / "adapter_model.safetensors") for out in words)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], value) for key, value in theirs.items())
+        models.add((tmp_path / name / "site" / "adapter_model.safetensors").read_bytes())
+    assert len(models | {shared}) == len(NODES) + 1
 
 
 def test_a_superlink_that_is_killed_loses_nothing(federation: Federation, tiny: list[str]) -> None:

@@ -16,8 +16,9 @@ from fedlora.aggregators.drift import FedDyn, Scaffold
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.fedsb import FedSb
 from fedlora.aggregators.ravan import Ravan
+from fedlora.audit.observed_trainer import first_job
 from fedlora.config import TrainConfig
-from fedlora.errors import ConfigError, RuleError
+from fedlora.errors import ConfigError, PrivacyError, RuleError
 from fedlora.evaluation.traffic import measure_traffic
 from fedlora.lowrank import stack
 from fedlora.training import TrainJob, open_workspace, train
@@ -137,6 +138,8 @@ def test_what_has_no_place_for_heads_is_refused(tiny_config: Any) -> None:
     for core in (torch.zeros(2, 2, 3), torch.zeros(3, 4, 4), torch.zeros(6, 1, 6), torch.zeros(1, 2, 3, 3)):
         with raises(RuleError, "not-a-lora-pair", "must be"):
             LoraPair(torch.zeros(6, 8), torch.zeros(9, 6), 1.0, core)
+    with raises(PrivacyError, "products-not-audited", "audit strategy 'fedsb'"):
+        first_job(open_workspace(tiny_config("strategy.name=ravan")))
     for around in (Scaffold, FedDyn):
         with raises(RuleError, "no-step", "trained factors"):
             around(inner=load_aggregator("ravan", {"heads": 3})).init(AdapterState(pairs))
