@@ -69,7 +69,8 @@ def _learning(facts: Facts) -> Iterator[str]:
     known, theirs = interval(facts, last), interval(facts, best)
     room = 0.02 * abs(end) if known is None else (known[1] - known[0]) / 2
     doubt = room if theirs is None else max(room, (theirs[1] - theirs[0]) / 2)  # best may be of a sample
-    if facts.config.selection is None and best["round"] > 0 and abs(best[metric] - end) > doubt:
+    alike = known is not None or best.get("sample") == last.get("sample")
+    if facts.config.selection is None and best["round"] > 0 and alike and abs(best[metric] - end) > doubt:
         yield (
             f"Round {best['round']} was better ({format_metric(metric, best[metric])}) than the last one "
             f"({format_metric(metric, end)}); adapter/ holds the last one. A table [selection] keeps the "

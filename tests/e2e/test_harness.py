@@ -10,15 +10,13 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
-import sysconfig
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.borrowing import borrowing
 from support.federations import simulate
 from support.tiny_federations import WORDS
 from typer.testing import CliRunner
@@ -36,20 +34,7 @@ PROMPTS = [f"you : {word} <end> me :" for word in WORDS]
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of an environment with the harness."""
-    folder = tmp_path_factory.mktemp("harness")
-    venv.create(folder, with_pip=False)
-    program = folder / "bin" / "python"
-    lib = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-    (lib / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(program), "install", "-q", HARNESS],
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    if done.returncode:
-        pytest.skip(f"{HARNESS} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
-    return program
+    return borrowing(tmp_path_factory.mktemp("harness"), HARNESS)
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_it_can_be_private(make: Make, unit: str) -> None:
 
 def test_an_exported_adapter_is_evaluated_to_the_same_figures(make: Make) -> None:
     outcome = simulate(make("rounds=1"))
-    rows, _ = figures_of(find_adapter(outcome.rundir.path), None)
+    rows, classes = figures_of(find_adapter(outcome.rundir.path), None)
     found = rows["all"]
     last = outcome.rundir.read_metrics()[-1]
     names = found.keys() - {"examples"}

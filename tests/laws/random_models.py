@@ -91,6 +91,18 @@ def spoken_examples(count: int = 209, seed: int = 0) -> Examples:
     return Examples({"input_ids": ids, "labels": labels}, None, texts.lengths)
 
 
+def paired_examples(count: int = 209, seed: int = 0) -> Examples:
+    """The same, each with another continuation of its first half, of 2 to 11 tokens, that is not preferred."""
+    chosen, draw = spoken_examples(count, seed), np.random.default_rng(seed + 1)
+    prompts = [row[: len(row) // 2] for row in chosen.inputs["input_ids"]]
+    others = [draw.integers(5, VOCABULARY, size=2 + number % 10) for number in range(count)]
+    pairs = list(zip(prompts, others, strict=True))
+    ids = Tokens.join([np.append(prompt, other) for prompt, other in pairs], 0)
+    labels = Tokens.join([np.append(np.full_like(prompt, -100), other) for prompt, other in pairs], -100)
+    inputs = {**chosen.inputs, "rejected_input_ids": ids, "rejected_labels": labels}
+    return Examples(inputs, None, chosen.lengths + ids.lengths)
+
+
 def answered_examples(count: int = 209, seed: int = 0) -> Examples:
     """The same as texts for which a decoder is to write the next one."""
     texts = text_examples(count, seed)
@@ -141,6 +153,7 @@ KINDS: dict[str, tuple[str, str, Callable[[], Examples]]] = {
     "MultiLabel": ("multi-label-classification", "SequenceClassification", labelled_examples),
     "TokenClassification": ("token-classification", "TokenClassification", tagged_examples),
     "CausalLM": ("causal-lm", "CausalLM", spoken_examples),
+    "Preference": ("preference", "CausalLM", paired_examples),
     "Seq2Seq": ("seq2seq-lm", "ConditionalGeneration", answered_examples),
     "ImageClassification": ("image-classification", "ImageClassification", pictures),
 }

@@ -343,6 +343,13 @@ def test_for_perplexity_less_is_better() -> None:
     assert any("Training did not help" in line for line in warnings(facts(records=lines, metric="perplexity")))
 
 
+def test_a_figure_without_an_interval_is_not_better_for_being_of_other_examples() -> None:
+    lines = [{"round": k, "perplexity": value, "loss": 1.0} for k, value in enumerate((30.0, 10.0, 20.0))]
+    assert any("Round 1 was better" in line for line in warnings(facts(records=lines, metric="perplexity")))
+    lines[1]["sample"] = 320
+    assert not any("was better" in line for line in warnings(facts(records=lines, metric="perplexity")))
+
+
 # ---------------------------------------------------------------------------------------------- charts
 
 
