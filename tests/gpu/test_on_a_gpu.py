@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cohorts import client, gap, random_base, random_examples, together
+from support.cohorts import MODELS, client, gap, random_base, random_examples, together
 from support.interrupted import cut_and_resumed
 
 from fedlora.adapter import AdapterState
@@ -153,6 +153,21 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     assert rundir.read_json("environment.json")["device"] == gpu
     close_workspace()
     assert gap(wanted, cut_and_resumed(config("killed"), 2).adapter) == 0.0
+
+
+def test_a_base_on_all_gpus_learns_what_it_learns_on_a_cpu(
+    gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU at most")
+    kind, shape = MODELS["llama"]
+    monkeypatch.setitem(MODELS, "llama", (kind, {**shape, "num_hidden_layers": 6}))
+    task, examples = load_task(OpenTable(name="causal-lm")), random_examples(causal=True, vit=False)
+    wanted, found = (
+        plainly(random_base("llama", tmp_path, causal=True, dropout=0.1, runtime=runtime), task, examples)
+        for runtime in ({"device": "cpu"}, {"device_map": "auto"})
+    )
+    assert farthest(wanted, found) < 1e-9
 
 
 def test_two_processes_share_one_gpu(gpu: str, tiny_config: Callable[..., RunConfig]) -> None:
