@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.federations import simulate
-from support.real_federation import ROOT, WEIGHTS, Federation, Run, local
+from support.real_federation import ROOT, WEIGHTS, Federation, local
 from typer.testing import CliRunner
 
 from fedlora.cli import app
@@ -122,6 +122,7 @@ def test_a_node_exports_a_model_of_its_own(federation: Federation, tiny: list[st
     assert len(models | {shared}) == len(NODES) + 1
 
 
+@pytest.mark.nightly
 def test_a_superlink_that_is_killed_loses_nothing(federation: Federation, tiny: list[str]) -> None:
     run = federation.run("name=superlink-killed", "rounds=2", *tiny)
     federation.wait(lambda: run.has_finished(1), "round 1")
@@ -145,17 +146,7 @@ def test_a_server_app_that_is_killed_is_resumed(federation: Federation, tiny: li
     run.require_equal(run.simulate())
 
 
-@pytest.fixture(scope="module")
-def bereft(federation: Federation, tiny: list[str]) -> Run:
-    """A run in whose second round a node is killed. It takes Flower a minute to miss it; other tests use that."""
-    run = federation.run("name=node-killed", "rounds=6", "server.quorum=0.6", *tiny)
-    federation.wait(lambda: run.has_finished(1) and federation.pids("site-b", "flwr-clientapp"), "training")
-    for program in ("flower-supernode", "flower-superexec", "flwr-clientapp"):
-        federation.kill("site-b", program)
-    return run
-
-
-def test_strangers_are_turned_away(federation: Federation, ports: int, bereft: Run) -> None:
+def test_strangers_are_turned_away(federation: Federation, ports: int) -> None:
     running: dict[str, subprocess.Popen[bytes]] = {}
     guard = Guard()
     try:
@@ -202,7 +193,7 @@ time.sleep(600)
 
 
 def test_a_federation_ends_with_the_process_that_started_it(
-    bereft: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """However that ends: here by SIGKILL, as pytest itself could."""
     folder = tmp_path_factory.mktemp("g")
@@ -227,14 +218,19 @@ def test_a_federation_ends_with_the_process_that_started_it(
     federation.wait(lambda: not alive(family), "all of it to end")
 
 
-def test_a_node_that_is_killed_is_missed_and_comes_back(bereft: Run) -> None:
-    bereft.federation.wait(lambda: [0, 2] in bereft.answers(), "a round without the node")
-    missed = 1 + bereft.answers().index([0, 2])
-    bereft.federation.wait(lambda: [0, 1, 2] in bereft.answers()[missed:], "a round with it")
-    assert (missed, 1) in bereft.finish()
-    record = bereft.records()[missed]
+@pytest.mark.nightly  # it takes Flower a minute to miss it
+def test_a_node_that_is_killed_is_missed_and_comes_back(federation: Federation, tiny: list[str]) -> None:
+    run = federation.run("name=node-killed", "rounds=6", "server.quorum=0.6", *tiny)
+    federation.wait(lambda: run.has_finished(1) and federation.pids("site-b", "flwr-clientapp"), "training")
+    for program in ("flower-supernode", "flower-superexec", "flwr-clientapp"):
+        federation.kill("site-b", program)
+    federation.wait(lambda: [0, 2] in run.answers(), "a round without the node")
+    missed = 1 + run.answers().index([0, 2])
+    federation.wait(lambda: [0, 1, 2] in run.answers()[missed:], "a round with it")
+    assert (missed, 1) in run.finish()
+    record = run.records()[missed]
     assert record["refused"].keys() == {"1"} or record["missing"] == [1]
-    bereft.require_equal(bereft.simulate(replay=bereft.records()))
+    run.require_equal(run.simulate(replay=run.records()))
 
 
 def test_nothing_is_left_of_what_deploy_up_started_when_it_is_killed(federation: Federation) -> None:

@@ -33,7 +33,6 @@ from fedlora.errors import ReplyError, RoundError
 from fedlora.federation.protocol import TrainedReply, TrainRequest
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
-from fedlora.flower import mailbox as post
 from fedlora.flower.arrays import to_array
 from fedlora.flower.bounded_pull import Allowed, pull_reply
 from fedlora.flower.messages import BUFFER, encode_note, encode_reply
@@ -274,10 +273,7 @@ def test_a_node_whose_replies_cannot_be_inflated_is_named_and_the_rounds_go_on(t
         assert record["refused"]["1"].isprintable()
 
 
-def test_a_node_whose_hello_cannot_be_inflated_is_turned_away(
-    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(post, "POLL_S", (0.001, 0.002))
+def test_a_node_whose_hello_cannot_be_inflated_is_turned_away(tiny_config: MakeConfig) -> None:
     config = tiny_config("rounds=1", "server.node_timeout_s=0.02")
     outcome, lines = run(config, Patched(config, 3, "query.hello", body_of("ConfigRecord", b"\xff")))
     assert outcome.records[1]["answered"] == [0, 2, 3]

@@ -20,7 +20,6 @@ from fedlora.deploy.keys import make_node_key
 from fedlora.errors import ReplyError, RoundError
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app, identities
-from fedlora.flower import mailbox as post
 from fedlora.flower.identities import Bindings, Identity, fingerprint
 from fedlora.flower.task_identity import task_identity
 from fedlora.runs.rundir import RunDir
@@ -124,7 +123,6 @@ class Lines(Witness):
 @pytest.fixture(autouse=True)
 def over_a_superlink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identities, "over_a_superlink", lambda grid: isinstance(grid, Registered))
-    monkeypatch.setattr(post, "POLL_S", (0.001, 0.002))
 
 
 def run(config: RunConfig, grid: LoopbackGrid, rundir: RunDir, **how: Any) -> tuple[RunOutcome, list[str]]:

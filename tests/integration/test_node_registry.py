@@ -27,8 +27,7 @@ Config = dict[str, bool | float | int | str]
 
 
 @pytest.fixture(autouse=True)
-def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post, "POLL_S", (0.001, 0.002))
+def quick_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(post, "SOONEST_S", 0.002)
 
 

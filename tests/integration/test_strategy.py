@@ -29,7 +29,6 @@ from fedlora.federation.protocol import PartDigests, TrainRequest
 from fedlora.federation.round_record import quorum_of
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
-from fedlora.flower import mailbox as post
 from fedlora.flower.messages import HeldParts, RequestEncoder, decode_request, decode_request_head
 from fedlora.flower.server_app import serve
 from fedlora.flower.task_identity import task_identity
@@ -42,11 +41,6 @@ from fedlora.training.workspace import open_workspace
 from fedlora.wire_formats import layout_json
 
 MakeConfig = Callable[..., RunConfig]
-
-
-@pytest.fixture(autouse=True)
-def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post, "POLL_S", (0.001, 0.002))
 
 
 class Heard(Witness):

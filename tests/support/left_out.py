@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fedlora.flower import mailbox
 from fedlora.report.figures import Chart
 from fedlora.training import export, kept_evaluation
 
@@ -16,10 +17,14 @@ DRAW, VERIFY = Chart.svg, export.verify_adapter
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_evaluation_of_another_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept of base models is this session's: what a test patches is no part of its key."""
+def _in_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A server looks often, so that nobody waits for half a second in vain.
+
+    What is kept of base models is this session's: what a test patches is no part of its key.
+    """
     folder = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mailbox, "POLL_S", (0.001, 0.002))
         patch.setattr(kept_evaluation, "cache_dir", lambda: folder)
         yield
 
