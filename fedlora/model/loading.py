@@ -27,7 +27,7 @@ from fedlora.model.peft_methods import Method, find_method, peft_type, tuner_fie
 from fedlora.model.peft_tuners import ADAPTER
 from fedlora.model.placement import first_device, placement
 from fedlora.model.plain import Recipe, quiet_transformers
-from fedlora.model.quantize import keep_layout, keep_whole, note_of, own_dtype, quantization
+from fedlora.model.quantize import keep_layout, keep_whole, note_of, own_dtype, quantization, require_whole_heads
 from fedlora.model.targets import (
     beyond_layers,
     in_any,
@@ -110,6 +110,7 @@ def load_base(
         if not stays:
             model.to(device)
         heads = resolve_heads(model, config.adapter, head)
+        require_whole_heads(model, heads, config.model.name)
         if not config.model.ignore_mismatched_sizes:
             require_whole(model, absent, heads, bool(head), config.model.name)
         frozen = frozen_modules(model, absent, heads)

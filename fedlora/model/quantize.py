@@ -7,7 +7,7 @@ checkpoint does not hold stay whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from fedlora.assets import Checkpoint
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
+from fedlora.model.targets import in_any
 
 HEADS = ("classifier", "pre_classifier", "score", "cls")
 """What transformers calls the heads of classifiers."""
@@ -98,6 +99,24 @@ def keep_whole(model: nn.Module, absent: Iterable[str]) -> None:
             setattr(plain, inner, nn.Parameter(value.data, requires_grad=False))
         model.set_submodule(name, plain)
         how.llm_int8_skip_modules = [*(how.llm_int8_skip_modules or ()), name]
+
+
+def require_whole_heads(model: nn.Module, heads: Sequence[str], name: str) -> None:
+    """Raise `ModelError` for a checkpoint that holds a head in few bits, which cannot be trained.
+
+    Args:
+        model: as loaded.
+        heads: modules that are trained in full.
+        name: of the model, for the message.
+    """
+    for inner, value in model.named_parameters():
+        if in_any(inner, heads) and not value.is_floating_point():
+            raise ModelError(
+                f"the checkpoint {name!r} holds {inner} as {str(value.dtype).removeprefix('torch.')}, and a head is "
+                "trained in full: name the checkpoint that it was made from, with model.quantize = 'nf4', which leaves "
+                "heads whole",
+                code="head-quantised",
+            )
 
 
 def note_of(config: RunConfig, model: nn.Module) -> str | None:

@@ -182,6 +182,45 @@ def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
         load_base(run, "AutoModelForImageClassification", ("classifier",))
 
 
+@pytest.fixture
+def quantised_before(tmp_path: Path) -> Callable[[str], Path]:
+    """Saves a classifier in bfloat16 as transformers quantises it to 4 bits by itself."""
+
+    def save(kind: str) -> Path:
+        import transformers
+
+        sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+        config = getattr(transformers, f"{kind}Config")(vocab_size=40, pad_token_id=1, **sizes)
+        model = getattr(transformers, f"{kind}ForSequenceClassification")(config).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / "whole")
+        how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        arguments = {"quantization_config": how, "device_map": {"": "cpu"}}
+        type(model).from_pretrained(tmp_path / "whole", **arguments).save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    return save
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_in_four_bits_is_trained_in_the_dtype_that_its_whole_layers_have(
+    dtype: str, quantised_before: Callable[[str], Path]
+) -> None:
+    run = parse_config("", [f"model.name='{quantised_before('Llama')}'", f"model.dtype={dtype}"])
+    base = load_base(run, "AutoModelForSequenceClassification", ("score",))
+    parameters = base.write(base.initial_adapter(0))
+    logits = base.model(input_ids=torch.arange(8).reshape(2, 4)).logits
+    logits.float().square().sum().backward()
+    norms = {value.dtype for name, value in base.model.named_parameters() if "norm" in name}
+    assert norms == {base.dtype}
+    assert all(value.grad is not None and torch.isfinite(value.grad).all() for value in parameters)
+
+
+def test_a_checkpoint_whose_head_is_in_four_bits_is_refused(quantised_before: Callable[[str], Path]) -> None:
+    run = parse_config("", [f"model.name='{quantised_before('Bert')}'"])
+    with raises(ModelError, "head-quantised", "classifier.weight", "model.quantize = 'nf4'"):
+        load_base(run, "AutoModelForSequenceClassification", ("classifier",))
+
+
 def test_experts_that_stay_whole_are_named(tmp_path: Path) -> None:
     import transformers
 
