@@ -262,6 +262,8 @@ def test_room_is_left_for_what_rounding_adds(dtype: str, others: int, tmp_path: 
             *product(["Bert", "Llama", "GPT2"], ["SequenceClassification"], ["alone", "cohort", "opacus"]),
             *product(["Llama", "GPT2"], ["CausalLM"], ["cohort", "opacus"]),
             ("ViT", "ImageClassification", "cohort"),
+            *product(["Bert"], ["Regression", "MultiLabel", "TokenClassification"], ["cohort", "opacus"]),
+            ("Llama", "Preference", "cohort"),
         ],
         ("Llama", "CausalLM", "cohort"),
     ),
