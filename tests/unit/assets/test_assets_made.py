@@ -14,6 +14,7 @@ from fedlora.assets._made import chitchat_rows, digits_rows
 from fedlora.assets.cmudict import pretrain as read_aloud
 from fedlora.assets.cmudict import pronunciations
 from fedlora.assets.hironsan import hironsan_rows
+from fedlora.assets.mitre_attack import attack_rows, pair_rows
 from fedlora.assets.smollm2 import write_smollm2
 from fedlora.assets.vit import pretrain
 
@@ -197,6 +198,54 @@ def test_sentences_of_the_hironsan_corpus_are_iob2_without_blank_words() -> None
         {"tokens": ["東京", "湾", "で"], "tags": ["B-LOC", "I-LOC", "O"]},
         {"tokens": ["新", "社", "丙"], "tags": ["B-ORG", "I-ORG", "B-PSN"]},
     ]
+
+
+def test_sentences_of_mitre_attack_are_whole_and_have_all_their_tactics() -> None:
+    techniques = [
+        {"stix_id": "t1", "external_id": "T1", "tactics": ["persistence", "execution"]},
+        {"stix_id": "t2", "external_id": "T2", "tactics": ["impact"]},
+    ]
+    actors = [{"stix_id": "m", "name": "Worm"}, {"stix_id": "g", "name": "Bears"}]
+
+    def used(text: str | None, target: str = "t1", kind: str = "uses", revoked: bool = False) -> dict[str, object]:
+        more = {"source_ref": "m", "target_ref": target, "revoked": revoked, "deprecated": False}
+        return {"relationship_type": kind, "description": text, **more}
+
+    relationships = [
+        used("[Worm](https://where/S1) runs <code>a &amp;&amp; b</code>.(Citation: One 2020)(Citation: Tw..."),
+        used("[Worm](https://where/S1) hides in (Citation: One 2020) and out."),  # what is before it, is no sentence
+        used("Worm tells of a long..."),
+        used("Worm runs `a && b`.", "t2"),
+        used("Worm stays.", revoked=True),
+        used("Worm is stopped.", kind="mitigates"),
+        used("Worm uses Bears.", "g"),
+        used(None),
+    ]
+    assert list(attack_rows(relationships, techniques, actors)) == [
+        {
+            "text": "Worm runs `a && b`.",
+            "actor": "Worm",
+            "tactics": ["execution", "impact", "persistence"],
+            "technique": "T1",
+        },
+    ]
+
+
+def test_pairs_of_sentences_are_of_one_technique_or_of_two_and_each_sentence_is_in_one() -> None:
+    rows = [
+        {"text": f"{technique} {k}.", "technique": technique, "tactics": ["impact", technique]}
+        for technique, size in (("T1", 9), ("T2", 6), ("T3", 1))
+        for k in range(size)
+    ]
+    pairs = list(pair_rows(rows))
+    assert pairs == list(pair_rows(rows[::-1])), "by what they say alone"
+    said = [text for pair in pairs for text in (pair["first"], pair["second"])]
+    assert len(set(said)) == len(said)
+    for pair in pairs:
+        alike = pair["first"][:2] == pair["second"][:2]
+        assert pair["label"] == ("same" if alike else "different")
+        assert pair["tactic"] == "impact"
+    assert sum(pair["label"] == "same" for pair in pairs) == 4  # two of nine, and two of six, twice each
 
 
 def test_pronunciations_are_the_first_ones_of_words_of_some_letters() -> None:
