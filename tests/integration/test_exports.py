@@ -163,6 +163,7 @@ params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_D
 server, found, cut = xllamacpp.Server(params), [], []
 for row in rows:
     asked = {"prompt": row, "n_predict": 1, "n_probs": size, "ignore_eos": True, "cache_prompt": False}
+    asked["logit_bias"] = [[0, 1000.0]]  # to say "!", not half a character, of which it tells nothing
     (said,) = server.handle_completions(asked)["choices"]
     likely = {one["id"]: one["logprob"] for one in said["logprobs"]["content"][0]["top_logprobs"]}
     found.append([likely[token] for token in range(size)])
