@@ -22,8 +22,9 @@ from fedlora.model.targets import in_any
 
 HEADS = ("classifier", "pre_classifier", "score", "cls")
 """What transformers calls the heads of classifiers."""
-READ_BY_NAME = ("dt_proj",)
-"""Small layers whose weight Mamba's code multiplies by itself, past the layer."""
+READ_BY_NAME = ("dt_proj", "DenseReluDense.wo")
+"""Layers at whose weight a model's own code looks, past the layer: Mamba's multiplies by it, and LongT5's rounds what
+goes in to its dtype, which would be whole numbers."""
 SHOWN = 3
 
 

@@ -23,6 +23,7 @@ from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import TrainConfig, parse_config
 from fedlora.errors import ModelError, PrivacyError
 from fedlora.model.export import save_adapter, save_merged
+from fedlora.model.quantize import READ_BY_NAME
 from fedlora.privacy.calibrate import Schedule
 from fedlora.tasks import Examples, Table
 from fedlora.training import TrainJob, open_workspace, train
@@ -148,7 +149,7 @@ def whole_layers(case: Case) -> list[str]:
     model: Any = case.workspace.base.model
     output = model.get_output_embeddings() if case.family.kind in SPEAKING else None
     names = [*case.workspace.base.heads, *(name for name, module in model.named_modules() if module is output)]
-    return [*names, *(("classifier", "score") if case.family.kind not in SPEAKING else ()), "cls", "dt_proj"]
+    return [*names, *(("classifier", "score") if case.family.kind not in SPEAKING else ()), "cls", *READ_BY_NAME]
 
 
 def plain_peft(case: Case, folder: Path) -> nn.Module:
@@ -418,6 +419,6 @@ def quantised(case: Case) -> None:
         if type(module) in (nn.Linear, Conv1D) and "lora_" not in name
     }
     kept = [*whole_layers(case), *(model._keep_in_fp32_modules or ())]
-    left = {name for name in whole if not any(part in name.split(".") for part in kept)}
+    left = {name for name in whole if not any(f".{part}." in f".{name}." for part in kept)}
     left -= {name for name in left if any(name.startswith(head) for head in whole_layers(case))}
     assert not left, f"not quantised: {sorted(left)}"
