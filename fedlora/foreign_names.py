@@ -17,7 +17,6 @@ _SAME = {
     "adapter.dropout": "lora_dropout",
     "adapter.targets": "target_modules lora_target_modules",
     "adapter.layers": "layers_to_transform",
-    "adapter.start": "lora_model_dir adapter_name_or_path",
     "task.max_length": "max_seq_length seq_length sequence_len cutoff_len model_max_length",
     "task.packing": "sample_packing",
     "task.label_smoothing": "label_smoothing_factor",

@@ -39,14 +39,12 @@ from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")  # no test is one of time: machines are busy
-os.fsync = lambda fd: (
-    None
-)  # a test's files need not outlive the machine; tests of what is on the disk put their own here
+os.fsync = lambda fd: None  # a test's files need not outlive the machine; tests of the disk put their own here
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """xdist's own process runs no test and imports no torch, so that its workers start seconds earlier."""
-    if config.getvalue("dist") == "no" or hasattr(config, "workerinput"):
+    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
         for name in ("support.left_out", "support.tiny_federations"):
             config.pluginmanager.import_plugin(name)
 
@@ -67,6 +65,7 @@ class ProcessesInOneWorker(LoadScopeScheduling):
         return "processes" if {path.stem, path.parent.name} & set(REAL_PROCESSES) else nodeid
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
     return ProcessesInOneWorker(config, log) if config.getvalue("dist") == "loadgroup" else None
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import PlainValidator
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraPair
+from fedlora.adapter import AdapterState
 from fedlora.aggregators._base import (
     Aggregator,
     Claim,
@@ -131,13 +131,13 @@ class Received:
         plan: makes that plan. It is made anew where the start is looked at: for some rules each client starts from an
             adapter of its own, and all of them together would be as large as the updates.
         values: what the client sent.
-        changed: the start's pairs whose product is not zero.
+        changes: of the start what is not zero, or all clients': pairs whose product is not, and the dense parts.
     """
 
     update: ClientUpdate
     plan: Callable[[], ClientPlan]
     values: Mapping[str, Tensor]
-    changed: Mapping[str, LoraPair]
+    changes: AdapterState
 
     @property
     def start(self) -> AdapterState:
@@ -193,9 +193,9 @@ def received(rule: Aggregator, state: GlobalState, updates: Iterable[ClientUpdat
         make = partial(rule.plan, state, ClientSpec(update.client_id, update.adapter.layout, update.base_version))
         plan, tensors = make(), update.adapter.tensors()
         require_fit(update, plan)
-        changed = {name: pair for name, pair in plan.adapter.pairs.items() if pair.A.any() and pair.B.any()}
+        pairs = {name: pair for name, pair in plan.adapter.pairs.items() if pair.A.any() and pair.B.any()}
         values = {name: tensors[name] for name in plan.adapter.tensors(plan.sends)}
-        out.append(Received(update, make, values, changed))
+        out.append(Received(update, make, values, AdapterState(pairs, plan.adapter.dense)))
     if not out:
         raise RuleError("there is nothing to aggregate: give at least one client's update", code="no-updates")
     return sorted(out, key=lambda one: one.update.client_id)
@@ -269,18 +269,15 @@ def gram_of_changes(updates: list[Received]) -> Tensor:
     first = updates[0]
     for name in first.update.adapter.pairs:
         total += gram([_change(one, name) for one in updates])
-    moved: dict[str, list[Tensor]] = {name: [] for name in first.update.adapter.dense if name in first.values}
-    for one in updates if moved else ():
-        before = one.sent
-        for name, steps in moved.items():
-            steps.append((one.values[name].double() - before[name].double()).flatten())
-    for steps in moved.values():
-        total += (rows := torch.stack(steps)) @ rows.T
+    for name in first.update.adapter.dense:
+        if name in first.values:
+            steps = [(one.values[name].double() - one.changes.dense[name].double()).flatten() for one in updates]
+            total += (rows := torch.stack(steps)) @ rows.T
     return total.triu() + total.triu(1).T
 
 
 def _change(one: Received, name: str) -> Terms:
-    start = [(-1.0, one.changed[name])] if name in one.changed else []
+    start = [(-1.0, one.changes.pairs[name])] if name in one.changes.pairs else []
     return [(1.0, one.update.adapter.pairs[name]), *start]
 
 

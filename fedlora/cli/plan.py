@@ -30,12 +30,14 @@ def plan(
         from fedlora.config import load_config
         from fedlora.memory import total_bytes
         from fedlora.model import choose_dtype, resolve_device
+        from fedlora.model.placement import placement
         from fedlora.simulation.plan import make_plan, read_size
 
         console = open_console()
         config = load_config(config_path, overrides or [])
         if gpu is None:
             device = resolve_device(config.runtime.device)
+            placement(config, device)
             devices = torch.cuda.device_count() if config.runtime.device_map is not None else 1
             memory, dtype = devices * total_bytes(device), str(choose_dtype(config)).removeprefix("torch.")
         else:

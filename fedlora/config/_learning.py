@@ -58,9 +58,6 @@ class AdapterConfig(Section):
     client's rank / adapter.rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that are zeroed in training."""
-    start: str | None = None
-    """A folder with an adapter of PEFT's for the same base, such as an export, from which training goes on; of the same
-    method, rank, alpha and modules. None: as the method draws one."""
     options: dict[str, Any] = Field(default={})
     """Other fields of PEFT's config, for methods other than LoRA."""
     targets: Names = ()

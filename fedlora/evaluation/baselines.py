@@ -16,7 +16,6 @@ from fedlora.adapter import ALL_PARTS
 from fedlora.config import TrainConfig
 from fedlora.data.describe import main_domains
 from fedlora.errors import ConfigError
-from fedlora.federation.initial_state import first_adapter
 from fedlora.rng import derive
 from fedlora.simulation.capacity import cohort_size
 from fedlora.training.cohort import train_cohort
@@ -143,7 +142,7 @@ def _train_and_test(
     """
     workspace.base.rebase(0, ())
     seed = workspace.config.seed
-    start = first_adapter(workspace.base, seed)
+    start = workspace.base.initial_adapter(seed)
     base_updates = workspace.base.initial_base_updates(start)
     workspace.base.rebase(len(base_updates), base_updates)
     jobs = [

@@ -17,7 +17,6 @@ from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RuleError
-from fedlora.federation.initial_state import first_adapter
 from fedlora.federation.plausibility import START_LOSS
 from fedlora.flower.peft_records import PeftNames, record_of, tensors_of
 from fedlora.model.export import peft_name
@@ -169,7 +168,7 @@ def initial_arrays(config: RunConfig) -> ArrayRecord:
     """The initial adapter of a config as plain PEFT tensors: what a strategy starts with."""
     from fedlora.training import open_workspace
 
-    adapter = first_adapter(open_workspace(config).base, config.seed)
+    adapter = open_workspace(config).base.initial_adapter(config.seed)
     return record_of({peft_name(name): value for name, value in adapter.tensors().items()})
 
 

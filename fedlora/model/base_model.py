@@ -212,7 +212,7 @@ class Base:
 
     def initial_base_updates(self, adapter: AdapterState) -> tuple[BaseUpdate, ...]:
         """What the base gives up when training starts from `initial_adapter`; see `fedlora.model.lora_init`."""
-        return residual(adapter) if self.method.bilinear and self.adapter_config.start is None else ()
+        return residual(adapter) if self.method.bilinear else ()
 
     def write(self, state: AdapterState, trains: frozenset[Part] = ALL_PARTS) -> list[Parameter]:
         """Put an adapter's values into the model; pairs of another rank than the present one are resized.

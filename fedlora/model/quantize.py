@@ -50,8 +50,11 @@ def quantization(config: RunConfig, model: nn.Module, dtype: torch.dtype) -> dic
     from transformers import BitsAndBytesConfig
 
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    whole = [*HEADS, *READ_BY_NAME, *(config.adapter.modules_to_save or ())]
-    whole += [name for name, module in model.named_modules() if module is output]
+    trained = tuple(f".{ending}" for ending in config.adapter.modules_to_save or ())
+    whole = [*HEADS, *READ_BY_NAME]
+    whole += [
+        name for name, module in model.named_modules() if module is output or (trained and f".{name}".endswith(trained))
+    ]
     if config.model.quantize == "int8":
         how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     else:

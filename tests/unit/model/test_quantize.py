@@ -215,6 +215,21 @@ def test_a_checkpoint_in_four_bits_is_trained_in_the_dtype_that_its_whole_layers
     assert all(value.grad is not None and torch.isfinite(value.grad).all() for value in parameters)
 
 
+def test_modules_that_are_trained_by_an_ending_of_their_name_stay_whole(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **sizes)).save_pretrained(
+        tmp_path
+    )
+    saved = "adapter.modules_to_save=['classifier', 'pooler', 'layer.1.output']"
+    run = parse_config("", [f"model.name='{tmp_path}'", "model.quantize=nf4", "model.dtype=float32", saved])
+    base = load_base(run, "AutoModelForSequenceClassification", ("classifier",))
+    small = [name for name, module in base.model.named_modules() if type(module).__name__ == "Linear4bit"]
+    assert any("layer.0.output" in name for name in small)
+    assert not any("pooler" in name or "layer.1.output" in name for name in small)
+
+
 def test_a_checkpoint_whose_head_is_in_four_bits_is_refused(quantised_before: Callable[[str], Path]) -> None:
     run = parse_config("", [f"model.name='{quantised_before('Bert')}'"])
     with raises(ModelError, "head-quantised", "classifier.weight", "model.quantize = 'nf4'"):
