@@ -64,8 +64,9 @@ class Plan:
         memory: of the device.
         pass_tokens: that a pass would like to have.
         row_tokens: of the longest example that there may be, both of a pair's texts together.
-        down: to all clients of a round.
-        up: from all clients of a round.
+        clients: of a round; None: as many as the data have, which are not read.
+        down: to all clients of a round, or to one.
+        up: from them.
     """
 
     parameters: int
@@ -78,6 +79,7 @@ class Plan:
     memory: int
     pass_tokens: int
     row_tokens: int
+    clients: int | None
     down: int
     up: int
 
@@ -95,7 +97,8 @@ class Plan:
         if self.logits:
             yield "logits", f"{format_bytes(self.logits)} at once"
         yield "memory", format_bytes(self.memory)
-        yield "a round", f"{format_bytes(self.down)} to clients, {format_bytes(self.up)} from them, at most"
+        whose = "to each client of a round, {} from it" if self.clients is None else "to clients, {} from them"
+        yield "a round", f"{format_bytes(self.down)} {whose.format(format_bytes(self.up))}, at most"
 
     @property
     def verdict(self) -> str:
@@ -151,7 +154,9 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
     own = {id(parameter) for parameter in base.parameters.values()}
     frozen = [parameter for parameter in base.model.parameters() if id(parameter) not in own]
     wide = base.adapter_dtype.itemsize
-    clients = clients_wanted(config, int(config.partition.fields.get("clients", 1)))
+    there, asked = config.partition.fields.get("clients"), config.server.clients_per_round
+    asked = asked if there is None else clients_wanted(config, int(there))
+    clients = asked or 1
     longest, answer = task.texts_of_an_example * _longest(base, task), int(getattr(task, "max_target_length", 0))
     spoken = {"AutoModelForCausalLM": CHUNK, "AutoModelForSeq2SeqLM": answer * config.train.batch_size}
     longest += answer
@@ -169,6 +174,7 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
         memory=memory,
         pass_tokens=min(wanted),
         row_tokens=longest,
+        clients=asked,
         down=clients
         * (tensors_nbytes({ADAPTER: adapter.tensors()}, config.wire.down) + (adapter.nbytes() if tilts else 0)),
         up=clients * request.reply_nbytes,

@@ -4,8 +4,8 @@
     python simulations/personal/run.py --results DIR    # hours of one core; what is done is not repeated
 
 Nine methods under label skew (Dirichlet 0.1 and 1) and under domain shift. Each method has in each setting the learning
-rate of its grid with which its validation examples, which lie with the clients, are predicted best, on a seed that is
-not reported; where that is the first or the last of the grid, the table says so with a star.
+rate with which its validation examples, which lie with the clients, are predicted best, on a seed that is not reported:
+of three neighbours on a ladder, and of those beyond for as long as the best is at an end.
 
 The runs are in DIR (runs/ beside this file, if none is named), setting by setting; a setting whose runs are all there
 gets its rows. Writes table.md and results.csv beside this file.
@@ -30,7 +30,8 @@ from fedlora.sweep import Sweep, run_sweep
 from fedlora.sweep.screen import Screen
 
 HERE = Path(__file__).resolve().parent
-ADAMW, SGD = (0.003, 0.01, 0.03), (0.1, 0.3, 1.0)
+LADDER = (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+ADAMW, SGD = (0.001, 0.003, 0.01), (0.03, 0.1, 0.3)
 CHOOSES, SEEDS = 100, (0, 1, 2, 3, 4)
 OWN, SHARED = "each client's own", "shared"
 """As `fedlora.compare` calls the models."""
@@ -42,7 +43,7 @@ class Method:
 
     Args:
         overrides: that make it.
-        rates: learning rates to choose from, in ascending order.
+        rates: learning rates to begin with, neighbours on the ladder in ascending order.
     """
 
     overrides: tuple[str, ...]
@@ -58,10 +59,10 @@ METHODS = {
     "Ditto": Method(("train.personal=0.1",)),
     "SCAFFOLD": Method(("strategy.name=scaffold", "train.optimizer=sgd"), SGD),
     "FedDyn": Method(("strategy={name='feddyn',alpha=0.1}",)),
-    "Fed-SB": Method(("strategy.name=fedsb", "adapter.rank=32", "adapter.alpha=32"), (0.003, 0.01, 0.03, 0.1)),
+    "Fed-SB": Method(("strategy.name=fedsb", "adapter.rank=32", "adapter.alpha=32")),
 }
 TEXTS = (
-    'model={name="all-MiniLM-L6-v2", dtype="bfloat16", dropout=0.0}',
+    'model={name="all-MiniLM-L6-v2", dtype="float32", dropout=0.0}',
     'adapter={rank=8, alpha=16, targets=["query","value"], layers="top:2"}',
     'task={name="text-classification", max_length=40}',
     'data={source="vader", limit=2000, domain="domain", test_fraction=0.3, validation_fraction=0.1}',
@@ -81,12 +82,10 @@ class Row:
 
     Args:
         rate: its learning rate.
-        at_an_end: whether that is the smallest or the largest that was tried.
         runs: of the seeds that are reported.
     """
 
     rate: float
-    at_an_end: bool
     runs: tuple[Run, ...]
 
     def clients(self, model: str) -> list[Fairness]:
@@ -115,23 +114,31 @@ def main() -> None:
 
 def one_setting(overrides: Sequence[str], folder: Path, processes: int, screen: Screen) -> dict[str, Row]:
     """All methods in one setting."""
-    tried = {
-        (name, rate): (*overrides, *method.overrides, f"train.lr={rate}")
-        for name, method in METHODS.items()
-        for rate in method.rates
-    }
-    chosen = _sweep(folder / "chosen", tried, (CHOOSES,), processes, screen)
-    best = {
-        name: max(method.rates, key=lambda rate, name=name: validated(chosen[name, rate][0]))  # type: ignore[misc]
-        for name, method in METHODS.items()
-    }
-    runs = _sweep(folder / "reported", {key: tried[key] for key in best.items()}, SEEDS, processes, screen)
-    return {
-        name: Row(
-            rate, rate in (METHODS[name].rates[0], METHODS[name].rates[-1]), tuple(map(read_run, runs[name, rate]))
-        )
-        for name, rate in best.items()
-    }
+
+    def cells(rates: Mapping[str, Sequence[float]]) -> dict[tuple[str, float], tuple[str, ...]]:
+        return {
+            (name, rate): (*overrides, *METHODS[name].overrides, f"train.lr={rate:g}")
+            for name, those in rates.items()
+            for rate in those
+        }
+
+    tried: dict[str, dict[float, float]] = {name: {} for name in METHODS}
+    wanted = {name: list(method.rates) for name, method in METHODS.items()}
+    while wanted:
+        found = _sweep(folder / "chosen", cells(wanted), (CHOOSES,), processes, screen)
+        for (name, rate), (path, *_) in found.items():
+            tried[name][rate] = validated(path)
+        wanted = {name: [rate] for name, values in tried.items() if (rate := beyond(values)) is not None}
+    best = {name: max(values, key=values.__getitem__) for name, values in tried.items()}
+    runs = _sweep(folder / "reported", cells({name: [rate] for name, rate in best.items()}), SEEDS, processes, screen)
+    return {name: Row(rate, tuple(map(read_run, runs[name, rate]))) for name, rate in best.items()}
+
+
+def beyond(tried: Mapping[float, float]) -> float | None:
+    """The next rate of the ladder where the best is at an end of those that were tried."""
+    best = max(tried, key=tried.__getitem__)
+    place = LADDER.index(best) + {min(tried): -1, max(tried): 1}.get(best, 0)
+    return LADDER[place] if 0 <= place < len(LADDER) and LADDER[place] not in tried else None
 
 
 def _sweep(
@@ -180,26 +187,30 @@ def write(rows: Mapping[tuple[str, str], Row]) -> None:
 
 
 def table(rows: Mapping[str, Row]) -> pd.DataFrame:
-    """A row for each method, in points: 95% intervals are over seeds, those of a lead over the same seeds' FedAvg."""
+    """A row for each method, in points: 95% intervals are over seeds, those of a lead over another's same seeds."""
     lines = []
-    base = rows["FedAvg"].clients(SHARED)
+    base, alone = rows["FedAvg"].clients(SHARED), rows["local only"].clients(OWN)
     for name, row in rows.items():
         shared = [] if name == "local only" else row.clients(SHARED)
         own = row.clients(OWN) if row.has_own else shared
         lines.append(
             [
                 name,
-                f"{row.rate:g}{'*' if row.at_an_end else ''}",
+                f"{row.rate:g}",
                 interval([one.mean for one in shared]) if shared else "",
                 interval([one.mean for one in own]) if row.has_own else "",
                 interval([one.worst_decile for one in own]),
-                ""
-                if name == "FedAvg"
-                else interval([a.worst_decile - b.worst_decile for a, b in zip(own, base, strict=True)]),
+                "" if name == "FedAvg" else ahead(own, base),
+                "" if name == "local only" else ahead(own, alone),
             ]
         )
-    columns = ["method", "lr", "shared, %", "own, %", "worst tenth, %", "worst tenth ahead of FedAvg"]
+    columns = ["method", "lr", "shared, %", "own, %", "worst tenth, %", "ahead of FedAvg", "ahead of local only"]
     return pd.DataFrame(lines, columns=columns)
+
+
+def ahead(mine: Sequence[Fairness], others: Sequence[Fairness]) -> str:
+    """By how much one worst tenth is ahead of another on the same seeds."""
+    return interval([a.worst_decile - b.worst_decile for a, b in zip(mine, others, strict=True)])
 
 
 def interval(values: Sequence[float]) -> str:

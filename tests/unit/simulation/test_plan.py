@@ -202,8 +202,18 @@ def test_a_plan_counts_the_weights_that_are_loaded(tiny_bert: Path) -> None:
     assert make_plan(topk, 10**9, "float32", "cpu").up == pytest.approx(found.down / 2, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("server", "times", "said"), [("fraction=0.5", 1, "to each client"), ("clients_per_round=3", 3, "to clients")]
+)
+def test_how_many_clients_there_are_is_not_guessed(server: str, times: int, said: str, tiny_bert: Path) -> None:
+    natural = ["partition={name='natural', column='author'}", f"server.{server}"]
+    found = make_plan(parse_config("", [f"model.name='{tiny_bert}'", *natural]), 10**9, "float32", "cpu")
+    assert found.down == times * 4 * found.trained
+    assert said in dict(found.lines())["a round"]
+
+
 def a_plan(room: int, wanted: int, row: int) -> Plan:
-    return Plan(1, 1, 0, 0, 0, 10, 0, 10 * room, wanted, row, 0, 0)
+    return Plan(1, 1, 0, 0, 0, 10, 0, 10 * room, wanted, row, 1, 0, 0)
 
 
 def test_the_verdict_says_what_to_change() -> None:
