@@ -132,8 +132,8 @@ def test_heterogeneity_reports_a_rate_chosen_at_one_alpha(tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_personal_takes_the_rate_that_is_best_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the test would choose another: on the reported seeds it falls with the rate, on validation it rises to 0.03,
-    which is beyond the rates that are tried first."""
+    """Where the test would choose another: on the reported seeds it falls with the rate, on validation it rises to
+    0.03, which is beyond the rates that are tried first."""
     asked: list[RunConfig] = []
 
     def complete(config: RunConfig, keep: str, on_round: Callable[[int], None]) -> None:
