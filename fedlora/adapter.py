@@ -86,6 +86,11 @@ class LoraPair:
         return int(self.A.shape[0])
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether the core is given as the blocks of a block-diagonal one."""
+        return self.core is not None and self.core.ndim == 3
+
+    @property
     def up(self) -> Float[Tensor, "o r"]:
         """B, or B R."""
         return self.B if self.core is None else times_core(self.B, self.core)

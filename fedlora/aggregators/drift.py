@@ -91,7 +91,7 @@ class Drift(Around):
             RuleError: clients train factors beside what they send, so that its change is not that of their steps.
         """
         state = super().init(adapter, seed=seed)
-        if any(pair.core is not None and pair.core.ndim == 3 for pair in state.adapter.pairs.values()):
+        if any(pair.in_blocks for pair in state.adapter.pairs.values()):
             raise RuleError(
                 f"{type(self).__name__} corrects the gradients of what clients send, and {type(self.inner).__name__}'s "
                 "send products of cores and trained factors: choose an inner rule without factors, such as fedsb",

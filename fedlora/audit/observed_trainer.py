@@ -53,7 +53,7 @@ def first_job(workspace: Workspace) -> TrainJob:
     rule = load_rule(config)
     state = first_state(rule, workspace.base, config.seed)
     plan = plan_for(rule, state, ClientSpec(0, workspace.base.layout(config.clients.rank_of(0))))
-    if any(pair.core is not None and pair.core.ndim == 3 for pair in plan.adapter.pairs.values()):
+    if any(pair.in_blocks for pair in plan.adapter.pairs.values()):
         raise PrivacyError(
             f"an audit reads the noise off what a client sends, and with {config.strategy.name!r} these are products "
             "of two things that noise was added to: audit strategy 'fedsb', which the same code trains",

@@ -272,9 +272,8 @@ def _frozen_head(model: nn.Module) -> nn.Module | None:
 
 
 def _at(values: Float[Tensor, "w t d"], places: Int[Tensor, "k"]) -> Float[Tensor, "k d"]:
-    return values.flatten(0, 1)[
-        places.to(values.device)
-    ]  # `index_select` takes a fifth longer on a CPU, backward included
+    # `index_select` takes a fifth longer on a CPU, backward included.
+    return values.flatten(0, 1)[places.to(values.device)]
 
 
 def _cross_entropy(logits: Float[Tensor, "k v"], targets: Int[Tensor, "k"], smoothing: float) -> Float[Tensor, "k"]:

@@ -44,6 +44,6 @@ def _with_ones(adapter: AdapterState) -> AdapterState:
     ones = {
         f"{name}:F": pair.core.new_ones(len(pair.core), 1, 1)
         for name, pair in adapter.pairs.items()
-        if pair.core is not None and pair.core.ndim == 3
+        if pair.core is not None and pair.in_blocks
     }
     return AdapterState(adapter.pairs, {**adapter.dense, **ones}) if ones else adapter

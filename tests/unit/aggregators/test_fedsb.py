@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.cored import work_of
 from support.errors import raises
 
 from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs
@@ -19,7 +20,7 @@ from fedlora.errors import ConfigError, RuleError
 from fedlora.evaluation.traffic import measure_traffic
 from fedlora.federation.checks import refuse_early, require_servable
 from fedlora.testing import AggregatorContract
-from fedlora.training import TrainJob, open_workspace, train
+from fedlora.training import open_workspace, train
 from fedlora.training.cohort import train_cohort
 
 
@@ -67,15 +68,8 @@ def test_it_sends_r_over_2_d_of_what_fedavg_sends(d: int, rank: int) -> None:
 @pytest.fixture
 def work(tiny_config: Any) -> Any:
     """A workspace in float64, and Fed-SB's start with cores that are not zero."""
-    workspace = open_workspace(tiny_config("model.dtype=float64", "runtime.prefix_cache=off", "adapter.rank=4"))
-    state = FedSb().init(workspace.base.initial_adapter(0), seed=1)
-    cores = {
-        name: 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        for name, value in state.adapter.tensors(("R",)).items()
-    }
-    adapter = state.adapter.with_tensors(cores)
-    plan = FedSb().plan(replace(state, adapter=adapter), ClientSpec(0, adapter.layout))
-    return workspace, TrainJob(adapter, plan.trains, np.arange(8), seed=2)
+    config = tiny_config("model.dtype=float64", "runtime.prefix_cache=off", "adapter.rank=4")
+    return work_of(FedSb(), config, 0.1)
 
 
 def test_a_step_on_the_core_is_the_projection_of_the_step_on_b(work: Any) -> None:

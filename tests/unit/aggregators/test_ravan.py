@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.cored import drawn, work_of
 from support.errors import raises
 
 from fedlora.adapter import AdapterState, LoraPair, PairShape, fresh_pairs, times_core
-from fedlora.aggregators import ClientSpec, ClientUpdate, load_aggregator
+from fedlora.aggregators import ClientUpdate, load_aggregator
 from fedlora.aggregators.drift import FedDyn, Scaffold
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.fedsb import FedSb
@@ -21,19 +22,10 @@ from fedlora.config import TrainConfig
 from fedlora.errors import ConfigError, PrivacyError, RuleError
 from fedlora.evaluation.traffic import measure_traffic
 from fedlora.lowrank import stack
-from fedlora.training import TrainJob, open_workspace, train
+from fedlora.training import open_workspace, train
 from fedlora.training.cohort import train_cohort
 
 HEADS = 2
-
-
-def drawn(adapter: AdapterState, seed: int, size: float = 1.0) -> AdapterState:
-    """With cores that are not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    cores = adapter.tensors(("R",)).items()
-    return adapter.with_tensors(
-        {name: (size * torch.randn(value.shape, generator=generator)).to(value.dtype) for name, value in cores}
-    )
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])
@@ -75,12 +67,8 @@ def test_it_sends_a_share_of_what_fed_sb_sends(d: int, rank: int, heads: int) ->
 @pytest.fixture
 def work(tiny_config: Any) -> Any:
     """A workspace in float64, and a client's job with cores that are not zero."""
-    workspace = open_workspace(tiny_config("model.dtype=float64", "runtime.prefix_cache=off", "adapter.rank=4"))
-    rule = Ravan(HEADS)
-    state = rule.init(workspace.base.initial_adapter(0), seed=1)
-    state = replace(state, adapter=drawn(state.adapter, 3))
-    plan = rule.plan(state, ClientSpec(0, state.adapter.layout))
-    return workspace, TrainJob(state.adapter, plan.trains, np.arange(8), seed=2)
+    config = tiny_config("model.dtype=float64", "runtime.prefix_cache=off", "adapter.rank=4")
+    return work_of(Ravan(HEADS), config, 1.0)
 
 
 def test_a_step_moves_blocks_and_factors_and_their_products_are_sent(work: Any) -> None:
