@@ -1,8 +1,9 @@
-"""Archives that nobody here wrote: unpacked without leaving the folder."""
+"""Archives that nobody here wrote: read, and unpacked without leaving the folder."""
 
 from __future__ import annotations
 
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -45,3 +46,11 @@ def extract_zip(
             target.parent.mkdir(parents=True, exist_ok=True)
             with zipped.open(member) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def tar_member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+    """A file of a tar archive; `AssetError` if there is something else by that name, `KeyError` if there is nothing."""
+    member = archive.extractfile(name)
+    if member is None:
+        raise AssetError(f"{name!r} is not a regular file in its archive; nothing was kept", code="archive-damaged")
+    return member

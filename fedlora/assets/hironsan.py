@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedlora.errors import AssetError
+from fedlora.assets._archives import tar_member
 
 SENTENCES = "hironsancorpus-0.1.2/hironsan/corpus/iob_sents.txt"
 
@@ -15,12 +15,7 @@ SENTENCES = "hironsancorpus-0.1.2/hironsan/corpus/iob_sents.txt"
 def unpack_hironsan(file: Path, folder: Path) -> None:
     """Write hironsan.jsonl from the source archive of hironsancorpus."""
     with tarfile.open(file, "r:gz") as archive:
-        member = archive.extractfile(SENTENCES)
-        if member is None:
-            raise AssetError(
-                f"{SENTENCES!r} is not a regular file in its archive; nothing was kept", code="archive-damaged"
-            )
-        text = member.read().decode("utf-8")
+        text = tar_member(archive, SENTENCES).read().decode("utf-8")
     with (folder / "hironsan.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
         for row in hironsan_rows(text):
             sink.write(json.dumps(row, ensure_ascii=False) + "\n")

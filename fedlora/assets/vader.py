@@ -7,9 +7,8 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-from fedlora.errors import AssetError
+from fedlora.assets._archives import tar_member
 
 VADER_DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",
@@ -23,22 +22,15 @@ VADER_DOMAINS = {
 def unpack_vader(file: Path, folder: Path) -> None:
     """Write vader.jsonl from the source archive of vaderSentiment."""
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    with tarfile.open(file, "r:gz") as outer, tarfile.open(fileobj=_member(outer, inner), mode="r:gz") as archive:
+    with tarfile.open(file, "r:gz") as outer, tarfile.open(fileobj=tar_member(outer, inner), mode="r:gz") as archive:
         texts = {
-            domain: _member(archive, f"hutto_ICWSM_2014/{name}").read().decode("utf-8")
+            domain: tar_member(archive, f"hutto_ICWSM_2014/{name}").read().decode("utf-8")
             for domain, name in VADER_DOMAINS.items()
         }
     with (folder / "vader.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
         for domain, text in texts.items():
             for row in vader_rows(domain, text):
                 sink.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
-    member = archive.extractfile(name)
-    if member is None:
-        raise AssetError(f"{name!r} is not a regular file in its archive; nothing was kept", code="archive-damaged")
-    return member
 
 
 def vader_rows(domain: str, text: str) -> Iterator[dict[str, str | int | float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedlora.assets import ASSETS, fetch
 from fedlora.assets._made import chitchat_rows, digits_rows
 from fedlora.assets.cmudict import pretrain as read_aloud
 from fedlora.assets.cmudict import pronunciations
+from fedlora.assets.digit_domains import CHANGES, domain_rows
 from fedlora.assets.hironsan import hironsan_rows
 from fedlora.assets.mitre_attack import attack_rows, pair_rows
 from fedlora.assets.smollm2 import write_smollm2
@@ -276,3 +278,28 @@ def test_a_small_t5_learns_to_pronounce_and_is_the_same_each_time(tmp_path: Path
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "one")
     written = model.generate(**tokenizer(words, padding=True, return_tensors="pt"), max_new_tokens=8)
     assert tokenizer.batch_decode(written, skip_special_tokens=True) == spoken
+
+
+def test_each_picture_of_mnist_is_in_one_domain_and_each_domain_has_as_many_of_each_digit() -> None:
+    image = np.zeros((28, 28), dtype=int)
+    image[10:18, 12] = 255
+    digits = [{"image": (image + k % 2).clip(max=255).tolist(), "label": k % 2} for k in range(20)]
+    scans = [",".join([*["0"] * 63, "16", str(k % 3)]) for k in range(30)]
+    rows = list(domain_rows(digits, scans))
+    assert Counter((row["domain"], row["label"]) for row in rows) == {
+        (domain, label): 2 for domain in (*CHANGES, "scans") for label in (0, 1)
+    }
+    found = {row["domain"]: np.array(row["image"]) for row in reversed(rows) if row["label"] == 0}
+    assert found["plain"].tolist() == image.tolist()
+    assert found["inverted"].tolist() == (255 - image).tolist()
+    assert found["rotated"].tolist() == np.rot90(image).tolist()
+    assert found["scans"].tolist() == [*[[0] * 8] * 7, [0] * 7 + [255]]
+    kernel = np.exp(-((np.arange(-13, 15) + 1) ** 2) / 8)  # a Gaussian of deviation 2 about column 12
+    across = found["blurred"][14] / found["blurred"][14].sum()
+    np.testing.assert_allclose(across, kernel / kernel.sum(), atol=0.01)
+    assert abs(found["blurred"].sum() - image.sum()) < 30, "no ink is lost but for rounding"
+    colours = found["coloured"]
+    assert colours.shape == (28, 28, 3)
+    assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 2
+    assert abs((colours[14, 12] - colours[0, 0]) @ [0.299, 0.587, 0.114]) >= 80
+    assert rows == list(domain_rows(digits, scans))
