@@ -10,9 +10,14 @@ The heads h split the r units of a pair, r / heads to each: [B_1, B_2, ...] is B
 block-diagonal one. r² / heads numbers of each module travel, for an update of rank r. The factors f_h are trained with
 the blocks, start at 1 in each round and never travel: a client sends the products (`fedlora.training.block_factors`).
 
-Not from the paper: the start, which is Fed-SB's here (all of A's rows and all of B's columns are orthonormal, over all
-heads, and the cores zero); weights p_k by `server.weighting`; heads of equal size, and one s = alpha / r around all.
-The paper lets a weak client train some of its heads alone; here every client trains all.
+The start is Fed-SB's: A's rows and B's columns are orthonormal, over all heads, and the cores are zero. No two heads
+share a direction, so that  |dW|² = s² sum_h |f_h R_h|². Descriptions of the paper and implementations by others give
+the same start (Gram-Schmidt on random draws, R_h = 0, f_h = 1), and say that the paper compares it with independent
+normal draws, constants and a subspace that all heads share. Not verified, since neither the paper's full text nor its
+authors' code could be read: whether its vectors have length 1, and which start each of its tables has.
+
+Not from the paper: weights p_k by `server.weighting`; heads of equal size, and one s = alpha / r around all. The paper
+lets a weak client train some of its heads alone; here every client trains all.
 """
 
 from __future__ import annotations

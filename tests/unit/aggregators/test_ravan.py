@@ -55,6 +55,22 @@ def test_of_one_head_the_server_does_what_fed_sb_does() -> None:
     assert ends[0].core.any()  # type: ignore[union-attr]
 
 
+def test_no_two_heads_share_a_direction() -> None:
+    """Each head's change is orthogonal to the others': |dW|² = s² sum_h |R_h|². At first there is none."""
+    rule, scale = Ravan(3), 2.0
+    state = rule.init(AdapterState(fresh_pairs({"m": PairShape(9, 14, 6, scale)}, 3)), seed=5)
+    assert not state.adapter.pairs["m"].delta().any()
+    pair = drawn(state.adapter, 1).pairs["m"]
+    assert pair.core is not None
+    heads = [pair.B[:, h : h + 2] @ pair.core[h // 2] @ pair.A[h : h + 2] for h in (0, 2, 4)]
+    for g, h in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(heads[g], heads[h])
+        torch.testing.assert_close(heads[g].T @ heads[h], torch.zeros(14, 14, dtype=pair.B.dtype))
+        torch.testing.assert_close(heads[g] @ heads[h].T, torch.zeros(9, 9, dtype=pair.B.dtype))
+    assert float(pair.delta().norm()) == pytest.approx(scale * float(pair.core.norm()), rel=1e-6)
+    assert torch.linalg.matrix_rank(pair.delta()) == 6
+
+
 @pytest.mark.parametrize(("d", "rank", "heads"), [(32, 4, 2), (64, 16, 4)])
 def test_it_sends_a_share_of_what_fed_sb_sends(d: int, rank: int, heads: int) -> None:
     layout = {name: PairShape(d, d, rank, 1.0) for name in ("q", "v")}
