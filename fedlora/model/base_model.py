@@ -77,6 +77,7 @@ class Base:
         alone: why clients cannot train side by side, if they were tried together in vain.
         pass_tokens: the most tokens of a training pass, where memory was found to allow no more.
         checked: trained parts with which the model passed the check before private training.
+        drops_out: whether anything may be dropped out in training, once a training has looked.
         config: the model's table of the run's config.
         adapter_config: the adapter's table.
         task_type: PEFT's name of the task, for exports.
@@ -126,6 +127,7 @@ class Base:
         self.alone: str | None = None
         self.pass_tokens: int | None = None
         self.checked: set[frozenset[Part]] = set()
+        self.drops_out: bool | None = None
         self._drawn, self._fingerprint = frozenset(drawn), fingerprint
         self._plain_names, self._seed = frozenset(plain_names), seed
         self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets} if method.pairs else {}

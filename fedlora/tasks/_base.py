@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -412,7 +413,12 @@ def without_cache(model: torch.nn.Module) -> Mapping[str, bool]:
 
     On a GPU it costs two waits a layer, and the memory of all keys and values.
     """
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return {"use_cache": False} if _takes_use_cache(type(model).forward) else {}
+
+
+@cache
+def _takes_use_cache(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters
 
 
 def wide(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

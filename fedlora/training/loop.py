@@ -37,7 +37,7 @@ from fedlora.training.embedding_noise import EmbeddingNoise
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.out_of_memory import released, too_large
 from fedlora.training.row_groups import PassCost, cut, pass_cost
-from fedlora.training.row_optimizer import Columns, FlatOptimizer, sent, take
+from fedlora.training.row_optimizer import Columns, FlatOptimizer, add, sent, take
 from fedlora.training.stacked_lora import Alone, Stacked, cannot_stack
 from fedlora.training.step import Binding, Client, Group, Outcome
 from fedlora.unexpected import ran_out
@@ -268,8 +268,7 @@ class Loop(ABC):
             self._under_way = (sum(group.sizes), self._task.tokens(batch) or 1)
             started = self._now()
             found, each = self._gradients(group, batch)
-            places = sent(group.members, losses, torch.int64)
-            gradients.index_add_(0, places, found)
+            add(gradients, group.members, found)
             owners = sent(group.of_examples(group.members), losses, torch.int64)
             losses.index_add_(0, owners, each.detach().to(losses))
             computed += self._now() - started

@@ -43,7 +43,9 @@ class TrainingLoop(Loop):
 
     def _random(self, clients: list[Client]) -> tuple[RowDropout | None, int]:
         self._seeds = [derive(client.job.seed, "dropout") for client in clients]
-        random = drops_out(self._base.model) or any(client.config.neftune_noise_alpha for client in clients)
+        if self._base.drops_out is None:
+            self._base.drops_out = drops_out(self._base.model)
+        random = self._base.drops_out or any(client.config.neftune_noise_alpha for client in clients)
         return RowDropout(strict=len(clients) > 1) if random else None, self._seeds[0]
 
     def _keys(self, group: Group) -> Keys:

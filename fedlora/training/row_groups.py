@@ -85,6 +85,8 @@ def cut(tokens: Int[np.ndarray, "n"], cost: PassCost) -> list[np.ndarray]:
         Places in `tokens` of each pass, its longest last; passes in ascending order of length.
     """
     tokens = np.maximum(tokens, 1)
+    if len(tokens) and (tokens == tokens[0]).all():
+        return np.array_split(np.arange(len(tokens)), -(-len(tokens) // cost.room(int(tokens[0]))))
     order = np.argsort(tokens, kind="stable")
     lengths, firsts = np.unique(tokens[order], return_index=True)
     before = np.array([*firsts, len(order)])  # rows that are shorter

@@ -233,9 +233,21 @@ def sent(numbers: Sequence[float], like: Tensor, dtype: torch.dtype | None = Non
 
 def take(held: Float[Tensor, "K p"], rows: Sequence[int]) -> Float[Tensor, "k p"]:
     """Some rows of a matrix to work on, a view where they follow each other; `put` writes them back."""
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+    if _follow_each_other(rows):
         return held[rows[0] : rows[0] + len(rows)]
     return held[sent(rows, held, torch.int64)]
+
+
+def add(held: Float[Tensor, "K p"], rows: Sequence[int], more: Float[Tensor, "k p"]) -> None:
+    """Add to some rows of a matrix, each named once."""
+    if _follow_each_other(rows):
+        held[rows[0] : rows[0] + len(rows)].add_(more)
+    else:
+        held.index_add_(0, sent(rows, held, torch.int64), more)
+
+
+def _follow_each_other(rows: Sequence[int]) -> bool:
+    return list(rows) == list(range(rows[0], rows[0] + len(rows)))
 
 
 def put(held: Float[Tensor, "K p"], rows: Sequence[int], now: Float[Tensor, "k p"]) -> None:

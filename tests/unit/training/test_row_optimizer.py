@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedlora.adapter import AdapterState, LoraPair
-from fedlora.training.row_optimizer import Columns
+from fedlora.training.row_optimizer import Columns, add
 
 NAMES = ["m:A", "m:B", "n:A", "n:B", "head"]
 
@@ -60,3 +60,13 @@ def test_a_half_precision_adapter_is_trained_in_the_rows_dtype() -> None:
     found = columns.read(columns.rows([start], torch.empty(0))[0], start)
     assert all(value.dtype == torch.float32 for value in found.tensors().values())
     assert all(torch.equal(found.tensors()[name], value.float()) for name, value in start.tensors().items())
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1, 2], [2], [2, 0], [0, 2]])
+def test_rows_are_added_where_they_belong(rows: list[int]) -> None:
+    held, more = torch.arange(6.0).reshape(3, 2), torch.tensor([[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]])[: len(rows)]
+    wanted = held.clone()
+    for row, value in zip(rows, more, strict=True):
+        wanted[row] += value
+    add(held, rows, more)
+    assert torch.equal(held, wanted)
