@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -156,7 +157,7 @@ class ClientPlan:
     first: frozenset[Part] = frozenset()
     first_times: int = 1
 
-    @property
+    @cached_property
     def kept(self) -> dict[str, Tensor]:
         """What stays with the client, as it is before the client's first round."""
         sent = self.adapter.tensors(self.sends)
