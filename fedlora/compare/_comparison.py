@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from fedlora.compare._difference import Difference, difference
@@ -30,6 +31,9 @@ COSTS: Mapping[str, tuple[Callable[[float], str], str]] = {
     "time": (format_seconds, " (seconds)"),
 }
 """First word of a cost's name -> how its mean is shown, and its unit in tables of plain numbers."""
+
+CLIMBS = 0.05
+"""Share of all that a setting gained from which on what the last quarter of its rounds brought is said."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +194,7 @@ def compare(paths: Iterable[str | Path], *, reach: float | None = None, against:
             f"(evaluation.sample): what is said of the best round, or of getting to a figure, is of these"
         )
     notes = [f"left out: {line}" for line in left_out] + [*changed, *_other_ground(groups), *_one_rate(groups)]
+    notes += _climbing(groups)
     return Comparison(groups, reference, found, notes, reach)
 
 
@@ -257,6 +262,30 @@ def _one_rate(groups: Sequence[Group]) -> Iterator[str]:
             f"all {len(rules)} rules trained at one learning rate ({rates.pop():g}), and each has a best one of its "
             "own: fedlora sweep over train.lr finds it"
         )
+
+
+def _climbing(groups: Sequence[Group]) -> Iterator[str]:
+    """Settings that were stopped on their way, which are behind those that learn in fewer rounds."""
+    found = {group.label: [gain for run in group.runs if (gain := _late_gain(run)) is not None] for group in groups}
+    climbing = [label for label, gains in found.items() if gains and sum(gains) / len(gains) >= CLIMBS]
+    if climbing and len(groups) > 1:
+        yield (
+            f"still climbing: {'; '.join(climbing)}. The last quarter of the rounds brought {100 * CLIMBS:g}% or more "
+            "of all that was gained: compare after more rounds"
+        )
+
+
+def _late_gain(run: Run) -> float | None:
+    """The mean of the main figure over the last quarter of the rounds without that over the quarter before, as a share
+    of what was gained from the first evaluation to the last; None where one of them has no value."""
+    curve = run.curve.sort_index()
+    rounds = curve.index / curve.index[-1] if curve.index[-1] else curve.index
+    last, before = curve[rounds > 0.75], curve[(rounds > 0.5) & (rounds <= 0.75)]
+    sign = 1 if run.higher_is_better else -1
+    gained = float(curve.iloc[-1] - curve.iloc[0]) * sign
+    if before.empty or not np.isfinite(curve).all() or gained <= 0:
+        return None
+    return float(last.mean() - before.mean()) * sign / gained
 
 
 def _with_unit(name: str) -> str:

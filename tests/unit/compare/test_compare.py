@@ -424,6 +424,29 @@ def test_rules_at_one_learning_rate_are_named(tmp_path: Path) -> None:
     assert not any("one learning rate" in note for note in compare([one, three]).notes)
 
 
+def test_a_setting_that_still_climbs_is_named(tmp_path: Path) -> None:
+    """Of 0 to 0.8 in 8 rounds, the last two may bring less than 0.04 more than the two before."""
+
+    def notes(name: str, *curves: list[float], metric: str = "accuracy") -> str:
+        task = ["task.name=causal-lm"] if metric == "perplexity" else []
+        flat = [curves[0][0], *[curves[0][-1]] * 8]
+        paths = [make_run(tmp_path / name / "flat", flat, *task, "strategy.name=ffa", metric=metric)]
+        for seed, curve in enumerate(curves):
+            paths.append(make_run(tmp_path / name / str(seed), curve, *task, f"seed={seed}", metric=metric))
+        return "\n".join(note for note in compare(paths).notes if "climbing" in note)
+
+    rising = [0.0, 0.2, 0.4, 0.5, 0.6, 0.68, 0.72, 0.79, 0.8]
+    level = [0.0, 0.2, 0.6, 0.7, 0.8, 0.79, 0.81, 0.78, 0.8]
+    assert notes("climbs", rising).startswith("still climbing: fedavg. ")
+    assert notes("level", level) == ""
+    assert notes("of two seeds", rising, level).startswith("still climbing: fedavg. ")  # 6% on average
+    assert notes("of three seeds", rising, level, level) == ""  # 3%
+    assert notes("down", [100.0 - 99 * value for value in rising], metric="perplexity").startswith("still climbing")
+    assert notes("up", [1.0 + value for value in rising], metric="perplexity") == ""
+    seldom = [0.0, *[float("nan")] * 7, 0.8]  # nothing is known of the way
+    assert notes("seldom", seldom) == ""
+
+
 # ---------------------------------------------------------------------------------------------- what runs stand on
 
 
