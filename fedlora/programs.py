@@ -20,6 +20,8 @@ from typing import final
 
 GRACE_S = 10.0
 """Between asking programs to end and ending them."""
+LIVED_S = 60.0
+"""After a life of so many seconds a program's pauses begin anew."""
 
 
 @final
@@ -109,7 +111,6 @@ def keep_running(
     say: Callable[[str], object],
     *,
     pause_s: tuple[float, float],
-    lived_s: float = 60.0,
     final: Collection[int] = (),
     grace_s: float = GRACE_S,
     look: Callable[[], object] = lambda: None,
@@ -120,7 +121,6 @@ def keep_running(
         starts: name -> starts the program, as the leader of a process group.
         say: told in a line of what ended.
         pause_s: the first and the longest pause before a program is started again; it doubles.
-        lived_s: after a life of so many seconds its pauses begin anew.
         final: statuses with which a program ends for good, and all the others with it.
         grace_s: between asking the programs to end and ending them.
         look: called a few times a second.
@@ -147,7 +147,7 @@ def keep_running(
                         guard.forget(process)
                         if status in final:
                             return status
-                        pause = pause_s[0] if now - born[name] > lived_s else pauses[name]
+                        pause = pause_s[0] if now - born[name] > LIVED_S else pauses[name]
                         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
                         say(f"{name} {how}; starting it again in {pause:g} s")
                         due[name], pauses[name] = now + pause, min(2 * pause, pause_s[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from fedlora.cli import (
+from fedlora.cli import (  # noqa: F401 each adds its command to the app
     assets,
     audit,
     chat,
@@ -29,31 +29,7 @@ from fedlora.cli import (
 )
 from fedlora.cli._common import app
 
-__all__ = [
-    "app",
-    "assets",
-    "audit",
-    "chat",
-    "compare",
-    "config",
-    "data",
-    "deploy",
-    "evaluate",
-    "export",
-    "init",
-    "main",
-    "node",
-    "partition",
-    "plan",
-    "push",
-    "report",
-    "run",
-    "spectrum",
-    "strategies",
-    "sweep",
-    "version",
-    "worker",
-]
+__all__ = ["app", "main"]
 
 QUIET_LIBRARIES = {
     "FLWR_TELEMETRY_ENABLED": "0",

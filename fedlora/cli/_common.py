@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
+from typer.core import TyperCommand, TyperOption
+from typer.models import CommandFunctionType
 
 from fedlora import __version__
 from fedlora.errors import FedloraError
@@ -19,14 +21,38 @@ from fedlora.sanitize import clean_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from fedlora.config import RunConfig
     from fedlora.training import Workspace
 
 WIDE = 240
 """Columns of a line where no terminal shows it."""
+DEBUG = "Show the whole traceback of an error."
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command with the option --debug, of which whatever goes wrong is said in one line."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params.append(TyperOption(param_decls=["--debug"], is_flag=True, default=False, help=DEBUG))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command's function, which is not told of --debug."""
+        with errors_in_one_line(ctx.params.pop("debug")):
+            return super().invoke(ctx)
+
+
+class App(typer.Typer):
+    """Commands that share --debug and the way in which an error is said."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[CommandFunctionType], CommandFunctionType]:
+        """Add a command, as `typer.Typer.command` does."""
+        return super().command(name, **{"cls": _Command, **options})
+
+
+app = App(
     name="fedlora",
     help="Federated fine-tuning of foundation models with low-rank adapters.",
     no_args_is_help=True,
@@ -62,8 +88,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. train.lr=0.001. Repeatable."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
-
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -148,11 +172,21 @@ def _ignore_closed_output() -> None:
 
 
 def open_console() -> Console:
-    """Standard output: as wide as the terminal or as COLUMNS says; in a file or pipe wide enough for any table."""
+    """Standard output: as wide as the terminal or as COLUMNS says; in a file or pipe wide enough for any table.
+
+    What is printed has no highlights; `out` writes a line as it is.
+    """
     from rich.console import Console
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=WIDE if wide else None)
+    return Console(width=WIDE if wide else None, highlight=False)
+
+
+def plain_table(**options: Any) -> Table:
+    """A table without lines."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), **options)
 
 
 def open_workspace(config: RunConfig) -> Workspace:

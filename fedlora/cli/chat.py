@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Adapter, Debug, Overrides, app, errors_in_one_line
+from fedlora.cli._common import Adapter, Overrides, app
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -35,24 +35,22 @@ def chat(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draws.")] = 0,
     overrides: Overrides = None,
-    debug: Debug = False,
 ) -> None:
     """Talk with an adapter's model; piped lines are answered one after the other."""
-    with errors_in_one_line(debug):
-        from fedlora.evaluation.chat import Sampling, open_chats
-        from fedlora.evaluation.pretrained_adapter import find_adapter
+    from fedlora.evaluation.chat import Sampling, open_chats
+    from fedlora.evaluation.pretrained_adapter import find_adapter
 
-        source = find_adapter(adapter, overrides or [])
-        sampling = Sampling(max_new_tokens, temperature, seed)
-        typer.echo(f"loading {source.config.model.name} with the adapter in {source.folder}", err=True)
-        chats = open_chats(source, compare=compare, system=system, sampling=sampling)
-        if sys.stdin.isatty():
-            typer.echo("Ctrl-C stops an answer; Ctrl-D, or Ctrl-C here, ends the conversation", err=True)
-        for said in _lines():
-            if sys.stdout.isatty() and len(chats) > 1:
-                _side_by_side(chats, said)
-            else:
-                _one_by_one(chats, said)
+    source = find_adapter(adapter, overrides or [])
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    typer.echo(f"loading {source.config.model.name} with the adapter in {source.folder}", err=True)
+    chats = open_chats(source, compare=compare, system=system, sampling=sampling)
+    if sys.stdin.isatty():
+        typer.echo("Ctrl-C stops an answer; Ctrl-D, or Ctrl-C here, ends the conversation", err=True)
+    for said in _lines():
+        if sys.stdout.isatty() and len(chats) > 1:
+            _side_by_side(chats, said)
+        else:
+            _one_by_one(chats, said)
 
 
 def _lines() -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, app, errors_in_one_line
+from fedlora.cli._common import app
 
 if TYPE_CHECKING:
     from fedlora.compare import Comparison
@@ -31,13 +31,11 @@ def compare(
     picture: Annotated[
         Path | None, typer.Option("--picture", "-o", metavar="PNG", help="Draw the curves by round here.")
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Set runs side by side: figures over seeds, what they cost, and whether one is really better."""
-    with errors_in_one_line(debug):
-        from fedlora.compare import compare as compare_runs
+    from fedlora.compare import compare as compare_runs
 
-        show(compare_runs(runs, reach=reach, against=against), form, picture)
+    show(compare_runs(runs, reach=reach, against=against), form, picture)
 
 
 def show(comparison: Comparison, form: str = "text", picture: Path | None = None) -> None:

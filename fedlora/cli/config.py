@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.cli._common import Debug, Overrides, app, errors_in_one_line, open_console
+from fedlora.cli._common import Overrides, app, open_console, plain_table
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,38 +30,36 @@ def config(
     ] = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print a JSON schema of config files, for editors.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Explain the keys of a config: meaning, type, default; with a CONFIG also each value and where it comes from."""
-    with errors_in_one_line(debug):
-        import json
+    import json
 
-        from fedlora.config import find_config
-        from fedlora.explain import find_keys, json_schema, keys
+    from fedlora.config import find_config
+    from fedlora.explain import find_keys, json_schema, keys
 
-        if schema:
-            if words or overrides:
-                raise ConfigError(
-                    "--schema describes every config: give no file, key or --set with it", code="option-without-effect"
-                )
-            typer.echo(json.dumps(json_schema(), indent=2))
-            return
-        files = [word for word in words or () if word.endswith(".toml") or find_config(word).is_file()]
-        names = [word for word in words or () if word not in files]
-        if len(files) > 1:
-            raise ConfigError(f"give one config file, not {len(files)}", code="several-files")
-        if overrides and not files:
-            raise ConfigError("--set changes a config file's keys: name the file", code="no-config-file")
-        values = _Values(find_config(files[0]), overrides or []) if files else None
-        console = open_console()
-        chosen = [key for name in names for key in find_keys(name)] if names else keys()
-        if values is not None:
-            chosen = [key for key in chosen if values.applies(key)]
-        if names and all(name in {key.path for key in chosen} for name in names):
-            for key in chosen:
-                _explain(console, key, values)
-        else:
-            _list(console, chosen, values)
+    if schema:
+        if words or overrides:
+            raise ConfigError(
+                "--schema describes every config: give no file, key or --set with it", code="option-without-effect"
+            )
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    files = [word for word in words or () if word.endswith(".toml") or find_config(word).is_file()]
+    names = [word for word in words or () if word not in files]
+    if len(files) > 1:
+        raise ConfigError(f"give one config file, not {len(files)}", code="several-files")
+    if overrides and not files:
+        raise ConfigError("--set changes a config file's keys: name the file", code="no-config-file")
+    values = _Values(find_config(files[0]), overrides or []) if files else None
+    console = open_console()
+    chosen = [key for name in names for key in find_keys(name)] if names else keys()
+    if values is not None:
+        chosen = [key for key in chosen if values.applies(key)]
+    if names and all(name in {key.path for key in chosen} for name in names):
+        for key in chosen:
+            _explain(console, key, values)
+    else:
+        _list(console, chosen, values)
 
 
 class _Values:
@@ -127,10 +125,9 @@ def _explain(console: Console, key: Key, values: _Values | None) -> None:
 
 
 def _list(console: Console, chosen: Sequence[Key], values: _Values | None) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table = plain_table()
     table.add_column("key", no_wrap=True)
     for title in ("value", "from") if values is not None else ("default", "meaning"):
         table.add_column(title, overflow="fold")
@@ -141,4 +138,4 @@ def _list(console: Console, chosen: Sequence[Key], values: _Values | None) -> No
             table.add_row(Text(name), Text(value), Text(source), style="dim" if source == "default" else "")
         else:
             table.add_row(Text(name), Text(key.default), Text(key.doc or key.kind))
-    console.print(table, highlight=False)
+    console.print(table)

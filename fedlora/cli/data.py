@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Config, Debug, Overrides, app, errors_in_one_line, open_console
+from fedlora.cli._common import Config, Overrides, app, open_console
 from fedlora.sanitize import clean_lines, clean_text
 
 if TYPE_CHECKING:
@@ -24,35 +24,33 @@ def data(
     show: Annotated[
         int, typer.Option(min=0, help="Print so many training examples as the model sees them, what counts marked.")
     ] = 0,
-    debug: Debug = False,
 ) -> None:
     """Show how a config's data are read, without training. What it prints stays on this machine."""
-    with errors_in_one_line(debug):
-        from rich.text import Text
+    from rich.text import Text
 
-        from fedlora.assets import Checkpoint
-        from fedlora.config import load_config
-        from fedlora.data import load_data
-        from fedlora.tasks import load_task
+    from fedlora.assets import Checkpoint
+    from fedlora.config import load_config
+    from fedlora.data import load_data
+    from fedlora.tasks import load_task
 
-        console = open_console()
-        config = load_config(config_path, overrides or [])
-        with console.status(f"loading {config.data.source}"):
-            found = load_data(config)
-        for line in _summary(found):
-            console.print(clean_text(line), highlight=False, soft_wrap=True, markup=False)
-        task, model = load_task(config.task), Checkpoint.of(config.model)
-        owners = {int(row): client for client, rows in enumerate(found.clients) for row in rows}
-        for row in range(min(show, len(found.train))):
-            pieces = task.spans(found.train, row, model)
-            whole = "".join(f"{BEGIN}{text}{END}" if counts else text for text, counts in pieces)
-            text = Text(clean_lines(whole, 100_000))
-            text.highlight_regex(f"{BEGIN}[^{END}]*{END}", "bold green")
-            client = owners.get(row)
-            whose = "on no client" if client is None else f"client {(found.client_names or range(client + 1))[client]}"
-            title = f"training example {row}, {clean_text(whose)}, {found.train.lengths[row]} tokens"
-            console.print(f"\n{title}; {BEGIN}{END} counts", style="dim", highlight=False, markup=False)
-            console.print(text, soft_wrap=not console.is_terminal)
+    console = open_console()
+    config = load_config(config_path, overrides or [])
+    with console.status(f"loading {config.data.source}"):
+        found = load_data(config)
+    for line in _summary(found):
+        console.out(clean_text(line))
+    task, model = load_task(config.task), Checkpoint.of(config.model)
+    owners = {int(row): client for client, rows in enumerate(found.clients) for row in rows}
+    for row in range(min(show, len(found.train))):
+        pieces = task.spans(found.train, row, model)
+        whole = "".join(f"{BEGIN}{text}{END}" if counts else text for text, counts in pieces)
+        text = Text(clean_lines(whole, 100_000))
+        text.highlight_regex(f"{BEGIN}[^{END}]*{END}", "bold green")
+        client = owners.get(row)
+        whose = "on no client" if client is None else f"client {(found.client_names or range(client + 1))[client]}"
+        title = f"training example {row}, {clean_text(whose)}, {found.train.lengths[row]} tokens"
+        console.print(f"\n{title}; {BEGIN}{END} counts", style="dim", markup=False)
+        console.print(text, soft_wrap=not console.is_terminal)
 
 
 def _summary(found: FederatedData) -> Iterator[str]:

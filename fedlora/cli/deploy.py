@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Config, Debug, Overrides, app, errors_in_one_line
+from fedlora.cli._common import App, Config, Overrides, app
 from fedlora.errors import DeployError, nearest
 
 if TYPE_CHECKING:
     from fedlora.deploy import NodePlan
 
-deploy = typer.Typer(help="A federation on many machines, by Flower's own programs.", no_args_is_help=True)
+deploy = App(help="A federation on many machines, by Flower's own programs.", no_args_is_help=True)
 app.add_typer(deploy, name="deploy")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", show_default=False)]
@@ -49,41 +49,37 @@ def init(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier federation, its keys too.")
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Write certificates, keys, secrets and configs: a folder for the coordinator, and one to hand to each node."""
-    with errors_in_one_line(debug):
-        from fedlora.config import load_config
-        from fedlora.deploy import FederationPlan, NodePlan, write_project
+    from fedlora.config import load_config
+    from fedlora.deploy import FederationPlan, NodePlan, write_project
 
-        given = {"data": data, "device": device, "rank": rank, "ledger": ledger}
-        table = {what: _by_node(what, values or [], nodes) for what, values in given.items()}
-        plan = FederationPlan(
-            hosts=tuple(hosts or ["localhost"]),
-            nodes=tuple(_node(NodePlan(name), table) for name in nodes),
-            port=port,
-            control_port=control_port,
-        )
-        if overwrite and folder.exists():
-            typer.echo(f"replacing {folder}")
-        write_project(folder, load_config(config_path, overrides or []), plan, overwrite=overwrite)
-        typer.echo(f"{folder}: nodes connect to {plan.public}; what to do now is in {folder / 'README.md'}")
+    given = {"data": data, "device": device, "rank": rank, "ledger": ledger}
+    table = {what: _by_node(what, values or [], nodes) for what, values in given.items()}
+    plan = FederationPlan(
+        hosts=tuple(hosts or ["localhost"]),
+        nodes=tuple(_node(NodePlan(name), table) for name in nodes),
+        port=port,
+        control_port=control_port,
+    )
+    if overwrite and folder.exists():
+        typer.echo(f"replacing {folder}")
+    write_project(folder, load_config(config_path, overrides or []), plan, overwrite=overwrite)
+    typer.echo(f"{folder}: nodes connect to {plan.public}; what to do now is in {folder / 'README.md'}")
 
 
 @deploy.command("up")
 def up(
     folder: Folder,
     show: Annotated[bool, typer.Option("--print", help="Print the commands instead of running them.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Run Flower's programs for a coordinator's or a node's folder, until Ctrl-C."""
-    with errors_in_one_line(debug):
-        import fedlora.deploy
+    import fedlora.deploy
 
-        if show:
-            typer.echo(fedlora.deploy.script(folder), nl=False)
-        else:
-            fedlora.deploy.up(folder, typer.echo)
+    if show:
+        typer.echo(fedlora.deploy.script(folder), nl=False)
+    else:
+        fedlora.deploy.up(folder, typer.echo)
 
 
 @deploy.command("sign")
@@ -93,24 +89,22 @@ def sign(
         Path, typer.Option("--key", metavar="FILE", help="Your Ed25519 key, as ssh-keygen -t ed25519 makes it.")
     ],
     days: Annotated[int, typer.Option(min=0, max=3650, help="How long the signature is valid.")] = 90,
-    debug: Debug = False,
 ) -> None:
     """Sign the app's run.toml as it is, so that sites which name your key in their policy let it run."""
-    with errors_in_one_line(debug):
-        import datetime
+    import datetime
 
-        from fedlora.deploy.signing import RUN, app_of, read_app, write_signature
-        from fedlora.flower.app_config import by_itself
-        from fedlora.hashing import code_digest
-        from fedlora.site.approvals import config_hash
-        from fedlora.site.signatures import Statement, public_line, read_key, sign
+    from fedlora.deploy.signing import RUN, app_of, read_app, write_signature
+    from fedlora.flower.app_config import by_itself
+    from fedlora.hashing import code_digest
+    from fedlora.site.approvals import config_hash
+    from fedlora.site.signatures import Statement, public_line, read_key, sign
 
-        app, private = app_of(folder), read_key(key)
-        until = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=days)
-        statement = Statement(config_hash(by_itself(read_app(app / RUN)[0])), code_digest(), until)
-        write_signature(app, sign(statement, private))
-        typer.echo(f"signed until {until}: config {statement.config}, fedlora {statement.code}")
-        typer.echo(f"sites that trust this key have in policy.toml: signers = ['NAME {public_line(private)}']")
+    app, private = app_of(folder), read_key(key)
+    until = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=days)
+    statement = Statement(config_hash(by_itself(read_app(app / RUN)[0])), code_digest(), until)
+    write_signature(app, sign(statement, private))
+    typer.echo(f"signed until {until}: config {statement.config}, fedlora {statement.code}")
+    typer.echo(f"sites that trust this key have in policy.toml: signers = ['NAME {public_line(private)}']")
 
 
 @deploy.command("doctor")
@@ -120,29 +114,25 @@ def doctor(
         Path | None,
         typer.Option("--run", metavar="FILE", help="On a node: a run.toml, of which to say what would fail here."),
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Say what is wrong with a coordinator's or a node's folder and connections, and what of a run would fail there."""
-    with errors_in_one_line(debug):
-        from fedlora.deploy.doctor import examine
-        from fedlora.deploy.run_checks import Run
-        from fedlora.deploy.signing import read_app
-        from fedlora.flower.app_config import by_itself
-        from fedlora.flower.node_list import registered_nodes
-        from fedlora.hashing import code_digest
+    from fedlora.deploy.doctor import examine
+    from fedlora.deploy.run_checks import Run
+    from fedlora.deploy.signing import read_app
+    from fedlora.flower.app_config import by_itself
+    from fedlora.flower.node_list import registered_nodes
+    from fedlora.hashing import code_digest
 
-        def read(file: Path) -> Run:
-            config, signature = read_app(file)
-            return Run(by_itself(config), signature, code_digest())
+    def read(file: Path) -> Run:
+        config, signature = read_app(file)
+        return Run(by_itself(config), signature, code_digest())
 
-        faults = 0
-        for finding in examine(folder, registered_nodes, read, run):
-            typer.echo(finding)
-            faults += bool(finding.cure)
-        if faults:
-            raise DeployError(
-                f"{faults} fault{'s' if faults > 1 else ''} found: see the lines above", code="faults-found"
-            )
+    faults = 0
+    for finding in examine(folder, registered_nodes, read, run):
+        typer.echo(finding)
+        faults += bool(finding.cure)
+    if faults:
+        raise DeployError(f"{faults} fault{'s' if faults > 1 else ''} found: see the lines above", code="faults-found")
 
 
 def _by_node(what: str, values: list[str], nodes: list[str]) -> dict[str, str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Adapter, Debug, Overrides, app, errors_in_one_line
+from fedlora.cli._common import Adapter, Overrides, app
 from fedlora.cli.compare import Form
 from fedlora.errors import ConfigError, PrivacyError
 
@@ -62,42 +62,40 @@ def evaluate(
     ] = None,
     overrides: Overrides = None,
     form: Form = "text",
-    debug: Debug = False,
 ) -> None:
     """Measure an adapter: overall and by domain, client by client, where the clients' data are, or on other tasks."""
-    with errors_in_one_line(debug):
-        from fedlora.compare import render_table, require_format
-        from fedlora.evaluation.pretrained_adapter import find_adapter
-        from fedlora.progress import format_metric
+    from fedlora.compare import render_table, require_format
+    from fedlora.evaluation.pretrained_adapter import find_adapter
+    from fedlora.progress import format_metric
 
-        require_format(form)
-        if examples is not None and not (clients or lm_eval):
-            raise ConfigError(
-                "--examples applies to --clients and --lm-eval: give one of them, or --set data.limit=...",
-                code="option-without-effect",
-            )
-        if lm_eval is not None and (clients or data is not None or federation is not None):
-            raise ConfigError(
-                "--lm-eval measures on tasks of its own: leave out --data, --clients and --federation",
-                code="option-without-effect",
-            )
-        if local_only is not None and lm_eval is None:
-            raise ConfigError("--local-only applies to --lm-eval: give both", code="option-without-effect")
-        if federation is not None and (clients or data is not None):
-            raise ConfigError(
-                "--federation measures on what the clients keep apart: leave out --data and --clients",
-                code="option-without-effect",
-            )
-        show = _digits if form == "csv" else format_metric
-        if lm_eval is not None:
-            source = find_adapter(adapter, overrides or [])
-            tables = {"": _outside(source, lm_eval, examples, local_only, show)}
-        elif federation is not None:
-            tables = _by_federation(adapter, federation, overrides or [], show)
-        else:
-            source = find_adapter(adapter, overrides or [], data)
-            tables = _by_client(source, data, examples, show) if clients else _by_domain(source, data, show)
-        typer.echo("\n".join(render_table(table, form, title) for title, table in tables.items()), nl=False)
+    require_format(form)
+    if examples is not None and not (clients or lm_eval):
+        raise ConfigError(
+            "--examples applies to --clients and --lm-eval: give one of them, or --set data.limit=...",
+            code="option-without-effect",
+        )
+    if lm_eval is not None and (clients or data is not None or federation is not None):
+        raise ConfigError(
+            "--lm-eval measures on tasks of its own: leave out --data, --clients and --federation",
+            code="option-without-effect",
+        )
+    if local_only is not None and lm_eval is None:
+        raise ConfigError("--local-only applies to --lm-eval: give both", code="option-without-effect")
+    if federation is not None and (clients or data is not None):
+        raise ConfigError(
+            "--federation measures on what the clients keep apart: leave out --data and --clients",
+            code="option-without-effect",
+        )
+    show = _digits if form == "csv" else format_metric
+    if lm_eval is not None:
+        source = find_adapter(adapter, overrides or [])
+        tables = {"": _outside(source, lm_eval, examples, local_only, show)}
+    elif federation is not None:
+        tables = _by_federation(adapter, federation, overrides or [], show)
+    else:
+        source = find_adapter(adapter, overrides or [], data)
+        tables = _by_client(source, data, examples, show) if clients else _by_domain(source, data, show)
+    typer.echo("\n".join(render_table(table, form, title) for title, table in tables.items()), nl=False)
 
 
 def _by_federation(adapter: Path, place: Path, overrides: list[str], show: Show) -> dict[str, pd.DataFrame]:
@@ -119,18 +117,25 @@ def _by_federation(adapter: Path, place: Path, overrides: list[str], show: Show)
         found = evaluate_in_simulation(config, folder, run=RunDir.open(place) if same_data else None)
     clients, figures = found["clients"], found["figures"]
     whole = {"clients": str(len(clients)), "examples": f"{sum(row['examples'] for row in clients.values()):g}"}
-    rows = [
-        {"client": k, "examples": f"{row['examples']:g}"}
-        | {name: show(name, value) for name, value in row.items() if name != "examples"}
-        for k, row in clients.items()
-    ]
     tables = {
         "all clients' examples": pd.DataFrame([whole | {name: show(name, value) for name, value in figures.items()}]),
-        "each client's own": pd.DataFrame(rows),
+        "each client's own": _each("client", clients, show),
     }
     if found["left_out"]:
         tables["report nothing"] = pd.DataFrame(list(found["left_out"].items()), columns=["client", "why"])
     return tables
+
+
+def _each(what: str, found: Mapping[str, Mapping[str, float]], show: Show) -> pd.DataFrame:
+    """A row for each client or class: its name, its number of examples, its figures."""
+    import pandas as pd
+
+    rows = [
+        {what: name, "examples": f"{row['examples']:g}"}
+        | {key: show(key, value) for key, value in row.items() if key != "examples"}
+        for name, row in found.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def _outside(source: Source, tasks: str, most: int | None, local_only: Path | None, show: Show) -> pd.DataFrame:
@@ -167,12 +172,7 @@ def _by_domain(source: Source, data: Path | None, show: Show) -> dict[str, pd.Da
     domain = column_roles(source.config.data).get("domain") if len(found) > 1 else None
     tables = {"": pd.DataFrame(rows, columns=[domain or "", "examples", *names], dtype=object)}
     if classes:
-        cells = [
-            {"class": name, "examples": f"{row['examples']:g}"}
-            | {key: show(key, value) for key, value in row.items() if key != "examples"}
-            for name, row in classes.items()
-        ]
-        tables["each class"] = pd.DataFrame(cells)
+        tables["each class"] = _each("class", classes, show)
     return tables
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, app, errors_in_one_line, open_workspace
+from fedlora.cli._common import app, open_workspace
 from fedlora.errors import RunDirError, looks_like_path
 
 if TYPE_CHECKING:
@@ -54,47 +54,45 @@ def export(
             metavar="NAME", help="By what others find the base model, where the run had it in a folder: owner/name."
         ),
     ] = "",
-    debug: Debug = False,
 ) -> None:
     """Write a run's adapter, or the whole model with it, for use without fedlora."""
-    with errors_in_one_line(debug):
-        from fedlora.provenance import MODEL
-        from fedlora.runs.rundir import RunDir
+    from fedlora.provenance import MODEL
+    from fedlora.runs.rundir import RunDir
 
-        run_dir = RunDir.open(run_path)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunDirError(f"{str(out)!r} already exists: name a new or empty folder", code="path-taken")
-        state = run_dir.kept_checkpoint()
-        number = run_dir.kept_round
-        like = "checked when the run ended"
-        if client is not None and state is not None:
-            state = _of_client(run_dir, state, client)
-        if form is Form.peft and client is None and not base and run_dir.finished and run_dir.adapter_dir.is_dir():
-            import shutil
+    run_dir = RunDir.open(run_path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunDirError(f"{str(out)!r} already exists: name a new or empty folder", code="path-taken")
+    state = run_dir.kept_checkpoint()
+    number = run_dir.kept_round
+    like = "checked when the run ended"
+    if client is not None and state is not None:
+        state = _of_client(run_dir, state, client)
+    if form is Form.peft and client is None and not base and run_dir.finished and run_dir.adapter_dir.is_dir():
+        import shutil
 
-            shutil.copytree(run_dir.adapter_dir, out, dirs_exist_ok=True)
-        elif state is not None:
-            workspace = open_workspace(run_dir.config)
-            run_dir.require(workspace.pins.only(MODEL), "put back what it was made with")
-            number, like = state.round, _write_model(run_dir, workspace, state, out, form, base)
-        elif run_dir.finished:
-            raise RunDirError(
-                f"the checkpoints of {str(run_path)!r} were removed: only its shared adapter can be exported, as it is",
-                code="checkpoints-removed",
-            )
-        else:
-            raise RunDirError(
-                f"{str(run_path)!r} has no checkpoint yet: continue it with fedlora run --resume {run_path}",
-                code="no-checkpoint",
-            )
-        what = ("model" if form in WHOLE else "adapter") + ("" if client is None else f" of client {client}")
-        typer.echo(f"the {what} of round {number} is in {out} ({like})")
-        if form not in WHOLE and (path := base_folder(out)) is not None:
-            typer.echo(
-                f"note: it names its base model by the folder {path!r}: for others, give the name by which they find "
-                "it (--base)",
-                err=True,
-            )
+        shutil.copytree(run_dir.adapter_dir, out, dirs_exist_ok=True)
+    elif state is not None:
+        workspace = open_workspace(run_dir.config)
+        run_dir.require(workspace.pins.only(MODEL), "put back what it was made with")
+        number, like = state.round, _write_model(run_dir, workspace, state, out, form, base)
+    elif run_dir.finished:
+        raise RunDirError(
+            f"the checkpoints of {str(run_path)!r} were removed: only its shared adapter can be exported, as it is",
+            code="checkpoints-removed",
+        )
+    else:
+        raise RunDirError(
+            f"{str(run_path)!r} has no checkpoint yet: continue it with fedlora run --resume {run_path}",
+            code="no-checkpoint",
+        )
+    what = ("model" if form in WHOLE else "adapter") + ("" if client is None else f" of client {client}")
+    typer.echo(f"the {what} of round {number} is in {out} ({like})")
+    if form not in WHOLE and (path := base_folder(out)) is not None:
+        typer.echo(
+            f"note: it names its base model by the folder {path!r}: for others, give the name by which they find "
+            "it (--base)",
+            err=True,
+        )
 
 
 def base_folder(adapter: Path) -> str | None:

@@ -8,14 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedlora.cli._common import (
-    Config,
-    Debug,
-    Overrides,
-    app,
-    errors_in_one_line,
-    open_console,
-)
+from fedlora.cli._common import Config, Overrides, app, open_console, plain_table
 from fedlora.errors import ConfigError
 from fedlora.sanitize import clean_text
 
@@ -30,40 +23,37 @@ def partition(
     picture: Annotated[
         Path | None, typer.Option("--picture", "-o", metavar="PNG", help="Draw the clients' labels here.")
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Show how a config divides the data over the clients, without training."""
-    with errors_in_one_line(debug):
-        from rich.table import Table
-        from rich.text import Text
+    from rich.text import Text
 
-        from fedlora.config import load_config
-        from fedlora.data import load_data
-        from fedlora.data.describe import clients_table, describe_partition, draw_labels
+    from fedlora.config import load_config
+    from fedlora.data import load_data
+    from fedlora.data.describe import clients_table, describe_partition, draw_labels
 
-        console = open_console()
-        config = load_config(config_path, overrides or [])
-        with console.status(f"loading {config.data.source}"):
-            data = load_data(config)
-        clients = clients_table(data)
-        counts = [column for column in clients if column.startswith("labels.")]
-        if len(counts) > MOST_LABELS:
-            clients = clients.drop(columns=counts)
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-        table.add_column("client", justify="right")
-        for column in clients:
-            title = column.removeprefix("labels.") if column in counts else column.replace("_", " ")
-            table.add_column(Text(clean_text(title)), justify="left" if column in ("name", "domain") else "right")
-        for row in clients.itertuples(name=None):
-            cells = (f"{value:.2f} bits" if isinstance(value, float) else clean_text(str(value)) for value in row)
-            table.add_row(*map(Text, cells))
-        console.print(table, highlight=False)
-        lines = [clean_text(line) for line in _summary(describe_partition(data))]
-        console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
-        if picture is not None:
-            if not draw_labels(data, picture):
-                raise ConfigError("this task has no labels to draw: leave out --picture", code="no-labels")
-            console.print(f"picture: {picture}", highlight=False, soft_wrap=True, markup=False)
+    console = open_console()
+    config = load_config(config_path, overrides or [])
+    with console.status(f"loading {config.data.source}"):
+        data = load_data(config)
+    clients = clients_table(data)
+    counts = [column for column in clients if column.startswith("labels.")]
+    if len(counts) > MOST_LABELS:
+        clients = clients.drop(columns=counts)
+    table = plain_table()
+    table.add_column("client", justify="right")
+    for column in clients:
+        title = column.removeprefix("labels.") if column in counts else column.replace("_", " ")
+        table.add_column(Text(clean_text(title)), justify="left" if column in ("name", "domain") else "right")
+    for row in clients.itertuples(name=None):
+        cells = (f"{value:.2f} bits" if isinstance(value, float) else clean_text(str(value)) for value in row)
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    lines = [clean_text(line) for line in _summary(describe_partition(data))]
+    console.out("\n" + "\n".join(lines))
+    if picture is not None:
+        if not draw_labels(data, picture):
+            raise ConfigError("this task has no labels to draw: leave out --picture", code="no-labels")
+        console.out(f"picture: {picture}")
 
 
 def _summary(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli._common import Config, Debug, Overrides, app, errors_in_one_line, open_console
+from fedlora.cli._common import Config, Overrides, app, open_console, plain_table
 
 
 @app.command()
@@ -17,34 +17,31 @@ def plan(
         str | None,
         typer.Option("--gpu", metavar="SIZE", help="Plan for a GPU of so much memory, such as 24GB; default: here."),
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Show what a run takes: weights, adapters, activations, and whether a training step fits.
 
     It reads the model's config and no weights.
     """
-    with errors_in_one_line(debug):
-        import torch
-        from rich.table import Table
+    import torch
 
-        from fedlora.config import load_config
-        from fedlora.memory import total_bytes
-        from fedlora.model import choose_dtype, resolve_device
-        from fedlora.model.placement import placement
-        from fedlora.simulation.plan import make_plan, read_size
+    from fedlora.config import load_config
+    from fedlora.memory import total_bytes
+    from fedlora.model import choose_dtype, resolve_device
+    from fedlora.model.placement import placement
+    from fedlora.simulation.plan import make_plan, read_size
 
-        console = open_console()
-        config = load_config(config_path, overrides or [])
-        if gpu is None:
-            device = resolve_device(config.runtime.device)
-            placement(config, device)
-            devices = torch.cuda.device_count() if config.runtime.device_map is not None else 1
-            memory, dtype = devices * total_bytes(device), str(choose_dtype(config)).removeprefix("torch.")
-        else:
-            device, memory, dtype = torch.device("cuda"), read_size(gpu), "bfloat16"
-        found = make_plan(config, memory, dtype, device.type)
-        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-        for line in found.lines():
-            table.add_row(*line)
-        console.print(table, highlight=False)
-        console.print(found.verdict, highlight=False, soft_wrap=True, markup=False)
+    console = open_console()
+    config = load_config(config_path, overrides or [])
+    if gpu is None:
+        device = resolve_device(config.runtime.device)
+        placement(config, device)
+        devices = torch.cuda.device_count() if config.runtime.device_map is not None else 1
+        memory, dtype = devices * total_bytes(device), str(choose_dtype(config)).removeprefix("torch.")
+    else:
+        device, memory, dtype = torch.device("cuda"), read_size(gpu), "bfloat16"
+    found = make_plan(config, memory, dtype, device.type)
+    table = plain_table(show_header=False)
+    for line in found.lines():
+        table.add_row(*line)
+    console.print(table)
+    console.out(found.verdict)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, app, errors_in_one_line
+from fedlora.cli._common import app
 from fedlora.cli.export import base_folder
 from fedlora.errors import ExportError, RunDirError
 from fedlora.sanitize import clean_text
@@ -22,19 +22,17 @@ def push(
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Owner and name on the hub, such as me/my-adapter.")],
     private: Annotated[bool, typer.Option("--private", help="For you alone, where the repository is new.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Upload a run's adapter with its model card to the Hugging Face hub, or to the one that HF_ENDPOINT names."""
-    with errors_in_one_line(debug):
-        folder = _folder(run_path)
-        if (base := base_folder(folder)) is not None:
-            raise ExportError(
-                f"the adapter names its base model by a folder of this machine, {base!r}: write one that names it as "
-                f"others find it with fedlora export {run_path} OUT --base OWNER/NAME, and push OUT",
-                code="base-in-a-folder",
-            )
-        typer.echo(f"uploading {folder}", err=True)
-        typer.echo(f"{folder} is at {_upload(folder, repo, private)}")
+    folder = _folder(run_path)
+    if (base := base_folder(folder)) is not None:
+        raise ExportError(
+            f"the adapter names its base model by a folder of this machine, {base!r}: write one that names it as "
+            f"others find it with fedlora export {run_path} OUT --base OWNER/NAME, and push OUT",
+            code="base-in-a-folder",
+        )
+    typer.echo(f"uploading {folder}", err=True)
+    typer.echo(f"{folder} is at {_upload(folder, repo, private)}")
 
 
 def _folder(path: Path) -> Path:

@@ -7,21 +7,19 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli._common import Debug, app, errors_in_one_line
+from fedlora.cli._common import app
 
 
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, finished or not: runs/NAME.")],
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Write a run's report: one HTML file that needs nothing else, in the run's folder."""
-    with errors_in_one_line(debug):
-        from fedlora.report import write_report
-        from fedlora.runs.rundir import RunDir
+    from fedlora.report import write_report
+    from fedlora.runs.rundir import RunDir
 
-        path = write_report(RunDir.open(run))
-        typer.echo(f"report: {path}")
-        if show:
-            typer.launch(path.resolve().as_uri())
+    path = write_report(RunDir.open(run))
+    typer.echo(f"report: {path}")
+    if show:
+        typer.launch(path.resolve().as_uri())

@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import (
-    Debug,
-    MaybeConfig,
-    Overrides,
-    app,
-    errors_in_one_line,
-    open_console,
-    open_workspace,
-    stops_in_one_line,
-)
+from fedlora.cli._common import MaybeConfig, Overrides, app, open_console, open_workspace, stops_in_one_line
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,34 +45,32 @@ def run(
         ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the table at the end.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Train a federation in this process and write everything to runs/NAME."""
-    with errors_in_one_line(debug):
-        from fedlora.api import train
-        from fedlora.report import write_report
-        from fedlora.terminal import Terminal
+    from fedlora.api import train
+    from fedlora.report import write_report
+    from fedlora.terminal import Terminal
 
-        console = open_console()
-        config, run_dir = _which_run(config_path, overrides or [], resume, overwrite)
-        if baselines and config.privacy is not None:
-            raise ConfigError(
-                "--baselines trains without privacy on data that [privacy] protects: use a config without [privacy]",
-                code="baselines-not-private",
-            )
+    console = open_console()
+    config, run_dir = _which_run(config_path, overrides or [], resume, overwrite)
+    if baselines and config.privacy is not None:
+        raise ConfigError(
+            "--baselines trains without privacy on data that [privacy] protects: use a config without [privacy]",
+            code="baselines-not-private",
+        )
 
-        def go_on() -> str:
-            path = run_dir.path if run_dir else Path(config.output) / config.name
-            kept = (path / "config.toml").is_file()
-            return f"go on with: fedlora run --resume {path}" if kept else "nothing was kept"
+    def go_on() -> str:
+        path = run_dir.path if run_dir else Path(config.output) / config.name
+        kept = (path / "config.toml").is_file()
+        return f"go on with: fedlora run --resume {path}" if kept else "nothing was kept"
 
-        with stops_in_one_line(go_on), Terminal(console, quiet=quiet) as terminal:
-            terminal.doing(f"loading {config.model.name} and {config.data.source}")
-            run_dir = train(config, terminal, folder=run_dir, overwrite=overwrite, replay=replay)
-            if baselines:
-                _baselines(config, run_dir, baseline_clients, terminal)
-                write_report(run_dir)
-        _show_outcome(console, run_dir)
+    with stops_in_one_line(go_on), Terminal(console, quiet=quiet) as terminal:
+        terminal.doing(f"loading {config.model.name} and {config.data.source}")
+        run_dir = train(config, terminal, folder=run_dir, overwrite=overwrite, replay=replay)
+        if baselines:
+            _baselines(config, run_dir, baseline_clients, terminal)
+            write_report(run_dir)
+    _show_outcome(console, run_dir)
 
 
 def _which_run(
@@ -137,8 +126,6 @@ def _show_outcome(console: Console, run_dir: RunDir) -> None:
     if samples := run_dir.read_json("samples.json"):
         console.print(samples_table(samples))
     claim = result.get("privacy", {}).get("statement")
-    console.print(totals(records, claim), highlight=False, soft_wrap=True, markup=False)
-    console.print(
-        f"files: {run_dir.path} (adapter/ is in PEFT's format)", highlight=False, soft_wrap=True, markup=False
-    )
-    console.print(f"report: {run_dir.report}", highlight=False, soft_wrap=True, markup=False)
+    console.out(totals(records, claim))
+    console.out(f"files: {run_dir.path} (adapter/ is in PEFT's format)")
+    console.out(f"report: {run_dir.report}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli._common import Adapter, Debug, Overrides, app, errors_in_one_line
+from fedlora.cli._common import Adapter, Overrides, app
 from fedlora.cli.compare import Form
 from fedlora.errors import ConfigError
 
@@ -22,34 +22,32 @@ def spectrum(
     ] = 0.5,
     overrides: Overrides = None,
     form: Form = "text",
-    debug: Debug = False,
 ) -> None:
     """Show each layer's update: its size, its effective rank, and the new singular vectors that it brings."""
-    with errors_in_one_line(debug):
-        import pandas as pd
+    import pandas as pd
 
-        from fedlora.compare import render_table, require_format
-        from fedlora.evaluation.pretrained_adapter import find_adapter, load_for
-        from fedlora.model import changed_weights
-        from fedlora.spectrum import spectrum as look
+    from fedlora.compare import render_table, require_format
+    from fedlora.evaluation.pretrained_adapter import find_adapter, load_for
+    from fedlora.model import changed_weights
+    from fedlora.spectrum import spectrum as look
 
-        require_format(form)
-        if not 0 < epsilon < 1:
-            raise ConfigError(
-                f"--epsilon {epsilon:g} is not a cosine between 0 and 1: give one such as 0.5", code="out-of-range"
-            )
-        source = find_adapter(adapter, overrides or [])
-        model, _ = load_for(source, None)
-        rows = []
-        for name, before, after in changed_weights(model.model):
-            found = look(before, after - before, top=top, epsilon=epsilon)
-            size, rank = found.size, found.effective_rank
-            shown = [repr(size), repr(rank)] if form == "csv" else [f"{size:.3g}", f"{rank:.2f}"]
-            rows.append([name, *shown, str(found.intruders)])
-        if not rows:
-            raise ConfigError(
-                f"{str(adapter)!r} changes no linear layer, so that it has no spectrum: name another adapter",
-                code="no-linear-change",
-            )
-        header = ["layer", "|D| / |W0|", "effective rank", f"new of the first {top}"]
-        typer.echo(render_table(pd.DataFrame(rows, columns=header), form), nl=False)
+    require_format(form)
+    if not 0 < epsilon < 1:
+        raise ConfigError(
+            f"--epsilon {epsilon:g} is not a cosine between 0 and 1: give one such as 0.5", code="out-of-range"
+        )
+    source = find_adapter(adapter, overrides or [])
+    model, _ = load_for(source, None)
+    rows = []
+    for name, before, after in changed_weights(model.model):
+        found = look(before, after - before, top=top, epsilon=epsilon)
+        size, rank = found.size, found.effective_rank
+        shown = [repr(size), repr(rank)] if form == "csv" else [f"{size:.3g}", f"{rank:.2f}"]
+        rows.append([name, *shown, str(found.intruders)])
+    if not rows:
+        raise ConfigError(
+            f"{str(adapter)!r} changes no linear layer, so that it has no spectrum: name another adapter",
+            code="no-linear-change",
+        )
+    header = ["layer", "|D| / |W0|", "effective rank", f"new of the first {top}"]
+    typer.echo(render_table(pd.DataFrame(rows, columns=header), form), nl=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedlora.cli._common import Debug, MaybeConfig, Overrides, app, errors_in_one_line, open_console
+from fedlora.cli._common import MaybeConfig, Overrides, app, open_console
 from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
@@ -18,36 +18,35 @@ GROUPS = ("exact", "mixed ranks", "robust", "server optimiser", "drift", "fairne
 
 
 @app.command()
-def strategies(config_path: MaybeConfig = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def strategies(config_path: MaybeConfig = None, overrides: Overrides = None) -> None:
     """List the aggregation rules: paper, claims, config fields, and what a client sends and receives in a round."""
-    with errors_in_one_line(debug):
-        import dataclasses
+    import dataclasses
 
-        from rich.padding import Padding
-        from rich.text import Text
+    from rich.padding import Padding
+    from rich.text import Text
 
-        from fedlora.aggregators import rules
-        from fedlora.config import RunConfig, load_config
+    from fedlora.aggregators import rules
+    from fedlora.config import RunConfig, load_config
 
-        console = open_console()
-        config = load_config(config_path, overrides or []) if config_path else RunConfig()
-        sizes = _traffic(config, console)
-        groups = dict.fromkeys(group_of(cls) for _, cls in rules.items())
-        for group in sorted(groups, key=lambda group: GROUPS.index(group) if group in GROUPS else len(GROUPS)):
-            console.print(Text(group.upper(), style="bold dim"))
-            console.print()
-            for name, cls in rules.items():
-                if group_of(cls) != group:
-                    continue
-                console.print(Text(name, style="bold"))
-                lines = [(cls.__doc__ or "").strip().splitlines()[0], cls.paper]
-                claims = [claim.name.lower().replace("_", " ") for claim in cls.claims if claim.name]
-                lines.append("claims: " + (", ".join(claims) or "none"))
-                fields = [_field(field) for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
-                lines.append("fields: " + (", ".join(fields) or "none"))
-                lines.append(sizes.get(name, ""))
-                text = Text("\n".join(line for line in lines if line))
-                console.print(Padding(text, (0, 0, 1, 4), expand=False))
+    console = open_console()
+    config = load_config(config_path, overrides or []) if config_path else RunConfig()
+    sizes = _traffic(config, console)
+    groups = dict.fromkeys(group_of(cls) for _, cls in rules.items())
+    for group in sorted(groups, key=lambda group: GROUPS.index(group) if group in GROUPS else len(GROUPS)):
+        console.print(Text(group.upper(), style="bold dim"))
+        console.print()
+        for name, cls in rules.items():
+            if group_of(cls) != group:
+                continue
+            console.print(Text(name, style="bold"))
+            lines = [(cls.__doc__ or "").strip().splitlines()[0], cls.paper]
+            claims = [claim.name.lower().replace("_", " ") for claim in cls.claims if claim.name]
+            lines.append("claims: " + (", ".join(claims) or "none"))
+            fields = [_field(field) for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+            lines.append("fields: " + (", ".join(fields) or "none"))
+            lines.append(sizes.get(name, ""))
+            text = Text("\n".join(line for line in lines if line))
+            console.print(Padding(text, (0, 0, 1, 4), expand=False))
 
 
 def group_of(rule: type[Aggregator]) -> str:
@@ -87,7 +86,7 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
         with console.status(f"loading {config.model.name}"):
             workspace = open_workspace(config)
     except AssetError as error:
-        console.print(f"(no sizes: {error})\n", style="dim", highlight=False, markup=False)
+        console.print(f"(no sizes: {error})\n", style="dim", markup=False)
         return {}
     initial = workspace.base.initial_adapter(config.seed)
     number = len(workspace.data.clients)
@@ -101,9 +100,7 @@ def _traffic(config: RunConfig, console: Console) -> dict[str, str]:
         about += f" ({config.wire.fraction:g} of the entries)"
     if config.wire.down != "float32":
         about += f", {config.wire.down} on the way down"
-    console.print(
-        f"bytes for one client in one round, with {about}\n", style="dim", highlight=False, soft_wrap=True, markup=False
-    )
+    console.out(f"bytes for one client in one round, with {about}\n", style="dim")
     lines = {}
     for name in rules:
         fields = config.strategy.fields if name == config.strategy.name else {}

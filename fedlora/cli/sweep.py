@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli._common import Config, Debug, app, errors_in_one_line, open_console, stops_in_one_line
+from fedlora.cli._common import Config, app, open_console, stops_in_one_line
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,27 +42,25 @@ def sweep(
     keep: Annotated[
         str, typer.Option("--keep", metavar="WHAT", help="Of a finished run: all, adapter (no checkpoints) or metrics.")
     ] = "adapter",
-    debug: Debug = False,
 ) -> None:
     """Run a config under every combination of settings and seeds, and compare them. Run it again to go on."""
-    with errors_in_one_line(debug):
-        from fedlora.cli.compare import show
-        from fedlora.compare import compare
-        from fedlora.sweep import run_sweep
-        from fedlora.sweep.screen import Screen
+    from fedlora.cli.compare import show
+    from fedlora.compare import compare
+    from fedlora.sweep import run_sweep
+    from fedlora.sweep.screen import Screen
 
-        what = _what(config_path, sets or [], seeds, select or [], select_seed, processes, out, keep)
-        console = open_console()
-        with stops_in_one_line(lambda: "the same command goes on"), Screen(console) as screen:
-            outcome = run_sweep(what, screen)
-        if outcome.runs:
-            console.print()
-            picture = what.out / "curves.png"
-            show(compare(outcome.runs), picture=picture)
-        console.print(f"files: {what.out}", highlight=False, soft_wrap=True, markup=False)
-        if outcome.failed:
-            typer.echo(f"{len(outcome.failed)} failed; the same command tries them again", err=True)
-            raise typer.Exit(1)
+    what = _what(config_path, sets or [], seeds, select or [], select_seed, processes, out, keep)
+    console = open_console()
+    with stops_in_one_line(lambda: "the same command goes on"), Screen(console) as screen:
+        outcome = run_sweep(what, screen)
+    if outcome.runs:
+        console.print()
+        picture = what.out / "curves.png"
+        show(compare(outcome.runs), picture=picture)
+    console.out(f"files: {what.out}")
+    if outcome.failed:
+        typer.echo(f"{len(outcome.failed)} failed; the same command tries them again", err=True)
+        raise typer.Exit(1)
 
 
 def _what(

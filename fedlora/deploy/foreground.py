@@ -191,10 +191,10 @@ def _owner(folder: Path) -> dict[str, Any]:
     return {"user": facts.st_uid, "group": facts.st_gid, "extra_groups": []}
 
 
-def stop(processes: Iterable[subprocess.Popen[bytes]], *, grace_s: float = GRACE_S) -> None:
+def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
     """End programs and all that they started; first with SIGTERM, then with SIGKILL."""
     left = list(processes)
-    end_groups([process.pid for process in left], grace_s, lambda: [process.poll() for process in left])
+    end_groups([process.pid for process in left], GRACE_S, lambda: [process.poll() for process in left])
 
 
 def up(folder: Path, say: Callable[[str], None], *, pause_s: float = PAUSE_S) -> None:

@@ -300,22 +300,16 @@ def _check(plan: FederationPlan) -> None:
                     f"node {node.name!r}: {what} {path!r} must be an absolute path on the node's machine",
                     code="path-not-absolute",
                 )
-    if not plan.proxied:
-        for what, paths in (("ledger", [n.ledger for n in plan.nodes]),):
-            if len(set(paths)) < len(paths):
-                raise DeployError(
-                    f"nodes on one machine need their own {what}s: give --ledger NAME=PATH for each",
-                    code="node-without-ledger",
-                )
+    if not plan.proxied and len({node.ledger for node in plan.nodes}) < len(names):
+        raise DeployError(
+            "nodes on one machine need their own ledgers: give --ledger NAME=PATH for each", code="node-without-ledger"
+        )
 
 
 def _make_way(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    ours = (folder / "coordinator" / "federation.toml").is_file()
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if not ours:
+    if not (folder / "coordinator" / "federation.toml").is_file():
         raise DeployError(
             f"{str(folder)!r} holds files that are not a federation: choose another folder", code="path-taken"
         )

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.config import RunConfig
-from fedlora.deploy.project import read_toml
 from fedlora.errors import ConfigError, FedloraError, PolicyError, PrivacyError
-from fedlora.site import NODE_CONFIG
+from fedlora.site import node_facts
 from fedlora.site.approvals import Approvals, config_hash
 from fedlora.site.audit_log import AUDIT_LOG, read_log
 from fedlora.site.gate import refused, require_config, require_signature
@@ -69,7 +68,7 @@ def at_site(site: Path, run: Run | None) -> Iterator[Finding]:
         yield _tried("the audit log", lambda: f"has {len(read_log(site).records)} lines, each as it was written")
     try:
         policy = load_policy(site)
-        facts = read_toml(site / NODE_CONFIG, ("partition-id",))
+        facts = node_facts(site, "partition-id")
     except FedloraError as error:
         yield Finding("the site's policy and node config", str(error))
         return

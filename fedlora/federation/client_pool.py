@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -234,7 +234,7 @@ class ClientPool(Protocol):
         ...
 
 
-class SimulatedClients(ABC):
+class SimulatedClients(ClientPool, ABC):
     """What the pools of a simulation share: all clients of a partition can be asked in every round.
 
     Args:
@@ -256,14 +256,6 @@ class SimulatedClients(ABC):
     def leave_out(self, client_id: int, why: str) -> None:
         """Raise `PoolError`: all clients have the run's own config."""
         raise PoolError(f"client {client_id}: {why}", code="client-cannot-be-served")
-
-    @abstractmethod
-    def train(self, request: RoundRequest) -> Generator[Reply, None, None]:
-        """See `ClientPool`."""
-
-    @abstractmethod
-    def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
-        """See `ClientPool`."""
 
     @property
     def measuring(self) -> MeasuringProcesses | None:

@@ -7,7 +7,6 @@ ledger and the socket are, what the client's number is, and what may be done, th
 from __future__ import annotations
 
 import logging
-import tomllib
 from pathlib import Path
 from typing import Any, final
 
@@ -25,7 +24,7 @@ from fedlora.flower.plain_client import is_plain
 from fedlora.hashing import code_digest
 from fedlora.node_worker.audit_entries import of_answer, of_ledger, of_request, of_run
 from fedlora.privacy.ledger import Ledger
-from fedlora.site import NODE_CONFIG
+from fedlora.site import NODE_CONFIG, node_facts
 from fedlora.site.approvals import Approvals, config_hash
 from fedlora.site.audit_log import AuditLog
 from fedlora.site.gate import (
@@ -68,7 +67,7 @@ class GatedApp(ClientApp):
         self.site = site.absolute()
         self.policy = load_policy(self.site)
         self._log = AuditLog(self.site)
-        self._facts = _node_config(self.site / NODE_CONFIG)
+        self._facts = _node_config(self.site)
         if device is not None:
             self._facts["device"] = device
 
@@ -196,16 +195,13 @@ def _parsed(text: str) -> RunConfig:
     return parse_config(text)
 
 
-def _node_config(path: Path) -> dict[str, Any]:
+def _node_config(site: Path) -> dict[str, Any]:
     """A node's own facts.
 
     Raises:
         ConfigError: the file is missing or not usable.
     """
-    try:
-        facts = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error}", code="file-not-readable") from None
+    facts, path = node_facts(site), site / NODE_CONFIG
     require_node_config(facts)
     for key, cure in (
         ("worker", "it is this worker"),

@@ -196,6 +196,21 @@ def with_flwr_datasets(partitioner: Any, values: np.ndarray, seed: int) -> list[
         return [np.asarray(partitioner.load_partition(i)["index"], dtype=np.int64) for i in range(count)]
 
 
+def divided_by(partitioner: Any, values: np.ndarray, seed: int, cure: str) -> list[np.ndarray]:
+    """As `with_flwr_datasets`, of which a failure is an error that names the cure.
+
+    Raises:
+        DataError: the partitioner finds no partition.
+    """
+    try:
+        return with_flwr_datasets(partitioner, values, seed)
+    except ValueError as error:
+        reason = str(error).split(". ")[0].rstrip(". \n")
+        raise DataError(
+            f"{len(values)} examples cannot be divided this way: {reason}; {cure}", code="not-divisible"
+        ) from None
+
+
 def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
     """Whole numbers in proportion to `shares` that add up to `total`, int64."""
     exact = shares / shares.sum() * total

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from fedlora.errors import DataError
-from fedlora.partition._base import Count, Partitioner, PartitionInput, labels_of, partitioners, with_flwr_datasets
+from fedlora.partition._base import Count, Partitioner, PartitionInput, divided_by, labels_of, partitioners
 from fedlora.rng import derive
 
 
@@ -53,10 +53,4 @@ class Classes(Partitioner):
             class_assignment_mode=self.assignment,
             seed=derive(seed, "classes"),
         )
-        try:
-            return with_flwr_datasets(partitioner, labels, seed)
-        except ValueError as error:
-            reason = str(error).split(". ")[0].rstrip(". \n")
-            raise DataError(
-                f"{info.size} examples cannot be divided this way: {reason}; {self.cure}", code="not-divisible"
-            ) from None
+        return divided_by(partitioner, labels, seed, self.cure)

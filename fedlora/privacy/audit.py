@@ -19,6 +19,9 @@ from torch import Tensor
 from fedlora.errors import PrivacyError
 from fedlora.privacy.dpsgd import Losses, poisson_batches, secret_rng
 
+CONFIDENCE = 0.95
+"""Of a lower bound."""
+
 
 class Step(Protocol):
     """What is audited: `PrivateStep`, or somebody's own."""
@@ -42,7 +45,7 @@ class AuditResult:
 
     Args:
         claimed: the epsilon that was claimed.
-        lower_bound: with the audit's confidence, the true epsilon is at least this.
+        lower_bound: with `CONFIDENCE`, the true epsilon is at least this.
         correct: guesses that were right.
         guesses: guesses made.
     """
@@ -64,24 +67,21 @@ def audit_in_one_run(
     claimed: float,
     delta: float,
     canaries: int = 4000,
-    guesses: int | None = None,
-    confidence: float = 0.95,
     generator: np.random.Generator | None = None,
 ) -> AuditResult:
     """The one-run audit: Steinke et al. 2023, Algorithm 1.
 
     A fair coin decides for each canary whether it is among the examples. The highest scores are guessed to be in, the
-    lowest out, and the rest is left open.
+    lowest out, and the rest is left open. A tenth of the canaries is guessed, half of them for each side, and 400 if
+    there are so many: with fewer even right guesses alone bound epsilon too low. Few are right more often: 400 of 4000
+    told a quarter of the noise from the whole in 60 of 60 runs at epsilon 4 (q = 1, T = 1) and at epsilon 1 (q = 1/4,
+    T = 8).
 
     Args:
         attack: trains on the canaries that are in, and scores all: `canary_steps`, or a whole training loop.
         claimed: epsilon of all that `attack` does, at `delta`.
         delta: of the claim.
         canaries: m.
-        guesses: r <= m, half of them for each side; None: a tenth of m, and 400 if there are so many: with fewer even
-            right guesses alone bound epsilon too low. Few are right more often: 400 of 4000 told a quarter of the noise
-            from the whole in 60 of 60 runs at epsilon 4 (q = 1, T = 1) and at epsilon 1 (q = 1/4, T = 8).
-        confidence: of the lower bound.
         generator: of the coins.
 
     Returns:
@@ -90,9 +90,9 @@ def audit_in_one_run(
     rng = generator if generator is not None else secret_rng()
     included = rng.random(canaries) < 0.5
     order = np.argsort(attack(np.flatnonzero(included)))
-    half = (min(canaries, max(400, canaries // 10)) if guesses is None else guesses) // 2
+    half = min(canaries, max(400, canaries // 10)) // 2
     correct = int(included[order[-half:]].sum() + (~included[order[:half]]).sum())
-    bound = epsilon_lower_bound(canaries, 2 * half, correct, delta, confidence)
+    bound = epsilon_lower_bound(canaries, 2 * half, correct, delta, CONFIDENCE)
     return AuditResult(claimed, bound, correct, 2 * half)
 
 
@@ -193,7 +193,7 @@ def _p_value(m: int, r: int, v: int, eps: float, delta: float) -> float:
 
 
 def audit_two_worlds(
-    output: Callable[[bool], float], *, claimed: float, delta: float, trials: int = 2000, confidence: float = 0.95
+    output: Callable[[bool], float], *, claimed: float, delta: float, trials: int = 2000
 ) -> AuditResult:
     """A targeted audit: run the mechanism with and without one worst-case client, and tell the worlds apart.
 
@@ -205,7 +205,6 @@ def audit_two_worlds(
         claimed: epsilon at `delta`.
         delta: of the claim.
         trials: runs in each world.
-        confidence: of the lower bound.
     """
     from scipy.stats import beta
 
@@ -214,7 +213,7 @@ def audit_two_worlds(
     absent, present = np.array(without), np.array(there)
 
     def upper(errors: int) -> float:
-        return 1.0 if errors >= half else float(beta.ppf((1 + confidence) / 2, errors + 1, half - errors))
+        return 1.0 if errors >= half else float(beta.ppf((1 + CONFIDENCE) / 2, errors + 1, half - errors))
 
     def bound(high_errors: int, low_errors: int) -> float:
         false_positive, false_negative = upper(high_errors), upper(low_errors)

@@ -52,7 +52,6 @@ class Facts:
             RunDirError: a file is damaged.
         """
         records = run.read_metrics()
-        samples = run.read_json("samples.json") or ()
         return cls(
             path=run.path,
             config=run.config,
@@ -62,7 +61,7 @@ class Facts:
                 name: run.read_json(f"{name}.json") or {}
                 for name in ("partition", "baselines", "environment", "result")
             },
-            samples=samples.get("samples", ()) if isinstance(samples, Mapping) else samples,
+            samples=run.read_json("samples.json") or (),
             finished=run.finished,
             changes=run.changes,
         )

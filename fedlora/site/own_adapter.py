@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
-from typing import Any
 
 from fedlora.adapter import times_core
-from fedlora.errors import ConfigError, ExportError
+from fedlora.errors import ExportError
 from fedlora.federation.client_ledger import LedgerPlace
 from fedlora.federation.client_store import divided
 from fedlora.model.export import save_with
-from fedlora.site import NODE_CONFIG
+from fedlora.site import node_facts
 
 
 def write_own_adapter(site: Path, adapter: Path, out: Path, run: str | None = None) -> int:
@@ -34,7 +32,7 @@ def write_own_adapter(site: Path, adapter: Path, out: Path, run: str | None = No
         ConfigError: the node's own facts cannot be read, or name no ledger, beside which it would keep.
         ExportError: nothing is kept of the run, or it does not fit the adapter.
     """
-    facts, rounds = _facts(site / NODE_CONFIG), _rounds(adapter)
+    facts, rounds = node_facts(site, "ledger", "partition-id"), _rounds(adapter)
     ledger, client_id = Path(str(facts["ledger"])), int(facts["partition-id"])
     kept = LedgerPlace(own=ledger).kept
     assert kept is not None
@@ -60,19 +58,6 @@ def write_own_adapter(site: Path, adapter: Path, out: Path, run: str | None = No
         own[f"{module}:B"] = times_core(own[f"{module}:B"], core)
     save_with(adapter, own, out)
     return number
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error}", code="file-not-readable") from None
-    for key in ("ledger", "partition-id"):
-        if key not in facts:
-            raise ConfigError(
-                f"{str(path)!r} lacks {key!r}, by which this node finds what it keeps", code="missing-key"
-            )
-    return facts
 
 
 def _rounds(adapter: Path) -> int:

@@ -10,6 +10,6 @@ outcome = run_sweep(Sweep(Path("config.toml"), Path("runs/grid"), settings, sele
 """
 
 from fedlora.sweep._grid import Settings, grid
-from fedlora.sweep._sweep import Cell, NoWatcher, Outcome, Selection, Sweep, Watcher, plan, run_sweep
+from fedlora.sweep._sweep import Cell, Outcome, Selection, Sweep, Watcher, plan, run_sweep
 
-__all__ = ["Cell", "NoWatcher", "Outcome", "Selection", "Settings", "Sweep", "Watcher", "grid", "plan", "run_sweep"]
+__all__ = ["Cell", "Outcome", "Selection", "Settings", "Sweep", "Watcher", "grid", "plan", "run_sweep"]

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from fedlora.compare import read_run, silently_changed
 from fedlora.config import RunConfig, load_config
@@ -102,8 +101,8 @@ class Outcome:
         return [path for cell in self.cells.values() for path in cell.runs.values()]
 
 
-class Watcher(Protocol):
-    """Is told how a sweep goes on."""
+class Watcher:
+    """Is told how a sweep goes on, and does nothing; a subclass overrides what it needs."""
 
     def begun(self, runs: int, rounds: int, runs_done: int, rounds_done: int) -> None:
         """So many runs with so many rounds in all, of which some were done before."""
@@ -121,25 +120,6 @@ class Watcher(Protocol):
         """A setting's best alternative was found."""
 
 
-class NoWatcher:
-    """Tells nobody."""
-
-    def begun(self, runs: int, rounds: int, runs_done: int, rounds_done: int) -> None:
-        """Do nothing."""
-
-    def more(self, runs: int, rounds: int) -> None:
-        """Do nothing."""
-
-    def round_ended(self, name: str, number: int) -> None:
-        """Do nothing."""
-
-    def run_ended(self, name: str, why: str | None) -> None:
-        """Do nothing."""
-
-    def chosen(self, setting: str, candidate: str, tried: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-
 def run_sweep(sweep: Sweep, watcher: Watcher | None = None) -> Outcome:
     """Do every run of a sweep that is not done yet.
 
@@ -150,7 +130,7 @@ def run_sweep(sweep: Sweep, watcher: Watcher | None = None) -> Outcome:
         ConfigError: a key, value or name is wrong in any of the configs; nothing has been run.
         RunDirError: a run of that name is there with another config, or another sweep is at work in the folder.
     """
-    watcher = watcher or NoWatcher()
+    watcher = watcher or Watcher()
     chooses, reports = plan(sweep)
     with _alone(sweep.out):
         picks, failed = _select(sweep, chooses, reports, watcher)

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from fedlora.progress import LONGEST_LINE, format_seconds
 from fedlora.sanitize import clean_text
+from fedlora.sweep._sweep import Watcher
 
 
-class Screen:
+class Screen(Watcher):
     """A `Watcher` for people: finished runs scroll up, and below them one line says how far the whole is.
 
     Use it as a context manager, so that the terminal is left in order whatever happens.
