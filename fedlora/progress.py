@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
+from fedlora.fairness import fairness
 from fedlora.sanitize import clean_text
 
 activity = logging.getLogger("fedlora.activity")
@@ -143,6 +145,35 @@ def beside_accuracy(metric: str, record: Mapping[str, Any]) -> list[tuple[str, d
     return found + [
         (f"shared model, {at_clients[key]}", dict(shared[key])) for key in ("macro", "worst_tenth") if shared.get(key)
     ]
+
+
+def beside_baselines(
+    metric: str, record: Mapping[str, Any], baselines: Mapping[str, Any]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The baselines that were trained, as rows like `beside_accuracy`'s.
+
+    Where clients keep examples apart, models trained alone are also measured each on its own client's, and read beside
+    the same clients' figures in the record.
+
+    Args:
+        metric: The figure.
+        record: A line of metrics.jsonl.
+        baselines: What baselines.json holds.
+    """
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    if alone := baselines.get("local_only"):
+        few = "" if len(alone["clients"]) == alone["of"] else f" of {len(alone['clients'])} tried"
+        rows += [(f"one client alone, {which}{few}", alone[which]) for which in ("best", "mean", "worst")]
+        measured = (record.get("federated") or {}).get("clients") or {}
+        own = [row for row in alone["clients"] if measured and "own" in row and str(row["client"]) in measured]
+        known = [float(row["own"][metric]) for row in own if row["own"].get(metric) is not None]
+        if known and all(map(math.isfinite, known)):
+            spread = fairness(known, higher_is_better=not lower_is_better(metric))
+            rows.append((f"trained alone, mean over the clients{few}", {metric: spread.mean}))
+            rows.append((f"trained alone, worst tenth of the clients{few}", {metric: spread.worst_decile}))
+    if together := baselines.get("centralised"):
+        rows.append(("all data in one place", together))
+    return rows
 
 
 def format_metric(name: str, value: float | None) -> str:

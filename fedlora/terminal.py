@@ -24,6 +24,7 @@ from fedlora.progress import (
     Columns,
     Watcher,
     beside_accuracy,
+    beside_baselines,
     format_bytes,
     format_metric,
     format_seconds,
@@ -229,17 +230,11 @@ def outcome_table(
     evaluated = [record for record in records if record.get(metric) is not None]
     if not evaluated:
         return Table("no round was evaluated", box=None, pad_edge=False, header_style="dim")
-    rows = [("base model", evaluated[0])] if evaluated[0]["round"] == 0 else []
+    rows: list[tuple[str, Mapping[str, Any]]] = [("base model", evaluated[0])] if evaluated[0]["round"] == 0 else []
     last = next((record for record in evaluated if record["round"] == kept), evaluated[-1])
     rows.append((f"federated, round {last['round']}", last))
     rows += beside_accuracy(metric, last)
-    alone = (baselines or {}).get("local_only")
-    if alone:
-        few = "" if len(alone["clients"]) == alone["of"] else f" of {len(alone['clients'])} tried"
-        rows += [(f"one client alone, best{few}", alone["best"]), (f"one client alone, mean{few}", alone["mean"])]
-        rows.append((f"one client alone, worst{few}", alone["worst"]))
-    if (baselines or {}).get("centralised"):
-        rows.append(("all data in one place", (baselines or {})["centralised"]))
+    rows += beside_baselines(metric, last, baselines or {})
     domains = {name: clean_text(name) for name in last.get("domains", {})}
     first = max(len(name) for name, _ in rows)
     worst = sorted(domains, key=lambda name: trouble(metric, last["domains"][name].get(metric)))

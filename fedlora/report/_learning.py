@@ -11,6 +11,7 @@ from fedlora.progress import (
     NOT_METRICS,
     SAMPLED,
     beside_accuracy,
+    beside_baselines,
     format_bytes,
     format_metric,
     format_seconds,
@@ -90,10 +91,7 @@ def _outcome(facts: Facts) -> Table:
     records.append((f"federated, round {last['round']}", last))
     strong = len(records) - 1
     records += beside_accuracy(metric, last)
-    alone = facts.baselines.get("local_only") or {}
-    records += [(f"one client alone, {which}", alone[which]) for which in ("best", "mean", "worst") if which in alone]
-    if facts.baselines.get("centralised"):
-        records.append(("all data in one place", facts.baselines["centralised"]))
+    records += beside_baselines(metric, last, facts.baselines)
     rows = [(name, *(facts.show(of, domain=domain) for domain in (None, *facts.domains))) for name, of in records]
     caption = f"{metric.replace('_', ' ').capitalize()} on the test set"
     return Table(caption, ("", "all", *facts.domains), rows, strong=strong)

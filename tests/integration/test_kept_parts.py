@@ -157,6 +157,22 @@ def test_clients_are_measured_and_exported_with_what_they_keep(tiny_config: Make
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("key", ["strategy.name=fedsa", "train.personal=0.5"])
+def test_a_client_that_has_not_trained_has_the_shared_model(tiny_config: MakeConfig, tmp_path: Path, key: str) -> None:
+    outcome = simulate(tiny_config(key, *PERSONAL, "server.fraction=0.5", "rounds=1", "train.lr=0.05"))
+    last = outcome.records[-1]
+    own, shared = last["federated"]["clients"], last["federated"]["shared"]["clients"]
+    assert len(last["answered"]) == 2
+    for client_id in range(4):
+        trained = client_id in last["answered"]
+        assert (own[str(client_id)] != shared[str(client_id)]) == trained
+        words = ["export", str(outcome.rundir.path), str(tmp_path / str(client_id)), "--client", str(client_id)]
+        said = CliRunner().invoke(app, words)
+        assert (said.exit_code == 0) == trained
+        assert trained or "either it has not trained" in said.output
+
+
+@pytest.mark.slow
 def test_a_report_shows_each_clients_own_model_beside_the_others(tiny_config: MakeConfig) -> None:
     outcome = simulate(tiny_config(*FEDSA, "train.lr=0.05"))
     workspace = open_workspace(outcome.rundir.config)
@@ -165,6 +181,7 @@ def test_a_report_shows_each_clients_own_model_beside_the_others(tiny_config: Ma
     page = re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", write_report(outcome.rundir).read_text("utf-8")))
     assert "Against the shared model" in page
     assert "Against the model trained alone" in page
+    assert "trained alone, worst tenth of the clients" in page
     shared, own = outcome.records[-1]["federated"]["shared"]["clients"], outcome.records[-1]["federated"]["clients"]
     gain = sum(own[k]["accuracy"] > shared[k]["accuracy"] for k in own)
     lose = sum(own[k]["accuracy"] < shared[k]["accuracy"] for k in own)

@@ -152,6 +152,24 @@ def test_the_outcome_has_a_row_for_each_baseline_and_fits() -> None:
     assert re.search(r"^all data in one place +55\.0% ", file.getvalue(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("of", [3, 9])
+def test_models_trained_alone_are_read_beside_the_clients_own_figures(of: int) -> None:
+    """On the same clients: one that reported nothing of the run's model counts in neither."""
+    row, alone = make_record(5), {0: 0.9, 1: 0.5, 2: 0.1}
+    clients = {"0": {"accuracy": 0.8}, "1": {"accuracy": 0.4}}
+    federated = {"clients": clients, "macro": {"accuracy": 0.6}, "worst_tenth": {"accuracy": 0.4}}
+    each = [{"client": k, "own": {"accuracy": value}} for k, value in alone.items()]
+    baselines = {"local_only": {"clients": each, "of": of, "best": row, "mean": row, "worst": row}}
+    console, file = make_console(120)
+    console.print(outcome_table([make_record(0), make_record(1, federated=federated)], baselines, 120))
+    few = "" if of == 3 else " of 3 tried"
+    assert re.search(rf"^trained alone, mean over the clients{few} +70\.0%", file.getvalue(), re.MULTILINE)
+    assert re.search(rf"^trained alone, worst tenth of the clients{few} +50\.0%", file.getvalue(), re.MULTILINE)
+    console, file = make_console(120)
+    console.print(outcome_table([make_record(0), make_record(1)], baselines, 120))
+    assert "trained alone" not in file.getvalue()
+
+
 def test_without_round_0_there_is_no_base_model() -> None:
     console, file = make_console(80)
     console.print(outcome_table([make_record(1), make_record(2)], None, 80))
