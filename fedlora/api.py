@@ -192,6 +192,7 @@ def train(
         FedloraError: of any kind; a folder that holds nothing yet is removed again.
     """
     from fedlora.data.describe import draw_labels
+    from fedlora.federation.given_adapter import pins_of, read_start
     from fedlora.federation.load_rule import load_rule
     from fedlora.report import plot_accuracy, write_report
     from fedlora.tracking import require_tracker
@@ -225,8 +226,8 @@ def train(
 
     if before is not None:
         require_clients(before, len(workspace.data.clients))
-        before.require(workspace.pins)
-    refuse_early(config, workspace)
+        before.require(pins_of(workspace, read_start(workspace)))
+    refuse_early(config, workspace, begun=folder is not None and folder.begun)
     folder = folder or RunDir.create(config, overwrite=overwrite)
     try:
         if config.privacy is None:  # label counts are the clients' own

@@ -17,6 +17,7 @@ _SAME = {
     "adapter.dropout": "lora_dropout",
     "adapter.targets": "target_modules lora_target_modules",
     "adapter.layers": "layers_to_transform",
+    "adapter.start": "from adapter_name_or_path lora_model_dir adapter_path lora_path resume_adapter_file",
     "task.max_length": "max_seq_length seq_length sequence_len cutoff_len model_max_length",
     "task.packing": "sample_packing",
     "task.label_smoothing": "label_smoothing_factor",
@@ -75,7 +76,8 @@ _WORDS = {
     "dataloader_num_workers": "examples are tokenised once, before the first round: remove it",
     "use_cpu": "set runtime.device = 'cpu'",
     "no_cuda": "set runtime.device = 'cpu'",
-    "resume_from_checkpoint": "resume with: fedlora run CONFIG --resume",
+    "resume_from_checkpoint": "resume with: fedlora run --resume runs/NAME",
+    "resume_from": "begin with an adapter by adapter.start, and resume a run with: fedlora run --resume runs/NAME",
 }
 _TABLE = {name: f"it is {key} here" for key, names in _SAME.items() for name in names.split()} | _WORDS
 

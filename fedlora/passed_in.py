@@ -47,6 +47,12 @@ def last_part(name: str) -> str:
     return PureWindowsPath(name).name or name if is_path else name
 
 
+def adapter_name(folder: str) -> str:
+    """The same of an adapter's folder, which is called by its run where it is a run's."""
+    path = Path(folder)
+    return f"{path.parent.name}/{path.name}" if path.name == "adapter" else path.name
+
+
 def copies_in(*names: str | None) -> list[str]:
     """What of a config's names are copies, by their own names."""
     return [Path(name).stem for name in names if name is not None and is_copy(name)]

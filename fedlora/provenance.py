@@ -1,4 +1,5 @@
-"""What a run stands on: its base weights, tokenizer, chat template, image processor, class names and data, by hashes.
+"""What a run stands on, by hashes: base weights, tokenizer, chat template, image processor, class names, data, and the
+adapter that it began with.
 
 The run writes them (`provenance.json`); every command that reads the run compares what it finds, and server and nodes
 compare theirs in the hello. So a base, a tokenizer or a file that was changed in its place is noticed, and one that was
@@ -23,6 +24,7 @@ WORDS = {
     "class_names": "the class names",
     "train_data": "the training data",
     "test_data": "the test data",
+    "start": "the starting adapter",
 }
 """What each part is called."""
 
@@ -56,6 +58,7 @@ class Provenance:
         class_names: in the order of their numbers.
         train_data: of the rows of `data.source`, in their order, before any seed chose among them.
         test_data: of the test examples in their order, by what the task reads of each.
+        start: of the tensors and scales of the adapter that the run began with (`adapter.start`).
     """
 
     base: str | None = None
@@ -65,6 +68,7 @@ class Provenance:
     class_names: str | None = None
     train_data: str | None = None
     test_data: str | None = None
+    start: str | None = None
 
     @classmethod
     def read(cls, tree: Any) -> Provenance:

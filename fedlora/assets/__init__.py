@@ -67,13 +67,19 @@ class Checkpoint:
         """The checkpoint that a config's `[model]` names.
 
         Raises:
-            AssetError: the model is a named asset that was not fetched, or a path at which there is no folder.
+            AssetError: the model is a named asset that was not fetched, a path at which there is no folder, or an
+                adapter.
         """
         source = resolve_model(model.name)
         path = Path(source).expanduser()
         if path.is_file():
             raise AssetError(
                 f"model.name {model.name!r} is a file: name the folder that contains it", code="not-a-folder"
+            )
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise AssetError(
+                f"model.name {model.name!r} is an adapter: name its base there, and the adapter in adapter.start",
+                code="adapter-as-model",
             )
         refuse_lost(source, AssetError, "model= (and tokenizer=)")
         if looks_like_path(source) and not path.is_dir():

@@ -21,6 +21,7 @@ from fedlora.aggregators import ClientSpec
 from fedlora.audit.probe_tasks import Probe, Scaled, Silent
 from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
+from fedlora.federation.given_adapter import read_start
 from fedlora.federation.initial_state import first_state, plan_for
 from fedlora.federation.load_rule import load_rule
 from fedlora.privacy.dpsgd import ROUNDING, clipping_norm
@@ -51,7 +52,7 @@ def first_job(workspace: Workspace) -> TrainJob:
     """
     config = workspace.config
     rule = load_rule(config)
-    state = first_state(rule, workspace.base, config.seed)
+    state = first_state(rule, workspace.base, config.seed, read_start(workspace))
     plan = plan_for(rule, state, ClientSpec(0, workspace.base.layout(config.clients.rank_of(0))))
     if any(pair.in_blocks for pair in plan.adapter.pairs.values()):
         raise PrivacyError(

@@ -28,6 +28,7 @@ from fedlora.audit.mechanism import check_examples
 from fedlora.audit.observed_trainer import first_job
 from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
+from fedlora.federation.given_adapter import read_start
 from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import load_rule
 from fedlora.model import Base
@@ -111,7 +112,7 @@ def check(workspace: Workspace, asked: int, *, generators: int = 1000) -> Iterat
         own, worst, _ = _worst(workspace)
         yield from check_examples(workspace, own[worst], generators)
     elif config.client_privacy is not None:
-        adapter = first_state(load_rule(config), workspace.base, config.seed).adapter
+        adapter = first_state(load_rule(config), workspace.base, config.seed, read_start(workspace)).adapter
         yield from check_clients(_averaging(workspace), adapter, largest_first(workspace, asked), generators)
     else:
         raise _nothing()

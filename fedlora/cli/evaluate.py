@@ -104,7 +104,7 @@ def _by_federation(adapter: Path, place: Path, overrides: list[str], show: Show)
 
     from fedlora.config import load_config
     from fedlora.deploy.evaluation import evaluate_in_deployment, is_deployment
-    from fedlora.federation.adapter_evaluation import adapter_folder
+    from fedlora.federation.given_adapter import adapter_folder
     from fedlora.runs.rundir import RunDir
     from fedlora.simulation.run import evaluate_in_simulation
 

@@ -137,7 +137,8 @@ def _write_model(run_dir: RunDir, workspace: Workspace, state: GlobalState, out:
     said = "loaded without fedlora its logits differ by at most {:.1g}"
     record = next((line for line in run_dir.read_metrics() if line["round"] == state.round), {})
     claim = (run_dir.read_json("result.json") or {}).get("privacy") or {}
-    origin = replace(origin_of(run_dir.config, record, claim.get("statement")), base=base)
+    began = run_dir.provenance.start
+    origin = replace(origin_of(run_dir.config, record, claim.get("statement"), began), base=base)
     if form in WHOLE:
         difference, moved = export_merged(workspace, state, out, origin, gguf=form is Form.gguf)
         if moved is None:
@@ -148,7 +149,7 @@ def _write_model(run_dir: RunDir, workspace: Workspace, state: GlobalState, out:
             f"trained on gave logits that differ by up to {moved:.1g} of the largest: evaluate it before you use it"
         )
     adapter, error = equivalent_adapter(state, workspace.config.adapter.export_rank or sys.maxsize)
-    facts = {"rounds": str(state.round), "provenance": workspace.pins.only(MODEL).known}
+    facts = {"rounds": str(state.round), "provenance": replace(workspace.pins.only(MODEL), start=began).known}
     if form is Form.vllm:
         adapter = for_vllm(workspace.base, adapter)
     return said.format(export_adapter(workspace, state, adapter, error, out, facts, origin))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ def plan(
     import torch
 
     from fedlora.config import load_config
+    from fedlora.federation.given_adapter import adapter_folder
     from fedlora.memory import total_bytes
     from fedlora.model import choose_dtype, resolve_device
     from fedlora.model.placement import placement
@@ -43,5 +45,7 @@ def plan(
     table = plain_table(show_header=False)
     for line in found.lines():
         table.add_row(*line)
+    if config.adapter.start is not None:
+        table.add_row("begins with", f"the adapter in {adapter_folder(Path(config.adapter.start))}")
     console.print(table)
     console.out(found.verdict)

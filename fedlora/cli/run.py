@@ -99,9 +99,10 @@ def _which_run(
 def _baselines(config: RunConfig, run_dir: RunDir, number: int | None, terminal: Terminal) -> None:
     from fedlora.data.describe import main_domains
     from fedlora.evaluation.baselines import centralised, local_only, spread_over_domains
+    from fedlora.federation.given_adapter import pins_of, read_start
 
     workspace = open_workspace(config)
-    run_dir.require(workspace.pins)  # of a run that was finished before
+    run_dir.require(pins_of(workspace, read_start(workspace)))  # of a run that was finished before
     everyone = len(workspace.data.clients)
     chosen = spread_over_domains(main_domains(workspace.data), everyone, number or everyone)
     if len(chosen) < everyone:

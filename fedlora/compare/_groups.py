@@ -24,7 +24,12 @@ LONGEST_LABEL = 4000
 NO_SETTING = ("seed", "name", "output", "runtime", "tracking")
 """Keys and tables in which the runs of one setting may differ."""
 
-NAMES = {"class_names": ("task", "data"), "train_data": ("data", "partition"), "test_data": ("data",)}
+NAMES = {
+    "class_names": ("task", "data"),
+    "train_data": ("data", "partition"),
+    "test_data": ("data",),
+    "start": ("adapter",),
+}
 """Part of a run's provenance -> the config tables that name it; all other parts are named by [model]."""
 
 

@@ -58,6 +58,9 @@ class AdapterConfig(Section):
     client's rank / adapter.rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that are zeroed in training."""
+    start: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of an adapter in PEFT's format, or of a finished run, whose values the first round begins with: of the
+    same base, classes, method, modules, rank and alpha. The server reads it, once. None: as the method draws one."""
     options: dict[str, Any] = Field(default={})
     """Other fields of PEFT's config, for methods other than LoRA."""
     targets: Names = ()

@@ -9,9 +9,10 @@ from typing import Any
 
 from fedlora.errors import ConfigError
 
-PATHS = ("model.name", "data.source", "data.test")
-"""Keys whose value may be a path: of a folder with a model, or of a file with data. Where the run's folder goes
-(`output`) is relative to the current folder, always."""
+FOLDERS = ("model.name", "adapter.start")
+PATHS = (*FOLDERS, "data.source", "data.test")
+"""Keys whose value may be a path: of a folder with a model or an adapter, or of a file with data; that of
+`adapter.start` is nothing else. Where the run's folder goes (`output`) is relative to the current folder, always."""
 DATA_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
@@ -42,15 +43,15 @@ def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absolute(key: str, value: str, folder: Path) -> str:
     given = Path(value).expanduser()
-    there = Path(os.path.abspath(folder / given))
-    if there.is_dir() if key == "model.name" else there.is_file():
+    there, here = (Path(os.path.abspath(place / given)) for place in (folder, Path()))
+    exists = Path.is_dir if key in FOLDERS else Path.is_file
+    if exists(there):
         return str(there)
-    here = Path(os.path.abspath(given))
-    if here != there and (here.is_dir() if key == "model.name" else here.is_file()):
+    if here != there and exists(here):
         raise ConfigError(
             f"{key} = {value!r} is in the current folder, but paths in a config are relative to its own folder: "
             f"write {os.path.relpath(here, folder)!r} or {str(here)!r} there",
             code="path-in-current-folder",
         )
-    says_path = value.startswith(("~", "./", "../")) or (key != "model.name" and given.suffix.lower() in DATA_FILES)
-    return str(there) if says_path else value
+    is_path = value.startswith(("~", "./", "../")) or key == "adapter.start"
+    return str(there) if is_path or (key not in FOLDERS and given.suffix.lower() in DATA_FILES) else value

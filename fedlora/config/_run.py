@@ -272,8 +272,11 @@ class RunConfig(Section):
         return RunConfig.model_validate(with_absolute_paths(self.model_dump()))
 
     def digest(self, *sections: str) -> str:
-        """A hash of some sections (all without names): a cache's key."""
-        dump = self.model_dump(mode="json")
+        """A hash of some sections (all without names): a cache's key.
+
+        `adapter.start` is not in it: its values are in the first state, and nobody but the server reads the folder.
+        """
+        dump = self.model_dump(mode="json", exclude={"adapter": {"start"}})
         chosen = {key: dump[key] for key in (sections or sorted(dump))}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -16,6 +16,7 @@ from fedlora.adapter import ALL_PARTS
 from fedlora.config import TrainConfig
 from fedlora.data.describe import main_domains
 from fedlora.errors import ConfigError
+from fedlora.federation.given_adapter import read_start
 from fedlora.rng import derive
 from fedlora.simulation.capacity import cohort_size
 from fedlora.training.cohort import train_cohort
@@ -142,8 +143,9 @@ def _train_and_test(
     """
     workspace.base.rebase(0, ())
     seed = workspace.config.seed
-    start = workspace.base.initial_adapter(seed)
-    base_updates = workspace.base.initial_base_updates(start)
+    given = read_start(workspace)
+    start = workspace.base.initial_adapter(seed) if given is None else given.adapter
+    base_updates = workspace.base.initial_base_updates(start) if given is None else ()
     workspace.base.rebase(len(base_updates), base_updates)
     jobs = [
         TrainJob(start, ALL_PARTS, indices, derive(seed, "baseline", key), client_id=client_id)

@@ -8,14 +8,13 @@ from typing import Any
 from fedlora.aggregators import GlobalState
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError, PrivacyError, RoundError, RunDirError
+from fedlora.errors import ConfigError, PrivacyError, RoundError
 from fedlora.federation.client_pool import ClientPool, RoundRequest
 from fedlora.federation.evaluator import Evaluator
+from fedlora.federation.given_adapter import read_given
 from fedlora.federation.round_record import quorum_of
-from fedlora.model.adapter_files import read_adapter
-from fedlora.provenance import MODEL, Provenance
 from fedlora.runs.place import path_of
-from fedlora.runs.rundir import RunDir, require_provenance
+from fedlora.runs.rundir import RunDir
 from fedlora.training.workspace import Workspace
 
 EVALUATION = "evaluation.json"
@@ -43,21 +42,6 @@ def require_clients_evaluate(config: RunConfig) -> None:
         )
 
 
-def adapter_folder(path: Path) -> Path:
-    """The folder with adapter_config.json, given it or a run's.
-
-    Raises:
-        RunDirError: there is none.
-    """
-    for folder in (path, path / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder.absolute()
-    raise RunDirError(
-        f"{str(path)!r} is neither a finished run nor an adapter: name a folder with adapter_config.json",
-        code="not-an-adapter",
-    )
-
-
 def evaluation_dir(config: RunConfig, root: str | Path | None = None) -> RunDir:
     """The folder, beside the runs, of what the nodes of a deployment measure without training; see `RunDir.create`."""
     path = path_of(config, root)
@@ -74,7 +58,7 @@ def evaluate_adapter(
         config: Of the federation.
         workspace: The server's; needs no examples.
         folder: With the adapter in PEFT's format.
-        callbacks: Told who reports nothing.
+        callbacks: Told who reports nothing, and what is not known of the adapter.
 
     Returns:
         See "federated" of `Evaluator.measure`.
@@ -86,10 +70,10 @@ def evaluate_adapter(
         RoundError: no client is there, or none reports anything.
     """
     require_clients_evaluate(config)
-    made = Provenance.of_adapter(folder)
-    cure = "name the federation that it was trained for, or the model in model.name"
-    require_provenance(made, workspace.pins.only(MODEL), f"the adapter in {str(folder)!r}", cure)
-    state = GlobalState(read_adapter(workspace.base, folder))
+    adapter, notes = read_given(workspace, folder)
+    for note in notes:
+        callbacks.message(note)
+    state = GlobalState(adapter)
     clients = pool.available(0, quorum_of(len(workspace.data.clients), config.server.quorum))
     how = config.evaluation.model_copy(update={"on": "clients", "clients_fraction": 1.0})
     alone = config.model_copy(update={"evaluation": how, "selection": None})

@@ -11,6 +11,7 @@ from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ConfigError, PrivacyError, RoundError
+from fedlora.federation.given_adapter import read_start
 from fedlora.federation.initial_state import first_state, plan_for
 from fedlora.federation.load_rule import load_rule, require_cohort, require_one_start
 from fedlora.federation.plausibility import START_LOSS
@@ -24,14 +25,21 @@ from fedlora.training.stacked_lora import cannot_stack
 from fedlora.training.workspace import Workspace
 
 
-def refuse_early(config: RunConfig, workspace: Workspace) -> None:
+def refuse_early(config: RunConfig, workspace: Workspace, *, begun: bool = False) -> None:
     """Raise for a config whose rule cannot serve its clients, before a run directory is made or an old one removed.
+
+    Args:
+        config: of the run.
+        workspace: opened for it.
+        begun: whether the run goes on from a state that it saved, and needs no `adapter.start` any more.
 
     Raises:
         ConfigError: the rule or one of its fields is unknown or wrong, or the data are the nodes' own.
         RuleError: the rule refuses a client's rank.
         RoundError: more clients are asked for than there are.
         PrivacyError: a private run would not be private with this model or task, or within this epsilon.
+        ModelError: see `fedlora.federation.given_adapter.read_start`.
+        RunDirError: see there.
     """
     if brought_by_nodes(config):
         raise ConfigError(
@@ -40,7 +48,7 @@ def refuse_early(config: RunConfig, workspace: Workspace) -> None:
             code="nodes-bring-data",
         )
     rule = load_rule(config)
-    state = first_state(rule, workspace.base, config.seed)
+    state = first_state(rule, workspace.base, config.seed, None if begun else read_start(workspace))
     clients = range(len(workspace.data.clients))
     plans = (
         plan_for(rule, state, ClientSpec(client_id, workspace.base.layout(config.clients.rank_of(client_id))))

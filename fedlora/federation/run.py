@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedlora.data.describe import describe_partition
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ExportError, FedloraError, RunDirError
 from fedlora.federation.client_pool import ClientPool
+from fedlora.federation.given_adapter import pins_of, read_start
 from fedlora.federation.privacy_account import PrivacyAccount, open_account
 from fedlora.federation.run_files import RunFiles
 from fedlora.federation.selection import Best, Selection
@@ -30,6 +31,12 @@ from fedlora.training.export import export_adapter
 from fedlora.training.origin import origin_of
 from fedlora.training.own_loop import said_of_loops
 from fedlora.training.workspace import Workspace, open_workspace
+
+OF_THIS_RUN = (
+    "; it covers what this run trained, and not the data behind the adapter that it began with (adapter.start): these "
+    "must be public or have a claim of their own, and where they are the same examples the two add up"
+)
+"""What a private run's claim leaves out where the run began with an adapter."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,16 @@ def run_federation(
                     f"{rundir.path / PROVENANCE} is missing: whether base and data are still those that the run was "
                     "made with is not known"
                 )
-        rundir.pin(workspace.pins)
+        start = None if resume and rundir.begun else read_start(workspace)
+        rundir.pin(pins_of(workspace, start))
         state = rundir.resume() if resume else None
         rundir.note_environment(
             **workspace.machine.facts,
             **(workspace.speedups.choices | workspace.settled),
             new_weights=workspace.base.notes,
         )
-        for note in (*overruled(config), *said_of_loops(config), *workspace.base.notes):
+        of_start = () if start is None else start.notes
+        for note in (*overruled(config), *said_of_loops(config), *workspace.base.notes, *of_start):
             told.message(note)
         if config.privacy is None and not brought_by_nodes(config):  # sizes and label counts are the clients' own
             rundir.write_json("partition.json", describe_partition(workspace.data))
@@ -104,7 +113,7 @@ def run_federation(
         with tracked(told, config, rundir) as trackers:
             everybody = Callbacks(RunFiles(rundir, workspace), *callbacks, *trackers)
             server = FederatedServer(pool, config, rule, workspace, account, everybody, str(rundir.path))
-            state = server.run(state, rundir.read_metrics())
+            state = server.run(state, rundir.read_metrics(), start)
             outcome = _finish(state, config, workspace, rundir, account)
     claim = (rundir.read_json("result.json") or {}).get("privacy")
     if claim is not None:
@@ -128,15 +137,18 @@ def _finish(
         state = _best(rundir, selection.best)
     adapter, error = equivalent_adapter(state, config.adapter.export_rank or sys.maxsize)
     claim = account.summary(records)
+    if claim.get("epsilon") is not None and config.adapter.start is not None:
+        claim["statement"] += OF_THIS_RUN
     kept = next(record for record in records if record["round"] == state.round)
-    origin = origin_of(config, kept, claim.get("statement"))
+    began = rundir.provenance.start
+    origin = origin_of(config, kept, claim.get("statement"), began)
     refusal: ExportError | None = None
     checked: dict[str, Any] = {}
     facts: dict[str, Any] = {
         "strategy": config.strategy.name,
         "rounds": str(state.round),
         "base": config.model.name,
-        "provenance": workspace.pins.only(MODEL).known,
+        "provenance": replace(workspace.pins.only(MODEL), start=began).known,
     }
     try:
         checked["logits_difference"] = export_adapter(
@@ -147,7 +159,7 @@ def _finish(
     shutil.rmtree(rundir.last_adapter_dir, ignore_errors=True)
     if state.round != last_state.round:
         final = next(record for record in records if record["round"] == last_state.round)
-        origin = origin_of(config, final, claim.get("statement"))
+        origin = origin_of(config, final, claim.get("statement"), began)
         checked |= _export_last(last_state, config, rundir, facts, origin)
     last = {key: value for key, value in kept.items() if key not in ("clients", "asked", "answered")}
     result = {"rounds": last_state.round, "relative_error": error, "export": checked, "last": last}

@@ -23,6 +23,7 @@ from fedlora.federation.checks import clients_wanted, require_servable
 from fedlora.federation.client_pool import ClientInfo, ClientPool, PartialAggregate, RoundRequest, nobody
 from fedlora.federation.client_store import last_used
 from fedlora.federation.evaluator import Evaluator
+from fedlora.federation.given_adapter import Start
 from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import makes_models, require_one_start
 from fedlora.federation.planner import Planner
@@ -88,12 +89,15 @@ class FederatedServer:
         self._said_unchecked = False
         self._selection: Selection | None = None
 
-    def run(self, state: GlobalState | None, history: Sequence[Mapping[str, Any]]) -> GlobalState:
+    def run(
+        self, state: GlobalState | None, history: Sequence[Mapping[str, Any]], start: Start | None = None
+    ) -> GlobalState:
         """All rounds that are left.
 
         Args:
             state: Of the last checkpoint, or None to start.
             history: Lines of metrics so far.
+            start: The adapter that a new run begins with; None: as the method draws one.
 
         Returns:
             The state after the last round.
@@ -101,7 +105,7 @@ class FederatedServer:
         everybody = len(self.workspace.data.clients)
         self.clients = self.pool.available(0, quorum_of(everybody, self.config.server.quorum))
         fresh = state is None
-        state = state or first_state(self.rule, self.workspace.base, self.config.seed)
+        state = state or first_state(self.rule, self.workspace.base, self.config.seed, start)
         known = self.account.base_of(state)
         self._digests[state.base_version] = chain_digest("", state.base_updates) if known is None else known
         self._median_change, self._median_loss = median_change(history), median_loss(history)

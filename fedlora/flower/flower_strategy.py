@@ -166,9 +166,12 @@ class FedLoraStrategy(FedAvg):
 
 def initial_arrays(config: RunConfig) -> ArrayRecord:
     """The initial adapter of a config as plain PEFT tensors: what a strategy starts with."""
+    from fedlora.federation.given_adapter import read_start
     from fedlora.training import open_workspace
 
-    adapter = open_workspace(config).base.initial_adapter(config.seed)
+    workspace = open_workspace(config)
+    start = read_start(workspace)
+    adapter = workspace.base.initial_adapter(config.seed) if start is None else start.adapter
     return record_of({peft_name(name): value for name, value in adapter.tensors().items()})
 
 

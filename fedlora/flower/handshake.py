@@ -48,9 +48,10 @@ def ledger_seen(content: RecordDict) -> str:
 def shared(config: RunConfig, pins: Provenance) -> Provenance:
     """The parts that server and nodes have in common: data only where all read the same source.
 
-    The base model is not among them: its fingerprint has a check of its own, on the server.
+    The base model is not among them: its fingerprint has a check of its own, on the server. Nor is the adapter that the
+    run began with, whose values nodes are sent.
     """
-    parts = set(WORDS) - {"base"}
+    parts = set(WORDS) - {"base", "start"}
     return pins.only(parts - set(DATA) if config.data.source == NODES else parts)
 
 

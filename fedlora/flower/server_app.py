@@ -14,11 +14,11 @@ from fedlora.config import RunConfig
 from fedlora.errors import FedloraError
 from fedlora.federation.adapter_evaluation import (
     EVALUATION,
-    adapter_folder,
     evaluate_adapter,
     evaluation_dir,
     require_clients_evaluate,
 )
+from fedlora.federation.given_adapter import adapter_folder
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.run import RunOutcome, run_federation
 from fedlora.files import write_atomically

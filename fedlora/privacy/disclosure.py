@@ -44,8 +44,8 @@ HEADS: Final[Mapping[str, frozenset[str]]] = {
 and random names, by which a ledger that was rolled back is known: it tells whether the client has spent since, and
 nothing of any example."""
 
-PROVENANCE: Final = frozenset({"base", "tokenizer", "chat_template", "processor", "class_names", "test_data"})
-"""Keys of provenance.json: no hash of training data."""
+PROVENANCE: Final = frozenset({"base", "tokenizer", "chat_template", "processor", "class_names", "test_data", "start"})
+"""Keys of provenance.json: no hash of training data. The starting adapter is in the run's first checkpoint anyway."""
 
 FILES: Final = frozenset(
     {

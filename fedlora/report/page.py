@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedlora import __version__
 from fedlora.files import write_atomically
-from fedlora.passed_in import last_part, shown
+from fedlora.passed_in import adapter_name, last_part, shown
 from fedlora.progress import format_bytes, format_metric, format_seconds
 from fedlora.report import _clients, _learning, _setup
 from fedlora.report._blocks import Block
@@ -61,6 +61,7 @@ def render_report(facts: Facts) -> str:
         config=facts.config,
         model=last_part(shown(facts.config.model.name)),
         data=last_part(shown(facts.config.data.source)),
+        start=adapter_name(facts.config.adapter.start) if facts.config.adapter.start else "",
         tiles=list(_tiles(facts)),
         warnings=warnings(facts),
         sections=sections,

@@ -36,6 +36,11 @@ class Checkpoints:
         self._known: dict[str, BaseUpdate] = {}  # what is known to be in merges/, by file name
 
     @property
+    def there(self) -> bool:
+        """Whether there is any state."""
+        return bool(self._list())
+
+    @property
     def last_round(self) -> int:
         """Round of the newest state; 0 where there is none."""
         found = self._list()

@@ -191,6 +191,11 @@ class RunDir:
         return max(int(result["rounds"]), self._checkpoints.last_round)
 
     @property
+    def begun(self) -> bool:
+        """Whether a state was saved, so that a resume goes on from it and needs nothing of what the run began with."""
+        return self._checkpoints.there
+
+    @property
     def finished(self) -> bool:
         """Whether the run came to its end, that of the config it was opened with."""
         result = self.read_json("result.json")

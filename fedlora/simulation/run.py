@@ -38,15 +38,20 @@ from fedlora.training.row_groups import pass_cost
 from fedlora.training.workspace import Workspace, open_workspace
 
 
-def refuse_early(config: RunConfig, workspace: Workspace) -> None:
+def refuse_early(config: RunConfig, workspace: Workspace, *, begun: bool = False) -> None:
     """Raise for a config that cannot be simulated, before a run directory is made or an old one removed.
+
+    Args:
+        config: of the run.
+        workspace: opened for it.
+        begun: see `fedlora.federation.checks.refuse_early`.
 
     Raises:
         ConfigError: Ray is asked for and missing.
         FedloraError: see `fedlora.federation.checks.refuse_early`.
     """
     require_ray(config)
-    checks.refuse_early(config, workspace)
+    checks.refuse_early(config, workspace, begun=begun)
 
 
 def run_simulation(
@@ -107,7 +112,7 @@ def evaluate_in_simulation(
     workspace = open_workspace(config)
     if run is not None:
         run.require(workspace.pins, PUT_BACK)
-    refuse_early(config, workspace)
+    refuse_early(config, workspace, begun=True)  # with another adapter than that of `adapter.start`
     told = Callbacks(*callbacks)
     with _pool(config, load_rule(config), workspace, None, NOWHERE, None, told) as pool:
         return evaluate_adapter(pool, config, workspace, folder, told)

@@ -78,7 +78,7 @@ def complete(config: RunConfig, keep: Keep, on_round: Callable[[int], None]) -> 
     if there and (run := RunDir.open(path, config, same=True)).finished:
         run.slim(keep)
         return
-    refuse_early(config, open_workspace(config))
+    refuse_early(config, open_workspace(config), begun=there and run.begun)
     run = RunDir.open(path, config, same=True) if there else RunDir.create(config)
     try:
         run_simulation(config, run, _Rounds(on_round), resume=there)

@@ -80,7 +80,7 @@ def own_data(tiny_config: MakeConfig) -> RunConfig:
     return tiny_config().model_copy(update={"data": data, "partition": partition})
 
 
-@pytest.mark.parametrize("part", sorted(set(WORDS) - {"base"}))
+@pytest.mark.parametrize("part", sorted(set(WORDS) - {"base", "start"}))
 def test_a_node_says_what_of_its_own_is_not_the_servers(tiny_config: MakeConfig, part: str) -> None:
     other = replace(EVERYTHING, **{part: "another"})
     config = tiny_config()
@@ -88,6 +88,14 @@ def test_a_node_says_what_of_its_own_is_not_the_servers(tiny_config: MakeConfig,
     require_same_ground(question(config, other), config, replace(EVERYTHING, **{part: None}))  # it has no such thing
     with raises(ReplyError, "other-provenance", WORDS[part]):
         require_same_ground(question(config, EVERYTHING), config, other)
+
+
+def test_where_a_run_began_is_the_servers_alone(tiny_config: MakeConfig) -> None:
+    config, node = tiny_config("adapter.start=/a/folder"), tiny_config("adapter.start=/another")
+    asked = question(config, EVERYTHING)
+    assert "start" not in json.loads(str(asked.config_records["hello"]["provenance"]))
+    require_same_config(asked, node)
+    require_same_ground(asked, node, replace(EVERYTHING, start="another"))
 
 
 @pytest.mark.parametrize("part", DATA)

@@ -475,6 +475,8 @@ def test_seeds_on_another_base_of_the_same_name_are_not_pooled(tmp_path: Path) -
         ("train_data", (), True),
         ("train_data", ("data.source=/data/another.csv",), False),
         ("class_names", ("task.labels=['b', 'a']",), False),
+        ("start", (), True),
+        ("start", ("adapter.start=/data/another",), False),
     ],
 )
 def test_between_runs_on_things_that_changed_under_one_name_there_is_no_verdict(

@@ -107,6 +107,10 @@ def test_another_name_in_an_open_table_drops_the_other_ones_fields() -> None:
         ("train.bf16=true", "unknown-key", ("model.dtype = 'bfloat16'",)),
         ("adapter.r=4", "unknown-key", ("adapter.rank here",)),
         ("adapter.use_rslora=true", "unknown-key", ("adapter.method = 'rslora'",)),
+        ("adapter.from=a", "unknown-key", ("'adapter.from'", "adapter.start here")),
+        ("adapter.adapter_name_or_path=a", "unknown-key", ("adapter.start here",)),
+        ("model.lora_model_dir=a", "unknown-key", ("adapter.start here",)),
+        ("train.resume_from=a", "unknown-key", ("adapter.start", "--resume")),
         ("num_rounds=4", "unknown-key", ("rounds here",)),
         ("train.batchsize=3", "unknown-key", ("'train.batchsize'", "'batch_size'")),
         ("rounds=0", "bad-value", ("rounds", "0")),
@@ -241,6 +245,23 @@ def test_names_of_assets_and_of_the_hub_are_no_paths(project: Path) -> None:
     path.write_text("[model]\nname = 'some-org/some.model'\n[data]\nsource = 'vader'\ntest = 'validation'")
     assert paths(load_config(path)) == ("some-org/some.model", "vader", "validation")
     assert load_config(path).output == "runs"
+
+
+def test_a_start_is_a_folder_of_its_config_wherever_one_stands_and_decides_nothing_that_is_opened(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = project / "configs" / "run.toml"
+    for name, there in (("bert", "configs/bert"), ("gone", "configs/gone"), ("runs/gone", "configs/runs/gone")):
+        path.write_text(f"[adapter]\nstart = {name!r}")
+        config = load_config(path)
+        assert config.adapter.start == str(project / there)
+        assert config.digest() == load_config(path, ["adapter.start="]).digest()
+        assert "/configs/" in config.to_toml()
+    monkeypatch.chdir(project / "elsewhere")
+    (project / "elsewhere" / "only").mkdir()
+    path.write_text("[adapter]\nstart = 'only'")
+    with raises(ConfigError, "path-in-current-folder", "adapter.start = 'only'", "'../elsewhere/only'"):
+        load_config(path)
 
 
 def test_a_missing_file_is_named_where_it_was_looked_for(project: Path) -> None:
