@@ -139,10 +139,13 @@ class Drift(Around):
             require_fit(update, plan)
             clients[0] = require_fact(update, "clients")
             after, who = update.adapter.tensors(), _of(update.client_id)
-            for name, before in plan.adapter.tensors(plan.sends).items():
+            starts = plan.adapter.tensors(plan.sends)
+            # What stays is allocated before what is freed again: in turn they would leave the heap full of holes.
+            kept = {name: torch.empty_like(value, dtype=_kept_dtype(value)) for name, value in starts.items()}
+            for name, before in starts.items():
                 own, mean = (_held(state.memory, f"{key}{name}", before) for key in (who, MEAN))
-                now = self.variate(own, mean, after[name].double() - before.double(), update)
-                memory[f"{who}{name}"] = now.to(torch.promote_types(before.dtype, torch.float32))
+                kept[name].copy_(self.variate(own, mean, after[name].double() - before.double(), update))
+            memory.update({f"{who}{name}": value for name, value in kept.items()})
             memory[f"{WEIGHT}{update.client_id}"] = torch.tensor(update.num_examples, dtype=torch.float64)
             yield update
             del update
@@ -246,6 +249,10 @@ class FedDyn(Drift):
 
 def _of(client_id: int) -> str:
     return f"{CLIENT}{client_id}/"
+
+
+def _kept_dtype(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 def _held(memory: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
