@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.made_runs import make_run
 
+from fedlora.adapter import AdapterState, LoraPair
+from fedlora.aggregators import ClientUpdate, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.runs.outcomes import write_outcomes
 from fedlora.sweep import _workers
+from fedlora.testing import broken_laws
 
 FOLDER = Path(__file__).parents[2] / "simulations"
 SWEEPS = sorted(path.parent.name for path in FOLDER.glob("*/config.toml"))
-GROWING = ("attacks", "ranks")
+GROWING = ("attacks", "features", "ranks")
 """Whose results.csv has what is done, from which the rest goes on."""
 
 
@@ -87,6 +91,62 @@ def test_the_table_is_that_of_the_results(name: str, tmp_path: Path, monkeypatch
     assert table == (FOLDER / name / "table.md").read_text()
     assert all(line in (FOLDER / name / "README.md").read_text() for line in table.splitlines())
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_features_goes_beyond_the_rates_it_begins_with_and_repeats_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("features", tmp_path, monkeypatch)
+    asked: list[tuple[str, str, int, float]] = []
+
+    def one_run(setting: str, rule: str, seed: int, lr: float) -> dict[str, float]:
+        asked.append((setting, rule, seed, lr))
+        best = 0.0018 if rule == "FLoRA" else 0.01
+        accuracy = 0.8 - abs(np.log(lr / best)) / 10 + 0.02 * (rule == "LoRA-FAIR") + seed / 1000
+        return {"accuracy": accuracy, "before": accuracy - 0.01, "worst domain": 0.5, "aggregation error": 0.1}
+
+    monkeypatch.setattr(module, "one_run", one_run)
+    monkeypatch.setattr("sys.argv", ["run.py", "--results", str(tmp_path / "there")])
+    module.main()
+    chosen = {(rule, lr) for _, rule, seed, lr in asked if seed != 100}
+    assert chosen == {(rule, 0.0018 if rule == "FLoRA" else 0.01) for rule in module.RULES}
+    assert {seed for _, _, seed, _ in asked} == {0, 4, 100}
+    assert {rule for setting, rule, *_ in asked if setting == module.LONGER} == set(module.SOME)
+    assert sum(rule == "FLoRA" and seed == 100 for _, rule, seed, _ in asked) == 2 * 5, "one beyond the best, too"
+    text = (tmp_path / "there" / "table.md").read_text()
+    assert "| LoRA-FAIR | 0.01 | 82.2 ± 2.5 | 50.0 ± 0.0 | 2.0 ± 0.0 |  | 1.0 ± 0.0 | 0.1 |" in text
+    assert (tmp_path / "there" / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    count = len(asked)
+    module.main()
+    assert len(asked) == count
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_fair_of_a_corrects_a_where_lora_fair_corrects_b(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(B^T B + lambda I) A = B^T D*/s + lambda mean(A): the normal equations of its own objective."""
+    monkeypatch.syspath_prepend(str(FOLDER / "features"))
+    rule = load_aggregator("fair_of_a:FairOfA", {"regularisation": scale})
+    draw = np.random.default_rng(0)
+    factors = [(draw.normal(size=(2, 5)), draw.normal(size=(7, 2)), weight) for weight in (0.5, 0.2, 0.3)]
+    adapters = [
+        AdapterState({"m": LoraPair(torch.from_numpy(A), torch.from_numpy(B), 2.0)}, {"head": torch.ones(1) * weight})
+        for A, B, weight in factors
+    ]
+    updates = [ClientUpdate(k, one, factors[k][2]) for k, one in enumerate(adapters)]
+    found = rule.aggregate(rule.init(adapters[0]), updates).adapter
+    A, B = found.pairs["m"].A.numpy(), found.pairs["m"].B.numpy()
+    mean = sum(weight * A for A, _, weight in factors)
+    ideal = sum(weight * B @ A for A, B, weight in factors)
+    np.testing.assert_allclose(B, sum(weight * B for _, B, weight in factors))
+    np.testing.assert_allclose(B.T @ B @ A + scale * A, B.T @ ideal + scale * mean)
+    assert float(found.dense["head"]) == pytest.approx(0.5**2 + 0.2**2 + 0.3**2)
+
+
+@pytest.mark.slow
+def test_fair_of_a_breaks_no_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER / "features"))
+    assert not broken_laws(load_aggregator("fair_of_a:FairOfA"))
 
 
 @pytest.mark.slow
