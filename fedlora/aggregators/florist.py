@@ -65,8 +65,10 @@ class Florist(Aggregator):
         """
         after = Flora().aggregate(state, updates)
         *log, last = after.base_updates
-        change: dict[str, LoraPair] = {}
-        for name, pair in last.change.pairs.items():
+        stacks, change = dict(last.change.pairs), dict[str, LoraPair]()
+        after, last = replace(after, base_updates=()), replace(last, change=AdapterState())
+        for name in list(stacks):
+            pair = stacks.pop(name)  # nobody else holds it: its memory is the next one's
             found = svd([(1.0, pair)], lambda S: rank_of_energy(S, self.energy))
             change[name] = found.pair(len(found.S), dtype=pair.A.dtype)
         metrics = {"florist/rank": sum(pair.rank for pair in change.values()) / len(change)} if change else {}

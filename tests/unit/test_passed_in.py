@@ -17,6 +17,7 @@ from support.errors import raises
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
 import fedlora
+from fedlora.api import resolve_config
 from fedlora.model.fingerprint import fingerprint
 from fedlora.passed_in import keep_model
 
@@ -168,11 +169,11 @@ def test_a_private_run_s_files_hold_no_hash_of_its_data(tiny_toml: Path, tiny_cs
     changes: dict[str, Any] = {"privacy": privacy, "server": {"aggregation_error": False, "weighting": "uniform"}}
     names = []
     for key in ("one", "two"):  # two caches, two keys
-        config = fedlora.api.resolve_config(tiny_toml, {**changes, "dataset": frame})
+        config = resolve_config(tiny_toml, {**changes, "dataset": frame})
         names.append(config.data.source)
-        assert fedlora.api.resolve_config(tiny_toml, {**changes, "dataset": frame}) == config
+        assert resolve_config(tiny_toml, {**changes, "dataset": frame}) == config
         (tmp_path / "cache" / "passed-in").rename(tmp_path / key)
-    public = fedlora.api.resolve_config(tiny_toml, {"dataset": frame}).data.source
+    public = resolve_config(tiny_toml, {"dataset": frame}).data.source
     assert len({*names, public}) == 3
 
 
@@ -255,4 +256,4 @@ def test_what_cannot_be_passed_in_is_one_line(tiny_toml: Path, given: dict[str, 
 
 
 def test_the_table_of_the_clients_is_still_a_table(tiny_toml: Path) -> None:
-    assert fedlora.api.resolve_config(tiny_toml, {"clients": {"ranks": [2, 3]}}).clients.ranks == (2, 3)
+    assert resolve_config(tiny_toml, {"clients": {"ranks": [2, 3]}}).clients.ranks == (2, 3)
