@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedlora.errors import PrivacyError
 from fedlora.memory import free_bytes, widest
+from fedlora.privacy.four_bits import computed_exactly
 from fedlora.privacy.hooks import attach, backward, detach, per_sample_gradients
 
 BatchLosses = Callable[[torch.nn.Module, dict[str, Tensor], Sequence[int]], Tensor]
@@ -292,6 +292,7 @@ def widened(model: torch.nn.Module) -> Iterator[float]:
 
     Gives the relative difference up to which two ways to compute the same count as equal: layers that compute in
     float32 whatever their input (RMSNorm, rotary embeddings) round at 1e-7, and mixed-up examples differ by percents.
+    Layers of 4 bits are computed from their decoded weights, since their own kernels have 32 bits at most.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype.is_floating_point]
     wide = torch.float64
@@ -301,19 +302,12 @@ def widened(model: torch.nn.Module) -> Iterator[float]:
     else:
         wide = torch.float16  # no dtype below is narrower
     kept = [(t, t.data) for t in tensors if t.dtype.itemsize < wide.itemsize]
-    # Layers of 4 bits (bitsandbytes) compute in a dtype of their own, of at most 32 bits.
-    computing: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)]
-    before = [module.compute_dtype for module in computing]
     try:
         for tensor, data in kept:
             tensor.data = data.to(wide)
-        for module in computing:
-            module.compute_dtype = torch.float32
-        rounding = COARSEST * torch.finfo(torch.float32).eps if computing else 0.0
-        yield max(rounding, 1e-5 if wide == torch.float64 else _tolerance(model))
+        with computed_exactly(model):
+            yield 1e-5 if wide == torch.float64 else _tolerance(model)
     finally:
-        for module, dtype in zip(computing, before, strict=True):
-            module.compute_dtype = dtype
         for tensor, data in kept:
             tensor.data = data
 

@@ -18,31 +18,34 @@ from fedlora.tasks.image_classification import Pixels
 
 VOCABULARY = 60
 SIDE = 16
-SMALL: dict[str, int] = {
-    name: value
-    for value, names in {
-        16: "hidden_size d_model n_embd dim embedding_size emb_dim word_embed_proj_dim embed_dim input_embedding_size",
-        32: "intermediate_size n_inner hidden_dim d_inner ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff "
+"""Of a picture, in pixels."""
+NAMED: dict[str, tuple[int, str]] = {
+    "width": (
+        16,
+        "hidden_size d_model n_embd dim embedding_size emb_dim word_embed_proj_dim embed_dim input_embedding_size",
+    ),
+    "inner width": (
+        32,
+        "intermediate_size n_inner hidden_dim d_inner ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff "
         "moe_intermediate_size shared_expert_intermediate_size dff",
-        2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
-        "num_key_value_heads num_kv_heads",
-        4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads patch_size",
-        VOCABULARY: "vocab_size",
-        128: "max_position_embeddings n_positions n_ctx max_seq_len",
-        SIDE: "image_size",
-        3: "num_labels num_channels",
-    }.items()
-    for name in names.split()
+    ),
+    "layers": (2, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers"),
+    "key and value heads": (2, "num_key_value_heads num_kv_heads"),
+    "heads": (4, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
+    "patch": (4, "patch_size"),
+    "vocabulary": (VOCABULARY, "vocab_size"),
+    "positions": (128, "max_position_embeddings n_positions n_ctx max_seq_len"),
+    "side": (SIDE, "image_size"),
+    "classes and channels": (3, "num_labels num_channels"),
 }
+"""What a size is of -> the size, and what transformers' configs call it."""
+SMALL = {name: value for value, names in NAMED.values() for name in names.split()}
 OWN: dict[str, dict[str, Any]] = {
-    "Albert": {"embedding_size": 16},
-    "Funnel": {"block_sizes": [1, 1], "d_head": 4, "d_inner": 32},
+    "Funnel": {"block_sizes": [1, 1], "d_head": 4},
     "GPTNeo": {"attention_types": [[["global", "local"], 1]]},
-    "MobileBert": {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16, "hidden_size": 16},
+    "MobileBert": {"intra_bottleneck_size": 16, "true_hidden_size": 16},
     "Nystromformer": {"segment_means_seq_len": 8, "num_landmarks": 8},
-    "SqueezeBert": {"embedding_size": 16},
     "T5": {"d_kv": 4},
-    "XLNet": {"d_inner": 32},
     "Yoso": {"use_expectation": True},
 }
 """What a family needs beside the common sizes."""

@@ -17,6 +17,7 @@ import torch
 from random_models import loaded
 from support.errors import raises
 from torch import Tensor
+from torch.nn import Module
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.aggregators import Aggregator, ClientSpec, GlobalState
@@ -263,6 +264,7 @@ def test_room_is_left_for_what_rounding_adds(dtype: str, others: int, tmp_path: 
             *product(["Llama", "GPT2"], ["CausalLM"], ["cohort", "opacus"]),
             ("ViT", "ImageClassification", "cohort"),
             *product(["Bert"], ["Regression", "MultiLabel", "TokenClassification"], ["cohort", "opacus"]),
+            *product(["T5", "Bart"], ["Seq2Seq"], ["cohort", "opacus"]),
             ("Llama", "Preference", "cohort"),
         ],
         ("Llama", "CausalLM", "cohort"),
@@ -277,6 +279,26 @@ def test_one_example_more_moves_the_sum_over_a_base_in_4_bits_by_no_more_than_c(
     # Opacus's step is taken back through float32 parameters, which round.
     most = 1.01 if path == "opacus" else 1.0
     assert 0.4 < largest_movement(base, task, examples, path, added=20, others=3) <= most
+
+
+@pytest.mark.parametrize(("kind", "width"), tiers([("T5", 512), ("Bart", 1024)], ("T5", 512)))
+def test_a_wide_base_in_4_bits_is_refused_for_coupling_and_not_for_rounding(
+    kind: str, width: int, tmp_path: Path
+) -> None:
+    """Attention over wide random layers makes of bitsandbytes' rounding some thousandths of a gradient."""
+    pytest.importorskip("bitsandbytes")
+    base, task, examples = loaded(tmp_path, kind, "Seq2Seq", dtype="float32", quantize="nf4", d_model=width)
+    checked(base, task, examples)
+    assert 0.4 < largest_movement(base, task, examples, "cohort", added=4, others=3, expected=3) <= 1.0
+    base.checked.clear()
+    encoder = base.model.get_encoder()  # type: ignore[operator]
+
+    def mix(module: Module, given: object, states: Tensor) -> Tensor:
+        return states - 1e-4 * states[:, :1].mean(0)
+
+    (encoder.final_layer_norm if kind == "T5" else encoder.layernorm_embedding).register_forward_hook(mix)
+    with raises(PrivacyError, "examples-coupled"):
+        checked(base, task, examples)
 
 
 def test_a_bfloat16_base_clips_lower_and_float64_does_not() -> None:
