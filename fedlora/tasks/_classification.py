@@ -12,11 +12,12 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,9 +25,12 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
-from fedlora.tasks._base import Batch, Examples, Task, wide
+from fedlora.tasks._base import Batch, Examples, Table, Task, wide
 from fedlora.tasks._class_figures import class_figures, class_sums, figures_by_class, require_class_sums
 from fedlora.tasks._text import require_encodable
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Of a class in the loss."""
 
 
 class Classification(Task):
@@ -34,6 +38,8 @@ class Classification(Task):
 
     metric: ClassVar[str] = "accuracy"
     has_classes: ClassVar[bool] = True
+    labels: tuple[str, ...]
+    class_weights: Mapping[str, float]
     label_smoothing: float
 
     @abstractmethod
@@ -50,9 +56,26 @@ class Classification(Task):
         return [labels[place % len(labels)] for place in range(4)] if role == "label" else None
 
     def losses(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b"]:
-        """Cross entropy of each example in nats, with the labels smoothed."""
-        logits, smoothing = wide(self.logits(model, batch)), self.label_smoothing
-        return functional.cross_entropy(logits, batch["labels"], reduction="none", label_smoothing=smoothing)
+        """Cross entropy of each example in nats, with the labels smoothed and the classes weighed."""
+        logits = wide(self.logits(model, batch))
+        weights = None
+        if self.class_weights:
+            names: Mapping[int, str] = model.config.id2label  # type: ignore[union-attr, assignment]
+            weights = logits.new_tensor([self.class_weights.get(names[k], 1.0) for k in range(len(names))])
+        return functional.cross_entropy(
+            logits, batch["labels"], weights, reduction="none", label_smoothing=self.label_smoothing
+        )
+
+    def classes(self, table: Table, column: str, model: str | Path | Checkpoint) -> tuple[tuple[str, ...], np.ndarray]:
+        """See `classes_of`; refuses a weight for what is no class."""
+        names, ids = classes_of(table.columns[column], column, self.labels or table.label_names, model)
+        if unknown := self.class_weights.keys() - set(names):
+            one = min(unknown)
+            raise ConfigError(
+                f"task.class_weights has {_shown(one)}, which is not a class; {_nearest_class(one, names)}",
+                code="label-not-a-class",
+            )
+        return names, ids
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Float[Tensor, "b"]]:
         """For each example "loss" in nats, the numbers "label" and "predicted" of classes, "probabilities" [b, c]."""

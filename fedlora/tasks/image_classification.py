@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, overload
@@ -26,7 +26,7 @@ from fedlora.hashing import Stamp
 from fedlora.provenance import config_digest
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, tasks
-from fedlora.tasks._classification import Classification, classes_of
+from fedlora.tasks._classification import Classification, Weight
 
 SLICE = 256  # pictures that are resized at once
 PATCH_AREA = 256  # pixels that cost about a token where a model has no patches
@@ -83,6 +83,8 @@ class ImageClassification(Classification):
         labels: names of the classes in the order of their numbers. Empty: the source's own names where it has them,
             else the labels found, sorted. A node that reads its own file needs them, since it may lack a class. A
             checkpoint whose head was trained for these very classes keeps its own order of them.
+        class_weights: name of a class -> what the loss of its examples is multiplied with in training; 1 for those that
+            are not named. The loss stays a mean over examples: it is not divided by their weights. Evaluation has none.
         label_smoothing: share of the training target that is spread evenly over all classes (Szegedy et al. 2016, arXiv
             1512.00567, section 7); evaluation has none.
     """
@@ -91,6 +93,7 @@ class ImageClassification(Classification):
     roles: ClassVar[tuple[str, ...]] = ("image", "label")
 
     labels: tuple[str, ...] = ()
+    class_weights: Mapping[str, Weight] = field(default_factory=dict)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
@@ -111,8 +114,7 @@ class ImageClassification(Classification):
             DataError: a picture or a label is missing or not usable; the message names the row (from 0) and the column.
             ModelError: the model folder has no image processor.
         """
-        known = self.labels or table.label_names
-        names, labels = classes_of(table.columns[columns["label"]], columns["label"], known, model_path)
+        names, labels = self.classes(table, columns["label"], model_path)
         processor, channels, patch = _processor(*_place(model_path))
         pixels = _process(processor, table.columns[columns["image"]], columns["image"], channels)
         _, _, height, width = pixels.values.shape

@@ -5,7 +5,8 @@ Shapes: n = examples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from fedlora.assets import Checkpoint
 from fedlora.tasks._base import Examples, Table, tasks
-from fedlora.tasks._classification import Classification, classes_of
+from fedlora.tasks._classification import Classification, Weight
 from fedlora.tasks._text_head import WholeTextHead
 
 
@@ -28,18 +29,21 @@ class TextClassification(WholeTextHead, Classification):
         labels: names of the classes in the order of their numbers. Empty: the source's own names where it has them,
             else the labels found, sorted. A node that reads its own file needs them, since it may lack a class. A
             checkpoint whose head was trained for these very classes keeps its own order of them.
+        class_weights: name of a class -> what the loss of its examples is multiplied with in training; 1 for those that
+            are not named. The loss stays a mean over examples: it is not divided by their weights. Evaluation has none.
         label_smoothing: share of the training target that is spread evenly over all classes (Szegedy et al. 2016, arXiv
             1512.00567, section 7); evaluation has none.
     """
 
     labels: tuple[str, ...] = ()
+    class_weights: Mapping[str, Weight] = field(default_factory=dict)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def targets(
         self, table: Table, column: str, model_path: str | Path | Checkpoint
     ) -> tuple[np.ndarray, tuple[str, ...]]:
         """The class of each example, int64 [n], and the names of the classes."""
-        names, labels = classes_of(table.columns[column], column, self.labels or table.label_names, model_path)
+        names, labels = self.classes(table, column, model_path)
         return labels, names
 
     def model_kwargs(self, examples: Examples) -> dict[str, Any]:

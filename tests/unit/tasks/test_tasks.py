@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,28 @@ def test_a_texts_loss_does_not_depend_on_its_batch(tiny_bert: Path) -> None:
     torch.testing.assert_close(together, alone)
     measures = task.measure(model, task.collate(examples, range(4)))
     torch.testing.assert_close(measures["loss"], together)
+
+
+def test_a_classs_weight_multiplies_the_loss_of_its_examples_in_training_alone(tiny_bert: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    plain, weighed = TextClassification(), TextClassification(class_weights={"pos": 3.0})
+    examples = prepare(tiny_bert, weighed)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, **plain.model_kwargs(examples)).eval()
+    batch = plain.collate(examples, range(4))
+    wanted = plain.losses(model, batch) * torch.tensor([3.0, 1.0, 1.0, 3.0])
+    torch.testing.assert_close(weighed.losses(model, batch), wanted)
+    for name, measured in plain.measure(model, batch).items():
+        assert torch.equal(weighed.measure(model, batch)[name], measured)
+
+
+def test_a_weight_that_cannot_be_meant_is_refused(tiny_bert: Path) -> None:
+    with raises(ConfigError, "label-not-a-class", "task.class_weights", "'positiv'", "did you mean 'pos'"):
+        prepare(tiny_bert, TextClassification(class_weights={"positiv": 2.0}))
+    for bad in (0, -1, math.inf, math.nan):
+        with raises(ConfigError, "bad-value", "class_weights"):
+            load_task(OpenTable(name="text-classification", class_weights={"pos": bad}))
 
 
 class Fixed(torch.nn.Module):
