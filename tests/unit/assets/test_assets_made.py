@@ -16,8 +16,9 @@ from fedlora.assets.cmudict import pretrain as read_aloud
 from fedlora.assets.cmudict import pronunciations
 from fedlora.assets.digit_domains import CHANGES, domain_rows
 from fedlora.assets.hironsan import hironsan_rows
-from fedlora.assets.mitre_attack import attack_rows, pair_rows
+from fedlora.assets.mitre_attack import attack_rows
 from fedlora.assets.smollm2 import write_smollm2
+from fedlora.assets.snli import snli_rows
 from fedlora.assets.vit import pretrain
 
 DRAW = np.random.default_rng(0)
@@ -233,21 +234,14 @@ def test_sentences_of_mitre_attack_are_whole_and_have_all_their_tactics() -> Non
     ]
 
 
-def test_pairs_of_sentences_are_of_one_technique_or_of_two_and_each_sentence_is_in_one() -> None:
-    rows = [
-        {"text": f"{technique} {k}.", "technique": technique, "tactics": ["impact", technique]}
-        for technique, size in (("T1", 9), ("T2", 6), ("T3", 1))
-        for k in range(size)
+def test_pairs_of_snli_are_those_on_which_annotators_agreed() -> None:
+    pairs = [
+        {"gold_label": label, "captionID": "12.jpg#4", "sentence1": "A dog runs.", "sentence2": "It moves."}
+        for label in ("entailment", "-")
     ]
-    pairs = list(pair_rows(rows))
-    assert pairs == list(pair_rows(rows[::-1])), "by what they say alone"
-    said = [text for pair in pairs for text in (pair["first"], pair["second"])]
-    assert len(set(said)) == len(said)
-    for pair in pairs:
-        alike = pair["first"][:2] == pair["second"][:2]
-        assert pair["label"] == ("same" if alike else "different")
-        assert pair["tactic"] == "impact"
-    assert sum(pair["label"] == "same" for pair in pairs) == 4  # two of nine, and two of six, twice each
+    assert list(snli_rows(json.dumps(pair).encode() for pair in pairs)) == [
+        {"premise": "A dog runs.", "hypothesis": "It moves.", "label": "entailment", "image": "12.jpg"}
+    ]
 
 
 def test_pronunciations_are_the_first_ones_of_words_of_some_letters() -> None:
