@@ -1,132 +1,333 @@
-"""Which aggregation rule, when the clients' data and ranks differ?
+"""Which aggregation rule, when the clients' data and ranks differ? See README.md.
 
-    python simulations/rules/run.py            # half an hour of one core; what is done is not repeated
+    fedlora assets digits digits-vit
+    python simulations/rules/run.py    # what is done is not repeated
 
-Four rules on the default task under
-(a) domain shift: each client sees one of four domains;
-(b) domain and label shift: Dirichlet 0.5 over labels inside each domain;
-(c) mixed ranks under (a).
-Each rule has its own learning rate, the best of the middle ones of RATES on a seed that is not among the five that are
-reported; where the best is the largest or the smallest, the next one beyond is tried as well. Rules that cannot take
-mixed ranks run (c) with the smallest client's rank on all clients, which is what such a federation would have to do.
+Each rule has in each setting a learning rate of its own, chosen on a seed that is not reported: see `rate_of`. Robust
+rules are in simulations/attacks, those that make a model for each client in simulations/personal.
 
-The runs are in runs/; writes results.csv, table.md and plot.png beside this file.
+Each run adds a row to results.csv in DIR (beside this file, if none is named), and rows that are there are not run
+again: remove some to repeat them. Writes table.md and plot.png of what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.stats import t
 
-from fedlora.aggregators import Claim, rules
-from fedlora.compare import Run, compare_cases, read_run, render_table
-from fedlora.sweep import Selection, Sweep, grid, run_sweep
-from fedlora.sweep.screen import Screen
+from fedlora.callbacks import Callback
+from fedlora.compare import render_table
+from fedlora.config import load_config
+from fedlora.errors import RoundError
+from fedlora.federation.load_rule import load_rule
+from fedlora.federation.local_clients import LocalClients
+from fedlora.federation.privacy_account import NoPrivacy
+from fedlora.federation.server import FederatedServer
+from fedlora.training import open_workspace
 
 HERE = Path(__file__).resolve().parent
-RULES = {"fedavg": "FedAvg", "ffa": "FFA-LoRA", "flora": "FLoRA", "fair": "LoRA-FAIR"}
-RATES = Selection(
-    grid(["train.lr=0.0001,0.0003,0.001,0.003,0.01,0.03,0.1"]), seed=100, start=("lr=0.001", "lr=0.003", "lr=0.01")
-)
-SEEDS = (0, 1, 2, 3, 4)
-RANKS = (32, 16, 8, 8, 4, 4, 2, 2)
-SETTINGS = {
-    "domain shift": (),
-    "domain and label shift": ('partition.within={name="dirichlet", alpha=0.5}',),
-    "mixed ranks": ("mixed",),
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 1.8, 3.2, 5.6))
+CHOOSES, SEEDS = 100, (0, 1, 2, 3, 4)
+WINDOW = 5
+"""Evaluations, four rounds apart, over which an accuracy is averaged."""
+CLIMBS = 0.01
+"""Gain over the last WINDOW evaluations, which with an interval above zero is called climbing."""
+RANKS = (32, 32, 16, 16, 8, 8, 4, 4, 2, 2)
+KEYS = ["setting", "rule", "lr", "seed"]
+BASE = "FedAvg"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of a table.
+
+    Args:
+        strategy: fields of `[strategy]`.
+        group: of `fedlora strategies`.
+        around: a rate of the ladder: the search begins with it and those two steps below and above.
+        changes: other keys that make it.
+        servers: whether the rate is the server's; the clients then have FedAvg's.
+    """
+
+    strategy: str
+    group: str
+    around: float = 0.0056
+    changes: tuple[str, ...] = ()
+    servers: bool = False
+
+
+SGD = ("train.optimizer=sgd",)
+RULES = {
+    BASE: Rule("name='fedavg'", "baseline"),
+    "FFA-LoRA": Rule("name='ffa'", "exact", 0.01),
+    "FLoRA": Rule("name='flora'", "exact", 0.01),
+    "LoRA-FAIR": Rule("name='fair'", "baseline"),
+    "FedAvg, SGD": Rule("name='fedavg'", "SGD", 0.18, SGD),
+    "SCAFFOLD, SGD": Rule("name='scaffold'", "SGD", 0.18, SGD),
+    "FedDyn": Rule("name='feddyn'", "drift", 0.0032),
+    "RoLoRA": Rule("name='rolora'", "exact", 0.01),
+    "FlexLoRA": Rule("name='flexlora'", "mixed ranks"),
+    "FedSVD": Rule("name='fedsvd'", "exact", 0.01),
+    "Fed-SB, rank 32": Rule("name='fedsb'", "exact", 0.01, ("adapter.rank=32", "adapter.alpha=64")),
+    "RAVAN, rank 64": Rule("name='ravan'", "exact", 0.01, ("adapter.rank=64", "adapter.alpha=128")),
+    "FedAvgM": Rule("name='fedavgm'", "server optimiser", 0.0018),
+    "FedAdam": Rule("name='fedadam'", "server optimiser", 0.018, servers=True),
+    "FedEx-LoRA": Rule("name='fedex'", "exact"),
+    "FedMomentum": Rule("name='fedmomentum'", "mixed ranks"),
+    "FLoRIST": Rule("name='florist'", "mixed ranks", 0.01),
+    "FRLoRA": Rule("name='frlora'", "baseline"),
+    "FedRot-LoRA": Rule("name='fedrot'", "baseline"),
+    "q-FedAvg": Rule("name='qfedavg'", "fairness"),
+    "AFL": Rule("name='afl'", "fairness"),
+    "raFLoRA": Rule("name='raflora'", "mixed ranks"),
+    "HetLoRA": Rule("name='hetlora'", "mixed ranks"),
+    "FedYogi": Rule("name='fedyogi'", "server optimiser", 0.018, servers=True),
+    "FedAdagrad": Rule("name='fedadagrad'", "server optimiser", 0.056, servers=True),
 }
+MIXED = (f"clients.ranks={list(RANKS)}", f"adapter.rank={max(RANKS)}", f"adapter.alpha={2 * max(RANKS)}")
+MIXED_RULES = {
+    BASE: Rule("name='fedavg'", "baseline", changes=("adapter.rank=2", "adapter.alpha=4")),
+    "FedAvg, rank 32": Rule("name='fedavg'", "baseline", 0.0032, ("adapter.rank=32", "adapter.alpha=64")),
+    **{
+        name: Rule(rule.strategy, rule.group, rule.around, MIXED)
+        for name, rule in RULES.items()
+        if name in ("FFA-LoRA", "RoLoRA", "FedSVD", "FLoRA") or rule.group == "mixed ranks"
+    },
+    "FSLoRA": Rule("name='fslora'", "mixed ranks", changes=MIXED),
+}
+"""FSLoRA is FedAvg where all ranks are equal."""
+SETTINGS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Rule]]] = {
+    "label shift": (("partition.alpha=0.1",), RULES),
+    "mixed ranks": (("partition.alpha=1.0",), MIXED_RULES),
+}
+"""Names -> keys, and the rules that are compared, in the order in which they are run; BASE has the smallest client's
+rank where ranks differ."""
+
+# ---------------------------------------------------------------------------------------------------------- the runs
 
 
-def overrides(rule: str, setting: str) -> tuple[str, ...]:
-    """What makes one setting of one rule."""
-    extra = SETTINGS[setting]
-    if extra == ("mixed",):
-        takes = Claim.MIXED_RANKS in rules.get(rule).claims
-        extra = (
-            (f"clients.ranks={list(RANKS)}", f"adapter.rank={max(RANKS)}") if takes else (f"adapter.rank={min(RANKS)}",)
-        )
-    return (f"strategy.name={rule}", *extra)
+class Records(Callback):
+    """The lines of metrics of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[Mapping[str, Any]] = []
+
+    def round_ended(self, record: Mapping[str, Any]) -> None:
+        """Keep it."""
+        self.lines.append(record)
 
 
-def main() -> None:
-    """Choose, run, and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
-    args = parser.parse_args()
-    cells = {f"{setting}, {rule}": (setting, rule) for setting in SETTINGS for rule in RULES}
-    settings = {name: overrides(rule, setting) for name, (setting, rule) in cells.items()}
-    with Screen() as screen:
-        what = Sweep(HERE / "config.toml", HERE / "runs", settings, SEEDS, RATES, args.processes, keep="metrics")
-        outcome = run_sweep(what, screen)
-    if outcome.failed:
-        raise SystemExit(f"{len(outcome.failed)} runs failed: {outcome.failed}")
-    rows = {cells[name]: [read_run(path) for path in cell.runs.values()] for name, cell in outcome.cells.items()}
-    rates = {cells[name]: cell.chosen.removeprefix("lr=") for name, cell in outcome.cells.items()}
-    text = render_table(table(rows, rates), "markdown")
-    (HERE / "table.md").write_text(text)
-    cases = {
-        setting: [run.path for (where, _), runs in rows.items() if where == setting for run in runs]
-        for setting in SETTINGS
+class Results:
+    """The rows of results.csv, one for each run; what is missing is run and added."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = pd.read_csv(path).to_dict("records") if path.exists() else []
+
+    def accuracy(self, setting: str, rule: str, lr: float, seed: int) -> float:
+        """Of a run, at its end."""
+        key = dict(zip(KEYS, (setting, rule, lr, seed), strict=True))
+        found = next((row for row in self.rows if all(row[name] == value for name, value in key.items())), None)
+        if found is None:
+            found = key | one_run(self._changes(setting, rule, lr, seed))
+            self.rows.append(found)
+            pd.DataFrame(self.rows).to_csv(self.path, index=False, float_format="%.6g")
+            print(found, flush=True)
+        return float(found["accuracy"])
+
+    def _changes(self, setting: str, rule: str, lr: float, seed: int) -> list[str]:
+        changes, rules = SETTINGS[setting]
+        one, clients = rules[rule], lr
+        strategy = one.strategy
+        if one.servers:
+            strategy, clients = f"{strategy},lr={lr}", self.rate_of(setting, BASE)
+        return [*changes, *one.changes, f"strategy={{{strategy}}}", f"train.lr={clients}", f"seed={seed}"]
+
+    def tried(self, setting: str, rule: str) -> dict[float, float]:
+        """The rates that were tried, ascending, and the accuracy of each."""
+        rows = [row for row in self.rows if (row["setting"], row["rule"], row["seed"]) == (setting, rule, CHOOSES)]
+        return dict(sorted((row["lr"], row["accuracy"]) for row in rows))
+
+    def best(self, setting: str, rule: str) -> float:
+        """The best of the rates that were tried, the smallest of equals; NaN if there are none."""
+        tried = self.tried(setting, rule)
+        return max(tried, key=tried.__getitem__, default=math.nan)
+
+    def rate_of(self, setting: str, rule: str) -> float:
+        """The best rate of those tried: three two steps apart, as many beyond an end as it takes, and both neighbours
+        of the best."""
+        start = LADDER.index(SETTINGS[setting][1][rule].around)
+        wanted = [start - 2, start, start + 2]
+        tried: dict[int, float] = {}
+        while wanted:
+            tried |= {k: self.accuracy(setting, rule, LADDER[k], CHOOSES) for k in wanted}
+            best = max(sorted(tried), key=tried.__getitem__)
+            ends = {min(tried): [best - 2], max(tried): [best + 2]}
+            wanted = [k for k in ends.get(best, [best - 1, best + 1]) if k not in tried]
+        return LADDER[best]
+
+
+def beside(rate: float) -> tuple[float, float]:
+    """The rates of the ladder below and above."""
+    place = LADDER.index(rate)
+    return LADDER[place - 1], LADDER[place + 1]
+
+
+def one_run(changes: Sequence[str]) -> dict[str, float]:
+    """A run: the accuracy over the last WINDOW evaluations (0 where it ended early), that over those before, the last
+    one, and the bytes that a client sends and receives in a round."""
+    config = load_config(HERE / "config.toml", changes)
+    aggregator, workspace, records = load_rule(config), open_workspace(config), Records()
+    pool = LocalClients(config, aggregator, workspace, cohort=len(workspace.data.clients))
+    try:
+        FederatedServer(pool, config, aggregator, workspace, NoPrivacy(), records).run(None, [])
+    except RoundError as error:  # the state is not finite any more
+        print(error)
+    rounds = len(records.lines) - 1
+    found = [line["accuracy"] for line in records.lines if "accuracy" in line]
+    done = rounds == config.rounds
+    clients = rounds * len(workspace.data.clients)
+    return {
+        "accuracy": float(np.mean(found[-WINDOW:])) if done else 0.0,
+        "before": float(np.mean(found[-2 * WINDOW : -WINDOW])) if done else 0.0,
+        "last": found[-1],
+        "rounds": rounds,
+        "up": sum(line.get("bytes_up", 0) for line in records.lines) / max(1, clients),
+        "down": sum(line.get("bytes_down", 0) for line in records.lines) / max(1, clients),
     }
-    (HERE / "results.csv").write_text(render_table(compare_cases(cases), "csv"))
-    print(text)
-    draw(rows)
 
 
-def table(rows: dict[tuple[str, str], list[Run]], rates: dict[tuple[str, str], str]) -> pd.DataFrame:
-    """A row for each setting and rule."""
-
-    def share(values: list[float | None]) -> str:
-        return "{:.1f} ± {:.1f}".format(*100 * pd.Series(values, dtype=float).agg(["mean", "std"]).fillna(0))
-
-    def mean(values: list[float]) -> float:
-        return float(pd.Series(values).mean())
-
-    lines = [
-        [
-            setting,
-            rule,
-            rates[setting, rule],
-            share([run.final for run in runs]),
-            share([run.worst_domain for run in runs]),
-            f"{mean([run.by_round('aggregation_error').mean() for run in runs]):.2g}",
-            f"{mean([run.by_round('bytes_up').sum() for run in runs]) / 1e6:.1f}",
-            f"{mean([run.by_round('bytes_down').sum() for run in runs]) / 1e6:.1f}",
-        ]
-        for (setting, rule), runs in rows.items()
-    ]
-    header = ["setting", "rule", "lr", "accuracy, %", "worst domain, %", "aggregation error", "MB up", "MB down"]
-    return pd.DataFrame(lines, columns=header)
+# ------------------------------------------------------------------------------------------------ what is written
 
 
-def draw(rows: dict[tuple[str, str], list[Run]]) -> None:
-    """One panel a setting: each seed a dot, the mean a bar."""
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of its 95% interval by Student's t; infinite of one value."""
+    found = np.asarray(values)
+    if len(found) < 2:
+        return float(found.mean()), math.inf
+    half = float(t.ppf(0.975, len(found) - 1)) * float(found.std(ddof=1)) / math.sqrt(len(found))
+    return float(found.mean()), half
+
+
+def points(values: Sequence[float], sign: str = "") -> str:
+    """Mean and 95% interval, times 100."""
+    mean, half = interval(values)
+    text = f"{100 * mean:{sign}z.1f}"
+    return f"{text} ± {100 * half:.1f}" if math.isfinite(half) else text
+
+
+def at_rate(results: Results, setting: str, rule: str, rate: float) -> pd.DataFrame:
+    """The runs of the reported seeds, by seed."""
+    rows = pd.DataFrame(results.rows)
+    rows = rows[(rows.setting == setting) & (rows.rule == rule) & (rows.lr == rate) & (rows.seed != CHOOSES)]
+    return rows.set_index("seed").sort_index()
+
+
+def reported(results: Results, setting: str) -> dict[str, pd.DataFrame]:
+    """The runs of the reported seeds at a rule's best rate, the best rule first; of rules with all seeds of BASE."""
+    found = {rule: at_rate(results, setting, rule, results.best(setting, rule)) for rule in SETTINGS[setting][1]}
+    seeds = set(found[BASE].index)
+    found = {rule: mine for rule, mine in found.items() if seeds and set(mine.index) == seeds}
+    return dict(sorted(found.items(), key=lambda row: -row[1].accuracy.mean()))
+
+
+def table(results: Results, setting: str) -> pd.DataFrame:
+    """A row for each rule: bold where the interval of its lead over FedAvg leaves 0 out."""
+    rows = reported(results, setting)
+    lines = []
+    for rule, mine in rows.items():
+        lead = mine.accuracy - rows[BASE].accuracy
+        mean, half = interval(lead)
+        late, late_half = interval(gain := mine.accuracy - mine.before)
+        climbs = " (climbs)" if late > max(late_half, CLIMBS) else ""
+        text = "" if rule == BASE else points(lead, "+")
+        low, *_, high = results.tried(setting, rule).items()
+        lines.append(
+            [
+                SETTINGS[setting][1][rule].group,
+                rule,
+                f"{mine.lr.iloc[0]:g}",
+                points(mine.accuracy),
+                f"**{text}**" if abs(mean) > half and text else text,
+                points(gain, "+") + climbs,
+                *(f"{rate:g}: {100 * accuracy:.1f}" for rate, accuracy in (low, high)),
+                f"{mine.up.mean() / 1e3:.1f}",
+                f"{mine.down.mean() / 1e3:.1f}",
+            ]
+        )
+    header = ["group", "rule", "lr", "accuracy, %", "ahead of FedAvg", "gain in the last 20 rounds"]
+    return pd.DataFrame(lines, columns=[*header, "smallest lr tried", "largest lr tried", "kB up", "kB down"])
+
+
+def tables(results: Results, setting: str) -> str:
+    """The table, and a line on FedAvg at the rates beside its own."""
+    text, lines = render_table(table(results, setting), "markdown"), []
+    for rate in beside(results.best(setting, BASE)):
+        found = at_rate(results, setting, BASE, rate)
+        if len(found):
+            lines.append(f"{points(found.accuracy)} at {rate:g}")
+    return f"{text}\nFedAvg on the same seeds: {', '.join(lines)}.\n" if lines else text
+
+
+def draw(results: Results) -> None:
+    """A panel for each setting: leads over FedAvg, best above; each seed a dot, and the 95% interval of the mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(SETTINGS), figsize=(10, 3.6), sharey=True, layout="constrained")
-    colours = dict(zip(RULES, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
-    for panel, setting in zip(panels, SETTINGS, strict=True):
-        for place, rule in enumerate(RULES):
-            values = [100 * run.final for run in rows[setting, rule]]
-            mean = sum(values) / len(values)
-            panel.plot([place] * len(values), values, "o", color=colours[rule], alpha=0.6)
-            panel.plot([place - 0.3, place + 0.3], [mean, mean], color=colours[rule], linewidth=3)
-            panel.annotate(f"{mean:.1f}", (place + 0.36, mean), va="center", fontsize=9, color=colours[rule])
-        panel.set_title(setting)
-        panel.set_xticks(range(len(RULES)), RULES.values(), fontsize=8)
-        panel.set_xlim(-0.6, len(RULES) - 0.1)
-        panel.grid(axis="y", alpha=0.3)
+    there = {setting: rows for setting in SETTINGS if (rows := reported(results, setting))}
+    figure, panels = plt.subplots(1, len(there), figsize=(5.2 * len(there), 6.4), layout="constrained", squeeze=False)
+    groups = list(dict.fromkeys(rule.group for rule in RULES.values()))
+    shades = ("#000000", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00")
+    colours = dict(zip(groups, shades, strict=True))
+    for panel, (setting, rows) in zip(panels.flat, there.items(), strict=True):
+        base, order = rows[BASE].accuracy, list(reversed(rows))
+        for place, rule in enumerate(order):
+            colour, leads = colours[SETTINGS[setting][1][rule].group], 100 * (rows[rule].accuracy - base)
+            mean, half = interval(leads)
+            panel.plot(leads, [place] * len(leads), "o", color=colour, alpha=0.3, markersize=4)
+            panel.plot([mean - half, mean + half], [place, place], color=colour, linewidth=2)
+            panel.plot(mean, place, "|", color=colour, markersize=12, markeredgewidth=2.5)
+        panel.set_yticks(range(len(order)), order, fontsize=8)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set_title(f"{setting} (FedAvg: {100 * base.mean():.1f}%)", fontsize=10)
+        panel.set_xlabel("ahead of FedAvg on the same seed, points")
+        panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test accuracy after the last round, %")
-    figure.suptitle(
-        "Which rule is ahead? Each dot a seed, bars the mean of five; every rule at its own best learning rate"
-    )
-    figure.savefig(HERE / "plot.png", dpi=150, metadata={"Software": None})
+    marks = [plt.Line2D([], [], color=colour, linewidth=2) for colour in colours.values()]
+    figure.legend(marks, list(colours), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    title = "Each rule at its own best learning rate:\nseeds, and the 95% interval of their mean"
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(results.path.parent / "plot.png", dpi=150, metadata={"Software": None})
+
+
+def main() -> None:
+    """Choose, run, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of results.csv, table.md and plot.png")
+    parser.add_argument("--no-runs", action="store_true", help="tables and plot of the rows that are there")
+    args = parser.parse_args()
+    results = Results(args.results / "results.csv")
+    for setting in () if args.no_runs else SETTINGS:
+        for rule in SETTINGS[setting][1]:
+            rate = results.rate_of(setting, rule)
+            for lr in (rate, *(beside(rate) if rule == BASE else ())):
+                for seed in SEEDS:
+                    results.accuracy(setting, rule, lr, seed)
+    there = [setting for setting in SETTINGS if reported(results, setting)]
+    text = "\n".join(f"{setting}:\n\n{tables(results, setting)}" for setting in there)
+    (args.results / "table.md").write_text(text)
+    print(text)
+    draw(results)
 
 
 if __name__ == "__main__":

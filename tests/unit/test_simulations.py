@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,14 +17,15 @@ from support.made_runs import make_run
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientUpdate, load_aggregator
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, load_config
+from fedlora.federation.load_rule import load_rule
 from fedlora.runs.outcomes import write_outcomes
 from fedlora.sweep import _workers
 from fedlora.testing import broken_laws
 
 FOLDER = Path(__file__).parents[2] / "simulations"
 SWEEPS = sorted(path.parent.name for path in FOLDER.glob("*/config.toml"))
-GROWING = ("attacks", "features", "ranks")
+GROWING = ("attacks", "features", "ranks", "rules")
 """Whose results.csv has what is done, from which the rest goes on."""
 
 
@@ -45,16 +47,15 @@ def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[RunConfig]]:
-    """Does a simulation in `tmp_path` with two seeds; its runs end at once, as well as their rule and rate let them."""
+    """Does a simulation in `tmp_path` with two seeds; its runs end at once, as well as their rate lets them."""
     asked: list[RunConfig] = []
 
     def complete(config: RunConfig, keep: str, on_round: Callable[[int], None]) -> None:
         asked.append(config)
         assert keep == "metrics"  # a checkpoint for each of a hundred runs would fill a disk
-        final = 0.8 - abs(config.train.lr - (0.03 if config.strategy.name == "ffa" else 0.003)) + config.seed / 1000
-        domains = {"movies": final - 0.1, "tweets": final + 0.1}
+        final = 0.8 - abs(config.train.lr - 0.003) + config.seed / 1000
         rounds = [0.5, *[float("nan")] * (config.rounds - 1), final]
-        path = make_run(Path(config.output) / config.name, rounds, domains=domains, aggregation_error=0.25)
+        path = make_run(Path(config.output) / config.name, rounds, aggregation_error=0.25)
         (path / "config.toml").write_text(config.to_toml())
 
     def run(name: str) -> list[RunConfig]:
@@ -66,7 +67,7 @@ def simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in ("rules", "personal", *GROWING)])
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in ("personal", *GROWING)])
 def test_it_runs_through(name: str, simulate: Callable[[str], list[RunConfig]], tmp_path: Path) -> None:
     require_results(simulate(name), tmp_path)
 
@@ -150,20 +151,41 @@ def test_fair_of_a_breaks_no_law(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_rules_chooses_a_rate_for_each_rule(simulate: Callable[[str], list[RunConfig]], tmp_path: Path) -> None:
-    asked = simulate("rules")
-    require_results(asked, tmp_path)
-    rows = [
-        line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| d") or "mixed" in line
-    ]
-    assert len(rows) == 12
-    assert [row.split("|")[3].strip() for row in rows[:4]] == ["0.003", "0.03", "0.003", "0.003"]  # ffa's was beyond
-    assert "80.2 ± 0.3 |" in rows[0]
-    assert "70.2 ± 0.3 |" in rows[0]
-    # Rules that cannot take mixed ranks have the smallest client's.
-    ranks = {c.strategy.name: (c.adapter.rank, c.clients.ranks) for c in asked if "mixed" in c.name}
-    assert ranks["fedavg"][0] == ranks["fair"][0] == 2
-    assert ranks["ffa"][0] == ranks["flora"][0] == 32
+def test_rules_takes_a_rate_whose_neighbours_are_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[RunConfig] = []
+    best = {"ffa": 0.18, "fedadam": 0.001}
+
+    def one_run(changes: list[str]) -> dict[str, float]:
+        asked.append(config := load_config(tmp_path / "config.toml", changes))
+        rule = load_rule(config)
+        off = math.log10(getattr(rule, "lr", config.train.lr) / best.get(config.strategy.name, 0.01))
+        return {"accuracy": 0.8 - abs(off) / 10, "rounds": config.rounds}
+
+    module = load("rules", tmp_path, monkeypatch)
+    monkeypatch.setattr(module, "one_run", one_run)
+    results = module.Results(tmp_path / "results.csv")
+    # From 0.0032, 0.01 and 0.032 upwards, two steps at a time, and then both neighbours of the best.
+    assert results.rate_of("label shift", "FFA-LoRA") == 0.18
+    rates = [config.train.lr for config in asked]
+    assert rates == [0.0032, 0.01, 0.032, 0.1, 0.32, 1.0, 0.18, 0.56]
+    assert list(results.tried("label shift", "FFA-LoRA")) == sorted(rates)
+    # A server's rate goes down, its clients have FedAvg's.
+    assert results.rate_of("label shift", "FedAdam") == 0.001
+    assert {config.train.lr for config in asked if config.strategy.name == "fedadam"} == {0.01}
+    # What is done is not repeated, by another process either.
+    before = len(asked)
+    again = module.Results(tmp_path / "results.csv")
+    assert again.rate_of("label shift", "FFA-LoRA") == 0.18
+    assert len(asked) == before
+    # Every rule has a config in every setting; those that cannot take mixed ranks have one rank for all.
+    for setting, (_, rules) in module.SETTINGS.items():
+        for rule in rules:
+            results.accuracy(setting, rule, 0.001, 0)
+    mixed = [config for config in asked if config.partition.fields["alpha"] == 1.0]
+    assert {c.adapter.rank for c in mixed if not isinstance(c.clients.ranks, list | tuple)} == {2, 32}
+    assert {c.strategy.name for c in mixed if not isinstance(c.clients.ranks, list | tuple)} == {"fedavg"}
+    # All scales are alpha / r = 2.
+    assert {config.adapter.alpha / config.adapter.rank for config in asked} == {2.0}
 
 
 @pytest.mark.slow
