@@ -43,7 +43,6 @@ RULES = {
     "LoRA-FAIR of A": "name='fair_of_a:FairOfA'",
 }
 """Names -> `strategy`. The last one is in fair_of_a.py beside this file."""
-LONGER = "feature shift, 40 rounds"
 SETTINGS = {
     "feature shift": (),
     "feature and label shift": (
@@ -51,12 +50,10 @@ SETTINGS = {
         "partition.within={name='dirichlet',alpha=0.5}",
         "train.steps=10",
     ),
-    LONGER: ("rounds=40",),
+    "feature shift, 40 rounds": ("rounds=40",),
 }
 RATES = (0.0010, 0.0018, 0.0032, 0.0056, 0.010, 0.018, 0.032, 0.056, 0.10)
 START, CHOOSES, SEEDS = (2, 3, 4), 100, (0, 1, 2, 3, 4)
-SOME = (FEDAVG, "FlexLoRA", FAIR)
-"""Rules of which there are longer runs."""
 KEYS = ["setting", "rule", "seed", "lr"]
 
 
@@ -125,7 +122,7 @@ def rate_of(setting: str, rule: str, results: Results) -> float:
 def run_all(results: Results) -> None:
     """Every run that is not there yet."""
     for setting in SETTINGS:
-        rates = {rule: rate_of(setting, rule, results) for rule in (SOME if setting == LONGER else RULES)}
+        rates = {rule: rate_of(setting, rule, results) for rule in RULES}
         for seed in SEEDS:
             for rule, rate in rates.items():
                 results.accuracy(setting, rule, seed, rate)
@@ -165,6 +162,7 @@ def by_seed(rows: pd.DataFrame, rule: str) -> pd.DataFrame:
 def interval(values: pd.Series) -> str:
     """Mean and half of the 95% interval by Student's t, in points."""
     mean, half = ends(values)
+    mean = round(mean, 1) + 0.0  # no "-0.0"
     return "" if values.empty else f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
 
 
