@@ -31,7 +31,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support.cohorts import client, gap, random_base, random_examples
+from support.cohorts import client, random_base, random_examples
+from support.states import gap
 
 from fedlora.adapter import ALL_PARTS
 from fedlora.assets import Checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
 import pytest
-from support.federations import deploy, simulate, timeless
+from support.federations import deploy, simulate, timeless, weights
 
 from fedlora.aggregators import Claim, names_claiming, rules
 from fedlora.config import RunConfig
@@ -66,10 +66,6 @@ def require_same(one: RunOutcome, other: RunOutcome) -> None:
     assert weights(one) == weights(other)
     for mine, theirs in zip(timeless(one.records), timeless(other.records), strict=True):
         assert mine == theirs
-
-
-def weights(outcome: RunOutcome) -> bytes:
-    return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(("rule", "wire", "privacy", "task"), cases())

@@ -19,11 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.command_line import succeeds
 from support.federations import simulate
 from support.real_federation import ROOT, WEIGHTS, Federation, local
-from typer.testing import CliRunner
 
-from fedlora.cli import app
 from fedlora.config import ModelConfig, load_config, parse_config
 from fedlora.deploy import FederationPlan, NodePlan, Program, programs, start, stop
 from fedlora.deploy.evaluation import evaluate_in_deployment
@@ -113,8 +112,7 @@ def test_a_node_exports_a_model_of_its_own(federation: Federation, tiny: list[st
             "simulated": ["export", simulated, "--client", client_id],
         }
         for out, command in words.items():
-            done = CliRunner().invoke(app, [*map(str, command), str(tmp_path / name / out)])
-            assert done.exit_code == 0, done.output
+            succeeds(*command, tmp_path / name / out)
         mine, theirs = (load_file(tmp_path / name / out / "adapter_model.safetensors") for out in words)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], value) for key, value in theirs.items())

@@ -17,11 +17,10 @@ from typing import Any
 import pytest
 import torch
 from support.borrowing import borrowing
+from support.command_line import invoke
 from support.federations import simulate
 from support.tiny_federations import WORDS
-from typer.testing import CliRunner
 
-from fedlora.cli import app
 from fedlora.config import RunConfig
 
 pytestmark = pytest.mark.timeout(900)  # a minute or two where nothing else runs
@@ -122,7 +121,7 @@ def test_what_the_harness_cannot_do_is_one_line(
         ((words, "--local-only", classes), "--local-only applies to --lm-eval"),
         ((words, "--lm-eval", echo, "--clients"), "leave out --data, --clients and --federation"),
     ):
-        refused = CliRunner().invoke(app, ["evaluate", *map(str, given)])
+        refused = invoke("evaluate", *given)
         assert refused.exit_code == 1
         assert said in refused.stderr
         assert refused.stderr.count("\n") == 1

@@ -34,6 +34,9 @@ WINDOW = 6  # tokens of a sliding window or chunk: shorter than the longest exam
 LONGEST = 24  # tokens of the longest example
 MAX_LENGTH = 32  # of causal-lm
 
+LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+PICTURES = LAYERS | {"image_size": SIZE, "patch_size": 8}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -72,21 +75,9 @@ class Family:
 def common(kind: Kind) -> dict[str, Any]:
     """Fields that most configs know, under these names or by their own attribute map."""
     if kind == "image":
-        return {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 32,
-            "image_size": SIZE,
-            "patch_size": 8,
-            "num_labels": 3,
-        }
-    return {
+        return PICTURES | {"num_labels": 3}
+    return LAYERS | {
         "vocab_size": 4 + len(WORDS),
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 32,
         "max_position_embeddings": 64,
         "bos_token_id": 0,
         "pad_token_id": 1,
@@ -492,32 +483,8 @@ FAMILIES: tuple[Family, ...] = (
     I("Dinov2"),
     I("Dinov2WithRegisters"),
     I("ViTMSN"),
-    I(
-        "Siglip",
-        fields={
-            "vision_config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "intermediate_size": 32,
-                "image_size": SIZE,
-                "patch_size": 8,
-            }
-        },
-    ),
-    I(
-        "CLIP",
-        fields={
-            "vision_config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "intermediate_size": 32,
-                "image_size": SIZE,
-                "patch_size": 8,
-            }
-        },
-    ),
+    I("Siglip", fields={"vision_config": PICTURES}),
+    I("CLIP", fields={"vision_config": PICTURES}),
     I(
         "Swin",
         drop=("num_attention_heads",),

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cohorts import MODELS, client, gap, random_base, random_examples, together
+from support.cohorts import MODELS, client, random_base, random_examples, together
 from support.interrupted import cut_and_resumed
+from support.states import gap
 
 from fedlora.adapter import AdapterState
 from fedlora.callbacks import Callback

@@ -16,12 +16,10 @@ from flwr.clientapp import ClientApp
 from integration.test_site_log import lines
 from integration.test_site_policy import AT_CLIENTS as AT_SITES
 from integration.test_site_policy import PRIVATE, ByNode, MakeSite, own, refusal, site
+from support.command_line import invoke, succeeds
 from support.errors import raises
-from support.federations import forget, simulate
-from typer.testing import CliRunner
+from support.federations import Said, forget, simulate
 
-from fedlora.callbacks import Callback
-from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError, PrivacyError, RoundError, RunDirError
 from fedlora.flower import client_app, server_app
@@ -146,29 +144,21 @@ def test_the_command_takes_a_run_and_its_federation(tiny_config: MakeConfig, tin
     source = Path(shutil.copy(tiny_csv, tmp_path / "own.csv"))
     outcome = simulate(tiny_config(*AT_CLIENTS, "rounds=1", f"data.source='{source}'"))
     run = str(outcome.rundir.path)
-    done = CliRunner().invoke(app, ["evaluate", run, "--federation", run, "--format", "csv"])
-    assert done.exit_code == 0, done.output
+    done = succeeds("evaluate", run, "--federation", run, "--format", "csv")
     whole, each = (list(csv.DictReader(io.StringIO(text))) for text in done.stdout.split("\n\n"))
     assert float(whole[0]["accuracy"]) == outcome.records[-1]["accuracy"]
     assert [row["client"] for row in each] == ["0", "1", "2", "3"]
     assert sum(int(row["examples"]) for row in each) == int(whole[0]["examples"])
-    refused = CliRunner().invoke(app, ["evaluate", run, "--federation", run, "--clients"])
+    refused = invoke("evaluate", run, "--federation", run, "--clients")
     assert refused.stderr.startswith("error: --federation measures on what the clients keep apart")
     close_workspace()
     source.write_text(source.read_text() + source.read_text().splitlines()[1] + "\n")
-    changed = CliRunner().invoke(app, ["evaluate", run, "--federation", run])
+    changed = invoke("evaluate", run, "--federation", run)
     assert changed.exit_code == 1
     assert "put back what it was made with" in changed.stderr
 
 
 def test_nobody_is_told_twice(tiny_config: MakeConfig) -> None:
-    class Listening(Callback):
-        def __init__(self) -> None:
-            self.said: list[str] = []
-
-        def message(self, text: str) -> None:
-            self.said.append(text)
-
     keys = (
         "evaluation.on=clients",
         "partition.name=quantity",
@@ -176,7 +166,7 @@ def test_nobody_is_told_twice(tiny_config: MakeConfig) -> None:
         "partition.clients=6",
         "rounds=1",
     )
-    config, heard = tiny_config(*keys, "evaluation.min_examples=8"), Listening()
+    config, heard = tiny_config(*keys, "evaluation.min_examples=8"), Said()
     found = evaluate_in_simulation(config, simulate(config).rundir.adapter_dir, heard)
     assert found["left_out"]
-    assert len(heard.said) == len(found["left_out"])
+    assert len(heard.lines) == len(found["left_out"])

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import invoke
 from support.errors import raises
 from support.federations import simulate
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
 from fedlora.evaluation.chat import Sampling, _printable, open_chats
@@ -34,7 +34,7 @@ def run(tiny_config: MakeConfig, tasks: dict[str, list[str]]) -> Path:
 
 
 def chat(*words: object, said: str = "") -> Result:
-    return CliRunner().invoke(app, ["chat", *map(str, words)], input=said)
+    return invoke("chat", *words, said=said)
 
 
 def plainly(folder: Path, llama: Path, turns: list[tuple[str, str]], said: str, new_tokens: int) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from itertools import product
 
 import pytest
+from support.states import gap
 
-from fedlora.adapter import AdapterState
 from fedlora.aggregators import Claim, names_claiming, rules
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
@@ -21,11 +21,6 @@ MakeConfig = Callable[..., RunConfig]
 
 def run(config: RunConfig) -> RunOutcome:
     return run_simulation(config, RunDir.create(config, overwrite=True), Callback())
-
-
-def gap(one: AdapterState, other: AdapterState) -> float:
-    two = other.tensors()
-    return max(float((value - two[name]).abs().max()) for name, value in one.tensors().items())
 
 
 @pytest.fixture

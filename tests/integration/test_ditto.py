@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,24 @@ import tomli_w
 import torch
 from flwr.app import Message
 from safetensors.torch import load_file
+from support.command_line import succeeds
 from support.errors import raises
-from support.federations import deploy, forget, simulate, timeless
-from support.interrupted import killed_before_checkpoint
-from typer.testing import CliRunner
+from support.federations import deploy, simulate, timeless, weights
+from support.interrupted import (
+    deployed_without_a_reply,
+    killed_and_redeployed,
+    killed_and_resumed,
+)
+from support.kept import files, newest, raw
+from support.states import gap
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.callbacks import Callback
-from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, TrainingError
 from fedlora.federation import client_store, client_training
 from fedlora.federation.client_store import divided
 from fedlora.federation.run import RunOutcome
-from fedlora.flower import client_app
 from fedlora.rng import derive
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
@@ -40,21 +44,8 @@ ALIKE = ("evaluation.on=clients", "evaluation.min_examples=2", "runtime.cohort=1
 DITTO = (*ALIKE, "train.personal=0.5")
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
-
-
-def newest(outcome: RunOutcome, client_id: int) -> dict[str, torch.Tensor]:
-    file = sorted((outcome.rundir.clients_dir / f"client-{client_id}").iterdir())[-1]
-    return unpack(file.read_bytes())[0]
-
-
 def own(outcome: RunOutcome, client_id: int) -> AdapterState:
-    return outcome.state.adapter.with_tensors(divided(newest(outcome, client_id))[0])
-
-
-def weights(outcome: RunOutcome) -> bytes:
-    return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
+    return outcome.state.adapter.with_tensors(divided(newest(outcome.rundir.clients_dir, client_id))[0])
 
 
 def require_exported(folder: Path, adapter: AdapterState) -> None:
@@ -63,11 +54,6 @@ def require_exported(folder: Path, adapter: AdapterState) -> None:
     for name, value in mine.items():
         module, mark, factor = name.rpartition(":")
         assert torch.equal(exported[f"base_model.model.{f'{module}.lora_{factor}.weight' if mark else name}"], value)
-
-
-def gap(one: AdapterState, other: AdapterState) -> float:
-    theirs = other.tensors()
-    return max(float((value - theirs[name]).abs().max()) for name, value in one.tensors().items())
 
 
 @pytest.mark.slow
@@ -111,27 +97,6 @@ def test_the_larger_the_weight_the_nearer_is_the_shared_model(tiny_config: MakeC
         assert nearer == pytest.approx(near / 10, rel=within)
 
 
-@pytest.fixture
-def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Message]]:
-    """All that passes between the server and nodes, both ways."""
-    seen: list[Message] = []
-    real = client_app.app.__call__
-
-    class Tapped:
-        def __call__(self, message: Message, context: Any) -> Message:
-            seen.append(message)
-            seen.append(real(message, context))
-            return seen[-1]
-
-    monkeypatch.setattr(client_app, "app", Tapped())
-    return seen
-
-
-def raw(message: Message) -> bytes:
-    arrays = (array for record in message.content.values() for array in record.values())
-    return b"".join(array.data if hasattr(array, "data") else str(array).encode() for array in arrays)
-
-
 @pytest.mark.slow
 def test_a_model_of_its_own_is_in_no_message_and_on_a_grid_it_is_the_same(
     tiny_config: MakeConfig, messages: list[Message], tmp_path: Path
@@ -160,12 +125,7 @@ def test_killed_and_resumed_each_has_the_same_model_of_its_own(
 ) -> None:
     keys = (*DITTO, "server.fraction=0.75", "rounds=4")
     straight = simulate(tiny_config(*keys, name="straight"))
-    config = tiny_config(*keys, name="killed")
-    rundir = RunDir.create(config)
-    with killed_before_checkpoint(3, monkeypatch):
-        run_simulation(config, rundir, Callback())
-    forget(config)
-    resumed = run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True)
+    resumed = killed_and_resumed(tiny_config(*keys, name="killed"), 3, monkeypatch)
     assert gap(straight.state.adapter, resumed.state.adapter) == 0.0
     assert files(straight.rundir.clients_dir) == files(resumed.rundir.clients_dir)
 
@@ -207,7 +167,9 @@ def test_beside_it_a_client_keeps_what_topk_did_not_send(tiny_config: MakeConfig
     ditto = simulate(tiny_config(*keys, "train.personal=0.5", name="ditto"))
     assert weights(ditto) == weights(plain)
     for client_id in range(4):
-        (mine, _, residual), (nothing, _, alone) = (divided(newest(one, client_id)) for one in (ditto, plain))
+        (mine, _, residual), (nothing, _, alone) = (
+            divided(newest(one.rundir.clients_dir, client_id)) for one in (ditto, plain)
+        )
         assert not nothing
         assert mine.keys() == ditto.state.adapter.tensors().keys()
         assert residual.keys() == alone.keys()
@@ -222,9 +184,7 @@ def test_a_deployed_run_that_is_killed_and_resumed_has_the_same_models(
     keys = (*DITTO, "server.fraction=0.5", "rounds=4")
     straight = deploy(tiny_config(*keys, name="straight"), ledgers=tmp_path / "straight")
     config = tiny_config(*keys, name="killed")
-    with killed_before_checkpoint(killed, monkeypatch):
-        deploy(config, ledgers=tmp_path / "killed")
-    resumed = deploy(config, rundir=RunDir.open(Path(config.output) / "killed"), ledgers=tmp_path / "killed")
+    resumed = killed_and_redeployed(config, killed, tmp_path / "killed", monkeypatch)
     assert gap(straight.state.adapter, resumed.state.adapter) == 0.0
     kept = [files(tmp_path / name / "kept") for name in ("straight", "killed")]
     assert kept[0] == kept[1]
@@ -235,15 +195,7 @@ def test_a_deployed_run_that_is_killed_and_resumed_has_the_same_models(
 def test_a_model_of_a_round_whose_reply_was_lost_counts_as_never_trained(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = client_app.encode_reply
-
-    def lost(reply: Any, seed: int) -> Any:
-        if (reply.request.client_id, reply.request.round) == (1, 2):
-            raise ConfigError("the line was cut", code="lost")
-        return real(reply, seed)
-
-    monkeypatch.setattr(client_app, "encode_reply", lost)
-    run = deploy(tiny_config(*DITTO, "rounds=4", name="run"), ledgers=tmp_path)
+    run = deployed_without_a_reply(tiny_config(*DITTO, "rounds=4", name="run"), tmp_path, monkeypatch)
     assert [record["answered"] for record in run.records[1:]] == [[0, 1, 2, 3], [0, 2, 3], *[[0, 1, 2, 3]] * 2]
     again = simulate(tiny_config(*DITTO, "rounds=4", name="again"), replay=run.records)
     assert gap(run.state.adapter, again.state.adapter) == 0.0
@@ -296,8 +248,7 @@ def test_each_is_measured_and_exported_with_its_own(tiny_config: MakeConfig, tmp
             rows = apart.clients[client_id]
             found = evaluate(workspace.base, workspace.task, apart.examples, indices=rows).overall
             assert figures["clients"][str(client_id)]["loss"] == pytest.approx(found["loss"])
-    done = CliRunner().invoke(app, ["export", str(outcome.rundir.path), str(tmp_path / "out"), "--client", "2"])
-    assert done.exit_code == 0, done.output
+    succeeds("export", outcome.rundir.path, tmp_path / "out", "--client", "2")
     require_exported(tmp_path / "out", own(outcome, 2))
 
 
@@ -319,8 +270,7 @@ def test_a_node_exports_its_own_model_which_was_in_no_message(
     assert any(shared["classifier.weight"].numpy().tobytes() in message for message in sent), "the search can find"
     for client_id, site in enumerate(sites):
         words = ["node", "export", str(site), str(grid.rundir.adapter_dir), str(site / "out")]
-        done = CliRunner().invoke(app, words)
-        assert done.exit_code == 0, done.output
+        succeeds(*words)
         mine = own(here, client_id)
         require_exported(site / "out", mine.plain())
         trained = {name: value for name, value in mine.tensors().items() if not torch.equal(value, shared[name])}

@@ -7,14 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.errors import raises
-from support.federations import deploy, forget, require_same, simulate
-from support.interrupted import killed_before_checkpoint
+from support.federations import deploy, require_same, simulate
+from support.interrupted import deployed_without_a_reply, killed_and_resumed
 
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, PrivacyError, RuleError
-from fedlora.runs.rundir import RunDir
-from fedlora.simulation.run import run_simulation
 
 MakeConfig = Callable[..., RunConfig]
 SCAFFOLD = ("strategy.name=scaffold", "train.optimizer=sgd", "train.lr=0.1")
@@ -49,28 +46,14 @@ def test_killed_and_resumed_it_comes_to_the_same(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, rule: tuple[str, ...]
 ) -> None:
     straight = simulate(tiny_config(*rule, *ALIKE, name="straight"))
-    config = tiny_config(*rule, *ALIKE, name="killed")
-    rundir = RunDir.create(config)
-    with killed_before_checkpoint(3, monkeypatch):
-        run_simulation(config, rundir, Callback())
-    forget(config)
-    require_same(straight, run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True), "bytes_down")
+    again = killed_and_resumed(tiny_config(*rule, *ALIKE, name="killed"), 3, monkeypatch)
+    require_same(straight, again, "bytes_down")
 
 
 @pytest.mark.slow
 def test_a_reply_that_is_lost_changes_no_variate(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the client had not been asked: a replay of the run without it is the same."""
-    from fedlora.flower import client_app
-
-    real = client_app.encode_reply
-
-    def lost(reply, seed):  # type: ignore[no-untyped-def]
-        if (reply.request.client_id, reply.request.round) == (1, 2):
-            raise ConfigError("the line was cut", code="lost")
-        return real(reply, seed)
-
-    monkeypatch.setattr(client_app, "encode_reply", lost)
-    run = deploy(tiny_config(*SCAFFOLD, "rounds=4", *ALIKE[:2], name="run"))
+    run = deployed_without_a_reply(tiny_config(*SCAFFOLD, "rounds=4", *ALIKE[:2], name="run"), None, monkeypatch)
     assert run.records[2]["answered"] == [0, 2, 3]
     again = simulate(tiny_config(*SCAFFOLD, "rounds=4", *ALIKE[:2], name="again"), replay=run.records)
     mine, theirs = (one.state.adapter.tensors() | dict(one.state.memory) for one in (run, again))

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from support.borrowing import borrowing
+from support.command_line import invoke
 from support.federations import simulate
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.training.origin import NO_CLAIM, UNFINISHED, origin_of
 
@@ -73,7 +73,7 @@ def run(request: pytest.FixtureRequest, tiny_config: MakeConfig, tiny_chat: Path
 
 
 def export(run: Path, out: Path, form: str, *more: str) -> Result:
-    return CliRunner().invoke(app, ["export", str(run), str(out), "--format", form, *more])
+    return invoke("export", run, out, "--format", form, *more)
 
 
 PROMPTS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(1))

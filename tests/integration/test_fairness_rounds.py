@@ -8,20 +8,17 @@ from typing import Any
 import pytest
 from flwr.app import RecordDict
 from support.errors import raises
-from support.federations import deploy, forget, require_same, simulate
-from support.interrupted import killed_before_checkpoint
+from support.federations import Said, deploy, require_same, simulate
+from support.interrupted import killed_and_resumed
 
 from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.aggregators.fairness import QFedAvg
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, PrivacyError, ReplyError, RuleError
 from fedlora.federation import client, client_training
 from fedlora.federation.plausibility import COUNTED_LOSS, START_LOSS
 from fedlora.flower import client_app
 from fedlora.flower.flower_strategy import FedLoraStrategy
-from fedlora.runs.rundir import RunDir
-from fedlora.simulation.run import run_simulation
 from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import open_workspace
 
@@ -31,16 +28,6 @@ RULES = {
     "afl": ("strategy={name='afl',rate=0.5,inner={name='ffa'}}",),
 }
 ALIKE = ("runtime.cohort=1", "runtime.prefix_cache=off", "server.fraction=0.75", "rounds=3")
-
-
-class Said(Callback):
-    """What the run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.mark.slow
@@ -63,12 +50,8 @@ def test_each_client_says_the_loss_of_what_it_was_sent_and_all_pools_agree(tiny_
 def test_killed_and_resumed_it_comes_to_the_same(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = (*RULES["afl"], *ALIKE[:3], "rounds=4")
     straight = simulate(tiny_config(*keys, name="straight"))
-    config = tiny_config(*keys, name="killed")
-    rundir = RunDir.create(config)
-    with killed_before_checkpoint(3, monkeypatch):
-        run_simulation(config, rundir, Callback())
-    forget(config)
-    require_same(straight, run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True), "bytes_down")
+    again = killed_and_resumed(tiny_config(*keys, name="killed"), 3, monkeypatch)
+    require_same(straight, again, "bytes_down")
 
 
 @pytest.mark.slow

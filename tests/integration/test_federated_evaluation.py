@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.command_line import invoke
 from support.errors import raises
-from support.federations import deploy, require_alike, simulate, timeless
+from support.federations import Said, deploy, require_alike, simulate, timeless
 from support.interrupted import cut_and_resumed
-from typer.testing import CliRunner
 
 from fedlora.api import load_run
-from fedlora.callbacks import Callback
-from fedlora.cli import app
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.federation.run import RunOutcome
@@ -158,20 +156,14 @@ def test_on_both_the_servers_figures_stand_first(tiny_config: MakeConfig) -> Non
 
 
 def test_a_client_reports_nothing_of_a_few_examples(tiny_config: MakeConfig) -> None:
-    said: list[str] = []
-
-    class Listening(Callback):
-        def message(self, text: str) -> None:
-            said.append(text)
-
     keys = ("evaluation.on=clients", "partition.name=quantity", "partition.alpha=0.3", "partition.clients=6")
-    outcome = simulate(tiny_config(*keys, "evaluation.min_examples=8"), Listening())
+    outcome = simulate(tiny_config(*keys, "evaluation.min_examples=8"), said := Said())
     federated = outcome.records[-1]["federated"]
     assert federated["left_out"]
     assert federated["clients"]
     assert not federated["left_out"].keys() & federated["clients"].keys()
     for client_id in federated["left_out"]:
-        assert sum(text.startswith(f"client {client_id} is left out of the evaluation") for text in said) == 1
+        assert sum(text.startswith(f"client {client_id} is left out of the evaluation") for text in said.lines) == 1
     nobody = simulate(tiny_config(*keys, "evaluation.min_examples=5000", name="nobody"))
     assert nobody.records[-1]["federated"]["clients"] == {}
     assert "accuracy" not in nobody.records[-1]
@@ -259,7 +251,7 @@ def test_an_exported_model_is_that_of_the_round_that_was_kept(tiny_config: MakeC
     assert kept < 6
     for flags, folder in (([], "adapter"), (["--format", "merged"], "model")):
         words = ["export", str(outcome.rundir.path), str(tmp_path / folder), *flags]
-        said = CliRunner().invoke(app, words)
+        said = invoke(*words)
         assert f"of round {kept} is in" in said.output
     assert weights(tmp_path / "adapter") == weights(outcome.rundir.adapter_dir)
     best = outcome.rundir.kept_checkpoint()
@@ -269,16 +261,10 @@ def test_an_exported_model_is_that_of_the_round_that_was_kept(tiny_config: MakeC
 
 @pytest.mark.slow
 def test_a_run_ends_early_and_says_so(tiny_config: MakeConfig) -> None:
-    said: list[str] = []
-
-    class Listening(Callback):
-        def message(self, text: str) -> None:
-            said.append(text)
-
-    outcome = simulate(tiny_config(*OVERFITS, "rounds=30", "selection.patience=2"), Listening())
+    outcome = simulate(tiny_config(*OVERFITS, "rounds=30", "selection.patience=2"), said := Said())
     result = outcome.rundir.read_json("result.json")
     assert outcome.state.round == result["kept_round"] + 2 < 30
-    assert result["stopped"] in next(text for text in said if text.startswith("the run ends after round"))
+    assert result["stopped"] in next(text for text in said.lines if text.startswith("the run ends after round"))
     assert outcome.rundir.finished
     assert "ended early" in outcome.rundir.report.read_text()
     assert load_run(outcome.rundir.path).finished

@@ -10,16 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.federations import deploy, forget, require_same, simulate
-from support.interrupted import killed_before_checkpoint
-from typer.testing import CliRunner
+from support.command_line import succeeds
+from support.federations import deploy, require_same, simulate
+from support.interrupted import killed_and_resumed
+from support.kept import newest
 
-from fedlora.callbacks import Callback
-from fedlora.cli import app
 from fedlora.config import RunConfig
-from fedlora.runs.rundir import RunDir
-from fedlora.simulation.run import run_simulation
-from fedlora.state_io import unpack
 
 MakeConfig = Callable[..., RunConfig]
 ALIKE = ("train.lr=0.05", "runtime.cohort=1", "runtime.prefix_cache=off")
@@ -54,12 +50,8 @@ def test_killed_and_resumed_it_comes_to_the_same(
 ) -> None:
     keys = (rule, *ALIKE, "rounds=4", "server.fraction=0.5")
     straight = simulate(tiny_config(*keys, name="straight"))
-    config = tiny_config(*keys, name="killed")
-    rundir = RunDir.create(config)
-    with killed_before_checkpoint(3, monkeypatch):
-        run_simulation(config, rundir, Callback())
-    forget(config)
-    require_same(straight, run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True), "bytes_down")
+    again = killed_and_resumed(tiny_config(*keys, name="killed"), 3, monkeypatch)
+    require_same(straight, again, "bytes_down")
 
 
 @pytest.mark.slow
@@ -91,9 +83,8 @@ def test_private_clients_train_cores_and_clients_can_keep_a_head_or_a_model(
     assert kept.records[-1]["federated"]["clients"] != kept.records[-1]["federated"]["shared"]["clients"]
     ditto = simulate(tiny_config(rule, *ALIKE, "train.personal=0.5", *own, name="ditto"))
     assert ditto.records[-1]["federated"]["clients"] != ditto.records[-1]["federated"]["shared"]["clients"]
-    done = CliRunner().invoke(app, ["export", str(ditto.rundir.path), str(tmp_path / "out"), "--client", "1"])
-    assert done.exit_code == 0, done.output
-    mine = unpack(max((ditto.rundir.clients_dir / "client-1").iterdir()).read_bytes())[0]
+    succeeds("export", ditto.rundir.path, tmp_path / "out", "--client", "1")
+    mine = newest(ditto.rundir.clients_dir, 1)
     exported = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for name, core in ((name, value) for name, value in mine.items() if name.endswith(":R")):
         module, whole = name.removesuffix(":R"), core if core.ndim == 2 else torch.block_diag(*core)

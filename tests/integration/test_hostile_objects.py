@@ -223,19 +223,8 @@ class Patched(LoopbackGrid):
         return message
 
 
-class Lines(Witness):
-    """Keeps what is said."""
-
-    def __init__(self, rundir: RunDir) -> None:
-        super().__init__(rundir)
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def run(config: RunConfig, grid: LoopbackGrid) -> tuple[RunOutcome, list[str]]:
-    said = Lines(RunDir.create(config, overwrite=True))
+    said = Witness(RunDir.create(config, overwrite=True))
     return serve_on(grid, config, said, rundir=said.rundir), said.lines
 
 

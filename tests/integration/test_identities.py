@@ -111,22 +111,13 @@ class Registered(LoopbackGrid):
         ]
 
 
-class Lines(Witness):
-    def __init__(self, rundir: RunDir) -> None:
-        super().__init__(rundir)
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
-
-
 @pytest.fixture(autouse=True)
 def over_a_superlink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identities, "over_a_superlink", lambda grid: isinstance(grid, Registered))
 
 
 def run(config: RunConfig, grid: LoopbackGrid, rundir: RunDir, **how: Any) -> tuple[RunOutcome, list[str]]:
-    said = Lines(rundir)
+    said = Witness(rundir)
     return serve_on(grid, config, said, rundir=rundir, **how), said.lines
 
 

@@ -9,19 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cohorts import client, gap, random_base, random_examples, together
+from support.cohorts import client, random_base, random_examples, together
+from support.command_line import invoke
 from support.errors import raises
-from support.federations import deploy, forget, simulate
-from support.interrupted import cut_before_checkpoint
-from typer.testing import CliRunner
+from support.federations import deploy, simulate
+from support.interrupted import killed_and_resumed
+from support.kept import files
+from support.states import gap, same_adapter
 
-from fedlora.callbacks import Callback
-from fedlora.cli import app
 from fedlora.config import OpenTable, RunConfig, TrainConfig
 from fedlora.errors import ConfigError, FedloraError, TrainingError
-from fedlora.federation.run import RunOutcome
-from fedlora.runs.rundir import RunDir
-from fedlora.simulation.run import run_simulation
 from fedlora.state_io import unpack
 from fedlora.tasks import load_task
 from fedlora.training import TrainResult
@@ -29,15 +26,6 @@ from fedlora.training.row_optimizer import Columns, FlatOptimizer
 
 MakeConfig = Callable[..., RunConfig]
 KEPT = ("train.keep_optimizer=true", "runtime.cohort=1", "runtime.processes=1")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
-
-
-def same_adapter(one: RunOutcome, other: RunOutcome) -> bool:
-    theirs = other.state.adapter.tensors()
-    return all(torch.equal(value, theirs[name]) for name, value in one.state.adapter.tensors().items())
 
 
 @pytest.mark.parametrize("how", [{}, {"optimizer": "sgd", "momentum": 0.9}], ids=["adamw", "sgd"])
@@ -135,11 +123,8 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(
     """Half of the clients are away in each round."""
     keys = (*KEPT, "server.fraction=0.5", "rounds=4")
     straight = simulate(tiny_config(*keys, name="straight"))
-    rundir = RunDir.create(tiny_config(*keys, name="killed"))
-    cut_before_checkpoint(rundir, 3, monkeypatch)
-    forget(rundir.config)
-    resumed = run_simulation(rundir.config, RunDir.open(rundir.path), Callback(), resume=True)
-    assert same_adapter(straight, resumed)
+    resumed = killed_and_resumed(tiny_config(*keys, name="killed"), 3, monkeypatch)
+    assert same_adapter(straight.state.adapter, resumed.state.adapter)
     kept = files(straight.rundir.clients_dir)
     assert kept == files(resumed.rundir.clients_dir)
     steps = {int(value) for one in kept.values() for name, value in unpack(one)[0].items() if "/step/" in name}
@@ -152,7 +137,7 @@ def test_a_deployment_keeps_the_same(tiny_config: MakeConfig, tmp_path: Path, st
     keys = (*KEPT, f"strategy.name={strategy}", "rounds=2")
     grid = deploy(tiny_config(*keys, name="grid"), ledgers=tmp_path)
     here = simulate(tiny_config(*keys, name="here"))
-    assert same_adapter(grid, here)
+    assert same_adapter(grid.state.adapter, here.state.adapter)
     assert files(here.rundir.clients_dir) == files(tmp_path / "kept" / grid.rundir.run_id)
 
 
@@ -164,11 +149,11 @@ def test_private_clients_keep_it_too(tiny_config: MakeConfig, same_secrets: Call
     here = simulate(tiny_config(*keys, name="here"))
     same_secrets()
     grid = deploy(tiny_config(*keys, name="grid"), ledgers=tmp_path)
-    assert same_adapter(here, grid)
+    assert same_adapter(here.state.adapter, grid.state.adapter)
     assert len(files(here.rundir.clients_dir)) == 4 * 2
     same_secrets()
     anew = simulate(tiny_config(*keys, "train.keep_optimizer=false", name="anew"))
-    assert not same_adapter(here, anew)
+    assert not same_adapter(here.state.adapter, anew.state.adapter)
 
 
 @pytest.mark.slow
@@ -199,6 +184,6 @@ def test_what_cannot_be_kept_is_refused(tiny_config: MakeConfig, tmp_path: Path)
     assert np.isfinite(sgd.records[-1]["train_loss"])
     assert files(sgd.rundir.clients_dir)
     words = ["export", str(sgd.rundir.path), str(tmp_path / "own"), "--client", "0"]
-    refused = CliRunner().invoke(app, words)
+    refused = invoke(*words)
     assert refused.exit_code == 1
     assert "has no model of client 0's own" in refused.output

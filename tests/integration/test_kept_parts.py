@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +12,19 @@ import pytest
 import torch
 from flwr.app import Message
 from safetensors.torch import load_file
+from support.command_line import invoke
 from support.errors import raises
-from support.federations import deploy, forget, simulate, timeless
-from support.interrupted import cut_before_checkpoint, killed_before_checkpoint
-from typer.testing import CliRunner
+from support.federations import deploy, simulate, timeless
+from support.interrupted import (
+    deployed_without_a_reply,
+    killed_and_redeployed,
+    killed_and_resumed,
+)
+from support.kept import files, newest, raw
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import load_aggregator
 from fedlora.callbacks import Callback
-from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ReplyError, RuleError
 from fedlora.evaluation.baselines import local_only
@@ -39,18 +43,8 @@ PERSONAL = ("evaluation.on=clients", "evaluation.min_examples=2", "runtime.cohor
 FEDSA = ("strategy.name=fedsa", *PERSONAL)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """What clients keep: "client-0/000001-000000.safetensors" -> its bytes."""
-    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
-
-
 def at_nodes(folder: Path, outcome: RunOutcome) -> Path:
     return folder / "kept" / outcome.rundir.run_id
-
-
-def newest(folder: Path, client_id: int) -> dict[str, torch.Tensor]:
-    found = sorted((folder / f"client-{client_id}").iterdir())
-    return unpack(found[-1].read_bytes())[0]
 
 
 def same_end(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
@@ -67,29 +61,6 @@ def same_end(one: RunOutcome, other: RunOutcome, *uncounted: str) -> None:
 
 
 RESUMED = ("bytes_down",)  # what clients held is sent again
-
-
-@pytest.fixture
-def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Message]]:
-    """All that passes between the server and nodes, both ways."""
-    seen: list[Message] = []
-    real = client_app.app.__call__
-
-    class Tapped:
-        def __call__(self, message: Message, context: Any) -> Message:
-            seen.append(message)
-            seen.append(real(message, context))
-            return seen[-1]
-
-    monkeypatch.setattr(client_app, "app", Tapped())
-    return seen
-
-
-def raw(message: Message) -> bytes:
-    records = message.content.values()
-    return b"".join(
-        array.data if hasattr(array, "data") else str(array).encode() for one in records for array in one.values()
-    )
 
 
 @pytest.mark.slow
@@ -143,7 +114,7 @@ def test_clients_are_measured_and_exported_with_what_they_keep(tiny_config: Make
     assert {key: first[key] for key in first["shared"]} == first["shared"]  # before anybody has trained
     assert last["clients"] != last["shared"]["clients"]
     words = ["export", str(outcome.rundir.path), str(tmp_path / "own"), "--client", "2"]
-    assert "adapter of client 2 of round 3 is in" in CliRunner().invoke(app, words).output
+    assert "adapter of client 2 of round 3 is in" in invoke(*words).output
     exported = load_file(tmp_path / "own" / "adapter_model.safetensors")
     mine = outcome.state.adapter.with_tensors(newest(outcome.rundir.clients_dir, 2)).tensors()
     assert len(exported) == len(mine)
@@ -151,7 +122,7 @@ def test_clients_are_measured_and_exported_with_what_they_keep(tiny_config: Make
         module, mark, factor = name.rpartition(":")
         theirs = f"{module}.lora_{factor}.weight" if mark else name
         assert torch.equal(exported[f"base_model.model.{theirs}"], value)
-    refused = CliRunner().invoke(app, [*words[:2], str(tmp_path / "nobody"), "--client", "9"])
+    refused = invoke(*words[:2], tmp_path / "nobody", "--client", "9")
     assert refused.exit_code == 1
     assert "has no model of client 9's own" in refused.output
 
@@ -210,10 +181,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes_kept_parts_included(
     keys = (f"strategy.name={rule}", *PERSONAL, "server.fraction=0.5", "rounds=4")
     straight = simulate(tiny_config(*keys, name="straight"))
     assert len({tuple(record["answered"]) for record in straight.records[1:]}) > 1
-    rundir = RunDir.create(tiny_config(*keys, name="killed"))
-    cut_before_checkpoint(rundir, killed, monkeypatch)
-    forget(rundir.config)
-    resumed = run_simulation(rundir.config, RunDir.open(rundir.path), Callback(), resume=True)
+    resumed = killed_and_resumed(tiny_config(*keys, name="killed"), killed, monkeypatch)
     same_end(straight, resumed, *RESUMED)
     kept = files(straight.rundir.clients_dir)
     assert len({name.split("/")[0] for name in kept}) == 4
@@ -228,9 +196,7 @@ def test_a_deployed_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
     keys = (f"strategy.name={rule}", *PERSONAL, "server.fraction=0.5", "rounds=4")
     straight = deploy(tiny_config(*keys, name="straight"), ledgers=tmp_path / "straight")
     config = tiny_config(*keys, name="killed")
-    with killed_before_checkpoint(killed, monkeypatch):
-        deploy(config, ledgers=tmp_path / "killed")
-    resumed = deploy(config, rundir=RunDir.open(Path(config.output) / "killed"), ledgers=tmp_path / "killed")
+    resumed = killed_and_redeployed(config, killed, tmp_path / "killed", monkeypatch)
     same_end(straight, resumed, *RESUMED)
     assert files(at_nodes(tmp_path / "straight", straight)) == files(at_nodes(tmp_path / "killed", resumed))
 
@@ -240,15 +206,7 @@ def test_a_client_whose_reply_was_lost_goes_on_from_what_the_server_has_used(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It has trained, and its store knows: without the reply this counts as never done, and a replay is the same."""
-    real = client_app.encode_reply
-
-    def lost(reply: Any, seed: int) -> Any:
-        if (reply.request.client_id, reply.request.round) == (1, 2):
-            raise ConfigError("the line was cut", code="lost")
-        return real(reply, seed)
-
-    monkeypatch.setattr(client_app, "encode_reply", lost)
-    run = deploy(tiny_config(*FEDSA, "rounds=4", name="run"), ledgers=tmp_path)
+    run = deployed_without_a_reply(tiny_config(*FEDSA, "rounds=4", name="run"), tmp_path, monkeypatch)
     assert [record["answered"] for record in run.records[1:]] == [[0, 1, 2, 3], [0, 2, 3], *[[0, 1, 2, 3]] * 2]
     again = simulate(tiny_config(*FEDSA, "rounds=4", name="again"), replay=run.records)
     mine, theirs = run.state.adapter.tensors(), again.state.adapter.tensors()

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from support.federations import Said
 from support.on_a_grid import serve_on
 
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
@@ -76,14 +76,6 @@ class Lossy(LoopbackGrid):
         return []
 
 
-class Told(Callback):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
-
-
 @pytest.fixture(autouse=True)
 def quick_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(post, "SOONEST_S", 0.002)
@@ -115,7 +107,7 @@ def test_a_lost_reply_is_asked_for_again_and_trained_once(
     changes = ("rounds=2", "partition.clients=2", "server.node_timeout_s=0.02")
     whole = serve_on(Lossy(config := tiny_config(*changes, name="whole"), how, 0, tmp_path), config)
     trained.clear()
-    grid, told = Lossy(config := tiny_config(*changes, name="lossy"), how, times, tmp_path), Told()
+    grid, told = Lossy(config := tiny_config(*changes, name="lossy"), how, times, tmp_path), Said()
     outcome = serve_on(grid, config, told)
     assert adapter(outcome) == adapter(whole)
     assert [record["answered"] for record in outcome.records[1:]] == [[0, 1]] * 2

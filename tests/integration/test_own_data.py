@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from support.errors import raises
-from support.federations import deploy, require_alike
+from support.federations import deploy, require_alike, weights
 
 from fedlora.api import train
 from fedlora.callbacks import Callback
@@ -81,10 +81,6 @@ def configs(tiny_bert: Path, files: Path, tmp_path: Path) -> Callable[..., tuple
 
 def federate(config: RunConfig, nodes: list[dict[str, Any]]) -> RunOutcome:
     return deploy(config, nodes=nodes)
-
-
-def weights(outcome: RunOutcome) -> bytes:
-    return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

@@ -13,19 +13,16 @@ import pytest
 import torch
 from support import own_loops
 from support.errors import raises
-from support.federations import deploy, simulate
-from support.interrupted import cut_before_checkpoint
+from support.federations import Said, deploy, simulate
+from support.interrupted import killed_and_resumed
 from support.tiny_federations import WORDS
 
 from fedlora.adapter import ALL_PARTS, AdapterState
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, TrainingError
 from fedlora.federation.checks import refuse_early
 from fedlora.federation.discretion import failure_of
 from fedlora.federation.run import RunOutcome
-from fedlora.runs.rundir import RunDir
-from fedlora.simulation.run import run_simulation
 from fedlora.training.job import TrainJob
 from fedlora.training.own_loop import FROZEN_CHANGED, FROZEN_PART_CHANGED, lent, train_by_own_loop
 from fedlora.training.workspace import open_workspace
@@ -78,14 +75,6 @@ def gap(one: RunOutcome, other: RunOutcome) -> float:
     return max(float((value - theirs[name]).abs().max()) for name, value in one.state.adapter.tensors().items())
 
 
-class Told(Callback):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", ["fedavg", "flora", *(pytest.param(rule, marks=pytest.mark.nightly) for rule in ("ffa", "rolora", "fedsa"))]
@@ -93,13 +82,13 @@ class Told(Callback):
 def test_plain_sgd_on_the_same_batches_is_our_own_loop(rule: str, config: MakeConfig) -> None:
     rounds = ("rounds=2", f"strategy.name={rule}", *(("evaluation.on=both",) if rule == "fedsa" else ()))
     ours = simulate(config("train.optimizer=sgd", "train.lr=0.1", "runtime.cohort=1", *rounds))
-    told = Told()
+    told = Said()
     theirs = simulate(config(f"{OWN}sgd", "train.options={lr=0.1}", *rounds), told)
     assert gap(ours, theirs) < 1e-6
     for one, other in zip(ours.records[1:], theirs.records[1:], strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-6)
         assert one["accuracy"] == other["accuracy"]
-    said = [line for line in told.messages if line.startswith("train.loop")]
+    said = [line for line in told.lines if line.startswith("train.loop")]
     assert len(said) == len(set(said)) == 3
 
 
@@ -259,9 +248,7 @@ def test_what_it_keeps_goes_on_through_kill_and_resume(config: MakeConfig, monke
     counts = [(work.client_id, int(work.kept["rounds"])) for work in own_loops.SEEN]
     for number, (client_id, count) in enumerate(counts):
         assert count == sum(other == client_id for other, _ in counts[: number + 1])
-    rundir = RunDir.create(kept, overwrite=True)
-    cut_before_checkpoint(rundir, 2, monkeypatch)
-    resumed = run_simulation(kept, RunDir.open(rundir.path), Callback(), resume=True)
+    resumed = killed_and_resumed(kept, 2, monkeypatch)
     assert [line["train_loss"] for line in resumed.records[1:]] == [line["train_loss"] for line in whole.records[1:]]
 
 

@@ -13,6 +13,7 @@ from flwr.app import Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.errors import raises
+from support.federations import weights
 from support.on_a_grid import grid_of, serve_on
 
 from fedlora.config import RunConfig
@@ -154,10 +155,6 @@ def run(config: RunConfig) -> RunOutcome:
 
 def simulate(config: RunConfig) -> RunOutcome:
     return run_simulation(config, RunDir.create(config, overwrite=True))
-
-
-def weights(outcome: RunOutcome) -> bytes:
-    return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
 def test_an_update_that_is_far_too_large_is_refused_in_the_first_round_and_later(

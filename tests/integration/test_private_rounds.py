@@ -14,7 +14,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from support.errors import raises
-from support.federations import deploy
+from support.federations import Said, deploy
 from support.federations import simulate as run
 from support.interrupted import cut, cut_before_checkpoint
 
@@ -84,14 +84,6 @@ def replies(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
     return sent
 
 
-class Says(Callback):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
-
-
 # ------------------------------------------------------------------------------------------------ the claim
 
 
@@ -100,7 +92,7 @@ def test_the_claim_is_that_of_another_library_and_names_its_unit(private: MakeCo
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    says = Says()
+    says = Said()
     outcome = run(private("privacy.accountant=prv"), says)
     accountant = PLDAccountant()
     step = dp_accounting.PoissonSampledDpEvent(Q, dp_accounting.GaussianDpEvent(SIGMA))
@@ -484,16 +476,14 @@ def test_a_node_writes_that_its_update_leaves_and_a_simulation_once_a_round_is_o
 
 @pytest.mark.slow
 def test_baselines_of_a_private_run_are_refused(private: MakeConfig, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
 
-    from fedlora.cli import app
+    from support.command_line import invoke, succeeds
 
     file = tmp_path / "private.toml"
     file.write_text(private().to_toml())
-    done = CliRunner().invoke(app, ["run", str(file), "--baselines"])
+    done = invoke("run", file, "--baselines")
     assert done.exit_code == 1
     assert "--baselines trains without privacy" in done.output
-    done = CliRunner().invoke(app, ["run", str(file)])
-    assert done.exit_code == 0, done.output
+    done = succeeds("run", file)
     assert "-differential privacy for one example of one client" in done.output
     assert not (tmp_path / "runs" / "private" / "labels.png").exists()

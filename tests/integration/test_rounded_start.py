@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.errors import raises
-from support.federations import deploy, simulate, timeless
+from support.federations import deploy, simulate, timeless, weights
 from support.interrupted import cut_and_resumed
 from torch import Tensor
 
@@ -24,7 +24,6 @@ from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.planner import Held, Planner
 from fedlora.federation.protocol import TrainRequest
-from fedlora.federation.run import RunOutcome
 from fedlora.training.job import TrainJob
 from fedlora.training.workspace import open_workspace
 from fedlora.wire_formats import as_sent
@@ -32,10 +31,6 @@ from fedlora.wire_formats import as_sent
 MakeConfig = Callable[..., RunConfig]
 DOWN = ("wire.down=int8", "runtime.cohort=1", "runtime.prefix_cache=off", "train.steps=2")
 ROUNDED = ("bfloat16", "int8")
-
-
-def weights(outcome: RunOutcome) -> bytes:
-    return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

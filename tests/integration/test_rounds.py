@@ -14,8 +14,8 @@ import torch
 from support.errors import raises
 from support.federations import deploy, simulate, timeless
 from support.interrupted import cut_and_resumed
+from support.states import same_adapter
 
-from fedlora.adapter import AdapterState
 from fedlora.aggregators import equivalent_adapter
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
@@ -37,12 +37,7 @@ Run = Callable[..., RunOutcome]
 
 run = simulate
 both = pytest.mark.parametrize("run", [pytest.param(simulate, marks=pytest.mark.slow), deploy])
-"""For laws of a round wherever its clients are; the pools' contract says that both come to the same."""
-
-
-def same(left: AdapterState, right: AdapterState) -> bool:
-    one, other = left.tensors(), right.tensors()
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+"""For laws of a round wherever its clients are; the pools' contract says that both come to the same_adapter."""
 
 
 def test_a_federation_learns_and_says_what_it_did(tiny_config: MakeConfig) -> None:
@@ -60,9 +55,9 @@ def test_a_federation_learns_and_says_what_it_did(tiny_config: MakeConfig) -> No
 @pytest.mark.slow
 def test_a_run_is_a_function_of_its_config(tiny_config: MakeConfig) -> None:
     one, again, other = run(tiny_config()), run(tiny_config(name="b")), run(tiny_config("seed=1", name="c"))
-    assert same(one.state.adapter, again.state.adapter)
+    assert same_adapter(one.state.adapter, again.state.adapter)
     assert timeless(one.records) == timeless(again.records)
-    assert not same(one.state.adapter, other.state.adapter)
+    assert not same_adapter(one.state.adapter, other.state.adapter)
 
 
 @pytest.mark.slow
@@ -73,7 +68,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_config: MakeConfig, rul
     whole = run(tiny_config(f"strategy.name={rule}", "rounds=4", "server.fraction=0.5", name="whole"))
     config = tiny_config(f"strategy.name={rule}", "rounds=4", "server.fraction=0.5", name="cut")
     resumed = cut_and_resumed(config, 3)
-    assert same(resumed.adapter, whole.adapter)
+    assert same_adapter(resumed.adapter, whole.adapter)
     strip = [{k: v for k, v in r.items() if k != "bytes_down"} for r in timeless(resumed.records)]
     assert strip == [{k: v for k, v in r.items() if k != "bytes_down"} for r in timeless(whole.records)]
 
@@ -110,7 +105,7 @@ def test_a_client_that_forgot_what_it_held_is_sent_everything(tiny_config: MakeC
             client_app.held_parts = HeldParts()
 
     outcome = deploy(tiny_config("strategy.name=ffa", name="forgets"), Forgets())
-    assert same(outcome.adapter, expected.adapter)
+    assert same_adapter(outcome.adapter, expected.adapter)
     assert outcome.records[2]["bytes_down"] > expected.records[2]["bytes_down"]
 
 
@@ -130,7 +125,7 @@ def test_flora_clients_that_join_late_or_restart_train_on_the_same_base(tiny_con
     config = tiny_config(*settings, name="restarts")
     workspace = open_workspace(config)
     outcome = run(config, Restarts())
-    assert same(outcome.adapter, expected.adapter)
+    assert same_adapter(outcome.adapter, expected.adapter)
     assert "" not in held[1:], "no client's base had changed when it was restarted"
 
 

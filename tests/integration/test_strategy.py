@@ -18,6 +18,7 @@ from support.errors import raises
 from support.federations import deploy
 from support.interrupted import cut
 from support.nothing_lost import Witness
+from support.states import same_adapter
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate, ClientPlan, GlobalState
@@ -92,11 +93,6 @@ def federate(config: RunConfig, grid: LoopbackGrid | None = None, heard: Heard |
     return outcome
 
 
-def same(left: AdapterState, right: AdapterState) -> bool:
-    one, other = left.tensors(), right.tensors()
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
 # ------------------------------------------------------------------------------------------------ grids
 
 
@@ -144,7 +140,7 @@ def test_how_replies_arrive_changes_no_bit(tiny_config: MakeConfig, grid: type[T
     config = tiny_config("rounds=2", "runtime.cohort=1")
     plain = run_simulation(config, RunDir.create(config), Callback())
     troubled = federate(tiny_config("rounds=2", "runtime.cohort=1", name="troubled"), grid(config))
-    assert same(plain.adapter, troubled.adapter)
+    assert same_adapter(plain.adapter, troubled.adapter)
     assert [r["answered"] for r in troubled.records[1:]] == [[0, 1, 2, 3]] * 2
 
 
@@ -281,7 +277,7 @@ def test_digests_follow_the_rank_of_each_plan() -> None:
     digests = PartDigests()
     known = {rank: tensors_digest({"m:A": ffa_plan(rank).adapter.pairs["m"].A}) for rank in (1, 2, 3, 4)}
     draw = random.Random(0)
-    for _ in range(200):  # each plan's tensors are freed, so that the next one's may lie at the same address
+    for _ in range(200):  # each plan's tensors are freed, so that the next one's may lie at the same_adapter address
         rank = draw.randint(1, 4)
         assert digests(ffa_plan(rank))["A"] == known[rank]
 
@@ -305,7 +301,7 @@ def test_ffa_with_mixed_ranks_sends_each_client_its_a_once(tiny_config: MakeConf
             client_app.held_parts = HeldParts()
 
     again = deploy(tiny_config(*settings, name="forgetful"), Forgets())
-    assert same(outcome.adapter, again.adapter)
+    assert same_adapter(outcome.adapter, again.adapter)
     assert again.records[2]["bytes_down"] > outcome.records[2]["bytes_down"]
     first, *others = [record["bytes_down"] for record in outcome.records[1:]]
     frozen = outcome.state.adapter.nbytes(("A",)) * (4 + 2 + 1 + 3) // 4
@@ -405,7 +401,7 @@ def test_a_run_that_goes_on_to_more_rounds_ends_as_one_that_had_them(
     else:
         cut(rundir, 2)
     outcome = run_simulation(more, RunDir.open(rundir.path), Callback(), resume=True)
-    assert same(outcome.adapter, expected.adapter)
+    assert same_adapter(outcome.adapter, expected.adapter)
     assert [record["round"] for record in outcome.records] == [0, 1, 2, 3, 4]
     assert RunDir.open(rundir.path).config == more
     assert RunDir.open(rundir.path).finished

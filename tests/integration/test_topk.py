@@ -10,33 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from support.errors import raises
-from support.federations import deploy, forget, simulate
-from support.interrupted import cut_before_checkpoint
+from support.federations import deploy, simulate, weights
+from support.interrupted import killed_and_resumed
+from support.kept import files
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientPlan
-from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ReplyError
 from fedlora.federation.client_reply import sent_and_residual
 from fedlora.federation.client_store import RESIDUAL, ClientStore, divided, named
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.protocol import TrainRequest
-from fedlora.federation.run import RunOutcome
-from fedlora.runs.rundir import RunDir
-from fedlora.simulation.run import run_simulation
 from fedlora.state_io import unpack
 
 MakeConfig = Callable[..., RunConfig]
 TOPK = ("wire={up='topk', fraction=0.2}", "runtime.cohort=1", "runtime.prefix_cache=off", "train.steps=2")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
-
-
-def weights(outcome: RunOutcome) -> bytes:
-    return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
 def request(number: int, start: dict[str, torch.Tensor], before: int, sends: str = "dense") -> TrainRequest:
@@ -121,10 +110,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(
     """Half of the clients are away in each round."""
     keys = (*TOPK, "server.fraction=0.5", "rounds=4", "evaluation.every=4")
     straight = simulate(tiny_config(*keys, name="straight"))
-    rundir = RunDir.create(tiny_config(*keys, name="killed"))
-    cut_before_checkpoint(rundir, 3, monkeypatch)
-    forget(rundir.config)
-    resumed = run_simulation(rundir.config, RunDir.open(rundir.path), Callback(), resume=True)
+    resumed = killed_and_resumed(tiny_config(*keys, name="killed"), 3, monkeypatch)
     assert weights(straight) == weights(resumed)
     kept = files(straight.rundir.clients_dir)
     assert kept == files(resumed.rundir.clients_dir)

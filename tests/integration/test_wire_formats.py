@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.errors import raises
 from support.interrupted import cut_and_resumed
+from support.states import same_adapter
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientPlan, load_aggregator
@@ -58,11 +59,6 @@ LOSSY = ("bfloat16", "int8")
 
 def run(config: RunConfig) -> RunOutcome:
     return run_simulation(config, RunDir.create(config, overwrite=True), Callback())
-
-
-def same(left: AdapterState, right: AdapterState) -> bool:
-    one, other = left.tensors(), right.tensors()
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 # ------------------------------------------------------------------------------------------------ one tensor
@@ -309,7 +305,7 @@ NO_LAYOUTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", NO_LAYOUTS)
 def test_what_is_no_layout_of_the_buffer_is_refused(case: str) -> None:
-    with raises(ReplyError, "invalid-layout", "install the same fedlora") as caught:
+    with raises(ReplyError, "invalid-layout", "install the same_adapter fedlora") as caught:
         read_layout(NO_LAYOUTS[case], 32)
     assert len(str(caught.value)) < 300
 
@@ -387,7 +383,7 @@ def test_every_rule_learns_as_well_and_sends_what_was_announced(tiny_config: Mak
     saved = exact.records[2]["bytes_up"] - rounded.records[2]["bytes_up"]
     assert saved == pytest.approx(4 * (sizes[0] - sizes[1]), abs=64)  # the seconds' digits differ
     assert exact.records[1]["bytes_down"] == pytest.approx(rounded.records[1]["bytes_down"], abs=64)
-    assert not same(exact.adapter, rounded.adapter)
+    assert not same_adapter(exact.adapter, rounded.adapter)
     assert rounded.records[-1]["loss"] == pytest.approx(exact.records[-1]["loss"], abs=0.01)
     assert (max(record["aggregation_error"] for record in rounded.records[1:]) < 1e-6) == (rule in ("ffa", "flora"))
     if rule == "ffa":
@@ -402,7 +398,7 @@ def test_a_rounded_run_that_was_cut_ends_as_one_that_was_not(tiny_config: MakeCo
     whole = run(tiny_config(*settings, name="whole"))
     config = tiny_config(*settings, name="cut")
     resumed = cut_and_resumed(config, 2)
-    assert same(resumed.adapter, whole.adapter)
+    assert same_adapter(resumed.adapter, whole.adapter)
 
 
 @pytest.mark.slow

@@ -151,13 +151,6 @@ def test_an_adapter_is_sent_at_once(tmp_path: Path) -> None:
         assert sum(log.waits.values()) == 1
 
 
-@pytest.fixture
-def fresh() -> Any:
-    close_workspace()
-    yield
-    close_workspace()
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -168,7 +161,7 @@ def fresh() -> Any:
     ids=["fedavg", "flora", "prefix"],
 )
 def test_a_whole_run_ends_with_the_bytes_of_the_cpu(
-    changes: tuple[str, ...], tiny_config: Callable[..., RunConfig], tmp_path: Path, fresh: None
+    changes: tuple[str, ...], tiny_config: Callable[..., RunConfig], tmp_path: Path, no_workspace: None
 ) -> None:
     found = []
     for device in ("cpu", "auto"):

@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 import tomli_w
-from typer.testing import CliRunner
+from support.command_line import invoke
 
-from fedlora.cli import app
 from fedlora.config import flat_keys, parse_config
 
 FEW = 24
@@ -205,7 +204,7 @@ def attempt(seed: int, folder: Path, model: Path, data: Path) -> tuple[int, str]
     config.write_text(tomli_w.dumps(tree))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries; they go to standard error, and are no failure
-        result = CliRunner().invoke(app, ["run", str(config), "-q"])
+        result = invoke("run", config, "-q")
     said = f"seed {seed}: status {result.exit_code}\n{result.stderr}\n{config.read_text()}"
     assert result.exception is None or isinstance(result.exception, SystemExit), said
     assert result.exit_code in (0, 1, 2), said

@@ -79,11 +79,6 @@ def client(base: Base, number: int, *, rank: int | None = None, size: int = 30, 
     return replace(job, **mine), config.model_copy(update=changes)
 
 
-def gap(one: AdapterState, other: AdapterState) -> float:
-    two = other.tensors()
-    return max(float((value - two[name]).abs().max()) for name, value in one.tensors().items())
-
-
 def together(base: Base, task: Task, examples: Examples, clients: list[Client], **kwargs: Any) -> list[Any]:
     return train_cohort(base, task, examples, [job for job, _ in clients], [config for _, config in clients], **kwargs)
 

@@ -22,6 +22,16 @@ from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
 
 
+class Said(Callback):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
 def simulate(config: RunConfig, *callbacks: Callback, **how: Any) -> RunOutcome:
     """A run of `LocalClients`, or `WorkerPool` where the config asks for processes, in a new folder."""
     return run_simulation(config, RunDir.create(config, overwrite=True), *callbacks, **how)
@@ -56,6 +66,11 @@ def deploy(
             return serve(grid, config, new, *callbacks, resume=False, ledgers=ledgers)
         again = RunDir.open(rundir.path, config)
         return serve(grid, config, again, *callbacks, resume=True, ledgers=ledgers)
+
+
+def weights(outcome: RunOutcome) -> bytes:
+    """The file of the exported adapter."""
+    return (outcome.rundir.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
 def forget(config: RunConfig) -> None:

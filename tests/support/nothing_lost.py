@@ -39,6 +39,10 @@ class Witness(Callback):
         self.rundir = rundir
         self.left_out: dict[tuple[int, int], str] = {}
         self.rounds: list[int] = []
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
 
     def round_started(self, number: int, asked: Sequence[int]) -> None:
         self.left_out = {key: why for key, why in self.left_out.items() if key[0] != number}  # of one that was cut

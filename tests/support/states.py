@@ -1,14 +1,28 @@
-"""Comparing states bit for bit."""
+"""Comparing adapters and states."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from fedlora.adapter import EVERY_PART, AdapterState
 from fedlora.aggregators import GlobalState
 from fedlora.state_io import flatten_state
+
+
+def gap(one: AdapterState, other: AdapterState, parts: Iterable[str] = EVERY_PART) -> float:
+    """The largest difference of two entries."""
+    theirs = other.tensors(parts)
+    return max(float((value - theirs[name]).abs().max()) for name, value in one.tensors(parts).items())
+
+
+def same_adapter(one: AdapterState, other: AdapterState) -> bool:
+    """Whether two adapters have equal entries under the same names."""
+    mine, theirs = one.tensors(), other.tensors()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def same_state(left: GlobalState, right: GlobalState) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ import torch
 
 from fedlora.config import RunConfig, parse_config
 from fedlora.privacy import dpsgd
+
+if TYPE_CHECKING:
+    from flwr.app import Message
 
 MakeConfig = Callable[..., RunConfig]
 WORDS = ("red", "green", "blue", "old", "new", "cat", "dog", "bird")
@@ -71,6 +75,34 @@ def tiny_config(tiny_overrides: list[str]) -> MakeConfig:
         return parse_config("", [*usual, *overrides], name=name)
 
     return make
+
+
+@pytest.fixture
+def no_workspace() -> Iterator[None]:
+    """No workspace of an earlier test is taken up, and none is left."""
+    from fedlora.training.workspace import close_workspace
+
+    close_workspace()
+    yield
+    close_workspace()
+
+
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    """All that passes between the server and nodes in this process, both ways."""
+    from fedlora.flower import client_app
+
+    seen: list[Message] = []
+    real = client_app.app.__call__
+
+    class Tapped:
+        def __call__(self, message: Message, context: Any) -> Message:
+            seen.append(message)
+            seen.append(real(message, context))
+            return seen[-1]
+
+    monkeypatch.setattr(client_app, "app", Tapped())
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import invoke, succeeds
 from support.errors import raises
-from typer.testing import CliRunner
 
 import fedlora
 from fedlora.api import resolve_config
-from fedlora.cli import app
 
 NAMES = {
     *(
@@ -52,8 +51,7 @@ def test_a_run_is_the_command_lines_run(tiny_toml: Path, capsys: pytest.CaptureF
     mine = fedlora.run(tiny_toml, name="mine", rounds=1, train={"lr": 0.01}, quiet=True)
     assert capsys.readouterr().out == ""
     words = ["run", str(tiny_toml), "--set", "name=theirs", "--set", "rounds=1", "--set", "train.lr=0.01", "-q"]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
+    succeeds(*words)
     theirs = fedlora.load_run(mine.path.parent / "theirs")
     assert mine.finished
     assert mine.config.train.lr == 0.01
@@ -135,7 +133,7 @@ def test_a_wrong_key_is_one_line(tiny_toml: Path, changes: dict[str, object], co
 
 
 def test_the_command_line_says_its_version() -> None:
-    done = CliRunner().invoke(app, ["--version"])
+    done = invoke("--version")
     assert (done.exit_code, done.stdout) == (0, f"fedlora {fedlora.__version__}\n")
 
 

@@ -32,12 +32,11 @@ from typing import Any
 
 import pytest
 import yaml
+from support.command_line import succeeds
 from support.page_commands import PROGRAMS, PageError, check_command, check_shell, mentions
 from support.pages import ROOT, Block, blocks
-from typer.testing import CliRunner
 
 from fedlora.aggregators import load_aggregator
-from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.partition import load_partitioner
 from fedlora.site.policy import Policy
@@ -179,8 +178,7 @@ def a_run(tmp_path: Path, tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.M
     (tmp_path / "path" / "to" / "all-MiniLM-L6-v2").symlink_to(tiny_bert)
     few = [f"model.name={tiny_bert}", f"data.source={tiny_csv}", "data.domain=domain", "partition.clients=2"]
     few += ["rounds=1", "train.steps=1"]
-    done = CliRunner().invoke(app, ["run", "quickstart", *(word for change in few for word in ("--set", change))])
-    assert done.exit_code == 0, done.output
+    succeeds("run", "quickstart", *(word for change in few for word in ("--set", change)))
 
 
 @pytest.mark.slow

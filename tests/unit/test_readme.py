@@ -7,7 +7,6 @@ import shlex
 
 import pytest
 from support.pages import ROOT
-from typer.testing import CliRunner
 
 
 def test_every_config_file_is_valid_and_opens_with_its_command() -> None:
@@ -29,8 +28,9 @@ def test_every_config_file_is_valid_and_opens_with_its_command() -> None:
 
 
 def test_the_sweep_is_a_valid_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from support.command_line import succeeds
+
     import fedlora.sweep
-    from fedlora.cli import app
 
     page = (ROOT / "docs" / "comparing.md").read_text()
     (command,) = re.findall(r"^fedlora sweep (?:\\\n|.)*", page, flags=re.MULTILINE)
@@ -43,7 +43,6 @@ def test_the_sweep_is_a_valid_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fedlora.sweep, "run_sweep", plan)
     monkeypatch.chdir(ROOT)
-    result = CliRunner().invoke(app, shlex.split(command.replace("\\\n", " "))[1:])
-    assert result.exit_code == 0, result.output
+    succeeds(*shlex.split(command.replace("\\\n", " "))[1:])
     assert planned == [(6, 30, "metrics")]  # of the 30, the 10 with a rule's best rate will be run
     assert "16 folders" in page

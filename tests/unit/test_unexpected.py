@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.command_line import invoke
 from support.errors import raises
-from typer.testing import CliRunner
 
 import fedlora.api  # noqa: F401  # before `load_config` is replaced
-from fedlora.cli import app
 from fedlora.config import load_config
 from fedlora.errors import RunDirError
 from fedlora.federation import client_training, evaluator
@@ -107,12 +106,12 @@ def test_every_command_ends_in_one_line(
 
     monkeypatch.setattr("fedlora.config.load_config", fail)
     for command in ("run", "config", "partition", "audit", "sweep"):
-        result = CliRunner().invoke(app, [command, str(tiny_toml)])
+        result = invoke(command, tiny_toml)
         assert result.exit_code == status
         assert result.stderr.startswith(words)
         assert len(result.stderr.splitlines()) == bool(words)
     if status == 1:
-        debugged = CliRunner().invoke(app, ["run", str(tiny_toml), "--debug"])
+        debugged = invoke("run", tiny_toml, "--debug")
         assert debugged.exception is error
 
 
@@ -145,7 +144,7 @@ def test_training_that_nobody_reads_any_more_has_not_succeeded(
     monkeypatch.setattr("fedlora.api.train", train)
     monkeypatch.setattr("fedlora.sweep.run_sweep", train)
     for command, words in (("run", "nothing was kept"), ("sweep", "the same command")):
-        result = CliRunner().invoke(app, [command, str(tiny_toml)])
+        result = invoke(command, tiny_toml)
         assert result.exit_code == 141
         assert "nobody reads" in result.stderr
         assert words in result.stderr
@@ -169,7 +168,7 @@ def broken(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.usefixtures("faults_are_fedloras")
 def test_a_fault_of_the_program_ends_a_simulation_and_frees_its_place(broken: Path, tmp_path: Path) -> None:
     """On real machines such a client is left out; here it would be left out of every round, and the run exit 0."""
-    result = CliRunner().invoke(app, ["run", str(broken)])
+    result = invoke("run", broken)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: unexpected IndexError: index out of range")
     assert len(result.stderr.splitlines()) == 1
@@ -259,7 +258,7 @@ def test_a_fault_of_a_users_rule_is_named_by_its_file_and_line(
     (tmp_path / f"{name}.py").write_text(RULE.format(line=line))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    found = CliRunner().invoke(app, ["run", str(tiny_toml), "--set", f"strategy.name={name}:Mine"])
+    found = invoke("run", tiny_toml, "--set", f"strategy.name={name}:Mine")
     assert found.exit_code == 1
     (last,) = [row for row in found.stderr.splitlines() if row.startswith("error: ")]
     assert last.startswith(f"error: your code fails in {tmp_path / name}.py, line 8: {said}"), last

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from support.command_line import invoke
 from support.private_mutants import ADAPTIVE, DROPPED, HOOKS, MERGED, STACKED, Mutant
-from typer.testing import CliRunner
 
 from fedlora.audit.run_audit import check
-from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.training import open_workspace
 
@@ -52,7 +51,7 @@ def audited(folder: Path, config: list[str], canaries: int = 1000) -> Result:
     path = folder / "private.toml"
     path.write_text(parse_config("", config).to_toml())
     command = ["audit", str(path), "--quick", "--canaries", str(canaries)]
-    return CliRunner().invoke(app, command, env={"COLUMNS": "150", "NO_COLOR": "1"})
+    return invoke(*command, env={"COLUMNS": "150", "NO_COLOR": "1"})
 
 
 def parametrised(mutants: dict[str, Mutant], often: str = "") -> pytest.MarkDecorator:

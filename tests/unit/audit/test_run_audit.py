@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.command_line import PLAIN, invoke, succeeds
 from support.errors import raises
-from typer.testing import CliRunner
 
 from fedlora.audit import run_audit as module
 from fedlora.audit.run_audit import Finding, attack, check, through_model
-from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.errors import PrivacyError
 from fedlora.privacy.audit import AuditResult, audit_in_one_run
@@ -172,7 +171,7 @@ def test_the_exit_status(
     monkeypatch.setattr(module, "check", lines(Check("the norm", "1.4 C", "at most 1 C", bad)))
     path = tmp_path / "private.toml"
     path.write_text(parse_config("", [*audited_overrides, *EXAMPLE]).to_toml())
-    done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    done = invoke("audit", path, env=PLAIN)
     assert done.exit_code == status
     assert says in done.output
     assert "300/400" in done.output
@@ -183,11 +182,10 @@ def test_the_exit_status(
 def test_the_whole_command(audited_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "private.toml"
     path.write_text(parse_config("", [*audited_overrides, *EXAMPLE]).to_toml())
-    done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
-    assert done.exit_code == 0, done.output
+    done = succeeds("audit", path, env=PLAIN)
     assert done.output.count("caught") == 8
     assert done.output.count("holds") >= 5 + 12
     breaks(monkeypatch, "noise / n")  # the tiny model has few entries for canaries: a quarter is found in one column
-    done = CliRunner().invoke(app, ["audit", str(path)], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    done = invoke("audit", path, env=PLAIN)
     assert done.exit_code == 1
     assert done.output.count("REFUTED") >= 2 + 1

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from support.command_line import PLAIN, invoke, succeeds
 from support.tiny import write_tiny_toml
-from typer.testing import CliRunner
 
 import fedlora.flower
 import fedlora.tracking
 from fedlora import __version__
-from fedlora.cli import app
 from fedlora.runs.rundir import RunDir
 
 HEAVY = ("torch", "transformers", "peft", "flwr", "opacus", "matplotlib", "datasets", "numpy", "pydantic")
@@ -27,7 +26,7 @@ Cli = Callable[..., Result]
 @pytest.fixture
 def cli() -> Cli:
     def call(*words: object) -> Result:
-        return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "100", "NO_COLOR": "1"})
+        return invoke(*words, env=PLAIN)
 
     return call
 
@@ -38,8 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
     folder = tmp_path_factory.mktemp("finished")
     bert, csv = request.getfixturevalue("tiny_bert"), request.getfixturevalue("tiny_csv")
     path = write_tiny_toml(folder, bert, csv)
-    result = CliRunner().invoke(app, ["run", str(path)])
-    assert result.exit_code == 0, result.output
+    succeeds("run", path)
     return folder
 
 
@@ -414,6 +412,5 @@ def test_a_table_is_whole_where_no_terminal_cuts_it(tiny_toml: Path) -> None:
     labels = [f"data.group_names.domain={{films='{names[0]}', phones='{names[1]}'}}"]
     natural = "partition={name='natural', column='domain'}"
     words = ["partition", str(tiny_toml), *(word for one in [*labels, natural] for word in ("--set", one))]
-    result = CliRunner().invoke(app, words, env={"COLUMNS": None})
-    assert result.exit_code == 0, result.output
+    result = succeeds(*words, env={"COLUMNS": None})
     assert all(name in result.stdout for name in names), result.stdout

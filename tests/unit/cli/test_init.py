@@ -12,19 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from support.command_line import invoke, succeeds
 
 from fedlora.adapter import AdapterState, PairShape, fresh_pairs
 from fedlora.aggregators import ClientUpdate, load_aggregator
-from fedlora.cli import app
 from fedlora.config import load_config
 from fedlora.testing import broken_laws
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    done = CliRunner().invoke(app, ["init", str(tmp_path / "mine")])
-    assert done.exit_code == 0, done.output
+    succeeds("init", tmp_path / "mine")
     return tmp_path / "mine"
 
 
@@ -35,7 +33,7 @@ def test_it_writes_a_project_and_says_what(project: Path) -> None:
 
 def test_it_touches_nothing_that_is_there(project: Path) -> None:
     (project / "config.toml").write_text("mine")
-    done = CliRunner().invoke(app, ["init", str(project)])
+    done = invoke("init", project)
     assert done.exit_code == 1
     assert str(project) in done.stderr
     assert (project / "config.toml").read_text() == "mine"

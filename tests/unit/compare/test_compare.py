@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from support.command_line import invoke
 from support.errors import raises
 from support.made_runs import make_run
-from typer.testing import CliRunner
 
-from fedlora.cli import app
 from fedlora.compare import (
     Group,
     compare,
@@ -379,12 +378,11 @@ def test_the_same_runs_give_the_same_picture(family: Family, tmp_path: Path) -> 
 
 def test_the_command_prints_and_draws(family: Family, tmp_path: Path) -> None:
     paths = [*family("a", [0.7, 0.8]), *family("b", [0.6, 0.5], "strategy.name=ffa")]
-    call = CliRunner().invoke
-    result = call(app, ["compare", *map(str, paths), "-o", str(tmp_path / "a.png")], env={"COLUMNS": "100"})
+    result = invoke("compare", *paths, "-o", tmp_path / "a.png", env={"COLUMNS": "100"})
     assert result.exit_code == 0, result.output
     assert "2 seeds cannot decide" in result.stdout
     assert (tmp_path / "a.png").is_file()
-    wrong = call(app, ["compare", str(paths[0]), "--format", "html"])
+    wrong = invoke("compare", paths[0], "--format", "html")
     assert (wrong.exit_code, wrong.stderr) == (
         1,
         "error: there is no format 'html'; valid names: csv, latex, markdown, text\n",

@@ -19,11 +19,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from support.command_line import invoke
 from support.errors import raises
 from support.other_user import cannot
-from typer.testing import CliRunner
 
-from fedlora.cli import app
 from fedlora.config import RunConfig, load_config, parse_config
 from fedlora.deploy import (
     ENVIRONMENT,
@@ -420,7 +419,7 @@ def test_compose_and_the_images_are_of_the_flower_that_is_pinned() -> None:
 
 
 def fedlora(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = invoke(*arguments)
     return result.exit_code, result.output
 
 

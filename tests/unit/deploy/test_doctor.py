@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from support.command_line import invoke
 
-from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, NodePlan, doctor, foreground, keys, write_project
 from fedlora.deploy.commands import AWAY_S, REACHED, SUPERNODE
@@ -280,10 +279,10 @@ def test_a_node_that_the_superlink_does_not_answer_is_said(project: Path) -> Non
 
 def test_the_command_says_every_finding_and_fails_with_the_faults(project: Path) -> None:
     node = project / "nodes" / "site-a"
-    sound = CliRunner().invoke(app, ["deploy", "doctor", str(node)])
+    sound = invoke("deploy", "doctor", node)
     assert (sound.exit_code, "FAULT" in sound.output) == (0, False), sound.output
     (node / SUPERNODE / REACHED).unlink()
-    ill = CliRunner().invoke(app, ["deploy", "doctor", str(node)])
+    ill = invoke("deploy", "doctor", node)
     assert ill.exit_code == 1
     assert "1 fault found" in ill.output
     assert ill.output.count("ok     ") == sound.output.count("ok     ") - 1

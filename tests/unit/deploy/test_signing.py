@@ -10,10 +10,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, RecordDict
+from support.command_line import invoke
 from support.errors import raises
-from typer.testing import CliRunner
 
-from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.deploy import FederationPlan, NodePlan, write_project
 from fedlora.deploy.signing import app_of, write_signature
@@ -40,7 +39,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def sign(project: Path, *options: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["deploy", "sign", str(project), "--key", str(project.parent / "key"), *options])
+    result = invoke("deploy", "sign", project, "--key", project.parent / "key", *options)
     return result.exit_code, result.output
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from support.command_line import PLAIN, invoke, succeeds
 from support.tiny import write_tiny_toml
-from typer.testing import CliRunner
 
 import fedlora
-from fedlora.cli import app
 from fedlora.fairness import fairness
 from fedlora.runs.rundir import RunDir
 
@@ -28,15 +27,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_csv: Pat
     folder = tmp_path_factory.mktemp("runs")
     changes = ["name=flora", "strategy.name=flora", "adapter.rank=4", "clients.ranks=[4, 2, 1]", "train.steps=4"]
     words = [word for change in (*changes, "train.lr=0.02") for word in ("--set", change)]
-    result = CliRunner().invoke(app, ["run", str(write_tiny_toml(folder, tiny_bert, tiny_csv)), "--quiet", *words])
-    assert result.exit_code == 0, result.output
+    succeeds("run", write_tiny_toml(folder, tiny_bert, tiny_csv), "--quiet", *words)
     return folder / "runs" / "flora"
 
 
 @pytest.fixture
 def cli() -> Cli:
     def call(*words: object) -> Result:
-        return CliRunner().invoke(app, ["evaluate", *map(str, words)], env={"COLUMNS": "100", "NO_COLOR": "1"})
+        return invoke("evaluate", *words, env=PLAIN)
 
     return call
 
@@ -146,8 +144,7 @@ def test_the_spectrum_is_that_of_the_adapters_own_factors(run: Path, tmp_path: P
 
     from fedlora.spectrum import effective_rank
 
-    call = CliRunner().invoke
-    result = call(app, ["spectrum", str(run), "--format", "csv"])
+    result = invoke("spectrum", run, "--format", "csv")
     found = {row["layer"]: row for row in rows(result)}
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
     facts = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -160,9 +157,9 @@ def test_the_spectrum_is_that_of_the_adapters_own_factors(run: Path, tmp_path: P
         assert float(row["|D| / |W0|"]) > 0
         assert 0 <= int(row["new of the first 10"]) <= 10
     alone = shutil.copytree(run / "adapter", tmp_path / "alone")
-    assert call(app, ["spectrum", str(alone), "--format", "csv"]).stdout == result.stdout
+    assert invoke("spectrum", alone, "--format", "csv").stdout == result.stdout
     (alone / "fedlora.json").unlink()
-    assert "name them with --set task.labels" in call(app, ["spectrum", str(alone)]).stderr
-    told = call(app, ["spectrum", str(alone), "--set", "task.labels=['no','yes']", "--format", "csv"])
+    assert "name them with --set task.labels" in invoke("spectrum", alone).stderr
+    told = invoke("spectrum", alone, "--set", "task.labels=['no','yes']", "--format", "csv")
     assert told.stdout == result.stdout
-    assert "--epsilon 2" in call(app, ["spectrum", str(run), "--epsilon", "2"]).stderr
+    assert "--epsilon 2" in invoke("spectrum", run, "--epsilon", "2").stderr

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.federations import Said
 
-from fedlora.callbacks import Callback
 from fedlora.config import parse_config
 from fedlora.federation.client_pool import ClientEvaluation, RoundRequest
 from fedlora.federation.evaluator import Evaluator, added
@@ -73,14 +73,6 @@ def honest(name: str, seed: int, n: int) -> Sums:
     return TASKS[name].sums({"loss": loss, **measures})
 
 
-class Told(Callback):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.said.append(text)
-
-
 def measured(task: Task, sums: Sequence[Mapping[str, np.ndarray]]) -> tuple[dict[str, Any], list[str]]:
     """The line of a round in which each client answers with some sums, and what was said."""
     config = parse_config("", ["evaluation.on=clients", "selection.patience=9", "server.max_examples=1000"])
@@ -88,12 +80,12 @@ def measured(task: Task, sums: Sequence[Mapping[str, np.ndarray]]) -> tuple[dict
     def evaluate(request: RoundRequest, parts: Sequence[str]) -> list[ClientEvaluation]:
         return [ClientEvaluation(k, dict.fromkeys(parts, sums[k])) for k in request.clients]
 
-    told, state = Told(), SimpleNamespace(round=3)
+    told, state = Said(), SimpleNamespace(round=3)
     workspace = SimpleNamespace(task=task, data=SimpleNamespace(test=None, label_names=CLASSES[type(task)]))
     evaluator = Evaluator(cast("Any", SimpleNamespace(evaluate=evaluate)), config, cast("Any", workspace), False, told)
     clients = dict.fromkeys(range(len(sums)), cast("Any", None))
     request = RoundRequest(3, (), cast("Any", state), {})
-    return evaluator.measure(request, clients, lambda _: True), told.said
+    return evaluator.measure(request, clients, lambda _: True), told.lines
 
 
 @given(name=st.sampled_from(list(TASKS)), seed=st.integers(0, 10**6), sizes=st.lists(st.integers(1, 30), min_size=1))

@@ -12,14 +12,13 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
+from support.command_line import invoke
 from support.errors import raises
 from support.tiny import write_tiny_toml
 from torch import Tensor
-from typer.testing import CliRunner
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate
-from fedlora.cli import app
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ExportError
 from fedlora.model import Base, Reference, load_base, plain, save_adapter, save_merged, verify_adapter, verify_merged
@@ -309,7 +308,7 @@ def cli(tmp_path: Path, tiny_bert: Path, tiny_csv: Path) -> Cli:
 
     def call(command: str, *words: object) -> Result:
         given = [path, "--quiet", "--set", "rounds=1", "--set", "train.lr=0.05"] if command == "run" else []
-        return CliRunner().invoke(app, [command, *map(str, given), *map(str, words)], env={"COLUMNS": "200"})
+        return invoke(command, *given, *words, env={"COLUMNS": "200"})
 
     return call
 
@@ -335,7 +334,7 @@ def test_a_run_that_cannot_verify_its_adapter_ends_as_an_error_and_keeps_it(
     assert "differ" in written["export"]["error"]
     assert run.report.is_file()
     for words in (("evaluate", run.path), ("run", "--resume", run.path)):
-        again = CliRunner().invoke(app, list(map(str, words)))
+        again = invoke(*words)
         assert again.exit_code == 1
         assert "fedlora export" in again.stderr
     refused = cli("export", run.path, tmp_path / "out")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.cohorts import MODELS, client, gap, random_base, random_examples, together
+from support.cohorts import MODELS, client, random_base, random_examples, together
 from support.errors import raises
 from support.interrupted import cut_and_resumed
+from support.states import gap
 from torch import nn
 
 from fedlora.adapter import ALL_PARTS, AdapterState
@@ -352,15 +353,8 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
-    close_workspace()
-    yield
-    close_workspace()
-
-
-@pytest.fixture
 def on_4_bits(
-    tiny_bert: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path, fresh: None
+    tiny_bert: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path, no_workspace: None
 ) -> Callable[..., RunConfig]:
     """A run on a base whose rows are as long as bitsandbytes' blocks."""
     from transformers import AutoTokenizer, BertConfig, BertModel
@@ -443,18 +437,15 @@ def begun(config: RunConfig) -> tuple[RunConfig, RunDir]:
 def test_what_a_run_leaves_can_be_evaluated_merged_and_looked_at(
     on_4_bits: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
+    from support.command_line import succeeds
     from transformers import AutoModelForSequenceClassification
-    from typer.testing import CliRunner
-
-    from fedlora.cli import app
 
     outcome = run_simulation(*begun(on_4_bits("left", 2, "flora")), Callback())
     run, merged = str(outcome.rundir.path), tmp_path / "merged"
     close_workspace()
 
     def cli(*words: str) -> str:
-        result = CliRunner().invoke(app, list(words))
-        assert result.exit_code == 0, result.output
+        result = succeeds(*words)
         return result.output
 
     said = cli("export", run, str(merged), "--format", "merged")

@@ -15,10 +15,9 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from support.command_line import invoke
 
 from fedlora.assets import Checkpoint
-from fedlora.cli import app
 from fedlora.hashing import digest_of, file_digest, row_digests
 from fedlora.model.fingerprint import fingerprint
 from fedlora.provenance import MODEL, WORDS, Provenance, config_digest
@@ -80,7 +79,7 @@ def scene(made: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return invoke(*words, env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
 def swap_base(folder: Path) -> None:

@@ -114,10 +114,8 @@ def test_the_same_federation_is_killed_resumed_and_exported_on_a_tiny_model(
     tiny_llama: Path, tiny_chat: Path, tmp_path: Path
 ) -> None:
     import torch
+    from support.command_line import succeeds
     from transformers import AutoModelForCausalLM
-    from typer.testing import CliRunner
-
-    from fedlora.cli import app
 
     pytest.importorskip("bitsandbytes")
     text = FLOWER_TUNE.format(model=tiny_llama, data=tiny_chat)
@@ -128,8 +126,7 @@ def test_the_same_federation_is_killed_resumed_and_exported_on_a_tiny_model(
         assert torch.equal(cut.adapter.tensors()[name], value), name
     assert whole.records[-1]["perplexity"] < whole.records[0]["perplexity"]
     for more, folder in ((["--format", "merged"], "model"), ([], "adapter")):
-        said = CliRunner().invoke(app, ["export", str(cut.rundir.path), str(tmp_path / folder), *more])
-        assert said.exit_code == 0, said.output
+        succeeds("export", cut.rundir.path, tmp_path / folder, *more)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert not getattr(merged, "is_quantized", False)
 

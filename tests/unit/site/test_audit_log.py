@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.command_line import invoke
 from support.errors import raises
-from typer.testing import CliRunner
 
 from fedlora import hash_chain
-from fedlora.cli import app
 from fedlora.errors import DeployError
 from fedlora.site.audit_log import AUDIT_LOG, AuditLog, read_log
 
@@ -31,7 +30,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def node_log(site: Path, *options: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["node", "log", str(site), *options])
+    result = invoke("node", "log", site, *options)
     return result.exit_code, result.output
 
 

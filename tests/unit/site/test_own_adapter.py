@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from support.command_line import invoke
 
-from fedlora.cli import app
 from fedlora.federation.client_ledger import LedgerPlace
 
 RUNS = ("a" * 32, "b" * 32)
@@ -38,7 +37,7 @@ def keep(site: Path, run: str, *rounds: tuple[int, int], rank: int = 2) -> None:
 
 
 def export(site: Path, *options: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["node", "export", str(site), str(site / "adapter"), str(site / "out"), *options])
+    result = invoke("node", "export", site, site / "adapter", site / "out", *options)
     return result.exit_code, result.output.replace("\n", "")
 
 

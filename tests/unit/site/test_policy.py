@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.command_line import invoke
 from support.errors import raises
-from typer.testing import CliRunner
 
-from fedlora.cli import app
 from fedlora.config import parse_config
 from fedlora.errors import ConfigError, PolicyError
 from fedlora.site.approvals import MOST_ASKED, Approvals, config_hash
@@ -93,17 +92,16 @@ def test_a_coordinator_does_not_fill_the_disk(tmp_path: Path) -> None:
 
 
 def test_the_command_line_shows_and_approves(tmp_path: Path) -> None:
-    run = CliRunner().invoke
     (tmp_path / "policy.toml").write_text("approval = true\nmax_rank = 16\n")
     config = parse_config("rounds = 11")
     Approvals(tmp_path).allows(config)
     digest = config_hash(config)
-    shown = run(app, ["node", "show", str(tmp_path)]).stdout
+    shown = invoke("node", "show", tmp_path).stdout
     assert "approval = true\n" in shown
     assert f"waits {digest}\n" in shown
-    assert "rounds = 11\n" in run(app, ["node", "show", str(tmp_path), digest[:6]]).stdout
-    assert run(app, ["node", "approve", str(tmp_path), digest[:6]]).stdout == f"approved {digest}\n"
-    assert f"approved {digest}\n" in run(app, ["node", "show", str(tmp_path)]).stdout
-    again = run(app, ["node", "approve", str(tmp_path), digest])
+    assert "rounds = 11\n" in invoke("node", "show", tmp_path, digest[:6]).stdout
+    assert invoke("node", "approve", tmp_path, digest[:6]).stdout == f"approved {digest}\n"
+    assert f"approved {digest}\n" in invoke("node", "show", tmp_path).stdout
+    again = invoke("node", "approve", tmp_path, digest)
     assert again.exit_code == 1
     assert again.stderr.startswith("error: no config here begins")

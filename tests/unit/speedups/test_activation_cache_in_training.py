@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.errors import raises
+from support.states import gap
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.aggregators import BaseUpdate
@@ -27,14 +27,9 @@ from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.job import rows_of
 from fedlora.training.workspace import Workspace, close_workspace
 
+pytestmark = pytest.mark.usefixtures("no_workspace")
+
 HOW = TrainConfig(steps=4, batch_size=6, lr=1e-2)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_kept() -> Iterator[None]:
-    close_workspace()
-    yield
-    close_workspace()
 
 
 def bench_of(model: Path, data: Path, *overrides: str) -> Workspace:
@@ -64,10 +59,6 @@ def job(workspace: Workspace, seed: int = 0) -> TrainJob:
         for name, pair in state.pairs.items()
     }
     return TrainJob(state.with_tensors(moved), ALL_PARTS, np.arange(seed, 20 + seed), seed)
-
-
-def gap(one: AdapterState, other: AdapterState) -> float:
-    return max(float((a - other.tensors()[name]).abs().max()) for name, a in one.tensors().items())
 
 
 @pytest.mark.slow

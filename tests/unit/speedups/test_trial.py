@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from support.errors import raises
+from support.states import gap
 
 import fedlora.speedups.attention
-from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.adapter import ALL_PARTS
 from fedlora.config import TrainConfig, parse_config
 from fedlora.errors import FedloraError, ModelError
 from fedlora.simulation.capacity import cohort_size
@@ -20,12 +20,7 @@ from fedlora.training import TrainJob, evaluate, open_workspace, train
 from fedlora.training.cohort import train_cohort, why_alone
 from fedlora.training.workspace import Workspace, close_workspace
 
-
-@pytest.fixture(autouse=True)
-def _nothing_kept() -> Iterator[None]:
-    close_workspace()
-    yield
-    close_workspace()
+pytestmark = pytest.mark.usefixtures("no_workspace")
 
 
 def bench_of(model: Path, data: Path, *overrides: str) -> Workspace:
@@ -70,10 +65,6 @@ COUPLED: dict[str, dict[str, Any]] = {
     "MobileBert": {"true_hidden_size": 16, "intra_bottleneck_size": 16, "embedding_size": 16},
     "ConvBert": {"embedding_size": 16, "head_ratio": 2, "conv_kernel_size": 3},
 }
-
-
-def gap(one: AdapterState, other: AdapterState) -> float:
-    return max(float((a - other.tensors()[name]).abs().max()) for name, a in one.tensors().items())
 
 
 @pytest.mark.parametrize("kind", ["FNet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(COUPLED)[1:])])

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.command_line import invoke, succeeds
 from support.errors import raises
 from support.made_runs import make_run
 from support.waiting import until
-from typer.testing import CliRunner
 
-from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunDirError, TrainingError
 from fedlora.runs.outcomes import read_outcomes
@@ -305,17 +304,16 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
 
     monkeypatch.setattr(RunDir, "save_checkpoint", interrupted)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    stopped = CliRunner().invoke(app, words(cut))
+    stopped = invoke(*words(cut))
     monkeypatch.undo()
     assert (stopped.exit_code, stopped.stderr) == (130, "stopped; the same command goes on\n")
     before = (cut / "strategy=fedavg,seed=0" / "result.json").stat().st_mtime_ns
-    done = CliRunner().invoke(app, words(cut))
-    assert done.exit_code == 0, done.output
+    done = succeeds(*words(cut))
     assert "2 runs, 1 of them done before" in done.stdout
     assert "undecided" in done.stdout
     assert (cut / "curves.png").is_file()
     assert (cut / "strategy=fedavg,seed=0" / "result.json").stat().st_mtime_ns == before
-    assert CliRunner().invoke(app, words(whole)).exit_code == 0
+    assert invoke(*words(whole)).exit_code == 0
     for name in ("strategy=fedavg,seed=0", "strategy=ffa,seed=0"):
         file = "adapter/adapter_model.safetensors"
         assert (cut / name / file).read_bytes() == (whole / name / file).read_bytes()

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import succeeds
 from support.errors import raises
 from test_task_causal_lm import CHATML, tiny_llama, tokenizer_folder
-from typer.testing import CliRunner
 
-from fedlora.cli import app
 from fedlora.config import RunConfig, parse_config
 from fedlora.data import load_data
 from fedlora.errors import ConfigError, DataError, ModelError
@@ -320,8 +319,7 @@ def test_examples_are_printed_as_the_model_sees_them(folder: Path, tmp_path: Pat
     rows = [row | {"input": "", "user_id": f"u{k % 2}"} for k in range(10)]
     config = config_of(folder, rows, tmp_path / "rows.jsonl")
     (tmp_path / "run.toml").write_text(config.to_toml())
-    done = CliRunner().invoke(app, ["data", str(tmp_path / "run.toml"), "--show", "2"])
-    assert done.exit_code == 0, done.output
+    done = succeeds("data", tmp_path / "run.toml", "--show", "2")
     assert "read as alpaca (instruction, output, input)" in done.output
     assert "8 training examples, 2 to test, 2 clients" in done.output
     assert done.output.count("<|start|>user\nwho ?<|end|>\n<|start|>assistant\n⟦the cat<|end|>⟧") == 2

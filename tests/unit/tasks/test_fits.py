@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support.command_line import succeeds
 from support.errors import raises
-from typer.testing import CliRunner
 
 from fedlora.assets import Checkpoint
-from fedlora.cli import app
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import AssetError, ConfigError, DataError, FedloraError, ModelError
 from fedlora.model.reach import embedding_rows, longest_text, position_limit
@@ -251,6 +250,5 @@ def test_layers_can_be_chosen_in_models_with_experts(tmp_path: Path, tiny_bert: 
     train.steps=1
     runtime={{threads=1, kernels='off'}}"""
     (tmp_path / "moe.toml").write_text(text)
-    result = CliRunner().invoke(app, ["run", str(tmp_path / "moe.toml"), "-q"])
-    assert result.exit_code == 0, result.stderr
+    succeeds("run", tmp_path / "moe.toml", "-q")
     assert open_workspace(parse_config(text)).base.targets == ("model.layers.1.self_attn.q_proj",)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cohorts import adapter, gap, together
+from support.cohorts import adapter, together
 from support.errors import raises
+from support.states import gap
 from support.tiny_federations import WORDS
 
 from fedlora.adapter import ALL_PARTS

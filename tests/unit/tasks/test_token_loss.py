@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cohorts import SMALL, client, gap, random_base, random_examples, together
+from support.cohorts import SMALL, client, random_base, random_examples, together
+from support.states import gap
 from torch import Tensor
 
 from fedlora.config import OpenTable

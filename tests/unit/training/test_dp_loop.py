@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.states import gap
 from torch import Tensor
 
 from fedlora.adapter import ALL_PARTS, AdapterState
@@ -144,11 +145,6 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "opacus.optimizers.optimizer._generate_noise", lambda std, reference, **how: noise(std, reference, **how)
     )
-
-
-def gap(one: AdapterState, other: AdapterState) -> float:
-    two = other.tensors()
-    return max(float((value - two[name]).abs().max()) for name, value in one.tensors().items())
 
 
 def passes() -> list[object]:

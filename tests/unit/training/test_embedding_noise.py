@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cohorts import PASSES, WIDE, client, gap, random_base, random_examples, together
+from support.cohorts import PASSES, WIDE, client, random_base, random_examples, together
 from support.errors import raises
 from support.pretend_gpu import pretend_gpu
+from support.states import gap
 from torch import Tensor
 from transformers import T5Config, T5ForSequenceClassification
 

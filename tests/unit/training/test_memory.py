@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cohorts import client, gap, load, random_base, random_examples, texts, together
+from support.cohorts import client, load, random_base, random_examples, texts, together
+from support.states import gap
 from torch import Tensor
 
 from fedlora.adapter import ALL_PARTS

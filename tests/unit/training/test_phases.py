@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.states import gap
 
-from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.adapter import ALL_PARTS
 from fedlora.config import TrainConfig
 from fedlora.errors import TrainingError
 from fedlora.model import Base
@@ -30,11 +31,6 @@ def setting(tiny_config: Any) -> tuple[Base, Any, Any, TrainJob]:
     start = workspace.base.initial_adapter(0)
     job = TrainJob(start, ALL_PARTS, np.arange(12), seed=5, first=HEAD, first_times=2)
     return workspace.base, workspace.task, workspace.data.train, job
-
-
-def gap(one: AdapterState, other: AdapterState, parts: frozenset[Any] = ALL_PARTS) -> float:
-    theirs = other.tensors(parts)
-    return max(float((value - theirs[name]).abs().max()) for name, value in one.tensors(parts).items())
 
 
 def test_the_head_is_trained_alone_and_then_the_rest_on_it(setting: tuple[Any, ...]) -> None:

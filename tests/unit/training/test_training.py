@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import platform
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,9 @@ from fedlora.training.job import batches, learning_rate, number_of_steps
 from fedlora.training.runtime import keep_memory
 from fedlora.training.workspace import close_workspace
 
+pytestmark = pytest.mark.usefixtures("no_workspace")
+
 FAST = TrainConfig(steps=4, batch_size=8, lr=1e-2)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_kept() -> Iterator[None]:
-    close_workspace()
-    yield
-    close_workspace()
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,13 @@ from support.cohorts import (
     WIDE,
     Client,
     client,
-    gap,
     load,
     random_base,
     random_examples,
     texts,
     together,
 )
+from support.states import gap
 from torch import Tensor
 
 from fedlora.adapter import AdapterState
