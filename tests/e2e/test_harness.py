@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,9 @@ import torch
 from support.borrowing import borrowing
 from support.command_line import invoke
 from support.federations import simulate
-from support.tiny_federations import WORDS
-
-from fedlora.config import RunConfig
+from support.tiny_federations import WORDS, MakeConfig
 
 pytestmark = pytest.mark.timeout(900)  # a minute or two where nothing else runs
-MakeConfig = Callable[..., RunConfig]
 ROOT = Path(__file__).parents[2]
 HARNESS = "lm_eval==0.4.13"
 PROMPTS = [f"you : {word} <end> me :" for word in WORDS]

@@ -19,6 +19,7 @@ from integration.test_site_policy import PRIVATE, ByNode, MakeSite, own, refusal
 from support.command_line import invoke, succeeds
 from support.errors import raises
 from support.federations import Said, forget, simulate
+from support.tiny_federations import MakeConfig
 
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError, PrivacyError, RoundError, RunDirError
@@ -33,7 +34,6 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import close_workspace, open_workspace
 
 __all__ = ["own", "site"]  # fixtures
-MakeConfig = Callable[..., RunConfig]
 Measured = Callable[[RunConfig, Path], dict[str, Any]]
 AT_CLIENTS = ("evaluation.on=clients", "evaluation.min_examples=2")
 COUNTED = ("accuracy", "balanced_accuracy", "majority_share", "macro_f1", "weighted_f1", "mcc", "auroc")

@@ -14,6 +14,7 @@ from support.errors import raises
 from support.federations import deploy
 from support.federations import simulate as run
 from support.interrupted import cut, cut_before_checkpoint
+from support.tiny_federations import MakeConfig
 
 from fedlora.aggregators import load_aggregator
 from fedlora.callbacks import Callback
@@ -36,7 +37,6 @@ from fedlora.simulation.run import refuse_early, run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 Z, ROUNDS, DELTA = 2.0, 3, 1e-3
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ import torch
 from support.command_line import invoke
 from support.errors import raises
 from support.federations import simulate
+from support.tiny_federations import MakeConfig
 from typer.testing import Result
 
-from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
 from fedlora.evaluation.chat import Sampling, _printable, open_chats
 from fedlora.evaluation.pretrained_adapter import find_adapter
-
-MakeConfig = Callable[..., RunConfig]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 from support.states import gap
+from support.tiny_federations import MakeConfig
 
 from fedlora.aggregators import Claim, names_claiming, rules
 from fedlora.callbacks import Callback
@@ -15,8 +16,6 @@ from fedlora.federation.run import RunOutcome
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training import loop as together
-
-MakeConfig = Callable[..., RunConfig]
 
 
 def run(config: RunConfig) -> RunOutcome:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from support.interrupted import (
 )
 from support.kept import files, newest, raw
 from support.states import gap
+from support.tiny_federations import MakeConfig
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.callbacks import Callback
-from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, TrainingError
 from fedlora.federation import client_store, client_training
 from fedlora.federation.client_store import divided
@@ -39,7 +38,6 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob
 from fedlora.training.workspace import open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 ALIKE = ("evaluation.on=clients", "evaluation.min_examples=2", "runtime.cohort=1", "runtime.prefix_cache=off")
 DITTO = (*ALIKE, "train.personal=0.5")
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from support.errors import raises
 from support.federations import deploy, require_same, simulate
 from support.interrupted import deployed_without_a_reply, killed_and_resumed
+from support.tiny_federations import MakeConfig
 
-from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, PrivacyError, RuleError
 
-MakeConfig = Callable[..., RunConfig]
 SCAFFOLD = ("strategy.name=scaffold", "train.optimizer=sgd", "train.lr=0.1")
 FEDDYN = ("strategy={name='feddyn',alpha=0.5}",)
 ALIKE = ("runtime.cohort=1", "runtime.prefix_cache=off", "server.fraction=0.75", "rounds=4")

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ import torch
 from support.borrowing import borrowing
 from support.command_line import invoke
 from support.federations import simulate
+from support.tiny_federations import MakeConfig
 from typer.testing import Result
 
-from fedlora.config import RunConfig
 from fedlora.training.origin import NO_CLAIM, UNFINISHED, origin_of
 
 pytestmark = pytest.mark.slow
-MakeConfig = Callable[..., RunConfig]
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<end>' }}{% endfor %}"
 KEPT = {"temperature": 0.7, "top_k": 5, "do_sample": True, "max_new_tokens": 9}
 

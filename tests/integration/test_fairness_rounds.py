@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,10 +10,10 @@ from flwr.app import RecordDict
 from support.errors import raises
 from support.federations import Said, deploy, require_same, simulate
 from support.interrupted import killed_and_resumed
+from support.tiny_federations import MakeConfig
 
 from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.aggregators.fairness import QFedAvg
-from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, PrivacyError, ReplyError, RuleError
 from fedlora.federation import client, client_training
 from fedlora.federation.plausibility import COUNTED_LOSS, START_LOSS
@@ -22,7 +22,6 @@ from fedlora.flower.flower_strategy import FedLoraStrategy
 from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 RULES = {
     "qfedavg": ("strategy={name='qfedavg',q=2.0,lipschitz=0.1}",),
     "afl": ("strategy={name='afl',rate=0.5,inner={name='ffa'}}",),

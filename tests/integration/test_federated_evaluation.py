@@ -14,9 +14,10 @@ from support.command_line import invoke
 from support.errors import raises
 from support.federations import Said, deploy, require_alike, simulate, timeless
 from support.interrupted import cut_and_resumed
+from support.tiny_federations import MakeConfig
 
 from fedlora.api import load_run
-from fedlora.config import RunConfig, parse_config
+from fedlora.config import parse_config
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.federation.run import RunOutcome
 from fedlora.federation.selection import Selection
@@ -24,7 +25,6 @@ from fedlora.tasks._classification import Classification
 from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import Workspace, open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 AT_CLIENTS = ("evaluation.on=clients", "evaluation.min_examples=2")
 OVERFITS = (*AT_CLIENTS, "selection.metric=loss", "data.validation_fraction=0.3", "train.lr=0.05", "train.steps=6")
 

@@ -14,10 +14,8 @@ from support.command_line import succeeds
 from support.federations import deploy, require_same, simulate
 from support.interrupted import killed_and_resumed
 from support.kept import newest
+from support.tiny_federations import MakeConfig
 
-from fedlora.config import RunConfig
-
-MakeConfig = Callable[..., RunConfig]
 ALIKE = ("train.lr=0.05", "runtime.cohort=1", "runtime.prefix_cache=off")
 CORED = {"fedsb": "strategy.name=fedsb", "ravan": "strategy={name='ravan', heads=2}"}
 cored = pytest.mark.parametrize("rule", CORED.values(), ids=CORED)

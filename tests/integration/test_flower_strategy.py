@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, Result
 from support.errors import raises
+from support.tiny_federations import MakeConfig
 
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig
@@ -25,8 +25,6 @@ from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training import open_workspace
-
-MakeConfig = Callable[..., RunConfig]
 
 plain = ClientApp()
 """Somebody else's client: it moves every tensor by a step of its own, and knows nothing of fedlora."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.errors import raises
 from support.on_a_grid import grid_of, serve_on
+from support.tiny_federations import MakeConfig
 
 from fedlora.config import DataConfig, OpenTable, RunConfig
 from fedlora.errors import ReplyError, RoundError
@@ -18,8 +18,6 @@ from fedlora.flower import client_app
 from fedlora.flower.handshake import TABLES, question, require_same_config, require_same_ground
 from fedlora.provenance import DATA, WORDS, Provenance
 from fedlora.training import open_workspace
-
-MakeConfig = Callable[..., RunConfig]
 
 
 @pytest.mark.parametrize(

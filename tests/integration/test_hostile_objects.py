@@ -25,6 +25,7 @@ from support.errors import raises
 from support.hostile_objects import Link, Pushed, Thing, bombs, everything, grid_on, mutate, thing_of
 from support.nothing_lost import Witness
 from support.on_a_grid import serve_on
+from support.tiny_federations import MakeConfig
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
@@ -41,7 +42,6 @@ from fedlora.flower.update_checks import check_head, check_update
 from fedlora.runs.rundir import RunDir
 from fedlora.testing.loopback_grid import LoopbackGrid
 
-MakeConfig = Callable[..., RunConfig]
 TREES = 3000
 
 

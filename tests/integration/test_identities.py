@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from support.errors import raises
 from support.nothing_lost import Witness
 from support.on_a_grid import grid_of, serve_on
+from support.tiny_federations import MakeConfig
 
 from fedlora.config import RunConfig
 from fedlora.deploy.keys import make_node_key
@@ -26,7 +27,6 @@ from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 
-MakeConfig = Callable[..., RunConfig]
 A, B, C = (Identity(name, f"SHA256:{name}") for name in ("site-a", "site-b", "site-c"))
 
 

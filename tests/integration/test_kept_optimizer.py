@@ -16,15 +16,15 @@ from support.federations import deploy, simulate
 from support.interrupted import killed_and_resumed
 from support.kept import files
 from support.states import gap, same_adapter
+from support.tiny_federations import MakeConfig
 
-from fedlora.config import OpenTable, RunConfig, TrainConfig
+from fedlora.config import OpenTable, TrainConfig
 from fedlora.errors import ConfigError, FedloraError, TrainingError
 from fedlora.state_io import unpack
 from fedlora.tasks import load_task
 from fedlora.training import TrainResult
 from fedlora.training.row_optimizer import Columns, FlatOptimizer
 
-MakeConfig = Callable[..., RunConfig]
 KEPT = ("train.keep_optimizer=true", "runtime.cohort=1", "runtime.processes=1")
 
 

@@ -21,11 +21,11 @@ from support.interrupted import (
     killed_and_resumed,
 )
 from support.kept import files, newest, raw
+from support.tiny_federations import MakeConfig
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import load_aggregator
 from fedlora.callbacks import Callback
-from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ReplyError, RuleError
 from fedlora.evaluation.baselines import local_only
 from fedlora.federation.run import RunOutcome
@@ -38,7 +38,6 @@ from fedlora.state_io import unpack
 from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 PERSONAL = ("evaluation.on=clients", "evaluation.min_examples=2", "runtime.cohort=1", "runtime.prefix_cache=off")
 FEDSA = ("strategy.name=fedsa", *PERSONAL)
 

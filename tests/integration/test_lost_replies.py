@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from support.federations import Said
 from support.on_a_grid import serve_on
+from support.tiny_federations import MakeConfig
 
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
@@ -21,7 +22,6 @@ from fedlora.flower import mailbox as post
 from fedlora.privacy.ledger import Ledger
 from fedlora.testing.loopback_grid import LoopbackGrid
 
-MakeConfig = Callable[..., RunConfig]
 PRIVATE = (
     "server.weighting=uniform",
     "evaluation.every=2",

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from support.errors import raises
 from support.federations import deploy
 from support.federations import simulate as run
 from support.interrupted import cut_and_resumed
+from support.tiny_federations import MakeConfig
 
-from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, RuleError
 from fedlora.evaluation.baselines import centralised
 from fedlora.model.peft_methods import METHODS
 from fedlora.simulation.run import refuse_early
 from fedlora.training.workspace import open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 SMALL = {
     "fourierft": ["adapter.options={n_frequency=50}"],
     "boft": ["adapter.options={boft_block_size=4}"],

@@ -11,6 +11,7 @@ from flwr.common.constant import ErrorCode
 from support.errors import raises
 from support.nothing_lost import Witness
 from support.on_a_grid import serve_on
+from support.tiny_federations import MakeConfig
 
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError
@@ -22,7 +23,6 @@ from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 Config = dict[str, bool | float | int | str]
 
 

@@ -19,6 +19,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from support.errors import raises
+from support.tiny_federations import MakeConfig
 from support.waiting import until
 
 import fedlora
@@ -42,8 +43,6 @@ from fedlora.node_worker.supervisor import supervise
 from fedlora.privacy.ledger import Ledger
 from fedlora.programs import Guard
 from fedlora.training.workspace import open_workspace
-
-MakeConfig = Callable[..., RunConfig]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from support.errors import raises
 from support.federations import deploy, require_alike, weights
+from support.tiny_federations import MakeConfig
 
 from fedlora.api import train
 from fedlora.callbacks import Callback
@@ -25,7 +26,6 @@ from fedlora.simulation.run import refuse_early, run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 LABELS = "task.labels=['negative','positive']"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from support import own_loops
 from support.errors import raises
 from support.federations import Said, deploy, simulate
 from support.interrupted import killed_and_resumed
-from support.tiny_federations import WORDS
+from support.tiny_federations import WORDS, MakeConfig
 
 from fedlora.adapter import ALL_PARTS, AdapterState
 from fedlora.config import RunConfig
@@ -27,7 +26,6 @@ from fedlora.training.job import TrainJob
 from fedlora.training.own_loop import FROZEN_CHANGED, FROZEN_PART_CHANGED, lent, train_by_own_loop
 from fedlora.training.workspace import open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 OWN = "train.loop=support.own_loops:"
 HERE = ("runtime.processes=1", "train.steps=3", "train.batch_size=8", "model.dropout=0")
 

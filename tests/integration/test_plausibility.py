@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support.errors import raises
 from support.federations import weights
 from support.on_a_grid import grid_of, serve_on
+from support.tiny_federations import MakeConfig
 
 from fedlora.config import RunConfig
 from fedlora.errors import RoundError, RuleError
@@ -37,7 +38,6 @@ from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 
-MakeConfig = Callable[..., RunConfig]
 positive = st.floats(1e-6, 1e6)
 
 

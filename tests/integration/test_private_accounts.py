@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from flwr.app.user_config import UserConfig
 from support import federations
 from support.errors import raises
+from support.tiny_federations import MakeConfig
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
@@ -34,7 +35,6 @@ from fedlora.simulation.run import run_simulation
 from fedlora.training.dp_settings import private_settings
 from fedlora.wire_formats import from_raw, joined, raw_bytes, read_layout, sliced
 
-MakeConfig = Callable[..., RunConfig]
 DELTA, ROUNDS = 1e-3, 3
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from support.errors import raises
 from support.federations import Said, deploy
 from support.federations import simulate as run
 from support.interrupted import cut, cut_before_checkpoint
+from support.tiny_federations import MakeConfig
 
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
@@ -36,7 +37,6 @@ from fedlora.terminal import totals
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.dp_settings import private_settings
 
-MakeConfig = Callable[..., RunConfig]
 Q, SIGMA, STEPS, ROUNDS, DELTA = 0.25, 1.5, 2, 3, 1e-3
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.errors import raises
 from support.states import same_state
+from support.tiny_federations import MakeConfig
 from support.waiting import until
 
 from fedlora.callbacks import Callback
@@ -26,7 +27,6 @@ from fedlora.simulation.machines import Machine, most_threads, room
 from fedlora.simulation.ray_pool import Actor, Cluster, require_ray
 from fedlora.simulation.run import run_simulation
 
-MakeConfig = Callable[..., RunConfig]
 TWO = ("runtime.processes=2", "rounds=3", "partition.clients=5", "runtime.cohort=1")
 RAY = (*TWO, "runtime.backend=ray")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,12 +10,13 @@ import torch
 from support.errors import raises
 from support.federations import deploy, simulate, timeless, weights
 from support.interrupted import cut_and_resumed
+from support.tiny_federations import MakeConfig
 from torch import Tensor
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientPlan, GlobalState, load_aggregator
 from fedlora.callbacks import Callback
-from fedlora.config import RunConfig, WireConfig
+from fedlora.config import WireConfig
 from fedlora.errors import ConfigError
 from fedlora.evaluation.traffic import measure_traffic
 from fedlora.federation import client_training
@@ -28,7 +29,6 @@ from fedlora.training.job import TrainJob
 from fedlora.training.workspace import open_workspace
 from fedlora.wire_formats import as_sent
 
-MakeConfig = Callable[..., RunConfig]
 DOWN = ("wire.down=int8", "runtime.cohort=1", "runtime.prefix_cache=off", "train.steps=2")
 ROUNDED = ("bfloat16", "int8")
 

@@ -15,10 +15,10 @@ from support.errors import raises
 from support.federations import deploy, simulate, timeless
 from support.interrupted import cut_and_resumed
 from support.states import same_adapter
+from support.tiny_federations import MakeConfig
 
 from fedlora.aggregators import equivalent_adapter
 from fedlora.callbacks import Callback
-from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RoundError, RuleError, TrainingError
 from fedlora.federation import client, client_training
 from fedlora.federation.run import RunOutcome
@@ -31,7 +31,6 @@ from fedlora.tasks._base import to_device
 from fedlora.training.workspace import open_workspace
 from fedlora.wire_formats import layout_json
 
-MakeConfig = Callable[..., RunConfig]
 Run = Callable[..., RunOutcome]
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.federations import deploy, require_alike, simulate, timeless
 from support.interrupted import cut_and_resumed
+from support.tiny_federations import MakeConfig
 
 from fedlora.aggregators import GlobalState
 from fedlora.callbacks import Callback, Evaluation
@@ -30,7 +31,6 @@ from fedlora.training import kept_evaluation
 from fedlora.training.evaluate import Measures, evaluate, measure_batches
 from fedlora.training.workspace import close_workspace, open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 HALF = "evaluation.sample=0.5"
 
 

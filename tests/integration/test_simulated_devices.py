@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.tiny_federations import MakeConfig
 
 from fedlora.config import RunConfig
 from fedlora.federation import local_clients
@@ -14,8 +14,6 @@ from fedlora.federation.run import RunOutcome
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training.workspace import open_workspace
-
-MakeConfig = Callable[..., RunConfig]
 
 
 def run(config: RunConfig) -> RunOutcome:

@@ -14,6 +14,7 @@ import tomli_w
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from support.errors import raises
+from support.tiny_federations import MakeConfig
 
 from fedlora.aggregators import load_aggregator
 from fedlora.config import RunConfig, parse_config
@@ -41,7 +42,6 @@ PRIVATE = (
     *("privacy.accountant=rdp", "privacy.epsilon=8.0", "train.steps=2", "train.batch_size=10"),
 )
 AT_CLIENTS = ("evaluation.on=both", "evaluation.min_examples=2", "data.test_fraction=0.3")
-MakeConfig = Callable[..., RunConfig]
 MakeSite = Callable[..., Path]
 
 

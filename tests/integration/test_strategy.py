@@ -6,7 +6,7 @@ import gc
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from support.federations import deploy
 from support.interrupted import cut
 from support.nothing_lost import Witness
 from support.states import same_adapter
+from support.tiny_federations import MakeConfig
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import BaseUpdate, ClientPlan, GlobalState
@@ -40,8 +41,6 @@ from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
 from fedlora.wire_formats import layout_json
-
-MakeConfig = Callable[..., RunConfig]
 
 
 class Heard(Witness):

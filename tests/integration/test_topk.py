@@ -13,10 +13,10 @@ from support.errors import raises
 from support.federations import deploy, simulate, weights
 from support.interrupted import killed_and_resumed
 from support.kept import files
+from support.tiny_federations import MakeConfig
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientPlan
-from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ReplyError
 from fedlora.federation.client_reply import sent_and_residual
 from fedlora.federation.client_store import RESIDUAL, ClientStore, divided, named
@@ -24,7 +24,6 @@ from fedlora.federation.load_rule import load_rule
 from fedlora.federation.protocol import TrainRequest
 from fedlora.state_io import unpack
 
-MakeConfig = Callable[..., RunConfig]
 TOPK = ("wire={up='topk', fraction=0.2}", "runtime.cohort=1", "runtime.prefix_cache=off", "train.steps=2")
 
 

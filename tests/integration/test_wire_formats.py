@@ -6,7 +6,6 @@ import json
 import math
 import random
 import tracemalloc
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from support.errors import raises
 from support.interrupted import cut_and_resumed
 from support.states import same_adapter
+from support.tiny_federations import MakeConfig
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientPlan, load_aggregator
@@ -52,7 +52,6 @@ from fedlora.wire_formats import (
     sliced,
 )
 
-MakeConfig = Callable[..., RunConfig]
 G = torch.Generator().manual_seed(0)
 LOSSY = ("bfloat16", "int8")
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from support.errors import raises
 from support.interrupted import cut
 from support.states import same_state
+from support.tiny_federations import MakeConfig
 from support.waiting import until
 
 from fedlora.adapter import AdapterState
@@ -27,7 +27,6 @@ from fedlora.partition import partitioners
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 
-MakeConfig = Callable[..., RunConfig]
 TWO = "runtime.processes=2"
 CASES = {
     "fedavg": ("strategy.name=fedavg", "train.clip_norm=1.0"),
