@@ -137,7 +137,7 @@ def test_a_client_that_has_not_trained_has_the_shared_model(tiny_config: MakeCon
         trained = client_id in last["answered"]
         assert (own[str(client_id)] != shared[str(client_id)]) == trained
         words = ["export", str(outcome.rundir.path), str(tmp_path / str(client_id)), "--client", str(client_id)]
-        said = CliRunner().invoke(app, words)
+        said = invoke(*words)
         assert (said.exit_code == 0) == trained
         assert trained or "either it has not trained" in said.output
 

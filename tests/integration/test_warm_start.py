@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from support.federations import simulate as run
 from support.interrupted import cut
 from support.on_a_grid import grid_of, serve_on
 from support.peft_adapters import train_by_peft
+from support.tiny_federations import MakeConfig
 
 import fedlora
 from fedlora.api import train
 from fedlora.audit.observed_trainer import first_job
 from fedlora.callbacks import Callback
-from fedlora.config import RunConfig
 from fedlora.errors import ModelError, RuleError, RunDirError
 from fedlora.evaluation.baselines import local_only
 from fedlora.evaluation.pretrained_adapter import Source, load_for
@@ -34,7 +33,6 @@ from fedlora.simulation.run import refuse_early
 from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 PRIVATE = ("server.weighting=uniform", "privacy.public_examples=40", "privacy.delta=1e-3", "privacy.max_grad_norm=0.5")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.errors import raises
 from support.peft_adapters import logits, train_by_peft
+from support.tiny_federations import MakeConfig
 from torch import Tensor
 
 from fedlora.aggregators import ClientSpec, load_aggregator
 from fedlora.aggregators._base import rules
 from fedlora.assets import Checkpoint
-from fedlora.config import ModelConfig, RunConfig
+from fedlora.config import ModelConfig
 from fedlora.errors import AssetError, ModelError, RuleError, RunDirError
 from fedlora.federation.given_adapter import read_start
 from fedlora.federation.initial_state import first_state, plan_for
@@ -27,7 +27,6 @@ from fedlora.model.export import save_adapter
 from fedlora.provenance import MODEL
 from fedlora.training.workspace import Workspace, open_workspace
 
-MakeConfig = Callable[..., RunConfig]
 LOST = ("fedsb", "ravan")
 """Rules that train cores between factors of their own."""
 

@@ -200,18 +200,16 @@ def test_a_plan_counts_the_weights_that_are_loaded(tiny_bert: Path) -> None:
 
 
 def test_a_plan_names_the_adapter_that_a_run_begins_with(tiny_toml: Path, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
 
-    from fedlora.cli import app
+    from support.command_line import invoke, succeeds
 
     (tmp_path / "start").mkdir()
     asked = ["plan", str(tiny_toml), "--set", f"adapter.start='{tmp_path / 'start'}'"]
-    lacking = CliRunner().invoke(app, asked)
+    lacking = invoke(*asked)
     assert lacking.exit_code == 1
     assert "name a folder with adapter_config.json" in lacking.stderr
     (tmp_path / "start" / "adapter_config.json").write_text("{}")
-    found = CliRunner().invoke(app, asked, env={"COLUMNS": "300"})
-    assert found.exit_code == 0, found.output
+    found = succeeds(*asked, env={"COLUMNS": "300"})
     line = next(line for line in found.stdout.splitlines() if line.startswith("begins with"))
     assert line.split(maxsplit=2)[2].strip() == f"the adapter in {tmp_path / 'start'}"
 
