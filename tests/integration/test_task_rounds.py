@@ -152,7 +152,8 @@ def test_an_exported_adapter_is_evaluated_to_the_same_figures(make: Make) -> Non
 
 
 def test_a_client_in_company_gets_what_it_gets_alone(make: Make) -> None:
-    fixed = ("rounds=1", "model.dtype=float64", "model.dropout=0.1", "train.micro_batch_size=3")
+    # T5's norms and softmax are in float32 whatever the base is: twenty steps make hundredths of their rounding.
+    fixed = ("rounds=1", "train.steps=3", "model.dtype=float64", "model.dropout=0.1", "train.micro_batch_size=3")
     alone, company = (
         simulate(make(*fixed, f"name={cohort}", f"runtime.cohort={cohort}")).rundir.adapter_dir for cohort in (1, 3)
     )
