@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -194,6 +194,7 @@ def train(
     from fedlora.data.describe import draw_labels
     from fedlora.federation.given_adapter import pins_of, read_start
     from fedlora.federation.load_rule import load_rule
+    from fedlora.progress import before_training
     from fedlora.report import plot_accuracy, write_report
     from fedlora.tracking import require_tracker
     from fedlora.training import open_workspace
@@ -226,7 +227,10 @@ def train(
 
     if before is not None:
         require_clients(before, len(workspace.data.clients))
-        before.require(pins_of(workspace, read_start(workspace)))
+        if folder is not None and folder.begun:
+            before.require(replace(workspace.pins, start=folder.provenance.start))
+        else:
+            before.require(pins_of(workspace, read_start(workspace)))
     refuse_early(config, workspace, begun=folder is not None and folder.begun)
     folder = folder or RunDir.create(config, overwrite=overwrite)
     try:
@@ -240,7 +244,7 @@ def train(
         raise
     records = folder.read_metrics()
     if any("loss" in record for record in records):
-        plot_accuracy(records, folder.path / "accuracy.png")
+        plot_accuracy(records, folder.path / "accuracy.png", before=before_training(config))
     if not folder.report.is_file():
         write_report(folder)
     return folder

@@ -97,6 +97,11 @@ def headline(config: RunConfig, clients: int, rounds: int) -> str:
     return clean_text(f"{config.name}: {config.strategy.name}, {config.model.name}, {split}, {rounds} rounds")
 
 
+def before_training(config: RunConfig) -> str:
+    """What round 0 measures: the base model, or the adapter that the run began with."""
+    return "base model" if config.adapter.start is None else "starting adapter"
+
+
 # ---------------------------------------------------------------------------------------------- figures as text
 
 

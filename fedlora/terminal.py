@@ -23,6 +23,7 @@ from fedlora.progress import (
     LONGEST_LINE,
     Columns,
     Watcher,
+    before_training,
     beside_accuracy,
     beside_baselines,
     format_bytes,
@@ -126,7 +127,7 @@ class Terminal(Callback):
         """One line on what runs."""
         self._rounds = rounds
         self._begin = time.monotonic()
-        self._doing = "evaluating the base model"
+        self._doing = f"evaluating the {before_training(config)}"
         self._print(Text(headline(config, clients, rounds), style="bold"))
 
     def round_started(self, number: int, asked: Sequence[int]) -> None:
@@ -216,8 +217,9 @@ def outcome_table(
     baselines: Mapping[str, Any] | None = None,
     width: int = 80,
     kept: int | None = None,
+    before: str = "base model",
 ) -> Table:
-    """The run in a few rows: base model, federated, and the baselines where they were trained.
+    """The run in a few rows: before training, federated, and the baselines where they were trained.
 
     Args:
         records: lines of metrics.jsonl.
@@ -225,12 +227,13 @@ def outcome_table(
         width: columns that the table may take; of the domains those that are worst after the last
             round, as many as have room.
         kept: the round whose model was kept; None: the last that was evaluated.
+        before: what round 0 measured; see `fedlora.progress.before_training`.
     """
     metric = main_metric(records[0])
     evaluated = [record for record in records if record.get(metric) is not None]
     if not evaluated:
         return Table("no round was evaluated", box=None, pad_edge=False, header_style="dim")
-    rows: list[tuple[str, Mapping[str, Any]]] = [("base model", evaluated[0])] if evaluated[0]["round"] == 0 else []
+    rows: list[tuple[str, Mapping[str, Any]]] = [(before, evaluated[0])] if evaluated[0]["round"] == 0 else []
     last = next((record for record in evaluated if record["round"] == kept), evaluated[-1])
     rows.append((f"federated, round {last['round']}", last))
     rows += beside_accuracy(metric, last)

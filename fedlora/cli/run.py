@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.cli._common import MaybeConfig, Overrides, app, open_console, open_workspace, stops_in_one_line
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, RunDirError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +66,8 @@ def run(
 
     with stops_in_one_line(go_on), Terminal(console, quiet=quiet) as terminal:
         terminal.doing(f"loading {config.model.name} and {config.data.source}")
+        if baselines and run_dir is not None:
+            _require_start(config, run_dir)
         run_dir = train(config, terminal, folder=run_dir, overwrite=overwrite, replay=replay)
         if baselines:
             _baselines(config, run_dir, baseline_clients, terminal)
@@ -96,6 +98,26 @@ def _which_run(
     return config, RunDir.open(resume, config)
 
 
+def _require_start(config: RunConfig, run_dir: RunDir) -> None:
+    """Raise, before a run goes on, unless the adapter that it began with is still there for the baselines."""
+    from fedlora.federation.given_adapter import pins_of, read_start
+
+    if config.adapter.start is None:
+        return
+    workspace = open_workspace(config)
+    try:
+        pins = pins_of(workspace, read_start(workspace))
+        run_dir.require(pins.only(("start",)), "put it back, or resume without --baselines")
+    except RunDirError as error:
+        if error.code != "not-an-adapter":
+            raise
+        raise RunDirError(
+            f"--baselines begin with the adapter in {config.adapter.start!r}, which is not there: put it back, or "
+            "resume without --baselines",
+            code="not-an-adapter",
+        ) from None
+
+
 def _baselines(config: RunConfig, run_dir: RunDir, number: int | None, terminal: Terminal) -> None:
     from fedlora.data.describe import main_domains
     from fedlora.evaluation.baselines import centralised, local_only, spread_over_domains
@@ -118,11 +140,13 @@ def _baselines(config: RunConfig, run_dir: RunDir, number: int | None, terminal:
 
 
 def _show_outcome(console: Console, run_dir: RunDir) -> None:
+    from fedlora.progress import before_training
     from fedlora.terminal import outcome_table, samples_table, totals
 
     records, result = run_dir.read_metrics(), run_dir.read_json("result.json") or {}
+    baselines, before = run_dir.read_json("baselines.json"), before_training(run_dir.config)
     console.print()
-    console.print(outcome_table(records, run_dir.read_json("baselines.json"), console.width, result.get("kept_round")))
+    console.print(outcome_table(records, baselines, console.width, result.get("kept_round"), before))
     console.print()
     if samples := run_dir.read_json("samples.json"):
         console.print(samples_table(samples))

@@ -60,7 +60,8 @@ class AdapterConfig(Section):
     """Share of the adapter's inputs that are zeroed in training."""
     start: Annotated[str, Field(min_length=1)] | None = None
     """Folder of an adapter in PEFT's format, or of a finished run, whose values the first round begins with: of the
-    same base, classes, method, modules, rank and alpha. The server reads it, once. None: as the method draws one."""
+    same base, classes, method, modules, rank and alpha. The server reads it before the first round. None: as the method
+    draws one."""
     options: dict[str, Any] = Field(default={})
     """Other fields of PEFT's config, for methods other than LoRA."""
     targets: Names = ()

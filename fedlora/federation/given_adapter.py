@@ -121,6 +121,12 @@ def read_given(workspace: Workspace, folder: Path) -> tuple[AdapterState, tuple[
             f"the adapter in {str(folder)!r} has no hashes of what it was trained with: whether {in_words(unknown)} "
             "are the same is not known" + ("" if made.base is not None else ", nor how its base was quantised")
         )
+    task, own_task = _adapter_config(folder).get("task_type"), workspace.base.task_type
+    if isinstance(task, str) and own_task is not None and task != own_task:
+        notes.append(
+            f"the adapter in {str(folder)!r} was trained for another task: its task_type is {clean_text(task)!r}, and "
+            f"here it is {own_task!r}"
+        )
     return read_adapter(workspace.base, folder), tuple(notes)
 
 
@@ -137,7 +143,7 @@ def _compare_base(workspace: Workspace, folder: Path) -> tuple[str, ...]:
         if fingerprint(checkpoint, quantize=model.quantize) == workspace.base.weights_digest:
             return ()
     elif theirs.casefold() in {own.casefold(), model.name.casefold()}:
-        return ()
+        return _compare_revision(workspace, folder)
     elif not theirs:
         return (f"the adapter in {str(folder)!r} does not name its base: whether it is {own!r} is not known",)
     elif _is_path(theirs) or _is_path(own) or Path(theirs).name.casefold() == Path(own).name.casefold():
@@ -148,6 +154,26 @@ def _compare_base(workspace: Workspace, folder: Path) -> tuple[str, ...]:
     raise ModelError(
         f"the adapter in {str(folder)!r} was trained on {clean_text(theirs)!r}, and model.name is {model.name!r}: name "
         f"that model, or, if these are the same weights, write {own!r} as base_model_name_or_path in its "
+        "adapter_config.json",
+        code="other-base",
+    )
+
+
+def _compare_revision(workspace: Workspace, folder: Path) -> tuple[str, ...]:
+    """What is not known of the revision of a base that has the name of ours.
+
+    Raises:
+        ModelError: it names another revision.
+    """
+    name, own = public_name(workspace.config.model)
+    theirs = _adapter_config(folder).get("revision")
+    if not isinstance(theirs, str) or not own or {theirs, own} & {"", "main"}:  # a branch: no fixed revision
+        return (f"whether the adapter in {str(folder)!r} was trained on this revision of {name!r} is not known",)
+    if theirs == own:
+        return ()
+    raise ModelError(
+        f"the adapter in {str(folder)!r} was trained on revision {clean_text(theirs)!r} of {name!r}, and here it is "
+        f"{own!r}: name that revision, or, if these are the same weights, write {own!r} as revision in its "
         "adapter_config.json",
         code="other-base",
     )

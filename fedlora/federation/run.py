@@ -33,8 +33,8 @@ from fedlora.training.own_loop import said_of_loops
 from fedlora.training.workspace import Workspace, open_workspace
 
 OF_THIS_RUN = (
-    "; it covers what this run trained, and not the data behind the adapter that it began with (adapter.start): these "
-    "must be public or have a claim of their own, and where they are the same examples the two add up"
+    "; it covers the data that this run trained on, and not what the adapter that it began with (adapter.start) was "
+    "trained on: that is public, or has a claim of its own, and where that is on the same examples the two add up"
 )
 """What a private run's claim leaves out where the run began with an adapter."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +43,7 @@ CURES = {
     "use_rslora": "set adapter.method = 'rslora', or 'lora' for one without",
     "bias": "biases stay frozen here: name an adapter that was trained with bias = 'none'",
 }
+AGAIN = "save it again with PEFT's save_pretrained, or name another"
 
 
 def read_adapter(base: Base, folder: Path) -> AdapterState:
@@ -51,8 +54,9 @@ def read_adapter(base: Base, folder: Path) -> AdapterState:
         folder: With adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        ModelError: the files cannot be read, are of another method, hold other tensors than the base trains or values
-            that are not finite, or go with weights that the base does not have.
+        ModelError: the files cannot be read or hold what PEFT would not write, are of another method, hold other
+            tensors than the base trains or values that are not finite in the federation's dtype, or go with weights
+            that the base does not have.
     """
     from peft import PeftConfig
     from peft.utils.other import get_pattern_key
@@ -67,6 +71,7 @@ def read_adapter(base: Base, folder: Path) -> AdapterState:
         )
     try:
         given: dict[str, Any] = dict(json.loads((folder / "adapter_config.json").read_bytes()))
+        _require_sound(given, folder)
         _require_base_as_it_was(given, folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fields that this PEFT does not know: `_require_method` looks at them
@@ -78,7 +83,7 @@ def read_adapter(base: Base, folder: Path) -> AdapterState:
             code="adapter-not-loadable",
         ) from None
     _require_method(base, given | config.to_dict(), folder)
-    _require_finite(tensors, folder)
+    _require_finite(tensors, base.adapter_dtype, folder)
     own = saved_tensors(base.peft_model) | {PREFIX + name: value for name, value in base.random_tensors().items()}
     names = {value.data_ptr(): name for name, value in own.items()}  # some are saved under another name than they have
     if base.method.pairs:
@@ -97,6 +102,12 @@ def read_adapter(base: Base, folder: Path) -> AdapterState:
     pairs: dict[str, LoraPair] = {}
     for name in base.pair_layers:
         A, B = taken(f"{name}.lora_A.weight"), taken(f"{name}.lora_B.weight")
+        if A.ndim != 2 or B.ndim != 2 or not len(A) or len(A) != B.shape[1]:
+            raise ModelError(
+                f"the adapter in {str(folder)!r} has lora_A {list(A.shape)} and lora_B {list(B.shape)} at {name!r}, "
+                f"which must be [rank, in] and [out, rank]: {AGAIN}",
+                code="adapter-not-loadable",
+            )
         alphas = config.alpha_pattern or {}
         alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
         pairs[name] = LoraPair(A, B, alpha / (len(A) ** 0.5 if base.method.root_scale else len(A)))
@@ -118,6 +129,41 @@ def read_adapter(base: Base, folder: Path) -> AdapterState:
                 code="tensors-differ",
             )
     return state
+
+
+def _require_sound(theirs: Mapping[str, Any], folder: Path) -> None:
+    """Raise `ModelError` unless PEFT knows the type, and every alpha is a finite positive number."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    def require(held: bool, field: str, value: object, wanted: str) -> None:
+        if not held:
+            raise ModelError(
+                f"the adapter in {str(folder)!r} has {field} = {clean_text(repr(value), 80)} in its "
+                f"adapter_config.json, which must be {wanted}: {AGAIN}",
+                code="adapter-not-loadable",
+            )
+
+    kind, known = theirs.get("peft_type"), sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+    require(kind in known, "peft_type", kind, "a method that the installed PEFT knows")
+    if "lora_alpha" in theirs:
+        require(_is_positive(theirs["lora_alpha"]), "lora_alpha", theirs["lora_alpha"], "a finite positive number")
+    patterns = theirs.get("alpha_pattern")
+    require(patterns is None or isinstance(patterns, dict), "alpha_pattern", patterns, "a table of module names")
+    for name, alpha in (patterns or {}).items():
+        require(_is_pattern(name), "alpha_pattern", name, "a table whose names are regular expressions")
+        require(_is_positive(alpha), f"alpha_pattern[{clean_text(name)!r}]", alpha, "a finite positive number")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def _is_pattern(name: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({name})$")  # as PEFT matches it
+    except re.error:
+        return False
+    return True
 
 
 def _require_base_as_it_was(theirs: Mapping[str, Any], folder: Path) -> None:
@@ -155,12 +201,13 @@ def _require_method(base: Base, theirs: Mapping[str, Any], folder: Path) -> None
             )
 
 
-def _require_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _require_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
+    """Raise `ModelError` unless all values are finite in the dtype of the federation's adapter."""
     for name, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not bool(torch.isfinite(value.to(dtype)).all()):
             raise ModelError(
-                f"the adapter in {str(folder)!r} holds values in {name.removeprefix(PREFIX)!r} that are not finite: "
-                "name one whose training went well",
+                f"the adapter in {str(folder)!r} holds values in {name.removeprefix(PREFIX)!r} that are not finite in "
+                f"{str(dtype).removeprefix('torch.')}: name one whose training went well",
                 code="adapter-not-finite",
             )
 

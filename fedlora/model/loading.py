@@ -236,8 +236,10 @@ def _notes(drawn: Sequence[str], frozen: Sequence[str], trained: Sequence[str], 
     if drawn:
         why = ""
         if trained and names and in_trained_order(names, trained) is None:
-            why = f"; the checkpoint's is for {_few(trained)}, and would be kept if task.labels named these"
-        notes.append(f"the head is new and trained from a random start: {', '.join(_modules(drawn))}{why}")
+            why = f"; its own is for {_few(trained)}, and would be kept if task.labels named these"
+        new = _modules(drawn)
+        verb = "is" if len(new) == 1 else "are"
+        notes.append(f"the checkpoint has no head for this task: {', '.join(new)} {verb} new{why}")
     elif trained and names:
         notes.append(f"the checkpoint's head is kept, in its own order of classes: {_few(names)}")
     elif names and not are_numbers(names):

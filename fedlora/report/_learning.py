@@ -10,6 +10,7 @@ from fedlora.privacy.disclosure import RECORD
 from fedlora.progress import (
     NOT_METRICS,
     SAMPLED,
+    before_training,
     beside_accuracy,
     beside_baselines,
     format_bytes,
@@ -30,7 +31,10 @@ def learning(facts: Facts) -> list[Block]:
     """The main figure by round, on the whole test set and on each domain."""
     if not facts.evaluated:
         return []
-    curve, tables = accuracy_curve(facts.records, facts.metric), [_outcome(facts), *_by_class(facts), _figures(facts)]
+    curve, tables = (
+        accuracy_curve(facts.records, facts.metric, before_training(facts.config)),
+        [_outcome(facts), *_by_class(facts), _figures(facts)],
+    )
     return [curve, *tables, _by_round(facts)]
 
 
@@ -40,7 +44,12 @@ def samples(facts: Facts) -> list[Block]:
         return []
     more = len(facts.samples) - MOST_SAMPLES
     blocks: list[Block] = ["Greedy continuations of prompts that were not trained on."]
-    names = {"prompt": "prompt", "before": "base model", "after": "after training", "reference": "test set"}
+    names = {
+        "prompt": "prompt",
+        "before": before_training(facts.config),
+        "after": "after training",
+        "reference": "test set",
+    }
     for place, entry in enumerate(facts.samples[:MOST_SAMPLES], 1):
         rows = [(name, entry[key]) for key, name in names.items() if entry.get(key) is not None]
         blocks.append(Table(f"Example {place}", (), rows, words=True))
@@ -85,9 +94,9 @@ def aggregation_error(facts: Facts) -> list[Block]:
 
 
 def _outcome(facts: Facts) -> Table:
-    """The run beside its base model and baselines, where there are any."""
+    """The run beside what it began with and baselines, where there are any."""
     metric, first, last = facts.metric, facts.evaluated[0], facts.last
-    records: list[tuple[str, Record]] = [("base model", first)] if first["round"] == 0 else []
+    records: list[tuple[str, Record]] = [(before_training(facts.config), first)] if first["round"] == 0 else []
     records.append((f"federated, round {last['round']}", last))
     strong = len(records) - 1
     records += beside_accuracy(metric, last)
@@ -108,7 +117,9 @@ def _by_class(facts: Facts) -> list[Table]:
 def _figures(facts: Facts) -> Table:
     first, last = facts.evaluated[0], facts.last
     names = [name for name, value in last.items() if name not in BESIDE and isinstance(value, int | float)]
-    records = ([("base model", first)] if first["round"] == 0 else []) + [(f"round {last['round']}", last)]
+    records = ([(before_training(facts.config), first)] if first["round"] == 0 else []) + [
+        (f"round {last['round']}", last)
+    ]
     rows = [(name.replace("_", " "), *(facts.show(record, name) for _, record in records)) for name in names]
     return Table("All figures on the test set", ("", *(name for name, _ in records)), rows, "All figures")
 

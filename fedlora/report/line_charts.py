@@ -99,8 +99,14 @@ def line_chart(
     return Chart(draw, f"Line chart of {what} by round: {'; '.join(said)}.", caption)
 
 
-def accuracy_curve(records: Sequence[Record], metric: str) -> Chart:
-    """The main figure after each evaluated round, on the whole test set and on each domain."""
+def accuracy_curve(records: Sequence[Record], metric: str, before: str) -> Chart:
+    """The main figure after each evaluated round, on the whole test set and on each domain.
+
+    Args:
+        records: lines of metrics.jsonl.
+        metric: the main figure.
+        before: what round 0 measured; see `fedlora.progress.before_training`.
+    """
     domains = list(dict.fromkeys(name for record in records for name in record.get("domains") or {}))
     lines = []
     for place, name in enumerate([None, *domains[:MOST_LINES]]):
@@ -111,12 +117,12 @@ def accuracy_curve(records: Sequence[Record], metric: str) -> Chart:
     number, start = lines[0].points[0]
     what = f"{metric.replace('_', ' ')} on the test set"
     caption = f"{what[0].upper()}{what[1:]} after each round"
-    caption += "." if number else "; round 0 is the base model before any training."
+    caption += "." if number else f"; round 0 is the {before}, before any training."
     if sampled := next((record["sample"] for record in records if "sample" in record), None):
         caption += f" Between the first and the last round {sampled} test examples were measured (evaluation.sample)."
     if len(domains) > MOST_LINES:
         caption += f" The first {MOST_LINES} of {len(domains)} domains are drawn; the table has all."
-    notes = [] if number else [f"0: base model, {format_metric(metric, start)}"]
+    notes = [] if number else [f"0: {before}, {format_metric(metric, start)}"]
     notes += [f"between the ends on {sampled} test examples"] if sampled else []
     xlabel = f"round ({'; '.join(notes)})" if notes else "round"
     return line_chart(lines, what, caption, metric=metric, xlabel=xlabel)

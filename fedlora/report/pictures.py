@@ -16,12 +16,13 @@ from fedlora.report.figures import save_png
 from fedlora.report.line_charts import accuracy_curve
 
 
-def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """The main figure after each round, on the whole test set (thick) and on each domain, from the base model on.
+def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path, *, before: str = "base model") -> Path:
+    """The main figure after each round, on the whole test set (thick) and on each domain.
 
     Args:
         records: lines of metrics.jsonl; rounds without an evaluation are passed over.
         path: of the PNG.
+        before: what round 0 measured; see `fedlora.progress.before_training`.
 
     Raises:
         FedloraError: no round was evaluated.
@@ -29,7 +30,7 @@ def plot_accuracy(records: Sequence[Mapping[str, Any]], path: str | Path) -> Pat
     metric = reported_metric(records)
     if all(metric_of(record, metric) is None for record in records):
         raise FedloraError(f"there is no {metric} to draw: run at least one evaluated round", code="nothing-to-draw")
-    return save_png(accuracy_curve(records, metric).draw, path)
+    return save_png(accuracy_curve(records, metric, before).draw, path)
 
 
 def plot_labels(

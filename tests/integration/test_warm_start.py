@@ -79,7 +79,7 @@ def test_a_run_begins_where_the_other_ended(rule: str, first: RunOutcome, tiny_c
     assert json.loads((second.rundir.adapter_dir / "fedlora.json").read_text())["provenance"]["start"] == start.digest
     assert f"| Started from | the adapter first ({start.digest[:16]}) |" in _card(second)
     assert f"the run begins with the adapter in {str(first.rundir.adapter_dir)!r}" in told.said
-    assert "from the adapter first on" in second.rundir.report.read_text()
+    assert "starting from the adapter first." in second.rundir.report.read_text()
 
 
 def _card(outcome: RunOutcome) -> str:
@@ -103,6 +103,20 @@ def test_a_resumed_run_needs_the_folder_no_more(by_peft: Path, tiny_config: Make
     with raises(RunDirError, "not-an-adapter", by_peft):
         train(tiny_config(start, name="new"))
     assert not (tmp_path / "runs" / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_replays_another_without_the_folder(by_peft: Path, tiny_config: MakeConfig) -> None:
+    start = f"adapter.start='{by_peft}'"
+    keys = ("runtime.cohort=1", "runtime.processes=1")
+    whole = run(tiny_config(start, *keys, name="whole"))
+    config = tiny_config(start, *keys, name="cut")
+    killed = RunDir.create(config)
+    cut(killed, 2)
+    shutil.rmtree(by_peft)
+    done = train(config, folder=RunDir.open(killed.path, config), replay=whole.rundir.path)
+    assert done.finished
+    assert done.provenance.start == whole.rundir.provenance.start
 
 
 @pytest.mark.slow
@@ -139,7 +153,7 @@ def test_a_claim_is_of_this_runs_training_alone(unit: str, by_peft: Path, tiny_c
     claim = outcome.rundir.read_json("result.json")["privacy"]
     assert claim["epsilon"] == plain["epsilon"]
     assert "adapter.start" not in plain["statement"]
-    assert "covers what this run trained, and not the data behind the adapter that it began with" in claim["statement"]
+    assert "covers the data that this run trained on, and not what the adapter that it began with" in claim["statement"]
     assert "the two add up" in _card(outcome)
     assert "the two add up" in outcome.rundir.report.read_text()
 

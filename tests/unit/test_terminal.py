@@ -9,8 +9,17 @@ import pytest
 from rich.console import Console
 from support.waiting import until
 
-from fedlora.config import RunConfig
-from fedlora.progress import Columns, PlainProgress, activity, format_bytes, format_metric, format_seconds, main_metric
+from fedlora.config import RunConfig, parse_config
+from fedlora.progress import (
+    Columns,
+    PlainProgress,
+    activity,
+    before_training,
+    format_bytes,
+    format_metric,
+    format_seconds,
+    main_metric,
+)
 from fedlora.terminal import SHOWN_SAMPLES, Terminal, outcome_table, samples_table, totals
 
 
@@ -150,6 +159,17 @@ def test_the_outcome_has_a_row_for_each_baseline_and_fits() -> None:
     assert re.search(r"^base model +50\.0% +40\.0%", file.getvalue(), re.MULTILINE)
     assert re.search(r"^federated, round 1 +51\.0% ", file.getvalue(), re.MULTILINE)  # the last evaluated one
     assert re.search(r"^all data in one place +55\.0% ", file.getvalue(), re.MULTILINE)
+
+
+def test_the_base_model_is_not_what_a_run_with_an_adapter_began_with() -> None:
+    config = parse_config("", ["adapter.start=/of/another"])
+    console, file = make_console(200)
+    with Terminal(console, silence_s=0.02) as terminal:
+        terminal.started(config, 3, 2)
+        until(lambda: "evaluating the starting adapter (" in file.getvalue())
+    console.print(outcome_table([make_record(0), make_record(1)], before=before_training(config)))
+    assert re.search(r"^starting adapter +50\.0% +40\.0%", file.getvalue(), re.MULTILINE)
+    assert "base model" not in file.getvalue()
 
 
 @pytest.mark.parametrize("of", [3, 9])

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from support.command_line import PLAIN, invoke, succeeds
+from support.peft_adapters import train_by_peft
 from support.tiny import write_tiny_toml
 
 import fedlora.flower
+import fedlora.report
 import fedlora.tracking
 from fedlora import __version__
 from fedlora.runs.rundir import RunDir
@@ -149,9 +152,9 @@ def test_a_run_shows_and_leaves_everything(cli: Cli, tiny_toml: Path) -> None:
     records = run.read_metrics()
     assert [record["round"] for record in records] == [0, 1, 2]
     lines = result.stdout.splitlines()
-    assert lines.pop(0) == "the head is new and trained from a random start: classifier"
+    assert lines.pop(0) == "the checkpoint has no head for this task: classifier is new"
     assert run.read_json("environment.json")["new_weights"] == [
-        "the head is new and trained from a random start: classifier"
+        "the checkpoint has no head for this task: classifier is new"
     ]
     assert lines[0].startswith("tiny: fedavg")
     assert lines[1].split() == ["round", "accuracy", "films", "phones", "train", "loss", "traffic", "time"]
@@ -270,6 +273,37 @@ def test_baselines_have_their_rows(cli: Cli, tiny_toml: Path, finished: Path) ->
     for name, row in (("best of 2 tried", alone["best"]), ("mean of 2 tried", alone["mean"])):
         assert re.search(rf"one client alone, {name} +{100 * row['accuracy']:.1f}%", result.stdout)
     assert re.search(rf"all data in one place +{100 * together['accuracy']:.1f}%", result.stdout)
+
+
+@pytest.mark.slow
+def test_a_run_with_an_adapter_says_what_it_began_with_and_needs_it_for_baselines(
+    cli: Cli, tiny_toml: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, folder = tiny_toml.parent / "by-peft", tiny_toml.parent / "runs" / "tiny"
+    train_by_peft(tiny_bert, start, r=2)
+    drawn = []
+    monkeypatch.setattr(fedlora.report, "plot_accuracy", lambda *_, before: drawn.append(before))
+    result = cli("run", tiny_toml, "--set", f"adapter.start={start}", "--set", "rounds=1")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^starting adapter  ", result.stdout, re.MULTILINE)
+    assert "base model" not in result.stdout
+    assert drawn == ["starting adapter"]
+    shutil.move(start, start.with_name("elsewhere"))
+    longer = ("run", "--resume", folder, "--set", "rounds=2")
+    result = cli(*longer, "--baselines")
+    assert result.exit_code == 1
+    assert "put it back, or resume without --baselines" in " ".join(result.stderr.split())
+    assert len(RunDir.open(folder).read_metrics()) == 2, "nothing was trained before it was said"
+    train_by_peft(tiny_bert, start, r=2, dtype=torch.float64)  # another one in its place
+    result = cli(*longer, "--baselines")
+    assert result.exit_code == 1
+    assert "put it back, or resume without --baselines" in " ".join(result.stderr.split())
+    assert cli(*longer).exit_code == 0
+    assert len(RunDir.open(folder).read_metrics()) == 3
+    shutil.rmtree(start)
+    shutil.move(start.with_name("elsewhere"), start)
+    result = cli("run", "--resume", folder, "--baselines", "--baseline-clients", 1)
+    assert result.exit_code == 0, result.output
 
 
 def test_an_exported_adapter_is_the_runs(cli: Cli, finished: Path, tmp_path: Path) -> None:

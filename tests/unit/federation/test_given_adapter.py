@@ -211,6 +211,54 @@ def test_values_that_are_not_finite_are_refused_by_name(
         read_start(opened(tiny_config, folder))
 
 
+def test_values_that_the_federations_dtype_cannot_hold_are_refused(
+    trained: tuple[Path, Tensor], tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(trained[0], tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name] = torch.full_like(tensors[name], 1e300)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    with raises(ModelError, "adapter-not-finite", name.removeprefix("base_model.model."), "finite in float32"):
+        read_start(opened(tiny_config, folder))
+
+
+MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
+    "alpha of null": ({"lora_alpha": None}, "lora_alpha = None"),
+    "alpha as text": ({"lora_alpha": "8"}, "lora_alpha = '8'"),
+    "alpha of NaN": ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+    "alpha of infinity": ({"lora_alpha": float("inf")}, "lora_alpha = inf"),
+    "alpha of 0": ({"lora_alpha": 0}, "lora_alpha = 0"),
+    "alpha of a truth": ({"lora_alpha": True}, "lora_alpha = True"),
+    "alpha beyond a float": ({"lora_alpha": 10**400}, "lora_alpha = 1000"),
+    "a pattern's text": ({"alpha_pattern": {"query": "x"}}, "alpha_pattern['query'] = 'x'"),
+    "a list of patterns": ({"alpha_pattern": ["query"]}, "alpha_pattern = ['query']"),
+    "no pattern": ({"alpha_pattern": {"(": 4}}, "alpha_pattern = '('"),
+    "an unknown type": ({"peft_type": "OF_TOMORROW"}, "peft_type = 'OF_TOMORROW'"),
+    "no type": ({"peft_type": None}, "peft_type = None"),
+    "types": ({"peft_type": ["LORA"]}, "peft_type = ['LORA']"),
+    "A of rank 0": ({"A": (0, 32), "B": (32, 0)}, "lora_A [0, 32]"),
+    "A of no dimension": ({"A": ()}, "lora_A []"),
+    "A of three dimensions": ({"A": (4, 32, 1)}, "lora_A [4, 32, 1]"),
+    "B of another rank": ({"B": (32, 3)}, "lora_B [32, 3]"),
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_what_peft_would_not_write_is_refused_with_its_folder_and_field(
+    what: str, trained: tuple[Path, Tensor], tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    facts, named = MALFORMED[what]
+    shapes = {f"lora_{key}": value for key, value in facts.items() if len(key) == 1}
+    folder = edited(trained[0], tmp_path / "a", **{key: value for key, value in facts.items() if len(key) > 1})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for part, shape in shapes.items():
+        tensors[next(name for name in tensors if part in name)] = torch.zeros(shape)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    with raises(ModelError, "adapter-not-loadable", folder, named):
+        read_start(opened(tiny_config, folder))
+
+
 def test_no_adapter_a_pickle_and_a_damaged_one(
     trained: tuple[Path, Tensor], tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -316,6 +364,54 @@ def test_without_hashes_the_bases_name_is_compared_as_far_as_it_goes(
     assert bool(of_base) == bool(outcome)
     assert all(outcome in note for note in of_base)
     assert "whether the tokenizer and the class names are the same is not known, nor how its base was" in notes
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "outcome"),
+    [
+        ("abc", "abc", ""),
+        ("abc", "def", "other"),
+        ("abc", None, "unknown"),
+        (None, "def", "unknown"),
+        (None, None, "unknown"),
+        ("main", "def", "unknown"),
+    ],
+)
+def test_revisions_of_one_name_are_compared_where_both_sides_have_one(
+    theirs: str | None,
+    own: str | None,
+    outcome: str,
+    trained: tuple[Path, Tensor],
+    tiny_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = edited(trained[0], tmp_path / "a", base_model_name_or_path="google/bert", revision=theirs)
+    workspace = opened(tiny_config, folder)
+    known = workspace.pins
+    model = workspace.config.model.model_copy(update={"name": "google/bert", "revision": own})
+    workspace = replace(workspace, config=workspace.config.model_copy(update={"model": model}))
+    monkeypatch.setattr(Workspace, "pins", known)
+    if outcome == "other":
+        with raises(ModelError, "other-base", "revision 'abc'", "'def'", "adapter_config.json"):
+            read_start(workspace)
+        return
+    start = read_start(workspace)
+    assert start is not None
+    assert any("on this revision of 'google/bert' is not known" in note for note in start.notes) == bool(outcome)
+
+
+def test_another_task_is_said_and_not_refused(
+    trained: tuple[Path, Tensor], tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = edited(trained[0], tmp_path / "a", task_type="FEATURE_EXTRACTION")
+    said = [
+        [note for note in start.notes if "task_type" in note]
+        for one in (folder, trained[0])
+        if (start := read_start(opened(tiny_config, one))) is not None
+    ]
+    assert said[0][0].endswith("its task_type is 'FEATURE_EXTRACTION', and here it is 'SEQ_CLS'")
+    assert (len(said[0]), said[1]) == (1, [])
 
 
 def test_the_hash_is_of_the_values_and_not_of_the_place(

@@ -138,10 +138,11 @@ def test_many_clients_have_a_picture_that_shows_them(tmp_path: Path, labels: int
 def test_the_picture_itself_says_which_rounds_are_measured_on_a_sample() -> None:
     records = make_records(3)
 
-    def xlabel() -> str:
-        return accuracy_curve(records, "accuracy").draw(8.0).axes[0].get_xlabel()
+    def xlabel(before: str = "base model") -> str:
+        return accuracy_curve(records, "accuracy", before).draw(8.0).axes[0].get_xlabel()
 
     assert xlabel() == "round (0: base model, 50.0%)"
+    assert xlabel("starting adapter") == "round (0: starting adapter, 50.0%)"
     for record in records[1:3]:
         record["sample"] = 20
     assert xlabel() == "round (0: base model, 50.0%; between the ends on 20 test examples)"

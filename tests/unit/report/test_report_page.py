@@ -105,6 +105,15 @@ def test_it_says_the_last_figures_and_the_first(page: Page) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("start", ["", "adapter.start = '/of/another'"])
+def test_round_0_has_the_name_of_what_it_measured(start: str, tmp_path: Path) -> None:
+    text = " ".join(Page(render_report(Facts.read(make_run(tmp_path, toml=start)))).words)
+    own, other = ("starting adapter", "base model") if start else ("base model", "starting adapter")
+    assert text.count(own) >= 5, "the chart, its caption, two tables and the samples"
+    assert other not in text
+
+
+@pytest.mark.slow
 def test_each_class_and_every_figure_have_a_row(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     classes = {HOSTILE: {"examples": 7.0, "precision": 0.25, "recall": 0.5, "f1": 1 / 3, "auroc": math.nan}}
