@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -38,3 +40,14 @@ def free_bytes(device: torch.device) -> int:
     except OSError:
         pass
     return 4 << 30
+
+
+def give_back() -> None:
+    """Give freed memory between what is still held back to the system, where the C library can (glibc on Linux).
+
+    It keeps what many small tensors have left for later ones, which may be too large for the holes.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)

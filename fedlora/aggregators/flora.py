@@ -41,7 +41,11 @@ from fedlora.aggregators._base import (
 )
 from fedlora.aggregators.base_updates import on_current_base, with_change
 from fedlora.lowrank import stack
+from fedlora.memory import give_back
 from fedlora.rng import derive
+
+LET_GO = 2**27
+"""Bytes of clients' tensors after which their memory goes back to the system: it lies in holes that no stack fits."""
 
 
 @final
@@ -81,8 +85,8 @@ class Flora(Aggregator):
         """The stack of all updates as one more entry of the log.
 
         The weights p_k are known when the last update is in, so factors are kept as they came and scaled at the end.
-        Stacked in the order of client ids, so that the order of the replies changes no bit. The peak of memory is below
-        twice the stack.
+        Stacked in the order of client ids, so that the order of the replies changes no bit. What came is let go module
+        by module, so that the peak of memory is the stack and `LET_GO` above it.
 
         Raises:
             RuleError: if there is no update, one does not fit, or one was trained on another version of the base.
@@ -98,10 +102,16 @@ class Flora(Aggregator):
                 terms[name].append((update.client_id, update.num_examples, pair))
         dense = mean.result(like=state.adapter.dense)
         change: dict[str, LoraPair] = {}
+        let_go = 0
         for name in state.adapter.pairs:
             mine = sorted(terms.pop(name), key=lambda term: term[0])
             total = math.fsum(weight for _, weight, _ in mine)
-            change[name] = stack([(weight / total, pair) for _, weight, pair in mine])
+            change[name] = pair = stack([(weight / total, pair) for _, weight, pair in mine])
+            del mine
+            let_go += pair.A.nbytes + pair.B.nbytes
+            if let_go > LET_GO:
+                give_back()
+                let_go = 0
         adapter = AdapterState(_without_change(state.adapter).pairs, dense)
         return with_change(state, adapter, change)
 
