@@ -56,15 +56,13 @@ class Classification(Task):
         return [labels[place % len(labels)] for place in range(4)] if role == "label" else None
 
     def losses(self, model: torch.nn.Module, batch: Batch) -> Float[Tensor, "b"]:
-        """Cross entropy of each example in nats, with the labels smoothed and the classes weighed."""
-        logits = wide(self.logits(model, batch))
-        weights = None
-        if self.class_weights:
-            names: Mapping[int, str] = model.config.id2label  # type: ignore[union-attr, assignment]
-            weights = logits.new_tensor([self.class_weights.get(names[k], 1.0) for k in range(len(names))])
-        return functional.cross_entropy(
-            logits, batch["labels"], weights, reduction="none", label_smoothing=self.label_smoothing
-        )
+        """Cross entropy of each example in nats, with the labels smoothed, times the weight of its class."""
+        logits, labels = wide(self.logits(model, batch)), batch["labels"]
+        losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        if not self.class_weights:
+            return losses
+        names: Mapping[int, str] = model.config.id2label  # type: ignore[union-attr, assignment]
+        return losses * losses.new_tensor([self.class_weights.get(names[k], 1.0) for k in range(len(names))])[labels]
 
     def classes(self, table: Table, column: str, model: str | Path | Checkpoint) -> tuple[tuple[str, ...], np.ndarray]:
         """See `classes_of`; refuses a weight for what is no class."""

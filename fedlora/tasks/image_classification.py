@@ -84,7 +84,8 @@ class ImageClassification(Classification):
             else the labels found, sorted. A node that reads its own file needs them, since it may lack a class. A
             checkpoint whose head was trained for these very classes keeps its own order of them.
         class_weights: name of a class -> what the loss of its examples is multiplied with in training; 1 for those that
-            are not named. The loss stays a mean over examples: it is not divided by their weights. Evaluation has none.
+            are not named. The loss stays a mean over examples, where torch's with `weight` is divided by the weights.
+            Evaluation has none.
         label_smoothing: share of the training target that is spread evenly over all classes (Szegedy et al. 2016, arXiv
             1512.00567, section 7); evaluation has none.
     """

@@ -91,10 +91,14 @@ def test_a_texts_loss_does_not_depend_on_its_batch(tiny_bert: Path) -> None:
     torch.testing.assert_close(measures["loss"], together)
 
 
-def test_a_classs_weight_multiplies_the_loss_of_its_examples_in_training_alone(tiny_bert: Path) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_classs_weight_multiplies_the_loss_of_its_examples_in_training_alone(
+    tiny_bert: Path, smoothing: float
+) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    plain, weighed = TextClassification(), TextClassification(class_weights={"pos": 3.0})
+    plain = TextClassification(label_smoothing=smoothing)
+    weighed = TextClassification(class_weights={"pos": 3.0}, label_smoothing=smoothing)
     examples = prepare(tiny_bert, weighed)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, **plain.model_kwargs(examples)).eval()
