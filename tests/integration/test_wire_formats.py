@@ -304,7 +304,7 @@ NO_LAYOUTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", NO_LAYOUTS)
 def test_what_is_no_layout_of_the_buffer_is_refused(case: str) -> None:
-    with raises(ReplyError, "invalid-layout", "install the same_adapter fedlora") as caught:
+    with raises(ReplyError, "invalid-layout", "install the same fedlora") as caught:
         read_layout(NO_LAYOUTS[case], 32)
     assert len(str(caught.value)) < 300
 
