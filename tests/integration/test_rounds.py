@@ -36,7 +36,7 @@ Run = Callable[..., RunOutcome]
 
 run = simulate
 both = pytest.mark.parametrize("run", [pytest.param(simulate, marks=pytest.mark.slow), deploy])
-"""For laws of a round wherever its clients are; the pools' contract says that both come to the same_adapter."""
+"""For laws of a round wherever its clients are; the pools' contract says that both come to the same."""
 
 
 def test_a_federation_learns_and_says_what_it_did(tiny_config: MakeConfig) -> None:

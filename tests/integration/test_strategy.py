@@ -276,7 +276,7 @@ def test_digests_follow_the_rank_of_each_plan() -> None:
     digests = PartDigests()
     known = {rank: tensors_digest({"m:A": ffa_plan(rank).adapter.pairs["m"].A}) for rank in (1, 2, 3, 4)}
     draw = random.Random(0)
-    for _ in range(200):  # each plan's tensors are freed, so that the next one's may lie at the same_adapter address
+    for _ in range(200):  # each plan's tensors are freed, so that the next one's may lie at the same address
         rank = draw.randint(1, 4)
         assert digests(ffa_plan(rank))["A"] == known[rank]
 
