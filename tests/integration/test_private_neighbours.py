@@ -313,6 +313,8 @@ def _cases() -> Iterator[Any]:
         yield pytest.param("text-classification", [*unit, "strategy.name=ffa"], WHOLE, id=f"{name}-ffa")
         cores = [*unit, "strategy={name='ravan', heads=2}"]
         yield pytest.param("text-classification", cores, WHOLE, id=f"{name}-ravan")
+        kept = [*unit, "strategy.name=fedsa"]
+        yield pytest.param("text-classification", kept, WHOLE, id=f"{name}-fedsa", marks=nightly)
         yield pytest.param("causal-lm", unit, (longer, removed), id=f"{name}-causal")
         yield pytest.param("causal-lm", [*unit, *prefix], (longer,), id=f"{name}-causal-prefix", marks=nightly)
     counted = [*CLIENT, "server.weighting=examples"]  # who has how many counts as public
