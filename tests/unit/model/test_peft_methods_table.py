@@ -23,7 +23,8 @@ WRITE = "WRITE_DOCS"
 INTRODUCTION = """# Methods and rules
 
 `adapter.method` names one of PEFT's methods; `[strategy] name` the rule that combines what the clients trained. The
-server draws the adapter once, from the seed, and ships it.
+server draws the adapter once, from the seed, and ships it, or [begins with one](models.md#begin-with-an-adapter) that
+was trained already.
 
 Every export loads with plain `PeftModel.from_pretrained`, and is checked that way: with the base loaded by
 transformers alone, its logits must be the trained model's. `adapter/README.md` holds the Python for it. Modules whose
