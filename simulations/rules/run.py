@@ -101,9 +101,11 @@ MIXED_RULES = {
         for name, rule in RULES.items()
         if name in ("FFA-LoRA", "RoLoRA", "FedSVD", "FLoRA") or rule.group == "mixed ranks"
     },
-    "FSLoRA": Rule("name='fslora'", "mixed ranks", changes=MIXED),
+    "FSLoRA, one scale": Rule("name='fslora'", "mixed ranks", changes=MIXED),
+    "FSLoRA": Rule("name='fslora'", "mixed ranks", changes=(*MIXED, "adapter.alpha_scaling=fixed")),
 }
-"""FSLoRA is FedAvg where all ranks are equal."""
+"""FSLoRA is FedAvg where all ranks are equal; its paper has one alpha for all, so that a sketch of k units is scaled by
+1 / k."""
 SETTINGS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Rule]]] = {
     "label shift": (("partition.alpha=0.1",), RULES),
     "mixed ranks": (("partition.alpha=1.0",), MIXED_RULES),
@@ -217,6 +219,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(found.mean()), half
 
 
+def is_above_zero(values: Sequence[float]) -> bool:
+    """Whether the interval is."""
+    mean, half = interval(values)
+    return mean > half
+
+
 def points(values: Sequence[float], sign: str = "") -> str:
     """Mean and 95% interval, times 100."""
     mean, half = interval(values)
@@ -268,13 +276,18 @@ def table(results: Results, setting: str) -> pd.DataFrame:
 
 
 def tables(results: Results, setting: str) -> str:
-    """The table, and a line on FedAvg at the rates beside its own."""
-    text, lines = render_table(table(results, setting), "markdown"), []
-    for rate in beside(results.best(setting, BASE)):
-        found = at_rate(results, setting, BASE, rate)
-        if len(found):
-            lines.append(f"{points(found.accuracy)} at {rate:g}")
-    return f"{text}\nFedAvg on the same seeds: {', '.join(lines)}.\n" if lines else text
+    """The table, and a line on FedAvg at the rates beside its own, and on who is ahead of it there, too."""
+    text, rows = render_table(table(results, setting), "markdown"), reported(results, setting)
+    others = {rate: at_rate(results, setting, BASE, rate) for rate in beside(results.best(setting, BASE))}
+    if any(set(other.index) != set(rows[BASE].index) for other in others.values()):
+        return text
+    ahead = [
+        rule
+        for rule, mine in rows.items()
+        if all(is_above_zero(mine.accuracy - base.accuracy) for base in (rows[BASE], *others.values()))
+    ]
+    said = " and ".join(f"{points(other.accuracy)} at {rate:g}" for rate, other in others.items())
+    return f"{text}\nOn the same seeds FedAvg has {said}. Ahead of it at all three rates: {'; '.join(ahead)}.\n"
 
 
 def draw(results: Results) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -60,10 +61,15 @@ def lead(row: Row | None) -> str:
 # ------------------------------------------------------------------------------------- every rule at its own best rate
 
 
+def rows_of_rules() -> list[Row]:
+    """All rows of simulations/rules."""
+    with (ROOT / "simulations" / "rules" / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def every_rule() -> dict[str, dict[str, dict[int, Row]]]:
     """Of simulations/rules: setting -> rule -> seed -> its row; at the rate that is best on a seed that is left out."""
-    with (ROOT / "simulations" / "rules" / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of_rules()
     best: dict[tuple[str, str], Row] = {}
     for row in sorted(rows, key=lambda row: float(row["lr"])):
         key = row["setting"], row["rule"]
@@ -76,10 +82,18 @@ def every_rule() -> dict[str, dict[str, dict[int, Row]]]:
     return found
 
 
-def paired(setting: str, rule: str) -> tuple[float, float] | None:
-    """By how many points a rule is ahead of FedAvg on the same seeds, and half of the 95% interval; None: not run."""
+def fedavg_at(setting: str, rate: str) -> Iterator[tuple[int, Row]]:
+    """Its runs at a rate, by seed; without the one that chose."""
+    for row in rows_of_rules():
+        if (row["setting"], row["rule"], row["lr"]) == (setting, "FedAvg", rate) and row["seed"] != "100":
+            yield int(row["seed"]), row
+
+
+def paired(setting: str, rule: str, rate: str | None = None) -> tuple[float, float] | None:
+    """By how many points a rule is ahead of FedAvg (at another rate, if one is named) on the same seeds, and half of
+    the 95% interval; None: not run."""
     rows = every_rule()[setting]
-    base = rows["FedAvg"]
+    base = rows["FedAvg"] if rate is None else dict(fedavg_at(setting, rate))
     if rows.get(rule, {}).keys() != base.keys():
         return None
     leads = [points(rows[rule][seed], "accuracy") - points(base[seed], "accuracy") for seed in base]
@@ -193,14 +207,21 @@ def test_the_advice_follows_from_the_figures() -> None:
     assert worse == {"FedDyn"}
     assert round(paired("label shift", "FedDyn")[0]) == -14
     assert round(paired("label shift", "FedAvg, SGD")[0]) == 8
-    # Those that are ahead with AdamW, and what RAVAN and Fed-SB send.
-    ahead_of_it = {"RAVAN, rank 64", "FLoRA", "FLoRIST", "Fed-SB, rank 32", "FedAdagrad", "FlexLoRA"}
-    assert better == {"FedAvg, SGD", "SCAFFOLD, SGD"} | ahead_of_it
-    assert {3, 7} <= {round(paired("label shift", rule)[0]) for rule in ahead_of_it} <= {3, 4, 5, 6, 7}
-    assert (
-        max(ratio("label shift", rule, way) for rule in ("RAVAN, rank 64", "Fed-SB, rank 32") for way in ("up", "down"))
-        < 1
-    )
+    # Those that are ahead with AdamW: at FedAvg's own rate, at the two beside it, and at fewer bytes.
+    at_all = {"RAVAN, rank 64", "FLoRA", "FLoRIST", "FlexLoRA"}
+    at_one = {"Fed-SB, rank 32", "FedAdagrad"}
+    assert better == {"FedAvg, SGD", "SCAFFOLD, SGD"} | at_all | at_one
+    for rule in at_all | at_one:
+        leads = [paired("label shift", rule, rate) for rate in (None, "0.0056", "0.018")]
+        assert all(middle > half for middle, half in leads) == (rule in at_all)
+    assert {3, 7} <= {round(paired("label shift", rule)[0]) for rule in at_all} <= {3, 4, 5, 6, 7}
+    assert max(ratio("label shift", "RAVAN, rank 64", way) for way in ("up", "down")) < 1
+    # Mixed ranks: who is ahead of FedAvg with the smallest rank, and who behind.
+    better, worse = better_and_worse("mixed ranks")
+    assert better == {"FedAvg, rank 32"}
+    assert worse == {"FFA-LoRA", "RoLoRA", "raFLoRA", "FSLoRA", "FSLoRA, one scale"}
+    assert round(paired("mixed ranks", "FedAvg, rank 32")[0]) == 7
+    assert round(paired("mixed ranks", "FFA-LoRA")[0]) == -6
     # FFA-LoRA: half of the bytes (the head, which is not halved, among them), level without noise.
     assert ratio("label shift", "FFA-LoRA", "up") < 0.57
     assert decided("ffa") == {("privacy", "epsilon 6"): "better", ("privacy", "epsilon 1"): "better"}
