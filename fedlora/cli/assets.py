@@ -18,7 +18,6 @@ def assets(
     list_only: Annotated[bool, typer.Option("--list", help="Fetch nothing, only show what there is.")] = False,
 ) -> None:
     """Fetch the named models and corpora (those of the quickstart if none is named), and list them."""
-
     from fedlora.assets import ASSETS, fetch, resolve_corpus, resolve_model
     from fedlora.progress import format_bytes
 

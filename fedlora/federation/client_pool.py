@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -210,6 +210,7 @@ class ClientPool(Protocol):
         """A client cannot be served: it is not available until it has changed."""
         ...
 
+    @abstractmethod
     def train(self, request: RoundRequest) -> Generator[Reply, None, None]:
         """Ask the sampled clients; yield the outcome of each, trained ones in their order, and partial aggregates last.
 
@@ -218,6 +219,7 @@ class ClientPool(Protocol):
         """
         ...
 
+    @abstractmethod
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """Let clients measure the request's state on examples that they keep apart; yield the outcome of each.
 
@@ -234,7 +236,7 @@ class ClientPool(Protocol):
         ...
 
 
-class SimulatedClients(ClientPool, ABC):
+class SimulatedClients(ClientPool):
     """What the pools of a simulation share: all clients of a partition can be asked in every round.
 
     Args:

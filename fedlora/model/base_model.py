@@ -77,7 +77,7 @@ class Base:
         alone: why clients cannot train side by side, if they were tried together in vain.
         pass_tokens: the most tokens of a training pass, where memory was found to allow no more.
         checked: trained parts with which the model passed the check before private training.
-        drops_out: whether anything may be dropped out in training, once a training has looked.
+        drops_out: whether anything may be dropped out in training, once a training has looked; it is not asked again.
         config: the model's table of the run's config.
         adapter_config: the adapter's table.
         task_type: PEFT's name of the task, for exports.

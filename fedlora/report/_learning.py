@@ -31,11 +31,8 @@ def learning(facts: Facts) -> list[Block]:
     """The main figure by round, on the whole test set and on each domain."""
     if not facts.evaluated:
         return []
-    curve, tables = (
-        accuracy_curve(facts.records, facts.metric, before_training(facts.config)),
-        [_outcome(facts), *_by_class(facts), _figures(facts)],
-    )
-    return [curve, *tables, _by_round(facts)]
+    curve = accuracy_curve(facts.records, facts.metric, before_training(facts.config))
+    return [curve, _outcome(facts), *_by_class(facts), _figures(facts), _by_round(facts)]
 
 
 def samples(facts: Facts) -> list[Block]:

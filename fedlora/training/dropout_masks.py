@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -280,25 +280,21 @@ def drops_out(model: nn.Module) -> bool:
 
     Private training does not ask: it always draws masks by example.
     """
-    owners: list[Any] = list(model.modules())
-    configs: dict[int, Any] = {}  # most modules of a model share one
-    for module in owners:
+    for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return True
-        _add_configs(vars(module).get("config"), configs)
-    for owner in (*owners, *configs.values()):
-        for name, value in vars(owner).items():
-            if "drop" in name and _is_chance(value):
-                return True
+        owners = [module, *_configs(getattr(module, "config", None))]
+        if any("drop" in name and _is_chance(value) for owner in owners for name, value in vars(owner).items()):
+            return True
     return False
 
 
-def _add_configs(config: Any, known: dict[int, Any]) -> None:
-    """A model's config, and those inside it (a text and a vision model's), by their ids."""
-    if hasattr(config, "to_dict") and id(config) not in known:
-        known[id(config)] = config
+def _configs(config: Any) -> Iterator[Any]:
+    """A model's config, and those inside it (a text and a vision model's)."""
+    if hasattr(config, "to_dict"):
+        yield config
         for inner in vars(config).values():
-            _add_configs(inner, known)
+            yield from _configs(inner)
 
 
 def _is_chance(value: Any) -> bool:
