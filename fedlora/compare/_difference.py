@@ -6,6 +6,7 @@ Shapes: s = seeds, m = draws.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,17 @@ class Difference:
     high: float = math.nan
     by_example: bool = False
     verdict: str = "undecided"
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of some values, and half of its interval at `LEVEL` by Student's t; infinite for one value."""
+    from scipy.stats import t
+
+    found, count = np.asarray(values, dtype=float), len(values)
+    if count < 2:
+        return float(found.mean()), math.inf
+    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * float(found.std(ddof=1)) / math.sqrt(count)
+    return float(found.mean()), half
 
 
 def difference(mine: Group, other: Group, *, draws: int = DRAWS) -> Difference:

@@ -17,18 +17,17 @@ import argparse
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from fedlora.aggregators import Aggregator
-from fedlora.callbacks import Callback
 from fedlora.compare import render_table
 from fedlora.config import RunConfig, load_config
-from fedlora.errors import ReplyError, RoundError
+from fedlora.errors import ReplyError
 from fedlora.federation.client_pool import (
     ClientEvaluation,
     ClientReply,
@@ -37,14 +36,11 @@ from fedlora.federation.client_pool import (
     RoundRequest,
     SimulatedClients,
 )
-from fedlora.federation.load_rule import load_rule
 from fedlora.federation.local_clients import LocalClients, clients_of
 from fedlora.federation.planner import Held, Planner
-from fedlora.federation.privacy_account import NoPrivacy
 from fedlora.federation.screen import FIGURES, Screen
-from fedlora.federation.server import FederatedServer
 from fedlora.rng import derive
-from fedlora.training import open_workspace
+from fedlora.sweep.in_memory import ResultRows, run_in_memory
 from fedlora.training.workspace import Workspace
 
 HERE = Path(__file__).resolve().parent
@@ -177,61 +173,30 @@ class HostilePool(SimulatedClients):
                 labels[data.clients[client]] = 9 - labels[data.clients[client]]
 
 
-class Records(Callback):
-    """The lines of metrics of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[Mapping[str, Any]] = []
-
-    def round_ended(self, record: Mapping[str, Any]) -> None:
-        """Keep it."""
-        self.lines.append(record)
-
-
 # ---------------------------------------------------------------------------------------------------------- the runs
 
 
-class Results:
-    """The rows of results.csv; what is missing is run and added."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rows: list[dict[str, Any]] = (
-            pd.read_csv(path, keep_default_na=False).to_dict("records") if path.exists() else []
-        )  # "NaN" is the name of an attack
-
-    def accuracy(self, rule: str, attack: str, liars: int, seed: int, lr: float) -> float:
-        """Of a cell, after the last round."""
-        key = dict(zip(KEYS, (rule, attack, liars, seed, lr), strict=True))
-        found = next((row for row in self.rows if all(row[name] == value for name, value in key.items())), None)
-        if found is None:
-            found = key | one_run(rule, attack, liars, seed, lr)
-            self.rows.append(found)
-            pd.DataFrame(self.rows).to_csv(self._path, index=False)
-            print(found, flush=True)
-        return float(found["accuracy"])
+def accuracy(results: ResultRows, rule: str, attack: str, liars: int, seed: int, lr: float) -> float:
+    """Of a run, after its last round."""
+    (row,) = results.of((rule, attack, liars, seed, lr), lambda: [one_run(rule, attack, liars, seed, lr)])
+    return float(row["accuracy"])
 
 
 def one_run(rule: str, attack: str, liars: int, seed: int, lr: float) -> dict[str, float]:
     """A run with liars: the last accuracy, the one that was measured before it, and how many replies were refused."""
     changes = [f"strategy={{{RULES[rule]}}}", f"train.lr={lr}", f"seed={seed}"]
     config = load_config(HERE / "config.toml", changes)
-    aggregator, workspace, records = load_rule(config), open_workspace(config), Records()
-    pool = HostilePool(config, aggregator, workspace, ATTACKS.get(attack, Attack()), liars)
-    try:
-        FederatedServer(pool, config, aggregator, workspace, NoPrivacy(), records).run(None, [])
-    except RoundError as error:  # the state is not finite any more
-        print(error)
-    *_, before, last = [0.0, *(line["accuracy"] for line in records.lines if "accuracy" in line)]
-    refused = sum(len(line.get("refused", {})) for line in records.lines)
-    return {"accuracy": last, "before": before, "refused": refused, "rounds": len(records.lines) - 1}
+    lines = run_in_memory(config, make_pool=partial(HostilePool, attack=ATTACKS.get(attack, Attack()), liars=liars))
+    *_, before, last = [0.0, *(line["accuracy"] for line in lines if "accuracy" in line)]
+    refused = sum(len(line.get("refused", {})) for line in lines)
+    return {"accuracy": last, "before": before, "refused": refused, "rounds": len(lines) - 1}
 
 
-def rate_of(rule: str, results: Results) -> float:
+def rate_of(rule: str, results: ResultRows) -> float:
     """The smallest rate whose honest run is within NEARLY of the best one's, of those tried and one beyond each end."""
     chooses, tried = rule if rule in CHOOSE else MEAN, list(START)
     while True:
-        found = {k: results.accuracy(chooses, HONEST, NONE, CHOOSES, RATES[k]) for k in sorted(tried)}
+        found = {k: accuracy(results, chooses, HONEST, NONE, CHOOSES, RATES[k]) for k in sorted(tried)}
         best = min(k for k, accuracy in found.items() if accuracy >= max(found.values()) - NEARLY)
         further = [k for k in (best - 1, best + 1) if 0 <= k < len(RATES) and k not in found]
         if not further:
@@ -310,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-runs", action="store_true", help="tables and plot of the rows that are there")
     args = parser.parse_args()
-    results = Results(HERE / "results.csv")
+    results = ResultRows(HERE / "results.csv", KEYS)
     if not args.no_runs:
         for liars in LIARS:
             for seed in SEEDS:
@@ -319,7 +284,7 @@ def main() -> None:
                         rate = rate_of(rule, results)
                         cell = (attack, NONE if attack == HONEST else liars, seed)
                         if liars > 1 or attack == HONEST or not ATTACKS[attack].together:
-                            results.accuracy(rule, *cell, rate)
+                            accuracy(results, rule, *cell, rate)
     everything = pd.DataFrame(results.rows)
     reported = everything[everything.seed != CHOOSES]
     text = "\n".join(

@@ -17,20 +17,12 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from scipy.stats import t
 
-from fedlora.callbacks import Callback
-from fedlora.compare import render_table
+from fedlora.compare import render_table, student_interval
 from fedlora.config import load_config
-from fedlora.errors import RoundError
-from fedlora.federation.load_rule import load_rule
-from fedlora.federation.local_clients import LocalClients
-from fedlora.federation.privacy_account import NoPrivacy
-from fedlora.federation.server import FederatedServer
-from fedlora.training import open_workspace
+from fedlora.sweep.in_memory import ResultRows, run_in_memory
 
 HERE = Path(__file__).resolve().parent
 FAIR, FEDAVG = "LoRA-FAIR", "FedAvg"
@@ -57,49 +49,21 @@ START, CHOOSES, SEEDS = (2, 3, 4), 100, (0, 1, 2, 3, 4)
 KEYS = ["setting", "rule", "seed", "lr"]
 
 
-class Records(Callback):
-    """The lines of metrics of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[Mapping[str, Any]] = []
-
-    def round_ended(self, record: Mapping[str, Any]) -> None:
-        """Keep it."""
-        self.lines.append(record)
-
-
-class Results:
-    """The rows of results.csv; what is missing is run and added."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rows: list[dict[str, Any]] = pd.read_csv(path).to_dict("records") if path.exists() else []
-
-    def accuracy(self, setting: str, rule: str, seed: int, lr: float) -> float:
-        """Of a run, after its last round."""
-        key = dict(zip(KEYS, (setting, rule, seed, lr), strict=True))
-        found = next((row for row in self.rows if all(row[name] == value for name, value in key.items())), None)
-        if found is None:
-            found = key | one_run(setting, rule, seed, lr)
-            self.rows.append(found)
-            pd.DataFrame(self.rows).to_csv(self._path, index=False, float_format="%.6g")
-            print(found, flush=True)
-        return float(found["accuracy"])
+def accuracy(results: ResultRows, setting: str, rule: str, seed: int, lr: float) -> float:
+    """Of a run, after its last round."""
+    (row,) = results.of((setting, rule, seed, lr), lambda: [one_run(setting, rule, seed, lr)])
+    return float(row["accuracy"])
 
 
 def one_run(setting: str, rule: str, seed: int, lr: float) -> dict[str, float]:
     """A run: the last accuracy, the one that was measured before it, the worst domain's, and the mean of the error."""
     changes = [*SETTINGS[setting], f"strategy={{{RULES[rule]}}}", f"train.lr={lr}", f"seed={seed}"]
     config = load_config(HERE / "config.toml", changes)
-    aggregator, workspace, records = load_rule(config), open_workspace(config), Records()
-    pool = LocalClients(config, aggregator, workspace, cohort=config.partition.fields["clients"])
-    try:
-        FederatedServer(pool, config, aggregator, workspace, NoPrivacy(), records).run(None, [])
-    except RoundError as error:  # the state is not finite any more
-        print(error)
+    lines = run_in_memory(config)
+    if len(lines) <= config.rounds:  # the state is not finite any more
         return {"accuracy": 0.0}
-    *_, before, last = (line for line in records.lines if "accuracy" in line)
-    errors = [line["aggregation_error"] for line in records.lines if "aggregation_error" in line]
+    *_, before, last = (line for line in lines if "accuracy" in line)
+    errors = [line["aggregation_error"] for line in lines if "aggregation_error" in line]
     return {
         "accuracy": last["accuracy"],
         "before": before["accuracy"],
@@ -108,24 +72,24 @@ def one_run(setting: str, rule: str, seed: int, lr: float) -> dict[str, float]:
     }
 
 
-def rate_of(setting: str, rule: str, results: Results) -> float:
+def rate_of(setting: str, rule: str, results: ResultRows) -> float:
     """The best rate of those tried; where that is an end of them, the next one is tried, too."""
-    tried = {RATES[k]: results.accuracy(setting, rule, CHOOSES, RATES[k]) for k in START}
+    tried = {RATES[k]: accuracy(results, setting, rule, CHOOSES, RATES[k]) for k in START}
     while True:
         best = max(tried, key=tried.__getitem__)
         place = RATES.index(best) + {min(tried): -1, max(tried): 1}.get(best, 0)
         if not 0 <= place < len(RATES) or RATES[place] in tried:
             return best
-        tried[RATES[place]] = results.accuracy(setting, rule, CHOOSES, RATES[place])
+        tried[RATES[place]] = accuracy(results, setting, rule, CHOOSES, RATES[place])
 
 
-def run_all(results: Results) -> None:
+def run_all(results: ResultRows) -> None:
     """Every run that is not there yet."""
     for setting in SETTINGS:
         rates = {rule: rate_of(setting, rule, results) for rule in RULES}
         for seed in SEEDS:
             for rule, rate in rates.items():
-                results.accuracy(setting, rule, seed, rate)
+                accuracy(results, setting, rule, seed, rate)
 
 
 def main() -> None:
@@ -136,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.results or HERE
     folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder / "results.csv")
+    results = ResultRows(folder / "results.csv", KEYS)
     if not args.no_runs:
         run_all(results)
     everything = pd.DataFrame(results.rows)
@@ -161,16 +125,10 @@ def by_seed(rows: pd.DataFrame, rule: str) -> pd.DataFrame:
 
 def interval(values: pd.Series) -> str:
     """Mean and half of the 95% interval by Student's t, in points."""
-    mean, half = ends(values)
-    mean = round(mean, 1) + 0.0  # no "-0.0"
-    return "" if values.empty else f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
-
-
-def ends(values: pd.Series) -> tuple[float, float]:
-    """Mean and half of the 95% interval by Student's t, in points."""
-    count = len(values)
-    half = float(t.ppf(0.975, count - 1)) * values.std() / math.sqrt(count) if count > 1 else math.nan
-    return 100 * values.mean(), 100 * half
+    if values.empty:
+        return ""
+    mean, half = student_interval(values)
+    return f"{100 * mean:z.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -232,8 +190,8 @@ def draw(there: Mapping[str, pd.DataFrame], path: Path) -> None:
             colour = "#D55E00" if rule == FAIR else "#0072B2"
             panel.plot(100 * ahead, [-place] * len(ahead), "o", color=colour, alpha=0.35, markersize=4)
             if len(ahead) > 1:
-                mean, half = ends(ahead)
-                panel.errorbar(mean, -place, xerr=half, color=colour, marker="D", capsize=3, markersize=5)
+                mean, half = student_interval(ahead)
+                panel.errorbar(100 * mean, -place, xerr=100 * half, color=colour, marker="D", capsize=3, markersize=5)
         panel.axvline(0, color="black", linewidth=1)
         panel.set_yticks([-place for place in range(len(others))], others, fontsize=9)
         panel.set_title(setting, fontsize=10)

@@ -20,11 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from scipy.stats import t
 
-from fedlora.compare import Run, read_run, render_table
+from fedlora.compare import Run, read_run, render_table, student_interval
 from fedlora.fairness import Fairness
 from fedlora.sweep import Sweep, run_sweep
 from fedlora.sweep.screen import Screen
@@ -215,9 +213,8 @@ def ahead(mine: Sequence[Fairness], others: Sequence[Fairness]) -> str:
 
 def interval(values: Sequence[float]) -> str:
     """Mean and half of the 95% interval by Student's t, in percent."""
-    found = 100 * np.asarray(values)
-    half = float(t.ppf(0.975, len(found) - 1)) * float(found.std(ddof=1)) / math.sqrt(len(found))
-    return f"{found.mean():.1f} ± {half:.1f}"
+    mean, half = student_interval([100 * value for value in values])
+    return f"{mean:.1f} ± {half:.1f}"
 
 
 if __name__ == "__main__":

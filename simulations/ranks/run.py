@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,7 @@ from fedlora.aggregators import ClientSpec, ClientUpdate, GlobalState, load_aggr
 from fedlora.callbacks import Callback
 from fedlora.compare import render_table
 from fedlora.config import load_config
-from fedlora.federation.load_rule import load_rule
-from fedlora.federation.local_clients import LocalClients
-from fedlora.federation.privacy_account import NoPrivacy
-from fedlora.federation.server import FederatedServer
-from fedlora.training import open_workspace
+from fedlora.sweep.in_memory import ResultRows, run_in_memory
 
 HERE = Path(__file__).resolve().parent
 RULES = {
@@ -56,11 +53,10 @@ KEYS = ["mix", "rule", "seed", "lr"]
 
 
 class Spectra(Callback):
-    """Of each state the share of |D|^2, over all modules, that lies beyond each rank of BEYOND; and its accuracy."""
+    """Of each state the share of |D|^2, over all modules, that lies beyond each rank of BEYOND."""
 
     def __init__(self) -> None:
         self.shares: dict[int, list[float]] = {}
-        self.accuracy: dict[int, float] = {}
         self._base: dict[str, Tensor] = {}
         self._version = 0
 
@@ -76,11 +72,6 @@ class Spectra(Callback):
         }
         if any(change.any() for change in changes.values()):
             self.shares[state.round] = beyond(list(changes.values()))
-
-    def round_ended(self, record: Mapping[str, Any]) -> None:
-        """Note the accuracy where it was measured."""
-        if "accuracy" in record:
-            self.accuracy[record["round"]] = record["accuracy"]
 
 
 def beyond(changes: Sequence[Tensor]) -> list[float]:
@@ -108,34 +99,17 @@ def untrained(mix: str, rule: str, rounds: int) -> list[float]:
     return shares
 
 
-class Results:
-    """The rows of results.csv, one for each round of each run; what is missing is run and added."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rows: list[dict[str, Any]] = pd.read_csv(path).to_dict("records") if path.exists() else []
-
-    def accuracy(self, mix: str, rule: str, seed: int, lr: float) -> float:
-        """Of a run, after its last round."""
-        key = dict(zip(KEYS, (mix, rule, seed, lr), strict=True))
-        found = [row for row in self.rows if all(row[name] == value for name, value in key.items())]
-        if not found:
-            found = [key | row for row in one_run(mix, rule, seed, lr)]
-            self.rows += found
-            pd.DataFrame(self.rows).to_csv(self._path, index=False, float_format="%.6g")
-            print(key, found[-1]["accuracy"], flush=True)
-        return float(found[-1]["accuracy"])
-
-
 def one_run(mix: str, rule: str, seed: int, lr: float) -> list[dict[str, Any]]:
     """A run: for each round its shares, and the accuracy where it was measured."""
     changes = [f"strategy={{{RULES[rule]}}}", f"clients.ranks={list(MIXES[mix])}", f"train.lr={lr}", f"seed={seed}"]
     config = load_config(HERE / "config.toml", changes)
-    aggregator, workspace, spectra = load_rule(config), open_workspace(config), Spectra()
-    pool = LocalClients(config, aggregator, workspace, cohort=len(MIXES[mix]))
-    FederatedServer(pool, config, aggregator, workspace, NoPrivacy(), spectra).run(None, [])
+    spectra = Spectra()
+    lines = run_in_memory(config, spectra)
+    if len(lines) <= config.rounds:
+        raise SystemExit(f"{rule}, {mix}, seed {seed}: the run failed")
+    accuracy = {line["round"]: line["accuracy"] for line in lines if "accuracy" in line}
     return [
-        {"round": number, "accuracy": spectra.accuracy.get(number)}
+        {"round": number, "accuracy": accuracy.get(number)}
         | {f"beyond {rank}": share for rank, share in zip(BEYOND, shares, strict=True)}
         for number, shares in spectra.shares.items()
     ]
@@ -146,11 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-runs", action="store_true", help="table and plot of the rows that are there")
     args = parser.parse_args()
-    results = Results(HERE / "results.csv")
+    results = ResultRows(HERE / "results.csv", KEYS)
     for seed in () if args.no_runs else SEEDS:
         for mix in MIXES:
             for rule in RULES:
-                results.accuracy(mix, rule, seed, RATE)
+                results.of((mix, rule, seed, RATE), partial(one_run, mix, rule, seed, RATE))
     reported = pd.DataFrame(results.rows)
     text = "\n".join(f"{mix}:\n\n{render_table(table(reported, mix), 'markdown')}" for mix in MIXES)
     (HERE / "table.md").write_text(text)

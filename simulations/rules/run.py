@@ -17,21 +17,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t
 
-from fedlora.callbacks import Callback
-from fedlora.compare import render_table
+from fedlora.compare import render_table, student_interval
 from fedlora.config import load_config
-from fedlora.errors import RoundError
-from fedlora.federation.load_rule import load_rule
-from fedlora.federation.local_clients import LocalClients
-from fedlora.federation.privacy_account import NoPrivacy
-from fedlora.federation.server import FederatedServer
-from fedlora.training import open_workspace
+from fedlora.sweep.in_memory import ResultRows, run_in_memory
 
 HERE = Path(__file__).resolve().parent
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 1.8, 3.2, 5.6))
@@ -116,34 +108,17 @@ rank where ranks differ."""
 # ---------------------------------------------------------------------------------------------------------- the runs
 
 
-class Records(Callback):
-    """The lines of metrics of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[Mapping[str, Any]] = []
-
-    def round_ended(self, record: Mapping[str, Any]) -> None:
-        """Keep it."""
-        self.lines.append(record)
-
-
 class Results:
     """The rows of results.csv, one for each run; what is missing is run and added."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = pd.read_csv(path).to_dict("records") if path.exists() else []
+        self.path, self._kept = path, ResultRows(path, KEYS)
+        self.rows = self._kept.rows
 
     def accuracy(self, setting: str, rule: str, lr: float, seed: int) -> float:
         """Of a run, at its end."""
-        key = dict(zip(KEYS, (setting, rule, lr, seed), strict=True))
-        found = next((row for row in self.rows if all(row[name] == value for name, value in key.items())), None)
-        if found is None:
-            found = key | one_run(self._changes(setting, rule, lr, seed))
-            self.rows.append(found)
-            pd.DataFrame(self.rows).to_csv(self.path, index=False, float_format="%.6g")
-            print(found, flush=True)
-        return float(found["accuracy"])
+        (row,) = self._kept.of((setting, rule, lr, seed), lambda: [one_run(self._changes(setting, rule, lr, seed))])
+        return float(row["accuracy"])
 
     def _changes(self, setting: str, rule: str, lr: float, seed: int) -> list[str]:
         changes, rules = SETTINGS[setting]
@@ -187,47 +162,33 @@ def one_run(changes: Sequence[str]) -> dict[str, float]:
     """A run: the accuracy over the last WINDOW evaluations (0 where it ended early), that over those before, the last
     one, and the bytes that a client sends and receives in a round."""
     config = load_config(HERE / "config.toml", changes)
-    aggregator, workspace, records = load_rule(config), open_workspace(config), Records()
-    pool = LocalClients(config, aggregator, workspace, cohort=len(workspace.data.clients))
-    try:
-        FederatedServer(pool, config, aggregator, workspace, NoPrivacy(), records).run(None, [])
-    except RoundError as error:  # the state is not finite any more
-        print(error)
-    rounds = len(records.lines) - 1
-    found = [line["accuracy"] for line in records.lines if "accuracy" in line]
-    done = rounds == config.rounds
-    clients = rounds * len(workspace.data.clients)
+    lines = run_in_memory(config)
+    rounds = len(lines) - 1
+    found = [line["accuracy"] for line in lines if "accuracy" in line]
+    done = rounds == config.rounds  # or the state was not finite any more
+    clients = rounds * config.partition.fields["clients"]
     return {
         "accuracy": float(np.mean(found[-WINDOW:])) if done else 0.0,
         "before": float(np.mean(found[-2 * WINDOW : -WINDOW])) if done else 0.0,
         "last": found[-1],
         "rounds": rounds,
-        "up": sum(line.get("bytes_up", 0) for line in records.lines) / max(1, clients),
-        "down": sum(line.get("bytes_down", 0) for line in records.lines) / max(1, clients),
+        "up": sum(line.get("bytes_up", 0) for line in lines) / max(1, clients),
+        "down": sum(line.get("bytes_down", 0) for line in lines) / max(1, clients),
     }
 
 
 # ------------------------------------------------------------------------------------------------ what is written
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of its 95% interval by Student's t; infinite of one value."""
-    found = np.asarray(values)
-    if len(found) < 2:
-        return float(found.mean()), math.inf
-    half = float(t.ppf(0.975, len(found) - 1)) * float(found.std(ddof=1)) / math.sqrt(len(found))
-    return float(found.mean()), half
-
-
 def is_above_zero(values: Sequence[float]) -> bool:
     """Whether the interval is."""
-    mean, half = interval(values)
+    mean, half = student_interval(values)
     return mean > half
 
 
 def points(values: Sequence[float], sign: str = "") -> str:
     """Mean and 95% interval, times 100."""
-    mean, half = interval(values)
+    mean, half = student_interval(values)
     text = f"{100 * mean:{sign}z.1f}"
     return f"{text} ± {100 * half:.1f}" if math.isfinite(half) else text
 
@@ -253,8 +214,8 @@ def table(results: Results, setting: str) -> pd.DataFrame:
     lines = []
     for rule, mine in rows.items():
         lead = mine.accuracy - rows[BASE].accuracy
-        mean, half = interval(lead)
-        late, late_half = interval(gain := mine.accuracy - mine.before)
+        mean, half = student_interval(lead)
+        late, late_half = student_interval(gain := mine.accuracy - mine.before)
         climbs = " (climbs)" if late > max(late_half, CLIMBS) else ""
         text = "" if rule == BASE else points(lead, "+")
         low, *_, high = results.tried(setting, rule).items()
@@ -306,7 +267,7 @@ def draw(results: Results) -> None:
         base, order = rows[BASE].accuracy, list(reversed(rows))
         for place, rule in enumerate(order):
             colour, leads = colours[SETTINGS[setting][1][rule].group], 100 * (rows[rule].accuracy - base)
-            mean, half = interval(leads)
+            mean, half = student_interval(leads)
             panel.plot(leads, [place] * len(leads), "o", color=colour, alpha=0.3, markersize=4)
             panel.plot([mean - half, mean + half], [place, place], color=colour, linewidth=2)
             panel.plot(mean, place, "|", color=colour, markersize=12, markeredgewidth=2.5)

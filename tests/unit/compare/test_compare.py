@@ -26,6 +26,7 @@ from fedlora.compare import (
     read_run,
     read_runs,
     render_table,
+    student_interval,
 )
 from fedlora.errors import ConfigError, RunDirError
 from fedlora.provenance import WORDS
@@ -505,3 +506,11 @@ def test_perplexities_over_other_tokens_are_told_apart(tmp_path: Path) -> None:
         (path / "provenance.json").write_text(json.dumps({"tokenizer": name}))
         paths.append(path)
     assert any("different tokenizers" in note for note in compare(paths).notes)
+
+
+def test_students_interval_is_that_of_the_table() -> None:
+    """t(0.975) with four degrees of freedom is 2.776; one value has no interval."""
+    mean, half = student_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-3)
+    assert student_interval([7.0]) == (7.0, math.inf)

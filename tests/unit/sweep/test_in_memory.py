@@ -1,0 +1,62 @@
+"""Runs in memory, and the rows that keep their results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.errors import raises
+from support.federations import simulate
+from support.tiny_federations import MakeConfig
+
+from fedlora.errors import PrivacyError
+from fedlora.sweep.in_memory import ResultRows, run_in_memory
+
+
+def test_a_run_in_memory_learns_what_a_run_with_a_folder_learns(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tiny_config("rounds=2")
+    wanted = simulate(config).records
+    before = set(tmp_path.rglob("*"))
+    lines = run_in_memory(config)
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert [line["accuracy"] for line in lines] == [line["accuracy"] for line in wanted]
+    losses = [[line["train_loss"] for line in run[1:]] for run in (lines, wanted)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_round_that_fails_ends_it_with_the_reason(tiny_config: MakeConfig) -> None:
+    said: list[str] = []
+    config = tiny_config("rounds=3", "train.lr=1e30", "train.optimizer=sgd")
+    assert len(run_in_memory(config, say=said.append)) < 4
+    assert "not finite" in said[0]
+
+
+def test_a_private_run_keeps_ledgers_and_so_a_folder(tiny_config: MakeConfig) -> None:
+    private = "privacy={unit='client', noise_multiplier=1.0, clip_norm=1.0, delta=0.01}"
+    more = ("server.aggregation_error=false", "server.weighting=uniform")
+    with raises(PrivacyError, "no-ledger-kept"):
+        run_in_memory(tiny_config(private, *more))
+
+
+def test_a_run_whose_rows_are_there_is_not_repeated(tmp_path: Path) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def rows_of(rows: ResultRows, *run: Any) -> list[dict[str, Any]]:
+        def make() -> list[dict[str, Any]]:
+            asked.append(run)
+            return [{"round": k, "accuracy": 0.1 * k if k else None} for k in range(3)]
+
+        return rows.of(run, make)
+
+    first = ResultRows(tmp_path / "results.csv", ["attack", "lr"], say=str)
+    wanted = [rows_of(first, "NaN", 0.0056), rows_of(first, "none", 0.01)]
+    again = ResultRows(tmp_path / "results.csv", ["attack", "lr"], say=str)
+    found = [rows_of(again, "NaN", 0.0056), rows_of(again, "none", 0.01)]
+    assert asked == [("NaN", 0.0056), ("none", 0.01)]
+    for one, other in zip(wanted, found, strict=True):
+        assert [row["accuracy"] for row in other][1:] == pytest.approx([row["accuracy"] for row in one][1:])
+        assert other[0]["accuracy"] != other[0]["accuracy"], "what is missing stays so, whatever a key is called"
+    rows_of(again, "none", 0.0056)
+    assert len(asked) == 3
