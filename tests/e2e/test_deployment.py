@@ -28,6 +28,7 @@ from fedlora.deploy import FederationPlan, NodePlan, Program, programs, start, s
 from fedlora.deploy.evaluation import evaluate_in_deployment
 from fedlora.deploy.keys import make_authority, make_node_key
 from fedlora.programs import Guard
+from fedlora.runs.rundir import RunDir
 
 NODES = ("site-a", "site-b", "site-c")
 STRANGERS = {
@@ -131,7 +132,9 @@ def test_a_superlink_that_is_killed_loses_nothing(federation: Federation, tiny: 
 
 
 def test_a_server_app_that_is_killed_is_resumed(federation: Federation, tiny: list[str]) -> None:
-    changes = ("name=server-killed", "rounds=2", *tiny)
+    """With what each client keeps, which is at its node alone."""
+    personal = ("strategy.name=fedsa", "evaluation.on=clients", "evaluation.min_examples=2")
+    changes = ("name=server-killed", "rounds=2", *tiny, *personal)
     killed = federation.run(*changes)
     federation.wait(lambda: killed.has_finished(1), "round 1")
     time.sleep(2)  # a node that is being sent a message would wait for the rest of it for a minute, as Flower does
@@ -141,7 +144,19 @@ def test_a_server_app_that_is_killed_is_resumed(federation: Federation, tiny: li
     run.finish()
     assert (run.rundir / "metrics.jsonl").read_bytes().startswith(before)
     assert run.answers() == [[0, 1, 2]] * 2
-    run.require_equal(run.simulate())
+    simulated = run.simulate()
+    run.require_equal(simulated)
+    for client_id, name in enumerate(NODES):
+        place = federation.folder / f"{name}-ledger.jsonl.kept" / RunDir.open(run.rundir).run_id
+        mine, theirs = (of_client(folder, client_id) for folder in (place, RunDir.open(simulated).clients_dir))
+        assert mine == theirs
+        assert mine
+        assert [path.name for path in place.iterdir()] == [f"client-{client_id}"]
+
+
+def of_client(folder: Path, client_id: int) -> dict[str, bytes]:
+    """What a client keeps: the name of a file -> its bytes."""
+    return {path.name: path.read_bytes() for path in (folder / f"client-{client_id}").iterdir()}
 
 
 def test_strangers_are_turned_away(federation: Federation, ports: int) -> None:
