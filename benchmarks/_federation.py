@@ -26,7 +26,7 @@ PATIENCE_S = 600.0
 
 def replay() -> None:
     """Let clients of this process answer what they were sent, moved by a little that differs by round and client."""
-    from fedlora.federation.client_reply import Answer
+    from fedlora.federation.client_training import Answer
     from fedlora.federation.protocol import TrainedReply, TrainRequest
     from fedlora.flower import client_app
 

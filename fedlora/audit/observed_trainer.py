@@ -22,8 +22,9 @@ from fedlora.audit.probe_tasks import Probe, Scaled, Silent
 from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
 from fedlora.federation.given_adapter import read_start
-from fedlora.federation.initial_state import first_state, plan_for
+from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import load_rule
+from fedlora.federation.planner import plan_for
 from fedlora.privacy.dpsgd import ROUNDING, clipping_norm
 from fedlora.rng import derive
 from fedlora.tasks._base import Examples

@@ -12,8 +12,9 @@ from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ConfigError, PrivacyError, RoundError
 from fedlora.federation.given_adapter import read_start
-from fedlora.federation.initial_state import first_state, plan_for
+from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import load_rule, require_cohort, require_one_start
+from fedlora.federation.planner import plan_for
 from fedlora.federation.plausibility import START_LOSS
 from fedlora.training.cohort import why_alone
 from fedlora.training.dp_check import check_model

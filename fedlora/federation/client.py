@@ -11,9 +11,15 @@ from collections.abc import Callable, Sequence
 from fedlora.config import RunConfig
 from fedlora.errors import in_words
 from fedlora.federation.client_ledger import Account
-from fedlora.federation.client_reply import Answer, reply_of
 from fedlora.federation.client_store import ClientStore
-from fedlora.federation.client_training import Start, measure_start, train_own_models, train_requests
+from fedlora.federation.client_training import (
+    Answer,
+    measure_start,
+    reply_of,
+    start_of,
+    train_own_models,
+    train_requests,
+)
 from fedlora.federation.discretion import failure_of
 from fedlora.federation.private_client import answer_privately
 from fedlora.federation.protocol import TrainRequest
@@ -74,8 +80,8 @@ def _unchanged(workspace: Workspace, request: TrainRequest, error: Exception, st
     logger.warning("client %d failed, and its update changes nothing: %s", k, clean_text(in_words(error)))
     logger.debug("a private client failed", exc_info=error)
     held = len(workspace.data.clients[k]) if k < len(workspace.data.clients) else 0
-    start = Start.of(request, store, workspace.config)
-    return TrainResult(start.adapter, max(1, held), 0, 0, float("nan"), 0.0, 0.0, start.optimizer)
+    start, optimizer = start_of(request, store, workspace.config)
+    return TrainResult(start, max(1, held), 0, 0, float("nan"), 0.0, 0.0, optimizer)
 
 
 def _figures(result: TrainResult, config: RunConfig) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 from fedlora.errors import ReplyError
 from fedlora.federation.client_pool import SHARED, Failure, Sums
 from fedlora.federation.client_store import ClientStore
-from fedlora.federation.client_training import Start
+from fedlora.federation.client_training import start_of
 from fedlora.federation.protocol import TrainRequest
 from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import Workspace
@@ -31,7 +31,7 @@ def measure_apart(
         return Failure("refused", "in a private run no client evaluates on its own examples")
     keeps = bool(request.plan.kept) or (config.train.personal is not None and bool(request.plan.trains))
     try:
-        personal = Start.of(request, store, config).adapter if keeps else request.plan.adapter
+        personal = start_of(request, store, config)[0] if keeps else request.plan.adapter
     except ReplyError as error:  # what it kept is lost
         return Failure("refused", str(error))
     for part in parts:

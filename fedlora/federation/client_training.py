@@ -1,60 +1,58 @@
-"""The training that requests ask of clients: where each starts, on what, and what came of it."""
+"""A client's training from request to reply: where it starts, on what it trains, what it sends of that and keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedlora.adapter import AdapterState
 from fedlora.config import RunConfig
 from fedlora.errors import FedloraError, ReplyError, TrainingError
-from fedlora.federation.client_store import ClientStore, divided, kept_differs
+from fedlora.federation.client_pool import Failure
+from fedlora.federation.client_store import OPTIMIZER, RESIDUAL, ClientStore, divided, kept_differs, named
 from fedlora.federation.plausibility import START_LOSS
-from fedlora.federation.protocol import TrainRequest
+from fedlora.federation.protocol import TrainedReply, TrainRequest, update_head
 from fedlora.model.base_history import follow
+from fedlora.privacy.disclosure import Disclosure
 from fedlora.rng import derive
+from fedlora.training.cohort import train_cohort
 from fedlora.training.dp_loop import train_private_cohort
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.evaluate import evaluate
 from fedlora.training.job import TrainJob, TrainResult
-from fedlora.training.phases import train_in_phases
 from fedlora.training.step import Outcome
 from fedlora.training.workspace import Workspace
 
+Answer = TrainedReply | Failure | Exception
+"""What comes of one client: a reply, a failure in words that may leave it, or an exception that nobody foresaw."""
 
-@dataclass(frozen=True)
-class Start:
+
+def start_of(request: TrainRequest, store: ClientStore, config: RunConfig) -> tuple[AdapterState, Mapping[str, Tensor]]:
     """Where a client starts in a round.
 
-    Args:
-        adapter: The plan's, with what the client keeps in its place: with `train.personal` its own model.
-        optimizer: The state that the client kept of its optimiser.
+    Returns:
+        The plan's adapter, with what the client keeps in its place (with `train.personal` its own model), and the state
+        that it kept of its optimiser.
     """
-
-    adapter: AdapterState
-    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, request: TrainRequest, store: ClientStore, config: RunConfig) -> Start:
-        """With what the store has."""
-        plan = request.plan
-        kept = plan.kept if config.train.personal is None else plan.adapter.tensors()
-        if not plan.kept and not config.clients_keep:
-            return cls(plan.adapter)
-        if config.train.keep_optimizer and plan.fresh_seed is not None:
-            raise ReplyError(
-                f"train.keep_optimizer: {config.strategy.name!r} starts each round from a new adapter, to which no "
-                "earlier state of an optimiser belongs: remove it",
-                code="state-of-another-adapter",
-            )
-        loaded, state, _ = divided(store.load(request.client_id, request.kept_round))
-        for name, value in loaded.items():
-            if name not in kept or value.shape != kept[name].shape:
-                raise kept_differs(request.client_id, name, value)
-        return cls(plan.adapter.with_tensors(loaded), state)
+    plan = request.plan
+    kept = plan.kept if config.train.personal is None else plan.adapter.tensors()
+    if not plan.kept and not config.clients_keep:
+        return plan.adapter, {}
+    if config.train.keep_optimizer and plan.fresh_seed is not None:
+        raise ReplyError(
+            f"train.keep_optimizer: {config.strategy.name!r} starts each round from a new adapter, to which no "
+            "earlier state of an optimiser belongs: remove it",
+            code="state-of-another-adapter",
+        )
+    loaded, state, _ = divided(store.load(request.client_id, request.kept_round))
+    for name, value in loaded.items():
+        if name not in kept or value.shape != kept[name].shape:
+            raise kept_differs(request.client_id, name, value)
+    return plan.adapter.with_tensors(loaded), state
 
 
 def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
@@ -112,7 +110,7 @@ def train_requests(
         on = (workspace.base, workspace.task, workspace.data.train, list(jobs.values()), configs)
         try:
             if settings is None:
-                results = train_in_phases(*on)
+                results = train_cohort(*on)
             else:
                 results = train_private_cohort(*on, [settings[number] for number in jobs])
         except Exception as error:  # what stopped all of them came of each
@@ -138,12 +136,12 @@ def train_own_models(
     for k in trained:
         request = requests[k]
         shared = job_of(workspace, request, examples_of_client(workspace, request.client_id), store)
-        own = Start.of(request, store, config).adapter
+        own, _ = start_of(request, store, config)
         jobs.append(replace(shared, adapter=own, toward=request.plan.adapter, proximal_mu=0.0, tilt={}))
         configs.append(config.train_of(request.client_id).model_copy(update={"proximal_mu": config.train.personal}))
     results: Sequence[Outcome]
     try:
-        results = train_in_phases(workspace.base, workspace.task, workspace.data.train, jobs, configs)
+        results = train_cohort(workspace.base, workspace.task, workspace.data.train, jobs, configs)
     except Exception as error:  # what stopped all of them came of each
         results = [error] * len(jobs)
     for k, result in zip(trained, results, strict=True):
@@ -156,10 +154,10 @@ def train_own_models(
 def job_of(workspace: Workspace, request: TrainRequest, indices: np.ndarray, store: ClientStore) -> TrainJob:
     """What a request asks, on a base that is brought to its version."""
     plan, config = request.plan, workspace.config
-    start = Start.of(request, store, config)
+    start, optimizer = start_of(request, store, config)
     follow(workspace.base, plan.base_updates, plan.base_version, request.base_digest, request.since_digest)
     return TrainJob(
-        adapter=start.adapter if config.train.personal is None else plan.adapter,
+        adapter=start if config.train.personal is None else plan.adapter,
         trains=plan.trains,
         indices=indices,
         seed=derive(config.seed, "train", request.round, request.client_id),
@@ -167,7 +165,7 @@ def job_of(workspace: Workspace, request: TrainRequest, indices: np.ndarray, sto
         tilt=plan.tilt,
         round=request.round,
         rounds=config.rounds,
-        optimizer=start.optimizer,
+        optimizer=optimizer,
         client_id=request.client_id,
         first=plan.first,
         first_times=plan.first_times,
@@ -181,3 +179,59 @@ def _examples_to_train_on(workspace: Workspace, client_id: int) -> np.ndarray:
             f"client {client_id} has no examples: give it some, or lower partition.clients", code="no-examples"
         )
     return indices
+
+
+def reply_of(
+    request: TrainRequest,
+    result: TrainResult,
+    figures: Mapping[str, float],
+    config: RunConfig,
+    store: ClientStore,
+    ledger: str = "",
+    own: AdapterState | None = None,
+) -> TrainedReply:
+    """What a client sends; what it keeps goes to the store.
+
+    Args:
+        request: What was asked.
+        result: Of the training.
+        figures: That go with it, by name; in a private run the list of `fedlora.privacy.disclosure` has all of them.
+        config: As the client reads it.
+        store: Gets what the client keeps.
+        ledger: The head of its privacy ledger.
+        own: The client's own model (`train.personal`).
+    """
+    if config.privacy is not None:
+        head = update_head(request, ledger)
+        Disclosure(config.privacy.unit).require_reply(head, tuple(figures))
+    kept = result.adapter.tensors(request.plan.kept) if request.plan.kept else {}
+    kept |= {} if own is None else own.tensors()
+    kept |= named(OPTIMIZER, result.optimizer)
+    sent = result.adapter.tensors(request.plan.sends)
+    if config.wire.keeps_residual:
+        sent, residual = sent_and_residual(request, sent, store, config.seed)
+        kept |= named(RESIDUAL, residual)
+    if kept or config.clients_keep:  # of a first round that failed there is nothing, which nobody may see
+        store.save(request.client_id, request.round, kept, request.kept_round)
+    return TrainedReply(request, sent, figures, ledger)
+
+
+def sent_and_residual(
+    request: TrainRequest, trained: Mapping[str, Tensor], store: ClientStore, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a client sends, and what of it the wire format leaves out: error feedback.
+
+    Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599, algorithm 1, with a round's
+    change in the place of a gradient: m is added to the change, and what is not sent of their sum is the next m. The m
+    of a tensor that is not asked for in a round stays as it is.
+    """
+    _, _, residual = divided(store.load(request.client_id, request.kept_round))
+    sent: dict[str, Tensor] = {}
+    for name, value in trained.items():
+        sent[name] = value.cpu().to(torch.promote_types(value.dtype, torch.float32))
+        if (before := residual.get(name)) is not None:
+            if before.shape != value.shape:
+                raise kept_differs(request.client_id, name, before)
+            sent[name] = sent[name] + before
+    received = request.as_received(sent, seed)
+    return sent, residual | {name: value - received[name] for name, value in sent.items()}

@@ -10,14 +10,13 @@ from fedlora.adapter import AdapterState
 from fedlora.aggregators import (
     Aggregator,
     Claim,
-    ClientPlan,
     ClientSpec,
     GlobalState,
     names_claiming,
-    on_current_base,
 )
 from fedlora.errors import RuleError
 from fedlora.federation.given_adapter import Start
+from fedlora.federation.planner import plan_for
 from fedlora.lowrank import frobenius
 from fedlora.model.base_model import Base
 from fedlora.model.peft_methods import Method
@@ -76,14 +75,6 @@ def _require_kept(rule: Aggregator, base: Base, state: GlobalState, given: Adapt
             "or that takes it into the base, such as flora",
             code="start-lost",
         )
-
-
-def plan_for(rule: Aggregator, state: GlobalState, client: ClientSpec) -> ClientPlan:
-    """The rule's plan; a rule that leaves the base alone need not know that its method did not."""
-    plan = rule.plan(state, client)
-    if Claim.CHANGES_BASE in rule.claims:
-        return plan
-    return on_current_base(plan, state, client.base_version)
 
 
 def require_method(rule: Aggregator, method: Method) -> None:

@@ -27,8 +27,8 @@ from fedlora.federation.client_pool import (
     ServerPart,
     SimulatedClients,
 )
-from fedlora.federation.client_reply import Answer
 from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
+from fedlora.federation.client_training import Answer
 from fedlora.federation.planner import Held, Planned, Planner
 from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, head_nbytes, note_head, update_head
 from fedlora.federation.screen import Screen

@@ -9,7 +9,6 @@ from typing import final
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, GlobalState, on_current_base
 from fedlora.config import RunConfig
 from fedlora.federation.client_pool import ClientInfo, Failure, RoundRequest
-from fedlora.federation.initial_state import plan_for
 from fedlora.federation.plausibility import START_LOSS
 from fedlora.federation.protocol import (
     KEPT,
@@ -171,3 +170,11 @@ class Planner:
         elif self._devices.too_late(seconds):
             failure = Failure("late")
         return replace(planned, simulated_s=seconds, failure=failure)
+
+
+def plan_for(rule: Aggregator, state: GlobalState, client: ClientSpec) -> ClientPlan:
+    """The rule's plan; a rule that leaves the base alone need not know that its method did not."""
+    plan = rule.plan(state, client)
+    if Claim.CHANGES_BASE in rule.claims or not state.base_updates:
+        return plan
+    return on_current_base(plan, state, client.base_version)

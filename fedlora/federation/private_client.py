@@ -16,9 +16,8 @@ import numpy as np
 from fedlora.errors import PolicyError, PrivacyError
 from fedlora.federation.client_ledger import Account
 from fedlora.federation.client_pool import Failure
-from fedlora.federation.client_reply import Answer, reply_of
 from fedlora.federation.client_store import ClientStore
-from fedlora.federation.client_training import job_of, train_requests
+from fedlora.federation.client_training import Answer, job_of, reply_of, train_requests
 from fedlora.federation.discretion import failure_of, withheld
 from fedlora.federation.protocol import TrainRequest
 from fedlora.privacy.ledger import Attempt

@@ -7,7 +7,7 @@ made from noised means, the config, and who answered (with how many examples, wh
 Not on the list, because they depend on the data of clients: numbers and lengths of examples, seconds (how long
 something took), losses and accuracies on training data, hashes of training data, and what an error has to say of it.
 The list is checked where files are written (`fedlora.runs.rundir`) and where a client answers
-(`fedlora.federation.client_reply`); what is not on it is refused, not left out, so that nobody relies on it.
+(`fedlora.federation.client_training`); what is not on it is refused, not left out, so that nobody relies on it.
 A simulation's `privacy/` folder holds the ledgers of its clients, and `clients/` what they keep from round to round
 (under unit = "client" without noise): both belong to them and are no part of what is given away with the run.
 """

@@ -5,15 +5,21 @@ rates are its own, and the loss is the sum of the clients' losses, so that its g
 change the shapes of the products, and so the last digits in float32.
 
 A client that fails (a loss that is not finite, an example that cannot be batched) leaves, and the others go on.
+
+A job may name parts to be trained first (`TrainJob.first`), the others then on what those came to: two phases with the
+optimiser, the rates and the batch size of [train], each with an optimiser state and a schedule of its own. A proximal
+term and a task's reference are those of the start in both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedlora.config import TrainConfig
 from fedlora.model import Base
+from fedlora.rng import derive
 from fedlora.speedups.activation_cache import prepare
 from fedlora.tasks._base import Examples, Task
 from fedlora.training.dropout_masks import RowsError
@@ -23,6 +29,9 @@ from fedlora.training.plain_loop import TrainingLoop
 from fedlora.training.row_groups import PassCost
 from fedlora.training.stacked_lora import cannot_stack
 from fedlora.training.step import Outcome
+
+ADDED = ("steps", "examples_seen", "seconds", "compute_seconds")
+"""Fields of a result that are the sums of both phases; the loss is that of the second."""
 
 
 def train(
@@ -75,6 +84,51 @@ def train_cohort(
     Returns:
         An outcome for each job, in their order.
     """
+    two = [k for k, job in enumerate(jobs) if job.first]
+    if not two:
+        return _in_one_phase(base, task, examples, jobs, configs, cost, synchronize)
+    begun = _in_one_phase(
+        base,
+        task,
+        examples,
+        [replace(jobs[k], trains=jobs[k].first, seed=derive(jobs[k].seed, "first"), tilt={}) for k in two],
+        [_longer(configs[k], jobs[k].first_times) for k in two],
+        cost,
+        synchronize,
+    )
+    outcomes: dict[int, Outcome] = dict(zip(two, begun, strict=True))
+    left = dict(enumerate(jobs))
+    for k, outcome in outcomes.items():
+        job = left.pop(k)
+        if isinstance(outcome, TrainResult):
+            left[k] = replace(job, adapter=outcome.adapter, trains=job.trains - job.first, toward=job.adapter)
+    rest = [configs[k] for k in left]
+    ended = _in_one_phase(base, task, examples, list(left.values()), rest, cost, synchronize)
+    for k, outcome in zip(left, ended, strict=True):
+        before = outcomes.get(k)
+        if isinstance(before, TrainResult) and isinstance(outcome, TrainResult):
+            outcome = replace(outcome, **{key: getattr(before, key) + getattr(outcome, key) for key in ADDED})
+        outcomes[k] = outcome
+    return [outcomes[k] for k in range(len(jobs))]
+
+
+def _longer(config: TrainConfig, times: int) -> TrainConfig:
+    """The same training, so many times as long."""
+    if config.steps is not None:
+        return config.model_copy(update={"steps": config.steps * times})
+    return config.model_copy(update={"epochs": (config.epochs or 1.0) * times})
+
+
+def _in_one_phase(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    jobs: Sequence[TrainJob],
+    configs: Sequence[TrainConfig],
+    cost: PassCost | None,
+    synchronize: bool,
+) -> list[Outcome]:
+    """Train what the jobs name, cohort after cohort of those that can go together."""
     if configs and configs[0].loop is not None:
         return [_by_own_loop(base, task, examples, *work) for work in zip(jobs, configs, strict=True)]
     if base.cache is not None and not any(config.neftune_noise_alpha for config in configs):

@@ -31,7 +31,7 @@ class TrainJob:
         optimizer: the optimiser's state of the client's last round, as `TrainResult.optimizer` has it; empty: it starts
             anew.
         client_id: whose, for a loop of one's own.
-        first: parts that are trained first, and then no more; see `fedlora.training.phases`.
+        first: parts that are trained first, and then no more; see `fedlora.training.cohort`.
         first_times: how many times as long as the others.
     """
 

@@ -204,7 +204,7 @@ def test_a_model_of_a_round_whose_reply_was_lost_counts_as_never_trained(
 def test_a_client_whose_own_model_fails_or_is_lost_is_left_out_by_name(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = client_training.train_in_phases
+    real = client_training.train_cohort
 
     def failing(base: Any, task: Any, examples: Any, jobs: Any, configs: Any) -> Any:
         found = real(base, task, examples, jobs, configs)
@@ -214,7 +214,7 @@ def test_a_client_whose_own_model_fails_or_is_lost_is_left_out_by_name(
             for job, one in zip(jobs, found, strict=True)
         ]
 
-    monkeypatch.setattr(client_training, "train_in_phases", failing)
+    monkeypatch.setattr(client_training, "train_cohort", failing)
     outcome = simulate(tiny_config(*DITTO, "rounds=3"))
     assert [record["answered"] for record in outcome.records[1:]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
     assert "its own model (train.personal): the loss is nan" in outcome.records[2]["refused"]["1"]

@@ -161,13 +161,13 @@ def test_nobody_sees_whose_first_round_failed(tiny_config: MakeConfig, monkeypat
     """Under user-level privacy, where a failed client's update changes nothing."""
     from fedlora.federation import client_training
 
-    real = client_training.train_in_phases
+    real = client_training.train_cohort
 
     def failing(base: Any, task: Any, examples: Any, jobs: Any, configs: Any) -> Any:
         found = real(base, task, examples, jobs, configs)
         return [RuntimeError("broken") if job.round == 1 else one for job, one in zip(jobs, found, strict=True)]
 
-    monkeypatch.setattr(client_training, "train_in_phases", failing)
+    monkeypatch.setattr(client_training, "train_cohort", failing)
     privacy = "privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}"
     outcome = simulate(tiny_config(*KEPT, privacy, "server.aggregation_error=false", "rounds=3"))
     assert [record["answered"] for record in outcome.records[1:]] == [[0, 1, 2, 3]] * 3

@@ -255,13 +255,13 @@ def test_a_private_client_that_fails_keeps_what_it_had(
     """Under user-level privacy its update changes nothing; no more does what it keeps."""
     from fedlora.federation import client_training
 
-    real = client_training.train_in_phases
+    real = client_training.train_cohort
 
     def failing(base: Any, task: Any, examples: Any, jobs: Any, configs: Any) -> Any:
         found = real(base, task, examples, jobs, configs)
         return [RuntimeError("broken") if job.round == 3 else one for job, one in zip(jobs, found, strict=True)]
 
-    monkeypatch.setattr(client_training, "train_in_phases", failing)
+    monkeypatch.setattr(client_training, "train_cohort", failing)
     keys = ("strategy.name=fedsa", *PRIVATE["client"], "server.aggregation_error=false", *PERSONAL[2:])
     outcome = simulate(tiny_config(*keys))
     for client_id in range(4):

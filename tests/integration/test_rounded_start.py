@@ -114,13 +114,13 @@ def test_clients_train_from_what_they_decode_and_the_state_is_not_rounded(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs: list[TrainJob] = []
-    real = client_training.train_in_phases
+    real = client_training.train_cohort
 
     def seen(base: object, task: object, data: object, asked: Sequence[TrainJob], configs: object) -> object:
         jobs.extend(asked)
         return real(base, task, data, asked, configs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(client_training, "train_in_phases", seen)
+    monkeypatch.setattr(client_training, "train_cohort", seen)
     states = States()
     simulate(tiny_config(*DOWN, "rounds=2", "evaluation.every=2"), states)
     assert len(jobs) == 8

@@ -18,8 +18,8 @@ from support.tiny_federations import MakeConfig
 from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientPlan
 from fedlora.errors import ConfigError, ReplyError
-from fedlora.federation.client_reply import sent_and_residual
 from fedlora.federation.client_store import RESIDUAL, ClientStore, divided, named
+from fedlora.federation.client_training import sent_and_residual
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.protocol import TrainRequest
 from fedlora.state_io import unpack

@@ -161,7 +161,7 @@ def broken(tiny_toml: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         raise IndexError("index out of range in self")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client_training, "train_in_phases", fail)
+        patch.setattr(client_training, "train_cohort", fail)
         yield tiny_toml
 
 

@@ -22,7 +22,8 @@ from fedlora.assets import Checkpoint
 from fedlora.config import ModelConfig
 from fedlora.errors import AssetError, ModelError, RuleError, RunDirError
 from fedlora.federation.given_adapter import read_start
-from fedlora.federation.initial_state import first_state, plan_for
+from fedlora.federation.initial_state import first_state
+from fedlora.federation.planner import plan_for
 from fedlora.model.export import save_adapter
 from fedlora.provenance import MODEL
 from fedlora.training.workspace import Workspace, open_workspace

@@ -14,7 +14,8 @@ from fedlora.adapter import AdapterState
 from fedlora.aggregators import ClientSpec, equivalent_adapter, load_aggregator
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import ConfigError, FedloraError, ModelError, RuleError
-from fedlora.federation.initial_state import first_state, plan_for
+from fedlora.federation.initial_state import first_state
+from fedlora.federation.planner import plan_for
 from fedlora.model import Base, load_base, save_adapter, save_merged
 from fedlora.model.adapter_files import read_adapter
 from fedlora.model.lora_init import residual

@@ -14,7 +14,8 @@ from test_peft_methods import SMALL
 from fedlora.aggregators import ClientSpec, load_aggregator, rules
 from fedlora.config import AdapterConfig, ModelConfig, RunConfig, RuntimeConfig
 from fedlora.errors import RuleError
-from fedlora.federation.initial_state import first_state, plan_for
+from fedlora.federation.initial_state import first_state
+from fedlora.federation.planner import plan_for
 from fedlora.model import Base, load_base
 from fedlora.model.peft_methods import METHODS, PAIR_KEYS, REFUSED
 

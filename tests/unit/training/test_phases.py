@@ -15,9 +15,7 @@ from fedlora.config import TrainConfig
 from fedlora.errors import TrainingError
 from fedlora.model import Base
 from fedlora.rng import derive
-from fedlora.training import TrainJob, TrainResult, train
-from fedlora.training import phases as module
-from fedlora.training.phases import train_in_phases
+from fedlora.training import TrainJob, TrainResult, cohort, train, train_cohort
 
 CONFIG = TrainConfig(steps=3, batch_size=4, lr=0.05)
 HEAD, REST = frozenset({"dense"}), frozenset({"A", "B"})
@@ -35,7 +33,7 @@ def setting(tiny_config: Any) -> tuple[Base, Any, Any, TrainJob]:
 
 def test_the_head_is_trained_alone_and_then_the_rest_on_it(setting: tuple[Any, ...]) -> None:
     base, task, examples, job = setting
-    (found,) = train_in_phases(base, task, examples, [job], [CONFIG])
+    (found,) = train_cohort(base, task, examples, [job], [CONFIG])
     assert isinstance(found, TrainResult)
     longer = CONFIG.model_copy(update={"steps": 6})
     head = train(base, task, examples, replace(job, trains=HEAD, seed=derive(5, "first"), first=frozenset()), longer)
@@ -52,8 +50,8 @@ def test_the_proximal_term_draws_to_the_start_in_both_phases(setting: tuple[Any,
     """So strong a term holds both at the start, and not the adapter at itself."""
     base, task, examples, job = setting
     sgd = TrainConfig(steps=10, batch_size=4, optimizer="sgd", lr=1e-4, proximal_mu=5e3)
-    (held,) = train_in_phases(base, task, examples, [job], [sgd])
-    (free,) = train_in_phases(base, task, examples, [job], [sgd.model_copy(update={"proximal_mu": 0.0})])
+    (held,) = train_cohort(base, task, examples, [job], [sgd])
+    (free,) = train_cohort(base, task, examples, [job], [sgd.model_copy(update={"proximal_mu": 0.0})])
     assert isinstance(held, TrainResult)
     assert isinstance(free, TrainResult)
     for parts in (HEAD, REST):
@@ -65,16 +63,16 @@ def test_who_fails_in_the_first_phase_leaves_and_others_go_on_in_any_mixture(
 ) -> None:
     base, task, examples, job = setting
     jobs = [job, replace(job, first=frozenset()), replace(job, seed=7)]
-    each = [train_in_phases(base, task, examples, [one], [CONFIG])[0] for one in jobs]
-    real = module.train_cohort
+    each = [train_cohort(base, task, examples, [one], [CONFIG])[0] for one in jobs]
+    real = cohort._in_one_phase
 
-    def failing(base: Any, task: Any, examples: Any, jobs: Any, configs: Any) -> Any:
-        found = real(base, task, examples, jobs, configs)
+    def failing(base: Any, task: Any, examples: Any, jobs: Any, *rest: Any) -> Any:
+        found = real(base, task, examples, jobs, *rest)
         broken = TrainingError("broken", code="broken")
         return [broken if one.seed == derive(7, "first") else done for one, done in zip(jobs, found, strict=True)]
 
-    monkeypatch.setattr(module, "train_cohort", failing)
-    first, second, third = train_in_phases(base, task, examples, jobs, [CONFIG] * 3)
+    monkeypatch.setattr(cohort, "_in_one_phase", failing)
+    first, second, third = train_cohort(base, task, examples, jobs, [CONFIG] * 3)
     assert isinstance(third, TrainingError)
     for one, alone in zip((first, second), each, strict=False):
         assert isinstance(one, TrainResult)
