@@ -44,7 +44,7 @@ class Turns(Callback):
         if self._left > 0:
             return
         if self._turn.get("save"):
-            state = self._rundir.latest_checkpoint()
+            state = self._rundir.checkpoints.latest()
             assert state is not None
             save_adapter(open_workspace(self._config).base, state.adapter, Path(self._turn["save"]), {})
         self._turn = next(self._asked, {})

@@ -135,7 +135,7 @@ class ExampleLevelAccount:
                 raise PrivacyError(
                     f"privacy ledger {str(ledger.path)!r} lacks round {min(lacking)}, {cure}", code="ledger-incomplete"
                 )
-        state = self._rundir.latest_checkpoint()
+        state = self._rundir.checkpoints.latest()
         done = -1 if state is None else state.round
         for number in sorted(n for n in written if n > done):
             for path in sorted(self._folder.glob("client-*.jsonl")):

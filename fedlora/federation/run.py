@@ -111,7 +111,7 @@ def run_federation(
             for note in workspace.data.train.notes:
                 told.message(note)
         with tracked(told, config, rundir) as trackers:
-            everybody = Callbacks(RunFiles(rundir, workspace), *callbacks, *trackers)
+            everybody = Callbacks(rundir.checkpoints, RunFiles(rundir, workspace), *callbacks, *trackers)
             server = FederatedServer(pool, config, rule, workspace, account, everybody, str(rundir.path))
             state = server.run(state, rundir.read_metrics(), start)
             outcome = _finish(state, config, workspace, rundir, account)
@@ -173,7 +173,7 @@ def _finish(
 
 def _best(rundir: RunDir, best: Best) -> GlobalState:
     """The state of the best round; `RunDirError` where it is lost."""
-    state = rundir.best_checkpoint()
+    state = rundir.checkpoints.best()
     if state is None or state.round != best.round:
         raise RunDirError(
             f"the state after round {best.round}, the best, is not in {str(rundir.path)!r}: set "

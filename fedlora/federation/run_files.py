@@ -1,8 +1,4 @@
-"""What a run writes while it goes on, as callbacks: metrics, checkpoints, outcomes by example, generated text.
-
-In a round the line of metrics is written first and the checkpoint after it, so that a checkpoint is never ahead of the
-metrics; a resume cuts the metrics back to its checkpoint.
-"""
+"""What a run writes beside its checkpoints while it goes on: metrics, outcomes by example, generated text."""
 
 from __future__ import annotations
 
@@ -49,13 +45,8 @@ class RunFiles(Callback):
         """Append the line of metrics."""
         self._rundir.append_metrics(record)
 
-    def state_reached(self, state: GlobalState) -> None:
-        """Save a checkpoint."""
-        self._rundir.save_checkpoint(state)
-
     def best_reached(self, state: GlobalState) -> None:
-        """Keep the state, with its outcomes by example."""
-        self._rundir.keep_best(state)
+        """Keep its outcomes by example."""
         if self._selects and self._outcomes is not None and self._outcomes[0] == state.round:
             self._write_outcomes()
 

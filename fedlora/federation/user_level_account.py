@@ -46,7 +46,7 @@ class UserLevelAccount:
         Raises:
             PrivacyError: the ledger lacks a completed round.
         """
-        state = self._rundir.latest_checkpoint()
+        state = self._rundir.checkpoints.latest()
         done = -1 if state is None else state.round
         written = {r["round"] for r in self._rundir.read_metrics() if r["round"] and not _changed_nothing(r)}
         if lacking := written - self._ledger.rounds(self._run):

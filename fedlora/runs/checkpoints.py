@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, final
 
 from fedlora.aggregators import BaseUpdate, GlobalState
+from fedlora.callbacks import Callback
 from fedlora.errors import RunDirError
 from fedlora.files import sync_folder, write_atomically
 from fedlora.state_io import (
@@ -24,8 +25,8 @@ BEST = "best"
 
 
 @final
-class Checkpoints:
-    """The states of a run.
+class Checkpoints(Callback):
+    """The states of a run; as a callback, keeps each that the run reaches, and the best.
 
     Args:
         run: The run's folder.
@@ -46,8 +47,16 @@ class Checkpoints:
         found = self._list()
         return int(found[-1].stem) if found else 0
 
+    def state_reached(self, state: GlobalState) -> None:
+        """Save it; its round's line of metrics is there."""
+        self.save(state)
+
+    def best_reached(self, state: GlobalState) -> None:
+        """Keep it beside the last ones."""
+        self.keep_best(state)
+
     def save(self, state: GlobalState) -> Path:
-        """Write the state after a round.
+        """Write the state after a round; call it after that round's line of metrics is written.
 
         Changes of the base that are not on disk yet are written first, each to a file of its own; of the states the
         last two are kept, and of the changes those that they name.

@@ -83,6 +83,7 @@ class RunDir:
 
     Attributes:
         measured: names of the figures over the test examples in a line of metrics.
+        checkpoints: the states that a resume goes on from.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
@@ -90,7 +91,8 @@ class RunDir:
         self.config = config
         self.measured: frozenset[str] = frozenset()
         self._may = None if config.privacy is None else Disclosure(config.privacy.unit)
-        self._log, self._checkpoints = MetricsLog(path / "metrics.jsonl"), Checkpoints(path)
+        self.checkpoints = Checkpoints(path)
+        self._log = MetricsLog(path / "metrics.jsonl")
 
     @classmethod
     def create(cls, config: RunConfig, root: str | Path | None = None, *, overwrite: bool = False) -> RunDir:
@@ -188,12 +190,12 @@ class RunDir:
     def rounds_done(self) -> int:
         """How many rounds were completed."""
         result = self.read_json("result.json") or {"rounds": 0}
-        return max(int(result["rounds"]), self._checkpoints.last_round)
+        return max(int(result["rounds"]), self.checkpoints.last_round)
 
     @property
     def begun(self) -> bool:
         """Whether a state was saved, so that a resume goes on from it and needs nothing of what the run began with."""
-        return self._checkpoints.there
+        return self.checkpoints.there
 
     @property
     def finished(self) -> bool:
@@ -322,18 +324,6 @@ class RunDir:
         """All complete lines of metrics, oldest first."""
         return self._log.read()
 
-    def save_checkpoint(self, state: GlobalState) -> Path:
-        """Write the state after a round; call it after that round's `append_metrics`."""
-        return self._checkpoints.save(state)
-
-    def keep_best(self, state: GlobalState) -> None:
-        """Keep the state of a round that `[selection]` found best; call it after that round's `save_checkpoint`."""
-        self._checkpoints.keep_best(state)
-
-    def best_checkpoint(self) -> GlobalState | None:
-        """What `keep_best` kept last."""
-        return self._checkpoints.best()
-
     @property
     def kept_round(self) -> int:
         """The round whose model is kept: of a finished run that selected one the best, or else the last."""
@@ -341,20 +331,16 @@ class RunDir:
 
     def kept_checkpoint(self) -> GlobalState | None:
         """The state after `kept_round`; None where there is none (yet)."""
-        latest = self.latest_checkpoint()
-        return latest if latest is None or latest.round == self.kept_round else self.best_checkpoint()
-
-    def latest_checkpoint(self) -> GlobalState | None:
-        """The newest state, or None before the first one. Changes nothing."""
-        return self._checkpoints.latest()
+        latest = self.checkpoints.latest()
+        return latest if latest is None or latest.round == self.kept_round else self.checkpoints.best()
 
     def resume(self) -> GlobalState | None:
-        """Make the folder ready to go on: `latest_checkpoint`, the metrics cut back to its round, the config of now.
+        """Make the folder ready to go on: the newest checkpoint, the metrics cut back to its round, the config of now.
 
         Returns:
             The state to go on from, or None where no round was completed (start from the beginning).
         """
-        state = self.latest_checkpoint()
+        state = self.checkpoints.latest()
         if state is None and (self.path / "result.json").is_file():
             raise RunDirError(
                 f"the checkpoints of {str(self.path)!r} were removed, so that it cannot be resumed: start a new run "

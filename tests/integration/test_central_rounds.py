@@ -136,7 +136,7 @@ def test_adaptive_clipping_goes_on_after_a_resume(central: MakeConfig) -> None:
     config = central("privacy.adaptive_clipping=true", "privacy.clip_norm=10", "privacy.clip_lr=1.0")
     rundir = RunDir.create(config)
     cut(rundir, 3)
-    kept = rundir.latest_checkpoint()
+    kept = rundir.checkpoints.latest()
     assert kept is not None
     before = float(kept.memory[CLIP])
     assert before != 10

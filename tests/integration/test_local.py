@@ -86,7 +86,7 @@ def test_a_resume_with_another_learning_rate_changes_the_rounds_to_come_alone(
     config = tiny_config("rounds=2")
     rundir = RunDir.create(config)
     run_simulation(config, rundir, Callback())
-    before, state = rundir.read_metrics(), rundir.latest_checkpoint()
+    before, state = rundir.read_metrics(), rundir.checkpoints.latest()
     assert state is not None
     changed = tiny_config("rounds=3", "train.lr=1e-9", "train.clip_norm=1.0", "server.max_norm=1e6")
     outcome = run_simulation(changed, RunDir.open(rundir.path), Callback(), resume=True)

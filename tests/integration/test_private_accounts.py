@@ -30,6 +30,7 @@ from fedlora.hash_chain import START
 from fedlora.hashing import tensors_digest
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.ledger import Attempt, Ledger
+from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.training.dp_settings import private_settings
@@ -89,18 +90,23 @@ def events(path: Path) -> list[str]:
 
 
 def die(
-    monkeypatch: pytest.MonkeyPatch, config: RunConfig, nodes: list[dict[str, Any]], number: int, where: str
+    monkeypatch: pytest.MonkeyPatch,
+    config: RunConfig,
+    nodes: list[dict[str, Any]],
+    number: int,
+    of: type = RunDir,
+    where: str = "append_metrics",
 ) -> RunDir:
     """A federation whose server dies in a round, before its line of metrics or after it."""
-    real = getattr(RunDir, where)
+    real = getattr(of, where)
 
-    def dies(self: RunDir, what: Any) -> Any:
+    def dies(self: Any, what: Any) -> Any:
         if (what["round"] if isinstance(what, dict) else what.round) == number:
             raise KeyboardInterrupt
         return real(self, what)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunDir, where, dies)
+        patch.setattr(of, where, dies)
         with pytest.raises(KeyboardInterrupt):
             deploy(config, nodes)
     return RunDir.open(Path(config.output) / config.name)
@@ -122,16 +128,17 @@ def test_an_empty_folder_of_ledgers_makes_no_claim_smaller(private: MakeConfig, 
 def test_ledgers_that_get_lost_make_no_claim_smaller(private: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = claim(run_simulation(private(name="whole"), RunDir.create(private(name="whole")), Callback()))
     assert whole["source"] == "ledgers"
-    real = RunDir.save_checkpoint
+    real = Checkpoints.save
 
-    def loses(self: RunDir, state: Any) -> Any:
+    def loses(self: Checkpoints, state: Any) -> Any:
         if state.round == ROUNDS:
             for k in range(2):
-                ledger_path(self.privacy_dir, k).unlink()
+                ledger_path(rundir.privacy_dir, k).unlink()
         return real(self, state)
 
-    monkeypatch.setattr(RunDir, "save_checkpoint", loses)
-    found = claim(run_simulation(private(), RunDir.create(private()), Callback()))
+    monkeypatch.setattr(Checkpoints, "save", loses)
+    rundir = RunDir.create(private())
+    found = claim(run_simulation(private(), rundir, Callback()))
     assert found["epsilon"] == whole["epsilon"]
     assert found["source"] == "plan"
 
@@ -195,30 +202,29 @@ def test_a_lost_ledger_of_the_server_makes_no_claim_smaller(
         "privacy.accountant=rdp",
     )  # fmt: skip
     whole = claim(run_simulation(config, RunDir.create(config), Callback()))
-    real = RunDir.save_checkpoint
+    real = Checkpoints.save
 
-    def loses(self: RunDir, state: Any) -> Any:
+    def loses(self: Checkpoints, state: Any) -> Any:
         if state.round == 1:
-            (self.privacy_dir / "server.jsonl").unlink()
+            (rundir.privacy_dir / "server.jsonl").unlink()
         return real(self, state)
 
-    monkeypatch.setattr(RunDir, "save_checkpoint", loses)
-    assert (
-        claim(run_simulation(config, RunDir.create(config, overwrite=True), Callback()))["epsilon"] == whole["epsilon"]
-    )
+    monkeypatch.setattr(Checkpoints, "save", loses)
+    rundir = RunDir.create(config, overwrite=True)
+    assert claim(run_simulation(config, rundir, Callback()))["epsilon"] == whole["epsilon"]
 
 
 # ------------------------------------------------------------------------------------------------ a server that dies
 
 
-@pytest.mark.parametrize("where", ["append_metrics", "save_checkpoint"])
+@pytest.mark.parametrize(("of", "where"), [(RunDir, "append_metrics"), (Checkpoints, "save")])
 @pytest.mark.parametrize("rule", ["fedavg", pytest.param("flora", marks=pytest.mark.slow)])
 def test_a_deployment_whose_server_dies_spends_what_an_uninterrupted_one_does(
-    private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, rule: str
+    private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of: type, where: str, rule: str
 ) -> None:
     config = private(f"strategy.name={rule}", noise="epsilon=4")
     nodes = nodes_of(tmp_path)
-    rundir = die(monkeypatch, config, nodes, 2, where)
+    rundir = die(monkeypatch, config, nodes, 2, of, where)
     outcome = deploy(config, nodes, rundir, run_id=2)
     assert outcome.records[-1]["answered"] == [0, 1]
     assert 3.99 < claim(outcome)["epsilon"] <= 4
@@ -233,8 +239,8 @@ def test_a_log_of_changes_that_was_compacted_is_the_same_question(
 ) -> None:
     config = private("strategy.name=flora", "rounds=5", "adapter.rank=6", "evaluation.every=5")
     nodes = nodes_of(tmp_path)
-    rundir = die(monkeypatch, config, nodes, 5, "append_metrics")
-    state = rundir.latest_checkpoint()
+    rundir = die(monkeypatch, config, nodes, 5)
+    state = rundir.checkpoints.latest()
     assert state is not None
     assert len(state.base_updates) < 4  # compacted
     deploy(config, nodes, rundir, run_id=2)
@@ -246,7 +252,7 @@ def test_a_node_that_lost_its_answer_spends_twice_and_the_claim_says_so(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     nodes = nodes_of(tmp_path)
-    rundir = die(monkeypatch, private(), nodes, 2, "append_metrics")
+    rundir = die(monkeypatch, private(), nodes, 2)
     (tmp_path / "node-1.jsonl.answer").unlink()
     outcome = deploy(private(), nodes, rundir, run_id=2)
     assert claim(outcome)["epsilon"] == spent(tmp_path, 1) > spent(tmp_path, 0)
@@ -263,7 +269,7 @@ def test_a_ledger_that_was_rolled_back_is_left_out_by_name(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: int
 ) -> None:
     config, nodes = private(), nodes_of(tmp_path)
-    rundir = die(monkeypatch, config, nodes, 3, "append_metrics")
+    rundir = die(monkeypatch, config, nodes, 3)
     seen = rundir.read_json("ledgers.json")
     assert seen.keys() == {"0", "1"}
     older = tmp_path / "node-1.jsonl"
@@ -281,16 +287,16 @@ def test_a_ledger_that_was_rolled_back_is_left_out_by_name(
 def test_a_node_whose_ledger_is_replaced_between_two_rounds_sends_nothing_more(
     private: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real, copies = RunDir.save_checkpoint, dict[int, bytes]()
+    real, copies = Checkpoints.save, dict[int, bytes]()
     path = tmp_path / "node-1.jsonl"
 
-    def replaced(self: RunDir, state: Any) -> Any:
+    def replaced(self: Checkpoints, state: Any) -> Any:
         copies[state.round] = path.read_bytes() if path.exists() else b""
         if state.round == 2:
             path.write_bytes(copies[1])
         return real(self, state)
 
-    monkeypatch.setattr(RunDir, "save_checkpoint", replaced)
+    monkeypatch.setattr(Checkpoints, "save", replaced)
     outcome = deploy(private(), nodes_of(tmp_path))
     assert [record.get("answered") for record in outcome.records[1:]] == [[0, 1], [0, 1], [0]]
     assert path.read_bytes() == copies[1]

@@ -16,6 +16,7 @@ from fedlora.errors import ConfigError
 from fedlora.federation.protocol import TrainedReply
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
+from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.place import path_of
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
@@ -46,15 +47,15 @@ def cut_before_checkpoint(rundir: RunDir, number: int, patch: pytest.MonkeyPatch
 @contextmanager
 def killed_before_checkpoint(number: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """What runs inside is killed when the line of metrics of round `number` is written and its checkpoint is not."""
-    real = RunDir.save_checkpoint
+    real = Checkpoints.save
 
-    def save(self: RunDir, state: GlobalState) -> Path:
+    def save(self: Checkpoints, state: GlobalState) -> Path:
         if state.round == number:
             raise KeyboardInterrupt
         return real(self, state)
 
     with patch.context() as context:
-        context.setattr(RunDir, "save_checkpoint", save)
+        context.setattr(Checkpoints, "save", save)
         with pytest.raises(KeyboardInterrupt):
             yield
 

@@ -21,7 +21,7 @@ def require_nothing_lost(rundir: RunDir, left_out: LeftOut) -> None:
     """
     records = rundir.read_metrics()
     assert [record["round"] for record in records] == list(range(len(records)))
-    state = rundir.latest_checkpoint()
+    state = rundir.checkpoints.latest()
     assert state is not None
     assert state.round == records[-1]["round"]
     for record in records[1:]:

@@ -20,6 +20,7 @@ import fedlora.flower
 import fedlora.report
 import fedlora.tracking
 from fedlora import __version__
+from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.rundir import RunDir
 
 HEAVY = ("torch", "transformers", "peft", "flwr", "opacus", "matplotlib", "datasets", "numpy", "pydantic")
@@ -205,14 +206,14 @@ def without_seconds(value: Any) -> Any:
 def test_an_interrupted_run_says_how_to_go_on_and_ends_as_if_it_had_not_been(
     cli: Cli, tiny_toml: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    save = RunDir.save_checkpoint
+    save = Checkpoints.save
 
-    def interrupted(self: RunDir, state: Any) -> Path:
+    def interrupted(self: Checkpoints, state: Any) -> Path:
         if state.round == at:  # the line of metrics is written and the checkpoint is not
             raise KeyboardInterrupt
         return save(self, state)
 
-    monkeypatch.setattr(RunDir, "save_checkpoint", interrupted)
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
     broken = cli("run", tiny_toml)
     monkeypatch.undo()
     folder = tiny_toml.parent / "runs" / "tiny"

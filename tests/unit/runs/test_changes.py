@@ -112,7 +112,7 @@ def test_a_run_keeps_what_was_changed_and_from_which_round_on(tmp_path: Path) ->
     output = f"output={json.dumps(str(tmp_path))}"
     run = RunDir.create(config(output, "train.lr=0.5"))
     run.append_metrics({"round": 3})
-    run.save_checkpoint(state(3))
+    run.checkpoints.save(state(3))
     with raises(RunDirError, "config-differs", "adapter.rank was 8 and is now 4"):
         RunDir.open(run.path, config(output, "train.lr=0.5", "adapter.rank=4"))
     with raises(RunDirError, "config-differs", "partition.clients", 9):

@@ -201,7 +201,7 @@ def test_overwrite_removes_nothing_that_is_not_a_run(config: RunConfig) -> None:
 
 def test_two_processes_never_write_one_run(config: RunConfig) -> None:
     run = RunDir.create(config)
-    run.save_checkpoint(make_state(1))
+    run.checkpoints.save(make_state(1))
     with run.writing():
         with (
             raises(RunDirError, "run-in-use", run.path),
@@ -210,7 +210,7 @@ def test_two_processes_never_write_one_run(config: RunConfig) -> None:
             pass
         with raises(RunDirError, "run-in-use", run.path):
             RunDir.create(config, overwrite=True)
-    assert RunDir.open(run.path).latest_checkpoint() is not None
+    assert RunDir.open(run.path).checkpoints.latest() is not None
     with run.writing():  # the lock was given back
         pass
 
@@ -245,7 +245,7 @@ def test_another_machine_may_go_on_with_a_run(config: RunConfig) -> None:
 def test_a_run_can_go_on_to_a_later_round_and_then_says_so(config: RunConfig) -> None:
     run = RunDir.create(config)
     run.append_metrics({"round": 10})
-    run.save_checkpoint(make_state(10))
+    run.checkpoints.save(make_state(10))
     run.write_json("result.json", {"rounds": 10})
     assert RunDir.open(run.path).finished
     more = RunDir.open(run.path, config.model_copy(update={"rounds": 20}))
@@ -257,7 +257,7 @@ def test_a_run_can_go_on_to_a_later_round_and_then_says_so(config: RunConfig) ->
 
 def test_a_run_cannot_be_cut_to_fewer_rounds_than_it_has_done(config: RunConfig) -> None:
     run = RunDir.create(config)
-    run.save_checkpoint(make_state(7))
+    run.checkpoints.save(make_state(7))
     fewer = config.model_copy(update={"rounds": 6})
     with raises(RunDirError, "rounds-already-done", 7, "rounds = 6"):
         RunDir.open(run.path, fewer)
@@ -287,7 +287,7 @@ def test_a_torn_last_line_is_dropped_and_never_glued_to_the_next(config: RunConf
         run.append_metrics({"round": number})
     path = run.path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
-    run.save_checkpoint(make_state(1))
+    run.checkpoints.save(make_state(1))
     whole = [{"round": number} for number in range(2)]
     assert run.read_metrics() == whole
     again = RunDir.open(run.path)
@@ -305,11 +305,11 @@ def test_damage_inside_the_metrics_is_not_passed_over(config: RunConfig) -> None
 
 def test_the_latest_checkpoint_comes_back_and_two_are_kept(config: RunConfig) -> None:
     run = RunDir.create(config)
-    assert run.latest_checkpoint() is None
+    assert run.checkpoints.latest() is None
     for number in range(1, 13):
-        run.save_checkpoint(make_state(number))
+        run.checkpoints.save(make_state(number))
     assert sorted(os.listdir(run.path / "checkpoints")) == ["000011.safetensors", "000012.safetensors"]
-    state = RunDir.open(run.path).latest_checkpoint()
+    state = RunDir.open(run.path).checkpoints.latest()
     assert state is not None
     assert same_state(state, make_state(12))
 
@@ -318,7 +318,7 @@ def test_resume_cuts_the_metrics_to_the_checkpoint(config: RunConfig) -> None:
     run = RunDir.create(config)
     for number in range(4):
         run.append_metrics({"round": number})
-    run.save_checkpoint(make_state(2))
+    run.checkpoints.save(make_state(2))
     run.write_json("result.json", {})
     again = RunDir.open(run.path)
     state = again.resume()
@@ -339,29 +339,29 @@ def test_resume_before_the_first_checkpoint_starts_from_nothing(config: RunConfi
 def test_merges_are_written_once_and_go_when_no_checkpoint_names_them(config: RunConfig) -> None:
     run = RunDir.create(config)
     base_updates = (make_base_update(0, 1), make_base_update(1, 2))
-    run.save_checkpoint(make_state(1, base_updates[:1]))
+    run.checkpoints.save(make_state(1, base_updates[:1]))
     first = run.path / "merges" / "000000-000001.safetensors"
     before = first.stat()
-    run.save_checkpoint(make_state(2, base_updates))
+    run.checkpoints.save(make_state(2, base_updates))
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
     again = RunDir.open(run.path)
-    state = again.latest_checkpoint()
+    state = again.checkpoints.latest()
     assert state is not None
     assert same_state(state, make_state(2, base_updates))
-    again.save_checkpoint(make_state(3, state.base_updates))  # read back, and so known to be there
+    again.checkpoints.save(make_state(3, state.base_updates))  # read back, and so known to be there
     assert first.stat().st_ino == before.st_ino
 
     compact = (make_base_update(0, 3),)
-    again.save_checkpoint(make_state(4, compact))
+    again.checkpoints.save(make_state(4, compact))
     assert first.exists()  # the checkpoint of round 3 still needs it
-    again.save_checkpoint(make_state(5, compact))
+    again.checkpoints.save(make_state(5, compact))
     assert os.listdir(run.path / "merges") == ["000000-000003.safetensors"]
 
 
 def test_a_merge_of_a_round_that_was_lost_is_replaced(config: RunConfig) -> None:
     run = RunDir.create(config)
-    run.save_checkpoint(make_state(1))
+    run.checkpoints.save(make_state(1))
     lost = BaseUpdate(0, 1, make_state(99).adapter)
     write_atomically(
         run.path / "merges" / "000000-000001.safetensors", pack(*state_io.flatten_base_update(lost))
@@ -369,8 +369,8 @@ def test_a_merge_of_a_round_that_was_lost_is_replaced(config: RunConfig) -> None
     again = RunDir.open(run.path)
     again.resume()
     state = make_state(2, (make_base_update(0, 1),))
-    again.save_checkpoint(state)
-    found = RunDir.open(run.path).latest_checkpoint()
+    again.checkpoints.save(state)
+    found = RunDir.open(run.path).checkpoints.latest()
     assert found is not None
     assert same_state(found, state)
 
@@ -382,7 +382,7 @@ def test_a_kill_anywhere_in_a_checkpoint_leaves_the_one_before(
     """The process dies at the `step`th write to disk of round 2: before or after the merge's file, or the state's."""
     run = RunDir.create(config)
     first = make_state(1, (make_base_update(0, 1),))
-    run.save_checkpoint(first)
+    run.checkpoints.save(first)
 
     class Killed(BaseException):
         pass
@@ -401,9 +401,9 @@ def test_a_kill_anywhere_in_a_checkpoint_leaves_the_one_before(
     state = make_state(2, (make_base_update(0, 1), make_base_update(1, 2)))
     state = GlobalState(state.adapter, state.seed, 2, (first.base_updates[0], state.base_updates[1]))
     with pytest.raises(Killed):
-        run.save_checkpoint(state)
+        run.checkpoints.save(state)
     monkeypatch.undo()
-    found = RunDir.open(run.path).latest_checkpoint()
+    found = RunDir.open(run.path).checkpoints.latest()
     assert found is not None
     # fsyncs: merge file, merges/, checkpoint file, checkpoints/; after the third the new checkpoint is in place
     expected = state if step == 3 else make_state(1, (make_base_update(0, 1),))
@@ -413,23 +413,23 @@ def test_a_kill_anywhere_in_a_checkpoint_leaves_the_one_before(
 def test_a_damaged_checkpoint_is_named(config: RunConfig) -> None:
     run = RunDir.create(config)
     for number in (1, 2):
-        run.save_checkpoint(make_state(number))
+        run.checkpoints.save(make_state(number))
     last = run.path / "checkpoints" / "000002.safetensors"
     last.write_bytes(last.read_bytes()[:-3])
     with raises(RunDirError, "file-damaged", last):
-        RunDir.open(run.path).latest_checkpoint()
+        RunDir.open(run.path).checkpoints.latest()
     last.unlink()
-    state = RunDir.open(run.path).latest_checkpoint()
+    state = RunDir.open(run.path).checkpoints.latest()
     assert state is not None
     assert state.round == 1
 
 
 def test_a_missing_merge_is_named(config: RunConfig) -> None:
     run = RunDir.create(config)
-    run.save_checkpoint(make_state(1, (make_base_update(0, 1),)))
+    run.checkpoints.save(make_state(1, (make_base_update(0, 1),)))
     (run.path / "merges" / "000000-000001.safetensors").unlink()
     with raises(RunDirError, "file-missing", "000000-000001.safetensors"):
-        RunDir.open(run.path).latest_checkpoint()
+        RunDir.open(run.path).checkpoints.latest()
 
 
 def test_nothing_in_the_folder_names_the_machine(config: RunConfig) -> None:

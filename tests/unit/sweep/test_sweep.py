@@ -20,6 +20,7 @@ from support.waiting import until
 
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunDirError, TrainingError
+from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.outcomes import read_outcomes
 from fedlora.runs.rundir import RunDir
 from fedlora.sweep import Selection, Sweep, _workers, grid, run_sweep
@@ -295,15 +296,15 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
     def words(out: Path) -> list[str]:
         return ["sweep", str(tiny_toml), "--set", "strategy.name=fedavg,ffa", "-o", str(out)]
 
-    save = RunDir.save_checkpoint
+    save = Checkpoints.save
 
-    def interrupted(self: RunDir, state: Any) -> Path:
-        if self.config.strategy.name == "ffa" and state.round == 2:
+    def interrupted(self: Checkpoints, state: Any) -> Path:
+        if state.round == 2 and len(list(cut.glob("*/result.json"))) == 1:
             raise KeyboardInterrupt
         return save(self, state)
 
-    monkeypatch.setattr(RunDir, "save_checkpoint", interrupted)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
     stopped = invoke(*words(cut))
     monkeypatch.undo()
     assert (stopped.exit_code, stopped.stderr) == (130, "stopped; the same command goes on\n")
