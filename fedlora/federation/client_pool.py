@@ -110,12 +110,6 @@ class ClientReply:
         """This client, with more traffic."""
         return replace(self, bytes_up=self.bytes_up + up, bytes_down=self.bytes_down + down)
 
-    def trained(self, update: ClientUpdate, figures: Mapping[str, float], *, bytes_up: int = 0) -> ClientReply:
-        """This client, whose update is used."""
-        if self.simulated_s is not None:
-            figures = {**figures, "simulated_seconds": self.simulated_s}
-        return replace(self, update=update, figures=figures, bytes_up=self.bytes_up + bytes_up)
-
 
 @dataclass(frozen=True)
 class PartialAggregate:

@@ -6,8 +6,7 @@ What the wire would do to numbers is applied, and the bytes that it would carry 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
-from typing import final
+from typing import TypeAlias, final
 
 import numpy as np
 
@@ -29,13 +28,16 @@ from fedlora.federation.client_pool import (
 )
 from fedlora.federation.client_store import NOTHING_KEPT, ClientStore
 from fedlora.federation.client_training import Answer
-from fedlora.federation.planner import Held, Planned, Planner
-from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, head_nbytes, note_head, update_head
+from fedlora.federation.planner import Held, Planner
+from fedlora.federation.protocol import FIGURE_BYTES, MAX_ERROR, TrainRequest, head_nbytes, note_head, update_head
 from fedlora.federation.screen import Screen
 from fedlora.model.base_history import bring_to, show
 from fedlora.sanitize import clean_text
 from fedlora.training.evaluate import Measures, measure_batches
 from fedlora.training.workspace import Workspace
+
+_Asked: TypeAlias = tuple[TrainRequest, ClientReply, Held]
+"""What a client is asked, what is known of the outcome before it is, and what the client holds."""
 
 
 @final
@@ -76,11 +78,10 @@ class LocalClients(SimulatedClients):
             Exception: a client met an error that is none of fedlora's: a fault of the program, which ends the run.
                 Without the client the rounds would be another experiment.
         """
-        group: list[tuple[Planned, Held]] = []
+        group: list[_Asked] = []
         for client_id in request.clients:
-            held = self._held.setdefault(client_id, Held())
-            group.append((self._planner.request(request, self._clients[client_id], held), held))
-            if sum(planned.failure is None for planned, _ in group) == self._cohort:
+            group.append(self._asked(request, self._clients[client_id], self._held.setdefault(client_id, Held())))
+            if sum(reply.failure is None for _, reply, _ in group) == self._cohort:
                 yield from self._outcomes(request, group)
                 group = []
         yield from self._outcomes(request, group)
@@ -98,8 +99,7 @@ class LocalClients(SimulatedClients):
         Returns:
             The outcome of each, in their order.
         """
-        pairs = list(zip(clients, held, strict=True))
-        return self._outcomes(request, [(self._planner.request(request, *pair), pair[1]) for pair in pairs])
+        return self._outcomes(request, [self._asked(request, *pair) for pair in zip(clients, held, strict=True)])
 
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """Measure the state on what each client keeps apart."""
@@ -132,19 +132,23 @@ class LocalClients(SimulatedClients):
         self, request: RoundRequest, client: ClientInfo, held: Held, parts: Sequence[str]
     ) -> ClientEvaluation:
         """What one client reports of the state, on a base that has its version."""
-        planned = self._planner.evaluation(request, client, held)
-        self._workspace.base.write(planned.request.plan.adapter)
-        found = measure_apart(self._workspace, planned.request, parts, self._store)
-        planned.received_by(held)
+        asked = self._planner.evaluation(request, client, held)
+        self._workspace.base.write(asked.plan.adapter)
+        found = measure_apart(self._workspace, asked, parts, self._store)
+        held.receive(asked)
         if isinstance(found, Failure):
             nbytes = head_nbytes(note_head("error", error=clean_text(found.why, MAX_ERROR)))
-            return ClientEvaluation(client.client_id, failure=found, bytes_down=planned.nbytes, bytes_up=nbytes)
+            return ClientEvaluation(client.client_id, failure=found, bytes_down=asked.nbytes, bytes_up=nbytes)
         nbytes = sum(values.nbytes for sums in found.values() for values in sums.values())
-        return ClientEvaluation(client.client_id, found, bytes_down=planned.nbytes, bytes_up=nbytes)
+        return ClientEvaluation(client.client_id, found, bytes_down=asked.nbytes, bytes_up=nbytes)
 
-    def _outcomes(self, request: RoundRequest, group: Sequence[tuple[Planned, Held]]) -> list[ClientReply]:
+    def _asked(self, request: RoundRequest, client: ClientInfo, held: Held) -> _Asked:
+        asked = self._planner.request(request, client, held)
+        return asked, self._planner.outcome(asked), held
+
+    def _outcomes(self, request: RoundRequest, group: Sequence[_Asked]) -> list[ClientReply]:
         """Train those of a group whose devices answer in time; the outcome of each."""
-        asked = [planned.request for planned, _ in group if planned.failure is None]
+        asked = [one for one, reply, _ in group if reply.failure is None]
         answers: Iterator[Answer] = iter(())
         if asked:
             bring_to(self._workspace.base, request.state, request.digests)
@@ -152,30 +156,27 @@ class LocalClients(SimulatedClients):
             answers = iter(
                 answer(self._workspace, asked, lambda one: ledgers.open(one.client_id, one.run), self._store)
             )
-        return [self._outcome(request, *pair, pair[0].failure or next(answers)) for pair in group]
+        return [one[1] if one[1].failure is not None else self._outcome(request, one, next(answers)) for one in group]
 
-    def _outcome(self, request: RoundRequest, planned: Planned, held: Held, found: Answer) -> ClientReply:
+    def _outcome(self, request: RoundRequest, asked: _Asked, found: Answer) -> ClientReply:
         """What is written down of a client, and its update as the server would have received it."""
-        client_id = planned.request.client_id
-        sent = ClientReply(client_id, bytes_down=planned.nbytes, simulated_s=planned.simulated_s)
-        if planned.failure is not None:
-            return sent.failed(planned.failure)
+        one, reply, held = asked
         if isinstance(found, Failure):
             kind = "spent" if found.kind == "spent" else "error"
             note = note_head(kind, error=clean_text(found.why, MAX_ERROR))
-            return sent.failed(Failure(found.kind, clean_text(found.why)), bytes_up=head_nbytes(note))
+            return reply.failed(Failure(found.kind, clean_text(found.why)), bytes_up=head_nbytes(note))
         if isinstance(found, Exception):
             raise found
-        head = update_head(planned.request, found.ledger)
-        nbytes = planned.request.reply_nbytes + head_nbytes(head) + FIGURE_BYTES * len(found.figures)
+        head = update_head(one, found.ledger)
+        nbytes = one.reply_nbytes + head_nbytes(head) + FIGURE_BYTES * len(found.figures)
+        reply = reply.with_bytes(up=nbytes)
         try:
-            received = planned.request.as_received(found.tensors, self._config.seed)
-            admitted = self._screen.admit(planned.request, received, found.figures, request.expected)
+            received = one.as_received(found.tensors, self._config.seed)
+            admitted = self._screen.admit(reply, one, received, found.figures, request.expected)
         except ReplyError as error:
-            return sent.failed(Failure("refused", clean_text(error)), bytes_up=nbytes)
-        planned.received_by(held)
-        sent = replace(sent, sends=planned.request.plan.sends)
-        return sent.trained(admitted.update, admitted.figures, bytes_up=nbytes)
+            return reply.failed(Failure("refused", clean_text(error)))
+        held.receive(one)
+        return admitted
 
 
 def clients_of(workspace: Workspace) -> dict[int, ClientInfo]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, GlobalState, on_current_base
 from fedlora.config import RunConfig
-from fedlora.federation.client_pool import ClientInfo, Failure, RoundRequest
+from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, RoundRequest
 from fedlora.federation.plausibility import START_LOSS
 from fedlora.federation.protocol import (
     KEPT,
     OfSameTensors,
     PartDigests,
     TrainRequest,
-    request_nbytes,
     tensors_by_part,
 )
 from fedlora.federation.simulated_devices import SimulatedDevices, examples_to_tell
@@ -44,31 +42,10 @@ class Held:
         """The client turned out to hold nothing."""
         self.digests, self.base_version, self.base_digest = frozenset(), 0, ""
 
-
-@dataclass(frozen=True)
-class Planned:
-    """A request that is ready to be sent.
-
-    Args:
-        request: What is asked.
-        digests: Of the plan's parts.
-        held: The parts that the client holds: they do not travel.
-        nbytes: Of the request.
-        simulated_s: Simulated seconds until its reply; None: no device is simulated.
-        failure: Why the simulated device will not answer; it is not asked then.
-    """
-
-    request: TrainRequest
-    digests: Mapping[str, str]
-    held: frozenset[str]
-    nbytes: int
-    simulated_s: float | None = None
-    failure: Failure | None = None
-
-    def received_by(self, held: Held) -> None:
-        """Note that the client holds now what it was sent."""
-        held.digests = frozenset(self.digests.values())
-        held.base_version, held.base_digest = self.request.plan.base_version, self.request.base_digest
+    def receive(self, request: TrainRequest) -> None:
+        """The client holds now what it was sent."""
+        self.digests = frozenset(request.digests.values())
+        self.base_version, self.base_digest = request.plan.base_version, request.base_digest
 
 
 @final
@@ -105,12 +82,11 @@ class Planner:
         layout = self._workspace.base.layout(client.rank or self._config.clients.rank_of(client.client_id))
         return plan_for(self._rule, state, ClientSpec(client.client_id, layout, base_version))
 
-    def request(self, asked: RoundRequest, client: ClientInfo, held: Held) -> Planned:
+    def request(self, asked: RoundRequest, client: ClientInfo, held: Held) -> TrainRequest:
         """What a client is asked in a round."""
-        planned = self._sent(asked, client, held, self.plan(asked.state, client, held.base_version))
-        return planned if not self._devices.simulated else self._simulated(planned)
+        return self._sent(asked, client, held, self.plan(asked.state, client, held.base_version))
 
-    def _sent(self, asked: RoundRequest, client: ClientInfo, held: Held, plan: ClientPlan) -> Planned:
+    def _sent(self, asked: RoundRequest, client: ClientInfo, held: Held, plan: ClientPlan) -> TrainRequest:
         """A plan as it is sent."""
         since = held.base_digest if plan.base_updates and plan.base_updates[0].since == held.base_version else ""
         if not plan.base_updates:
@@ -122,7 +98,7 @@ class Planner:
             exact, plan = plan.adapter, replace(plan, adapter=plan.adapter.with_tensors(self._rounded(travels)))
         private, digests = self._config.example_privacy is not None, self._digests(plan)
         keeps = KEPT in digests or self._config.clients_keep
-        request = TrainRequest(
+        return TrainRequest(
             plan,
             asked.number,
             client.client_id,
@@ -135,11 +111,11 @@ class Planner:
             kept_round=asked.kept_rounds.get(client.client_id, 0) if keeps else 0,
             down=down,
             exact=exact,
+            digests=digests,
+            held=frozenset(part for part, digest in digests.items() if digest in held.digests),
         )
-        parts = frozenset(part for part, digest in digests.items() if digest in held.digests)
-        return Planned(request, digests, parts, request_nbytes(request, digests, parts))
 
-    def evaluation(self, asked: RoundRequest, client: ClientInfo, held: Held) -> Planned:
+    def evaluation(self, asked: RoundRequest, client: ClientInfo, held: Held) -> TrainRequest:
         """What a client is sent to measure a state: the plan of one that trains, with the global adapter; it
         answers with sums."""
         if not asked.of_run:
@@ -149,12 +125,17 @@ class Planner:
         plan = replace(plan, adapter=asked.state.adapter, fresh_seed=None, tilt={}, asks=frozenset(), first=frozenset())
         return self._sent(asked, client, held, plan)
 
-    def _simulated(self, planned: Planned) -> Planned:
-        """With what the client's simulated device makes of it."""
-        request = planned.request
+    def outcome(self, request: TrainRequest) -> ClientReply:
+        """What is known of the outcome before a client is asked: the bytes, and what its simulated device makes of it.
+
+        With a failure it is not asked.
+        """
+        reply = ClientReply(request.client_id, bytes_down=request.nbytes)
+        if not self._devices.simulated:
+            return reply
         seconds = self._devices.seconds(
             request.client_id,
-            bytes_down=planned.nbytes,
+            bytes_down=reply.bytes_down,
             examples=examples_to_tell(self._workspace, request.client_id)
             * (
                 (1 if self._config.train.personal is None else 2)
@@ -164,12 +145,10 @@ class Planner:
             + (len(self._workspace.data.clients[request.client_id]) // 3 if START_LOSS in request.plan.asks else 0),
             bytes_up=request.reply_nbytes,
         )
-        failure = None
+        reply = replace(reply, simulated_s=seconds)
         if self._devices.drops_out(request.round, request.client_id):
-            failure = Failure("dropped")
-        elif self._devices.too_late(seconds):
-            failure = Failure("late")
-        return replace(planned, simulated_s=seconds, failure=failure)
+            return reply.failed(Failure("dropped"))
+        return reply.failed(Failure("late")) if self._devices.too_late(seconds) else reply
 
 
 def plan_for(rule: Aggregator, state: GlobalState, client: ClientSpec) -> ClientPlan:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar, final
 
@@ -75,6 +75,8 @@ class TrainRequest:
             update; 0 if there is none.
         down: Format of the plan's adapter on the way to the client. The plan has it as the client decodes it.
         exact: The adapter as the server has it, if that is another; it does not travel.
+        digests: Of the plan's parts, as `PartDigests` gives them; a client has no use for them.
+        held: The parts that the client holds already: they do not travel.
     """
 
     plan: ClientPlan
@@ -89,6 +91,8 @@ class TrainRequest:
     kept_round: int = 0
     down: str = "float32"
     exact: AdapterState | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+    held: frozenset[str] = frozenset()
 
     @cached_property
     def starts(self) -> dict[str, Tensor]:
@@ -112,6 +116,12 @@ class TrainRequest:
     def measured(self) -> frozenset[str]:
         """The facts that the client itself is to measure; they are among its reply's figures."""
         return self.plan.asks & MEASURED
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the request: tensors, and the head as text."""
+        buffers = request_tensors(self.plan, self.held)
+        return tensors_nbytes(buffers, self.down) + head_nbytes(request_head(self, buffers))
 
     @property
     def reply_nbytes(self) -> int:
@@ -239,14 +249,11 @@ class PartDigests:
 # ------------------------------------------------------------------------------------------------------ heads
 
 
-def request_head(
-    request: TrainRequest, digests: Mapping[str, str], buffers: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Any]:
+def request_head(request: TrainRequest, buffers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """What a request says besides its tensors.
 
     Args:
         request: To be sent.
-        digests: Of the plan's parts; see `PartDigests`.
         buffers: See `request_tensors`.
     """
     plan = request.plan
@@ -266,7 +273,7 @@ def request_head(
         "proximal_mu": plan.proximal_mu,
         "wire": request.wire,
         **({"fraction": request.fraction} if request.wire == "topk" else {}),
-        "digests": digests,
+        "digests": request.digests,
         "merges": [flatten_base_update(update)[1] for update in plan.base_updates],
         "buffers": {name: layout_json(tensors, format_of(name, request.down)) for name, tensors in buffers.items()},
         **({"tilt": tensors_digest(plan.tilt)} if plan.tilt else {}),
@@ -322,12 +329,6 @@ def format_of(buffer: str, down: str) -> str:
 def merge_buffer(version: int) -> str:
     """Name of the buffer of a change of the base to this version."""
     return f"merge/{version}"
-
-
-def request_nbytes(request: TrainRequest, digests: Mapping[str, str], held: Container[str]) -> int:
-    """Bytes of a request: tensors, and the head as text."""
-    buffers = request_tensors(request.plan, held)
-    return tensors_nbytes(buffers, request.down) + head_nbytes(request_head(request, digests, buffers))
 
 
 def tensors_nbytes(buffers: Mapping[str, Mapping[str, Tensor]], down: str) -> int:

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import final
 
 import numpy as np
@@ -22,6 +22,7 @@ from fedlora.aggregators import ClientUpdate, Fact
 from fedlora.config import RunConfig
 from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ReplyError
+from fedlora.federation.client_pool import ClientReply
 from fedlora.federation.example_level_account import check_stated
 from fedlora.federation.plausibility import (
     COUNTED_LOSS,
@@ -50,19 +51,6 @@ LARGEST_LOSS = 1e13
 """To the power of q-FedAvg's largest q, 20, and times a number of examples it is still a number."""
 
 
-@dataclass(frozen=True)
-class Admitted:
-    """A reply that is used.
-
-    Args:
-        update: For the rule.
-        figures: What is written down of it.
-    """
-
-    update: ClientUpdate
-    figures: Mapping[str, float]
-
-
 @final
 class Screen:
     """The checks of a run.
@@ -78,15 +66,24 @@ class Screen:
         self._allowed = FIGURES if config.privacy is None else Disclosure(config.privacy.unit).figures
 
     def admit(
-        self, request: TrainRequest, sent: Mapping[str, Tensor], figures: Mapping[str, object], expected: Expectations
-    ) -> Admitted:
+        self,
+        reply: ClientReply,
+        request: TrainRequest,
+        sent: Mapping[str, Tensor],
+        figures: Mapping[str, object],
+        expected: Expectations,
+    ) -> ClientReply:
         """Check a reply.
 
         Args:
+            reply: What is known of it so far.
             request: That it answers.
             sent: Its tensors, with names, shapes and dtypes as asked.
             figures: "num_examples" and what else the client reports.
             expected: What is known before the round.
+
+        Returns:
+            The reply, with the update that is used and what is written down of it.
 
         Raises:
             ReplyError: naming the first check that failed; under user-level privacy without the values.
@@ -110,7 +107,9 @@ class Screen:
         written = self._written_down(claimed, weight, metrics, change)
         if (most := largest_loss(expected.median_loss)) < written.get(START_LOSS, 0.0):
             written[COUNTED_LOSS] = most
-        return Admitted(update, written)
+        if reply.simulated_s is not None:
+            written["simulated_seconds"] = reply.simulated_s
+        return replace(reply, update=update, sends=request.plan.sends, figures=written)
 
     def _require_sound(self, request: TrainRequest, sent: Mapping[str, Tensor]) -> float:
         """The L2 norm of what the client changed."""

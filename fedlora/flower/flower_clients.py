@@ -10,7 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
@@ -29,7 +29,8 @@ from fedlora.federation.client_pool import (
     RoundRequest,
     Sums,
 )
-from fedlora.federation.planner import Planned, Planner
+from fedlora.federation.planner import Planner
+from fedlora.federation.protocol import TrainRequest
 from fedlora.federation.screen import Screen
 from fedlora.flower import handshake
 from fedlora.flower.bounded_pull import Allowed
@@ -58,14 +59,14 @@ class _Asked:
     """A client that was sent a request.
 
     Args:
-        planned: What was asked.
+        request: What was asked.
         node: Whom.
         sent: The message.
         reply: What is known of the outcome so far.
         parts: Of its own examples on which it evaluates; none: it trains.
     """
 
-    planned: Planned
+    request: TrainRequest
     node: Node
     sent: Sent
     reply: ClientReply
@@ -156,8 +157,8 @@ class FlowerClients:
             if isinstance(one, _Asked):
                 try:
                     if (message := self._heard(request, one, encoder, deadline)) is not None:
-                        sums = check_sums(message.content, one.planned.request, self._sums_like, parts)
-                        one.planned.received_by(one.node.held)
+                        sums = check_sums(message.content, one.request, self._sums_like, parts)
+                        one.node.held.receive(one.request)
                     reply = one.reply
                 except ReplyError as error:
                     reply = one.reply.failed(Failure("refused", clean_text(error)))
@@ -190,18 +191,18 @@ class FlowerClients:
         self, request: RoundRequest, node: Node, encoder: RequestEncoder, parts: Sequence[str]
     ) -> _Asked | ClientReply:
         plan = self._planner.evaluation if parts else self._planner.request
-        planned = plan(request, node.info, node.held)
-        content = encoder.encode(planned, parts)
-        client_id = node.info.client_id
-        reply = ClientReply(client_id, bytes_down=payload_bytes(content), simulated_s=planned.simulated_s)
-        if planned.failure is not None:
-            return reply.failed(planned.failure)
-        nbytes, kind = planned.request.reply_nbytes, MessageType.TRAIN
+        asked = plan(request, node.info, node.held)
+        content = encoder.encode(asked, parts)
+        reply = ClientReply(node.info.client_id) if parts else self._planner.outcome(asked)
+        reply = replace(reply, bytes_down=payload_bytes(content))
+        if reply.failure is not None:
+            return reply
+        nbytes, kind = asked.reply_nbytes, MessageType.TRAIN
         if parts:
             nbytes = sum(header.nbytes for header in layout_of(self._sums_like, parts).values())
             kind = MessageType.EVALUATE
         sent = self.mail.send(content, node.node_id, kind, str(request.number), Allowed(nbytes))
-        return _Asked(planned, node, sent, reply, parts)
+        return _Asked(asked, node, sent, reply, parts)
 
     # ------------------------------------------------------------------------------------------------ replies
 
@@ -218,11 +219,11 @@ class FlowerClients:
             if self._config.example_privacy is not None:
                 asked.node.held.ledger = self._ledgers[asked.node.info.client_id] = ledger_of(head)
             tensors, figures = self._checked(message, asked)
-            admitted = self._screen.admit(asked.planned.request, tensors, figures, request.expected)
+            admitted = self._screen.admit(asked.reply, asked.request, tensors, figures, request.expected)
         except ReplyError as error:
             return asked.reply.failed(Failure("refused", clean_text(error)))
-        asked.planned.received_by(asked.node.held)
-        return asked.reply.trained(admitted.update, admitted.figures)
+        asked.node.held.receive(asked.request)
+        return admitted
 
     def _kinds(self, asked: _Asked) -> tuple[str, ...]:
         """Replies that a client may send."""
@@ -252,7 +253,7 @@ class FlowerClients:
         if isinstance(again, ClientReply):
             asked.reply = again.with_bytes(up=up, down=down)
         else:
-            asked.planned, asked.sent, asked.reply = again.planned, again.sent, again.reply.with_bytes(up=up, down=down)
+            asked.request, asked.sent, asked.reply = again.request, again.sent, again.reply.with_bytes(up=up, down=down)
         return asked.reply.failure
 
     def _receive(
@@ -281,7 +282,7 @@ class FlowerClients:
     def _checked(self, message: Message, asked: _Asked) -> tuple[Mapping[str, Any], Mapping[str, object]]:
         """`check_update`; under user-level privacy a refusal does not say what the values were."""
         try:
-            return check_update(message.content, asked.planned.request)
+            return check_update(message.content, asked.request)
         except ReplyError as error:
             if self._config.client_privacy is None:
                 raise

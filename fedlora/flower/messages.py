@@ -21,7 +21,6 @@ from fedlora import __version__
 from fedlora.adapter import AdapterState, Layout, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import ClientPlan
 from fedlora.errors import ReplyError
-from fedlora.federation.planner import Planned
 from fedlora.federation.protocol import (
     ADAPTER,
     KEPT,
@@ -74,18 +73,18 @@ class RequestEncoder:
     def __init__(self) -> None:
         self._arrays: dict[tuple[str, str], OfSameTensors[Array]] = {}
 
-    def encode(self, planned: Planned, parts: Sequence[str] = ()) -> RecordDict:
+    def encode(self, request: TrainRequest, parts: Sequence[str] = ()) -> RecordDict:
         """The content of a message; messages with the same tensors share their arrays.
 
         Args:
-            planned: What is asked.
+            request: What is asked.
             parts: Of its own examples on which a client is to evaluate; none: it trains.
         """
-        buffers = request_tensors(planned.request.plan, planned.held)
-        head = request_head(planned.request, planned.digests, buffers) | ({"parts": list(parts)} if parts else {})
+        buffers = request_tensors(request.plan, request.held)
+        head = request_head(request, buffers) | ({"parts": list(parts)} if parts else {})
         arrays = ArrayRecord()
         for name, tensors in buffers.items():  # one by one: from a dict it would copy them
-            wire = format_of(name, planned.request.down)
+            wire = format_of(name, request.down)
             arrays[name] = self._arrays.setdefault((name, wire), OfSameTensors(partial(_packed, wire)))(tensors)
         return RecordDict({"plan": ConfigRecord({"json": json.dumps(head)}), "arrays": arrays})
 

@@ -140,7 +140,7 @@ class HostilePool(SimulatedClients):
             if not isinstance(reply, ClientReply) or reply.client_id not in self._liars or reply.update is None:
                 yield reply
                 continue
-            asked = self._planner.request(request, self._clients[reply.client_id], Held()).request
+            asked = self._planner.request(request, self._clients[reply.client_id], Held())
             trained, seed = reply.update.adapter.tensors(asked.plan.sends), derive(self._config.seed, "lie")
             source = torch.Generator().manual_seed(derive(seed, request.number, reply.client_id) % 2**63)
             lie = agreed or self._attack.lie(trained, asked.starts, source)
@@ -148,11 +148,9 @@ class HostilePool(SimulatedClients):
             figures = {name: value for name, value in reply.figures.items() if name in FIGURES}
             figures["num_examples"] = int(reply.update.num_examples)
             try:
-                admitted = self._screen.admit(asked, lie, figures, request.expected)
+                yield self._screen.admit(reply, asked, lie, figures, request.expected)
             except ReplyError as error:
                 yield replace(reply, update=None).failed(Failure("refused", str(error)))
-            else:
-                yield reply.trained(admitted.update, admitted.figures)
 
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """As in any simulation."""

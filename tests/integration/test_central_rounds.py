@@ -197,9 +197,9 @@ def test_a_client_whose_training_fails_sends_an_update_that_changes_nothing(
     moved: dict[int, bool] = {}
     admit = Screen.admit
 
-    def admits(self: Screen, request: Any, sent: Any, *rest: Any) -> Any:
+    def admits(self: Screen, reply: Any, request: Any, sent: Any, *rest: Any) -> Any:
         moved[request.client_id] = any(not torch.equal(sent[name], start) for name, start in request.starts.items())
-        return admit(self, request, sent, *rest)
+        return admit(self, reply, request, sent, *rest)
 
     monkeypatch.setattr(Screen, "admit", admits)
     outcome = run(central("rounds=1", "server.weighting=uniform"))
@@ -268,8 +268,8 @@ def test_a_round_with_too_few_replies_changes_nothing_and_costs_nothing(
 ) -> None:
     real = LocalClients._outcome
 
-    def outcome_(self: LocalClients, request: Any, planned: Any, *rest: Any) -> Any:
-        reply = real(self, request, planned, *rest)
+    def outcome_(self: LocalClients, request: Any, *rest: Any) -> Any:
+        reply = real(self, request, *rest)
         if request.number != 2 or reply.client_id == 0:
             return reply
         return ClientReply(reply.client_id).failed(Failure("missing"))

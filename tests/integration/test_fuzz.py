@@ -29,9 +29,10 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ReplyError
+from fedlora.federation.client_pool import ClientReply
 from fedlora.federation.plausibility import Expectations
 from fedlora.federation.protocol import PROTOCOL, TrainedReply, TrainRequest
-from fedlora.federation.screen import LARGEST_FIGURES, Admitted, Screen
+from fedlora.federation.screen import LARGEST_FIGURES, Screen
 from fedlora.flower.messages import encode_note, encode_reply
 from fedlora.flower.task_identity import task_identity
 from fedlora.flower.update_checks import check_head, check_hello, check_update
@@ -250,14 +251,14 @@ CHANGES: list[Callable[[RecordDict, random.Random], None]] = [
 ]
 
 
-def verdict(content: RecordDict, wire: str) -> Admitted | str:
+def verdict(content: RecordDict, wire: str) -> ClientReply | str:
     """What the server does with a reply: what it accepts, or why it refuses. Anything else ends the test."""
     try:
         head = check_head(as_reply(content))
         assert head["kind"] in ("update", "need")
         if head["kind"] == "need":
             return "need"
-        return SCREEN.admit(asked(wire), *check_update(content, asked(wire)), Expectations())
+        return SCREEN.admit(ClientReply(1), asked(wire), *check_update(content, asked(wire)), Expectations())
     except ReplyError as error:
         return str(error)
 
@@ -284,6 +285,7 @@ def test_a_mutated_reply_is_refused_or_is_one_that_could_have_been_honest(wire: 
         seen["accepted"] += 1
         values = values_of(content.array_records["update"], wire)
         assert values is not None
+        assert got.update is not None
         for name, tensor in got.update.adapter.tensors().items():
             assert tensor.float().numpy().tobytes() == values[name].tobytes()
         assert got.update.num_examples == content.metric_records["metrics"]["num_examples"]

@@ -78,14 +78,14 @@ def test_a_start_is_planned_as_it_is_decoded_and_one_from_elsewhere_as_it_is(tin
     asked = RoundRequest(1, (0, 1), state)
     planned = [planner.request(asked, ClientInfo(k), held) for k in (0, 1)]
     for one in planned:
-        assert same(one.request.plan.adapter.tensors(), sent(state.adapter, "int8"))
-        assert one.request.exact is not None
-        assert same(one.request.exact.tensors(), state.adapter.tensors())
+        assert same(one.plan.adapter.tensors(), sent(state.adapter, "int8"))
+        assert one.exact is not None
+        assert same(one.exact.tensors(), state.adapter.tensors())
     assert planned[0].digests == planned[1].digests
-    planned[0].received_by(held)
+    held.receive(planned[0])
     later = planner.request(RoundRequest(2, (0,), state), ClientInfo(0), held)
     assert later.held == {"A", "B", "dense"}, "what did not change is not sent again"
-    foreign = planner.evaluation(RoundRequest(1, (0,), state, of_run=False), ClientInfo(0), Held()).request
+    foreign = planner.evaluation(RoundRequest(1, (0,), state, of_run=False), ClientInfo(0), Held())
     assert same(foreign.plan.adapter.tensors(), state.adapter.tensors())
     assert (foreign.down, foreign.exact) == ("float32", None)
 

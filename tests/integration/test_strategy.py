@@ -26,7 +26,6 @@ from fedlora.aggregators import BaseUpdate, ClientPlan, GlobalState
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.errors import ReplyError, RoundError, RunDirError
-from fedlora.federation.planner import Planned
 from fedlora.federation.protocol import PartDigests, TrainRequest
 from fedlora.federation.round_record import quorum_of
 from fedlora.federation.run import RunOutcome
@@ -268,8 +267,8 @@ def ffa_plan(rank: int) -> ClientPlan:
     return ClientPlan(AdapterState({"m": pair}), trains=frozenset(("B",)), sends=frozenset(("B",)))
 
 
-def planned(plan: ClientPlan, client_id: int = 0) -> Planned:
-    return Planned(TrainRequest(plan, 1, client_id), PartDigests()(plan), held=frozenset(), nbytes=0)
+def planned(plan: ClientPlan, client_id: int = 0) -> TrainRequest:
+    return TrainRequest(plan, 1, client_id, digests=PartDigests()(plan))
 
 
 def test_digests_follow_the_rank_of_each_plan() -> None:

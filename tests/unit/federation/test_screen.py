@@ -17,9 +17,10 @@ from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators import ClientPlan
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ReplyError
+from fedlora.federation.client_pool import ClientReply
 from fedlora.federation.plausibility import COUNTED_LOSS, START_LOSS, Expectations, median_loss
 from fedlora.federation.protocol import TrainRequest
-from fedlora.federation.screen import FIGURES, Admitted, Screen, l2_norm
+from fedlora.federation.screen import FIGURES, Screen, l2_norm
 from fedlora.privacy.disclosure import REFUSED
 from fedlora.training.workspace import Workspace
 from fedlora.wire_formats import decode_change, encode_change, header_of
@@ -49,12 +50,12 @@ def admit(
     config: RunConfig | None = None,
     request: TrainRequest = REQUEST,
     **expected: Any,
-) -> Admitted:
+) -> Any:
     """What the screen makes of a reply in which these tensors are others."""
     data = SimpleNamespace(clients=[range(0), range(HELD)])
     screen = Screen(config or config_of(), cast("Workspace", SimpleNamespace(data=data)))
     sent = {**request.starts, **(tensors or {})}
-    return screen.admit(request, sent, figures, Expectations(**expected))
+    return screen.admit(ClientReply(request.client_id), request, sent, figures, Expectations(**expected))
 
 
 def test_a_valid_reply_is_admitted_with_its_values() -> None:

@@ -19,14 +19,12 @@ from support.errors import raises
 from fedlora.adapter import AdapterState, LoraPair, PairShape, Part, fresh_pairs
 from fedlora.aggregators import BaseUpdate, ClientPlan
 from fedlora.errors import ReplyError
-from fedlora.federation.planner import Planned
 from fedlora.federation.protocol import (
     FIGURE_BYTES,
     PartDigests,
     TrainedReply,
     TrainRequest,
     head_nbytes,
-    request_nbytes,
     tensors_by_part,
     update_head,
 )
@@ -75,9 +73,9 @@ PLANS = {
 }
 
 
-def planned(plan: ClientPlan, held: Iterable[Part] = (), **fields: Any) -> Planned:
-    request = TrainRequest(plan, **{"round": 1, "client_id": 0, **fields})
-    return Planned(request, PartDigests()(plan), frozenset(held), 0)
+def planned(plan: ClientPlan, held: Iterable[Part] = (), **fields: Any) -> TrainRequest:
+    known = {"digests": PartDigests()(plan), "held": frozenset(held)}
+    return TrainRequest(plan, **{"round": 1, "client_id": 0, **known, **fields})
 
 
 def encoded(plan: ClientPlan, held: Iterable[Part] = (), **fields: Any) -> RecordDict:
@@ -121,7 +119,7 @@ def test_a_message_has_one_array_for_the_adapter_and_one_for_each_change_of_the_
         base_version=4,
         base_updates=updates,
     )
-    request = planned(plan).request
+    request = planned(plan)
     for held in ("", "A", "B"):
         assert set(encoded(plan, held).array_records["arrays"]) == {"adapter", "merge/3", "merge/4"}
     assert set(encoded(plan, "AB").array_records["arrays"]) == {"merge/3", "merge/4"}
@@ -324,8 +322,7 @@ def test_what_the_server_sends_is_the_same_in_every_format() -> None:
 @pytest.mark.parametrize("held", ["", "A", "AB"])
 def test_a_simulation_counts_the_bytes_of_the_request(name: str, held: Any) -> None:
     one = planned(PLANS[name], held, round=12, base_digest="digest")
-    counted = request_nbytes(one.request, one.digests, one.held)
-    assert counted == payload_bytes(RequestEncoder().encode(one))
+    assert one.nbytes == payload_bytes(RequestEncoder().encode(one))
 
 
 @pytest.mark.parametrize("wire", WIRES)

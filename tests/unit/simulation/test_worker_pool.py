@@ -96,7 +96,7 @@ class Thread:
                 continue
             adapter = AdapterState(dense={"x": torch.full((2,), float(k))})
             update = ClientUpdate(k, adapter, 1.0 + k % 3)
-            reply = ClientReply(k).trained(update, {"loss": 0.5}, bytes_up=8)
+            reply = ClientReply(k, update, figures={"loss": 0.5}, bytes_up=8)
             if self._sums:
                 self._running[job.place].add(update, adapter.tensors())
                 reply = replace(reply, update=None)
