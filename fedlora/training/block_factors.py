@@ -14,9 +14,7 @@ from fedlora.training.job import TrainJob
 
 
 def opened(job: TrainJob) -> TrainJob:
-    """A job that trains factors too, where it trains blocks."""
-    if "R" not in job.trains:
-        return job
+    """A job that trains cores, and the factors of those in blocks."""
     toward = None if job.toward is None else _with_ones(job.toward)
     return replace(job, adapter=_with_ones(job.adapter), toward=toward)
 

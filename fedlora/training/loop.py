@@ -164,7 +164,9 @@ class Loop(ABC):
     def _train(self, clients: list[Client]) -> None:
         base = self._base
         for row, client in enumerate(clients):
-            client.row, client.job = row, opened(client.job)
+            client.row = row
+            if "R" in client.job.trains:
+                client.job = opened(client.job)
         jobs = [client.job for client in clients]
         like = torch.empty(0, dtype=base.adapter_dtype, device=base.device)
         adapters = [job.adapter for job in jobs]
@@ -325,7 +327,8 @@ class Loop(ABC):
 
     def _trained(self, client: Client) -> AdapterState:
         """The adapter as it is in the client's row."""
-        return closed(self._columns.read(self._values[client.row], client.job.adapter))
+        found = self._columns.read(self._values[client.row], client.job.adapter)
+        return closed(found) if "R" in client.job.trains else found
 
     def _optimizer_of(self, client: Client) -> dict[str, Tensor]:
         """The state that the client keeps for its next round."""
