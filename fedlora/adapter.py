@@ -144,6 +144,16 @@ class AdapterState:
         """Shapes and scales of the pairs."""
         return MappingProxyType({name: pair.shape for name, pair in self.pairs.items()})
 
+    @cached_property
+    def _named(self) -> tuple[tuple[str, Part, Tensor], ...]:
+        """Name and part of each tensor."""
+        found: list[tuple[str, Part, Tensor]] = []
+        for name, pair in self.pairs.items():
+            found += [(f"{name}:A", "A", pair.A), (f"{name}:B", "B", pair.B)]
+            if pair.core is not None:
+                found.append((f"{name}:R", "R", pair.core))
+        return (*found, *((name, "dense", value) for name, value in self.dense.items()))
+
     def tensors(self, parts: Iterable[str] = EVERY_PART) -> dict[str, Tensor]:
         """The named tensors of some parts: `"<module>:A"`, `"<module>:B"`, `"<module>:R"` where there are cores, and
         the dense ones by their own name.
@@ -152,16 +162,7 @@ class AdapterState:
             parts: of type `Part`, or names of single tensors.
         """
         chosen = set(parts)
-        out: dict[str, Tensor] = {}
-        for name, pair in self.pairs.items():
-            if "A" in chosen or f"{name}:A" in chosen:
-                out[f"{name}:A"] = pair.A
-            if "B" in chosen or f"{name}:B" in chosen:
-                out[f"{name}:B"] = pair.B
-            if pair.core is not None and ("R" in chosen or f"{name}:R" in chosen):
-                out[f"{name}:R"] = pair.core
-        out.update({name: value for name, value in self.dense.items() if "dense" in chosen or name in chosen})
-        return out
+        return {name: value for name, part, value in self._named if part in chosen or name in chosen}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> AdapterState:
         """The same adapter with some of its tensors replaced (names as in `tensors`).

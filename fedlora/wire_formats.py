@@ -162,7 +162,7 @@ def decode_change(header: Header, data: bytes | memoryview, start: Tensor) -> Te
 def as_received(header: Header, tensor: Tensor, start: Tensor, seed: int) -> Tensor:
     """What the server would receive of a trained tensor: the tensor after `encode_change` and `decode_change`."""
     if header.form == RAW:
-        return tensor.detach().cpu().to(start.dtype)
+        return tensor.detach().to("cpu", start.dtype)
     return decode_change(header, encode_change(header, tensor, start, seed), start)
 
 

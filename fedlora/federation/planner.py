@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import operator
+from dataclasses import dataclass, fields, replace
 from typing import final
 
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, GlobalState, on_current_base
@@ -20,6 +21,9 @@ from fedlora.federation.simulated_devices import SimulatedDevices, examples_to_t
 from fedlora.hash_chain import START
 from fedlora.training.workspace import Workspace
 from fedlora.wire_formats import as_sent
+
+but_tensors = operator.attrgetter(*({field.name for field in fields(ClientPlan)} - {"adapter", "base_updates", "tilt"}))
+"""All of a plan but its tensors."""
 
 
 @dataclass
@@ -49,6 +53,28 @@ class Held:
 
 
 @final
+class SharedPlans:
+    """The last plan in the place of one that asks the same, with the very same tensors, as most of a round's do: what
+    follows from a plan is then found once."""
+
+    def __init__(self) -> None:
+        self._last: ClientPlan | None = None
+
+    def __call__(self, plan: ClientPlan) -> ClientPlan:
+        """The plan, or the last one if it is the same."""
+        if self._last is None or not _same(self._last, plan):
+            self._last = plan
+        return self._last
+
+
+def _same(one: ClientPlan, other: ClientPlan) -> bool:
+    """Whether two plans ask the same, with the very same tensors."""
+    if one.adapter is not other.adapter or one.tilt or other.tilt or len(one.base_updates) != len(other.base_updates):
+        return False
+    return all(map(operator.is_, one.base_updates, other.base_updates)) and but_tensors(one) == but_tensors(other)
+
+
+@final
 class Planner:
     """Plans for the clients of a run.
 
@@ -62,7 +88,8 @@ class Planner:
     def __init__(self, config: RunConfig, rule: Aggregator, workspace: Workspace, run: str = "") -> None:
         self._config, self._rule, self._workspace, self._run = config, rule, workspace, run
         self._devices = SimulatedDevices.of(config)
-        self._digests = PartDigests()
+        self._shared, self._digests = SharedPlans(), PartDigests()
+        self._sizes: tuple[ClientPlan | None, dict[tuple[object, ...], int]] = (None, {})
         down = config.wire.down
         self._rounded = OfSameTensors(lambda tensors: {name: as_sent(down, value) for name, value in tensors.items()})
 
@@ -96,6 +123,7 @@ class Planner:
         if down != "float32":
             travels = {name: value for part in tensors_by_part(plan).values() for name, value in part.items()}
             exact, plan = plan.adapter, replace(plan, adapter=plan.adapter.with_tensors(self._rounded(travels)))
+        plan = self._shared(plan)
         private, digests = self._config.example_privacy is not None, self._digests(plan)
         keeps = KEPT in digests or self._config.clients_keep
         return TrainRequest(
@@ -115,6 +143,17 @@ class Planner:
             held=frozenset(part for part, digest in digests.items() if digest in held.digests),
         )
 
+    def _nbytes(self, request: TrainRequest) -> int:
+        """Bytes of a request, counted once for those of one plan that differ in nothing that makes a head longer."""
+        if self._sizes[0] is not request.plan:
+            self._sizes = request.plan, {}
+        said = request.round, request.base_digest, request.since_digest, request.kept_round, request.down, request.held
+        key = (*said, len(str(request.client_id)), len(request.ledger))
+        sizes = self._sizes[1]
+        if key not in sizes:
+            sizes[key] = request.nbytes
+        return sizes[key]
+
     def evaluation(self, asked: RoundRequest, client: ClientInfo, held: Held) -> TrainRequest:
         """What a client is sent to measure a state: the plan of one that trains, with the global adapter; it
         answers with sums."""
@@ -130,7 +169,7 @@ class Planner:
 
         With a failure it is not asked.
         """
-        reply = ClientReply(request.client_id, bytes_down=request.nbytes)
+        reply = ClientReply(request.client_id, bytes_down=self._nbytes(request))
         if not self._devices.simulated:
             return reply
         seconds = self._devices.seconds(

@@ -14,9 +14,11 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from operator import itemgetter
 from typing import Any, Generic, TypeVar, final
 
+import torch
 from torch import Tensor
 
 from fedlora import __version__
@@ -99,18 +101,20 @@ class TrainRequest:
         """The tensors that the reply is to hold, as they are before training."""
         return self.plan.adapter.tensors(self.plan.sends)
 
-    @cached_property
-    def headers(self) -> dict[str, Header]:
+    @property
+    def headers(self) -> Mapping[str, Header]:
         """The reply's layout, in the order of its tensors' names."""
-        return {
-            name: header_of(self.wire, start.dtype, tuple(start.shape), self.fraction)
-            for name, start in sorted(self.starts.items())
-        }
+        return self._layout[0]
 
-    @cached_property
+    @property
     def layout_digest(self) -> str:
         """Names the reply's layout: client and server must mean the same."""
-        return layout_digest(self.headers)
+        return self._layout[1]
+
+    @cached_property
+    def _layout(self) -> tuple[Mapping[str, Header], str]:
+        starts = tuple((name, start.dtype, start.shape) for name, start in self.starts.items())
+        return _reply_layout(self.wire, self.fraction, starts)
 
     @property
     def measured(self) -> frozenset[str]:
@@ -181,6 +185,17 @@ class TrainRequest:
         return 0 if self.wire in ("float32", "topk") else derive(seed, "wire", self.round, self.client_id, name)
 
 
+@lru_cache(maxsize=64)  # most clients of a run have the same
+def _reply_layout(
+    wire: str, fraction: float, starts: tuple[tuple[str, torch.dtype, torch.Size], ...]
+) -> tuple[Mapping[str, Header], str]:
+    """The headers of a reply, in the order of their names, and the layout's digest."""
+    headers = {
+        name: header_of(wire, dtype, tuple(shape), fraction) for name, dtype, shape in sorted(starts, key=itemgetter(0))
+    }
+    return headers, layout_digest(headers)
+
+
 @dataclass(frozen=True)
 class TrainedReply:
     """What a client that has trained sends.
@@ -240,10 +255,14 @@ class PartDigests:
 
     def __init__(self) -> None:
         self._digests = defaultdict[str, OfSameTensors[str]](lambda: OfSameTensors(tensors_digest))
+        self._last: tuple[ClientPlan, dict[str, str]] | None = None
 
-    def __call__(self, plan: ClientPlan) -> dict[str, str]:
+    def __call__(self, plan: ClientPlan) -> Mapping[str, str]:
         """The digests."""
-        return {part: self._digests[part](tensors) for part, tensors in tensors_by_part(plan).items()}
+        if self._last is None or self._last[0] is not plan:
+            parts = tensors_by_part(plan)
+            self._last = plan, {part: self._digests[part](tensors) for part, tensors in parts.items()}
+        return self._last[1]
 
 
 # ------------------------------------------------------------------------------------------------------ heads

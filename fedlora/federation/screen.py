@@ -113,8 +113,7 @@ class Screen:
 
     def _require_sound(self, request: TrainRequest, sent: Mapping[str, Tensor]) -> float:
         """The L2 norm of what the client changed."""
-        starts = request.starts
-        change = l2_norm(tensor - starts[name].to(tensor.device, tensor.dtype) for name, tensor in sent.items())
+        change = l2_norm(sent.values(), (request.starts[name] for name in sent))
         if not math.isfinite(change):  # also for changes beyond float32, or whose squares are beyond float64
             for name, tensor in sent.items():
                 if not torch.isfinite(tensor).all():
@@ -230,10 +229,16 @@ class Screen:
         return figures
 
 
-def l2_norm(tensors: Iterable[Tensor]) -> float:
-    """The L2 norm over all entries of some tensors, summed in float64; infinite where float64 is too small."""
-    entries = [tensor.reshape(-1) for tensor in tensors]
+def l2_norm(tensors: Iterable[Tensor], less: Iterable[Tensor] = ()) -> float:
+    """The L2 norm over all entries of some tensors, summed in float64; infinite where float64 is too small.
+
+    Args:
+        tensors: On the CPU.
+        less: As many, of the same shapes and dtypes, on the CPU: the norm is that of the differences.
+    """
+    entries, others = [tensor.reshape(-1) for tensor in tensors], [tensor.reshape(-1) for tensor in less]
     if not entries:
         return 0.0
-    norm = float(torch.linalg.vector_norm(torch.cat(entries), dtype=torch.float64))
+    flat = torch.cat(entries)
+    norm = float(torch.linalg.vector_norm(flat.sub_(torch.cat(others)) if others else flat, dtype=torch.float64))
     return norm if math.isfinite(norm) else math.inf

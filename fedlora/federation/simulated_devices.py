@@ -51,7 +51,8 @@ class SimulatedDevices:
 
     def available(self, round_number: int, client_id: int) -> bool:
         """Whether the client can be asked in this round: a draw with its profile's `availability`."""
-        return self._draw("available", round_number, client_id) < self.profile(client_id).availability
+        chance = self.profile(client_id).availability
+        return chance >= 1.0 or self._draw("available", round_number, client_id) < chance
 
     def drops_out(self, round_number: int, client_id: int) -> bool:
         """Whether the client, once asked, never answers: a draw with its profile's `dropout`."""

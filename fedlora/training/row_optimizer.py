@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -41,14 +42,14 @@ class Column:
     shape: tuple[int, ...]
     start: int
 
-    @property
+    @cached_property
     def stop(self) -> int:
         """One after its last entry."""
         return self.start + math.prod(self.shape)
 
     def of(self, rows: Float[Tensor, "k p"]) -> Tensor:
         """The stacked tensor, a view [k, *shape]."""
-        return rows[:, self.start : self.stop].unflatten(1, self.shape)
+        return rows[:, self.start : self.stop].view(len(rows), *self.shape)
 
     def within(self, row: Float[Tensor, "p"], shape: Sequence[int]) -> Tensor:
         """The part of one row that a tensor of this shape fills, a view: all, or a corner for a smaller rank."""
