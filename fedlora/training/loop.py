@@ -101,7 +101,8 @@ class Loop(ABC):
             assert client.outcome is not None
             if isinstance(client.outcome, TrainResult):
                 seconds = client.seconds + max(0.0, overhead)
-                client.outcome = TrainResult(**{**vars(client.outcome), "seconds": seconds})
+                taken = {"seconds": seconds, "compute_seconds": client.compute}
+                client.outcome = TrainResult(**{**vars(client.outcome), **taken})
             out.append(client.outcome)
         return out
 
@@ -288,8 +289,6 @@ class Loop(ABC):
         taken = time.perf_counter() - begin
         for client, weight in zip(members, weights, strict=True):
             client.seconds += taken * weight
-            if isinstance(client.outcome, TrainResult):
-                client.outcome = TrainResult(**{**vars(client.outcome), "compute_seconds": client.compute})
 
     @torch.no_grad()
     def _reference(self, group: Group, batch: Batch) -> Float[Tensor, "e ..."]:

@@ -90,7 +90,7 @@ class TrainingLoop(Loop):
 
     def _look(self) -> None:
         """Take note of the losses so far; clients whose loss is not finite leave, and those that are done end."""
-        found = torch.cat([losses for _, losses in self._unseen]).tolist()
+        found, ended = torch.cat([losses for _, losses in self._unseen]).tolist(), list[Client]()
         for client, loss in zip((client for members, _ in self._unseen for client in members), found, strict=True):
             client.losses.append(loss)
             if not np.isfinite(loss) and client.outcome is None:
@@ -99,16 +99,14 @@ class TrainingLoop(Loop):
                     code="loss-not-finite",
                 )
             elif client.done == client.steps == len(client.losses) and client.outcome is None:
-                client.outcome = self._ended(client)
+                ended.append(client)
         self._unseen.clear()
+        if ended:
+            finite = torch.isfinite(take(self._values, [client.row for client in ended])).all(1).tolist()
+            for client, sound in zip(ended, finite, strict=True):
+                client.outcome = self._ended(client) if sound else _not_finite(client)
 
     def _ended(self, client: Client) -> Outcome:
-        row = self._values[client.row]
-        if not bool(torch.isfinite(row).all()):
-            return TrainingError(
-                f"the adapter is not finite after step {client.steps}: {_cure(client.config)}",
-                code="adapter-not-finite",
-            )
         return TrainResult(
             adapter=self._trained(client),
             num_examples=len(client.job.indices),
@@ -119,6 +117,12 @@ class TrainingLoop(Loop):
             compute_seconds=client.compute,
             optimizer=self._optimizer_of(client),
         )
+
+
+def _not_finite(client: Client) -> TrainingError:
+    return TrainingError(
+        f"the adapter is not finite after step {client.steps}: {_cure(client.config)}", code="adapter-not-finite"
+    )
 
 
 def _cure(config: TrainConfig) -> str:

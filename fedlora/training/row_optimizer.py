@@ -53,8 +53,12 @@ class Column:
 
     def within(self, row: Float[Tensor, "p"], shape: Sequence[int]) -> Tensor:
         """The part of one row that a tensor of this shape fills, a view: all, or a corner for a smaller rank."""
-        whole = row[self.start : self.stop].view(self.shape)
-        return whole if shape == self.shape else whole[tuple(slice(size) for size in shape)]
+        return _corner(row[self.start : self.stop].view(self.shape), shape)
+
+
+def _corner(whole: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a tensor of this shape fills of the widest: all, or a corner for a smaller rank."""
+    return whole if shape == whole.shape else whole[tuple(slice(size) for size in shape)]
 
 
 @final
@@ -67,7 +71,7 @@ class Columns:
     """
 
     def __init__(self, adapters: Sequence[AdapterState], names: Sequence[str]) -> None:
-        each = [adapter.tensors() for adapter in adapters]
+        each = {id(adapter): adapter.tensors() for adapter in adapters}.values()  # most start from the same
         self.columns: list[Column] = []
         start = 0
         for name in names:
@@ -76,6 +80,12 @@ class Columns:
             self.columns.append(column)
             start = column.stop
         self.width = start
+        self._sizes = [column.stop - column.start for column in self.columns]
+
+    def stacked(self, rows: Float[Tensor, "k p"]) -> dict[str, Tensor]:
+        """The stacked tensors by name, views [k, *shape]."""
+        parts = zip(self.columns, rows.split(self._sizes, 1), strict=True)
+        return {column.name: part.view(len(rows), *column.shape) for column, part in parts}
 
     def rows(self, adapters: Sequence[AdapterState], like: Tensor) -> Float[Tensor, "k p"]:
         """Adapters as the rows of a new matrix; their padding is zero.
@@ -84,14 +94,16 @@ class Columns:
             adapters: those that the layout was made for.
             like: a tensor of the wanted dtype and device.
         """
+        if len(adapters) > 1 and all(adapter is adapters[0] for adapter in adapters):
+            return self.rows(adapters[:1], like).repeat(len(adapters), 1)
         each = [adapter.tensors() for adapter in adapters]
         # Put together in memory and sent at once: each copy to a GPU is waited for.
         place = like.device if like.is_meta else torch.device("cpu")
         rows = torch.zeros(len(each), self.width, dtype=like.dtype, device=place)
-        for column in self.columns:
+        for column, stacked in zip(self.columns, self.stacked(rows).values(), strict=True):
             values = [tensors[column.name] for tensors in each]
             if all(value.shape == column.shape for value in values):
-                column.of(rows).copy_(torch.stack(values))
+                stacked.copy_(torch.stack(values))
                 continue
             for row, value in zip(rows, values, strict=True):
                 column.within(row, value.shape).copy_(value)
@@ -102,13 +114,13 @@ class Columns:
 
         Its tensors share no memory with the row nor with `adapter`; with each other they may.
         """
-        columns, own = {column.name: column for column in self.columns}, row.detach().to("cpu", copy=True)
+        values, parts = adapter.tensors(), row.detach().to("cpu", copy=True).split(self._sizes)
         found = {
-            name: columns[name].within(own, value.shape).contiguous()
-            if name in columns
-            else value.detach().to("cpu", row.dtype, copy=True)
-            for name, value in adapter.tensors().items()
+            column.name: _corner(part.view(column.shape), values[column.name].shape).contiguous()
+            for column, part in zip(self.columns, parts, strict=True)
         }
+        for name in values.keys() - found.keys():
+            found[name] = values[name].detach().to("cpu", row.dtype, copy=True)
         pairs = {
             name: LoraPair(found[f"{name}:A"], found[f"{name}:B"], pair.scale, found.get(f"{name}:R"))
             for name, pair in adapter.pairs.items()

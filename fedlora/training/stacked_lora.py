@@ -112,11 +112,10 @@ class Stacked:
 
     def bind(self, values: Float[Tensor, "k p"], rows: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
         """See `fedlora.training.step.Binding`."""
-        tensors = {c.name: c.of(values).detach().requires_grad_() for c in self._columns.columns}
+        tensors = {name: value.detach().requires_grad_() for name, value in self._columns.stacked(values).items()}
         leaves = list(tensors.values())
         if self._kept.columns:
-            frozen = take(self._frozen, rows)
-            tensors |= {column.name: column.of(frozen) for column in self._kept.columns}
+            tensors |= self._kept.stacked(take(self._frozen, rows))
         for name in self._cored:
             core, factors = tensors[f"{name}:R"], tensors.get(f"{name}:F")
             tensors[f"{name}:B"] = times_core(tensors[f"{name}:B"], core if factors is None else core * factors)
@@ -139,15 +138,15 @@ class Stacked:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for module, before in self._changed:
-            del module.forward
+            del vars(module)["forward"]
             if before is not None:
-                module.forward = before
+                vars(module)["forward"] = before
         self._changed.clear()
         self.step = Step()
 
     def _set(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         self._changed.append((module, vars(module).get("forward")))
-        module.forward = forward
+        vars(module)["forward"] = forward
 
     def _adapted(self, name: str, layer: Any) -> Callable[..., Tensor]:
         dropout = layer.lora_dropout[ADAPTER]
@@ -211,8 +210,8 @@ class Alone:
         sizes: Sequence[int],
     ) -> list[Tensor]:
         """See `fedlora.training.step.Binding`."""
-        for parameter, column in zip(self._parameters, self._columns.columns, strict=True):
-            parameter.data = column.of(values)[0]
+        for parameter, value in zip(self._parameters, self._columns.stacked(values).values(), strict=True):
+            parameter.data = value[0]
         return list(self._parameters)
 
     def __exit__(
