@@ -65,6 +65,8 @@ class PrivateTrainingLoop(Loop):
         leaves: each example's own trained tensors in the step under way, [b, *shape] each; an audit attacks them.
     """
 
+    UNPADS = False  # each example is a client of its own there, and their tokens are unequally many
+
     def __init__(
         self,
         base: Base,

@@ -33,6 +33,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedlora.model.device import generator_state
+from fedlora.speedups.unpadding import Unpadding
 
 LEVELS = 1 << 16  # of a 16-bit draw
 GOLDEN = 0x9E3779B97F4A7C15
@@ -65,11 +66,12 @@ class RowDropout(TorchFunctionMode):
 
     Args:
         strict: whether a dropout whose rows are not the batch's is an error; otherwise it is drawn as one row's.
+        unpadding: of the model, where each token may be a row; it gets the part of its row's mask that is at its place.
     """
 
-    def __init__(self, *, strict: bool = True) -> None:
+    def __init__(self, *, strict: bool = True, unpadding: Unpadding | None = None) -> None:
         super().__init__()
-        self._strict = strict
+        self._strict, self._unpadding = strict, unpadding or Unpadding()
         self._keys: Keys = np.empty(0, np.uint64)
         self._there: dict[torch.device, Tensor] = {}  # the keys on the devices where masks are drawn
         self._drawn = self._added = 0
@@ -80,7 +82,7 @@ class RowDropout(TorchFunctionMode):
 
     def again(self) -> RowDropout:
         """Draws, for the same rows, the masks that come next here; for a forward pass that is repeated later."""
-        copy = RowDropout(strict=self._strict)
+        copy = RowDropout(strict=self._strict, unpadding=self._unpadding)
         copy._keys, copy._drawn, copy._added, copy._there = self._keys, self._drawn, self._added, self._there
         return copy
 
@@ -155,7 +157,12 @@ class RowDropout(TorchFunctionMode):
 
     def _draws(self, shape: torch.Size, number: int, device: torch.device) -> np.ndarray | Tensor:
         """The numbers of 16 bits of a pass's mask of some number, by numpy on a CPU."""
-        rows, salt = self._rows(shape[0]), number * SECOND & (2**64 - 1)
+        salt, tokens = number * SECOND & (2**64 - 1), self._unpadding.tokens
+        if tokens is not None and tokens.rows == len(self._keys) and shape[:2] == (len(tokens), 1):
+            first, *_ = _strides(len(shape) - 1)
+            keys = _mixed(self._keys ^ np.uint64(salt))[tokens.row]
+            return _draws(keys + tokens.place.astype(np.uint64) * np.uint64(first), tuple(shape))
+        rows = self._rows(shape[0])
         sizes = tuple(shape) if rows == shape[0] else (1, *shape)
         if len(sizes) == 1:
             sizes = (*sizes, 1)

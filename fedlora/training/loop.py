@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from fedlora.config import TrainConfig
 from fedlora.errors import TrainingError
 from fedlora.model import Base, seeded
 from fedlora.progress import activity
+from fedlora.speedups.unpadding import Unpadding, unpads
 from fedlora.tasks._base import REFERENCE, Batch, Examples, Task, to_device
 from fedlora.training.block_factors import closed, factor_names, opened
 from fedlora.training.checkpointing import checkpointed
@@ -57,6 +59,9 @@ class Loop(ABC):
         synchronize: wait for the device at each step.
     """
 
+    UNPADS: ClassVar[bool] = True
+    """Whether padding may be left out (`fedlora.speedups.unpadding`)."""
+
     def __init__(
         self,
         base: Base,
@@ -69,6 +74,10 @@ class Loop(ABC):
         self._base, self._task, self._examples = base, task, examples
         micro = [config.micro_batch_size for _, config in work if config.micro_batch_size is not None]
         self._cost = cost or replace(pass_cost(base), rows=min(micro, default=0))
+        checkpoints = any(config.gradient_checkpointing for _, config in work)
+        if not self.UNPADS or base.coupled or base.cache is not None or checkpoints or not unpads(base.model):
+            self._cost = replace(self._cost, padding=1.0)
+        self._unpadding = Unpadding()
         self._under_way = (0, 0)
         self._moving = False
         self._embedding_noise: EmbeddingNoise | None = None
@@ -197,8 +206,12 @@ class Loop(ABC):
             if any(client.config.gradient_checkpointing for client in clients):
                 stack.enter_context(checkpointed(base.model, self._dropout))
             alone = cannot_stack(base) is not None
-            binding: Binding = Alone(base, self._columns) if alone else Stacked(base, self._columns, adapters)
+            binding: Binding = (
+                Alone(base, self._columns) if alone else Stacked(base, self._columns, adapters, self._unpadding)
+            )
             self._binding = stack.enter_context(binding)
+            if self._cost.padding < 1 and not alone:
+                stack.enter_context(self._unpadding.of(base.model))
             for client in clients:
                 if client.outcome is None:
                     self._next_batch(client)

@@ -46,7 +46,7 @@ class TrainingLoop(Loop):
         if self._base.drops_out is None:
             self._base.drops_out = drops_out(self._base.model)
         random = self._base.drops_out or any(client.config.neftune_noise_alpha for client in clients)
-        return RowDropout(strict=len(clients) > 1) if random else None, self._seeds[0]
+        return RowDropout(strict=len(clients) > 1, unpadding=self._unpadding) if random else None, self._seeds[0]
 
     def _keys(self, group: Group) -> Keys:
         own = zip(group.clients, group.rows, strict=True)

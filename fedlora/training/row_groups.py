@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fedlora.model import Base
+from fedlora.speedups.unpadding import unpads
 
 ENTRIES = {"cpu": 786_432, "cuda": 4_194_304}
 """Numbers in one activation of a pass: about what a processor's caches hold, or what keeps a GPU busy."""
@@ -26,6 +27,8 @@ WEIGHTS = 32
 """Tokens whose products take as long as reading the frozen weights does."""
 ATTENTION = 6
 """Width of the model times this: tokens of a row at which attention costs as much as all else does."""
+UNPADDED = 0.05
+"""What a place of padding costs of a token where the layers leave it out: copies for the attention."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class PassCost:
         attention: length at which attention over a row costs as much as all else; `inf`: never.
         most: tokens of a pass, padding included; a single row may have more.
         rows: of a pass, whoever's they are; 0: as many as its tokens allow.
+        padding: what a place of padding costs of a token; below 1 the layers leave it out
+            (`fedlora.speedups.unpadding`).
     """
 
     fixed: float
     attention: float
     most: int
     rows: int = 0
+    padding: float = 1.0
 
     def room(self, length: int) -> int:
         """How many rows of a length a pass may have."""
@@ -55,7 +61,9 @@ def pass_cost(base: Base) -> PassCost:
     kind = base.device.type if base.device.type in ENTRIES else "cpu"
     width = _width(base, kind)
     most = base.pass_tokens or pass_tokens(base, kind)
-    return PassCost(WEIGHTS + LAUNCH[kind] / width**2, ATTENTION * width, most)
+    launch = LAUNCH[kind] / width**2
+    padding = UNPADDED if launch < WEIGHTS and base.cache is None and unpads(base.model) else 1.0
+    return PassCost(WEIGHTS + launch, ATTENTION * width, most, padding=padding)
 
 
 def pass_tokens(base: Base, kind: str) -> int:
@@ -90,11 +98,14 @@ def cut(tokens: Int[np.ndarray, "n"], cost: PassCost) -> list[np.ndarray]:
     order = np.argsort(tokens, kind="stable")
     lengths, firsts = np.unique(tokens[order], return_index=True)
     before = np.array([*firsts, len(order)])  # rows that are shorter
+    shorter = np.array([0, *np.cumsum(lengths * np.diff(before))])  # and their tokens
     best, start = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=np.int64)
     for end, length in enumerate(lengths.tolist(), start=1):
         held = before[end] - before[:end]
         passes = np.ceil(held / cost.room(length))
-        sums = best[:end] + passes * cost.fixed + held * (length * (1 + length / cost.attention))
+        places, real = held * length, shorter[end] - shorter[:end]
+        each = real + cost.padding * (places - real) + places * (length / cost.attention)
+        sums = best[:end] + passes * cost.fixed + each
         start[end] = int(sums.argmin())
         best[end] = sums[start[end]]
     found: list[np.ndarray] = []

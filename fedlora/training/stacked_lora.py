@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from fedlora.model.peft_tuners import ADAPTER
 from fedlora.model.quantize import holds_int8
 from fedlora.speedups.linear_kernels import OneDnnLinear
 from fedlora.speedups.trial import Trial, gap
+from fedlora.speedups.unpadding import Tokens, Unpadding
 from fedlora.training.dropout_masks import RowsError
 from fedlora.training.row_optimizer import Columns, take
 
@@ -67,25 +69,37 @@ class Step:
 
     Args:
         blocks: whose rows are whose.
+        sizes: rows of each client.
         tensors: stacked by name, [k, ...], names as in `AdapterState.tensors`.
         scales: module name -> [k, 1, 1].
     """
 
     blocks: tuple[Block, ...] = ()
+    sizes: Sequence[int] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    _unpadded: tuple[Tokens, tuple[Block, ...]] | None = None
 
-    def blocks_in(self, x: Tensor) -> tuple[Block, ...]:
-        """The blocks of a layer's input.
+    def blocks_in(self, x: Tensor, tokens: Tokens | None) -> tuple[Block, ...]:
+        """The blocks of a layer's input, whose rows may be tokens.
 
         Raises:
             RowsError: its first dimension is not the batch's rows.
         """
         if len(self.blocks) == 1 and self.blocks[0].size == 1:
             return (Block(slice(0, 1), slice(0, x.shape[0])),)
+        if tokens is not None and x.shape[0] == len(tokens):
+            return self._of_tokens(tokens)
         if x.shape[0] != self.blocks[-1].rows.stop:
             raise RowsError(f"a layer sees {x.shape[0]} rows where the batch has {self.blocks[-1].rows.stop}")
         return self.blocks
+
+    def _of_tokens(self, tokens: Tokens) -> tuple[Block, ...]:
+        if self._unpadded is None or self._unpadded[0] is not tokens:
+            owners = np.repeat(np.arange(len(self.sizes)), self.sizes)
+            held = np.bincount(owners[tokens.row], minlength=len(self.sizes))
+            self._unpadded = (tokens, blocks_of(held.tolist()))
+        return self._unpadded[1]
 
 
 @final
@@ -96,11 +110,14 @@ class Stacked:
         base: one for which `cannot_stack` gives None.
         columns: the layout of the trained tensors.
         adapters: of all clients, from which what is not trained is taken.
+        unpadding: of the model.
     """
 
-    def __init__(self, base: Base, columns: Columns, adapters: Sequence[AdapterState]) -> None:
+    def __init__(
+        self, base: Base, columns: Columns, adapters: Sequence[AdapterState], unpadding: Unpadding | None = None
+    ) -> None:
         self.step = Step()
-        self._base, self._columns = base, columns
+        self._base, self._columns, self._unpadding = base, columns, unpadding or Unpadding()
         self._changed: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
         trained = {column.name for column in columns.columns}
         cores = [name for name in adapters[0].tensors(("R",)) if name not in trained]
@@ -120,7 +137,7 @@ class Stacked:
             core, factors = tensors[f"{name}:R"], tensors.get(f"{name}:F")
             tensors[f"{name}:B"] = times_core(tensors[f"{name}:B"], core if factors is None else core * factors)
         scales = take(self._scales, rows).T[:, :, None, None].unbind()
-        self.step = Step(blocks_of(sizes), tensors, dict(zip(self._base.targets, scales, strict=True)))
+        self.step = Step(blocks_of(sizes), sizes, tensors, dict(zip(self._base.targets, scales, strict=True)))
         return leaves
 
     def __enter__(self) -> Stacked:
@@ -157,7 +174,7 @@ class Stacked:
             out: Tensor = layer.base_layer(x, *args, **kwargs)
             A, B, scales = there(x, step.tensors[f"{name}:A"], step.tensors[f"{name}:B"], step.scales[name])
             inner = x if plain else dropout(x.to(A.dtype))
-            return add_pairs(out, inner, A, B, scales, step.blocks_in(x))
+            return add_pairs(out, inner, A, B, scales, step.blocks_in(x, self._unpadding.tokens))
 
         return forward
 
@@ -165,7 +182,7 @@ class Stacked:
         def forward(x: Float[Tensor, "n *t i"]) -> Float[Tensor, "n *t o"]:
             weight, bias = there(x, self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias"))
             parts = []
-            for block in self.step.blocks_in(x):
+            for block in self.step.blocks_in(x, self._unpadding.tokens):
                 own, w = x[block.rows].reshape(block.size, -1, x.shape[-1]), weight[block.clients].transpose(1, 2)
                 out = own @ w if bias is None else torch.baddbmm(bias[block.clients, None], own, w)
                 parts.append(out.view(*x[block.rows].shape[:-1], weight.shape[1]))
@@ -178,7 +195,7 @@ class Stacked:
             out = functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
             weight, bias = there(x, self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias"))
             parts = []
-            for block in self.step.blocks_in(x):
+            for block in self.step.blocks_in(x, self._unpadding.tokens):
                 own = out[block.rows].reshape(block.size, -1, *module.normalized_shape) * weight[block.clients, None]
                 own = own if bias is None else own + bias[block.clients, None]
                 parts.append(own.view(x[block.rows].shape))

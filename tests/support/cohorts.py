@@ -24,8 +24,8 @@ from fedlora.training.row_groups import PassCost
 
 WIDE = PassCost(1e9, math.inf, 10**9)
 """All rows of a step in one pass."""
-PASSES = (PassCost(30.0, 64.0, 300), PassCost(0.0, math.inf, 1))
-"""Some rows in a pass, and each row in one of its own."""
+PASSES = (PassCost(30.0, 64.0, 300), PassCost(30.0, 64.0, 300, padding=0.0), PassCost(0.0, math.inf, 1))
+"""Some rows in a pass, with padding and without where a model can, and each row in one of its own."""
 
 
 def texts(folder: Path, file: Path) -> tuple[Task, Examples]:

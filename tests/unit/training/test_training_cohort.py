@@ -387,7 +387,11 @@ def test_the_base_is_given_back_whatever_happens(
 
 def price(tokens: np.ndarray, passes: list[np.ndarray], cost: PassCost) -> float:
     longest = [int(tokens[places].max()) for places in passes]
-    return sum(cost.fixed + len(p) * t * (1 + t / cost.attention) for p, t in zip(passes, longest, strict=True))
+    real = [int(tokens[places].sum()) for places in passes]
+    return sum(
+        cost.fixed + n + cost.padding * (len(p) * t - n) + len(p) * t * t / cost.attention
+        for p, t, n in zip(passes, longest, real, strict=True)
+    )
 
 
 @given(
@@ -404,9 +408,9 @@ def test_a_cut_holds_every_row_once_within_its_limit(
     assert in_order == sorted(in_order)
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.floats(0, 30), st.floats(1, 100))
-def test_no_cut_is_cheaper(lengths: list[int], fixed: float, attention: float) -> None:
-    tokens, cost = np.array(lengths), PassCost(fixed, attention, 10**6)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.floats(0, 30), st.floats(1, 100), st.floats(0, 1))
+def test_no_cut_is_cheaper(lengths: list[int], fixed: float, attention: float, padding: float) -> None:
+    tokens, cost = np.array(lengths), PassCost(fixed, attention, 10**6, padding=padding)
     ascending = np.argsort(tokens, kind="stable")
     every = [
         np.split(ascending, [k + 1 for k in range(len(tokens) - 1) if choice >> k & 1])
