@@ -11,7 +11,7 @@ and value with a trained head, AdamW, one thread.
 First each client's adapter is compared with the one that it gets alone (row 0). Then all arms take turns in one
 process; the table gives medians of CPU milliseconds for a client, and ratios to the first arm. The arms change one
 thing after another: PEFT and torch in a plain loop; the same with the kernels that the engine uses; the engine, one
-client at a time, which leaves out what no head reads of an encoder's last layer; the engine, all together. With
+client at a time, which leaves out what no head reads of an encoder's last layer, and padding; the engine, all together. With
 --private the first arm is Opacus, client by client and with the whole last layer, and the engine's own plain step is
 beside it. All arms keep the memory that they free (`fedlora.training.runtime.keep_memory`).
 
@@ -139,7 +139,7 @@ def main() -> None:
     def set_up(fast: bool, engine: bool) -> None:
         (skip_unread if engine else restore_unread)(base.model)
         accelerate(base.model, "onednn" if fast and args.dtype == "float32" else "off")
-        choose_attention(base.model, "auto" if fast else "sdpa")
+        choose_attention(base.model, "auto" if fast or engine else "sdpa")
         if args.top is not None:
             choose_cache(base, task, [examples], "on" if fast else "off")
             prepare(base, task, examples, rows_of(jobs, configs))  # in a run, the first round does that

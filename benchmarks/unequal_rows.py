@@ -5,10 +5,11 @@
 
 One frozen encoder layer, forward and backward, over rows with the lengths of the quickstart's texts:
 
-- passes: as fedlora trains, each pass padded to its longest row (`fedlora.training.row_groups`);
+- passes: each padded to its longest row (`fedlora.training.row_groups`), as fedlora trains decoders, and with privacy;
 - nested: all rows packed one after the other, so that no product sees padding, and attention by
   `scaled_dot_product_attention` on nested (jagged) tensors;
-- packed, passes: products packed too, and attention alone in padded passes, with the copies between the two layouts;
+- packed, passes: products packed too, and attention alone in padded passes, with the copies between the two layouts,
+  as fedlora trains encoders on a CPU (`fedlora.speedups.unpadding`);
 - padded: all rows in one batch.
 
 Medians of CPU time, all arms in turn in one process, one thread; the second column is over that of the passes.

@@ -1,7 +1,8 @@
 """Faster ways to compute the same, installed on a base from outside and tried against the plain way first.
 
 linear_kernels: oneDNN's matrix products where they are faster; attention: by the length of the sequence; last_layer:
-without what no head reads; activation_cache: the layers below the adapters once for each example.
+without what no head reads; unpadding: without padding; activation_cache: the layers below the adapters once for each
+example.
 """
 
 from __future__ import annotations
