@@ -12,7 +12,7 @@ First each client's adapter is compared with the one that it gets alone (row 0).
 process; the table gives medians of CPU milliseconds for a client, and ratios to the first arm. The arms change one
 thing after another: PEFT and torch in a plain loop; the same with the kernels that the engine uses; the engine, one
 client at a time, which leaves out padding and what no head reads of an encoder's last layer; the engine, all together.
-With --private the first arm is Opacus, client by client and with the whole last layer, and the engine's own plain step is
+With --private the first arm is Opacus, client by client and with the whole last layer; the engine's own plain step is
 beside it. All arms keep the memory that they free (`fedlora.training.runtime.keep_memory`).
 
 The last column is the share of the fastest matrix product of this process and dtype, timed in the same turns, that an
