@@ -16,6 +16,7 @@ from typing import final
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.aggregators import ClientUpdate, Fact
@@ -34,7 +35,7 @@ from fedlora.federation.plausibility import (
     largest_loss,
     largest_weight,
 )
-from fedlora.federation.protocol import TrainRequest
+from fedlora.federation.protocol import OfSameTensors, TrainRequest
 from fedlora.privacy.disclosure import REFUSED, Disclosure
 from fedlora.sanitize import clean_text
 from fedlora.training.dp_settings import private_settings
@@ -63,6 +64,7 @@ class Screen:
     def __init__(self, config: RunConfig, workspace: Workspace) -> None:
         self._config, self._workspace = config, workspace
         self._own_data = brought_by_nodes(config)
+        self._flat_starts = OfSameTensors(lambda starts: _flat(starts.values()))
         self._allowed = FIGURES if config.privacy is None else Disclosure(config.privacy.unit).figures
 
     def admit(
@@ -113,7 +115,7 @@ class Screen:
 
     def _require_sound(self, request: TrainRequest, sent: Mapping[str, Tensor]) -> float:
         """The L2 norm of what the client changed."""
-        change = l2_norm(sent.values(), (request.starts[name] for name in sent))
+        change = l2_norm(sent.values(), self._flat_starts({name: request.starts[name] for name in sent}))
         if not math.isfinite(change):  # also for changes beyond float32, or whose squares are beyond float64
             for name, tensor in sent.items():
                 if not torch.isfinite(tensor).all():
@@ -229,16 +231,18 @@ class Screen:
         return figures
 
 
-def l2_norm(tensors: Iterable[Tensor], less: Iterable[Tensor] = ()) -> float:
+def l2_norm(tensors: Iterable[Tensor], less: Float[Tensor, "n"] | None = None) -> float:
     """The L2 norm over all entries of some tensors, summed in float64; infinite where float64 is too small.
 
     Args:
         tensors: On the CPU.
-        less: As many, of the same shapes and dtypes, on the CPU: the norm is that of the differences.
+        less: What is first taken off, entry by entry in the tensors' order.
     """
-    entries, others = [tensor.reshape(-1) for tensor in tensors], [tensor.reshape(-1) for tensor in less]
-    if not entries:
-        return 0.0
-    flat = torch.cat(entries)
-    norm = float(torch.linalg.vector_norm(flat.sub_(torch.cat(others)) if others else flat, dtype=torch.float64))
+    flat = _flat(tensors)
+    norm = float(torch.linalg.vector_norm(flat if less is None else flat.sub_(less), dtype=torch.float64))
     return norm if math.isfinite(norm) else math.inf
+
+
+def _flat(tensors: Iterable[Tensor]) -> Float[Tensor, "n"]:
+    """A new vector of all entries."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors] or [torch.empty(0)])

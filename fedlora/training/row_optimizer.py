@@ -103,7 +103,7 @@ class Columns:
         for column, stacked in zip(self.columns, self.stacked(rows).values(), strict=True):
             values = [tensors[column.name] for tensors in each]
             if all(value.shape == column.shape for value in values):
-                stacked.copy_(torch.stack(values))
+                stacked.copy_(values[0] if len(values) == 1 else torch.stack(values))
                 continue
             for row, value in zip(rows, values, strict=True):
                 column.within(row, value.shape).copy_(value)

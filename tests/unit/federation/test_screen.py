@@ -255,6 +255,6 @@ def test_a_norm_is_that_of_all_entries_together_and_infinite_rather_than_wrong()
     assert l2_norm([torch.full((2,), 3e38)]) == pytest.approx(3e38 * math.sqrt(2))
     assert l2_norm([torch.full((2,), 1e300, dtype=torch.float64)]) == math.inf
     assert l2_norm([torch.tensor([math.nan])]) == math.inf
-    before = [torch.tensor([1.0]), torch.tensor([[1.0, 1.0]])]
-    assert l2_norm([torch.tensor([3.0]), torch.tensor([[2.0, 3.0]])], before) == 3.0
-    assert [value.tolist() for value in before] == [[1.0], [[1.0, 1.0]]], "they are the server's own"
+    tensor, before = torch.tensor([3.0, 2.0, 3.0]), torch.ones(3)
+    assert l2_norm([tensor], before) == 3.0
+    assert (tensor.tolist(), before.tolist()) == ([3.0, 2.0, 3.0], [1.0, 1.0, 1.0]), "they are kept as they are"
