@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora.errors import ConfigError, nearest
+from fedlora.errors import ConfigError, closest, nearest
 from fedlora.foreign_names import our_word
 
 T = TypeVar("T")
@@ -49,7 +49,8 @@ class Registry(Generic[T]):
         def add(cls: type[T]) -> type[T]:
             if name in self._entries:
                 raise ConfigError(
-                    f"{self.kind} {name!r} is registered by both {self._entries[name]} and {cls}: rename one",
+                    f"{self.kind} {name!r} is registered by both {self._entries[name]} and {cls}: rename one, or "
+                    "remove its register line",
                     code="registered-twice",
                 )
             self._entries[name] = cls
@@ -133,16 +134,19 @@ def import_named(kind: str, name: str) -> object:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{kind} {name!r}: there is no Python module {error.name!r} on the path or in this folder",
             code="class-not-found",
         ) from None
-    except AttributeError:
+    if not hasattr(found, attribute):
+        close = closest(attribute, [key for key in vars(found) if key[0] != "_"])
+        cure = "check its spelling" if close is None else f"did you mean {close!r}?"
         raise ConfigError(
-            f"{kind} {name!r}: the module {module!r} has no {attribute!r}", code="class-not-found"
-        ) from None
+            f"{kind} {name!r}: the module {module!r} has no {attribute!r}; {cure}", code="class-not-found"
+        )
+    return getattr(found, attribute)
 
 
 @lru_cache(maxsize=16)

@@ -108,7 +108,9 @@ def parse_config(
         problem = first_problem(error)
         for unit in UNITS:  # pydantic names the branch of a union, which is no table of the file
             problem = problem.replace(f"privacy.{unit}.", "privacy.")
-        raise ConfigError(f"{source}: {problem}", code="bad-value") from None
+        keys = [override.partition("=")[0].strip() for override in overrides]
+        where = "--set" if problem.partition(":")[0] in keys else source
+        raise ConfigError(f"{where}: {problem}", code="bad-value") from None
 
 
 def _read(path: Path, what: str, shipped: Sequence[str] = ()) -> str:

@@ -12,7 +12,7 @@ from fedlora.errors import RuleError
 
 def require(holds: bool, message: str) -> None:
     if not holds:
-        raise AssertionError(message)
+        raise AssertionError(f"{message} (a law that the rule breaks on purpose is named in its test's `exempt`)")
 
 
 def require_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float, what: str) -> None:

@@ -70,6 +70,7 @@ def test_a_class_in_a_file_of_this_folder(group: str) -> None:
     assert registry.build("of_ones_own:Mine", {"strength": 3}).strength == 3
     for name, code, named in (
         ("of_ones_own:Theirs", "class-not-found", "'Theirs'"),
+        ("of_ones_own:Min", "class-not-found", "'Mine'"),
         ("of_nobody:Mine", "class-not-found", "'of_nobody'"),
         ("of_ones_own:", "bad-class-path", registry.kind),
         (".of_ones_own:Mine", "bad-class-path", registry.kind),

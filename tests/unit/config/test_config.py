@@ -305,3 +305,18 @@ def test_a_base_on_several_gpus_is_of_one_process_and_plain_training(beside: str
 def test_a_foreign_name_in_an_open_table_is_answered_too() -> None:
     with pytest.raises(ConfigError, match=r"it is task.max_length here"):
         build(tasks.get("causal-lm"), {"max_seq_length": 64}, "task 'causal-lm'")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "where"),
+    [
+        ("[adapter]\nrank = -3", [], "mine.toml: adapter.rank:"),
+        ("", ["adapter.rank=-3"], "--set: adapter.rank:"),
+        ("[adapter]\nrank = -3", ["train.steps=5"], "mine.toml: adapter.rank:"),
+    ],
+)
+def test_a_bad_value_is_said_to_be_where_it_was_given(text: str, overrides: list[str], where: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_config(text, overrides, source="mine.toml")
+    assert refused.value.code == "bad-value"
+    assert str(refused.value).startswith(where)
