@@ -156,6 +156,9 @@ def main() -> None:
     def cohort() -> Any:
         return train_cohort(base, task, examples, jobs, configs)
 
+    def padded() -> Any:
+        return train_cohort(base, task, examples, jobs, configs, cost=replace(pass_cost(base), padding=1.0))
+
     def private() -> Any:
         return train_private_cohort(base, task, examples, jobs, configs, [settings] * len(jobs))
 
@@ -164,6 +167,7 @@ def main() -> None:
         "PEFT, plain loop, chosen kernels": (True, loop),
         "engine, one by one, torch's kernels": (False, alone),
         "engine, one by one, chosen kernels": (True, alone),
+        "engine, together, padding too, torch's kernels": (False, padded),
         "engine, together, torch's kernels": (False, cohort),
         "engine, together, chosen kernels": (True, cohort),
     }

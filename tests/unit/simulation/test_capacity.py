@@ -28,7 +28,7 @@ class _Base:
     """A model of 10 x 100 weights beside a table of tokens, with an adapter of 1 kB."""
 
     device = torch.device("cpu")
-    pass_tokens = None
+    pass_tokens = cache = None
 
     def __init__(self) -> None:
         self.model = nn.Sequential(nn.Embedding(1000, 10), nn.Linear(10, 100, bias=False))
