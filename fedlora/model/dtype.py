@@ -3,7 +3,7 @@
 On a CUDA device that has it "auto" is bfloat16. A CPU computes in bfloat16 many times as fast as in float32, or many
 times as slowly: some products with the model's width are timed once for a machine (`fedlora.probes`).
 
-Shapes: i = width of the model.
+Shapes: i = width of the model, at most 1,024.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from fedlora.probes import once
 NARROW = ("bfloat16", "float16")
 SMALL = 256
 """Width of a model below which a CPU's "auto" is float32: its time does not go into products."""
+WIDE = 1024
+"""Width at which wider models are measured: where a dtype is slow, it is slower still beyond, and takes minutes."""
 ROWS = 256
 REPEATS = 7
 CLEAR_GAIN = 1.3
@@ -54,8 +56,9 @@ def warning_of(config: RunConfig) -> str | None:
     width = width_of(Checkpoint.of(config.model))
     if width < SMALL or (found := slowdown(named, width))["least"] < CLEAR_LOSS:
         return None
+    times = f"{'at least ' if width > WIDE else ''}{found['times']:.3g}"
     return (
-        f"model.dtype = {named!r} takes {found['times']:.3g} times as long as 'float32' on this processor (measured "
+        f"model.dtype = {named!r} takes {times} times as long as 'float32' on this processor (measured "
         f"{found['measured']}): set model.dtype = 'auto'"
     )
 
@@ -76,6 +79,7 @@ def slowdown(dtype: str, width: int) -> dict[str, Any]:
 
     Beside it "least" and "most", the quartiles.
     """
+    width = min(width, WIDE)
     return once("dtype", {"dtype": dtype, "width": width}, lambda: _measure(getattr(torch, dtype), width), anew=False)
 
 

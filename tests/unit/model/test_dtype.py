@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,11 +74,27 @@ def test_a_slow_dtype_gets_a_line_with_the_factor(tmp_path: Path, monkeypatch: p
     measured(monkeypatch, 14.2)
     said = warning_of(config_of(model, "bfloat16"))
     assert said is not None
-    assert "14.2 times" in said
+    assert "takes 14.2 times" in said
     assert "model.dtype = 'auto'" in said
     assert all(warning_of(config_of(model, named)) is None for named in ("auto", "float32", "float64"))
     measured(monkeypatch, 1.2)
     assert warning_of(config_of(model, "bfloat16")) is None
+
+
+def test_a_wide_model_is_measured_at_a_width_that_takes_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def once(_kind: str, what: dict[str, Any], _measure: object, *, anew: bool) -> dict[str, object]:
+        asked.append(what["width"])
+        return {"times": 40.0, "least": 39.0, "most": 41.0, "measured": "2026-01-01 00:00"}
+
+    monkeypatch.setattr(module, "once", once)
+    said = warning_of(config_of(wide(tmp_path, 4092), "bfloat16"))
+    assert said is not None
+    assert "at least 40 times" in said
+    assert asked == [1024]
 
 
 def test_the_same_dtype_is_as_fast_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
