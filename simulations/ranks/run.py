@@ -81,6 +81,10 @@ def beyond(changes: Sequence[Tensor]) -> list[float]:
     return [float(sum(energy[rank:].sum() for energy in energies)) / total for rank in BEYOND]
 
 
+ROUNDING = 1e-20
+"""Percent of an energy below which it is what rounding leaves, other digits on each processor."""
+
+
 def untrained(mix: str, rule: str, rounds: int) -> list[float]:
     """The share beyond rank 2 where clients send back what they were sent, from 32 equal singular values; by round."""
     fields = tomllib.loads(f"x={{{RULES[rule]}}}")["x"]
@@ -144,7 +148,8 @@ def table(reported: pd.DataFrame, mix: str) -> pd.DataFrame:
         accuracy = f"{100 * last.accuracy.mean():.1f}"
         if len(last) > 1:
             accuracy += f" ± {100 * last.accuracy.std():.1f}"
-        alone = "" if rule in ADDS_UP else f"{100 * untrained(mix, rule, int(last['round'].max()))[-1]:.2g}"
+        left = 0.0 if rule in ADDS_UP else 100 * untrained(mix, rule, int(last["round"].max()))[-1]
+        alone = "" if rule in ADDS_UP else "0" if left < ROUNDING else f"{left:.2g}"
         lines.append([rule, accuracy, len(last), *shares, alone])
     header = ["rule", "accuracy, %", "seeds", "beyond 2 after round 1, %"]
     ends = [f"beyond {rank} at the end, %" for rank in BEYOND]
