@@ -75,3 +75,20 @@ def inputs_of(kind: str, padding: str = "none", rows: int = 3, tokens: int = 7) 
     elif padding == "left":
         mask[1, :3] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def everything(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits, and the gradient of every parameter that trains."""
+    model.zero_grad()
+    logits = model(**inputs).logits
+    if logits.dim() == 3:  # of tokens: those of padding have no label
+        logits = logits[inputs["attention_mask"] == 1]
+    logits.pow(2).sum().backward()
+    return {"": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check_same(found: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
+    """The same logits and gradients, up to rounding in float64."""
+    assert list(found) == list(whole)
+    for name, value in found.items():
+        assert torch.allclose(value, whole[name], rtol=1e-12, atol=1e-12), name

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_classifiers import classifier, inputs_of
+from support.tiny_classifiers import check_same, classifier, everything, inputs_of
 from torch import Tensor, nn
 
 from fedlora.speedups.attention import Mode, choose_attention
@@ -45,20 +45,6 @@ def inject(model: nn.Module, **more: Any) -> None:
             parameter.data = parameter.data.double()
         if "lora_A" in name or "lora_B" in name:
             parameter.data.normal_(std=0.3, generator=generator)
-
-
-def everything(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits, and the gradient of every parameter that trains."""
-    model.zero_grad()
-    logits = model(**inputs).logits
-    logits.pow(2).sum().backward()
-    return {"": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def check_same(found: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
-    assert list(found) == list(whole)
-    for name, value in found.items():
-        assert torch.allclose(value, whole[name], rtol=1e-12, atol=1e-12), name
 
 
 def seeing_all(model: nn.Module, inputs: dict[str, Tensor]) -> set[str]:

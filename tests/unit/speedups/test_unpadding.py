@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.tiny_classifiers import classifier, config_of, inputs_of
+from support.tiny_classifiers import check_same, classifier, config_of, everything, inputs_of
 from torch import Tensor, nn
 
 from fedlora.speedups.attention import choose_attention
@@ -17,22 +17,6 @@ from fedlora.speedups.unpadding import LAYERS, Unpadding, unpads
 from fedlora.training.dropout_masks import RowDropout, row_keys
 
 KINDS = ["Bert", "Roberta", "DistilBert"]
-
-
-def everything(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a loss is made of, and the gradient of every parameter."""
-    model.zero_grad()
-    logits = model(**inputs).logits
-    if logits.dim() == 3:  # of tokens: those of padding have no label
-        logits = logits[inputs["attention_mask"] == 1]
-    logits.pow(2).sum().backward()
-    return {"": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def check_same(found: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
-    assert list(found) == list(whole)
-    for name, value in found.items():
-        assert torch.allclose(value, whole[name], rtol=1e-11, atol=1e-11), name
 
 
 def shapes(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[int, ...]]:
