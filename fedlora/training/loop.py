@@ -30,7 +30,7 @@ from fedlora.config import TrainConfig
 from fedlora.errors import TrainingError
 from fedlora.model import Base, seeded
 from fedlora.progress import activity
-from fedlora.speedups.unpadding import Unpadding, unpads
+from fedlora.speedups.unpadding import Unpadding
 from fedlora.tasks._base import REFERENCE, Batch, Examples, Task, to_device
 from fedlora.training.block_factors import closed, factor_names, opened
 from fedlora.training.checkpointing import checkpointed
@@ -38,7 +38,7 @@ from fedlora.training.dropout_masks import Keys, RowDropout, RowsError
 from fedlora.training.embedding_noise import EmbeddingNoise
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.out_of_memory import released, too_large
-from fedlora.training.row_groups import PassCost, cut, pass_cost
+from fedlora.training.row_groups import PassCost, cut, leaves_padding_out, pass_cost
 from fedlora.training.row_optimizer import Columns, FlatOptimizer, add, sent, take
 from fedlora.training.stacked_lora import Alone, Stacked, cannot_stack
 from fedlora.training.step import Binding, Client, Group, Outcome
@@ -75,7 +75,7 @@ class Loop(ABC):
         micro = [config.micro_batch_size for _, config in work if config.micro_batch_size is not None]
         self._cost = cost or replace(pass_cost(base), rows=min(micro, default=0))
         checkpoints = any(config.gradient_checkpointing for _, config in work)
-        if not self.UNPADS or base.coupled or base.cache is not None or checkpoints or not unpads(base.model):
+        if not self.UNPADS or base.coupled or checkpoints or not leaves_padding_out(base):
             self._cost = replace(self._cost, padding=1.0)
         self._unpadding = Unpadding()
         self._under_way = (0, 0)

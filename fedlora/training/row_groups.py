@@ -62,8 +62,13 @@ def pass_cost(base: Base) -> PassCost:
     width = _width(base, kind)
     most = base.pass_tokens or pass_tokens(base, kind)
     launch = LAUNCH[kind] / width**2
-    padding = UNPADDED if launch < WEIGHTS and base.cache is None and unpads(base.model) else 1.0
+    padding = UNPADDED if launch < WEIGHTS and leaves_padding_out(base) else 1.0
     return PassCost(WEIGHTS + launch, ATTENTION * width, most, padding=padding)
+
+
+def leaves_padding_out(base: Base) -> bool:
+    """Whether a base's layers can: lower ones that are kept have it in what is kept."""
+    return base.cache is None and unpads(base.model)
 
 
 def pass_tokens(base: Base, kind: str) -> int:
