@@ -52,7 +52,7 @@ from fedlora.aggregators._base import (
     rules,
 )
 from fedlora.errors import ConfigError, RuleError
-from fedlora.lowrank import DeltaSum, gram
+from fedlora.lowrank import DeltaSum, squared_norm, stacks
 
 
 @final
@@ -142,10 +142,9 @@ class Fair(Aggregator):
     def _correct(self, pair: LoraPair, terms: list[tuple[float, LoraPair]]) -> tuple[Tensor, float, float, float]:
         """R, and S at R = 0, S at R, and the penalty at R."""
         A, B = pair.A.double(), pair.B.double()
-        rows = torch.cat([theirs.A.double() * (c * theirs.scale) for c, theirs in terms])
-        columns = torch.cat([theirs.B.double() for _, theirs in terms], dim=1)
-        G, C = A @ A.T, columns @ (rows @ A.T)
-        square = max(0.0, float(gram([terms])))
+        theirs_B, theirs_A = stacks(terms)
+        G, C = A @ A.T, theirs_B @ (theirs_A @ A.T)
+        square = squared_norm(theirs_B, theirs_A)
         if self.solver == "closed":
             noise = max(torch.finfo(pair.A.dtype).eps ** 2, torch.finfo(torch.float64).eps)
             R = ridge_residual(B, C, G, self.regularisation, noise)

@@ -35,7 +35,7 @@ from fedlora.aggregators._base import (
     rules,
 )
 from fedlora.aggregators._nested import nested_start, padded_columns, padded_rows, require_nested
-from fedlora.lowrank import gram
+from fedlora.lowrank import squared_norm, stacks
 
 
 @final
@@ -82,7 +82,7 @@ class HetLora(Aggregator):
     def _weight(self, pair: LoraPair, examples: float) -> float:
         if self.weights == "examples":
             return examples
-        size = math.sqrt(max(0.0, float(gram([[(1.0, pair)]])))) / abs(pair.scale)
+        size = math.sqrt(squared_norm(*stacks([(1.0, pair)]))) / abs(pair.scale)
         return size * (examples if self.weights == "both" else 1.0)
 
     @staticmethod
