@@ -28,6 +28,7 @@ from fedlora.sanitize import clean_text
 from fedlora.speedups.attention import AttentionReport, set_attention
 from fedlora.speedups.last_layer import restore_unread, skip_unread
 from fedlora.speedups.linear_kernels import KernelReport, restore
+from fedlora.speedups.unpadding import Unpadding, unpads
 from fedlora.tasks._base import Batch, Examples, Measurable, Task, to_device
 
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -166,6 +167,15 @@ class Trial:
         self.base.write(self.adapters[0], frozenset())
         return coupling(self.base, self.task, self._batches, self._rounding, left=self._left)
 
+    def padded(self) -> str | None:
+        """Why padding must be computed, or None where the layers give the same without it, or never leave it out."""
+        model = self.base.model
+        if self.plain is None or not unpads(model):
+            return None
+        self.base.write(self.adapters[0], frozenset())
+        with Unpadding().of(model):
+            return None if self._same() else f"{type(model).__name__} gives other results without padding"
+
     # ------------------------------------------------------------------------------------------ forward passes
 
     def _own_rounding(self) -> float:
@@ -271,7 +281,7 @@ def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"
         for module, training in modes:
             module.training = training
     mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
-    if head is not None and mask is not None and mask.shape == found.shape[:2]:
+    if found.dim() > 2 and mask is not None and mask.shape == found.shape[:2]:
         found = found * (mask != 0)[..., None]
     return found
 

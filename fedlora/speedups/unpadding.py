@@ -3,8 +3,8 @@
 A batch of n tokens, [b, t, d] with its padding, enters the first layer as [n, 1, d], each token a row, and the last
 layer as [b, t, d] again, where `fedlora.speedups.last_layer` leaves out more. In between, products, norms, activations
 and dropout see one token as they see another; attention alone is given rows of texts, by
-`fedlora.speedups.attention.attend`. This is known as unpadding (Zeng et al. 2022, arXiv 2208.08124), and without its
-kernels for a GPU, as here, it is for a CPU.
+`fedlora.speedups.attention.attend`. This is known as unpadding (Zeng et al. 2022, arXiv 2208.08124). Without that
+paper's kernels for a GPU, as here, it pays on a CPU only.
 
 The logits and their gradients are the same function as before; the products have other shapes, which shows in rounding.
 
@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -37,40 +36,39 @@ LAYERS = {
 the attention."""
 
 
-@dataclass(frozen=True)
+@final
 class Tokens:
     """Where the tokens of a batch are.
 
+    Args:
+        mask: 1 for a token, 0 for padding; each row begins with a token.
+
     Attributes:
-        rows: Of the batch.
-        length: Places of a row, padding included.
-        row: Of each token.
-        place: Of each token in its row.
+        rows: of the batch.
+        row: of each token.
+        place: of each token in its row.
     """
 
-    rows: int
-    length: int
-    row: Int[np.ndarray, "n"]
-    place: Int[np.ndarray, "n"]
-
-    def __post_init__(self) -> None:
-        places = self.row * self.length + self.place
-        token = np.zeros(self.rows * self.length, dtype=np.int64)  # padding's may be any: what it gives is not read
+    def __init__(self, mask: Int[np.ndarray, "b t"]) -> None:
+        self.rows, self._length = mask.shape
+        self.row, self.place = mask.nonzero()
+        places = self.row * self._length + self.place
+        # Padding reads as its own row's first token: what a client computes, be it infinite, reaches no other's rows.
+        token = np.repeat(np.flatnonzero(self.place == 0), self._length)
         token[places] = np.arange(len(places))
-        object.__setattr__(self, "_places", torch.from_numpy(places))
-        object.__setattr__(self, "_token", torch.from_numpy(token))
+        self._places, self._token = torch.from_numpy(places), torch.from_numpy(token)
 
     def __len__(self) -> int:
         return len(self.row)
 
     def padded(self, states: Float[Tensor, "n 1 *f"]) -> Float[Tensor, "b t *f"]:
-        """Rows with their padding, whose entries are finite and mean nothing."""
-        out: Tensor = _Padded.apply(states.flatten(0, 1), self._token, self._places)  # type: ignore[attr-defined,no-untyped-call]
-        return out.view(self.rows, self.length, *out.shape[1:])
+        """Rows with their padding, whose entries are some token's of the row, and mean nothing."""
+        out: Tensor = _Padded.apply(states.flatten(0, 1), self._token, self._places)  # type: ignore[no-untyped-call]
+        return out.view(self.rows, self._length, *out.shape[1:])
 
     def unpadded(self, states: Float[Tensor, "b t *f"]) -> Float[Tensor, "n 1 *f"]:
         """The tokens' entries."""
-        out: Tensor = _Unpadded.apply(states.flatten(0, 1), self._places)  # type: ignore[attr-defined,no-untyped-call]
+        out: Tensor = _Unpadded.apply(states.flatten(0, 1), self._places)  # type: ignore[no-untyped-call]
         return out.unsqueeze(1)
 
 
@@ -90,9 +88,9 @@ class Unpadding:
         name, inner = LAYERS[type(model).__name__]
         encoder = model.get_submodule(name)
         layers: Any = encoder.get_submodule(inner)
-        hooks = [encoder.register_forward_pre_hook(self._look, with_kwargs=True)]
-        hooks += [layer.register_forward_pre_hook(self._hand_on, with_kwargs=True) for layer in layers[:-1]]
-        hooks += [layers[0].register_forward_pre_hook(self._enter), layers[-1].register_forward_pre_hook(self._leave)]
+        hooks = [encoder.register_forward_pre_hook(self._find_tokens, with_kwargs=True)]
+        hooks += [layer.register_forward_pre_hook(self._pass_tokens, with_kwargs=True) for layer in layers[:-1]]
+        hooks += [layers[0].register_forward_pre_hook(self._unpad), layers[-1].register_forward_pre_hook(self._pad)]
         try:
             yield
         finally:
@@ -100,7 +98,7 @@ class Unpadding:
             for hook in hooks:
                 hook.remove()
 
-    def _look(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    def _find_tokens(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         self.tokens = None
         mask = kwargs.get("attention_mask")
         if (
@@ -109,23 +107,25 @@ class Unpadding:
             or any(kwargs.get(f"output_{what}") for what in ("hidden_states", "attentions"))
         ):
             return
-        rows, places = mask.numpy().nonzero()
-        first_read = bool(mask[:, 0].all())  # whose states heads take, be they padding's
-        if first_read and len(rows) not in (mask.numel(), mask.shape[0]):
-            self.tokens = Tokens(mask.shape[0], mask.shape[1], rows, places)
+        real = mask.numpy() != 0
+        if real[:, 0].all() and real.sum() not in (mask.numel(), mask.shape[0]):
+            self.tokens = Tokens(real)
 
-    def _hand_on(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _pass_tokens(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         return None if self.tokens is None else (args, {**kwargs, attention.TOKENS: self.tokens})
 
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _unpad(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None if self.tokens is None else (self.tokens.unpadded(args[0]), *args[1:])
 
-    def _leave(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _pad(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None if self.tokens is None else (self.tokens.padded(args[0]), *args[1:])
 
 
 def unpads(model: nn.Module) -> bool:
-    """Whether padding can be left out of a model: an encoder of few kinds, on a CPU, which attends by `attend`."""
+    """Whether padding can be left out of a model: an encoder of few kinds, on a CPU, which attends by `attend`.
+
+    That it computes the same so is for `fedlora.speedups.trial` to see.
+    """
     config: Any = getattr(model, "config", None)
     return (
         type(model).__name__ in LAYERS

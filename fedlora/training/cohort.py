@@ -101,7 +101,9 @@ def train_cohort(
     for k, outcome in outcomes.items():
         job = left.pop(k)
         if isinstance(outcome, TrainResult):
-            left[k] = replace(job, adapter=outcome.adapter, trains=job.trains - job.first, toward=job.adapter)
+            left[k] = replace(
+                job, adapter=outcome.adapter, trains=job.trains - job.first, toward=job.toward or job.adapter
+            )
     rest = [configs[k] for k in left]
     ended = _in_one_phase(base, task, examples, list(left.values()), rest, cost, synchronize)
     for k, outcome in zip(left, ended, strict=True):

@@ -75,7 +75,7 @@ class Loop(ABC):
         micro = [config.micro_batch_size for _, config in work if config.micro_batch_size is not None]
         self._cost = cost or replace(pass_cost(base), rows=min(micro, default=0))
         checkpoints = any(config.gradient_checkpointing for _, config in work)
-        if not self.UNPADS or base.coupled or checkpoints or not leaves_padding_out(base):
+        if not self.UNPADS or checkpoints or not leaves_padding_out(base):
             self._cost = replace(self._cost, padding=1.0)
         self._unpadding = Unpadding()
         self._under_way = (0, 0)
@@ -110,8 +110,7 @@ class Loop(ABC):
             assert client.outcome is not None
             if isinstance(client.outcome, TrainResult):
                 seconds = client.seconds + max(0.0, overhead)
-                taken = {"seconds": seconds, "compute_seconds": client.compute}
-                client.outcome = TrainResult(**{**vars(client.outcome), **taken})
+                client.outcome = replace(client.outcome, seconds=seconds, compute_seconds=client.compute)
             out.append(client.outcome)
         return out
 
@@ -143,16 +142,8 @@ class Loop(ABC):
         """
 
     @abstractmethod
-    def _ended(self, client: Client) -> Outcome:
-        """The outcome of a client that has done its steps."""
-
-    @abstractmethod
     def _random(self, clients: list[Client]) -> tuple[RowDropout | None, int]:
         """What draws dropout masks (None if nothing drops out), and a seed for torch's default generators."""
-
-    @abstractmethod
-    def _losses(self, batch: Batch) -> Float[Tensor, "e"]:
-        """The loss of each example."""
 
     def _alone_failed(self, client: Client, error: Exception) -> None:
         """A step of this client alone has failed."""
@@ -205,12 +196,13 @@ class Loop(ABC):
                 self._embedding_noise = stack.enter_context(EmbeddingNoise(base.model, self._dropout))
             if any(client.config.gradient_checkpointing for client in clients):
                 stack.enter_context(checkpointed(base.model, self._dropout))
-            alone = cannot_stack(base) is not None
             binding: Binding = (
-                Alone(base, self._columns) if alone else Stacked(base, self._columns, adapters, self._unpadding)
+                Stacked(base, self._columns, adapters, self._unpadding)
+                if cannot_stack(base) is None
+                else Alone(base, self._columns)
             )
             self._binding = stack.enter_context(binding)
-            if self._cost.padding < 1 and not alone:
+            if self._cost.padding < 1:
                 stack.enter_context(self._unpadding.of(base.model))
             for client in clients:
                 if client.outcome is None:
@@ -260,9 +252,9 @@ class Loop(ABC):
         return None
 
     def _halved(self) -> bool:
-        """Give passes of this base half the tokens from now on; False where the last one was a single row already."""
+        """Give passes of this base half the tokens from now on; False where the last one cannot be cut in two."""
         rows, tokens = self._under_way
-        if rows < 2:
+        if rows < 2 or self._base.coupled is not None:
             return False
         self._base.pass_tokens = max(1, min(self._cost.most, rows * tokens) // 2)
         self._cost = replace(self._cost, most=self._base.pass_tokens)

@@ -30,8 +30,6 @@ class TrainingLoop(Loop):
     """Plain training of one cohort; see `Loop`."""
 
     def _begin(self, client: Client) -> None:
-        self._unseen: list[tuple[list[Client], Tensor]] = []
-        self._look_every = 1 if self._base.device.type == "cpu" else CHECK_EVERY
         size = len(client.job.indices)
         if not size:
             raise TrainingError(
@@ -42,6 +40,8 @@ class TrainingLoop(Loop):
         client.batches = batches(client.job.indices, client.config.batch_size, client.steps, client.job.seed)
 
     def _random(self, clients: list[Client]) -> tuple[RowDropout | None, int]:
+        self._unseen: list[tuple[list[Client], Tensor]] = []
+        self._look_every = 1 if self._base.device.type == "cpu" else CHECK_EVERY
         self._seeds = [derive(client.job.seed, "dropout") for client in clients]
         if self._base.drops_out is None:
             self._base.drops_out = drops_out(self._base.model)

@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from fedlora.model import Base
 from fedlora.speedups.unpadding import unpads
+from fedlora.training.stacked_lora import cannot_stack
 
 ENTRIES = {"cpu": 786_432, "cuda": 4_194_304}
 """Numbers in one activation of a pass: about what a processor's caches hold, or what keeps a GPU busy."""
@@ -62,13 +63,15 @@ def pass_cost(base: Base) -> PassCost:
     width = _width(base, kind)
     most = base.pass_tokens or pass_tokens(base, kind)
     launch = LAUNCH[kind] / width**2
-    padding = UNPADDED if launch < WEIGHTS and leaves_padding_out(base) else 1.0
+    narrow = launch > WEIGHTS  # its passes are launches more than products, and leaving padding out starts more kernels
+    padding = UNPADDED if not narrow and leaves_padding_out(base) else 1.0
     return PassCost(WEIGHTS + launch, ATTENTION * width, most, padding=padding)
 
 
 def leaves_padding_out(base: Base) -> bool:
-    """Whether a base's layers can: lower ones that are kept have it in what is kept."""
-    return base.cache is None and unpads(base.model)
+    """Whether a base's layers do in training: rows of tokens need stacked adapters, and what is kept holds padding."""
+    known = base.cache is None and base.coupled is None and base.padded is None
+    return known and unpads(base.model) and cannot_stack(base) is None
 
 
 def pass_tokens(base: Base, kind: str) -> int:

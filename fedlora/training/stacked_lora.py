@@ -78,7 +78,7 @@ class Step:
     sizes: Sequence[int] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
-    _unpadded: tuple[Tokens, tuple[Block, ...]] | None = None
+    _unpadded: tuple[Tokens, tuple[Block, ...]] | None = field(default=None, init=False, repr=False)
 
     def blocks_in(self, x: Tensor, tokens: Tokens | None) -> tuple[Block, ...]:
         """The blocks of a layer's input, whose rows may be tokens.
@@ -141,6 +141,14 @@ class Stacked:
         return leaves
 
     def __enter__(self) -> Stacked:
+        try:
+            self._install()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def _install(self) -> None:
         for name, layer in self._base.pair_layers.items():
             self._set(layer, self._adapted(name, layer))
         for name, head in self._base.head_modules.items():
@@ -149,11 +157,13 @@ class Stacked:
                     self._set(module, self._linear(inner))
                 elif module._parameters:
                     self._set(module, self._norm(inner, module))
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
         for module, before in self._changed:
             del vars(module)["forward"]
             if before is not None:
@@ -172,36 +182,38 @@ class Stacked:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             step = self.step
             out: Tensor = layer.base_layer(x, *args, **kwargs)
-            A, B, scales = there(x, step.tensors[f"{name}:A"], step.tensors[f"{name}:B"], step.scales[name])
+            A, B, scales = on_device_of(x, step.tensors[f"{name}:A"], step.tensors[f"{name}:B"], step.scales[name])
             inner = x if plain else dropout(x.to(A.dtype))
             return add_pairs(out, inner, A, B, scales, step.blocks_in(x, self._unpadding.tokens))
 
         return forward
 
     def _linear(self, name: str) -> Callable[[Tensor], Tensor]:
-        def forward(x: Float[Tensor, "n *t i"]) -> Float[Tensor, "n *t o"]:
-            weight, bias = there(x, self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias"))
-            parts = []
-            for block in self.step.blocks_in(x, self._unpadding.tokens):
-                own, w = x[block.rows].reshape(block.size, -1, x.shape[-1]), weight[block.clients].transpose(1, 2)
-                out = own @ w if bias is None else torch.baddbmm(bias[block.clients, None], own, w)
-                parts.append(out.view(*x[block.rows].shape[:-1], weight.shape[1]))
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        def own(x: Float[Tensor, "k m i"], w: Float[Tensor, "k o i"], b: Tensor | None) -> Float[Tensor, "k m o"]:
+            return x @ w.transpose(1, 2) if b is None else torch.baddbmm(b[:, None], x, w.transpose(1, 2))
 
-        return forward
+        return lambda x: self._by_client(name, x, own)
 
     def _norm(self, name: str, module: Any) -> Callable[[Tensor], Tensor]:
+        def own(x: Float[Tensor, "k m i"], w: Float[Tensor, "k i"], b: Tensor | None) -> Float[Tensor, "k m i"]:
+            return x * w[:, None] if b is None else x * w[:, None] + b[:, None]
+
         def forward(x: Float[Tensor, "n *t i"]) -> Float[Tensor, "n *t i"]:
-            out = functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
-            weight, bias = there(x, self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias"))
-            parts = []
-            for block in self.step.blocks_in(x, self._unpadding.tokens):
-                own = out[block.rows].reshape(block.size, -1, *module.normalized_shape) * weight[block.clients, None]
-                own = own if bias is None else own + bias[block.clients, None]
-                parts.append(own.view(x[block.rows].shape))
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return self._by_client(name, functional.layer_norm(x, module.normalized_shape, None, None, module.eps), own)
 
         return forward
+
+    def _by_client(
+        self, name: str, x: Float[Tensor, "n *t i"], own: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    ) -> Float[Tensor, "n *t o"]:
+        """What a trained module gives each client's rows [k, m, i], with that client's weight and bias."""
+        weight, bias = on_device_of(x, self.step.tensors[f"{name}.weight"], self.step.tensors.get(f"{name}.bias"))
+        parts = []
+        for block in self.step.blocks_in(x, self._unpadding.tokens):
+            mine = block.clients
+            out = own(_rows(x, block), weight[mine], None if bias is None else bias[mine])
+            parts.append(out.view(*x[block.rows].shape[:-1], out.shape[-1]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @final
@@ -259,7 +271,8 @@ def cannot_stack(base: Base) -> str | None:
         for inner, module in head.named_modules(prefix=name):
             if not module._parameters:
                 continue
-            if type(module) not in (nn.Linear, OneDnnLinear, nn.LayerNorm):
+            over_features = len(getattr(module, "normalized_shape", (0,))) == 1
+            if type(module) not in (nn.Linear, OneDnnLinear, nn.LayerNorm) or not over_features:
                 return f"{inner} is trained in full, and {type(module).__name__} has no stacked form"
             if "forward" in vars(module) and "_hf_hook" not in vars(module):  # which moves inputs to their GPU
                 return f"another library has replaced the forward of {inner}"
@@ -299,7 +312,7 @@ def cannot_share(trial: Trial) -> str | None:
     return None
 
 
-def there(x: Tensor, *tensors: Tensor | None) -> Iterator[Any]:
+def on_device_of(x: Tensor, *tensors: Tensor | None) -> Iterator[Any]:
     """Tensors where a layer's input is: of a base on several GPUs the adapters lie on the first."""
     return (tensor if tensor is None else tensor.to(x.device) for tensor in tensors)
 

@@ -16,8 +16,10 @@ from fedlora.adapter import ALL_PARTS
 from fedlora.config import TrainConfig, parse_config
 from fedlora.errors import FedloraError, ModelError
 from fedlora.simulation.capacity import cohort_size
+from fedlora.speedups.attention import TOKENS
 from fedlora.training import TrainJob, evaluate, open_workspace, train
 from fedlora.training.cohort import train_cohort, why_alone
+from fedlora.training.row_groups import leaves_padding_out
 from fedlora.training.workspace import Workspace, close_workspace
 
 pytestmark = pytest.mark.usefixtures("no_workspace")
@@ -159,6 +161,30 @@ def test_a_model_whose_other_rows_are_read_keeps_them(
     assert not any(module._forward_pre_hooks for module in layers[-1].modules())
     assert workspace.speedups.attention.mode == "auto"
     assert "padded" in (workspace.base.coupled or "")
+
+
+def test_a_model_that_does_not_say_which_tokens_there_are_keeps_its_padding(
+    tiny_bert: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a later version of transformers handed keyword arguments on no more."""
+    from transformers.models.bert.modeling_bert import BertAttention
+
+    workspace = bench_of(tiny_bert, tiny_csv)
+    assert workspace.base.padded is None
+    assert leaves_padding_out(workspace.base)
+    close_workspace()
+    assert not leaves_padding_out(bench_of(tiny_bert, tiny_csv, "adapter.method=dora").base), "rows cannot be tokens"
+    close_workspace()
+    own = BertAttention.forward
+
+    def silent(self: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(self, states, *args, **{name: value for name, value in kwargs.items() if name != TOKENS})
+
+    monkeypatch.setattr(BertAttention, "forward", silent)
+    workspace = bench_of(tiny_bert, tiny_csv)
+    assert "without padding" in (workspace.base.padded or "")
+    assert not leaves_padding_out(workspace.base)
+    assert workspace.speedups.attention.mode == "auto"
 
 
 def test_a_model_that_fails_on_all_examples_is_refused(

@@ -73,6 +73,19 @@ def test_logits_and_gradients_are_those_of_the_whole_model(kind: str, what: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_overflows_reaches_no_other_row(kind: str) -> None:
+    model, inputs = model_of(kind, "Sequence"), inputs_of(kind, "right")
+    inputs["input_ids"][0, 0] = 11
+    assert (inputs["input_ids"] == 11).sum() == 1
+    with torch.no_grad(), Unpadding().of(model):
+        whole = model(**inputs).logits
+        model.get_input_embeddings().weight[11] = torch.inf  # type: ignore[operator]
+        found = model(**inputs).logits
+    assert not found[0].isfinite().any()
+    assert torch.equal(found[1:], whole[1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_token_has_the_dropout_mask_of_its_place_in_its_row(kind: str) -> None:
     model, inputs, unpadding = model_of(kind, "Sequence", 0.3), inputs_of(kind, "right"), Unpadding()
     found = []

@@ -254,6 +254,19 @@ def test_a_client_that_does_not_fit_alone_fails_by_itself_and_names_every_cure(
     assert "\n" not in str(long)
 
 
+def test_a_batch_that_cannot_be_cut_and_does_not_fit_fails_at_once(
+    tiny_bert: Path, classes: tuple[Task, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, examples = classes
+    base = load(tiny_bert, task, examples)
+    base.coupled = "an example's result depends on those beside it"
+    machine = Small(task, 10, monkeypatch)
+    (found,) = together(base, task, examples, [client(base, 0, batch_size=8)])
+    assert found.code == OUT_OF_MEMORY  # type: ignore[union-attr]
+    assert len(machine.failed) == 1
+    assert base.pass_tokens is None, "no size of pass would help"
+
+
 def test_a_step_whose_move_has_begun_is_not_taken_again(
     tiny_bert: Path, classes: tuple[Task, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
