@@ -146,8 +146,9 @@ def run(
         resume: go on with it.
         callbacks: Told what happens, in their order, after the run's folder was written.
         quiet: Show nothing; otherwise there is a moving line in a terminal or notebook, and lines elsewhere.
-        changes: keys of the config with new values, a table's keys as a dict (`rounds=2, train={"lr": 1e-3}`), and the
-            objects above.
+        changes: keys of the config with new values, a table's keys as a dict (`rounds=2, train={"lr": 1e-3}`), None for
+            a key that is to have no value (`privacy=None`), and the objects above. A value takes the place of the old
+            one, a dict's, too.
 
     Returns:
         The finished run.
@@ -275,7 +276,7 @@ def evaluate(run: Run | str | Path, data: Any = None, **changes: Any) -> pandas.
     if objects:
         plain = {**plain, "model": {**plain.get("model", {}), "name": str(kept_model(objects))}}
     file = Path(data if isinstance(data, str | Path) else keep_data(data, "data=")) if data is not None else None
-    rows, _ = figures_of(find_adapter(path, _overrides(plain), file), file)
+    rows, _ = figures_of(find_adapter(path, plain, file), file)
     return pandas.DataFrame(list(rows.values()), index=list(rows))
 
 
@@ -345,9 +346,9 @@ def resolve_config(config: str | Path | RunConfig, changes: Mapping[str, Any]) -
     """
     plain, objects = split_objects(changes)
     if not isinstance(config, RunConfig):
-        resolved = load_config(config, _overrides(plain))
+        resolved = load_config(config, plain)
     else:
-        resolved = parse_config(config.to_toml(), _overrides(plain), source="config") if plain else config
+        resolved = parse_config(config.model_dump(mode="json"), plain) if plain else config
     if not objects:
         return resolved
     resolved = with_objects(resolved, objects)
@@ -355,22 +356,6 @@ def resolve_config(config: str | Path | RunConfig, changes: Mapping[str, Any]) -
     if not names or not _task(resolved).has_classes or resolved.task.fields.get("labels"):
         return resolved
     return resolved.model_copy(update={"task": resolved.task.model_copy(update={"labels": list(names)})})
-
-
-def _overrides(changes: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key=value` for each changed key, as the command line has them; an open table's name comes first."""
-    import tomli_w
-
-    out: list[str] = []
-    for key, value in sorted(changes.items(), key=lambda item: item[0] != "name"):
-        if isinstance(value, Mapping):
-            out += _overrides(value, f"{prefix}{key}.")
-        elif value is None:
-            raise ConfigError(f"{prefix + key!r} is None: leave the key out, or give its default", code="bad-value")
-        else:
-            text = tomli_w.dumps({"value": str(value) if isinstance(value, Path) else value})
-            out.append(f"{prefix}{key}={text.partition('=')[2].strip()}")
-    return out
 
 
 def _task(config: RunConfig) -> Any:

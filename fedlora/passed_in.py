@@ -217,7 +217,13 @@ def split_objects(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         isinstance(clients, Mapping) and clients.keys() <= ClientsConfig.model_fields.keys()
     ):
         objects["clients"] = plain.pop("clients")
-    named = plain.get("data", {}).keys() & {"source", "test"}
+    table = plain.get("data", {})
+    if not isinstance(table, Mapping | str):
+        raise ConfigError(
+            f"data= is a {type(table).__name__}: it takes the keys of [data] as a dict; pass examples as dataset=",
+            code="bad-object",
+        )
+    named = table.keys() & {"source", "test"} if isinstance(table, Mapping) else frozenset()
     if named & {{"train": "source"}.get(part, part) for part in _parts(objects)} or (
         "clients" in objects and ("train" in _parts(objects) or "partition" in plain or "source" in named)
     ):

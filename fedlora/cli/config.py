@@ -66,11 +66,11 @@ class _Values:
     """The values of one run and their sources."""
 
     def __init__(self, path: Path, overrides: Sequence[str]) -> None:
-        from fedlora.config import load_config
+        from fedlora.config import changed_keys, load_config
 
         self.config: RunConfig = load_config(path, overrides)
         self._path = path
-        self._set = {override.partition("=")[0].strip() for override in overrides}
+        self._set = {".".join(keys) for keys in changed_keys(overrides)}
         self._file = _leaves(path)
         self._tree: dict[str, Any] = self.config.model_dump(mode="json")
 

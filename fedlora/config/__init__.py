@@ -10,6 +10,7 @@ from fedlora.config._evaluation import EvaluationConfig, SelectionConfig
 from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig, WireConfig
 from fedlora.config._flat import different_keys, flat_keys, flatten
 from fedlora.config._learning import NODES, AdapterConfig, DataConfig, ModelConfig, TrainConfig
+from fedlora.config._overrides import Overrides, changed_keys
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedlora.config._reading import find_config, load_config, load_section, parse_config
 from fedlora.config._run import RunConfig, RuntimeConfig, TrackingConfig
@@ -26,6 +27,7 @@ __all__ = [
     "ExamplePrivacyConfig",
     "ModelConfig",
     "OpenTable",
+    "Overrides",
     "ProfileConfig",
     "RunConfig",
     "RuntimeConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "WireConfig",
+    "changed_keys",
     "different_keys",
     "find_config",
     "flat_keys",

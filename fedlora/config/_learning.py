@@ -211,7 +211,8 @@ class TrainConfig(Section):
     def _steps_or_epochs(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(
-                "give either train.steps or train.epochs, not both (--set train.steps= removes one)",
+                "give either train.steps or train.epochs, not both (train.steps= on the command line or None in "
+                "Python removes one)",
                 code="steps-and-epochs",
             )
         return self

@@ -1,4 +1,4 @@
-"""What relative paths are relative to: those in a config file to its folder, those of `--set` to the current one."""
+"""What relative paths are relative to: those in a config file to its folder, those of overrides to the current one."""
 
 from __future__ import annotations
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from fedlora.config._base import OPEN_TABLES, Section
 from fedlora.config._federation import ProfileConfig
-from fedlora.config._overrides import apply_overrides, refuse_twice, without_unset
+from fedlora.config._overrides import UNSET, Keys, Overrides, apply_overrides, changed_keys, refuse_twice, without_unset
 from fedlora.config._paths import PATHS, absolute
 from fedlora.config._privacy import UNITS, unit_of
 from fedlora.config._run import RunConfig
@@ -24,14 +25,15 @@ SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "c
 """Where the ready files are: inside an installed package, and beside it in a checkout."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a TOML file and apply `key=value` overrides.
+def load_config(path: str | Path, overrides: Overrides = ()) -> RunConfig:
+    """Read a TOML file and change some of its keys.
 
     Args:
         path: of the file, or the name of one that ships with fedlora ("quickstart"); its stem is the run's name unless
             the file gives one. Its relative paths are relative to its own folder.
-        overrides: such as "rounds=20" or "strategy.name=ffa"; values are TOML, a bare word is a string, and a key
-            without a value is removed. Their relative paths are relative to the current folder.
+        overrides: texts such as "rounds=20" or "strategy.name=ffa", whose values are TOML, a bare word being a string,
+            and where a key without a value is removed; or a tree such as {"strategy": {"name": "ffa"}}, whose tables
+            are merged into those of the file. Their relative paths are relative to the current folder.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown (with the nearest valid one), a value is wrong.
@@ -71,8 +73,8 @@ def find_config(path: str | Path) -> Path:
 
 
 def parse_config(
-    text: str,
-    overrides: Sequence[str] = (),
+    text: str | Mapping[str, Any],
+    overrides: Overrides = (),
     *,
     source: str = "config",
     name: str | None = None,
@@ -81,21 +83,22 @@ def parse_config(
     """As `load_config`, from TOML text.
 
     Args:
-        text: of the file.
+        text: of the file; or what it says, as a tree of tables.
         overrides: see `load_config`.
         source: of the text, for messages.
         name: of the run, unless the text gives one.
         folder: that the text's relative paths are relative to, those of `overrides` being relative to the current one;
             None: all paths stay as they are.
     """
-    tree = _tree(text, source)
+    tree = _tree(text, source) if isinstance(text, str) else copy.deepcopy(dict(text))
     if name is not None:
         tree.setdefault("name", name)
     if folder is not None:
         absolute(tree, folder)
     apply_overrides(tree, overrides)
+    changed = changed_keys(overrides)
     if folder is not None:
-        absolute(tree, Path(), tuple(key for key in PATHS if key in {o.partition("=")[0].strip() for o in overrides}))
+        absolute(tree, Path(), tuple(key for key in PATHS if _is_in(key, changed)))
     _refuse_unknown(tree, RunConfig, "")
     tree = without_unset(tree)
     _refuse_nul(tree, "")
@@ -108,9 +111,27 @@ def parse_config(
         problem = first_problem(error)
         for unit in UNITS:  # pydantic names the branch of a union, which is no table of the file
             problem = problem.replace(f"privacy.{unit}.", "privacy.")
-        keys = [override.partition("=")[0].strip() for override in overrides]
-        where = "--set" if problem.partition(":")[0] in keys else source
-        raise ConfigError(f"{where}: {problem}", code="bad-value") from None
+        where, key = f"{source}: ", problem.partition(":")[0]
+        if _is_in(key, changed) or (
+            key.endswith(" is missing") and key.partition(".")[0] in {keys[0] for keys in changed}
+        ):
+            where = "" if isinstance(overrides, Mapping) else "--set: "
+        raise ConfigError(f"{where}{problem}", code="bad-value") from None
+
+
+def _require_table(key: str, value: Any, kind: type[BaseModel], *, may_lack: bool) -> None:
+    """Raise `ConfigError` for a single value, or None for a table that no run lacks."""
+    if value is UNSET or isinstance(value, Mapping) or (value is None and may_lack):
+        return
+    main = next((name for name in ("name", "source") if name in kind.model_fields), None)
+    cure = "set its keys" if main is None or not isinstance(value, str) else f"set {key}.{main} = {value!r}"
+    what = f"a {type(value).__name__}" if isinstance(value, list) else repr(value)
+    raise ConfigError(f"{key!r} is a table, not {what}: {cure}", code="not-a-table")
+
+
+def _is_in(key: str, changed: Set[Keys]) -> bool:
+    """Whether a dotted key was changed, by itself or as part of what holds it."""
+    return any(f"{key}.".startswith(f"{'.'.join(keys)}.") for keys in changed)
 
 
 def _read(path: Path, what: str, shipped: Sequence[str] = ()) -> str:
@@ -154,13 +175,19 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: s
     for key, value in tree.items():
         if key not in section.model_fields:
             cure = our_word(key) or nearest(key, section.model_fields)
+            table, _, rest = key.partition(".")
+            if rest and table in section.model_fields:  # a keyword of Python's, or a key of TOML's in quotes
+                cure = f"it is {rest!r} in the table {table!r}"
             raise ConfigError(f"unknown key {prefix + key!r}; {cure}", code="unknown-key")
         annotation = section.model_fields[key].annotation
         inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
-        if key == "privacy" and isinstance(value, Mapping):
-            if (unit := unit_of(value)) not in UNITS:
+        if key == "privacy":
+            unit = unit_of(value) if isinstance(value, Mapping) else next(iter(UNITS))
+            if unit not in UNITS:
                 raise ConfigError(f"unknown privacy.unit {unit!r}; {nearest(str(unit), UNITS)}", code="unknown-name")
             inner = UNITS[unit]
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and get_origin(annotation) is not tuple:
+            _require_table(prefix + key, value, inner, may_lack=section.model_fields[key].default is None)
         if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping):
             _refuse_unknown(value, inner, f"{prefix}{key}.")
         if key == "profiles" and isinstance(value, list):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedlora.assets import ASSETS, Checkpoint, local_name
-from fedlora.config import RunConfig, load_config, parse_config
+from fedlora.config import Overrides, RunConfig, changed_keys, load_config, parse_config
 from fedlora.data import FederatedData, load_data, load_local
 from fedlora.errors import ConfigError, ModelError, RunDirError
 from fedlora.model import load_adapted, unquantised
@@ -87,12 +87,12 @@ class Adapted:
         return nullcontext()
 
 
-def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = None) -> Source:
+def find_adapter(path: Path, overrides: Overrides = (), data: Path | None = None) -> Source:
     """The adapter of a run's folder, or in a folder of PEFT's.
 
     Args:
         path: of the run, or of the folder.
-        overrides: of its config, such as "data.text=review".
+        overrides: of its config, as `load_config` takes them.
         data: the file that it will be evaluated on, if it is not the run's own test set.
 
     Raises:
@@ -108,8 +108,7 @@ def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = 
             if run.unverified:
                 how = f"what it exported could not be verified; try again with fedlora export {path} OUT"
             raise RunDirError(f"{str(path)!r} has no adapter: {how}", code="run-without-adapter")
-        asked = {override.partition("=")[0].strip().partition(".")[0] for override in overrides}
-        own = not asked & {"data", "seed", "partition"}
+        own = not {keys[0] for keys in changed_keys(overrides)} & {"data", "seed", "partition"}
         return Source(run.adapter_dir, load_config(path / "config.toml", overrides), run, run.provenance, own)
     if not (path / "adapter_config.json").is_file():
         raise RunDirError(
@@ -119,31 +118,29 @@ def find_adapter(path: Path, overrides: Sequence[str] = (), data: Path | None = 
     return Source(path, _config_of(path, overrides, data), made=Provenance.of_adapter(path))
 
 
-def _config_of(folder: Path, overrides: Sequence[str], data: Path | None) -> RunConfig:
+def _config_of(folder: Path, overrides: Overrides, data: Path | None) -> RunConfig:
     """The config that an adapter of unknown origin implies."""
     facts: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    given = {key.strip(): value.strip(" '\"") for key, _, value in (one.partition("=") for one in overrides)}
-    # No named corpus, whose columns and classes would be taken for the adapter's.
-    known = [f"name={json.dumps(folder.name)}", f"data.source={json.dumps(str(data or 'none'))}"]
-    if (quantize := said_of_adapter(folder).get("quantize")) and "model.quantize" not in given:
-        known.append(f"model.quantize={json.dumps(quantize)}")
+    given = changed_keys(overrides)
     base, task = facts.get("base_model_name_or_path"), _task_of(folder, facts)
-    if base and "model.name" not in given:
-        known.append(f"model.name={json.dumps(base if facts.get('revision') else local_name(base))}")
-    if facts.get("revision"):
-        known.append(f"model.revision={json.dumps(facts['revision'])}")
-    if not task and not {"task", "task.name"} & given.keys():
+    if not task and not {("task",), ("task", "name")} & given:
         raise ConfigError(
-            f"{str(folder)!r} does not name its task: add --set task.name=... (and the task's fields)",
+            f"{str(folder)!r} does not name its task: set task.name (and the task's fields)",
             code="adapter-without-task",
         )
-    if "task" not in given and given.get("task.name", task.get("name")) == task.get("name"):
-        known += [f"task.{k}={json.dumps(v, ensure_ascii=False)}" for k, v in task.items() if f"task.{k}" not in given]
-    if not base and "model.name" not in given:
-        raise ConfigError(
-            f"{str(folder)!r} does not name its base model: add --set model.name=...", code="adapter-without-base"
-        )
-    return parse_config("", [*known, *overrides], source=str(folder))
+    if not base and not {("model",), ("model", "name")} & given:
+        raise ConfigError(f"{str(folder)!r} does not name its base model: set model.name", code="adapter-without-base")
+    model = {"quantize": said_of_adapter(folder).get("quantize"), "revision": facts.get("revision")}
+    if base:
+        model["name"] = base if facts.get("revision") else local_name(base)
+    # No named corpus, whose columns and classes would be taken for the adapter's.
+    known = {
+        "name": folder.name,
+        "data": {"source": str(data or "none")},
+        "model": {key: value for key, value in model.items() if value},
+        **({"task": task} if task else {}),
+    }
+    return parse_config(known, overrides, source=str(folder))
 
 
 def _task_of(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +193,7 @@ def _require(source: Source, found: Provenance) -> None:
     if source.run is not None:
         source.run.require(found, PUT_BACK)
     else:
-        cure = f"name the right one with --set model.name=..., or remove {str(source.folder / 'fedlora.json')!r}"
+        cure = f"name the right one in model.name, or remove {str(source.folder / 'fedlora.json')!r}"
         require_provenance(source.made, found, f"the adapter in {str(source.folder)!r}", cure)
 
 
@@ -245,7 +242,7 @@ def _head(source: Source, task: Task) -> dict[str, Any]:
     names = config.task.fields.get("labels") or (corpus.label_names if corpus else ())
     if not names:
         raise ConfigError(
-            "the adapter does not say how many classes it has: name them with --set task.labels=[...]",
+            "the adapter does not say how many classes it has: name them in task.labels",
             code="classes-unknown",
         )
     return {"num_labels": len(names)}

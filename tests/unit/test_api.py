@@ -122,7 +122,7 @@ def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:
     [
         ({"round": 2}, "unknown-key", "'rounds'"),
         ({"train": {"lrr": 0.1}}, "unknown-key", "'lr'"),
-        ({"rounds": None}, "bad-value", "'rounds'"),
+        ({"rounds": None}, "bad-value", "rounds: Input should be a valid integer, not None"),
         ({"strategy": {"name": "fedavgg"}}, "unknown-name", "'fedavg'"),
     ],
 )

@@ -237,6 +237,8 @@ def test_a_model_that_would_load_as_another_is_refused(
     [
         ({"tokenizer": object()}, "tokenizer-alone", "model="),
         ({"dataset": 3}, "bad-object", "'train'"),
+        ({"data": [{"text": "a", "label": "b"}]}, "bad-object", "pass examples as dataset="),
+        ({"data": "x.csv"}, "not-a-table", "set data.source = 'x.csv'"),
         ({"dataset": []}, "empty-file", "'train'"),
         ({"dataset": [{"text": 1}, {"text": "one"}]}, "mixed-types", "'train'"),
         ({"dataset": {"trian": []}}, "unknown-key", "'trian'"),

@@ -123,7 +123,11 @@ def test_another_name_in_an_open_table_drops_the_other_ones_fields() -> None:
         ("rounds", "not-key-value", ("'rounds'", "key=value")),
         ("=3", "not-key-value", ("'=3'", "key=value")),
         ("rounds.x=3", "not-a-table", ("rounds.x=3", "'rounds'")),
-        ("train=3", "bad-value", ("train", "3")),
+        ("train=3", "not-a-table", ("'train'", "3", "set its keys")),
+        ("strategy=ffa", "not-a-table", ("'strategy'", "set strategy.name = 'ffa'")),
+        ("data=x.csv", "not-a-table", ("'data'", "set data.source = 'x.csv'")),
+        ("privacy=3", "not-a-table", ("'privacy'", "3")),
+        ("'train.lr'=3", "unknown-key", ("'train.lr'", "'lr' in the table 'train'")),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, code: str, named: tuple[str, ...]) -> None:
