@@ -281,19 +281,25 @@ class Loop(ABC):
             losses.index_add_(0, owners, each.detach().to(losses))
             computed += self._now() - started
         # Whatever can fail on the data comes before the move: a step that failed is taken again.
-        tokens = [float(np.maximum(self._examples.lengths[client.chosen], 1).sum()) for client in members]
-        weights = [own / sum(tokens) for own in tokens]
+        shares = self._shares(members)
         started = self._now()
         self._moving, self._under_way = True, (0, 0)
         self._move(members, gradients, losses / sent([max(1, len(c.chosen)) for c in members], losses))
         computed += self._now() - started
-        for client, weight in zip(members, weights, strict=True):
-            client.compute += computed * weight
+        for client, share in zip(members, shares, strict=True):
+            client.compute += computed * share
             if client.outcome is None:
                 self._next_batch(client)
         taken = time.perf_counter() - begin
-        for client, weight in zip(members, weights, strict=True):
-            client.seconds += taken * weight
+        for client, share in zip(members, shares, strict=True):
+            client.seconds += taken * share
+
+    def _shares(self, members: list[Client]) -> list[float]:
+        """Each client's part of a step's time, by tokens."""
+        if len(members) == 1:
+            return [1.0]
+        tokens = [float(np.maximum(self._examples.lengths[client.chosen], 1).sum()) for client in members]
+        return [own / sum(tokens) for own in tokens]
 
     @torch.no_grad()
     def _reference(self, group: Group, batch: Batch) -> Float[Tensor, "e ..."]:
@@ -320,6 +326,11 @@ class Loop(ABC):
             yield Group([0], [client], [rows], [np.arange(len(client.chosen))], client.whole)
             return
         lengths = [self._lengths(client) for client in members]
+        if len(members) == 1:
+            for found in cut(lengths[0], self._cost):
+                own = [np.sort(found)]
+                yield Group([0], members, own, *self._batch(members, own))
+            return
         owners = np.repeat(np.arange(len(members)), [len(own) for own in lengths])
         rows = np.concatenate([np.arange(len(own)) for own in lengths])
         for found in cut(np.concatenate(lengths), self._cost):

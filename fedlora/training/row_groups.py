@@ -102,7 +102,7 @@ def cut(tokens: Int[np.ndarray, "n"], cost: PassCost) -> list[np.ndarray]:
     """
     tokens = np.maximum(tokens, 1)
     if len(tokens) and (tokens == tokens[0]).all():
-        return np.array_split(np.arange(len(tokens)), -(-len(tokens) // cost.room(int(tokens[0]))))
+        return _even(np.arange(len(tokens)), cost.room(int(tokens[0])))
     order = np.argsort(tokens, kind="stable")
     lengths, firsts = np.unique(tokens[order], return_index=True)
     before = np.array([*firsts, len(order)])  # rows that are shorter
@@ -121,7 +121,11 @@ def cut(tokens: Int[np.ndarray, "n"], cost: PassCost) -> list[np.ndarray]:
     while end:
         begin = int(start[end])
         places = order[ends[begin] : ends[end]]
-        passes = -(-len(places) // cost.room(int(lengths[end - 1])))
-        found[:0] = np.array_split(places, passes)
+        found[:0] = _even(places, cost.room(int(lengths[end - 1])))
         end = begin
     return found
+
+
+def _even(places: np.ndarray, room: int) -> list[np.ndarray]:
+    """As few passes as there is room for, of like size."""
+    return [places] if len(places) <= room else np.array_split(places, -(-len(places) // room))

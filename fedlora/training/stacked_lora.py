@@ -11,7 +11,7 @@ Shapes: k = clients, n = rows of the batch, m = rows and tokens of one client, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, final
@@ -87,7 +87,8 @@ class Step:
             RowsError: its first dimension is not the batch's rows.
         """
         if len(self.blocks) == 1 and self.blocks[0].size == 1:
-            return (Block(slice(0, 1), slice(0, x.shape[0])),)
+            same = self.blocks[0].rows.stop == x.shape[0]
+            return self.blocks if same else (Block(slice(0, 1), slice(0, x.shape[0])),)
         if tokens is not None and x.shape[0] == len(tokens):
             return self._of_tokens(tokens)
         if x.shape[0] != self.blocks[-1].rows.stop:
@@ -312,9 +313,12 @@ def cannot_share(trial: Trial) -> str | None:
     return None
 
 
-def on_device_of(x: Tensor, *tensors: Tensor | None) -> Iterator[Any]:
+def on_device_of(x: Tensor, first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Tensors where a layer's input is: of a base on several GPUs the adapters lie on the first."""
-    return (tensor if tensor is None else tensor.to(x.device) for tensor in tensors)
+    tensors = (first, *others)
+    if first.device == x.device:
+        return tensors
+    return tuple(tensor if tensor is None else tensor.to(x.device) for tensor in tensors)
 
 
 def add_pairs(
@@ -385,4 +389,5 @@ class _AddPairs(torch.autograd.Function):
 
 def _rows(x: Tensor, block: Block) -> Float[Tensor, "k m f"]:
     """A block's part of a tensor [n, *t, f], each client's rows and tokens together."""
-    return x[block.rows].reshape(block.size, -1, x.shape[-1])
+    mine = x if block.rows.stop - block.rows.start == x.shape[0] else x[block.rows]
+    return mine.reshape(block.size, -1, x.shape[-1])
