@@ -12,8 +12,9 @@ from fedlora.errors import AssetError, ConfigError, FedloraError, ModelError, Pr
 from fedlora.federation.client_pool import Failure
 from fedlora.privacy.disclosure import WITHHELD
 from fedlora.sanitize import clean_text
+from fedlora.training.lent_base import FROZEN_CHANGED
 from fedlora.training.out_of_memory import OUT_OF_MEMORY
-from fedlora.training.own_loop import FROZEN_CHANGED, FROZEN_PART_CHANGED
+from fedlora.training.own_loop import FROZEN_PART_CHANGED
 from fedlora.training.workspace import close_workspace
 
 logger = logging.getLogger(__name__)

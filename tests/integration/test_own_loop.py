@@ -22,8 +22,10 @@ from fedlora.errors import ConfigError, FedloraError, PrivacyError, TrainingErro
 from fedlora.federation.checks import refuse_early
 from fedlora.federation.discretion import failure_of
 from fedlora.federation.run import RunOutcome
+from fedlora.training import lent_base
 from fedlora.training.job import TrainJob
-from fedlora.training.own_loop import FROZEN_CHANGED, FROZEN_PART_CHANGED, lent, train_by_own_loop
+from fedlora.training.lent_base import FROZEN_CHANGED, lent
+from fedlora.training.own_loop import FROZEN_PART_CHANGED, train_by_own_loop
 from fedlora.training.workspace import open_workspace
 
 OWN = "train.loop=support.own_loops:"
@@ -184,6 +186,24 @@ def test_a_loop_that_casts_the_adapter_leaves_nothing(error: Exception | None, c
         if error is not None:
             raise error
     assert {parameter.dtype for parameter in base.parameters.values()} == {base.adapter_dtype}
+
+
+def test_a_base_that_cannot_be_lent_is_as_it_was(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = open_workspace(config(f"{OWN}sgd")).base
+    ranks = dict(base.peft_model.peft_config["default"].rank_pattern)
+    layer = next(iter(base.pair_layers.values()))
+    layer.running_mean = torch.zeros(1)  # as a layer with statistics has
+    kept = layer.lora_alpha.pop("default")
+    with pytest.raises(KeyError), lent(base):
+        pass
+    layer.lora_alpha["default"] = kept
+    assert base.peft_model.peft_config["default"].rank_pattern == ranks
+    monkeypatch.setattr(lent_base, "_as_it_is", None)  # no layer's `train` can be replaced
+    with pytest.raises(TypeError), lent(base):
+        pass
+    assert all("train" not in vars(module) for module in base.peft_model.modules())
+    assert base.peft_model.peft_config["default"].rank_pattern == ranks
+    del layer.running_mean
 
 
 def test_a_frozen_part_of_the_adapter_leaves_the_base_open(config: MakeConfig) -> None:
