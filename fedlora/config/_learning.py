@@ -181,6 +181,12 @@ class TrainConfig(Section):
     trains one of its own, v, on its loss plus lambda / 2 |v - w|^2, which stays with it; 0.1 to 2 are usual. 0: a model
     that is trained alone. None: no models of their own."""
 
+    def longer(self, times: int) -> TrainConfig:
+        """The same training, so many times as long."""
+        if self.steps is not None:
+            return self.model_copy(update={"steps": self.steps * times})
+        return self.model_copy(update={"epochs": (self.epochs or 1.0) * times})
+
     @model_validator(mode="after")
     def _may_be_personal(self) -> TrainConfig:
         if self.personal is not None and self.keep_optimizer:

@@ -51,7 +51,7 @@ def local_only(
     size = cohort_size(workspace, len(chosen)).clients
     for first in range(0, len(chosen), size):
         some = chosen[first : first + size]
-        work = [(data.clients[k], longer(config.train_of(k), config.rounds), f"local-only {k}", k) for k in some]
+        work = [(data.clients[k], as_one_round(config.train_of(k), config.rounds), f"local-only {k}", k) for k in some]
         for k, figures in zip(some, _train_and_test(workspace, work), strict=True):
             row = {"client": k, "domain": domains[k] if domains else None, "num_examples": len(data.clients[k])}
             rows.append(row | figures | _own(workspace, k))
@@ -83,11 +83,11 @@ def centralised(
     seen = expected_examples(workspace) if examples_seen is None else examples_seen
     config = workspace.config
     steps = max(
-        number_of_steps(len(rows), longer(config.train_of(k), config.rounds))
+        number_of_steps(len(rows), as_one_round(config.train_of(k), config.rounds))
         for k, rows in enumerate(workspace.data.clients)
     )
     batch = min(math.ceil(seen / steps), len(pooled))
-    whole = longer(config.train, config.rounds)
+    whole = as_one_round(config.train, config.rounds)
     once = whole.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
     (row,) = _train_and_test(workspace, [(pooled, once, "centralised", 0)])
     figure = f"{workspace.task.metric} {row[workspace.task.metric]:.4f}"
@@ -105,10 +105,9 @@ def expected_examples(workspace: Workspace) -> int:
     return max(1, round(config.rounds * share * a_round))
 
 
-def longer(once: TrainConfig, rounds: int) -> TrainConfig:
+def as_one_round(once: TrainConfig, rounds: int) -> TrainConfig:
     """The same training for `rounds` rounds at once, as one round with the schedule of all."""
-    length = {"epochs": (once.epochs or 1.0) * rounds} if once.steps is None else {"steps": once.steps * rounds}
-    return once.model_copy(update={**length, "warmup_rounds": once.warmup_rounds / rounds})
+    return once.longer(rounds).model_copy(update={"warmup_rounds": once.warmup_rounds / rounds})
 
 
 def spread_over_domains(domains: Sequence[str] | None, clients: int, number: int) -> list[int]:

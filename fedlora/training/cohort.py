@@ -92,7 +92,7 @@ def train_cohort(
         task,
         examples,
         [replace(jobs[k], trains=jobs[k].first, seed=derive(jobs[k].seed, "first"), tilt={}) for k in two],
-        [_longer(configs[k], jobs[k].first_times) for k in two],
+        [configs[k].longer(jobs[k].first_times) for k in two],
         cost,
         synchronize,
     )
@@ -112,13 +112,6 @@ def train_cohort(
             outcome = replace(outcome, **{key: getattr(before, key) + getattr(outcome, key) for key in ADDED})
         outcomes[k] = outcome
     return [outcomes[k] for k in range(len(jobs))]
-
-
-def _longer(config: TrainConfig, times: int) -> TrainConfig:
-    """The same training, so many times as long."""
-    if config.steps is not None:
-        return config.model_copy(update={"steps": config.steps * times})
-    return config.model_copy(update={"epochs": (config.epochs or 1.0) * times})
 
 
 def _in_one_phase(

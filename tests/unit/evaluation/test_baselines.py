@@ -13,10 +13,10 @@ from fedlora.config import RunConfig, TrainConfig, parse_config
 from fedlora.data.describe import main_domains
 from fedlora.errors import ConfigError
 from fedlora.evaluation.baselines import (
+    as_one_round,
     centralised,
     expected_examples,
     local_only,
-    longer,
     spread_over_domains,
 )
 from fedlora.training import Workspace, open_workspace
@@ -99,9 +99,9 @@ def test_expected_examples_follow_the_config(workspace: Workspace) -> None:
 
 
 def test_longer_training_multiplies_what_the_config_gives() -> None:
-    assert longer(TrainConfig(steps=3), 4).steps == 12
-    assert longer(TrainConfig(epochs=0.5), 4).epochs == 2.0
-    assert longer(TrainConfig(), 4).epochs == 4.0
+    assert as_one_round(TrainConfig(steps=3), 4).steps == 12
+    assert as_one_round(TrainConfig(epochs=0.5), 4).epochs == 2.0
+    assert as_one_round(TrainConfig(), 4).epochs == 4.0
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -111,7 +111,7 @@ def test_a_baseline_has_the_learning_rates_of_the_run(schedule: str, warmup_roun
     once = TrainConfig(steps=steps, schedule=schedule, warmup_rounds=warmup_rounds, lr_end=1e-5)  # type: ignore[arg-type]
     job = TrainJob(AdapterState(), ALL_PARTS, np.empty(0, np.int64), 0)
     places = [(k % steps, replace(job, round=1 + k // steps, rounds=rounds)) for k in range(rounds * steps)]
-    whole = longer(once, rounds)
+    whole = as_one_round(once, rounds)
     assert [learning_rate(k, rounds * steps, whole, job) for k in range(rounds * steps)] == pytest.approx(
         [learning_rate(step, steps, once, place) for step, place in places]
     )
