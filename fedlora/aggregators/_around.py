@@ -74,6 +74,7 @@ class Around(Aggregator):
         self._claim((self.inner.claims & kept) | added)
         object.__setattr__(self, "keeps_basis", self.inner.keeps_basis)
         object.__setattr__(self, "keeps_units", self.inner.keeps_units)
+        object.__setattr__(self, "tilts", type(self).tilts or self.inner.tilts)
 
     def require_means(self) -> None:
         """Raise `ConfigError` for an inner rule that leaves updates out, of which a rule around it would not know."""

@@ -202,6 +202,8 @@ class Aggregator(ABC):
     that draw a new basis, such as singular vectors, say no."""
     keeps_units: ClassVar[bool] = True
     """Whether unit i of a client's plan is the same unit of the global adapter in each round."""
+    tilts: ClassVar[bool] = False
+    """Whether plans have a `tilt`, which is sent beside the adapter and is as large."""
 
     def _claim(self, claims: Claim) -> None:
         """Set what this instance claims, where that depends on its fields: for `__post_init__`."""

@@ -67,6 +67,7 @@ class Drift(Around):
 
     claims: ClassVar[Claim] = Claim.ANY_TENSORS
     group: ClassVar[str] = "drift"
+    tilts: ClassVar[bool] = True
     asks: ClassVar[frozenset[Fact]] = frozenset({"clients"})
 
     @abstractmethod

@@ -10,7 +10,7 @@ Shapes: b = examples, t = tokens, h = heads, d = features of a head.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import ALL_PARTS, AdapterState, LoraPair
-from fedlora.aggregators import Aggregator, ClientPlan, load_aggregator
-from fedlora.aggregators._around import Around
-from fedlora.aggregators.drift import Drift
+from fedlora.aggregators import ClientPlan, load_aggregator
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, ModelError
 from fedlora.federation.checks import clients_wanted
@@ -150,16 +148,16 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
     )
     trained = sum(value.numel() for value in adapter.tensors().values())
     request = TrainRequest(ClientPlan(adapter), 1, 0, wire=config.wire.up, fraction=config.wire.fraction)
-    tilts = _tilts(load_aggregator(config.strategy.name, config.strategy.fields))
+    rule = load_aggregator(config.strategy.name, config.strategy.fields)
     own = {id(parameter) for parameter in base.parameters.values()}
     frozen = [parameter for parameter in base.model.parameters() if id(parameter) not in own]
     wide = base.adapter_dtype.itemsize
-    there, asked = config.partition.fields.get("clients"), config.server.clients_per_round
-    asked = asked if there is None else clients_wanted(config, int(there))
-    clients = asked or 1
-    longest, answer = task.texts_of_an_example * _longest(base, task), int(getattr(task, "max_target_length", 0))
-    spoken = {"AutoModelForCausalLM": CHUNK, "AutoModelForSeq2SeqLM": answer * config.train.batch_size}
-    longest += answer
+    partitioned = config.partition.fields.get("clients")
+    a_round = config.server.clients_per_round if partitioned is None else clients_wanted(config, int(partitioned))
+    clients = a_round or 1
+    answer = int(getattr(task, "max_target_length", 0))
+    longest = task.texts_of_an_example * _longest(base, task) + answer
+    over_words = {"AutoModelForCausalLM": CHUNK, "AutoModelForSeq2SeqLM": answer * config.train.batch_size}
     wanted = [pass_tokens(base, kind if kind in ENTRIES else "cpu"), config.train.batch_size * longest * clients]
     if config.train.micro_batch_size is not None:
         wanted.append(config.train.micro_batch_size * longest)
@@ -170,13 +168,15 @@ def make_plan(config: RunConfig, memory: int, dtype: str, kind: str = "cuda") ->
         adapter=trained * wide,
         optimizer=COPIES * trained * wide,
         token=_kept(base, task, adapter, saved=config.train.gradient_checkpointing),
-        logits=OF_LOGITS * min(spoken.get(task.auto_class, 0), longest * config.train.batch_size) * _vocabulary(base),
+        logits=OF_LOGITS
+        * min(over_words.get(task.auto_class, 0), longest * config.train.batch_size)
+        * _vocabulary(base),
         memory=memory,
         pass_tokens=min(wanted),
         row_tokens=longest,
-        clients=asked,
+        clients=a_round,
         down=clients
-        * (tensors_nbytes({ADAPTER: adapter.tensors()}, config.wire.down) + (adapter.nbytes() if tilts else 0)),
+        * (tensors_nbytes({ADAPTER: adapter.tensors()}, config.wire.down) + (adapter.nbytes() if rule.tilts else 0)),
         up=clients * request.reply_nbytes,
     )
 
@@ -197,11 +197,6 @@ def read_size(text: str) -> int:
     if not 0 < found < 1 << 60:
         raise ConfigError(f"{text!r} is no size of memory: write it as 24GB or 16GiB", code="not-a-size")
     return int(found)
-
-
-def _tilts(rule: Aggregator) -> bool:
-    """Whether clients are sent a tilt beside the adapter, which is as large."""
-    return isinstance(rule, Drift) or (isinstance(rule, Around) and _tilts(rule.inner))
 
 
 def _blank(base: Base, *shape: int) -> Tensor:
@@ -298,28 +293,24 @@ def _saved(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
-class _fused(ExitStack):  # noqa: N801 - read as a function
+@contextmanager
+def _fused(model: Any) -> Iterator[None]:
     """Inside, a model attends by a function that has shapes alone."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model: Any = model
-
-    def __enter__(self) -> _fused:
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        before = self._model.config._attn_implementation
-        AttentionInterface.register(NAME, _attend)
-        AttentionMaskInterface.register(NAME, lambda *_args, **_options: None)
-        try:
-            self._model.set_attn_implementation(NAME)
-        except (AttributeError, ValueError) as error:
-            raise ModelError(
-                f"{type(self._model).__name__} has attention code of its own, whose memory is not known",
-                code="no-plan",
-            ) from error
-        self.callback(self._model.set_attn_implementation, before)
-        return super().__enter__()
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, lambda *_args, **_options: None)
+    try:
+        model.set_attn_implementation(NAME)
+    except (AttributeError, ValueError) as error:
+        raise ModelError(
+            f"{type(model).__name__} has attention code of its own, whose memory is not known", code="no-plan"
+        ) from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 class _Fused(torch.autograd.Function):

@@ -76,6 +76,7 @@ class AggregatorContract(ClaimLaws):
                 tilted = {name: value.shape for name, value in plan.tilt.items()}
                 shapes = {name: value.shape for name, value in plan.adapter.tensors(plan.sends).items()}
                 require(tilted.items() <= shapes.items(), "the plan's tilt is not of what the client sends")
+                require(not tilted or self.aggregator.tilts, "the plan has a tilt, and the rule does not say `tilts`")
                 require_same(dict(plan.tilt), dict(again.tilt), 0.0, "the tilt of two plans")
                 require(plan.base_version == state.base_version, "the plan trains on another version of the base")
                 require_same(

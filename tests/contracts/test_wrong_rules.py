@@ -54,6 +54,7 @@ CAUGHT: list[tuple[Aggregator, set[str]]] = [
     (wrong.AveragesKept(), {UNREAD, ALIKE}),
     (wrong.MovesTheStart(), {ALIKE, ALONE, SAME, DENSE}),
     (wrong.KeepsUnsaid(), {PLAN}),
+    (wrong.TiltsUnsaid(), {PLAN}),
     (wrong.PersonalByName(), {PLAN}),
     (wrong.ExactAndPersonal(), {UNREAD, EXACT}),
 ]

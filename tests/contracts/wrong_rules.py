@@ -419,6 +419,20 @@ class KeepsUnsaid(Aggregator):
 
 
 @dataclass(frozen=True)
+class TiltsUnsaid(Aggregator):
+    """Sends a tilt beside the adapter, and does not say so."""
+
+    claims: ClassVar[Claim] = Claim.LINEAR
+
+    def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:
+        plan = FedAvg().plan(state, client)
+        return replace(plan, tilt={name: 0 * value for name, value in plan.adapter.tensors(plan.sends).items()})
+
+    def aggregate(self, state: GlobalState, updates: Iterable[ClientUpdate]) -> GlobalState:
+        return FedAvg().aggregate(state, updates)
+
+
+@dataclass(frozen=True)
 class PersonalByName(Aggregator):
     """Claims that clients have models of their own, and sends all of them."""
 

@@ -178,7 +178,9 @@ def test_a_quantised_base_is_smaller_by_its_bits(quantize: str, base: float, tmp
     assert found.base == pytest.approx(base * GIB, rel=0.02)
 
 
-def test_a_plan_counts_the_weights_that_are_loaded(tiny_bert: Path) -> None:
+def test_a_plan_counts_the_weights_that_are_loaded(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = parse_config("", [f"model.name='{tiny_bert}'", "wire.up=int8"])
     found = make_plan(config, 10**9, "float32", "cpu")
     task = load_task(config.task)
@@ -192,6 +194,16 @@ def test_a_plan_counts_the_weights_that_are_loaded(tiny_bert: Path) -> None:
     for rule in ("{name='scaffold'}", "{name='krum',inner={name='feddyn'}}"):
         tilted = make_plan(parse_config("", [f"model.name='{tiny_bert}'", f"strategy={rule}"]), 10**9, "float32", "cpu")
         assert tilted.down == 2 * found.down, "the tilt is as large as the adapter"
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_tilts.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fedlora.aggregators.ffa import FfaLora\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(FfaLora):\n"
+        "    tilts = True\n"
+    )
+    mine = parse_config("", [f"model.name='{tiny_bert}'", "strategy.name=my_tilts:Mine"])
+    assert make_plan(mine, 10**9, "float32", "cpu").down == 2 * found.down, "a rule of one's own, too"
     rounded = parse_config("", [f"model.name='{tiny_bert}'", "wire.down=int8"])
     down = sum(header_of_value("int8", value.dtype, tuple(value.shape)).nbytes for value in sent)
     assert make_plan(rounded, 10**9, "float32", "cpu").down == 8 * down < 0.5 * found.down
