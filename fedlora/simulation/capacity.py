@@ -8,7 +8,7 @@ bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fedlora.aggregators import rules
-from fedlora.config import NODES
+from fedlora.config import NODES, RunConfig
 from fedlora.data.source import own_source
 from fedlora.errors import ConfigError
 from fedlora.federation.simulated_devices import examples_to_tell
@@ -165,6 +165,13 @@ def cohort_size(workspace: Workspace, asked: int, processes: int = 1) -> CohortC
     turns = -(-asked // (most * processes))
     chosen = most if processes == 1 else -(-asked // (turns * processes))
     return CohortChoice(chosen, f"{rows:g} rows of {typical:.3g} tokens a client, passes of {pass_tokens} tokens")
+
+
+def said_of_cohort(config: RunConfig, choice: CohortChoice) -> Iterator[str]:
+    """What is to be said of a cohort that was asked for and cannot be."""
+    asked = config.runtime.cohort
+    if asked not in ("auto", choice.clients):
+        yield f"runtime.cohort = {asked} has no effect: clients train {choice.reason}"
 
 
 def modules_of(workspace: Workspace) -> list[str]:

@@ -28,6 +28,7 @@ from fedlora.simulation.capacity import (
     expected_tokens,
     modules_of,
     process_count,
+    said_of_cohort,
 )
 from fedlora.simulation.partial_aggregates import sums_suffice
 from fedlora.simulation.pool_worker import Begin
@@ -139,6 +140,8 @@ def _pool(
     with _cluster(config) as cluster:
         choice = process_count(workspace, asked, cluster.machines if cluster else ())
         cohort = cohort_size(workspace, asked, choice.processes)
+        for note in said_of_cohort(config, cohort):
+            told.message(note)
         facts: dict[str, Any] = {"processes": choice.processes, "processes_why": choice.reason}
         facts["pass_cost"] = asdict(pass_cost(workspace.base))
         if rundir is not None:

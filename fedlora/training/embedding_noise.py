@@ -24,7 +24,7 @@ WITHOUT_ROWS = "embeddings-without-rows"
 
 
 class EmbeddingNoise:
-    """While it is entered, a model's embeddings are noisy; call `begin` before each forward pass.
+    """While it is entered, a model's embeddings are noisy in training; call `begin` before each such forward pass.
 
     Args:
         model: a transformers model, with PEFT's layers in it.
@@ -50,6 +50,8 @@ class EmbeddingNoise:
         self._handle.remove()
 
     def _noisy(self, _module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
+        if not self._model.training:  # what a task's reference says
+            return embedded
         if embedded.ndim != 3 or len(embedded) != len(self._scales):
             raise TrainingError(
                 f"train.neftune_noise_alpha: {type(self._model).__name__} embeds tokens in another form than rows of "

@@ -12,14 +12,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.errors import raises
+from support.tiny_federations import MakeConfig
 from torch import nn
 
 from fedlora.aggregators import rules
+from fedlora.api import train
+from fedlora.callbacks import Callback
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError
 from fedlora.partition import partitioners
 from fedlora.simulation import capacity as sizing
-from fedlora.simulation.capacity import WORTH_PROCESSES, ProcessChoice, cohort_size, expected_tokens, process_count
+from fedlora.simulation.capacity import (
+    WORTH_PROCESSES,
+    ProcessChoice,
+    cohort_size,
+    expected_tokens,
+    process_count,
+    said_of_cohort,
+)
 from fedlora.simulation.machines import Machine
 from fedlora.training import runtime
 
@@ -28,7 +38,8 @@ class _Base:
     """A model of 10 x 100 weights beside a table of tokens, with an adapter of 1 kB."""
 
     device = torch.device("cpu")
-    pass_tokens = cache = None
+    pass_tokens = cache = coupled = None
+    padded = "no layers of rows"
 
     def __init__(self) -> None:
         self.model = nn.Sequential(nn.Embedding(1000, 10), nn.Linear(10, 100, bias=False))
@@ -213,3 +224,31 @@ def test_all_processes_get_about_as_many(asked: int, processes: int, rows: int) 
     waves = -(-asked // (shared * processes))
     assert waves == -(-asked // (alone * processes))  # smaller groups, and no more of them
     assert shared * processes * waves < asked + processes * waves  # and nobody waits for more than one client
+
+
+def test_a_cohort_that_is_asked_for_and_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, auto = workspace(settled("runtime.cohort=8")), workspace(settled())
+    assert not list(said_of_cohort(asked.config, cohort_size(asked, 8)))
+    monkeypatch.setattr(sizing, "why_alone", lambda _base: "DoRA has magnitudes")
+    assert list(said_of_cohort(asked.config, cohort_size(asked, 8))) == [
+        "runtime.cohort = 8 has no effect: clients train one after the other: DoRA has magnitudes"
+    ]
+    assert not list(said_of_cohort(auto.config, cohort_size(auto, 8)))
+
+
+class Heard(Callback):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.slow
+def test_a_run_says_it(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    heard = Heard()
+    more = ("rounds=1", "train.steps=1", "runtime.processes=1", "adapter.method=dora", "runtime.cohort=8")
+    train(tiny_config(*more), heard)
+    (line,) = [line for line in heard.lines if "cohort" in line]
+    assert line.startswith("runtime.cohort = 8 has no effect: clients train one after the other: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from fedlora.errors import ConfigError, TrainingError
 from fedlora.model import Base
 from fedlora.privacy.calibrate import Schedule
 from fedlora.tasks import Examples, Task, load_task
+from fedlora.tasks._base import REFERENCE, Batch
+from fedlora.tasks.text_classification import TextClassification
 from fedlora.training import TrainResult
 from fedlora.training.dp_loop import PrivateTrainingLoop
 from fedlora.training.dp_settings import PrivateSettings
@@ -95,6 +98,36 @@ def test_the_noise_is_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert float(deviations.abs().max()) < 4
     assert float(values.max()) > 0.999
     assert len(values.unique()) > 0.3 * len(values), "no two rows or steps have the same"
+
+
+@dataclass(frozen=True)
+class Referring(TextClassification):
+    """Its loss also compares with what the start says of a text."""
+
+    heard: list[Tensor] = field(default_factory=list)
+
+    @property
+    def refers(self) -> bool:
+        return True
+
+    def reference(self, model: Any, batch: Batch) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        self.heard.append(model(**inputs).logits)
+        return self.heard[-1]
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        plain = {name: value for name, value in batch.items() if name != REFERENCE}
+        return super().losses(model, plain) + batch[REFERENCE].square().mean(1)
+
+
+@pytest.mark.parametrize("cost", [WIDE, PASSES[-1]], ids=["together", "row by row"])
+def test_what_a_task_refers_to_has_no_noise(cost: Any, tmp_path: Path) -> None:
+    base, _, examples = a_base("bert", tmp_path)
+    noisy, plain = Referring(), Referring()
+    plainly(base, noisy, examples, cost)
+    plainly(base, plain, examples, cost, neftune_noise_alpha=None)
+    assert len(noisy.heard) > 1
+    assert all(torch.equal(one, other) for one, other in zip(noisy.heard, plain.heard, strict=True))
 
 
 @pytest.mark.parametrize(
