@@ -4,12 +4,14 @@
     python benchmarks/worker.py configs/images_vit.toml --messages 5
 
 With and without take turns; the worker has answered once before it is measured. Wall seconds of the whole process, from
-its start to its end; "in training steps" is what the reply says. CPU seconds are the node's process alone.
+its start to its end; "in training steps" is what the reply says. CPU seconds are the node's process alone. Each message
+is of another round: one that a worker has answered before it answers from memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import resource
 import statistics
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from _shapes import machine
@@ -47,13 +50,14 @@ Path(sys.argv[2]).write_bytes(pack({}, content=reply.content, state=contents["st
 """
 
 
-def request(config: RunConfig) -> object:
-    """What the server sends to client 0 in round 1."""
+def requests(config: RunConfig) -> Iterator[object]:
+    """What the server sends to client 0 in round 1, 2, ..., from the same state."""
     workspace = open_workspace(config)
     rule = load_aggregator(config.strategy.name, config.strategy.fields)
     state = rule.init(workspace.base.initial_adapter(config.seed), seed=1)
-    planned = Planner(config, rule, workspace).request(RoundRequest(1, [0], state), ClientInfo(0), Held())
-    return RequestEncoder().encode(planned)
+    planner, encoder = Planner(config, rule, workspace), RequestEncoder()
+    for number in itertools.count(1):
+        yield encoder.encode(planner.request(RoundRequest(number, [0], state), ClientInfo(0), Held()))
 
 
 def message(folder: Path) -> tuple[float, float, float]:
@@ -77,17 +81,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fedlora-") as name:
         folder, socket = Path(name), Path(name) / "w.sock"
         head = {"node": {"partition-id": 0, "num-partitions": 1}, "run": {"toml": config.to_toml()}}
-        (folder / "in").write_bytes(pack(head, content=request(config), state=_nothing()))
+        asked = requests(config)
+
+        def one() -> tuple[float, float, float]:
+            (folder / "in").write_bytes(pack(head, content=next(asked), state=_nothing()))
+            return message(folder)
+
         worker = subprocess.Popen([sys.executable, "-m", "fedlora", "worker", "--socket", str(socket)])
         try:
             _wait(socket)
             os.environ["FEDLORA_WORKER"] = str(socket)
-            message(folder)
+            one()
             rows: dict[str, list[tuple[float, float, float]]] = {"without": [], "with": []}
             for _ in range(args.messages):
                 for arm, taken in rows.items():
                     os.environ["FEDLORA_WORKER"] = str(socket) if arm == "with" else ""
-                    taken.append(message(folder))
+                    taken.append(one())
         finally:
             worker.terminate()
             worker.wait()

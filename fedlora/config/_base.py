@@ -25,7 +25,7 @@ Counts = Annotated[
 class Section(BaseModel):
     """Base of all tables: frozen, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 OPEN_TABLES = ("strategy", "partition", "task")
