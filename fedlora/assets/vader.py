@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedlora.assets._archives import tar_member
+from fedlora.assets._archives import tar_member, write_rows
 
 VADER_DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",
@@ -27,10 +26,7 @@ def unpack_vader(file: Path, folder: Path) -> None:
             domain: tar_member(archive, f"hutto_ICWSM_2014/{name}").read().decode("utf-8")
             for domain, name in VADER_DOMAINS.items()
         }
-    with (folder / "vader.jsonl").open("w", encoding="utf-8", newline="\n") as sink:
-        for domain, text in texts.items():
-            for row in vader_rows(domain, text):
-                sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_rows((row for domain, text in texts.items() for row in vader_rows(domain, text)), folder / "vader.jsonl")
 
 
 def vader_rows(domain: str, text: str) -> Iterator[dict[str, str | int | float]]:

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 
-from fedlora.assets import Checkpoint
+from fedlora.assets import Checkpoint, once_a_checkpoint
 
 _GENERIC = re.compile(r"LABEL_\d+")  # transformers' own names where a checkpoint gives none
 
 
-def trained_classes(model: str | Path | Checkpoint) -> tuple[str, ...]:
+@once_a_checkpoint
+def trained_classes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The names in a checkpoint's `id2label`, by number; () where it has none but transformers' LABEL_0, LABEL_1 ...
 
-    Args:
-        model: a folder, hub name or checkpoint. One without a readable config gives (): loading the model says why.
+    One without a readable config gives (): loading the model says why.
     """
-    return _trained_classes(Checkpoint.at(model))
-
-
-@lru_cache(maxsize=4)
-def _trained_classes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
-        found = getattr(config, "id2label", None) or {}
-        names = tuple(str(found[number]) for number in sorted(found))
-    except Exception:  # transformers checks configs by classes of its own; loading the model says what is wrong
-        return ()
+    found = checkpoint.config_value("id2label") or {}
+    names = tuple(str(found[number]) for number in sorted(found))
     return () if all(_GENERIC.fullmatch(name) for name in names) else names
 
 

@@ -65,13 +65,8 @@ def warning_of(config: RunConfig) -> str | None:
 
 def width_of(checkpoint: Checkpoint) -> int:
     """Features of a model's hidden states, by its config; 0 where that does not say."""
-    import transformers
-
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
-        return int(config.get_text_config().hidden_size)
-    except Exception:  # whoever loads the model says it better
-        return 0
+    width = checkpoint.config_value("hidden_size", text=True)
+    return width if isinstance(width, int) else 0
 
 
 def slowdown(dtype: str, width: int) -> dict[str, Any]:

@@ -214,13 +214,7 @@ def _from_config(
 
 def _require_pad_row(checkpoint: Checkpoint, pad_id: int | None) -> None:
     """Refuse a padding token without a row: some models fail by it while they are built, in words of torch's."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
-    except Exception:  # `from_pretrained` of the model says it better
-        return
-    rows = getattr(config, "vocab_size", None)
+    rows = checkpoint.config_value("vocab_size")
     if pad_id is not None and isinstance(rows, int) and pad_id >= rows:
         raise ModelError(
             f"the tokenizer of {str(checkpoint)!r} has a padding token with id {pad_id}, and the model's embeddings "

@@ -8,7 +8,6 @@ checkpoint does not hold stay whole.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -75,12 +74,7 @@ def unquantised(config: RunConfig) -> RunConfig:
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is quantised already."""
-    import transformers
-
-    with suppress(Exception):  # whoever loads the model says what is wrong with its config
-        found = transformers.AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
-        return getattr(found, "quantization_config", None) is not None
-    return False
+    return checkpoint.config_value("quantization_config") is not None
 
 
 def keep_whole(model: nn.Module, absent: Iterable[str]) -> None:

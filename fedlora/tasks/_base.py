@@ -27,6 +27,8 @@ from fedlora.registry import Registry
 Batch = dict[str, Tensor]
 REFERENCE = "reference"
 """Name in a batch of what `Task.reference` gives."""
+NEW_TOKENS = 32
+"""Most tokens of what a `Sample` generated."""
 
 
 @dataclass(frozen=True)
@@ -225,9 +227,9 @@ class Task(ABC):
             ModelError: it cannot, with the reason and the cure.
         """
 
-    @abstractmethod
     def model_kwargs(self, examples: Examples) -> dict[str, Any]:
-        """Keyword arguments for the model's `from_pretrained`, such as `num_labels`."""
+        """Keyword arguments for the model's `from_pretrained`, such as `num_labels`; by default none."""
+        return {}
 
     @abstractmethod
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
@@ -311,17 +313,14 @@ class Task(ABC):
         examples: Examples,
         indices: Sequence[int] | np.ndarray,
         model_path: str | Path | Checkpoint,
-        *,
-        new_tokens: int = 32,
     ) -> tuple[Sample, ...]:
-        """What the model says to the prompts of some examples; () for a task whose model says nothing.
+        """What the model says to the prompts of some examples, in `NEW_TOKENS` at most; () where it says nothing.
 
         Args:
             model: with its adapter written.
             examples: held out.
             indices: which of them.
             model_path: where the tokeniser is.
-            new_tokens: at most so many are generated.
         """
         return ()
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,12 +15,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedlora.assets import Checkpoint
+from fedlora.assets import Checkpoint, once_a_checkpoint
 from fedlora.errors import ConfigError, DataError, ModelError
-from fedlora.hashing import Stamp
 from fedlora.provenance import tokenizer_digest
 from fedlora.sanitize import clean_text
-from fedlora.tasks._base import Examples
+from fedlora.tasks._base import Examples, Task
 
 LONGEST = 1024
 """Most tokens of an example where `task.max_length` says nothing and the model takes more (TRL's default)."""
@@ -126,43 +124,30 @@ def tokens_of(examples: Examples, name: str = "input_ids") -> Tokens:
     return tokens
 
 
-def load_tokenizer(model: str | Path | Checkpoint) -> Any:
-    """The tokeniser of a model folder, hub name or checkpoint, once a process.
+class TextTask(Task):
+    """A task whose examples have a text that the model reads as it is, "input_ids"."""
+
+    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
+        """The tokeniser's hash."""
+        return {"tokenizer": digest_tokenizer(model)}
+
+    def pads_left(self, examples: Examples) -> bool:
+        """As the tokeniser says."""
+        return tokens_of(examples).left
+
+    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
+        """Noise in the texts: `rate` is the share of words that are exchanged for words of other texts."""
+        tokens: Tokens = tokens_of(examples).corrupt(rows, rate, seed)
+        return replace(examples, inputs={**examples.inputs, "input_ids": tokens})
+
+
+@once_a_checkpoint
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokeniser of a checkpoint.
 
     Raises:
         ModelError: there is none, or it cannot be loaded.
     """
-    checkpoint = Checkpoint.at(model)
-    return _load_tokenizer(checkpoint, checkpoint.stamps())
-
-
-def most_tokens(model: str | Path | Checkpoint) -> int:
-    """Most tokens of an example where `task.max_length` says nothing: `LONGEST`, or what the model takes if less."""
-    from transformers import AutoConfig
-
-    checkpoint = Checkpoint.at(model)
-    known = [load_tokenizer(checkpoint).model_max_length]
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options).get_text_config()
-        known.append(getattr(config, "max_position_embeddings", None))
-    except (OSError, ValueError):  # loading the model says what is wrong
-        pass
-    return min([LONGEST, *(int(limit) for limit in known if isinstance(limit, int) and limit > 0)])
-
-
-def digest_tokenizer(model: str | Path | Checkpoint) -> str:
-    """The tokeniser's hash, by `fedlora.provenance.tokenizer_digest`, once a process."""
-    checkpoint = Checkpoint.at(model)
-    return _digest_tokenizer(checkpoint, checkpoint.stamps())
-
-
-@lru_cache(maxsize=4)
-def _digest_tokenizer(checkpoint: Checkpoint, stamps: tuple[Stamp, ...]) -> str:
-    return tokenizer_digest(_load_tokenizer(checkpoint, stamps))
-
-
-@lru_cache(maxsize=4)
-def _load_tokenizer(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> Any:
     from transformers import AutoTokenizer
 
     path = str(checkpoint)
@@ -185,6 +170,20 @@ def _load_tokenizer(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def most_tokens(model: str | Path | Checkpoint) -> int:
+    """Most tokens of an example where `task.max_length` says nothing: `LONGEST`, or what the model takes if less."""
+    checkpoint = Checkpoint.at(model)
+    positions = checkpoint.config_value("max_position_embeddings", text=True)
+    known = (load_tokenizer(checkpoint).model_max_length, positions)
+    return min([LONGEST, *(int(limit) for limit in known if isinstance(limit, int) and limit > 0)])
+
+
+@once_a_checkpoint
+def digest_tokenizer(checkpoint: Checkpoint) -> str:
+    """The tokeniser's hash, by `fedlora.provenance.tokenizer_digest`."""
+    return tokenizer_digest(load_tokenizer(checkpoint))
 
 
 def require_text(value: Any, row: int, column: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -18,15 +18,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedlora.assets import Checkpoint
-from fedlora.tasks._base import Batch, Examples, Table, Task, without_cache
-from fedlora.tasks._text import Tokens, digest_tokenizer, encode, load_tokenizer, tokens_of
+from fedlora.tasks._base import Batch, Examples, Table, without_cache
+from fedlora.tasks._text import TextTask, encode, load_tokenizer, tokens_of
 
 TARGETS = "targets"
 """Name among an example's inputs of what is learnt of it where that is no class."""
 
 
 @dataclass(frozen=True)
-class TextHead(Task):
+class TextHead(TextTask):
     """A head on the base model.
 
     Args:
@@ -39,10 +39,6 @@ class TextHead(Task):
     def head(self) -> tuple[str, ...]:
         """Names that transformers gives to the head (BERT's, DistilBERT's, Llama's)."""
         return ("classifier", "pre_classifier", "score")
-
-    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
-        """The tokeniser's hash."""
-        return {"tokenizer": digest_tokenizer(model)}
 
     def model_kwargs(self, examples: Examples) -> dict[str, Any]:
         """The padding token, which some models look for."""
@@ -71,15 +67,6 @@ class TextHead(Task):
         """The tokeniser's own padding, which is not looked at."""
         names = {"input_ids", "token_type_ids"} & examples.inputs.keys()
         return {"attention_mask": 0, **{name: tokens_of(examples, name).pad_id for name in names}}
-
-    def pads_left(self, examples: Examples) -> bool:
-        """As the tokeniser says."""
-        return tokens_of(examples).left
-
-    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
-        """Noise in the texts: `rate` is the share of words that are exchanged for words of other texts."""
-        tokens: Tokens = tokens_of(examples).corrupt(rows, rate, seed)
-        return replace(examples, inputs={**examples.inputs, "input_ids": tokens})
 
     def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b c"]:
         """The head's scores."""

@@ -10,38 +10,36 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError
 from fedlora.hashing import digest_of
-from fedlora.model.reach import longest_text
-from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, tasks
+from fedlora.tasks._base import Batch, Examples, Table, tasks
 from fedlora.tasks._chat import PLAIN_TEMPLATE, TrainOn, encode_rows, learnt
 from fedlora.tasks._chat_formats import FORMATS, OPTIONAL, Conversation, FormatName, read_rows, roles_of
+from fedlora.tasks._decoder import Decoder, chosen_logits, longest_of
 from fedlora.tasks._text import LONGEST, digest_tokenizer, load_tokenizer, most_tokens, tokens_of
 from fedlora.tasks._token_loss import (
-    COMPARED,
     IGNORED,
-    logits_at,
     mean_losses,
     measured_tokens,
     perplexity_figures,
     perplexity_sums,
     require_tokens,
 )
-from fedlora.tasks._trials import evaluating, refuse_foresight, refuse_leaks
+from fedlora.tasks._trials import refuse_leaks
 
 
 @tasks.register("causal-lm")
 @dataclass(frozen=True)
-class CausalLM(Task):
+class CausalLM(Decoder):
     """Language modelling on conversations or plain text.
 
     The loss of an example is the mean over its own counted tokens, in nats. Losses are averaged over examples, so a
@@ -68,10 +66,8 @@ class CausalLM(Task):
             1512.00567, section 7); evaluation has none.
     """
 
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
     metric: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
-    peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     kept_on_cpu: ClassVar[tuple[str, ...]] = ("labels", "segments")
 
     optional_roles: ClassVar[tuple[str, ...]] = OPTIONAL
@@ -151,18 +147,11 @@ class CausalLM(Task):
             notes=tuple(notes),
         )
 
-    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
-        """Nothing: the model is taken as it is."""
-        return {}
-
     def check(self, model: nn.Module, sets: Sequence[Examples]) -> None:
         """Refuse a model that sees what it is to predict, or one that packing changes; see `fedlora.tasks._trials`."""
-        longest = max((ids for found in sets for ids in _longest(found)), key=len, default=None)
-        if longest is None:
-            return
-        refuse_foresight(model, longest, _chosen_logits)
-        if self.packing:
-            refuse_leaks(model, longest[: self.max_length or LONGEST], _chosen_logits)
+        super().check(model, sets)
+        if self.packing and (longest := longest_of(sets)) is not None:
+            refuse_leaks(model, longest[: self.max_length or LONGEST], chosen_logits)
 
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """A padded batch, or a packed one.
@@ -175,24 +164,6 @@ class CausalLM(Task):
             return _packed([(ids[int(i)], labels[int(i)]) for i in indices], ids.pad_id, self.max_length or LONGEST)
         padded, mask = ids.pad(indices)
         return {"input_ids": padded, "attention_mask": mask, "labels": labels.pad(indices)[0]}
-
-    def plain_inputs(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The beginning of each example, padded, whether packing or not: a vocabulary has many logits."""
-        ids, mask = tokens_of(examples).pad(indices)
-        return {"input_ids": ids[:, :COMPARED], "attention_mask": mask[:, :COMPARED]}
-
-    def spans(
-        self, examples: Examples, index: int, model_path: str | Path | Checkpoint
-    ) -> tuple[tuple[str, bool], ...]:
-        """The example's text, cut where tokens begin or cease to count."""
-        tokenizer = load_tokenizer(model_path)
-        ids, counts = tokens_of(examples)[index], tokens_of(examples, "labels")[index] != IGNORED
-        edges = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(ids)]
-        texts = [tokenizer.decode(ids[:edge].tolist()) for edge in edges]
-        return tuple(
-            (text[len(before) :], bool(counts[edge]))
-            for before, text, edge in zip(texts, texts[1:], edges, strict=False)
-        )
 
     def padding(self, examples: Examples) -> Mapping[str, int]:
         """Labels that do not count, and positions and segments of nobody."""
@@ -245,74 +216,9 @@ class CausalLM(Task):
         """An example has one token that counts at least, and at most `max_length`."""
         require_tokens(sums, self.max_length or math.inf)
 
-    def samples(
-        self,
-        model: nn.Module,
-        examples: Examples,
-        indices: Sequence[int] | np.ndarray,
-        model_path: str | Path | Checkpoint,
-        *,
-        new_tokens: int = 32,
-    ) -> tuple[Sample, ...]:
-        """What the model says to the prompts of some examples: greedy, so the same each time.
-
-        A plain text's first half is its prompt, otherwise everything before the last answer; of a prompt that leaves no
-        room for an answer within the model's positions the oldest tokens are cut.
-
-        Args:
-            model: with its adapter written.
-            examples: held out.
-            indices: which of them.
-            model_path: where the tokeniser is.
-            new_tokens: at most so many are generated.
-        """
-        tokenizer = load_tokenizer(model_path)
-        ids, labels = tokens_of(examples), tokens_of(examples, "labels")
-        device = next(model.parameters()).device
-        longest = longest_text(model)
-        if longest is not None:
-            new_tokens = min(new_tokens, longest // 2)
-        out = []
-        with evaluating(model), torch.inference_mode():
-            for index in indices:
-                row, cut = ids[int(index)], _prompt_length(labels[int(index)])
-                row = row[_cut_for(longest, cut, new_tokens) :]
-                cut -= len(ids[int(index)]) - len(row)
-                prompt = torch.from_numpy(row[:cut].astype(np.int64)).to(device)[None]
-                # One prompt at a time: a batch would need padding on the left, which not every model masks.
-                grown = model.generate(  # type: ignore[operator]
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    use_cache=True,
-                    pad_token_id=tokenizer.pad_token_id,
-                )[0, cut:]
-                said = tokenizer.decode(grown.tolist(), skip_special_tokens=True).strip()
-                wanted = tokenizer.decode(row[cut:].tolist(), skip_special_tokens=True).strip()
-                out.append(Sample(tokenizer.decode(row[:cut].tolist()), wanted, said))
-        return tuple(out)
-
 
 def _format(roles: Collection[str]) -> str:
     return next(name for name, one in FORMATS.items() if set(one.roles) <= set(roles))
-
-
-def _longest(examples: Examples) -> list[np.ndarray]:
-    return [tokens_of(examples)[int(np.argmax(examples.lengths))]] if len(examples) else []
-
-
-def _cut_for(longest: int | None, prompt: int, new_tokens: int) -> int:
-    """How many of a prompt's oldest tokens must go so that it and the answer fit into the model's positions."""
-    return 0 if longest is None else max(0, prompt + new_tokens - longest)
-
-
-def _prompt_length(labels: np.ndarray) -> int:
-    counts = labels != IGNORED
-    if counts[1:].all():
-        return max(1, len(labels) // 2)
-    return int(np.flatnonzero(counts[1:] & ~counts[:-1])[-1]) + 1
 
 
 def _packed(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int, length: int) -> Batch:
@@ -339,7 +245,3 @@ def _packed(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int, length: 
             batch["position_ids"][part], batch["segments"][part] = np.arange(len(ids)), number
             start += len(ids)
     return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-
-def _chosen_logits(model: nn.Module, batch: Batch, chosen: Bool[Tensor, "w t"]) -> Float[Tensor, "k v"]:
-    return logits_at(model, batch, chosen.flatten().nonzero()[:, 0])

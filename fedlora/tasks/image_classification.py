@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, overload
 
@@ -20,9 +19,8 @@ from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedlora.assets import Checkpoint
+from fedlora.assets import Checkpoint, once_a_checkpoint
 from fedlora.errors import ConfigError, DataError, ModelError
-from fedlora.hashing import Stamp
 from fedlora.provenance import config_digest
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, tasks
@@ -104,7 +102,7 @@ class ImageClassification(Classification):
 
     def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
         """The image processor's hash."""
-        return {"processor": config_digest(_processor(*_place(model))[0].to_dict())}
+        return {"processor": config_digest(_processor(model)[0].to_dict())}
 
     def prepare(
         self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]
@@ -116,7 +114,7 @@ class ImageClassification(Classification):
             ModelError: the model folder has no image processor.
         """
         names, labels = self.classes(table, columns["label"], model_path)
-        processor, channels, patch = _processor(*_place(model_path))
+        processor, channels, patch = _processor(model_path)
         pixels = _process(processor, table.columns[columns["image"]], columns["image"], channels)
         _, _, height, width = pixels.values.shape
         cost = (height // patch) * (width // patch) + 1 if patch else max(1, height * width // PATCH_AREA)
@@ -162,14 +160,9 @@ def _pixels(examples: Examples) -> Pixels:
     return pixels
 
 
-def _place(model: str | Path | Checkpoint) -> tuple[Checkpoint, tuple[Stamp, ...]]:
-    checkpoint = Checkpoint.at(model)
-    return checkpoint, checkpoint.stamps()
-
-
-@lru_cache(maxsize=4)
-def _processor(checkpoint: Checkpoint, _stamps: tuple[Stamp, ...]) -> tuple[Any, int, int]:
-    """The image processor of a model folder or hub name, the model's channels, and its patch size (0 without)."""
+@once_a_checkpoint
+def _processor(checkpoint: Checkpoint) -> tuple[Any, int, int]:
+    """The image processor of a checkpoint, the model's channels, and its patch size (0 without)."""
     from transformers import AutoConfig, AutoImageProcessor
 
     try:

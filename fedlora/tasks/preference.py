@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import DataError
-from fedlora.tasks._base import REFERENCE, Batch, Examples, Sample, Table, Task, require_possible, tasks
+from fedlora.tasks._base import REFERENCE, Batch, Examples, Table, require_possible, tasks
 from fedlora.tasks._chat import Encoded, encode_rows, learnt
 from fedlora.tasks._chat_formats import Conversation, Row, is_nothing, read_rows
+from fedlora.tasks._decoder import Decoder
 from fedlora.tasks._text import Tokens, load_tokenizer, most_tokens, tokens_of
 from fedlora.tasks._token_loss import IGNORED, mean_losses
 from fedlora.tasks.causal_lm import CausalLM
@@ -34,7 +35,7 @@ SIDES = {"chosen": "", "rejected": "rejected_"}
 
 @tasks.register("preference")
 @dataclass(frozen=True)
-class Preference(Task):
+class Preference(Decoder):
     """Preference tuning on pairs, with the names of TRL's trainers.
 
     An example is a pair, so that differential privacy by example protects pairs. With l = log p(chosen) -
@@ -61,9 +62,7 @@ class Preference(Task):
         system: a system message for conversations that have none.
     """
 
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
     metric: ClassVar[str] = "ranking_accuracy"
-    peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     roles: ClassVar[tuple[str, ...]] = ("chosen", "rejected", "prompt")
     optional_roles: ClassVar[tuple[str, ...]] = ("prompt",)
     texts_of_an_example: ClassVar[int] = len(SIDES)
@@ -120,14 +119,6 @@ class Preference(Task):
             notes=tuple(notes),
         )
 
-    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
-        """Nothing: the model is taken as it is."""
-        return {}
-
-    def check(self, model: nn.Module, sets: Sequence[Examples]) -> None:
-        """Refuse a model that sees what it is to predict."""
-        CausalLM().check(model, sets)
-
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """A padded batch: "input_ids", "attention_mask", "labels" of the chosen ones, the rejected ones' after them."""
         batch: Batch = {}
@@ -137,10 +128,6 @@ class Preference(Task):
             batch |= {f"{before}input_ids": padded, f"{before}attention_mask": mask}
             batch[f"{before}labels"] = labels.pad(indices)[0]
         return batch
-
-    def plain_inputs(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The beginning of each chosen one."""
-        return CausalLM().plain_inputs(examples, indices)
 
     def padding(self, examples: Examples) -> Mapping[str, int]:
         """As of "causal-lm", for both sides."""
@@ -198,23 +185,12 @@ class Preference(Task):
         """No more pairs are ranked right than there are."""
         require_possible(float(sums["right"]) <= float(sums["examples"]), "more pairs are ranked right than there are")
 
-    def samples(
-        self,
-        model: nn.Module,
-        examples: Examples,
-        indices: Sequence[int] | np.ndarray,
-        model_path: str | Path | Checkpoint,
-        *,
-        new_tokens: int = 32,
-    ) -> tuple[Sample, ...]:
-        """What the model says to the prompts, beside the chosen completions."""
-        return CausalLM().samples(model, examples, indices, model_path, new_tokens=new_tokens)
-
     def spans(
         self, examples: Examples, index: int, model_path: str | Path | Checkpoint
     ) -> tuple[tuple[str, bool], ...]:
         """The chosen and then the rejected one."""
-        sides = [CausalLM().spans(_side(examples, before), index, model_path) for before in SIDES.values()]
+        spans = super().spans
+        sides = [spans(_side(examples, before), index, model_path) for before in SIDES.values()]
         return ("chosen: ", False), *sides[0], ("\nrejected: ", False), *sides[1]
 
 

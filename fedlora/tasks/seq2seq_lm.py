@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -22,8 +22,8 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ModelError
 from fedlora.model.plain import quiet_transformers
 from fedlora.model.reach import longest_text
-from fedlora.tasks._base import Batch, Examples, Sample, Table, Task, require_possible, tasks
-from fedlora.tasks._text import Tokens, digest_tokenizer, encode, load_tokenizer, most_tokens, tokens_of
+from fedlora.tasks._base import NEW_TOKENS, Batch, Examples, Sample, Table, require_possible, tasks
+from fedlora.tasks._text import TextTask, Tokens, encode, load_tokenizer, most_tokens, tokens_of
 from fedlora.tasks._token_loss import (
     COMPARED,
     DECODED,
@@ -42,7 +42,7 @@ WRAPPED = ("mbart", "plbart")
 
 @tasks.register("seq2seq-lm")
 @dataclass(frozen=True)
-class Seq2SeqLM(Task):
+class Seq2SeqLM(TextTask):
     """A text is written for a text: the columns `text` and `target`.
 
     The decoder is given the target behind its start token, as transformers shifts it, and predicts the target with its
@@ -68,10 +68,6 @@ class Seq2SeqLM(Task):
     max_target_length: Annotated[int, Field(ge=2)] = 128
     prefix: str = ""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def reads(self, model: str | Path | Checkpoint) -> dict[str, str]:
-        """The tokeniser's hash."""
-        return {"tokenizer": digest_tokenizer(model)}
 
     def prepare(
         self, table: Table, model_path: str | Path | Checkpoint, columns: Mapping[str, str], *, keep: Sequence[str]
@@ -113,10 +109,6 @@ class Seq2SeqLM(Task):
         """Targets of unequal length."""
         return ("one two", "it", "there are four of them", "as good as new") if role == "target" else None
 
-    def model_kwargs(self, examples: Examples) -> dict[str, Any]:
-        """Nothing: the model is taken as it is."""
-        return {}
-
     def collate(self, examples: Examples, indices: Sequence[int] | np.ndarray) -> Batch:
         """A padded batch: "input_ids" and "attention_mask" [b, t]; "decoder_input_ids", "decoder_attention_mask" and
         "labels" [b, u], where labels that do not count are -100."""
@@ -140,18 +132,9 @@ class Seq2SeqLM(Task):
         pad = tokens_of(examples).pad_id
         return {"input_ids": pad, "attention_mask": 0, DECODED: pad, "decoder_attention_mask": 0, "labels": IGNORED}
 
-    def pads_left(self, examples: Examples) -> bool:
-        """As the tokeniser says."""
-        return tokens_of(examples).left
-
     def tokens(self, batch: Batch) -> int | None:
         """Of text and target."""
         return int(batch["input_ids"].shape[1] + batch[DECODED].shape[1])
-
-    def corrupt(self, examples: Examples, rows: np.ndarray, rate: float, seed: int) -> Examples:
-        """Noise in the texts: `rate` is the share of words that are exchanged for words of other texts."""
-        tokens: Tokens = tokens_of(examples).corrupt(rows, rate, seed)
-        return replace(examples, inputs={**examples.inputs, "input_ids": tokens})
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b"]:
         """Mean cross entropy of each target's tokens, in nats, with the labels smoothed."""
@@ -212,14 +195,12 @@ class Seq2SeqLM(Task):
         examples: Examples,
         indices: Sequence[int] | np.ndarray,
         model_path: str | Path | Checkpoint,
-        *,
-        new_tokens: int = 32,
     ) -> tuple[Sample, ...]:
         """What the model writes for some texts."""
         tokenizer, device = load_tokenizer(model_path), next(model.parameters()).device
         batch = {name: value.to(device) for name, value in self.collate(examples, indices).items()}
         with evaluating(model), torch.inference_mode():
-            written = _written(model, batch, new_tokens, tokenizer)
+            written = _written(model, batch, NEW_TOKENS, tokenizer)
         texts, targets = (
             [tokenizer.decode(tokens_of(examples, name)[int(k)].tolist(), skip_special_tokens=True) for k in indices]
             for name in ("input_ids", "labels")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,18 @@ import transformers
 from fedlora.assets import Checkpoint
 from fedlora.config import ModelConfig
 from fedlora.model.fingerprint import fingerprint
-from fedlora.tasks._text import _load_tokenizer, load_tokenizer
+from fedlora.tasks._text import load_tokenizer
 from fedlora.tasks.image_classification import _processor
 from fedlora.tasks.text_classification import TextClassification
 
 
 @pytest.fixture
-def hub(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def hub(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A hub name whose revision "v2" has a token more than its main branch."""
     from huggingface_hub import constants
 
-    repo = tmp_path / "models--tiny--bert"
+    name = f"tiny/{tmp_path.name}"  # what was read of a hub name is kept
+    repo = tmp_path / f"models--{name.replace('/', '--')}"
     for commit in ("a" * 40, "b" * 40):
         shutil.copytree(tiny_bert, repo / "snapshots" / commit)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
@@ -34,9 +34,7 @@ def hub(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     (repo / "refs" / "v2").write_text("b" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    _load_tokenizer.cache_clear()
-    yield "tiny/bert"
-    _load_tokenizer.cache_clear()
+    return name
 
 
 def test_a_revision_has_its_own_tokenizer(hub: str) -> None:
@@ -51,7 +49,7 @@ def test_a_revision_has_its_own_tokenizer(hub: str) -> None:
 def test_a_folder_and_the_hubs_cache_with_the_same_files_are_the_same_model(
     hub: str, tiny_bert: Path, tmp_path: Path
 ) -> None:
-    task, v2 = TextClassification(), tmp_path / "models--tiny--bert" / "snapshots" / ("b" * 40)
+    task, v2 = TextClassification(), tmp_path / f"models--{hub.replace('/', '--')}" / "snapshots" / ("b" * 40)
     for revision, commit, folder in ((None, "a" * 40, tiny_bert), ("v2", "b" * 40, v2)):
         there, here = Checkpoint(hub, revision), Checkpoint(str(folder))
         assert task.reads(there) == task.reads(here)
@@ -77,5 +75,5 @@ def test_remote_code_is_allowed_for_all_of_a_model_or_for_nothing(
     for trust in (True, False):
         checkpoint = Checkpoint.of(ModelConfig(name=str(tiny_bert), revision="v3", trust_remote_code=trust))
         load_tokenizer(checkpoint)
-        _processor(checkpoint, ())
+        _processor(checkpoint)
     assert [(one["trust_remote_code"], one["revision"]) for one in given] == [(True, "v3")] * 3 + [(False, "v3")] * 3

@@ -19,7 +19,8 @@ from fedlora.tasks import load_task
 from fedlora.tasks._chat import encode_rows
 from fedlora.tasks._chat_formats import read_rows, roles_of
 from fedlora.tasks._text import load_tokenizer, most_tokens
-from fedlora.tasks.causal_lm import IGNORED, CausalLM
+from fedlora.tasks._token_loss import IGNORED
+from fedlora.tasks.causal_lm import CausalLM
 
 
 def say(role: str, content: Any, **more: Any) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_an_answer_has_room_behind_a_prompt_of_all_positions(tiny_bert: Path) ->
     table = Table({"instruction": ["great film " * 60, "film"], "output": ["so warm", "warm"]})
     examples = task.prepare(table, tiny_bert, {"instruction": "instruction", "output": "output"}, keep=())
     assert len(examples.inputs["input_ids"][0]) == 64
-    cut, whole = task.samples(model, examples, [0, 1], tiny_bert, new_tokens=32)
+    cut, whole = task.samples(model, examples, [0, 1], tiny_bert)
     assert cut.reference == "so warm"
     assert len(cut.prompt.split()) <= 33
     assert "film" in whole.prompt

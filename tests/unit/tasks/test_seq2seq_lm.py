@@ -71,8 +71,9 @@ def test_figures_are_rouge_scores_of_what_the_model_writes(t5: Path, model: Any)
     assert 0 < figures["rougeL"] < 1
     assert figures["exact_match"] == measures["exact"].mean() >= 0.25
     assert next(iter(figures)) == task.metric
-    said = task.samples(model, examples, [3], t5, new_tokens=5)
-    assert (said[0].prompt, said[0].reference) == (TEXTS[3], said[0].generated)
+    said = task.samples(model, examples, [3], t5)
+    assert said[0].prompt == TEXTS[3]
+    assert said[0].generated.startswith(said[0].reference), "which is what it writes, cut"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from support.errors import raises
 from fedlora.config import OpenTable
 from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.tasks import Examples, Table, _token_loss, load_task
+from fedlora.tasks._base import NEW_TOKENS
 from fedlora.tasks._chat import PLAIN_TEMPLATE, _cut, encode_rows, pieces
 from fedlora.tasks._chat_formats import Conversation
 from fedlora.tasks._text import load_tokenizer
@@ -477,15 +478,15 @@ def test_packing_is_refused_where_examples_would_see_each_other(folder: Path) ->
 def test_samples_are_greedy_and_the_same_each_time(folder: Path) -> None:
     task, model = CausalLM(), tiny_llama()
     examples = prepared(task, folder, PAIRS)
-    first = task.samples(model, examples, [2, 0], folder, new_tokens=5)
+    first = task.samples(model, examples, [2, 0], folder)
     torch.manual_seed(1)
-    assert first == task.samples(model.train(), examples, [2, 0], folder, new_tokens=5)
+    assert first == task.samples(model.train(), examples, [2, 0], folder)
     assert model.training
     assert [sample.reference for sample in first] == [PAIRS["output"][2], PAIRS["output"][0]]
     assert all(sample.prompt.endswith("<|start|>assistant\n") for sample in first)
     ids = load_tokenizer(str(folder))(first[1].prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     model.eval()
-    for _ in range(5):
+    for _ in range(NEW_TOKENS):
         with torch.no_grad():
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
         if ids[0, -1] == 0:
