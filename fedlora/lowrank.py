@@ -136,9 +136,9 @@ class Svd(NamedTuple):
         """How many values are not zero."""
         return int((self.S > 0).sum())
 
-    def part(self, start: int = 0, end: int | None = None) -> Svd:
-        """Some of the values, from `start` to before `end`."""
-        return Svd(self.U[:, start:end], self.S[start:end], self.Vh[start:end])
+    def part(self, start: int) -> Svd:
+        """The values from `start` on."""
+        return Svd(self.U[:, start:], self.S[start:], self.Vh[start:])
 
     def pair(
         self,

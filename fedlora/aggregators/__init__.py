@@ -27,7 +27,6 @@ from fedlora.aggregators.base_updates import (
     catch_up,
     compact,
     equivalent_adapter,
-    follow,
     on_current_base,
     with_change,
 )
@@ -49,7 +48,6 @@ __all__ = [
     "catch_up",
     "compact",
     "equivalent_adapter",
-    "follow",
     "load_aggregator",
     "names_claiming",
     "on_current_base",

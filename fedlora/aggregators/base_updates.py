@@ -41,36 +41,6 @@ def accumulate(acc: Mapping[str, Tensor], base_update: BaseUpdate) -> dict[str, 
     return out
 
 
-def follow(acc: Mapping[str, Tensor], version: int, plan: ClientPlan) -> dict[str, Tensor]:
-    """Take a base from the version that a client holds to the one that its plan trains on.
-
-    Args:
-        acc: what the client's base has changed by, module name -> [d_out, d_in].
-        version: of that base.
-        plan: with the base updates that are missing.
-
-    Raises:
-        RuleError: if the plan's base updates do not lead from `version` to the plan's.
-    """
-    if plan.base_version == 0:
-        return {}
-    out = dict(acc)
-    for base_update in plan.base_updates:
-        if base_update.since not in (0, version):
-            raise RuleError(
-                f"a base at version {version} cannot take the update from version {base_update.since} to "
-                f"{base_update.version}: send the updates from {version} or from 0",
-                code="base-update-gap",
-            )
-        out, version = accumulate(out, base_update), base_update.version
-    if version != plan.base_version:
-        raise RuleError(
-            f"the plan's base updates end at version {version} of the base, not at {plan.base_version}: send the rest",
-            code="base-update-gap",
-        )
-    return out
-
-
 def base_update_chain(base_updates: Sequence[BaseUpdate], since: int) -> tuple[BaseUpdate, ...]:
     """The part of a log that takes a base from version `since` to its end.
 

@@ -33,8 +33,8 @@ from fedlora.aggregators._around import (
     weighted_median,
 )
 from fedlora.aggregators._base import Claim, ClientUpdate, GlobalState, rules
+from fedlora.aggregators._bounds import require_bounds, require_positive
 from fedlora.aggregators.fedavg import FedAvg
-from fedlora.errors import ConfigError
 
 
 @final
@@ -60,7 +60,7 @@ class NormBound(Around):
     paper: ClassVar[str] = "Sun et al. 2019, arXiv 1911.07963"
 
     def __post_init__(self) -> None:
-        _require_radius("norm_bound", "bound", self.bound)
+        require_positive("norm_bound", bound=self.bound)
         kept = Claim.MIXED_RANKS | Claim.CHANGES_BASE | Claim.ANY_TENSORS
         self.inherit(kept, Claim.ROBUST if self.bound is None else Claim.NONE)
 
@@ -103,11 +103,8 @@ class CentredClipping(AroundMean):
     paper: ClassVar[str] = "Karimireddy, He, Jaggi, ICML 2021, arXiv 2012.10333"
 
     def __post_init__(self) -> None:
-        _require_radius("centred_clipping", "radius", self.radius)
-        if self.iterations < 1:
-            raise ConfigError(
-                f"centred_clipping: iterations must be at least 1, not {self.iterations}", code="out-of-range"
-            )
+        require_positive("centred_clipping", radius=self.radius)
+        require_bounds("centred_clipping", "iterations", self.iterations, self.iterations >= 1, "at least 1")
         self.require_linear()
         if self.radius is not None:
             self._claim(self.claims & ~Claim.ROBUST)
@@ -155,8 +152,3 @@ def _median_length(replies: list[Received]) -> float:
     lengths = torch.tensor([one.length for one in replies], dtype=torch.float64)
     weights = torch.tensor([one.update.num_examples for one in replies], dtype=torch.float64)
     return float(weighted_median(lengths, weights))
-
-
-def _require_radius(rule: str, name: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{rule}: {name} must be positive and finite, not {value!r}", code="out-of-range")

@@ -51,6 +51,7 @@ from fedlora.aggregators._base import (
     require_same_ranks,
     rules,
 )
+from fedlora.aggregators._bounds import require_bounds
 from fedlora.errors import ConfigError, RuleError
 from fedlora.lowrank import DeltaSum, squared_norm, stacks
 
@@ -87,11 +88,8 @@ class Fair(Aggregator):
     paper: ClassVar[str] = "Bian et al., ICCV 2025, arXiv 2411.14961"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.regularisation) and self.regularisation >= 0):
-            raise ConfigError(
-                f"fair: regularisation must be finite and not negative, not {self.regularisation!r}",
-                code="out-of-range",
-            )
+        right = 0 <= self.regularisation < math.inf
+        require_bounds("fair", "regularisation", self.regularisation, right, "finite and not negative")
         if self.solver not in ("closed", "cosine"):
             raise ConfigError(f"fair: solver must be 'closed' or 'cosine', not {self.solver!r}", code="unknown-name")
         if self.steps < 0 or not (math.isfinite(self.lr) and self.lr > 0):

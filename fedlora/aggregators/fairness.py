@@ -47,9 +47,10 @@ from fedlora.aggregators._base import (
     require_weight,
     rules,
 )
+from fedlora.aggregators._bounds import require_bounds, require_positive
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.aggregators.server_optimisers import moved_inner
-from fedlora.errors import ConfigError, RuleError
+from fedlora.errors import RuleError
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +102,8 @@ class QFedAvg(Fairness):
     paper: ClassVar[str] = "Li et al., ICLR 2020, arXiv 1905.10497"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.q <= LARGEST_Q:
-            raise ConfigError(f"qfedavg: q must be from 0 to {LARGEST_Q:g}, not {self.q!r}", code="out-of-range")
-        _require_positive("qfedavg", "lipschitz", self.lipschitz)
+        require_bounds("qfedavg", "q", self.q, 0 <= self.q <= LARGEST_Q, f"from 0 to {LARGEST_Q:g}")
+        require_positive("qfedavg", lipschitz=self.lipschitz)
         self.require_steps()
         self.require_means()
         self.inherit(Claim.ANY_TENSORS)
@@ -173,9 +173,8 @@ class Afl(Fairness):
     paper: ClassVar[str] = "Mohri et al., ICML 2019, arXiv 1902.00146"
 
     def __post_init__(self) -> None:
-        _require_positive("afl", "rate", self.rate)
-        if self.rate > LARGEST_RATE:
-            raise ConfigError(f"afl: rate must be at most {LARGEST_RATE:g}, not {self.rate!r}", code="out-of-range")
+        require_positive("afl", rate=self.rate)
+        require_bounds("afl", "rate", self.rate, self.rate <= LARGEST_RATE, f"at most {LARGEST_RATE:g}")
         self.require_means()
         self.inherit(Claim.ANY_TENSORS | Claim.CHANGES_BASE | Claim.GAUGE_FREE)
 
@@ -238,8 +237,3 @@ def _of(memory: dict[str, Tensor], prefix: str) -> dict[str, float]:
     """A number of each client that ever answered."""
     found = {key: value for key, value in memory.items() if key.startswith(prefix) and key != OTHERS}
     return {key.removeprefix(prefix): float(value) for key, value in found.items()}
-
-
-def _require_positive(rule: str, name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{rule}: {name} must be positive and finite, not {value!r}", code="out-of-range")

@@ -40,8 +40,8 @@ from fedlora.aggregators._base import (
     require_same_ranks,
     rules,
 )
+from fedlora.aggregators._bounds import require_bounds
 from fedlora.aggregators.base_updates import on_current_base, with_change
-from fedlora.errors import ConfigError
 from fedlora.lowrank import DeltaSum, Svd, stack, svd
 
 
@@ -67,8 +67,7 @@ class FedEx(Aggregator):
 
     def __post_init__(self) -> None:
         if self.rank_cap is not None:
-            if self.rank_cap < 1:
-                raise ConfigError(f"fedex: rank_cap must be at least 1, not {self.rank_cap}", code="out-of-range")
+            require_bounds("fedex", "rank_cap", self.rank_cap, self.rank_cap >= 1, "at least 1")
             self._claim(Claim.CHANGES_BASE)
 
     def plan(self, state: GlobalState, client: ClientSpec) -> ClientPlan:

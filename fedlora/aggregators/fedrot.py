@@ -27,8 +27,9 @@ from torch import Tensor
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators._around import Around, Inner, Received, received
 from fedlora.aggregators._base import Claim, ClientSpec, ClientUpdate, GlobalState, rules
+from fedlora.aggregators._bounds import require_bounds
 from fedlora.aggregators.fedavg import FedAvg
-from fedlora.errors import ConfigError, RuleError
+from fedlora.errors import RuleError
 
 
 @final
@@ -52,10 +53,7 @@ class FedRot(Around):
     paper: ClassVar[str] = "Zhang et al., ICML 2026, arXiv 2602.23638"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(
-                f"fedrot: strength must be at least 0 and at most 1, not {self.strength!r}", code="out-of-range"
-            )
+        require_bounds("fedrot", "strength", self.strength, 0 <= self.strength <= 1, "at least 0 and at most 1")
         self.inherit(Claim.EXACT | Claim.MIXED_RANKS | Claim.CHANGES_BASE)
         if self.strength:
             object.__setattr__(self, "keeps_units", False)  # the server turns what a client sends

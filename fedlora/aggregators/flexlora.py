@@ -21,6 +21,7 @@ from typing import ClassVar, Literal, final
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators._base import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, rules
+from fedlora.aggregators._bounds import require_bounds
 from fedlora.aggregators._nested import collect, nested_start, shares
 from fedlora.errors import ConfigError
 from fedlora.lowrank import randomised_svd, rank_of_energy, svd
@@ -53,7 +54,7 @@ class FlexLora(Aggregator):
     keeps_basis: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require_energy("flexlora", self.energy)
+        require_bounds("flexlora", "energy", self.energy, 0 < self.energy <= 1, "above 0 and at most 1")
         if self.svd == "randomised" and self.energy < 1:
             raise ConfigError(
                 "flexlora: energy is measured over all singular values, which svd = 'randomised' does not compute: "
@@ -77,9 +78,3 @@ class FlexLora(Aggregator):
                 kept = randomised_svd(mine, pair.rank, derive(state.seed, "flexlora", state.round, name))
             pairs[name] = kept.pair(pair.rank, pair.scale, pair.A.dtype, self.split, idle=pair.A)
         return replace(state, adapter=AdapterState(pairs, dense), round=state.round + 1)
-
-
-def require_energy(name: str, energy: float) -> None:
-    """Raise `ConfigError` unless a share of sum_i sigma_i^2 is above 0 and at most 1."""
-    if not 0 < energy <= 1:
-        raise ConfigError(f"{name}: energy must be above 0 and at most 1, not {energy!r}", code="out-of-range")

@@ -32,8 +32,8 @@ from fedlora.aggregators._around import (
     usable,
 )
 from fedlora.aggregators._base import Claim, ClientUpdate, GlobalState, rules
+from fedlora.aggregators._bounds import require_bounds
 from fedlora.aggregators.fedavg import FedAvg
-from fedlora.errors import ConfigError
 
 
 @final
@@ -62,11 +62,8 @@ class Krum(Around):
 
     def __post_init__(self) -> None:
         require_share("krum", "liars", self.liars)
-        if not 0 <= self.keep <= 1 - self.liars + 1e-9:
-            raise ConfigError(
-                f"krum: keep must be at least 0 and at most 1 - liars = {1 - self.liars:g}, not {self.keep!r}",
-                code="out-of-range",
-            )
+        most = f"at least 0 and at most 1 - liars = {1 - self.liars:g}"
+        require_bounds("krum", "keep", self.keep, 0 <= self.keep <= 1 - self.liars + 1e-9, most)
         kept = Claim.MIXED_RANKS | Claim.CHANGES_BASE | Claim.GAUGE_FREE
         self.inherit(kept, Claim.ROBUST if self.liars else Claim.NONE)
 

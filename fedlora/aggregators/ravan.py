@@ -29,8 +29,9 @@ from torch import Tensor
 
 from fedlora.adapter import LoraPair
 from fedlora.aggregators._base import rules
+from fedlora.aggregators._bounds import require_bounds
 from fedlora.aggregators.fedsb import Cored
-from fedlora.errors import ConfigError, RuleError
+from fedlora.errors import RuleError
 
 
 @final
@@ -51,8 +52,7 @@ class Ravan(Cored):
     paper: ClassVar[str] = "Raje et al., NeurIPS 2025, arXiv 2506.05568"
 
     def __post_init__(self) -> None:
-        if self.heads < 1:
-            raise ConfigError(f"ravan: heads must be 1 or more, not {self.heads!r}", code="out-of-range")
+        require_bounds("ravan", "heads", self.heads, self.heads >= 1, "1 or more")
 
     def core(self, name: str, pair: LoraPair) -> Tensor:
         """Zeros [heads, r / heads, r / heads].

@@ -22,7 +22,6 @@ first step of an entry is about lr long whatever Delta is: for LoRA lr lies betw
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -34,8 +33,8 @@ from torch import Tensor
 from fedlora.adapter import AdapterState
 from fedlora.aggregators._around import Around, Inner
 from fedlora.aggregators._base import Claim, ClientSpec, ClientUpdate, GlobalState, rules
+from fedlora.aggregators._bounds import require_bounds, require_positive
 from fedlora.aggregators.fedavg import FedAvg
-from fedlora.errors import ConfigError
 
 REDDI = "Reddi et al., ICLR 2021, arXiv 2003.00295"
 Moments = dict[str, Tensor]
@@ -127,7 +126,8 @@ class FedAvgM(ServerOptimiser):
     paper: ClassVar[str] = "Hsu, Qi, Brown 2019, arXiv 1909.06335"
 
     def __post_init__(self) -> None:
-        _require("fedavgm", {"lr": self.lr}, {"momentum": self.momentum})
+        require_positive("fedavgm", lr=self.lr)
+        _require_decay("fedavgm", "momentum", self.momentum)
         self.require_steps()
 
     def step(self, name: str, delta: Tensor, memory: Moments) -> Tensor:
@@ -156,7 +156,8 @@ class Adaptive(ServerOptimiser):
     paper: ClassVar[str] = REDDI
 
     def __post_init__(self) -> None:
-        _require(type(self).__name__.lower(), {"lr": self.lr, "tau": self.tau}, {"beta1": self.beta1})
+        require_positive(name := type(self).__name__.lower(), lr=self.lr, tau=self.tau)
+        _require_decay(name, "beta1", self.beta1)
         self.require_steps()
 
     @abstractmethod
@@ -197,7 +198,7 @@ class FedAdam(Adaptive):
     beta2: float = 0.99
 
     def __post_init__(self) -> None:
-        _require("fedadam", {}, {"beta2": self.beta2})
+        _require_decay("fedadam", "beta2", self.beta2)
         super().__post_init__()
 
     def second(self, v: Tensor, square: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ class FedYogi(Adaptive):
     beta2: float = 0.99
 
     def __post_init__(self) -> None:
-        _require("fedyogi", {}, {"beta2": self.beta2})
+        _require_decay("fedyogi", "beta2", self.beta2)
         super().__post_init__()
 
     def second(self, v: Tensor, square: Tensor) -> Tensor:
@@ -226,10 +227,5 @@ class FedYogi(Adaptive):
         return v - (1 - self.beta2) * square * torch.sign(v - square)
 
 
-def _require(rule: str, positive: dict[str, float], shares: dict[str, float]) -> None:
-    for name, value in positive.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{rule}: {name} must be positive and finite, not {value!r}", code="out-of-range")
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"{rule}: {name} must be at least 0 and below 1, not {value!r}", code="out-of-range")
+def _require_decay(rule: str, name: str, value: float) -> None:
+    require_bounds(rule, name, value, 0 <= value < 1, "at least 0 and below 1")

@@ -51,6 +51,6 @@ def js_divergence(counts: np.ndarray) -> np.ndarray:
     return np.asarray(np.maximum(entropy((mine + theirs) / 2) - (entropy(mine) + entropy(theirs)) / 2, 0.0))
 
 
-def mean_js_divergence(counts: np.ndarray, *, weighted: bool = True) -> float:
-    """Mean of `js_divergence` over the clients: weighted by their sizes, or plain."""
-    return float(np.average(js_divergence(counts), weights=counts.sum(axis=1) if weighted else None))
+def mean_js_divergence(counts: np.ndarray) -> float:
+    """Mean of `js_divergence` over the clients, weighted by their sizes."""
+    return float(np.average(js_divergence(counts), weights=counts.sum(axis=1)))

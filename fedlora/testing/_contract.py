@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import unittest
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ from fedlora.adapter import AdapterState, LoraPair, fresh_pairs
 from fedlora.aggregators import (
     Aggregator,
     Claim,
+    ClientPlan,
     ClientUpdate,
     accumulate,
     broadcast_change,
-    follow,
 )
 from fedlora.errors import FedloraError
 from fedlora.lowrank import relative_error
@@ -36,6 +37,25 @@ from fedlora.testing._toy import (
     saved,
     visible,
 )
+
+
+def follow(acc: Mapping[str, Tensor], version: int, plan: ClientPlan) -> dict[str, Tensor]:
+    """What a client's base has changed by when it trains on a plan, module name -> [d_out, d_in].
+
+    Args:
+        acc: what it has changed by before.
+        version: of that base.
+        plan: with the base updates that are missing.
+    """
+    if plan.base_version == 0:
+        return {}
+    out = dict(acc)
+    for base_update in plan.base_updates:
+        fits = base_update.since in (0, version)
+        require(fits, f"a base at version {version} cannot take the update from version {base_update.since}")
+        out, version = accumulate(out, base_update), base_update.version
+    require(version == plan.base_version, f"the base updates end at version {version}, not at {plan.base_version}")
+    return out
 
 
 def broken_laws(aggregator: Aggregator) -> list[str]:

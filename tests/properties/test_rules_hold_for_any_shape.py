@@ -20,7 +20,6 @@ from fedlora.aggregators import (
     broadcast_change,
     catch_up,
     compact,
-    follow,
 )
 from fedlora.aggregators.clipping import NormBound
 from fedlora.aggregators.coordinatewise import Median
@@ -39,6 +38,7 @@ from fedlora.aggregators.raflora import RaFlora
 from fedlora.aggregators.rolora import RoLora
 from fedlora.lowrank import DeltaSum, compress, frobenius, relative_error
 from fedlora.rng import derive
+from fedlora.testing._contract import follow
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 dims = st.integers(1, 24)

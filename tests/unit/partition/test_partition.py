@@ -341,4 +341,3 @@ def test_statistics_at_their_limits() -> None:
     one = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25)) - 0.5
     np.testing.assert_allclose(js_divergence(counts), [one, one, 0.0], atol=1e-12)
     assert mean_js_divergence(counts) == pytest.approx(one / 2)
-    assert mean_js_divergence(counts, weighted=False) == pytest.approx(2 * one / 3)
