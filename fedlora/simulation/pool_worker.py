@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from queue import SimpleQueue
-from typing import Any, final
+from typing import Any, Generic, TypeVar, final
 
 import numpy as np
 
@@ -36,6 +36,8 @@ from fedlora.simulation.processes import Channel, listen
 from fedlora.training.evaluate import Measures
 from fedlora.training.workspace import open_workspace
 from fedlora.unexpected import describe_exception
+
+Found = TypeVar("Found", ClientReply, ClientEvaluation, Measures)
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,6 @@ class EvaluateClients:
 
 
 @dataclass(frozen=True)
-class ClientsEvaluated:
-    """The outcome of an `EvaluateClients`: of each client, and what it holds now."""
-
-    found: Sequence[ClientEvaluation]
-    held: Sequence[Held]
-
-
-@dataclass(frozen=True)
 class MeasureBatches:
     """Measure a state on examples of the server's, which each process has.
 
@@ -132,13 +126,6 @@ class MeasureBatches:
 
 
 @dataclass(frozen=True)
-class BatchesMeasured:
-    """The outcome of a `MeasureBatches`: the measures of each batch."""
-
-    found: Sequence[Measures]
-
-
-@dataclass(frozen=True)
 class EndRound:
     """Hand over the sum of a place."""
 
@@ -146,16 +133,16 @@ class EndRound:
 
 
 @dataclass(frozen=True)
-class GroupTrained:
-    """The outcome of a `TrainGroup`.
+class JobResult(Generic[Found]):
+    """What came of a `TrainGroup`, an `EvaluateClients` or a `MeasureBatches`.
 
     Args:
-        replies: Of each client; without the updates where the process keeps the sum.
-        held: What each of them holds now.
+        found: Of each client or batch; replies are without the updates where the process keeps the sum.
+        held: What each client holds now.
     """
 
-    replies: Sequence[ClientReply]
-    held: Sequence[Held]
+    found: Sequence[Found]
+    held: Sequence[Held] = ()
 
 
 @dataclass(frozen=True)
@@ -216,13 +203,12 @@ class PoolWorker:
 
     def do(
         self, job: StartRound | TrainGroup | EndRound | EvaluateClients | MeasureBatches
-    ) -> GroupTrained | PartialAggregate | ClientsEvaluated | BatchesMeasured | None:
+    ) -> JobResult[Any] | PartialAggregate | None:
         """One job."""
         if isinstance(job, MeasureBatches):
-            return BatchesMeasured(self._clients.measured(job.request, job.part, job.batches))
+            return JobResult(self._clients.measured(job.request, job.part, job.batches))
         if isinstance(job, EvaluateClients):
-            found = self._clients.evaluate_some(job.request, job.clients, job.held, job.parts)
-            return ClientsEvaluated(found, job.held)
+            return JobResult(self._clients.evaluate_some(job.request, job.clients, job.held, job.parts), job.held)
         if isinstance(job, TrainGroup):
             return self._train(job)
         if isinstance(job, EndRound):
@@ -231,11 +217,11 @@ class PoolWorker:
         self._sums[job.place] = RunningAggregate(measures_error=self._measures_error)
         return None
 
-    def _train(self, job: TrainGroup) -> GroupTrained:
+    def _train(self, job: TrainGroup) -> JobResult[ClientReply]:
         replies = self._clients.train_together(self._request, job.clients, job.held)
         if not sums_suffice(self._rule):
-            return GroupTrained(replies, job.held)
+            return JobResult(replies, job.held)
         for reply in replies:
             if reply.update is not None:
                 self._sums[job.place].add(reply.update, reply.update.adapter.tensors(reply.sends))
-        return GroupTrained([replace(reply, update=None) for reply in replies], job.held)
+        return JobResult([replace(reply, update=None) for reply in replies], job.held)

@@ -108,37 +108,49 @@ class _Inside:
         return pickle.loads(self.jobs.get())
 
 
-class _Outside:
-    """The driver's end."""
+@final
+class RayHelper:
+    """One actor as the driver sees it: a `fedlora.simulation.processes.Helper`, and the driver's end of its channel."""
 
     def __init__(self, actor: Any) -> None:
-        self._actor = actor
+        self.actor = actor
+        self.host = "a machine of the cluster"
         self._hearing = threading.Lock()
         self._over = False
-        self.why = "for a reason that Ray does not tell"
+        self._why = "for a reason that Ray does not tell"
+
+    @property
+    def pipe(self) -> Channel:
+        """The driver's end of the channel."""
+        return self
 
     def tell(self, value: Any) -> None:
-        # Waits until it has arrived: Ray promises no order of calls that are under way at once.
+        """See `Channel`; waits until it has arrived: Ray promises no order of calls that are under way at once."""
         try:
-            self._call(self._actor.tell, pack(value))
+            self._call(self.actor.tell, pack(value))
         except EOFError as error:
             raise BrokenPipeError(str(error)) from None
 
     def hear(self) -> Any:
+        """See `Channel`."""
         with self._hearing:
             if self._over:  # and perhaps Ray too, which would start itself again
                 raise EOFError("it was ended")
-            data = self._call(self._actor.hear)
+            data = self._call(self.actor.hear)
         if data is None:
             raise EOFError("it has nothing more to say")
         return pickle.loads(data)
 
+    def wait(self) -> str:
+        """How it ended; an actor of which nothing is known any more has."""
+        return f"ended on Ray {self._why}"
+
     def end(self) -> None:
-        """End the actor, and wait until nobody listens to it."""
+        """End it, whatever it is doing, and wait until nobody listens to it."""
         import ray
 
         self._over = True
-        ray.kill(self._actor)
+        ray.kill(self.actor)
         with self._hearing:
             pass
 
@@ -149,31 +161,8 @@ class _Outside:
         try:
             return ray.get(method.remote(*values))
         except RayError as error:
-            self.why = _reason(error)
-            raise EOFError(self.why) from None
-
-
-@final
-class RayHelper:
-    """One actor as the driver sees it: a `fedlora.simulation.processes.Helper`."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-        self._outside = _Outside(actor)
-        self.host = "a machine of the cluster"
-
-    @property
-    def pipe(self) -> Channel:
-        """The driver's end of the channel."""
-        return self._outside
-
-    def wait(self) -> str:
-        """How it ended; an actor of which nothing is known any more has."""
-        return f"ended on Ray {self._outside.why}"
-
-    def end(self) -> None:
-        """End it, whatever it is doing."""
-        self._outside.end()
+            self._why = _reason(error)
+            raise EOFError(self._why) from None
 
 
 @dataclass(frozen=True)

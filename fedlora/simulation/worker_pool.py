@@ -37,14 +37,12 @@ from fedlora.federation.client_pool import (
 from fedlora.federation.planner import Held
 from fedlora.progress import activity
 from fedlora.simulation.pool_worker import (
-    BatchesMeasured,
     Begin,
-    ClientsEvaluated,
     Doing,
     EndRound,
     EvaluateClients,
     Failed,
-    GroupTrained,
+    JobResult,
     MeasureBatches,
     StartRound,
     TrainGroup,
@@ -85,7 +83,7 @@ class _Place:
     worker: _Worker
     done: list[Job] = field(default_factory=list)
     pending: deque[Job] = field(default_factory=deque)
-    ready: deque[GroupTrained | PartialAggregate | ClientsEvaluated | BatchesMeasured] = field(default_factory=deque)
+    ready: deque[JobResult[Any] | PartialAggregate] = field(default_factory=deque)
     work: float = 0.0
 
 
@@ -142,9 +140,9 @@ class WorkerPool(SimulatedClients):
                 under_way.append(self._send(todo.popleft()))
             replies: list[ClientReply] = []
             for number in under_way.popleft():
-                trained: GroupTrained = self._result(number)
-                replies.extend(trained.replies)
-                ids = [reply.client_id for reply in trained.replies]
+                trained: JobResult[ClientReply] = self._result(number)
+                replies.extend(trained.found)
+                ids = [reply.client_id for reply in trained.found]
                 self._held.update(zip(ids, trained.held, strict=True))
             yield from sorted(replies, key=lambda reply: reply.client_id)
         if self._sums:
@@ -165,7 +163,7 @@ class WorkerPool(SimulatedClients):
             self._ask(place, EvaluateClients(place, request, parts, clients, held))
         found: list[ClientEvaluation] = []
         for place, ids in enumerate(groups):
-            evaluated: ClientsEvaluated = self._result(place)
+            evaluated: JobResult[ClientEvaluation] = self._result(place)
             found.extend(evaluated.found)
             self._held.update(zip(ids, evaluated.held, strict=True))
         yield from sorted(found, key=lambda one: one.client_id)
@@ -191,7 +189,7 @@ class WorkerPool(SimulatedClients):
             self._ask(place, MeasureBatches(place, request, part, batches[place::number]))
         found: list[Measures] = [{} for _ in batches]
         for place in range(number):
-            measured: BatchesMeasured = self._result(place)
+            measured: JobResult[Measures] = self._result(place)
             found[place::number] = measured.found
         return found
 

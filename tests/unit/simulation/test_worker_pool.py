@@ -20,7 +20,7 @@ from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.errors import PoolError
 from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, PartialAggregate, RoundRequest
 from fedlora.simulation.partial_aggregates import RunningAggregate
-from fedlora.simulation.pool_worker import Begin, EndRound, Failed, GroupTrained, StartRound, TrainGroup, serve
+from fedlora.simulation.pool_worker import Begin, EndRound, Failed, JobResult, StartRound, TrainGroup, serve
 from fedlora.simulation.processes import Pipe
 from fedlora.simulation.worker_pool import AHEAD, WorkerPool
 
@@ -86,7 +86,7 @@ class Thread:
                 self._running[job.place] = RunningAggregate(measures_error=False)
         self._there.connection.close()
 
-    def _trained(self, job: TrainGroup) -> GroupTrained:
+    def _trained(self, job: TrainGroup) -> JobResult[ClientReply]:
         replies = []
         for client, held in zip(job.clients, job.held, strict=True):
             k = client.client_id
@@ -101,7 +101,7 @@ class Thread:
                 self._running[job.place].add(update, adapter.tensors())
                 reply = replace(reply, update=None)
             replies.append(reply)
-        return GroupTrained(replies, job.held)
+        return JobResult(replies, job.held)
 
 
 Make = Callable[..., WorkerPool]
