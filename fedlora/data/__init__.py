@@ -79,8 +79,6 @@ class FederatedData:
         domain_column: that column's name in `train.columns` and `test.columns`, or None.
         note: why examples were dropped; empty if none were.
         test_note: what is unusual about the test set's size; empty if nothing is.
-        label_noise: for each client, the share of its labels that were made wrong.
-        feature_noise: for each client, the strength of the noise on its inputs.
         train_digest: a hash of the rows of the source in their order, before any seed chose among them, by what the
             task and the partition read of each; "" where this machine has no such source.
         test_digest: a hash of the test examples in their order, by what the task reads of each: two runs with the same
@@ -101,8 +99,6 @@ class FederatedData:
     note: str = ""
     test_note: str = ""
     client_names: tuple[str, ...] = ()
-    label_noise: tuple[float, ...] = ()
-    feature_noise: tuple[float, ...] = ()
     train_digest: str = ""
     test_digest: str = ""
     validation: Examples | None = None
@@ -401,8 +397,6 @@ def _federate(key: _Key, partition_table: str, split: Split, seed: int) -> Feder
         note=partition.note,
         test_note=test_note,
         client_names=partition.names,
-        label_noise=partition.label_noise,
-        feature_noise=partition.feature_noise,
         train_digest=prepared.source,
         test_digest=digest_of_rows(prepared.rows[tested]) if len(tested) else "",
         validation=examples.take(validated) if len(validated) else None,

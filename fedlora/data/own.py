@@ -152,8 +152,6 @@ def _without_clients(config: RunConfig, examples: Examples, number: int) -> Fede
         label_names=examples.label_names,
         domains=names,
         domain_column=domain,
-        label_noise=(0.0,) * number,
-        feature_noise=(0.0,) * number,
     )
 
 

@@ -147,25 +147,6 @@ def run(folder: str, *overrides: str) -> list[str]:
     return ["flwr", "run", f"{folder}/app", CONNECTION, "--stream", *config]
 
 
-def health(folder: str, server: Address) -> list[str]:
-    """Ends with 0 if a SuperLink or SuperNode answers, with a certificate of this federation."""
-    program = (
-        "import ssl, urllib.request; "
-        f"context = ssl.create_default_context(cafile='{folder}/ca.crt'); "
-        f"urllib.request.urlopen('https://{server}/health', timeout=5, context=context)"
-    )
-    return ["python", "-c", program]
-
-
-def node_health(folder: str) -> list[str]:
-    """Ends with 0 if the SuperLink has answered the SuperNode of a folder in the last `AWAY_S` seconds."""
-    program = (
-        f"import os, time; age = time.time() - os.stat('{folder}/{REACHED}').st_mtime; "
-        f"raise SystemExit(age > {AWAY_S:g} and f'the SuperLink last answered {{age:.0f}} s ago')"
-    )
-    return ["python", "-c", program]
-
-
 def caddyfile(public: int, upstream: Address) -> str:
     """The proxy's configuration; its certificates are in the folder in which it runs.
 

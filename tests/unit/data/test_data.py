@@ -158,8 +158,7 @@ def test_wrong_labels_are_as_many_as_asked_on_the_asked_clients(
     clean = load_data(config)
     assert noisy.train.labels is not None
     assert clean.train.labels is not None
-    assert noisy.label_noise == (0.0, 0.25, 0.0, 0.25)
-    for rows, rate in zip(noisy.clients, noisy.label_noise, strict=True):
+    for rows, rate in zip(noisy.clients, (0.0, 0.25, 0.0, 0.25), strict=True):
         assert (noisy.train.labels[rows] != clean.train.labels[rows]).sum() == round(rate * len(rows))
     assert noisy.test.labels is not None
     assert clean.test.labels is not None

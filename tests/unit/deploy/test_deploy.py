@@ -359,9 +359,13 @@ def test_compose_checks_the_health_of_every_service() -> None:
     asked = {"superlink": Address("superlink", 8000), "superexec": Address("superlink", 8000)}
     for site in SITES:
         asked[f"superexec-{site}"] = Address(f"supernode-{site}", 9094)
-        assert SERVICES[f"supernode-{site}"]["healthcheck"]["test"] == ["CMD", *commands.node_health("/federation")]
+        program = SERVICES[f"supernode-{site}"]["healthcheck"]["test"][-1]
+        assert f"time.time() - os.stat('/federation/{commands.REACHED}').st_mtime" in program
+        assert f"SystemExit(age > {commands.AWAY_S:g} " in program
     for service, address in asked.items():
-        assert SERVICES[service]["healthcheck"]["test"] == ["CMD", *commands.health("/federation", address)]
+        program = SERVICES[service]["healthcheck"]["test"][-1]
+        assert "ssl.create_default_context(cafile='/federation/ca.crt')" in program
+        assert f"urlopen('https://{address}/health', timeout=5, context=context)" in program
     for site in SITES:
         worker = SERVICES[f"worker-{site}"]
         asks = ["CMD", *commands.worker("/run/fedlora/worker.sock", "/federation"), "--check"]
