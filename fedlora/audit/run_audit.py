@@ -26,6 +26,7 @@ from fedlora.adapter import AdapterState, Part
 from fedlora.aggregators.fedavg import FedAvg
 from fedlora.audit.mechanism import check_examples
 from fedlora.audit.observed_trainer import first_job
+from fedlora.audit.probe_tasks import NUMBER, Probe
 from fedlora.config import TrainConfig
 from fedlora.errors import PrivacyError
 from fedlora.federation.given_adapter import read_start
@@ -48,7 +49,7 @@ from fedlora.privacy.dpsgd import PrivateStep, secret_rng
 from fedlora.privacy.mutants import MUTANTS, broken
 from fedlora.privacy.server_dp import ServerDP
 from fedlora.privacy.server_dp_checks import check_clients
-from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.tasks._base import Batch, Examples
 from fedlora.training.cohort import why_alone
 from fedlora.training.dp_check import check_model
 from fedlora.training.dp_loop import PrivateTrainingLoop
@@ -246,7 +247,7 @@ def _on_entries(
             places = torch.from_numpy(entries).to(canary.device)[canary]
             return 1e4 * own.gather(1, places[:, None]).squeeze(1)
 
-        task = cast(Task, _CanaryTask(workspace, lambda model: (model, term)))
+        task = _CanaryTask(workspace, lambda model: (model, term)).task
         work = [(replace(job, indices=members), config)]
         loop = PrivateTrainingLoop(workspace.base, task, _carriers(workspace, len(entries)), work, [settings])
         (outcome,) = loop.run()
@@ -264,7 +265,7 @@ def _on_parameters(
 
     def attack(members: np.ndarray) -> np.ndarray:
         model = _WithCanaries(workspace.base.model, Canaries(canaries).to(workspace.base.device))
-        task = cast(Task, _CanaryTask(workspace, lambda _: (model.user, model.canaries)))
+        task = _CanaryTask(workspace, lambda _: (model.user, model.canaries)).task
         base = cast(Base, _CanaryBase(workspace.base, model))
         train_by_opacus(base, task, _carriers(workspace, canaries), replace(job, indices=members), config, settings)
         return model.canaries.scores()
@@ -302,7 +303,7 @@ def _carriers(workspace: Workspace, canaries: int) -> Examples:
     return Examples({}, None, np.resize(workspace.data.train.lengths, canaries))
 
 
-class _CanaryTask:
+class _CanaryTask(Probe):
     """The config's task, whose example i is example i modulo n of the n in the training set, with canary i on it.
 
     Args:
@@ -310,22 +311,16 @@ class _CanaryTask:
         parts: what the loop calls the model -> the task's own model, and canaries [b] -> their losses [b].
     """
 
-    refers = False  # the canaries have losses of their own
-
     def __init__(self, workspace: Workspace, parts: Callable[[Any], tuple[Any, Callable[[Tensor], Tensor]]]) -> None:
-        self._task, self._train, self._parts = workspace.task, workspace.data.train, parts
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
+        super().__init__(workspace.task)
+        self._train, self._parts = workspace.data.train, parts
 
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
-        own = self._task.collate(self._train, indices % len(self._train))
-        return {**own, "canary": torch.from_numpy(indices)}
+        return {**super().collate(self._train, indices % len(self._train)), NUMBER: torch.from_numpy(indices)}
 
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         user, canaries = self._parts(model)
-        rest = {name: value for name, value in batch.items() if name != "canary"}
-        return self._task.losses(user, rest) + canaries(batch["canary"])
+        return super().losses(user, batch) + canaries(batch[NUMBER])
 
 
 # ------------------------------------------------------------------------------------------------ clients

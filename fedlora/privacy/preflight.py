@@ -70,10 +70,7 @@ def require_structure(model: torch.nn.Module) -> None:
             re-entrant, nothing to train.
     """
     if not any(p.requires_grad for p in model.parameters()):
-        raise PrivacyError(
-            "there is nothing to train: set requires_grad on the adapter before private training",
-            code="nothing-to-train",
-        )
+        raise _nothing_to_train()
     for name, module in model.named_modules():
         if len(getattr(module, "lora_magnitude_vector", None) or ()):
             raise PrivacyError(
@@ -112,6 +109,12 @@ def require_structure(model: torch.nn.Module) -> None:
             )
 
 
+def _nothing_to_train() -> PrivacyError:
+    return PrivacyError(
+        "there is nothing to train: set requires_grad on the adapter before private training", code="nothing-to-train"
+    )
+
+
 def require_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimiser that holds other tensors than the model trains, as after a late device move or injection.
 
@@ -122,10 +125,7 @@ def require_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     cure = "build the optimizer from the model's trainable parameters, after the model is on its device"
     if not trained:
-        raise PrivacyError(
-            "there is nothing to train: set requires_grad on the adapter before private training",
-            code="nothing-to-train",
-        )
+        raise _nothing_to_train()
     missing = trained.keys() - held
     if missing:
         raise PrivacyError(

@@ -30,6 +30,7 @@ from fedlora.speedups.last_layer import restore_unread, skip_unread
 from fedlora.speedups.linear_kernels import KernelReport, restore
 from fedlora.speedups.unpadding import Unpadding, unpads
 from fedlora.tasks._base import Batch, Examples, Measurable, Task, to_device
+from fedlora.tasks._trials import evaluating
 
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Relative: what two ways to compute the same may differ by (layers that compute in float32 whatever their input round
@@ -270,16 +271,10 @@ def states(base: Measurable, task: Task, batch: Batch) -> Float[Tensor, "b *t d"
     """
     model = base.model
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    modes = [(module, module.training) for module in model.modules()]
-    base.train_mode(False)
-    try:
-        with torch.inference_mode(), base.uncached():
-            inputs = model_inputs(base, task, batch)
-            given = None if head is None else given_to(head, lambda: model(**inputs))
-            found: Tensor = model(**inputs).logits if given is None else given[0][0]
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.inference_mode(), base.uncached():
+        inputs = model_inputs(base, task, batch)
+        given = None if head is None else given_to(head, lambda: model(**inputs))
+        found: Tensor = model(**inputs).logits if given is None else given[0][0]
     mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     if found.dim() > 2 and mask is not None and mask.shape == found.shape[:2]:
         found = found * (mask != 0)[..., None]

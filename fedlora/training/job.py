@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, Part
 from fedlora.config import TrainConfig
+from fedlora.errors import TrainingError
 from fedlora.rng import derive
 
 
@@ -48,6 +49,13 @@ class TrainJob:
     client_id: int = 0
     first: frozenset[Part] = frozenset()
     first_times: int = 1
+
+
+def nothing_to_train(job: TrainJob) -> TrainingError:
+    """The error of a job whose adapter has none of the parts that it trains."""
+    return TrainingError(
+        f"there is nothing to train: the adapter has no tensor in {sorted(job.trains)}", code="nothing-to-train"
+    )
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedlora.config import TrainConfig
-from fedlora.errors import PrivacyError, TrainingError
+from fedlora.errors import PrivacyError
 from fedlora.model import Base, seeded
 from fedlora.privacy.dpsgd import PrivateStep, poisson_batches
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Task, to_device
 from fedlora.training.dp_settings import PrivateSettings
 from fedlora.training.dropout_masks import Keys, Masks, RowDropout, RowsError, Watch, secret_keys
-from fedlora.training.job import TrainJob, TrainResult, learning_rate
+from fedlora.training.job import TrainJob, TrainResult, learning_rate, nothing_to_train
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +107,7 @@ def train_by_opacus(
     begin = time.perf_counter()
     parameters = base.write(job.adapter, job.trains)
     if not parameters:
-        raise TrainingError(
-            f"there is nothing to train: the adapter has no tensor in {sorted(job.trains)}", code="nothing-to-train"
-        )
+        raise nothing_to_train(job)
     base.train_mode(True)
     mu = job.proximal_mu or config.proximal_mu
     anchor = [parameter.detach().clone() for parameter in parameters] if mu else []
@@ -155,10 +153,7 @@ def train_by_opacus(
     except Exception as error:
         raise veiled(error) from error
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
-        raise PrivacyError(
-            f"the adapter is no longer finite after private training: lower train.lr (now {config.lr:g})",
-            code="adapter-not-finite",
-        )
+        raise not_finite(config)
     seconds = time.perf_counter() - begin
     return TrainResult(base.read(), 1, plan.steps, 0, float("nan"), seconds, 0.0)
 
@@ -179,6 +174,14 @@ def add_proximal(parameters: Sequence[Parameter], anchor: Sequence[Tensor], mu: 
     gradients = [p.grad for p, _ in moved]
     drift = torch._foreach_sub([p for p, _ in moved], [a for _, a in moved])
     torch._foreach_add_(gradients, drift, alpha=mu)  # type: ignore[arg-type]
+
+
+def not_finite(config: TrainConfig) -> PrivacyError:
+    """The error of a client whose adapter holds numbers that are not finite."""
+    return PrivacyError(
+        f"the adapter is no longer finite after private training: lower train.lr (now {config.lr:g})",
+        code="adapter-not-finite",
+    )
 
 
 def veiled(error: Exception) -> PrivacyError:
