@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,19 @@ TEXTS = ("fixed", "corpus")
 def machine() -> str:
     """The processor, the vector instructions that torch uses, and torch's version."""
     return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+def in_turn(arms: Mapping[str, Callable[[], None]], repeats: int, inner: int = 1) -> dict[str, list[float]]:
+    """Seconds of processor time of each arm, all of which take turns `repeats` times, and each `inner` times a turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for repeat in range(repeats + 1):  # the first one warms up
+        for name, run in arms.items():
+            begin = time.process_time()
+            for _ in range(inner):
+                run()
+            if repeat:
+                seconds[name].append((time.process_time() - begin) / inner)
+    return seconds
 
 
 def lengths(texts: str, shape: str, count: int) -> np.ndarray:

@@ -14,13 +14,12 @@ ratios, not times. Some three minutes.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-from _shapes import machine
+from _shapes import in_turn, machine
 from torch import Tensor
 from torch.nn import functional
 
@@ -42,19 +41,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
-
-
-def in_turn(arms: Mapping[str, Run], repeats: int, inner: int = 1) -> dict[str, float]:
-    """Median seconds of processor time of each arm."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(repeats + 1):  # the first one warms up
-        for name, run in arms.items():
-            begin = time.process_time()
-            for _ in range(inner):
-                run()
-            if repeat:
-                seconds[name].append((time.process_time() - begin) / inner)
-    return {name: median(times) for name, times in seconds.items()}
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
@@ -83,7 +69,7 @@ def alone(options: argparse.Namespace, dtype: torch.dtype, features: int, length
                 torch.autograd.grad(out.transpose(1, 2).contiguous(), inputs, gradient)
 
     seconds = in_turn({"fused": lambda: run(False), "products": lambda: run(True)}, options.repeats)
-    return seconds["fused"] / seconds["products"]
+    return median(seconds["fused"]) / median(seconds["products"])
 
 
 def classifier(attention: str, dtype: torch.dtype, dropout: float) -> Any:
@@ -153,9 +139,9 @@ def main() -> None:
                 runs = {mode: model_runs(model, options.batch, length) for mode, model in models.items()}
                 for which in (0, 1):
                     seconds = in_turn({mode: both[which] for mode, both in runs.items()}, options.repeats, 2)
-                    for mode in models:
-                        ratio = seconds["sdpa"] / seconds[mode]
-                        cells[mode].append(f"{1e3 * seconds[mode]:.0f} ms, {ratio:.2f}x")
+                    medians = {mode: median(times) for mode, times in seconds.items()}
+                    for mode, taken in medians.items():
+                        cells[mode].append(f"{1e3 * taken:.0f} ms, {medians['sdpa'] / taken:.2f}x")
             for mode in models:
                 print(f"| {dtype}, dropout {dropout:g}, {mode} | {' | '.join(cells[mode])} |", flush=True)
 

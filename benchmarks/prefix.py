@@ -13,13 +13,12 @@ the figures are medians of processor time, so that other programs show less; com
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-from _shapes import machine
+from _shapes import in_turn, machine
 from torch import Tensor
 from torch.nn import functional
 
@@ -140,15 +139,9 @@ def main() -> None:
                     prefix = open_cache(model, targets, ("classifier",), {k: v[[1, 0]] for k, v in given[0].items()})
                     prefix.clear(options.batches * size * options.tokens)
                 runs[arm] = round_of(model, given, prefix, "first" in arm)
-            seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-            for repeat in range(options.repeats + 1):  # the first one warms up
-                for arm, run in runs.items():
-                    begin = time.process_time()
-                    run()
-                    if repeat:
-                        seconds[arm].append((time.process_time() - begin) / len(given))
-            reference = median(seconds["PEFT, top layers"])
-            cells = [f"{1e3 * median(s):.0f} ms, {reference / median(s):.2f}x" for s in seconds.values()]
+            medians = {arm: median(s) / len(given) for arm, s in in_turn(runs, options.repeats).items()}
+            reference = medians["PEFT, top layers"]
+            cells = [f"{1e3 * taken:.0f} ms, {reference / taken:.2f}x" for taken in medians.values()]
             print(f"| {name}, batch {size}, {options.tokens} tokens | {' | '.join(cells)} |", flush=True)
 
 

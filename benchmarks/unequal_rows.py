@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
-from _shapes import lengths, machine
+from _shapes import in_turn, lengths, machine
 from torch import Tensor
 from torch.nn import functional
 
@@ -136,16 +136,14 @@ def main() -> None:
         "padded": lambda: in_batches([whole]),
     }
     gradients: dict[str, Tensor] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(args.repeats + 1):  # the first one warms up
-        for name, run in arms.items():
-            states.grad = None
-            begin = time.process_time()
-            run()
-            if repeat:
-                seconds[name].append(time.process_time() - begin)
-            assert states.grad is not None
-            gradients[name] = states.grad
+
+    def alone(name: str, run: Callable[[], None]) -> None:
+        states.grad = None
+        run()
+        assert states.grad is not None
+        gradients[name] = states.grad
+
+    seconds = in_turn({name: partial(alone, name, run) for name, run in arms.items()}, args.repeats)
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, gradients["passes"], atol=1e-4), name
     paid = sum(inside.numel() for _, inside in batches) / int(tokens.sum())

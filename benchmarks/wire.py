@@ -106,7 +106,6 @@ def accuracy(config: str, overrides: list[str], rounds: int, seeds: int, arms: l
                 f"rounds={rounds}",
                 f"seed={seed}",
                 f"wire.{'down' if 'down' in arm else 'up'}={wire}",
-                *(["wire.error_feedback=false"] if "without" in arm else []),
                 f"evaluation.every={rounds}",
             ]
             rows[arm].append(measure(load_config(config, [*overrides, *keys]), arm))
