@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.cohorts import MODELS, client, random_base, random_examples, together
 from support.interrupted import cut_and_resumed
-from support.states import gap
+from support.states import farthest, gap
 
 from fedlora.adapter import AdapterState
 from fedlora.callbacks import Callback
@@ -70,10 +70,6 @@ def adapters(outcomes: list[Any]) -> list[AdapterState]:
     for outcome in outcomes:
         assert isinstance(outcome, TrainResult), outcome
     return [outcome.adapter for outcome in outcomes]
-
-
-def farthest(ones: list[AdapterState], others: list[AdapterState]) -> float:
-    return max(gap(one, other) for one, other in zip(ones, others, strict=True))
 
 
 WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.errors import raises
-from support.federations import require_same
+from support.federations import Said, require_same
 from support.federations import simulate as run
 from support.interrupted import cut
 from support.on_a_grid import grid_of, serve_on
@@ -20,7 +20,6 @@ from support.tiny_federations import MakeConfig
 import fedlora
 from fedlora.api import train
 from fedlora.audit.observed_trainer import first_job
-from fedlora.callbacks import Callback
 from fedlora.errors import ModelError, RuleError, RunDirError
 from fedlora.evaluation.baselines import local_only
 from fedlora.evaluation.pretrained_adapter import Source, load_for
@@ -49,22 +48,12 @@ def first(tiny_config: MakeConfig) -> RunOutcome:
     return run(tiny_config("rounds=2", name="first"))
 
 
-class Told(Callback):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.said.append(text)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", ["fedavg", "flora", *(pytest.param(rule, marks=pytest.mark.nightly) for rule in ("ffa", "rolora", "fedex"))]
 )
 def test_a_run_begins_where_the_other_ended(rule: str, first: RunOutcome, tiny_config: MakeConfig) -> None:
-    told = Told()
+    told = Said()
     config = tiny_config(f"adapter.start='{first.rundir.path}'", "rounds=1", f"strategy.name={rule}", name=rule)
     second = run(config, told)
     before, after = first.records[-1], second.records[0]
@@ -78,7 +67,7 @@ def test_a_run_begins_where_the_other_ended(rule: str, first: RunOutcome, tiny_c
     assert second.rundir.provenance.start == start.digest
     assert json.loads((second.rundir.adapter_dir / "fedlora.json").read_text())["provenance"]["start"] == start.digest
     assert f"| Started from | the adapter first ({start.digest[:16]}) |" in _card(second)
-    assert f"the run begins with the adapter in {str(first.rundir.adapter_dir)!r}" in told.said
+    assert f"the run begins with the adapter in {str(first.rundir.adapter_dir)!r}" in told.lines
     assert "starting from the adapter first." in second.rundir.report.read_text()
 
 

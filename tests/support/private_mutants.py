@@ -33,7 +33,6 @@ Mutant = Callable[[pytest.MonkeyPatch], None]
 
 real_noise, real_batches, real_generator = private_cohort.noise, dpsgd.poisson_batches, dpsgd.secret_generator
 real_step, real_next = PrivateTrainingLoop._step_with_noise, PrivateTrainingLoop._next_batch
-real_sums = PrivateTrainingLoop._clipped_sums
 
 
 def _clipped(gradients: Tensor, most: Tensor) -> None:
@@ -302,11 +301,6 @@ def in_blocks(n: int, q: float, steps: int, generator: Any = None) -> Iterator[n
     for sample in real_batches((n + 1) // 2, q, steps):
         both = np.concatenate([2 * sample, 2 * sample + 1])
         yield np.sort(both[both < n])
-
-
-def without_empty(n: int, q: float, steps: int, generator: Any = None) -> Iterator[np.ndarray]:
-    for sample in real_batches(n, q, steps):
-        yield sample if len(sample) or not n else np.array([0])
 
 
 def half_the_steps(patch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,11 @@ def gap(one: AdapterState, other: AdapterState, parts: Iterable[str] = EVERY_PAR
     return max(float((value - theirs[name]).abs().max()) for name, value in one.tensors(parts).items())
 
 
+def farthest(ones: Iterable[AdapterState], others: Iterable[AdapterState]) -> float:
+    """The largest `gap` of two adapters in the same place."""
+    return max(gap(one, other) for one, other in zip(ones, others, strict=True))
+
+
 def same_adapter(one: AdapterState, other: AdapterState) -> bool:
     """Whether two adapters have equal entries under the same names."""
     mine, theirs = one.tensors(), other.tensors()

@@ -13,7 +13,7 @@ import torch
 from support.cohorts import PASSES, WIDE, client, random_base, random_examples, together
 from support.errors import raises
 from support.pretend_gpu import pretend_gpu
-from support.states import gap
+from support.states import farthest, gap
 from torch import Tensor
 from transformers import T5Config, T5ForSequenceClassification
 
@@ -64,10 +64,6 @@ def privately(base: Base, task: Task, examples: Examples, cost: Any = None, **ch
 def adapters(outcomes: list[Any]) -> list[AdapterState]:
     assert all(isinstance(outcome, TrainResult) for outcome in outcomes), outcomes
     return [outcome.adapter for outcome in outcomes]
-
-
-def farthest(ones: list[AdapterState], others: list[AdapterState]) -> float:
-    return max(gap(one, other) for one, other in zip(ones, others, strict=True))
 
 
 def test_the_noise_is_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
