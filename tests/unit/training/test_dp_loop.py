@@ -185,6 +185,46 @@ def test_company_gives_opacus_numbers(
         assert (other.num_examples, other.steps) == (1, STEPS)
 
 
+@pytest.mark.parametrize("most", [1, 10**6], ids=["row by row", "together"])
+def test_class_weights_are_in_an_examples_gradient_before_it_is_clipped(
+    base: Base, task: Task, examples: Examples, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x - lr / b sum_i clip(w_i grad l_i, C), with l_i the losses without weights, one example after the other."""
+    assert examples.labels is not None
+    weights = {"positive": 5.0, "negative": 0.5}
+    start, rows, expected, lr = adapter(base, 4, 0), np.arange(40, 64), 8.0, 0.1
+    parameters = base.write(start, ALL_PARTS)
+    base.train_mode(True)
+    each = []
+    for row in rows:
+        (loss,) = task.losses(base.model, task.collate(examples, np.array([row])))
+        weight = weights[examples.label_names[int(examples.labels[row])]]
+        each.append([weight * one for one in torch.autograd.grad(loss, parameters)])
+    norms = torch.stack([torch.cat([one.flatten() for one in gradients]).norm() for gradients in each])
+    bound = float(norms.median())
+    factors = (bound / (norms + 1e-6)).clamp(max=1.0)  # Opacus's
+    assert 0 < int((factors < 1).sum()) < len(rows), "some are clipped"
+    wanted = {
+        name: start.tensors()[name] - lr / expected * torch.einsum("i,i...->...", factors, torch.stack(gradients))
+        for name, *gradients in zip(base.tensor_names(), *each, strict=True)
+    }
+    monkeypatch.setattr("fedlora.training.dp_loop.noise", lambda _std, like, *_args, **_how: torch.zeros_like(like))
+    weighted = load_task(OpenTable(name="text-classification", class_weights=weights))
+    (found,) = PrivateTrainingLoop(
+        base,
+        weighted,
+        examples,
+        [(TrainJob(start, ALL_PARTS, np.arange(100), 0), TrainConfig(optimizer="sgd", lr=lr))],
+        [PrivateSettings(Schedule(0.2, 1, 1, expected), 1.0, bound)],
+        cost=PassCost(10.0, 64.0, most),
+        generators=[torch.Generator()],
+        samples=[iter([rows])],
+    ).run()
+    assert isinstance(found, TrainResult), found
+    assert gap(found.adapter, start.with_tensors(wanted)) < 1e-12
+    assert gap(found.adapter, start) > 1e-4, "it did move"
+
+
 def test_a_gradient_that_is_not_finite_counts_as_none(
     base: Base, task: Task, examples: Examples, monkeypatch: pytest.MonkeyPatch, same_noise: None
 ) -> None:
