@@ -9,7 +9,7 @@ from fedlora.progress import format_metric
 from fedlora.report._facts import Facts, better, interval, number, statuses
 
 LARGE_ERROR = 0.25
-"""Aggregation error above which a rule's broadcast is called far from the clients' mean."""
+"""Aggregation error above which a rule's broadcast is said to differ from the clients' mean."""
 APPROXIMATE = 1e-3
 """Relative error above which the exported adapter is called an approximation."""
 WEAK_EPSILON = 10.0
@@ -121,9 +121,10 @@ def _exactness(facts: Facts) -> Iterator[str]:
     errors = [e for record in facts.rounds if (e := number(record.get("aggregation_error"))) is not None]
     if errors and max(errors) > LARGE_ERROR:
         yield (
-            f"What the server sends out is off from the mean of what the clients learned by up to "
-            f"{100 * max(errors):.0f}% of its size (aggregation error). Rules that claim “exact” have none: "
-            "see fedlora strategies."
+            f"What the server sends out differs from the weighted mean of the clients' changes by up to "
+            f"{100 * max(errors):.0f}% of that mean's size (aggregation error). A server optimiser or a robust rule "
+            "departs from the mean on purpose; a rule that averages the factors A and B does not reach the mean of "
+            "their products, which rules that claim “exact” do: see fedlora strategies."
         )
     error = number(facts.result.get("relative_error")) or 0.0
     if error > APPROXIMATE:
