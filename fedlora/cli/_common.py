@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -172,14 +173,27 @@ def _ignore_closed_output() -> None:
 
 
 def open_console() -> Console:
-    """Standard output: as wide as the terminal or as COLUMNS says; in a file or pipe wide enough for any table.
+    """Standard output: as wide as the terminal or as COLUMNS says; in a file or pipe wide enough for any table, whose
+    lines have no blanks at their ends there.
 
-    What is printed has no highlights; `out` writes a line as it is.
+    What is printed has no highlights; `out` writes a line as it is, and `print` with `soft_wrap`.
     """
     from rich.console import Console
 
-    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=WIDE if wide else None, highlight=False)
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+
+    class Piped(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            if options.get("soft_wrap"):
+                super().print(*objects, **options)
+                return
+            with self.capture() as captured:
+                super().print(*objects, **options)
+            self.file.write(re.sub(r" +$", "", captured.get(), flags=re.MULTILINE))
+            self.file.flush()
+
+    return Piped(width=None if "COLUMNS" in os.environ else WIDE, highlight=False)
 
 
 def plain_table(**options: Any) -> Table:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,8 +29,21 @@ from fedlora.tasks._base import Batch, Examples, Table, Task, wide
 from fedlora.tasks._class_figures import class_figures, class_sums, figures_by_class, require_class_sums
 from fedlora.tasks._text import require_encodable
 
+
+def _require_table(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return value
+    raise ConfigError(
+        f"task.class_weights = {value!r} is no table: give a number for each class that is to weigh more or less than "
+        "1, as in class_weights = { fraud = 10.0 } (a class balanced as in scikit-learn: all examples / (number of "
+        "classes x examples of the class))",
+        code="not-a-table",
+    )
+
+
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-"""Of a class in the loss."""
+Weights = Annotated[Mapping[str, Weight], BeforeValidator(_require_table, json_schema_input_type=Mapping[str, Weight])]
+"""Of classes in the loss, by their names."""
 
 
 class Classification(Task):

@@ -24,7 +24,7 @@ from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.provenance import config_digest
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Batch, Examples, Table, tasks
-from fedlora.tasks._classification import Classification, Weight
+from fedlora.tasks._classification import Classification, Weights
 
 SLICE = 256  # pictures that are resized at once
 PATCH_AREA = 256  # pixels that cost about a token where a model has no patches
@@ -92,7 +92,7 @@ class ImageClassification(Classification):
     roles: ClassVar[tuple[str, ...]] = ("image", "label")
 
     labels: tuple[str, ...] = ()
-    class_weights: Mapping[str, Weight] = field(default_factory=dict)
+    class_weights: Weights = field(default_factory=dict)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property

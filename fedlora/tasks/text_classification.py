@@ -5,7 +5,6 @@ Shapes: n = examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from pydantic import Field
 
 from fedlora.assets import Checkpoint
 from fedlora.tasks._base import Examples, Table, tasks
-from fedlora.tasks._classification import Classification, Weight
+from fedlora.tasks._classification import Classification, Weights
 from fedlora.tasks._text_head import WholeTextHead
 
 
@@ -37,7 +36,7 @@ class TextClassification(WholeTextHead, Classification):
     """
 
     labels: tuple[str, ...] = ()
-    class_weights: Mapping[str, Weight] = field(default_factory=dict)
+    class_weights: Weights = field(default_factory=dict)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def targets(

@@ -449,3 +449,10 @@ def test_a_table_is_whole_where_no_terminal_cuts_it(tiny_toml: Path) -> None:
     words = ["partition", str(tiny_toml), *(word for one in [*labels, natural] for word in ("--set", one))]
     result = succeeds(*words, env={"COLUMNS": None})
     assert all(name in result.stdout for name in names), result.stdout
+
+
+@pytest.mark.parametrize("words", [("config", "CONFIG"), ("config", "train.lr", "task.class_weights"), ("assets",)])
+def test_lines_in_a_pipe_have_no_blanks_at_their_ends(words: tuple[str, ...], cli: Cli, tiny_toml: Path) -> None:
+    lines = cli(*(tiny_toml if word == "CONFIG" else word for word in words)).stdout.splitlines()
+    assert len(lines) > 3
+    assert [line for line in lines if line != line.rstrip()] == []

@@ -115,6 +115,10 @@ def test_a_weight_that_cannot_be_meant_is_refused(tiny_bert: Path) -> None:
     for bad in (0, -1, math.inf, math.nan):
         with raises(ConfigError, "bad-value", "class_weights"):
             load_task(OpenTable(name="text-classification", class_weights={"pos": bad}))
+    for none in ("balanced", [1.0, 2.0]):
+        for name in ("text-classification", "image-classification"):
+            with raises(ConfigError, "not-a-table", repr(none), "class_weights = { fraud = 10.0 }", "scikit-learn"):
+                load_task(OpenTable(name=name, class_weights=none))
 
 
 class Fixed(torch.nn.Module):
