@@ -22,7 +22,7 @@ from fedlora.rng import derive
 from fedlora.training.cohort import train_cohort
 from fedlora.training.dp_loop import train_private_cohort
 from fedlora.training.dp_settings import PrivateSettings
-from fedlora.training.evaluate import evaluate
+from fedlora.training.evaluate import losses_of
 from fedlora.training.job import TrainJob, TrainResult
 from fedlora.training.step import Outcome
 from fedlora.training.workspace import Workspace
@@ -70,14 +70,14 @@ def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
 
 
 def measure_start(workspace: Workspace, request: TrainRequest, store: ClientStore) -> dict[str, float] | Exception:
-    """What the rule asks to know of the client before it trains."""
+    """What the rule asks to know of the client before it trains: F_k(w) of what it goes on to minimise."""
     if START_LOSS not in request.plan.asks:
         return {}
     try:
         indices = _examples_to_train_on(workspace, request.client_id)
         workspace.base.write(job_of(workspace, request, indices, store).adapter)
-        found = evaluate(workspace.base, workspace.task, workspace.data.train, indices=indices)
-        return {START_LOSS: found.overall["loss"]}
+        losses = losses_of(workspace.base, workspace.task, workspace.data.train, indices)
+        return {START_LOSS: float(losses.mean())}
     except Exception as error:
         return error
 

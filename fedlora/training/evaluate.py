@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fedlora.callbacks import Evaluation
 from fedlora.errors import DataError, nearest
 from fedlora.progress import activity
-from fedlora.tasks._base import Examples, Measurable, Task, length_batches, to_device
+from fedlora.tasks._base import Batch, Examples, Measurable, Task, length_batches, to_device
 from fedlora.training.out_of_memory import released
 from fedlora.unexpected import ran_out
 
@@ -20,6 +23,8 @@ DEVICE_TOKENS = 16384
 
 Measures = dict[str, np.ndarray]
 """What a task measured of n examples, [n, ...] by name, float64."""
+Measure: TypeAlias = Callable[[torch.nn.Module, Batch], Mapping[str, Tensor]]
+"""What is computed of a model and a batch of b examples, [b, ...] by name."""
 
 
 def evaluate(
@@ -123,28 +128,60 @@ def measure_batches(base: Measurable, task: Task, examples: Examples, batches: S
     Returns:
         The measures of each batch, in the order of its examples.
     """
+    return _each(base, task, examples, batches, task.measure, "evaluating: %d%% of the test examples")
+
+
+def losses_of(base: Measurable, task: Task, examples: Examples, indices: np.ndarray) -> Float[np.ndarray, "n"]:
+    """The loss of each of n examples as training minimises it, class weights and smoothed labels included.
+
+    In evaluation mode, with the adapter that was written to `base` last: one forward pass an example, and none of what
+    else evaluation measures.
+
+    Args:
+        base: the model with its adapter.
+        task: whose `losses` they are.
+        examples: of which some are measured.
+        indices: their positions; the losses are in this order.
+
+    Raises:
+        DataError: there are no examples.
+    """
+
+    def losses(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": task.losses(model, batch)}
+
+    def measured(batches: Sequence[np.ndarray]) -> list[Measures]:
+        return _each(base, task, examples, batches, losses, "the loss before training: %d%% of a client's examples")
+
+    return measures_of(base, task, examples, indices=indices, measure=measured)["loss"]
+
+
+def _each(
+    base: Measurable, task: Task, examples: Examples, batches: Sequence[np.ndarray], measure: Measure, doing: str
+) -> list[Measures]:
+    """What `measure` gives for each batch; `doing` says how many percent are done."""
     base.train_mode(False)
     count, done = sum(map(len, batches)), 0
     measured: list[Measures] = []
     with torch.inference_mode():
         for rows in batches:
-            activity.info("evaluating: %d%% of the test examples", 100 * done // count)  # or of this process's share
+            activity.info(doing, 100 * done // count)  # of all, or of this process's share
             done += len(rows)
-            measured.append(_measured(base, task, examples, rows))
+            measured.append(_measured(base, task, examples, rows, measure))
     return measured
 
 
-def _measured(base: Measurable, task: Task, examples: Examples, rows: np.ndarray) -> Measures:
+def _measured(base: Measurable, task: Task, examples: Examples, rows: np.ndarray, measure: Measure) -> Measures:
     """The measures of some examples, computed in one batch, or in halves of it where memory runs out."""
     try:
         batch = to_device(task, task.collate(examples, rows), base.device)
         # To the CPU first: Apple's MPS has no double precision.
-        return {name: found.cpu().double().numpy() for name, found in task.measure(base.model, batch).items()}
+        return {name: found.cpu().double().numpy() for name, found in measure(base.model, batch).items()}
     except Exception as error:
         if len(rows) == 1 or base.coupled is not None or not ran_out(error):
             raise
         released(error)
-    halves = [_measured(base, task, examples, half) for half in np.array_split(rows, 2)]
+    halves = [_measured(base, task, examples, half, measure) for half in np.array_split(rows, 2)]
     return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
 
 

@@ -11,6 +11,7 @@ from support.errors import raises
 from support.federations import Said, deploy, require_same, simulate
 from support.interrupted import killed_and_resumed
 from support.tiny_federations import MakeConfig
+from support.tiny_words import LABEL_WORDS
 
 from fedlora.aggregators import ClientUpdate, GlobalState
 from fedlora.aggregators.fairness import QFedAvg
@@ -19,6 +20,7 @@ from fedlora.federation import client, client_training
 from fedlora.federation.plausibility import COUNTED_LOSS, START_LOSS
 from fedlora.flower import client_app
 from fedlora.flower.flower_strategy import FedLoraStrategy
+from fedlora.tasks.text_classification import TextClassification
 from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import open_workspace
 
@@ -43,6 +45,26 @@ def test_each_client_says_the_loss_of_what_it_was_sent_and_all_pools_agree(tiny_
         found = evaluate(workspace.base, workspace.task, workspace.data.train, indices=rows)
         assert row[START_LOSS] == pytest.approx(found.overall["loss"], rel=1e-6)
         assert row[START_LOSS] != row["loss"]
+
+
+def test_what_a_client_says_is_the_loss_that_it_goes_on_to_minimise(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a step is on all its examples, its loss is F_k(w): with weighted classes and smoothed labels, by `losses`
+    alone. Figures of evaluation, which generate text in some tasks, are none of it."""
+    real = client.measure_start
+
+    def measured(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(TextClassification, "measure", None)
+            return real(*args)
+
+    monkeypatch.setattr(client, "measure_start", measured)
+    objective = ("task.label_smoothing=0.3", f"task.class_weights={{{next(iter(LABEL_WORDS))}=5.0}}")
+    step = ("train.steps=1", "train.batch_size=1000", "model.dropout=0.0", "rounds=1")
+    rows = simulate(tiny_config("strategy.name=qfedavg", *objective, *step)).records[1]["clients"].values()
+    assert [row[START_LOSS] for row in rows] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
+    assert len({row[START_LOSS] for row in rows}) == 4
 
 
 @pytest.mark.slow
