@@ -154,7 +154,7 @@ def read_run(path: str | Path) -> Run:
             f"{str(path)!r} has no {task.metric} in any round: leave it out, or run it again with evaluation",
             code="no-evaluated-round",
         )
-    test, outcomes = read_outcomes(folder.path) or ("", None)
+    test, outcomes = read_outcomes(folder.path, folder.kept_round) or ("", None)
     result = folder.read_json("result.json") or {}
     claim, kept = result.get("privacy") or {}, result.get("kept_round")
     made, changes = folder.provenance, folder.changes

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, final
 
-import numpy as np
-
 from fedlora.aggregators import GlobalState
 from fedlora.callbacks import Callback, Evaluation
 from fedlora.federation.generations import write_samples
-from fedlora.runs.outcomes import write_outcomes
+from fedlora.runs.outcomes import drop_waiting, keep_waiting, write_outcomes
 from fedlora.runs.rundir import RunDir
 from fedlora.training.workspace import Workspace
 
@@ -28,16 +26,14 @@ class RunFiles(Callback):
         self._rundir, self._workspace = rundir, workspace
         chosen = workspace.config.selection
         self._selects = chosen is not None and chosen.keep == "best"
-        self._outcomes: tuple[int, Mapping[str, np.ndarray]] | None = None
 
     def evaluated(self, state: GlobalState, evaluation: Evaluation) -> None:
-        """Keep the outcomes by example of the round whose model is kept; before training, what the model says."""
+        """Keep the outcomes by example of the round whose model may be kept; before training, what the model says."""
         self._rundir.measured = frozenset(evaluation.overall)
         if evaluation.rows is not None:
             return
-        self._outcomes = state.round, evaluation.measures
-        if not self._selects:
-            self._write_outcomes()
+        path, test = self._rundir.path, self._workspace.data.test_digest
+        write_outcomes(path, state.round, test, evaluation.measures, waiting=self._selects)
         if state.round == 0:
             write_samples(self._rundir, self._workspace, "before")
 
@@ -47,14 +43,11 @@ class RunFiles(Callback):
 
     def best_reached(self, state: GlobalState) -> None:
         """Keep its outcomes by example."""
-        if self._selects and self._outcomes is not None and self._outcomes[0] == state.round:
-            self._write_outcomes()
+        if self._selects:
+            keep_waiting(self._rundir.path, state.round)
 
     def ended(self, state: GlobalState) -> None:
         """Write what the trained model says, where there are test examples to ask it."""
+        drop_waiting(self._rundir.path)
         if self._workspace.data.test is not None:
             write_samples(self._rundir, self._workspace, "after")
-
-    def _write_outcomes(self) -> None:
-        assert self._outcomes is not None
-        write_outcomes(self._rundir.path, self._outcomes[0], self._workspace.data.test_digest, self._outcomes[1])

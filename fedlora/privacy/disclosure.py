@@ -65,6 +65,7 @@ FILES: Final = frozenset(
         "adapter.unverified",
         "adapter-last",
         "outcomes.safetensors",
+        "outcomes-waiting.safetensors",
         "samples.json",
         "result.json",
         "report.html",

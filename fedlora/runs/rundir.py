@@ -12,9 +12,10 @@ runs/<name>/
   metrics.jsonl         one line a round; round 0 is the evaluation before training
   checkpoints/          the last two states, <round>.safetensors
   clients/              what a simulation's clients keep, where the rule lets them: what would be on their own machines
-  merges/               changes of the base, <since>-<version>.safetensors, each written once
+  merges/               base updates, <since>-<version>.safetensors, each written once
   adapter/              the final adapter, in PEFT's format; or adapter.unverified/, if it is not what was trained
-  outcomes.safetensors  what the last evaluation measured of each test example
+  outcomes.safetensors  what was measured of each test example after the round whose model is kept; of a running run
+                        that keeps the best round's, outcomes-waiting.safetensors is that of the last one
   result.json           written last: a run that has it is finished, until a resume asks for more rounds
   tracking.json         under which id a tracker knows the run
   report.html           all of it to read, made from the other files by `fedlora report`

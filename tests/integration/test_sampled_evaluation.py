@@ -47,7 +47,7 @@ class Watching(Callback):
 
     def evaluated(self, state: GlobalState, evaluation: Evaluation) -> None:
         self.found[state.round] = state, evaluation
-        outcomes = read_outcomes(self.folder)
+        outcomes = read_outcomes(self.folder, state.round if evaluation.rows is None else 0)
         assert outcomes is not None
         self.kept |= {len(values) for values in outcomes[1].values()}
 

@@ -318,12 +318,12 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
     for name in ("strategy=fedavg,seed=0", "strategy=ffa,seed=0"):
         file = "adapter/adapter_model.safetensors"
         assert (cut / name / file).read_bytes() == (whole / name / file).read_bytes()
-        (one, mine), (other, yours) = (read_outcomes(out / name) or ("", {}) for out in (cut, whole))
+        (one, mine), (other, yours) = (read_outcomes(out / name, 2) or ("", {}) for out in (cut, whole))
         assert one == other
         assert {key: values.tolist() for key, values in mine.items()} == {k: v.tolist() for k, v in yours.items()}
         assert not (cut / name / "checkpoints").exists()  # of finished runs only what was asked for stays
     run = RunDir.open(cut / "strategy=ffa,seed=0")
-    test, outcomes = read_outcomes(run.path) or ("", {})
+    test, outcomes = read_outcomes(run.path, run.kept_round) or ("", {})
     last = run.read_metrics()[-1]
     assert (outcomes["predicted"] == outcomes["label"]).mean() == pytest.approx(last["accuracy"])
     assert len(test) == 32
