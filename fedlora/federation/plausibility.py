@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import Any
+from typing import Any, Final
 
 FEWEST = 3
 """Of fewer clients a median says nothing: one of two would be half of it."""
@@ -24,12 +24,12 @@ UPDATE_NORM = "update_norm"
 """Figure of a client in the metrics: the L2 norm of what it changed."""
 LOSS_RATIO = 1000.0
 """A loss above so many times the clients' median (of which at least 1 counts) is no loss of this model."""
-START_LOSS = "start_loss"
+START_LOSS: Final = "start_loss"
 """Figure of a client, where the rule asks for it: the mean loss on its training examples before training."""
 COUNTED_LOSS = "start_loss_counted"
 """Figure of a client beside it: as what it counts, where that is less."""
 START_LOSS_RATIO = 10.0
-"""Times the median client's, at most, does the loss before training count that a client reports."""
+"""A client's reported loss counts as at most this many times the median client's."""
 SMALLEST_LOSS = 1e-10
 """Added to it, as q-FedAvg's authors do: a power of zero, or a weight of zero, is nothing to divide by."""
 

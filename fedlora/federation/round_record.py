@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,10 @@ class RoundRecord:
         """Whether that share of the asked answered (of none asked, nobody is enough)."""
         return len(self.answered) >= quorum_of(len(self.asked), share)
 
+    def failed(self, share: float) -> bool:
+        """Whether the round is lost, and not to simulated devices alone."""
+        return self.lost and not _lost_to_devices(self.asked, self.answered, [*self.dropped, *self.late], share)
+
     def no_quorum(self, share: float, deadline_s: float, cure: str) -> RoundError:
         """What to say where the quorum was missed, with the clients' reasons."""
         reasons = [f"client {k}: {why}" for k, why in sorted(self.refused.items())]
@@ -108,11 +112,6 @@ class RoundRecord:
             f"{'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''} ({cure})",
             code="no-quorum",
         )
-
-    def lost_to_devices(self, share: float) -> bool:
-        """Whether the quorum is missed, and would not be if no simulated device had dropped out or been late."""
-        there = len(self.answered) + len(self.dropped) + len(self.late)
-        return len(self.answered) < quorum_of(len(self.asked), share) <= there or not self.asked
 
     def outcome(self) -> dict[str, Any]:
         """The clients' part of a line of metrics."""
@@ -145,6 +144,22 @@ class RoundRecord:
             "lost": self.lost,
             "simulated_seconds": seconds,
         }
+
+
+def failed_at_the_end(lines: Sequence[Mapping[str, Any]], share: float) -> int:
+    """How many of the last rounds in succession failed (`RoundRecord.failed`), by a run's lines of metrics."""
+    count = 0
+    for line in reversed(lines):
+        away = [*line.get("dropped", ()), *line.get("late", ())]
+        if not line.get("lost") or _lost_to_devices(line["asked"], line["answered"], away, share):
+            break
+        count += 1
+    return count
+
+
+def _lost_to_devices(asked: Sequence[int], answered: Sequence[int], away: Sequence[int], share: float) -> bool:
+    """Whether a lost round would have had its quorum if no simulated device had dropped out or been late."""
+    return not asked or len(answered) + len(away) >= quorum_of(len(asked), share)
 
 
 def quorum_of(asked: int, share: float) -> int:

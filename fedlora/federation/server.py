@@ -38,7 +38,7 @@ from fedlora.federation.plausibility import (
     median_loss,
 )
 from fedlora.federation.privacy_account import PrivacyAccount
-from fedlora.federation.round_record import RoundRecord, quorum_of
+from fedlora.federation.round_record import RoundRecord, failed_at_the_end, quorum_of
 from fedlora.federation.selection import Selection
 from fedlora.federation.simulated_devices import SimulatedDevices
 from fedlora.lowrank import relative_error
@@ -110,12 +110,11 @@ class FederatedServer:
         self._digests[state.base_version] = chain_digest("", state.base_updates) if known is None else known
         self._median_change, self._median_loss = median_change(history), median_loss(history)
         self._kept_rounds = last_used(history)
-        selection: Selection | None = None
+        self._failed_rounds = failed_at_the_end(history, self.config.server.quorum)
         if self.config.selection is not None:
-            selection = Selection(self.config, self.workspace.task, history)
-            if selection.best is not None and selection.best.round == state.round:
+            self._selection = Selection(self.config, self.workspace.task, history)
+            if self._selection.best is not None and self._selection.best.round == state.round:
                 self.callbacks.best_reached(state)  # a kill may have come between its checkpoint and this
-        self._selection = selection
         self._require_servable(state)
         self.callbacks.started(self.config, len(self.clients), self.config.rounds)
         self._evaluator.announce(range(state.round + 1, self.config.rounds))
@@ -125,14 +124,15 @@ class FederatedServer:
             self.callbacks.state_reached(state)
             self.callbacks.round_ended(record)
         for number in range(state.round + 1, self.config.rounds + 1):
-            if selection is not None and selection.stopped is not None:
-                self.callbacks.message(f"the run ends after round {state.round}: {selection.stopped}")
+            if self._selection is not None and self._selection.stopped is not None:
+                self.callbacks.message(f"the run ends after round {state.round}: {self._selection.stopped}")
                 break
             state, line = self._round(state, number)
-            if selection is not None and selection.see(line):
-                self.callbacks.best_reached(state)
-            if selection is not None and selection.said:
-                self.callbacks.message(selection.said)
+            if self._selection is not None:
+                if self._selection.see(line):
+                    self.callbacks.best_reached(state)
+                if self._selection.said:
+                    self.callbacks.message(self._selection.said)
         self._evaluator.show(state, self._digests)
         self.callbacks.ended(state)
         return state
@@ -251,13 +251,13 @@ class FederatedServer:
             row = record.clients[update.client_id]
             if row[START_LOSS] > most:
                 row[COUNTED_LOSS] = most
-                update = replace(update, facts={**update.facts, "start_loss": most + SMALLEST_LOSS})
+                update = replace(update, facts={**update.facts, START_LOSS: most + SMALLEST_LOSS})
             yield update
 
     def _require_progress(self, record: RoundRecord) -> None:
         """Raise `RoundError` after too many rounds without a quorum in a row, and after such a last round."""
         server = self.config.server
-        if not record.lost or record.lost_to_devices(server.quorum):
+        if not record.failed(server.quorum):
             self._failed_rounds = 0
             return
         self._failed_rounds += 1
@@ -341,7 +341,6 @@ class FederatedServer:
                     f"client {client_id} says it has {row['num_examples']:.0f} examples and counts as "
                     f"{row['weight']:.0f}: if it is so, raise server.max_weight_ratio"
                 )
-
             if COUNTED_LOSS in row and client_id not in self._cut:
                 self._cut.add(client_id)
                 self.callbacks.message(

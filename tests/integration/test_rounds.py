@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.errors import raises
 from support.federations import deploy, simulate, timeless
-from support.interrupted import cut_and_resumed
+from support.interrupted import cut, cut_and_resumed, resumed
 from support.states import same_adapter
 from support.tiny_federations import MakeConfig
 
@@ -21,6 +21,7 @@ from fedlora.aggregators import equivalent_adapter
 from fedlora.callbacks import Callback
 from fedlora.errors import ConfigError, RoundError, RuleError, TrainingError
 from fedlora.federation import client, client_training
+from fedlora.federation.round_record import failed_at_the_end
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.messages import HeldParts
@@ -209,8 +210,33 @@ def test_below_the_quorum_the_run_stops_and_the_directory_stays(tiny_config: Mak
     assert [record["round"] for record in rundir.read_metrics()] == [0, 1, 2]
     assert set(rundir.read_metrics()[-1]["refused"]) == {"0", "1", "2"}
     failing.clear()
-    resumed = run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True)
-    assert resumed.state.round == 3
+    assert run_simulation(config, RunDir.open(rundir.path), Callback(), resume=True).state.round == 3
+
+
+def test_lost_rounds_before_a_resume_count_as_those_after_it(tiny_config: MakeConfig, failing: set[int]) -> None:
+    failing |= {0, 1, 2, 3}
+    config = tiny_config("rounds=9", "server.max_failed_rounds=2", name="whole")
+    with raises(RoundError, "no-quorum", "round 3: 0 of 4"):
+        run(config)
+    killed = RunDir.create(tiny_config("rounds=9", "server.max_failed_rounds=2", name="killed"))
+    cut(killed, 3)
+    for _ in range(2):  # and again: round 3 has no checkpoint, and is the third lost one in each attempt
+        with raises(RoundError, "no-quorum", "round 3: 0 of 4"):
+            resumed(killed)
+    found = [timeless(RunDir.open(killed.path.parent / name).read_metrics()) for name in ("whole", "killed")]
+    assert found[0] == found[1]
+
+
+def test_rounds_that_simulated_devices_lost_are_no_failures_before_a_resume_either() -> None:
+    lost = {"lost": True, "asked": [0, 1, 2], "answered": [0]}
+    by_devices, nobody = {**lost, "dropped": [1, 2], "late": []}, {**lost, "asked": [], "answered": []}
+    assert failed_at_the_end([lost, lost], 0.5) == 2
+    for other in (by_devices, nobody, {**lost, "lost": False}):
+        assert failed_at_the_end([lost, other, lost], 0.5) == 1
+        assert failed_at_the_end([lost, other], 0.5) == 0
+    assert failed_at_the_end([{**lost, "dropped": [1], "late": [2]}], 1.0) == 0
+    assert failed_at_the_end([{**lost, "dropped": [1], "late": []}], 1.0) == 1
+    assert failed_at_the_end([], 0.5) == 0
 
 
 def test_all_clients_failing_ends_the_run_with_their_reason(tiny_config: MakeConfig, failing: set[int]) -> None:
