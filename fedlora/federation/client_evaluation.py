@@ -9,7 +9,7 @@ import numpy as np
 from fedlora.errors import ReplyError
 from fedlora.federation.client_pool import SHARED, Failure, Sums
 from fedlora.federation.client_store import ClientStore
-from fedlora.federation.client_training import start_of
+from fedlora.federation.client_training import own_model_of, start_of
 from fedlora.federation.protocol import TrainRequest
 from fedlora.training.evaluate import evaluate
 from fedlora.training.workspace import Workspace
@@ -29,9 +29,11 @@ def measure_apart(
     config, client_id, found = workspace.config, request.client_id, dict[str, Sums]()
     if config.privacy is not None:
         return Failure("refused", "in a private run no client evaluates on its own examples")
-    keeps = bool(request.plan.kept) or (config.train.personal is not None and bool(request.plan.trains))
+    owns = config.train.personal is not None and bool(request.plan.trains)
+    keeps, personal = owns or bool(request.plan.kept), request.plan.adapter
     try:
-        personal = start_of(request, store, config)[0] if keeps else request.plan.adapter
+        if keeps:
+            personal = own_model_of(request, store) if owns else start_of(request, store, config)[0]
     except ReplyError as error:  # what it kept is lost
         return Failure("refused", str(error))
     for part in parts:

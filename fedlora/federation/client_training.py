@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import AdapterState
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, TrainConfig
 from fedlora.errors import FedloraError, ReplyError, TrainingError
 from fedlora.federation.client_pool import Failure
 from fedlora.federation.client_store import OPTIMIZER, RESIDUAL, ClientStore, divided, kept_differs, named
@@ -32,14 +32,13 @@ Answer = TrainedReply | Failure | Exception
 
 
 def start_of(request: TrainRequest, store: ClientStore, config: RunConfig) -> tuple[AdapterState, Mapping[str, Tensor]]:
-    """Where a client starts in a round.
+    """Where a client starts to train the shared model in a round.
 
     Returns:
-        The plan's adapter, with what the client keeps in its place (with `train.personal` its own model), and the state
-        that it kept of its optimiser.
+        The plan's adapter, with the parts that the client keeps in their place, and the state that it kept of its
+        optimiser.
     """
     plan = request.plan
-    kept = plan.kept if config.train.personal is None else plan.adapter.tensors()
     if not plan.kept and not config.clients_keep:
         return plan.adapter, {}
     if config.train.keep_optimizer and plan.fresh_seed is not None:
@@ -49,10 +48,23 @@ def start_of(request: TrainRequest, store: ClientStore, config: RunConfig) -> tu
             code="state-of-another-adapter",
         )
     loaded, state, _ = divided(store.load(request.client_id, request.kept_round))
+    if config.train.personal is not None:  # what was loaded is of the client's own model
+        return plan.adapter, state
+    return _with_kept(request, loaded, plan.kept), state
+
+
+def own_model_of(request: TrainRequest, store: ClientStore) -> AdapterState:
+    """A client's own model (`train.personal`) before a round: the plan's adapter where it has none yet."""
+    loaded, _, _ = divided(store.load(request.client_id, request.kept_round))
+    return _with_kept(request, loaded, request.plan.adapter.tensors())
+
+
+def _with_kept(request: TrainRequest, loaded: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> AdapterState:
+    """The plan's adapter with what a client loaded of what it is asked to keep, of which `kept` has the shapes."""
     for name, value in loaded.items():
         if name not in kept or value.shape != kept[name].shape:
             raise kept_differs(request.client_id, name, value)
-    return plan.adapter.with_tensors(loaded), state
+    return request.plan.adapter.with_tensors(loaded)
 
 
 def examples_of_client(workspace: Workspace, client_id: int) -> np.ndarray:
@@ -129,22 +141,26 @@ def train_own_models(
     """
     config = workspace.config
     found: list[AdapterState | Exception | None] = [None] * len(requests)
-    trained = [k for k, outcome in enumerate(outcomes) if isinstance(outcome, TrainResult)]
-    if config.train.personal is None or not trained:
-        return found
-    jobs, configs = [], []
-    for k in trained:
-        request = requests[k]
-        shared = job_of(workspace, request, examples_of_client(workspace, request.client_id), store)
-        own, _ = start_of(request, store, config)
-        jobs.append(replace(shared, adapter=own, toward=request.plan.adapter, proximal_mu=0.0, tilt={}))
+    jobs, configs = dict[int, TrainJob](), list[TrainConfig]()
+    for k, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
+        if config.train.personal is None or not isinstance(outcome, TrainResult):
+            continue
+        try:
+            shared = job_of(workspace, request, examples_of_client(workspace, request.client_id), store)
+            own = own_model_of(request, store)
+        except Exception as error:
+            found[k] = error
+            continue
+        jobs[k] = replace(shared, adapter=own, toward=request.plan.adapter, proximal_mu=0.0, tilt={})
         configs.append(config.train_of(request.client_id).model_copy(update={"proximal_mu": config.train.personal}))
+    if not jobs:
+        return found
     results: Sequence[Outcome]
     try:
-        results = train_cohort(workspace.base, workspace.task, workspace.data.train, jobs, configs)
+        results = train_cohort(workspace.base, workspace.task, workspace.data.train, list(jobs.values()), configs)
     except Exception as error:  # what stopped all of them came of each
         results = [error] * len(jobs)
-    for k, result in zip(trained, results, strict=True):
+    for k, result in zip(jobs, results, strict=True):
         if isinstance(result, FedloraError):
             result = type(result)(f"its own model (train.personal): {result}", code=result.code)
         found[k] = result if isinstance(result, Exception) else result.adapter
@@ -157,7 +173,7 @@ def job_of(workspace: Workspace, request: TrainRequest, indices: np.ndarray, sto
     start, optimizer = start_of(request, store, config)
     follow(workspace.base, plan.base_updates, plan.base_version, request.base_digest, request.since_digest)
     return TrainJob(
-        adapter=start if config.train.personal is None else plan.adapter,
+        adapter=start,
         trains=plan.trains,
         indices=indices,
         seed=derive(config.seed, "train", request.round, request.client_id),
@@ -211,7 +227,9 @@ def reply_of(
     if config.wire.keeps_residual:
         sent, residual = sent_and_residual(request, sent, store, config.seed)
         kept |= named(RESIDUAL, residual)
-    if kept or config.clients_keep:  # of a first round that failed there is nothing, which nobody may see
+    if kept or config.clients_keep:
+        # Saved even if it is nothing, as of a private client whose first round failed: the round that follows asks for
+        # this file, and its absence would tell the server of the failure.
         store.save(request.client_id, request.round, kept, request.kept_round)
     return TrainedReply(request, sent, figures, ledger)
 

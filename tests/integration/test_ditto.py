@@ -24,10 +24,13 @@ from support.states import gap
 from support.tiny_federations import MakeConfig
 
 from fedlora.adapter import ALL_PARTS, AdapterState
+from fedlora.aggregators import ClientPlan
 from fedlora.callbacks import Callback
-from fedlora.errors import ConfigError, FedloraError, PrivacyError, TrainingError
+from fedlora.errors import ConfigError, FedloraError, PrivacyError, ReplyError, TrainingError
 from fedlora.federation import client_store, client_training
-from fedlora.federation.client_store import divided
+from fedlora.federation.client_store import ClientStore, divided
+from fedlora.federation.client_training import own_model_of, start_of
+from fedlora.federation.protocol import TrainRequest
 from fedlora.federation.run import RunOutcome
 from fedlora.rng import derive
 from fedlora.runs.rundir import RunDir
@@ -224,6 +227,35 @@ def test_a_client_whose_own_model_fails_or_is_lost_is_left_out_by_name(
     assert resumed.records[-1]["answered"] == [0, 2, 3]
     assert "put its store back" in resumed.records[-1]["refused"]["1"]
     assert "put its store back" in resumed.records[-1]["federated"]["left_out"]["1"]
+
+
+def test_what_a_client_keeps_is_where_its_own_model_starts_and_never_the_shared_one(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    config, store, shared = tiny_config(*DITTO), ClientStore(tmp_path), AdapterState({}, {"w": torch.ones(2)})
+    first, later = (TrainRequest(ClientPlan(shared), number, 0, kept_round=number - 1) for number in (1, 2))
+    assert torch.equal(own_model_of(first, store).dense["w"], torch.ones(2)), "it begins with the shared one"
+    store.save(0, 1, {"w": torch.zeros(2)}, 0)
+    assert start_of(later, store, config)[0] is shared
+    assert torch.equal(own_model_of(later, store).dense["w"], torch.zeros(2))
+    store.save(0, 1, {"w": torch.zeros(3)}, 0)
+    with raises(ReplyError, "kept-part-differs", "client 0 kept 'w' (3,)"):
+        own_model_of(later, store)
+
+
+@pytest.mark.slow
+def test_a_client_whose_own_model_has_another_shape_is_left_out_by_name(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differs(request: Any, store: Any) -> AdapterState:
+        if request.client_id == 1:
+            raise client_store.kept_differs(1, "w", torch.zeros(3))
+        return own_model_of(request, store)
+
+    monkeypatch.setattr(client_training, "own_model_of", differs)
+    record = simulate(tiny_config(*DITTO, "rounds=1", "train.steps=1")).records[1]
+    assert record["answered"] == [0, 2, 3]
+    assert "asked to keep something else" in record["refused"]["1"]
 
 
 @pytest.mark.slow
