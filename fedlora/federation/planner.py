@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import final
+
+from torch import Tensor
 
 from fedlora.aggregators import Aggregator, Claim, ClientPlan, ClientSpec, GlobalState, on_current_base
 from fedlora.config import RunConfig
 from fedlora.federation.client_pool import ClientInfo, ClientReply, Failure, RoundRequest
+from fedlora.federation.last_result import LastResult, same_tensors
 from fedlora.federation.plausibility import START_LOSS
-from fedlora.federation.protocol import (
-    KEPT,
-    OfSameTensors,
-    PartDigests,
-    TrainRequest,
-    tensors_by_part,
-)
+from fedlora.federation.protocol import KEPT, PartDigests, TrainRequest, tensors_by_part
 from fedlora.federation.simulated_devices import SimulatedDevices, examples_to_tell
 from fedlora.hash_chain import START
 from fedlora.training.workspace import Workspace
@@ -52,19 +50,10 @@ class Held:
         self.base_version, self.base_digest = request.plan.base_version, request.base_digest
 
 
-@final
-class SharedPlans:
-    """The last plan in the place of one that asks the same, with the very same tensors, as most of a round's do: what
-    follows from a plan is then found once."""
-
-    def __init__(self) -> None:
-        self._last: ClientPlan | None = None
-
-    def __call__(self, plan: ClientPlan) -> ClientPlan:
-        """The plan, or the last one if it is the same."""
-        if self._last is None or not _same(self._last, plan):
-            self._last = plan
-        return self._last
+def shared_plans() -> LastResult[ClientPlan, ClientPlan]:
+    """A function that returns the plan it was given last in the place of one that asks the same with the very same
+    tensors, as most plans of a round do: what follows from a plan is then worked out once."""
+    return LastResult(lambda plan: plan, _same)
 
 
 def _same(one: ClientPlan, other: ClientPlan) -> bool:
@@ -88,10 +77,9 @@ class Planner:
     def __init__(self, config: RunConfig, rule: Aggregator, workspace: Workspace, run: str = "") -> None:
         self._config, self._rule, self._workspace, self._run = config, rule, workspace, run
         self._devices = SimulatedDevices.of(config)
-        self._shared, self._digests = SharedPlans(), PartDigests()
-        self._sizes: tuple[ClientPlan | None, dict[tuple[object, ...], int]] = (None, {})
-        down = config.wire.down
-        self._rounded = OfSameTensors(lambda tensors: {name: as_sent(down, value) for name, value in tensors.items()})
+        self._shared, self._digests = shared_plans(), PartDigests()
+        self._sizes = LastResult[ClientPlan, dict[tuple[object, ...], int]](lambda _: {})
+        self._rounded = LastResult(self._as_sent, same_tensors)
 
     @property
     def measures_error(self) -> bool:
@@ -143,13 +131,14 @@ class Planner:
             held=frozenset(part for part, digest in digests.items() if digest in held.digests),
         )
 
+    def _as_sent(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: as_sent(self._config.wire.down, value) for name, value in tensors.items()}
+
     def _nbytes(self, request: TrainRequest) -> int:
         """Bytes of a request, counted once for those of one plan that differ in nothing that makes a head longer."""
-        if self._sizes[0] is not request.plan:
-            self._sizes = request.plan, {}
         said = request.round, request.base_digest, request.since_digest, request.kept_round, request.down, request.held
         key = (*said, len(str(request.client_id)), len(request.ledger))
-        sizes = self._sizes[1]
+        sizes = self._sizes(request.plan)
         if key not in sizes:
             sizes[key] = request.nbytes
         return sizes[key]
@@ -175,19 +164,23 @@ class Planner:
         seconds = self._devices.seconds(
             request.client_id,
             bytes_down=reply.bytes_down,
-            examples=examples_to_tell(self._workspace, request.client_id)
-            * (
-                (1 if self._config.train.personal is None else 2)
-                + (request.plan.first_times if request.plan.first else 0)
-            )
-            # A forward pass alone is a third of a training step.
-            + (len(self._workspace.data.clients[request.client_id]) // 3 if START_LOSS in request.plan.asks else 0),
+            examples=self._examples_to_compute(request),
             bytes_up=request.reply_nbytes,
         )
         reply = replace(reply, simulated_s=seconds)
         if self._devices.drops_out(request.round, request.client_id):
             return reply.failed(Failure("dropped"))
         return reply.failed(Failure("late")) if self._devices.too_late(seconds) else reply
+
+    def _examples_to_compute(self, request: TrainRequest) -> int:
+        """How many examples a client trains on in a round, all its models and phases together; those that it only
+        measures count a third, as a forward pass takes of a training step."""
+        plan, client_id = request.plan, request.client_id
+        models = 1 if self._config.train.personal is None else 2
+        first_phase = plan.first_times if plan.first else 0
+        trained = examples_to_tell(self._workspace, client_id) * (models + first_phase)
+        measured = len(self._workspace.data.clients[client_id]) if START_LOSS in plan.asks else 0
+        return trained + measured // 3
 
 
 def plan_for(rule: Aggregator, state: GlobalState, client: ClientSpec) -> ClientPlan:

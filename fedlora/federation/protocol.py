@@ -2,21 +2,21 @@
 
 What a client holds is not sent again: each part of an adapter (A, B, dense) is named by its digest and left out for a
 client that is known to hold it, as FFA-LoRA's A in all rounds but a client's first, or the factor that RoLoRA trains
-next. Changes of the base are sent from the version that the client holds. A simulation sends nothing, and counts the
-same bytes.
+next. Base updates are sent from the version that the client holds. A simulation sends nothing, and counts the same
+bytes.
 
-The adapter travels as one buffer, and each change of the base as one; see `fedlora.wire_formats`.
+The adapter travels as one buffer, and each base update as one; see `fedlora.wire_formats`.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from operator import itemgetter
-from typing import Any, Generic, TypeVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from fedlora import __version__
 from fedlora.adapter import AdapterState, Layout, Part
 from fedlora.aggregators import ClientPlan, Fact
 from fedlora.config import RunConfig
+from fedlora.federation.last_result import LastResult, same_tensors
+from fedlora.federation.plausibility import START_LOSS
 from fedlora.hashing import tensors_digest
 from fedlora.rng import derive
 from fedlora.state_io import flatten_base_update
@@ -48,14 +50,12 @@ TILT = "tilt"
 """Name of the buffer of what is added to each step's gradient."""
 KEPT = "kept"
 """Name of the part that a client keeps, beside "A", "B" and "dense"."""
-MEASURED: frozenset[Fact] = frozenset({"start_loss"})
+MEASURED: frozenset[Fact] = frozenset({START_LOSS})
 """What of `ClientPlan.asks` a client measures; the server knows the others by itself."""
 MAX_ERROR = 1_000
 """Characters of an error that a client tells; escaped they fit into a head."""
 FIGURE_BYTES = 8
 """Of one number among a reply's figures."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -227,42 +227,21 @@ def tensors_by_part(plan: ClientPlan) -> dict[str, dict[str, Tensor]]:
 
 
 @final
-class OfSameTensors(Generic[T]):
-    """A function of named tensors that keeps its last result: most clients of a round are sent the very same tensors.
-
-    Args:
-        make: The function; what it returns is shared by all who ask.
-    """
-
-    def __init__(self, make: Callable[[dict[str, Tensor]], T]) -> None:
-        self._make = make
-        self._last: tuple[dict[str, Tensor], T] | None = None
-
-    def __call__(self, tensors: dict[str, Tensor]) -> T:
-        """The function's result, which may be shared."""
-        if self._last is not None:
-            of, made = self._last
-            if of.keys() == tensors.keys() and all(of[name] is tensor for name, tensor in tensors.items()):
-                return made
-        made = self._make(tensors)
-        self._last = tensors, made
-        return made
-
-
-@final
 class PartDigests:
     """The digest of each part of a plan's adapter; of tensors that plans share it is taken once."""
 
     def __init__(self) -> None:
-        self._digests = defaultdict[str, OfSameTensors[str]](lambda: OfSameTensors(tensors_digest))
-        self._last: tuple[ClientPlan, dict[str, str]] | None = None
+        self._of_part = defaultdict[str, LastResult[dict[str, Tensor], str]](
+            lambda: LastResult(tensors_digest, same_tensors)
+        )
+        self._of_plan = LastResult(self._digests)
 
     def __call__(self, plan: ClientPlan) -> Mapping[str, str]:
         """The digests."""
-        if self._last is None or self._last[0] is not plan:
-            parts = tensors_by_part(plan)
-            self._last = plan, {part: self._digests[part](tensors) for part, tensors in parts.items()}
-        return self._last[1]
+        return self._of_plan(plan)
+
+    def _digests(self, plan: ClientPlan) -> dict[str, str]:
+        return {part: self._of_part[part](tensors) for part, tensors in tensors_by_part(plan).items()}
 
 
 # ------------------------------------------------------------------------------------------------------ heads
@@ -315,7 +294,7 @@ def update_head(request: TrainRequest, ledger: str = "") -> dict[str, Any]:
 
 
 def note_head(kind: str, **fields: Any) -> dict[str, Any]:
-    """A reply without tensors: kind "need" (parts or changes of the base are missing), "error", "spent" or "hello"."""
+    """A reply without tensors: kind "need" (parts or base updates are missing), "error", "spent" or "hello"."""
     return {"protocol": PROTOCOL, "kind": kind, **fields}
 
 
@@ -327,8 +306,8 @@ def _layout_json(layout: Layout) -> dict[str, list[float]]:
 
 
 def request_tensors(plan: ClientPlan, held: Container[str] = ()) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each buffer of a request: `ADAPTER` and `TILT`, if anything is in them, and one for each change of
-    the base.
+    """The tensors of each buffer of a request: `ADAPTER` and `TILT`, if anything is in them, and one for each base
+    update.
 
     Args:
         plan: To be sent.
@@ -337,7 +316,9 @@ def request_tensors(plan: ClientPlan, held: Container[str] = ()) -> dict[str, di
     parts = tensors_by_part(plan).items()
     adapter = {name: tensor for part, tensors in parts if part not in held for name, tensor in tensors.items()}
     buffers = ({ADAPTER: adapter} if adapter else {}) | ({TILT: dict(plan.tilt)} if plan.tilt else {})
-    return buffers | {merge_buffer(update.version): flatten_base_update(update)[0] for update in plan.base_updates}
+    return buffers | {
+        base_update_buffer(update.version): flatten_base_update(update)[0] for update in plan.base_updates
+    }
 
 
 def format_of(buffer: str, down: str) -> str:
@@ -345,8 +326,8 @@ def format_of(buffer: str, down: str) -> str:
     return down if buffer == ADAPTER else "float32"
 
 
-def merge_buffer(version: int) -> str:
-    """Name of the buffer of a change of the base to this version."""
+def base_update_buffer(version: int) -> str:
+    """Name on the wire of the buffer of the base update to this version."""
     return f"merge/{version}"
 
 

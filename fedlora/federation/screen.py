@@ -25,6 +25,7 @@ from fedlora.data.own import brought_by_nodes
 from fedlora.errors import ReplyError
 from fedlora.federation.client_pool import ClientReply
 from fedlora.federation.example_level_account import check_stated
+from fedlora.federation.last_result import LastResult, same_tensors
 from fedlora.federation.plausibility import (
     COUNTED_LOSS,
     SMALLEST_LOSS,
@@ -35,7 +36,7 @@ from fedlora.federation.plausibility import (
     largest_loss,
     largest_weight,
 )
-from fedlora.federation.protocol import OfSameTensors, TrainRequest
+from fedlora.federation.protocol import TrainRequest
 from fedlora.privacy.disclosure import REFUSED, Disclosure
 from fedlora.sanitize import clean_text
 from fedlora.training.dp_settings import private_settings
@@ -64,7 +65,7 @@ class Screen:
     def __init__(self, config: RunConfig, workspace: Workspace) -> None:
         self._config, self._workspace = config, workspace
         self._own_data = brought_by_nodes(config)
-        self._flat_starts = OfSameTensors(lambda starts: _flat(starts.values()))
+        self._flat_starts = LastResult(lambda starts: _flat(starts.values()), same_tensors)
         self._allowed = FIGURES if config.privacy is None else Disclosure(config.privacy.unit).figures
 
     def admit(

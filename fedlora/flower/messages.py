@@ -21,6 +21,7 @@ from fedlora import __version__
 from fedlora.adapter import AdapterState, Layout, LoraPair, PairShape, fresh_pairs
 from fedlora.aggregators import ClientPlan
 from fedlora.errors import ReplyError
+from fedlora.federation.last_result import LastResult, same_tensors
 from fedlora.federation.protocol import (
     ADAPTER,
     KEPT,
@@ -28,11 +29,10 @@ from fedlora.federation.protocol import (
     MEASURED,
     PROTOCOL,
     TILT,
-    OfSameTensors,
     TrainedReply,
     TrainRequest,
+    base_update_buffer,
     format_of,
-    merge_buffer,
     note_head,
     request_head,
     request_tensors,
@@ -71,7 +71,7 @@ class RequestEncoder:
     """Makes the contents of train messages; a buffer that many clients share is encoded, and hashed, once."""
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple[str, str], OfSameTensors[Array]] = {}
+        self._arrays: dict[tuple[str, str], LastResult[dict[str, Tensor], Array]] = {}
 
     def encode(self, request: TrainRequest, parts: Sequence[str] = ()) -> RecordDict:
         """The content of a message; messages with the same tensors share their arrays.
@@ -85,7 +85,8 @@ class RequestEncoder:
         arrays = ArrayRecord()
         for name, tensors in buffers.items():  # one by one: from a dict it would copy them
             wire = format_of(name, request.down)
-            arrays[name] = self._arrays.setdefault((name, wire), OfSameTensors(partial(_packed, wire)))(tensors)
+            packed = self._arrays.setdefault((name, wire), LastResult(partial(_packed, wire), same_tensors))
+            arrays[name] = packed(tensors)
         return RecordDict({"plan": ConfigRecord({"json": json.dumps(head)}), "arrays": arrays})
 
 
@@ -204,7 +205,7 @@ def decode_request(content: RecordDict, head: Mapping[str, Any], held: HeldParts
         sends=frozenset(head["sends"]),
         base_version=head["base_version"],
         base_updates=tuple(
-            unflatten_base_update(buffers[merge_buffer(meta["version"])], meta) for meta in head["merges"]
+            unflatten_base_update(buffers[base_update_buffer(meta["version"])], meta) for meta in head["merges"]
         ),
         fresh_seed=head["fresh_seed"],
         proximal_mu=head["proximal_mu"],

@@ -13,7 +13,7 @@ from fedlora.aggregators import BaseUpdate, ClientPlan
 from fedlora.federation.client_pool import ClientInfo, RoundRequest
 from fedlora.federation.initial_state import first_state
 from fedlora.federation.load_rule import load_rule
-from fedlora.federation.planner import Held, Planner, SharedPlans
+from fedlora.federation.planner import Held, Planner, shared_plans
 from fedlora.federation.protocol import PartDigests
 from fedlora.training.workspace import open_workspace
 
@@ -22,7 +22,7 @@ PLAN = ClientPlan(AdapterState({"m": LoraPair(torch.ones(1, 3), torch.zeros(2, 1
 
 
 def test_a_plan_that_asks_the_same_is_the_last_one() -> None:
-    shared = SharedPlans()
+    shared = shared_plans()
     assert shared(PLAN) is PLAN
     assert shared(replace(PLAN, base_updates=(UPDATE,))) is PLAN
 
@@ -46,7 +46,7 @@ def test_a_plan_that_asks_the_same_is_the_last_one() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_a_plan_that_asks_anything_else_is_itself(change: dict[str, object]) -> None:
-    shared, other = SharedPlans(), replace(PLAN, **change)
+    shared, other = shared_plans(), replace(PLAN, **change)
     shared(PLAN)
     assert shared(other) is other
     assert shared(PLAN) is PLAN
