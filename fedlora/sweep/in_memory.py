@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from numbers import Integral, Real
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias, final
 
 import pandas as pd
@@ -13,26 +16,29 @@ from fedlora.callbacks import Callback, Callbacks
 from fedlora.config import RunConfig
 from fedlora.errors import PrivacyError, RoundError
 from fedlora.federation.client_pool import ClientPool
+from fedlora.federation.client_store import ClientStore
 from fedlora.federation.load_rule import load_rule
 from fedlora.federation.local_clients import LocalClients
 from fedlora.federation.privacy_account import NoPrivacy
 from fedlora.federation.server import FederatedServer
+from fedlora.files import write_atomically
 from fedlora.training import open_workspace
 from fedlora.training.workspace import Workspace
 
-PoolMaker: TypeAlias = Callable[[RunConfig, Aggregator, Workspace], ClientPool]
+PoolMaker: TypeAlias = Callable[[RunConfig, Aggregator, Workspace, ClientStore], ClientPool]
+"""Makes a run's clients, with the place for what they keep."""
 Row: TypeAlias = dict[str, Any]
 
 
-def all_together(config: RunConfig, rule: Aggregator, workspace: Workspace) -> LocalClients:
+def all_together(config: RunConfig, rule: Aggregator, workspace: Workspace, store: ClientStore) -> LocalClients:
     """All clients in this process, in one cohort."""
-    return LocalClients(config, rule, workspace, cohort=len(workspace.data.clients))
+    return LocalClients(config, rule, workspace, cohort=len(workspace.data.clients), store=store)
 
 
 def run_in_memory(
     config: RunConfig, *callbacks: Callback, make_pool: PoolMaker = all_together, say: Callable[[str], object] = print
 ) -> list[Mapping[str, Any]]:
-    """A run that writes nothing.
+    """A run that leaves nothing; what its clients keep from round to round is in a temporary folder.
 
     Args:
         config: of the run.
@@ -49,12 +55,13 @@ def run_in_memory(
     if config.privacy is not None:
         raise PrivacyError("a run in memory keeps no ledger: use fedlora.run with [privacy]", code="no-ledger-kept")
     rule, workspace, lines = load_rule(config), open_workspace(config), _Lines()
-    pool = make_pool(config, rule, workspace)
-    server = FederatedServer(pool, config, rule, workspace, NoPrivacy(), Callbacks(lines, *callbacks))
-    try:
-        server.run(None, [])
-    except RoundError as error:
-        say(str(error))
+    with TemporaryDirectory(prefix="fedlora-") as folder:
+        pool = make_pool(config, rule, workspace, ClientStore(Path(folder)))
+        server = FederatedServer(pool, config, rule, workspace, NoPrivacy(), Callbacks(lines, *callbacks))
+        try:
+            server.run(None, [])
+        except RoundError as error:
+            say(str(error))
     return lines.seen
 
 
@@ -74,8 +81,11 @@ class ResultRows:
     """The rows of a results.csv, by the columns that say of which run they are; a run whose rows are there is not
     repeated.
 
+    A key's value stands in the file as text from which it can be told again: all digits of a number, and nothing for
+    None.
+
     Args:
-        path: of the file; an empty field is a value that is missing.
+        path: of the file; an empty field is a value that is missing. Other columns have six digits.
         keys: names of these columns.
         say: told of each run that was done.
     """
@@ -84,20 +94,46 @@ class ResultRows:
         self.path, self._keys, self._say = path, keys, say
         self.rows: list[Row] = []
         if path.exists():
-            self.rows = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
+            # By name: pandas would make a number of "01", and nothing of "NaN".
+            table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(keys, str))
+            values = {key: table[key].fillna("").map(_value).astype(object) for key in keys}
+            self.rows = table.assign(**values).to_dict("records")
 
     def of(self, run: Sequence[Any], make: Callable[[], Iterable[Row]]) -> list[Row]:
         """The rows of a run.
 
         Args:
-            run: its values of the keys.
+            run: its values of the keys: text, numbers or None.
             make: does it where its rows are not there, which are added to the file.
         """
         key = dict(zip(self._keys, run, strict=True))
-        found = [row for row in self.rows if all(row[name] == value for name, value in key.items())]
+        texts = {name: _text(value) for name, value in key.items()}
+        found = [row | key for row in self.rows if all(_text(row[name]) == text for name, text in texts.items())]
         if not found:
             found = [key | row for row in make()]
             self.rows += found
-            pd.DataFrame(self.rows).to_csv(self.path, index=False, float_format="%.6g")
+            table = pd.DataFrame(self.rows).assign(**{k: [_text(row[k]) for row in self.rows] for k in self._keys})
+            write_atomically(self.path, table.to_csv(index=False, float_format="%.6g").encode())
             self._say(str(found[-1]))
         return found
+
+
+def _text(value: Any) -> str:
+    """What stands in the file for a key's value; numbers that are equal have the same."""
+    if value is None:
+        return ""
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        number = float(value)
+        return str(int(number)) if number.is_integer() else repr(number)
+    return str(value)
+
+
+def _value(text: str) -> Any:
+    """The value of a key: the number that is written so, else the text itself."""
+    if not text:
+        return None
+    for kind in (int, float):
+        with suppress(ValueError):
+            if _text(number := kind(text)) == text:
+                return number
+    return text

@@ -36,6 +36,7 @@ from fedlora.federation.client_pool import (
     RoundRequest,
     SimulatedClients,
 )
+from fedlora.federation.client_store import ClientStore
 from fedlora.federation.local_clients import LocalClients, clients_of
 from fedlora.federation.planner import Held, Planner
 from fedlora.federation.screen import FIGURES, Screen
@@ -120,13 +121,22 @@ class HostilePool(SimulatedClients):
         config: of the run.
         rule: that plans.
         workspace: model, task and data of all clients.
+        store: where clients keep what they do not send.
         attack: of the liars.
         liars: how many.
     """
 
-    def __init__(self, config: RunConfig, rule: Aggregator, workspace: Workspace, attack: Attack, liars: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        rule: Aggregator,
+        workspace: Workspace,
+        store: ClientStore,
+        attack: Attack,
+        liars: int,
+    ) -> None:
         super().__init__(clients_of(workspace))
-        self._honest = LocalClients(config, rule, workspace, cohort=len(self._clients))
+        self._honest = LocalClients(config, rule, workspace, cohort=len(self._clients), store=store)
         self._config, self._workspace, self._attack = config, workspace, attack
         self._liars = sorted(self._clients)[len(self._clients) - liars :]
         self._planner, self._screen = Planner(config, rule, workspace), Screen(config, workspace)

@@ -26,6 +26,33 @@ def test_a_run_in_memory_learns_what_a_run_with_a_folder_learns(tiny_config: Mak
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("train.keep_optimizer=true",),
+        pytest.param(("train.personal=0.1", "evaluation.on=both"), marks=pytest.mark.slow),
+        ("wire.up=topk", "wire.fraction=0.2"),
+        pytest.param(("strategy.name=fedper", "evaluation.on=both"), marks=pytest.mark.slow),
+        pytest.param(("strategy.name=fedsa", "evaluation.on=both"), marks=pytest.mark.slow),
+    ],
+    ids=lambda keys: keys[0],
+)
+def test_its_clients_keep_what_they_keep_in_a_run_with_a_folder(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
+) -> None:
+    """And when it is over nothing of it is left."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    config = tiny_config("rounds=2", "train.steps=1", "model.dropout=0.0", *keys)
+    lines, wanted = run_in_memory(config), simulate(config).records
+    for line, same in zip(lines, wanted, strict=True):
+        assert (line["accuracy"], line.get("answered")) == (same["accuracy"], same.get("answered"))
+        assert line["loss"] == pytest.approx(same["loss"], rel=1e-5)
+        if "federated" in same:
+            assert line["federated"]["figures"] == pytest.approx(same["federated"]["figures"], rel=1e-5)
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 def test_a_round_that_fails_ends_it_with_the_reason(tiny_config: MakeConfig) -> None:
     said: list[str] = []
     config = tiny_config("rounds=3", "train.lr=1e30", "train.optimizer=sgd")
@@ -60,3 +87,28 @@ def test_a_run_whose_rows_are_there_is_not_repeated(tmp_path: Path) -> None:
         assert other[0]["accuracy"] != other[0]["accuracy"], "what is missing stays so, whatever a key is called"
     rows_of(again, "none", 0.0056)
     assert len(asked) == 3
+
+
+KEYS: tuple[Any, ...] = (None, "None", "NaN", "nan", "01", 1, "1.0", "1e3", 1e-7, 1 / 3, 0.333333, 2**63 + 1, 0.1 + 0.2)
+"""Values that a file of comma-separated text does not keep by itself."""
+
+
+def test_any_key_is_known_again_however_often_the_file_is_read(tmp_path: Path) -> None:
+    asked: list[Any] = []
+    for _ in range(3):
+        rows = ResultRows(tmp_path / "results.csv", ["key", "other"], say=str)
+        for key in KEYS:
+            (row,) = rows.of((key, 1), lambda key=key: asked.append(key) or [{"accuracy": 0.5}])  # type: ignore[misc]
+            assert (row["key"], row["accuracy"]) == (key, 0.5)
+            assert type(row["key"]) is type(key)
+        assert len(rows.rows) == len(KEYS)
+    assert asked == list(KEYS)
+
+
+def test_a_file_that_another_wrote_keeps_its_keys(tmp_path: Path) -> None:
+    text = "rule,lr,accuracy\nFedAvg,0.0056,0.5\n01,1e-05,\n"
+    (tmp_path / "results.csv").write_text(text)
+    rows = ResultRows(tmp_path / "results.csv", ["rule", "lr"], say=str)
+    assert [row["lr"] for row in rows.rows] == [0.0056, 1e-5]
+    rows.of(("new", 100.0), lambda: [{"accuracy": 0.25}])
+    assert (tmp_path / "results.csv").read_text() == text + "new,100,0.25\n"
