@@ -58,13 +58,13 @@ def unflatten_adapter(tensors: Mapping[str, Tensor], meta: Meta, prefix: str = "
 
 
 def flatten_base_update(base_update: BaseUpdate, prefix: str = "") -> tuple[dict[str, Tensor], Meta]:
-    """One change of the base, as `flatten_adapter`."""
+    """One base update, as `flatten_adapter`."""
     tensors, meta = flatten_adapter(base_update.change, prefix)
     return tensors, {"since": base_update.since, "version": base_update.version, "change": meta}
 
 
 def unflatten_base_update(tensors: Mapping[str, Tensor], meta: Meta, prefix: str = "") -> BaseUpdate:
-    """The inverse of `flatten_merge`."""
+    """The inverse of `flatten_base_update`."""
     return BaseUpdate(meta["since"], meta["version"], unflatten_adapter(tensors, meta["change"], prefix))
 
 

@@ -6,7 +6,7 @@ length of its buffer. There is no pickle, no NumPy container and no offset anywh
 
 Who carries the bytes (Flower's messages, or nobody in a simulation) is not known here.
 
-Changes of the base are never rounded: all clients train on one base, to the byte. Where a client starts may be
+Base updates are never rounded: all clients train on one base, to the byte. Where a client starts may be
 (`[wire] down`), to the nearest, in bfloat16 or int8, as a function of the tensor alone. Of what a client sends (`[wire]
 up`) it is the *change* from the tensor that the server sent that is rounded, since it is small, both sides know the
 start exactly, and a small step is not lost beside a large value.

@@ -87,7 +87,7 @@ class GlobalState:
         adapter: the global adapter, at the rank of the config.
         seed: from which the rule derives any draw.
         round: number of rounds done.
-        base_updates: changes of the base so far, as a chain from version 0 to `base_version`.
+        base_updates: those so far, as a chain from version 0 to `base_version`.
         memory: a rule's own tensors (momentum, ...).
         metrics: what the last `aggregate` measured about itself, for the metrics file.
     """

@@ -153,7 +153,7 @@ def equivalent_adapter(state: GlobalState, max_rank: int) -> tuple[AdapterState,
     Returns:
         The adapter (each pair with scale 1, and compressed by SVD where its total rank is above `max_rank`), and the
         relative error |D - D'|_F / |D|_F of it, which is at rounding level where nothing was cut and 0.0 without any
-        change of the base.
+        base update.
 
     Raises:
         RuleError: if `max_rank` is below 1.

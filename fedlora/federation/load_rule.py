@@ -127,7 +127,7 @@ def require_base_unchanged(wire: WireConfig, name: str, rule: Aggregator) -> Non
     """
     if wire.down != "float32" and Claim.CHANGES_BASE in rule.claims:
         raise ConfigError(
-            f"wire.down rounds where clients start, and {name!r} sends them changes of the base, which has to be the "
+            f"wire.down rounds where clients start, and {name!r} sends them base updates: the base has to be the "
             "same for all to the byte: remove wire.down, or choose a rule that leaves the base as it is, such as "
             "fedavg or ffa",
             code="base-not-rounded",

@@ -6,7 +6,7 @@ What the wire would do to numbers is applied, and the bytes that it would carry 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from typing import TypeAlias, final
+from typing import NamedTuple, final
 
 import numpy as np
 
@@ -36,8 +36,19 @@ from fedlora.sanitize import clean_text
 from fedlora.training.evaluate import Measures, measure_batches
 from fedlora.training.workspace import Workspace
 
-_Asked: TypeAlias = tuple[TrainRequest, ClientReply, Held]
-"""What a client is asked, what is known of the outcome before it is, and what the client holds."""
+
+class _Due(NamedTuple):
+    """A client whose turn has come.
+
+    Args:
+        request: What it is asked.
+        reply: What is known of the outcome before it is; with a failure it is not asked.
+        held: What the client holds.
+    """
+
+    request: TrainRequest
+    reply: ClientReply
+    held: Held
 
 
 @final
@@ -78,10 +89,10 @@ class LocalClients(SimulatedClients):
             Exception: a client met an error that is none of fedlora's: a fault of the program, which ends the run.
                 Without the client the rounds would be another experiment.
         """
-        group: list[_Asked] = []
+        group: list[_Due] = []
         for client_id in request.clients:
-            group.append(self._asked(request, self._clients[client_id], self._held.setdefault(client_id, Held())))
-            if sum(reply.failure is None for _, reply, _ in group) == self._cohort:
+            group.append(self._due(request, self._clients[client_id], self._held.setdefault(client_id, Held())))
+            if sum(due.reply.failure is None for due in group) == self._cohort:
                 yield from self._outcomes(request, group)
                 group = []
         yield from self._outcomes(request, group)
@@ -99,7 +110,7 @@ class LocalClients(SimulatedClients):
         Returns:
             The outcome of each, in their order.
         """
-        return self._outcomes(request, [self._asked(request, *pair) for pair in zip(clients, held, strict=True)])
+        return self._outcomes(request, [self._due(request, *pair) for pair in zip(clients, held, strict=True)])
 
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """Measure the state on what each client keeps apart."""
@@ -142,13 +153,13 @@ class LocalClients(SimulatedClients):
         nbytes = sum(values.nbytes for sums in found.values() for values in sums.values())
         return ClientEvaluation(client.client_id, found, bytes_down=asked.nbytes, bytes_up=nbytes)
 
-    def _asked(self, request: RoundRequest, client: ClientInfo, held: Held) -> _Asked:
+    def _due(self, request: RoundRequest, client: ClientInfo, held: Held) -> _Due:
         asked = self._planner.request(request, client, held)
-        return asked, self._planner.outcome(asked), held
+        return _Due(asked, self._planner.outcome(asked), held)
 
-    def _outcomes(self, request: RoundRequest, group: Sequence[_Asked]) -> list[ClientReply]:
+    def _outcomes(self, request: RoundRequest, group: Sequence[_Due]) -> list[ClientReply]:
         """Train those of a group whose devices answer in time; the outcome of each."""
-        asked = [one for one, reply, _ in group if reply.failure is None]
+        asked = [due.request for due in group if due.reply.failure is None]
         answers: Iterator[Answer] = iter(())
         if asked:
             bring_to(self._workspace.base, request.state, request.digests)
@@ -156,11 +167,13 @@ class LocalClients(SimulatedClients):
             answers = iter(
                 answer(self._workspace, asked, lambda one: ledgers.open(one.client_id, one.run), self._store)
             )
-        return [one[1] if one[1].failure is not None else self._outcome(request, one, next(answers)) for one in group]
+        return [
+            due.reply if due.reply.failure is not None else self._outcome(request, due, next(answers)) for due in group
+        ]
 
-    def _outcome(self, request: RoundRequest, asked: _Asked, found: Answer) -> ClientReply:
+    def _outcome(self, request: RoundRequest, due: _Due, found: Answer) -> ClientReply:
         """What is written down of a client, and its update as the server would have received it."""
-        one, reply, held = asked
+        one, reply, held = due
         if isinstance(found, Failure):
             kind = "spent" if found.kind == "spent" else "error"
             note = note_head(kind, error=clean_text(found.why, MAX_ERROR))

@@ -1,4 +1,4 @@
-"""checkpoints/ and merges/: the last states of a run, and the changes of its base, each written once."""
+"""checkpoints/ and merges/: the last states of a run, and its base updates, each written once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Checkpoints(Callback):
     """
 
     def __init__(self, run: Path) -> None:
-        self._states, self._changes = run / "checkpoints", run / "merges"
+        self._states, self._base_updates = run / "checkpoints", run / "merges"
         self._known: dict[str, BaseUpdate] = {}  # what is known to be in merges/, by file name
 
     @property
@@ -58,13 +58,13 @@ class Checkpoints(Callback):
     def save(self, state: GlobalState) -> Path:
         """Write the state after a round; call it after that round's line of metrics is written.
 
-        Changes of the base that are not on disk yet are written first, each to a file of its own; of the states the
-        last two are kept, and of the changes those that they name.
+        Base updates that are not on disk yet are written first, each to a file of its own; of the states the last two
+        are kept, and of the base updates those that they name.
         """
         for update in state.base_updates:
             name = _file_name(update.since, update.version)
             if self._known.get(name) is not update:
-                write_atomically(self._changes / name, pack(*flatten_base_update(update)))
+                write_atomically(self._base_updates / name, pack(*flatten_base_update(update)))
                 self._known[name] = update
         path = self._states / f"{state.round:06d}.safetensors"
         write_atomically(path, pack(*flatten_state(state, base_updates=False)))
@@ -105,7 +105,7 @@ class Checkpoints(Callback):
     def _read_base_update(self, since: int, version: int) -> BaseUpdate:
         name = _file_name(since, version)
         if name not in self._known:
-            tensors, meta = _read(self._changes / name, "start the run again with --overwrite")
+            tensors, meta = _read(self._base_updates / name, "start the run again with --overwrite")
             self._known[name] = unflatten_base_update(tensors, meta)
         return self._known[name]
 
@@ -114,13 +114,13 @@ class Checkpoints(Callback):
         for path in found[:-KEPT]:
             path.unlink()
         sync_folder(self._states)
-        if not self._changes.is_dir():
+        if not self._base_updates.is_dir():
             return
         named: set[str] = set()
         for path in (*found[-KEPT:], *(self._states / BEST).glob("*.safetensors")):
             _, meta = _read(path, "remove it")
             named.update(_file_name(entry["since"], entry["version"]) for entry in meta["merges"])
-        for path in self._changes.glob("*.safetensors"):
+        for path in self._base_updates.glob("*.safetensors"):
             if path.name not in named:
                 path.unlink()
                 self._known.pop(path.name, None)

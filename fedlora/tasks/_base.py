@@ -248,7 +248,7 @@ class Task(ABC):
         raise NotImplementedError(f"{type(self).__name__} packs no examples into rows")
 
     def take_rows(self, batch: Batch, rows: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """Some rows of a batch whose rows are no examples, as a batch of the examples in them, and these's numbers."""
+        """Some rows of a batch whose rows are no examples, as a batch of examples, and the numbers of these."""
         raise NotImplementedError(f"{type(self).__name__} packs no examples into rows")
 
     def tokens(self, batch: Batch) -> int | None:

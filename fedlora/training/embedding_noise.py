@@ -56,7 +56,7 @@ class EmbeddingNoise:
             raise TrainingError(
                 f"train.neftune_noise_alpha: {type(self._model).__name__} embeds tokens in another form than rows of "
                 "them: remove it, or use another model",
-                code="embeddings-without-rows",
+                code=WITHOUT_ROWS,
             )
         scale = (self._scales / math.sqrt(embedded.shape[-1]))[:, None, None]
         return embedded + (self._dropout.uniform(embedded.shape, self._scales) * scale).to(embedded.dtype)
@@ -71,7 +71,7 @@ def require_noisy(model: nn.Module, examples: Examples) -> None:
         raise ConfigError(
             f"train.neftune_noise_alpha: {type(model).__name__} embeds tokens in several places: remove it, or use "
             "another model",
-            code="embeddings-without-rows",
+            code=WITHOUT_ROWS,
         )
     if "rejected_input_ids" in examples.inputs:
         raise ConfigError(

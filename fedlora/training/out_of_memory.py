@@ -34,7 +34,7 @@ def too_large(error: BaseException, device: torch.device) -> TrainingError:
         f"a training step of one client does not fit into the memory of {device}{f' ({first})' if first else ''}: "
         "lower train.batch_size or task.max_length, set train.micro_batch_size = 1 or train.gradient_checkpointing = "
         "true, or fewer clients at once by runtime.cohort",
-        code="out-of-memory",
+        code=OUT_OF_MEMORY,
     )
     told.__cause__ = error
     return told
