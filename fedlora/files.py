@@ -29,6 +29,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomically` left below a folder where a process was killed; nobody may be writing there."""
+    for left in folder.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
     if os.name == "posix":

@@ -40,7 +40,7 @@ from typing import Any, Literal
 from fedlora.aggregators import GlobalState
 from fedlora.config import RunConfig, flat_keys, load_config
 from fedlora.errors import FedloraError, RunDirError, nearest_file
-from fedlora.files import locked, write_atomically
+from fedlora.files import locked, remove_unfinished, write_atomically
 from fedlora.privacy.disclosure import Disclosure
 from fedlora.provenance import Provenance, in_words
 from fedlora.runs.checkpoints import Checkpoints
@@ -341,6 +341,7 @@ class RunDir:
         Returns:
             The state to go on from, or None where no round was completed (start from the beginning).
         """
+        remove_unfinished(self.path)
         state = self.checkpoints.latest()
         if state is None and (self.path / "result.json").is_file():
             raise RunDirError(

@@ -410,6 +410,25 @@ def test_a_kill_anywhere_in_a_checkpoint_leaves_the_one_before(
     assert same_state(found, expected)
 
 
+def test_a_resume_removes_what_killed_writes_left(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir.create(config)
+    before = set(run.path.rglob("*"))
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a process that is killed clears nothing up
+        for write in (lambda: run.checkpoints.save(make_state(1)), lambda: run.write_json("samples.json", [])):
+            with pytest.raises(KeyboardInterrupt):
+                write()
+    left = {path for path in run.path.rglob("*") if path.is_file()} - before
+    assert len(left) == 2
+    RunDir.open(run.path).resume()
+    assert not any(path.exists() for path in left)
+
+
 def test_a_damaged_checkpoint_is_named(config: RunConfig) -> None:
     run = RunDir.create(config)
     for number in (1, 2):
