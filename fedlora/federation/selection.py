@@ -22,6 +22,8 @@ GONE = 3
 class Selection:
     """Compares rounds by their validation figures, from the first that was trained on.
 
+    A lost round is passed over: its model is that of the round before it, which was compared.
+
     Figures that clients report are compared where they are of the same clients but for a tenth of the examples: a round
     that lacks more is passed over. Where a client stays away, or where clients that are all asked are joined by
     another, the comparison is made anew.
@@ -58,7 +60,7 @@ class Selection:
         figures: Mapping[str, Any] = record.get("validation") or {}
         self.said = ""
         comparable = self._evaluation.on != "clients" or self._is_of_the_same(record.get("federated") or {})
-        if not figures or not record["round"]:
+        if not figures or not record["round"] or record.get("lost"):
             return False
         if self.metric not in figures:
             raise ConfigError(

@@ -155,7 +155,7 @@ class FederatedServer:
             self._digests[after.base_version] = next_digest(request.base_digest, state, after)
             trained = time.perf_counter()
             if number % self.config.evaluation.every == 0 or number == self.config.rounds:
-                line |= self._evaluate(after)
+                line |= self._evaluate(after, lost=record.lost)
             ended = time.perf_counter()
             if self.config.privacy is None:  # how long clients take tells of their data
                 line |= {"seconds": ended - started, "seconds_train": trained - started}
@@ -357,9 +357,9 @@ class FederatedServer:
                 record.ideal.add(update.change.pairs, record.weight)
         return relative_error(change, record.ideal, record.weight)
 
-    def _evaluate(self, state: GlobalState) -> Mapping[str, Any]:
+    def _evaluate(self, state: GlobalState, *, lost: bool = False) -> Mapping[str, Any]:
         request = RoundRequest(state.round, (), state, dict(self._digests), kept_rounds=dict(self._kept_rounds))
-        return self._evaluator.measure(request, self.clients, lambda seen: self._in_full(state, seen))
+        return self._evaluator.measure(request, self.clients, lambda seen: self._in_full(state, {**seen, "lost": lost}))
 
     def _in_full(self, state: GlobalState, validation: Mapping[str, Any]) -> bool:
         """Whether a round's model is the first or last of the run, or one that may be kept."""

@@ -316,6 +316,17 @@ def test_rounds_are_compared_as_asked(
     assert (selection.stopped is not None) == stopped
 
 
+def test_a_lost_round_is_neither_the_best_nor_one_without_a_better(tiny_config: MakeConfig) -> None:
+    """Its model is that of the round before it; before the first that is not lost there is none that was trained."""
+    lost, others = {1, 3, 4, 6}, {2: 0.5, 5: 0.4}
+    history = [{"round": k, "validation": {"accuracy": others.get(k, 0.9 if k < 2 else 0.5)}} for k in range(8)]
+    history = [{**line, "lost": True} if line["round"] in lost else line for line in history]
+    task, config = open_workspace(tiny_config()).task, parse_config("", ["selection.patience=2"])
+    selections = [Selection(config, task, history[:ended]) for ended in (2, 7, 8)]
+    assert [selection.best and selection.best.round for selection in selections] == [None, 2, 2]
+    assert [selection.stopped is not None for selection in selections] == [False, False, True]
+
+
 def test_rounds_are_compared_that_are_of_the_same_clients(tiny_config: MakeConfig) -> None:
     config = parse_config("", ["evaluation.on=clients", "selection.patience=9"])
     task = open_workspace(tiny_config()).task
