@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +59,7 @@ last_answer = LastAnswer()
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Who this node is, and whether its versions fit the server's."""
-    config: RunConfig | None = None
-    try:
-        config = config_of(context)
-        require_same_config(message.content, config)
-        client_id = client_id_of(context)
-        with looking_at_data(config):
-            workspace = open_workspace(config)
-        require_same_ground(message.content, config, workspace.pins)
-        facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": workspace.base.fingerprint}
-        indices = examples_of_client(workspace, client_id)
-        if config.privacy is None:
-            facts["num_examples"] = len(indices)
-        if (rank := rank_of(context)) is not None:
-            facts["rank"] = rank
-        if config.example_privacy is not None and (own := ledger_place(context).own) is not None:
-            ledger = Ledger(own)
-            ledger.require_head(ledger_seen(message.content))
-            facts["ledger"] = ledger.head() or START
-        note = encode_note("hello", client_id=client_id, **facts)
-        _require_disclosed(note, config)
-    except Exception as error:
-        note = _note(failure_of(error, config))
-    return Message(note, reply_to=message)
+    return _answered(message, context, _hello)
 
 
 @app.train()
@@ -89,35 +68,60 @@ def train(message: Message, context: Context) -> Message:
 
     A message of another strategy than fedlora's own server is answered by `fedlora.flower.plain_client`.
     """
-    if is_plain(message):
-        return train_plain(message, context)
-    config: RunConfig | None = None
-    try:
-        config = config_of(context)
-        reply = _trained(message.content, context, config)
-    except Exception as error:
-        reply = _note(failure_of(error, config))
-    return Message(reply, reply_to=message)
+    return train_plain(message, context) if is_plain(message) else _answered(message, context, _trained)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure a state on what this client keeps apart: sums out, and nothing of single examples."""
+    return _answered(message, context, _measured)
+
+
+def _answered(
+    message: Message, context: Context, reply_of: Callable[[RecordDict, Context, RunConfig], RecordDict]
+) -> Message:
+    """The reply to a message: what a function of its content gives, or a note of what it raised."""
     config: RunConfig | None = None
     try:
         config = config_of(context)
-        head, found, workspace = _request(message.content, context, config)
-        if isinstance(found, TrainRequest):
-            plan = found.plan
-            follow(workspace.base, plan.base_updates, plan.base_version, found.base_digest, found.since_digest)
-            workspace.base.write(plan.adapter)
-            measured = measure_apart(workspace, found, head["parts"], _store(found, context, config))
-            reply = _note(measured) if isinstance(measured, Failure) else encode_sums(found, measured)
-        else:
-            reply = found
+        reply = reply_of(message.content, context, config)
     except Exception as error:
         reply = _note(failure_of(error, config))
     return Message(reply, reply_to=message)
+
+
+def _hello(content: RecordDict, context: Context, config: RunConfig) -> RecordDict:
+    """The content of the reply to "hello"."""
+    require_same_config(content, config)
+    client_id = client_id_of(context)
+    with looking_at_data(config):
+        workspace = open_workspace(config)
+    require_same_ground(content, config, workspace.pins)
+    facts: dict[str, Any] = {"fedlora": __version__, "fingerprint": workspace.base.fingerprint}
+    indices = examples_of_client(workspace, client_id)
+    if config.privacy is None:
+        facts["num_examples"] = len(indices)
+    if (rank := rank_of(context)) is not None:
+        facts["rank"] = rank
+    if config.example_privacy is not None and (own := ledger_place(context).own) is not None:
+        ledger = Ledger(own)
+        ledger.require_head(ledger_seen(content))
+        facts["ledger"] = ledger.head() or START
+    note = encode_note("hello", client_id=client_id, **facts)
+    _require_disclosed(note, config)
+    return note
+
+
+def _measured(content: RecordDict, context: Context, config: RunConfig) -> RecordDict:
+    """The content of the reply to a request to evaluate."""
+    head, request, workspace = _request(content, context, config)
+    if not isinstance(request, TrainRequest):
+        return request
+    plan = request.plan
+    follow(workspace.base, plan.base_updates, plan.base_version, request.base_digest, request.since_digest)
+    workspace.base.write(plan.adapter)
+    measured = measure_apart(workspace, request, head["parts"], _store(request, context, config))
+    return _note(measured) if isinstance(measured, Failure) else encode_sums(request, measured)
 
 
 def _trained(content: RecordDict, context: Context, config: RunConfig) -> RecordDict:
