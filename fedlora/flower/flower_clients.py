@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, final
 
@@ -54,23 +54,40 @@ LEDGERS_FILE = "ledgers.json"
 """In a private run's folder: the head of each client's ledger when it was last seen."""
 
 
+@dataclass(frozen=True)
+class _Round:
+    """What all clients of a round have in common.
+
+    Args:
+        request: Of the round.
+        deadline: By `time.monotonic`.
+        parts: Of their own examples on which clients evaluate; none: they train.
+        encoder: Of their requests.
+    """
+
+    request: RoundRequest
+    deadline: float
+    parts: Sequence[str] = ()
+    encoder: RequestEncoder = field(default_factory=RequestEncoder)
+
+
 @dataclass
 class _Asked:
     """A client that was sent a request.
 
     Args:
+        round: Of the request.
         request: What was asked.
         node: Whom.
         sent: The message.
         reply: What is known of the outcome so far.
-        parts: Of its own examples on which it evaluates; none: it trains.
     """
 
+    round: _Round
     request: TrainRequest
     node: Node
     sent: Sent
     reply: ClientReply
-    parts: Sequence[str] = ()
 
     def count(self, message: Message) -> None:
         """Add the bytes of a reply, whether it can be used or not."""
@@ -136,27 +153,19 @@ class FlowerClients:
 
     def train(self, request: RoundRequest) -> Generator[ClientReply, None, None]:
         """Send all requests, then wait for each reply until the round's deadline."""
-        encoder = RequestEncoder()
-        deadline = time.monotonic() + self._config.server.deadline_s
-        asked = deque(self._ask(request, client_id, encoder) for client_id in request.clients)
-        while asked:  # of those that were heard nothing is kept
-            one = asked.popleft()
-            yield one if isinstance(one, ClientReply) else self._outcome(request, one, encoder, deadline)
+        for one in self._all_asked(request):
+            yield one if isinstance(one, ClientReply) else self._outcome(one)
         if self._config.example_privacy is not None:
             self._rundir.write_json(LEDGERS_FILE, {str(k): head for k, head in sorted(self._ledgers.items())})
 
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """Send all requests, then wait for each reply until the round's deadline."""
-        encoder = RequestEncoder()
-        deadline = time.monotonic() + self._config.server.deadline_s
-        asked = deque(self._ask(request, client_id, encoder, parts) for client_id in request.clients)
-        while asked:
-            one = asked.popleft()
+        for one in self._all_asked(request, parts):
             sums: Mapping[str, Sums] = {}
             reply = one if isinstance(one, ClientReply) else one.reply
             if isinstance(one, _Asked):
                 try:
-                    if (message := self._heard(request, one, encoder, deadline)) is not None:
+                    if (message := self._heard(one)) is not None:
                         sums = check_sums(message.content, one.request, self._sums_like, parts)
                         one.node.held.receive(one.request)
                     reply = one.reply
@@ -178,21 +187,23 @@ class FlowerClients:
 
     # ------------------------------------------------------------------------------------------------ asking
 
-    def _ask(
-        self, request: RoundRequest, client_id: int, encoder: RequestEncoder, parts: Sequence[str] = ()
-    ) -> _Asked | ClientReply:
+    def _all_asked(self, request: RoundRequest, parts: Sequence[str] = ()) -> Iterator[_Asked | ClientReply]:
+        """Send all clients their requests; of each that was handed on nothing is kept."""
+        this = _Round(request, time.monotonic() + self._config.server.deadline_s, parts)
+        asked = deque(self._ask(this, client_id) for client_id in request.clients)
+        while asked:
+            yield asked.popleft()
+
+    def _ask(self, this: _Round, client_id: int) -> _Asked | ClientReply:
         """Send a client its request; its outcome, where it is not asked."""
         if not self.registry.is_there(client_id):
             return ClientReply(client_id).failed(Failure("refused", "its node is not there"))
-        node = self.registry.nodes[client_id]
-        return self._send(request, node, encoder, parts)
+        return self._send(this, self.registry.nodes[client_id])
 
-    def _send(
-        self, request: RoundRequest, node: Node, encoder: RequestEncoder, parts: Sequence[str]
-    ) -> _Asked | ClientReply:
-        plan = self._planner.evaluation if parts else self._planner.request
-        asked = plan(request, node.info, node.held)
-        content = encoder.encode(asked, parts)
+    def _send(self, this: _Round, node: Node) -> _Asked | ClientReply:
+        parts = this.parts
+        asked = (self._planner.evaluation if parts else self._planner.request)(this.request, node.info, node.held)
+        content = this.encoder.encode(asked, parts)
         reply = ClientReply(node.info.client_id) if parts else self._planner.outcome(asked)
         reply = replace(reply, bytes_down=payload_bytes(content))
         if reply.failure is not None:
@@ -201,15 +212,15 @@ class FlowerClients:
         if parts:
             nbytes = sum(header.nbytes for header in layout_of(self._sums_like, parts).values())
             kind = MessageType.EVALUATE
-        sent = self.mail.send(content, node.node_id, kind, str(request.number), Allowed(nbytes))
-        return _Asked(asked, node, sent, reply, parts)
+        sent = self.mail.send(content, node.node_id, kind, str(this.request.number), Allowed(nbytes))
+        return _Asked(this, asked, node, sent, reply)
 
     # ------------------------------------------------------------------------------------------------ replies
 
-    def _outcome(self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder, deadline: float) -> ClientReply:
+    def _outcome(self, asked: _Asked) -> ClientReply:
         """Wait for one client's reply, and check it."""
         try:
-            message = self._heard(request, asked, encoder, deadline)
+            message = self._heard(asked)
             if message is None:
                 return asked.reply
             head = check_head(message, self._kinds(asked))
@@ -219,7 +230,7 @@ class FlowerClients:
             if self._config.example_privacy is not None:
                 asked.node.held.ledger = self._ledgers[asked.node.info.client_id] = ledger_of(head)
             tensors, figures = self._checked(message, asked)
-            admitted = self._screen.admit(asked.reply, asked.request, tensors, figures, request.expected)
+            admitted = self._screen.admit(asked.reply, asked.request, tensors, figures, asked.round.request.expected)
         except ReplyError as error:
             return asked.reply.failed(Failure("refused", clean_text(error)))
         asked.node.held.receive(asked.request)
@@ -227,28 +238,28 @@ class FlowerClients:
 
     def _kinds(self, asked: _Asked) -> tuple[str, ...]:
         """Replies that a client may send."""
-        if asked.parts:
+        if asked.round.parts:
             return ("sums", "need")
         return ("update", "need") if self._config.example_privacy is None else ("update", "need", "spent")
 
-    def _heard(self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder, deadline: float) -> Message | None:
+    def _heard(self, asked: _Asked) -> Message | None:
         """Wait for one client's reply; it is sent everything if it needs that. None: `asked.reply` says why."""
         kinds = self._kinds(asked)
-        message = self._receive(request, asked, encoder, deadline)
+        message = self._receive(asked)
         if message is not None and check_head(message, kinds)["kind"] == "need":
             asked.node.held.forget()
-            if self._ask_again(request, asked, encoder) is not None:  # with everything it would be too late
+            if self._ask_again(asked) is not None:  # with everything it would be too late
                 return None
-            message = self._receive(request, asked, encoder, deadline)
+            message = self._receive(asked)
             if message is not None and check_head(message, kinds)["kind"] == "need":
                 raise ReplyError("it asks for parts that it was just sent", code="needs-what-it-has")
         if message is None:
             asked.reply = asked.reply.failed(Failure("missing", "no reply before the deadline"))
         return message
 
-    def _ask_again(self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder) -> Failure | None:
+    def _ask_again(self, asked: _Asked) -> Failure | None:
         """Send a client its request again, in place of what was asked; why it is not sent, if it is not."""
-        again = self._send(request, asked.node, encoder, asked.parts)
+        again = self._send(asked.round, asked.node)
         up, down = asked.reply.bytes_up, asked.reply.bytes_down
         if isinstance(again, ClientReply):
             asked.reply = again.with_bytes(up=up, down=down)
@@ -256,13 +267,12 @@ class FlowerClients:
             asked.request, asked.sent, asked.reply = again.request, again.sent, again.reply.with_bytes(up=up, down=down)
         return asked.reply.failure
 
-    def _receive(
-        self, request: RoundRequest, asked: _Asked, encoder: RequestEncoder, deadline: float
-    ) -> Message | None:
+    def _receive(self, asked: _Asked) -> Message | None:
         """Wait for a reply; a node that is there is asked again at once for one that was lost on the way.
 
         It answers with what it has kept (`fedlora.flower.client_app`): nothing is trained or spent twice.
         """
+        deadline = asked.round.deadline
         for left in reversed(range(TRIES)):
             try:
                 message = self.mail.receive(asked.sent, deadline)
@@ -274,9 +284,9 @@ class FlowerClients:
                 if error.code not in LOST or not left or time.monotonic() >= deadline:
                     raise
                 self.registry.look()
-                if not self.registry.is_there(client_id) or self._ask_again(request, asked, encoder) is not None:
+                if not self.registry.is_there(client_id) or self._ask_again(asked) is not None:
                     raise
-                self._say(f"round {request.number}: client {client_id} is asked again: {clean_text(error)}")
+                self._say(f"round {asked.round.request.number}: client {client_id} is asked again: {clean_text(error)}")
         raise AssertionError("the last try returns or raises")
 
     def _checked(self, message: Message, asked: _Asked) -> tuple[Mapping[str, Any], Mapping[str, object]]:
