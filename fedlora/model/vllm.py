@@ -34,7 +34,7 @@ def for_vllm(base: Base, state: AdapterState) -> AdapterState:
             f"vLLM takes adapters of causal language models, and this is one for {base.recipe.auto_class}: {INSTEAD}",
             code="not-servable",
         )
-    if not base.method.bilinear or base.method.magnitudes:
+    if not base.method.bilinear:
         raise ExportError(
             f"vLLM serves LoRA alone, and the method is {base.method.name!r}: {INSTEAD}", code="not-servable"
         )
