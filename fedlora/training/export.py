@@ -94,27 +94,19 @@ def export_merged(
         The largest difference of the logits from those of the base that was merged into, with the adapter beside it;
         and that base's from the quantised one's, which the run trained on: None if it was not quantised.
     """
-    trained = _reference(workspace, state)
-    if workspace.config.model.quantize is None:
-        return _merged(workspace, state, folder, trained, origin, gguf), None
-    workspace.base.discard()
-    workspace = open_workspace(unquantised(workspace.config))
-    reference = _reference(workspace, state)
-    return _merged(workspace, state, folder, reference, origin, gguf), trained.apart(reference)
+    reference = trained = _reference(workspace, state)
+    if workspace.config.model.quantize is not None:
+        workspace.base.discard()
+        workspace = open_workspace(unquantised(workspace.config))
+        reference = _reference(workspace, state)
+    base, fresh, file = workspace.base, unverified(folder), GGUF if gguf else None
+    save_merged(base, state.adapter, state.base_updates, fresh, origin, gguf=gguf)
+    difference = _verify(workspace, folder, lambda: verify_merged(fresh, base.recipe, reference, base.device, file))
+    return difference, None if reference is trained else trained.apart(reference)
 
 
 def _reference(workspace: Workspace, state: GlobalState) -> Reference:
     return reference_of(workspace.base, workspace.task, workspace.data.probes, state.adapter, state.base_updates)
-
-
-def _merged(
-    workspace: Workspace, state: GlobalState, folder: Path, reference: Reference, origin: Origin, gguf: bool
-) -> float:
-    base, file = workspace.base, GGUF if gguf else None
-    save_merged(base, state.adapter, state.base_updates, unverified(folder), origin, gguf=gguf)
-    return _verify(
-        workspace, folder, lambda: verify_merged(unverified(folder), base.recipe, reference, base.device, file)
-    )
 
 
 def reference_of(

@@ -14,12 +14,11 @@ from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
 from fedlora.flower import client_app
 from fedlora.flower.messages import HeldParts
-from fedlora.flower.server_app import serve
-from fedlora.flower.task_identity import task_identity
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
 from fedlora.testing.loopback_grid import LoopbackGrid
 from fedlora.training.workspace import open_workspace
+from support.on_a_grid import serve_on
 
 
 class Said(Callback):
@@ -60,12 +59,8 @@ def deploy(
     run_config = {"toml": config.to_toml()} | ({} if ledgers is None else {"ledger-dir": str(ledgers)})
     forget(config)
     grid = LoopbackGrid(client_app.app, nodes, run_config, run_id)
-    with task_identity(run_id):
-        if rundir is None:
-            new = RunDir.create(config, overwrite=True)
-            return serve(grid, config, new, *callbacks, resume=False, ledgers=ledgers)
-        again = RunDir.open(rundir.path, config)
-        return serve(grid, config, again, *callbacks, resume=True, ledgers=ledgers)
+    again = None if rundir is None else RunDir.open(rundir.path, config)
+    return serve_on(grid, config, *callbacks, rundir=again, resume=again is not None, run_id=run_id, ledgers=ledgers)
 
 
 def weights(outcome: RunOutcome) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.federation.run import RunOutcome
@@ -18,7 +20,13 @@ def grid_of(config: RunConfig, clients: int = 4) -> LoopbackGrid:
 
 
 def serve_on(
-    grid: LoopbackGrid, config: RunConfig, *callbacks: Callback, rundir: RunDir | None = None, resume: bool = False
+    grid: LoopbackGrid,
+    config: RunConfig,
+    *callbacks: Callback,
+    rundir: RunDir | None = None,
+    resume: bool = False,
+    run_id: int = 1,
+    ledgers: Path | None = None,
 ) -> RunOutcome:
     """A whole run by the server's app.
 
@@ -28,6 +36,9 @@ def serve_on(
         callbacks: Told what happens.
         rundir: The run's folder; None: a new one, in place of what is there.
         resume: Go on from its last checkpoint.
+        run_id: Flower's.
+        ledgers: Folder with a ledger for each client.
     """
-    with task_identity(1):
-        return serve(grid, config, rundir or RunDir.create(config, overwrite=True), *callbacks, resume=resume)
+    with task_identity(run_id):
+        folder = rundir or RunDir.create(config, overwrite=True)
+        return serve(grid, config, folder, *callbacks, resume=resume, ledgers=ledgers)
