@@ -157,6 +157,7 @@ def run(
         FedloraError: of any kind; the message is one line that names the cure, and the folder stays intact.
     """
     resolved = resolve_config(config, changes)
+    _require_callbacks(callbacks)
     if resume and overwrite:
         raise ConfigError(
             "resume continues a run and overwrite starts it again: give only one of them", code="resume-and-overwrite"
@@ -356,6 +357,17 @@ def resolve_config(config: str | Path | RunConfig, changes: Mapping[str, Any]) -
     if not names or not _task(resolved).has_classes or resolved.task.fields.get("labels"):
         return resolved
     return resolved.model_copy(update={"task": resolved.task.model_copy(update={"labels": list(names)})})
+
+
+def _require_callbacks(callbacks: Any) -> None:
+    """Raise `ConfigError` for what could not be told anything, before a run begins."""
+    given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+    odd = [one for one in given if not isinstance(one, Callback)]
+    if odd or given is not callbacks:
+        raise ConfigError(
+            f"callbacks= is a list of instances of classes derived from fedlora.Callback, not {(odd or given)[0]!r}",
+            code="bad-object",
+        )
 
 
 def _task(config: RunConfig) -> Any:

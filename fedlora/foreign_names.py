@@ -52,6 +52,8 @@ _WORDS = {
     **dict.fromkeys(("max_memory", "fsdp", "fsdp_config", "deepspeed", "tp_plan", "tp_size"), _WHOLE),
     "group_by_length": _ALWAYS,
     "padding_free": f"{_ALWAYS}, or set task.packing = true for causal-lm",
+    "fedprox": "FedProx is train.proximal_mu, with any rule",
+    "ditto": "Ditto is train.personal, with any rule",
     "bf16": "set model.dtype = 'bfloat16', or 'auto' for it wherever it is fast",
     "fp16": "set model.dtype = 'float16', or 'auto' for bfloat16 wherever it is fast",
     "torch_dtype": "it is model.dtype here",

@@ -12,6 +12,7 @@ from typing import Any
 from fedlora.callbacks import Callback
 from fedlora.config import RunConfig
 from fedlora.fairness import fairness
+from fedlora.passed_in import shown
 from fedlora.sanitize import clean_text
 
 activity = logging.getLogger("fedlora.activity")
@@ -94,7 +95,7 @@ class PlainProgress(Callback):
 def headline(config: RunConfig, clients: int, rounds: int) -> str:
     """What runs, in one line."""
     split = f"{clients} client{'s' * (clients != 1)} ({config.partition.name})"
-    return clean_text(f"{config.name}: {config.strategy.name}, {config.model.name}, {split}, {rounds} rounds")
+    return clean_text(f"{config.name}: {config.strategy.name}, {shown(config.model.name)}, {split}, {rounds} rounds")
 
 
 def before_training(config: RunConfig) -> str:

@@ -82,7 +82,8 @@ class Registry(Generic[T]):
         if name in (offered := self._offered()):
             return self._checked(name, offered[name].load())
         raise ConfigError(
-            f'unknown {self.kind} {name!r}; {nearest(name, self)} (or give "module:Class")', code="unknown-name"
+            f'unknown {self.kind} {name!r}; {our_word(name) or nearest(name, self)} (or give "module:Class")',
+            code="unknown-name",
         )
 
     def build(self, name: str, fields: Mapping[str, Any]) -> T:

@@ -102,7 +102,7 @@ def _by_federation(adapter: Path, place: Path, overrides: list[str], show: Show)
     """Title -> table: the figures over all clients' examples, those of each client, and who reports nothing."""
     import pandas as pd
 
-    from fedlora.config import load_config
+    from fedlora.config import changed_keys, load_config
     from fedlora.deploy.evaluation import evaluate_in_deployment, is_deployment
     from fedlora.federation.given_adapter import adapter_folder
     from fedlora.runs.rundir import RunDir
@@ -113,7 +113,7 @@ def _by_federation(adapter: Path, place: Path, overrides: list[str], show: Show)
         found = evaluate_in_deployment(place, folder, overrides, lambda line: typer.echo(line, err=True))
     else:
         config = load_config(place / "config.toml" if place.is_dir() else place, overrides)
-        same_data = place.is_dir() and not any(override.startswith("data.") for override in overrides)
+        same_data = place.is_dir() and "data" not in {keys[0] for keys in changed_keys(overrides)}
         found = evaluate_in_simulation(config, folder, run=RunDir.open(place) if same_data else None)
     clients, figures = found["clients"], found["figures"]
     whole = {"clients": str(len(clients)), "examples": f"{sum(row['examples'] for row in clients.values()):g}"}

@@ -134,9 +134,8 @@ def _plain(value: Any, key: str) -> Any:
     if isinstance(value, str):
         _require_utf8(value, key)
     elif not (value is None or isinstance(value, bool | int | float)):
-        raise ConfigError(
-            f"{key} is a {type(value).__name__}: give a number, a text, a list or a dict", code="bad-value"
-        )
+        cure = 'name it, as "my_module:name"' if callable(value) else "give a number, a text, a list or a dict"
+        raise ConfigError(f"{key} is a {type(value).__name__}: {cure}", code="bad-value")
     return value
 
 

@@ -119,6 +119,25 @@ def parse_config(
         raise ConfigError(f"{where}{problem}", code="bad-value") from None
 
 
+def _sections() -> dict[type[BaseModel], str]:
+    """Each table of a run's config with its name, the whole's being ""."""
+    tables: dict[type[BaseModel], str] = {RunConfig: ""}
+    for name, field in RunConfig.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        tables |= dict.fromkeys(found, name)
+    return tables | dict.fromkeys(UNITS.values(), "privacy")
+
+
+def _elsewhere(key: str) -> str | None:
+    """Where a key stands that is none of its table's, as the end of a message; None where there is none."""
+    table, _, rest = key.partition(".")
+    if rest and table in RunConfig.model_fields:  # a keyword of Python's, or a key of TOML's in quotes
+        return f"it is {rest!r} in the table {table!r}"
+    homes = {name: None for kind, name in _sections().items() if key in kind.model_fields and key != "name"}
+    return f"it is {' or '.join(f'{name}.{key}' if name else key for name in homes)}" if homes else None
+
+
 def _require_table(key: str, value: Any, kind: type[BaseModel], *, may_lack: bool) -> None:
     """Raise `ConfigError` for a single value, or None for a table that no run lacks."""
     if value is UNSET or isinstance(value, Mapping) or (value is None and may_lack):
@@ -174,12 +193,15 @@ def _refuse_nul(tree: Any, key: str) -> None:
 def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
     for key, value in tree.items():
         if key not in section.model_fields:
-            cure = our_word(key) or nearest(key, section.model_fields)
-            table, _, rest = key.partition(".")
-            if rest and table in section.model_fields:  # a keyword of Python's, or a key of TOML's in quotes
-                cure = f"it is {rest!r} in the table {table!r}"
+            cure = our_word(key) or (_elsewhere(key) if section in _sections() else None)
+            cure = cure or nearest(key, section.model_fields)
             raise ConfigError(f"unknown key {prefix + key!r}; {cure}", code="unknown-key")
         annotation = section.model_fields[key].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):  # which is 1 to pydantic
+            raise ConfigError(
+                f"{prefix + key} cannot be {str(value).lower()}: fedlora config {prefix + key} says what it can be",
+                code="bad-value",
+            )
         inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
         if key == "privacy":
             unit = unit_of(value) if isinstance(value, Mapping) else next(iter(UNITS))

@@ -30,6 +30,7 @@ from fedlora.data.source import DataSource, own_source
 from fedlora.errors import ConfigError, DataError, closest, nearest
 from fedlora.hashing import Stamp, digest_of_rows, row_digests, stamp
 from fedlora.partition import Partition, PartitionInput, load_partitioner
+from fedlora.passed_in import shown
 from fedlora.progress import activity
 from fedlora.rng import derive
 from fedlora.tasks import Examples, Table, Task, load_task
@@ -329,7 +330,7 @@ def _prepared(key: _Key) -> _Prepared:
     source, test = read_source(data)
     columns = task_columns(task, data, source.columns)
     empty = optional_columns(task, columns)
-    whole = select(source, (*columns.values(), *key.keep), f"data.source {data.source!r}", empty)
+    whole = select(source, (*columns.values(), *key.keep), f"data.source {shown(data.source)!r}", empty)
     digests = _row_digests(whole, columns)
     source_digest = digest_of_rows(digests, [whole.columns[name] for name in key.keep])
     table, rows = limited(whole, data.limit, key.limit_seed), digests[limited_rows(whole, data.limit, key.limit_seed)]
@@ -340,7 +341,7 @@ def _prepared(key: _Key) -> _Prepared:
     if test is not None:
         begin = len(table)
         needed = (*columns.values(), *(name for name in key.keep if name == domain))
-        test = limited(select(test, needed, f"data.test {data.test!r}", empty), data.limit, key.limit_seed)
+        test = limited(select(test, needed, f"data.test {shown(str(data.test))!r}", empty), data.limit, key.limit_seed)
         if domain is not None:
             require_one_kind([*table.columns[domain], *test.columns[domain]], domain)
         rows = np.concatenate([rows, _row_digests(test, columns)])

@@ -124,6 +124,10 @@ def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:
         ({"train": {"lrr": 0.1}}, "unknown-key", "'lr'"),
         ({"rounds": None}, "bad-value", "rounds: Input should be a valid integer, not None"),
         ({"strategy": {"name": "fedavgg"}}, "unknown-name", "'fedavg'"),
+        ({"strategy": {"name": "fedprox"}}, "unknown-name", "FedProx is train.proximal_mu, with any rule"),
+        ({"callbacks": [print]}, "bad-object", "fedlora.Callback"),
+        ({"callbacks": [fedlora.Callback]}, "bad-object", "fedlora.Callback"),
+        ({"callbacks": fedlora.Callback()}, "bad-object", "list of instances"),
     ],
 )
 def test_a_wrong_key_is_one_line(tiny_toml: Path, changes: dict[str, object], code: str, named: str) -> None:

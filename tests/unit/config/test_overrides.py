@@ -107,6 +107,8 @@ def test_other_objects_are_text_or_refused_by_key_and_kind(tmp_path: Path) -> No
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"adapter": {"targets": {"query", "value"}}}, "adapter.targets is a set"),
         ({"train": {"lr": 1j}}, "train.lr is a complex"),
+        ({"train": {"loop": parse_config}}, 'train.loop is a function: name it, as "my_module:name"'),
+        ({"strategy": {"name": Path}}, 'strategy.name is a type: name it, as "my_module:name"'),
         ({"task": {"labels": [b"no", b"yes"]}}, "task.labels is a bytes"),
         ({"task": {"class_weights": {True: 1.0}}}, "True"),
     ]
