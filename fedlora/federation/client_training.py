@@ -36,7 +36,7 @@ def start_of(request: TrainRequest, store: ClientStore, config: RunConfig) -> tu
 
     Returns:
         The plan's adapter, with the parts that the client keeps in their place, and the state that it kept of its
-        optimiser.
+        optimiser. What it kept by a key that a resume has switched off since is left alone.
     """
     plan = request.plan
     if not plan.kept and not config.clients_keep:
@@ -48,9 +48,8 @@ def start_of(request: TrainRequest, store: ClientStore, config: RunConfig) -> tu
             code="state-of-another-adapter",
         )
     loaded, state, _ = divided(store.load(request.client_id, request.kept_round))
-    if config.train.personal is not None:  # what was loaded is of the client's own model
-        return plan.adapter, state
-    return _with_kept(request, loaded, plan.kept), state
+    adapter = _with_kept(request, loaded, plan.kept) if plan.kept else plan.adapter
+    return adapter, state if config.train.keep_optimizer else {}
 
 
 def own_model_of(request: TrainRequest, store: ClientStore) -> AdapterState:

@@ -14,12 +14,17 @@ from support.command_line import invoke
 from support.errors import raises
 from support.federations import deploy, simulate
 from support.interrupted import killed_and_resumed
-from support.kept import files
+from support.kept import files, newest
 from support.states import gap, same_adapter
 from support.tiny_federations import MakeConfig
 
+from fedlora.callbacks import Callback
 from fedlora.config import OpenTable, TrainConfig
 from fedlora.errors import ConfigError, FedloraError, TrainingError
+from fedlora.federation import client_training
+from fedlora.federation.client_store import RESIDUAL
+from fedlora.runs.rundir import RunDir
+from fedlora.simulation.run import run_simulation
 from fedlora.state_io import unpack
 from fedlora.tasks import load_task
 from fedlora.training import TrainResult
@@ -171,6 +176,32 @@ def test_nobody_sees_whose_first_round_failed(tiny_config: MakeConfig, monkeypat
     privacy = "privacy={unit='client', noise_multiplier=1.0, delta=1e-3, clip_norm=0.1}"
     outcome = simulate(tiny_config(*KEPT, privacy, "server.aggregation_error=false", "rounds=3"))
     assert [record["answered"] for record in outcome.records[1:]] == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["train.keep_optimizer=true", "train.personal=0.5"])
+def test_what_a_key_kept_is_left_alone_when_a_resume_switches_it_off(
+    tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Beside it clients keep what topk did not send, from which they go on."""
+    both = ("wire={up='topk', fraction=0.2}", "evaluation.on=both", "evaluation.min_examples=2", "train.steps=2")
+    run = simulate(tiny_config(*both, key, "rounds=2"))
+    began, real = [], client_training.train_cohort
+
+    def watched(base: Any, task: Any, examples: Any, jobs: Any, configs: Any) -> Any:
+        began.extend((job.adapter, bool(job.optimizer)) for job in jobs)
+        return real(base, task, examples, jobs, configs)
+
+    monkeypatch.setattr(client_training, "train_cohort", watched)
+    config = tiny_config(*both, "rounds=3")
+    again = run_simulation(config, RunDir.open(run.rundir.path, config), Callback(), resume=True)
+    assert again.records[-1]["answered"] == [0, 1, 2, 3]
+    assert len(began) == 4
+    for adapter, has_state in began:
+        assert same_adapter(adapter, run.state.adapter)
+        assert not has_state
+    for client_id in range(4):
+        assert all(name.startswith(RESIDUAL) for name in newest(again.rundir.clients_dir, client_id))
 
 
 def test_what_cannot_be_kept_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
