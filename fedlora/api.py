@@ -345,6 +345,12 @@ def resolve_config(config: str | Path | RunConfig, changes: Mapping[str, Any]) -
     Raises:
         ConfigError: as `load_config`, or an object is not of a kind that can be passed in.
     """
+    if not isinstance(config, str | Path | RunConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}: give a TOML file, the name of one that ships with fedlora, or a "
+            "RunConfig, and what is to be changed as keyword arguments",
+            code="bad-object",
+        )
     plain, objects = split_objects(changes)
     if not isinstance(config, RunConfig):
         resolved = load_config(config, plain)

@@ -162,6 +162,10 @@ def build(cls: type[T], fields: Mapping[str, Any], what: str) -> T:
         if key not in valid:
             cure = our_word(key) or nearest(key, valid)
             raise ConfigError(f"{what} has no field {key!r}; {cure}", code="unknown-key")
+        if fields[key] is None and valid[key].default is not None:
+            raise ConfigError(
+                f"{what}: {key} cannot be None, which no config file can say: leave it out", code="bad-value"
+            )
     try:
         return TypeAdapter(cls).validate_python(dict(fields))
     except ValidationError as error:

@@ -207,7 +207,7 @@ def load_local_pinned(config: RunConfig, path: str | Path) -> tuple[Examples, st
     roles = column_roles(config.data)
     keep = tuple(dict.fromkeys(roles[r] for r in ("domain", "group") if r in roles and roles[r] in table.columns))
     columns = task_columns(task, config.data, table.columns)
-    table = select(table, (*columns.values(), *keep), repr(str(path)), optional_columns(task, columns))
+    table = select(table, (*columns.values(), *keep), repr(shown(str(path))), optional_columns(task, columns))
     table = limited(table, config.data.limit, config.seed)
     for name in keep:
         require_one_kind(table.columns[name], name)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedlora.assets import Checkpoint, once_a_checkpoint
 from fedlora.errors import ConfigError, DataError, ModelError
+from fedlora.passed_in import is_copy, shown
 from fedlora.provenance import tokenizer_digest
 from fedlora.sanitize import clean_text
 from fedlora.tasks._base import Examples, Task
@@ -240,9 +241,11 @@ def _refuse_invented(tokenizer: Any, checkpoint: Checkpoint) -> None:
     elif len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         lacks = "a vocabulary beside its special tokens"
     if lacks:
+        cure = "save the tokenizer of the model that it was made from into it (tokenizer.save_pretrained)"
+        if is_copy(checkpoint.source):
+            cure = "pass tokenizer= beside model="
         raise ModelError(
-            f"{str(checkpoint)!r} has no tokenizer of its own ({lacks} is missing): save the tokenizer of the model "
-            "that it was made from into it (tokenizer.save_pretrained)",
+            f"{shown(str(checkpoint))!r} has no tokenizer of its own ({lacks} is missing): {cure}",
             code="no-tokenizer",
         )
 

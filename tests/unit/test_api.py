@@ -136,6 +136,12 @@ def test_a_wrong_key_is_one_line(tiny_toml: Path, changes: dict[str, object], co
     assert not (tiny_toml.parent / "runs").exists()
 
 
+@pytest.mark.parametrize("config", [None, {"rounds": 2}, ["quickstart"]])
+def test_what_is_no_config_is_one_line(config: Any) -> None:
+    with raises(fedlora.FedloraError, "bad-object", f"config is a {type(config).__name__}", "keyword arguments"):
+        fedlora.run(config, rounds=1)
+
+
 def test_the_command_line_says_its_version() -> None:
     done = invoke("--version")
     assert (done.exit_code, done.stdout) == (0, f"fedlora {fedlora.__version__}\n")

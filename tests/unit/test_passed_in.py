@@ -259,3 +259,14 @@ def test_what_cannot_be_passed_in_is_one_line(tiny_toml: Path, given: dict[str, 
 
 def test_the_table_of_the_clients_is_still_a_table(tiny_toml: Path) -> None:
     assert resolve_config(tiny_toml, {"clients": {"ranks": [2, 3]}}).clients.ranks == (2, 3)
+
+
+def test_a_model_without_its_tokenizer_is_answered_with_the_keyword(tiny_toml: Path, model: PreTrainedModel) -> None:
+    with raises(fedlora.FedloraError, "no-tokenizer", "passed in by the caller", "pass tokenizer= beside model="):
+        fedlora.run(tiny_toml, model=model, quiet=True)
+
+
+def test_a_column_that_passed_in_data_lack_is_said_of_them(tiny_toml: Path, tiny_csv: Path) -> None:
+    frame = pandas.read_csv(tiny_csv).rename(columns={"text": "words"})
+    with raises(fedlora.FedloraError, "no-such-column", "data.source 'passed in by the caller", "'text'"):
+        fedlora.run(tiny_toml, dataset=frame, quiet=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedlora.aggregators import rules
 from fedlora.data.source import sources
 from fedlora.errors import ConfigError
 from fedlora.partition import partitioners
-from fedlora.registry import Registry
+from fedlora.registry import Registry, build
 from fedlora.tasks import tasks
 
 REGISTRIES = {
@@ -145,3 +146,14 @@ def test_a_source_that_reads_no_table_is_refused(
     with raises(fedlora.FedloraError, "key-without-effect", "data.subset"):
         options = {"source": "odd_source:Odd", "options": {"kind": kind}, "subset": "en"}
         fedlora.partition_table(tiny_toml, data=options)
+
+
+def test_none_is_refused_where_a_file_that_leaves_it_out_would_say_another_value() -> None:
+    @dataclass(frozen=True)
+    class Entry:
+        often: float | None = 0.5
+        never: float | None = None
+
+    assert build(Entry, {"never": None}, "entry") == Entry()
+    with raises(ConfigError, "bad-value", "entry: often cannot be None"):
+        build(Entry, {"often": None}, "entry")
