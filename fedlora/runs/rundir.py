@@ -342,6 +342,8 @@ class RunDir:
             The state to go on from, or None where no round was completed (start from the beginning).
         """
         remove_unfinished(self.path)
+        for folder in self.path.glob(f".{self.adapter_dir.name}*"):  # exports that a kill cut short
+            shutil.rmtree(folder, ignore_errors=True)
         state = self.checkpoints.latest()
         if state is None and (self.path / "result.json").is_file():
             raise RunDirError(

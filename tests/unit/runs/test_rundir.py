@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fedlora.aggregators import BaseUpdate, GlobalState
 from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError, RunDirError
 from fedlora.files import write_atomically
+from fedlora.model import export
 from fedlora.runs.rundir import RunDir
 from fedlora.state_io import (
     flatten_adapter,
@@ -417,14 +419,22 @@ def test_a_resume_removes_what_killed_writes_left(config: RunConfig, monkeypatch
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    def export_adapter() -> None:
+        with export._replaced(run.adapter_dir) as fresh:
+            (fresh / "adapter_model.safetensors").touch()
+            killed()
+
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
-        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a process that is killed clears nothing up
+        for owner, name in ((Path, "unlink"), (shutil, "rmtree")):  # a process that is killed clears nothing up
+            patch.setattr(owner, name, lambda *_, **__: None)
         for write in (lambda: run.checkpoints.save(make_state(1)), lambda: run.write_json("samples.json", [])):
             with pytest.raises(KeyboardInterrupt):
                 write()
+        with pytest.raises(KeyboardInterrupt):
+            export_adapter()
     left = {path for path in run.path.rglob("*") if path.is_file()} - before
-    assert len(left) == 2
+    assert len(left) == 3
     RunDir.open(run.path).resume()
     assert not any(path.exists() for path in left)
 
