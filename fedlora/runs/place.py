@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunDirError
 from fedlora.sanitize import clean_text
+
+BEFORE_CONFIG = ("environment.json", "run-id")
+"""Files that a run's folder has before config.toml, by which it is known as a run's."""
 
 
 def path_of(config: RunConfig, root: str | Path | None = None) -> Path:
@@ -50,7 +54,7 @@ def refuse_foreign(path: Path) -> None:
             f"{str(path)!r} exists and is not a folder: choose another name with --set name=...",
             code="not-a-folder",
         )
-    if path.exists() and any(path.iterdir()) and not (path / "config.toml").is_file():
+    if path.exists() and not (path / "config.toml").is_file() and not all(map(_is_unfinished, path.iterdir())):
         raise RunDirError(
             f"{str(path)!r} holds files that are not a run's: choose another name with --set name=...",
             code="folder-holds-other-files",
@@ -73,6 +77,23 @@ def refuse_taken(path: Path) -> None:
         "or choose another name with --set name=...",
         code="run-unfinished",
     )
+
+
+def remove_run(path: Path) -> None:
+    """Remove a run's folder. A kill in between leaves a run that goes on from its beginning, or nothing that is in the
+    way of a new one."""
+    last = ("config.toml", *BEFORE_CONFIG)
+    for entry in sorted(path.iterdir(), key=lambda entry: last.index(entry.name) if entry.name in last else -1):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    path.rmdir()
+
+
+def _is_unfinished(entry: Path) -> bool:
+    """Whether a file may be of a run that was killed before its folder was made."""
+    return entry.name in (*BEFORE_CONFIG, ".lock") or (entry.name.startswith(".") and entry.suffix == ".tmp")
 
 
 def unwritable(path: Path, error: OSError) -> RunDirError:

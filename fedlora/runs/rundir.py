@@ -33,7 +33,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.config_changes import Change, changes_of, differs_in_more_than_machine, record, refused
 from fedlora.runs.environment import describe_environment
 from fedlora.runs.metrics_log import MetricsLog, plain
-from fedlora.runs.place import path_of, refuse_foreign, refuse_taken, unwritable
+from fedlora.runs.place import path_of, refuse_foreign, refuse_taken, remove_run, unwritable
 
 Keep = Literal["all", "adapter", "metrics"]
 """How much of a finished run stays on disk."""
@@ -114,14 +114,14 @@ class RunDir:
             refuse_foreign(path) if overwrite else refuse_taken(path)
             if path.exists():
                 with run.writing():
-                    shutil.rmtree(path)
+                    remove_run(path)
             path.mkdir(parents=True)
         except OSError as error:
             raise unwritable(path, error) from None
         try:
-            write_atomically(path / "config.toml", config.with_absolute_paths().to_toml().encode())
             run.write_json("environment.json", describe_environment(config))
             write_atomically(path / "run-id", uuid.uuid4().hex.encode())
+            write_atomically(path / "config.toml", config.with_absolute_paths().to_toml().encode())  # see BEFORE_CONFIG
         except OSError as error:  # half a folder would be in the way of the next start
             shutil.rmtree(path, ignore_errors=True)
             raise unwritable(path, error) from None
@@ -393,7 +393,8 @@ class RunDir:
             return False  # something stands there that cannot be read: not ours to judge
         if trained or (self.privacy_dir.is_dir() and any(self.privacy_dir.iterdir())):
             return False
-        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            remove_run(self.path)
         return True
 
 

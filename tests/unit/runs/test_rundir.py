@@ -6,6 +6,7 @@ import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -220,6 +221,44 @@ def test_two_processes_never_write_one_run(config: RunConfig) -> None:
 def test_an_empty_folder_is_not_in_the_way(config: RunConfig) -> None:
     (Path(config.output) / config.name).mkdir(parents=True)
     assert RunDir.create(config).path.is_dir()
+
+
+@pytest.mark.parametrize("name", ["create", "overwrite", "discard"])
+def test_a_kill_while_a_folder_is_made_or_removed_is_in_nobodys_way(
+    config: RunConfig, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whatever change of the disk: what is left is a run that goes on, or makes way for a new one."""
+    path, steps = Path(config.output) / config.name, range(1, 40)
+    for step in steps:
+        shutil.rmtree(path, ignore_errors=True)
+        if name != "create":
+            RunDir.create(config).append_metrics({"round": 0})
+            (path / "checkpoints").mkdir()
+        changes = iter(steps)
+
+        def dying(real: Any, changes: Any = changes, step: int = step) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if next(changes) >= step:
+                    raise KeyboardInterrupt
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for owner, called in ((os, "fsync"), (os, "rmdir"), (os, "unlink"), (Path, "mkdir"), (Path, "replace")):
+                patch.setattr(owner, called, dying(getattr(owner, called)))
+            try:
+                RunDir.open(path).discard_if_untrained() if name == "discard" else RunDir.create(config, overwrite=True)
+                break
+            except KeyboardInterrupt:
+                pass
+        if (path / "config.toml").is_file():
+            run = RunDir.open(path)
+            assert run.run_id
+            assert run.resume() is None
+        else:
+            RunDir.create(config)
+    assert 3 < step < 39
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "a\\b"])
