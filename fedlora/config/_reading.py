@@ -56,7 +56,7 @@ def load_section(path: Path, section: type[S], what: str) -> S:
         ConfigError: see `load_config`.
     """
     tree = _tree(_read(path, what), str(path))
-    _refuse_unknown(tree, section, "")
+    _require_keys(tree, section, "")
     _refuse_nul(tree, "")
     try:
         return section.model_validate(tree)
@@ -99,7 +99,7 @@ def parse_config(
     changed = changed_keys(overrides)
     if folder is not None:
         absolute(tree, Path(), tuple(key for key in PATHS if _is_in(key, changed)))
-    _refuse_unknown(tree, RunConfig, "")
+    _require_keys(tree, RunConfig, "")
     tree = without_unset(tree)
     _refuse_nul(tree, "")
     for table in OPEN_TABLES:
@@ -190,17 +190,23 @@ def _refuse_nul(tree: Any, key: str) -> None:
         raise ConfigError(f"{key} contains a NUL character: remove it", code="nul-character")
 
 
-def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+def _require_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+    """Raise `ConfigError` for a key that there is not, a single value for a table, and true or None where neither is
+    one of a key's values."""
     for key, value in tree.items():
         if key not in section.model_fields:
             cure = our_word(key) or (_elsewhere(key) if section in _sections() else None)
             cure = cure or nearest(key, section.model_fields)
             raise ConfigError(f"unknown key {prefix + key!r}; {cure}", code="unknown-key")
-        annotation = section.model_fields[key].annotation
+        field = section.model_fields[key]
+        annotation, default = field.annotation, field.default
+        if value is None and not (default is None or isinstance(default, BaseModel) or field.is_required()):
+            raise ConfigError(
+                f"{prefix + key} cannot be None: leave it out, or give its default, {default!r}", code="bad-value"
+            )
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):  # which is 1 to pydantic
             raise ConfigError(
-                f"{prefix + key} cannot be {str(value).lower()}: fedlora config {prefix + key} says what it can be",
-                code="bad-value",
+                f"{prefix + key} cannot be {str(value).lower()}: give it a value, or leave it out", code="bad-value"
             )
         inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
         if key == "privacy":
@@ -209,10 +215,10 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: s
                 raise ConfigError(f"unknown privacy.unit {unit!r}; {nearest(str(unit), UNITS)}", code="unknown-name")
             inner = UNITS[unit]
         if isinstance(inner, type) and issubclass(inner, BaseModel) and get_origin(annotation) is not tuple:
-            _require_table(prefix + key, value, inner, may_lack=section.model_fields[key].default is None)
+            _require_table(prefix + key, value, inner, may_lack=default is None)
         if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping):
-            _refuse_unknown(value, inner, f"{prefix}{key}.")
+            _require_keys(value, inner, f"{prefix}{key}.")
         if key == "profiles" and isinstance(value, list):
             for profile in value:
                 if isinstance(profile, Mapping):
-                    _refuse_unknown(profile, ProfileConfig, f"{prefix}{key}.")
+                    _require_keys(profile, ProfileConfig, f"{prefix}{key}.")

@@ -122,7 +122,8 @@ def test_a_run_is_gone_on_with(tiny_toml: Path) -> None:
     [
         ({"round": 2}, "unknown-key", "'rounds'"),
         ({"train": {"lrr": 0.1}}, "unknown-key", "'lr'"),
-        ({"rounds": None}, "bad-value", "rounds: Input should be a valid integer, not None"),
+        ({"rounds": None}, "bad-value", "rounds cannot be None: leave it out, or give its default, 10"),
+        ({"train": {"lr": None}}, "bad-value", "train.lr cannot be None: leave it out, or give its default, 0.001"),
         ({"strategy": {"name": "fedavgg"}}, "unknown-name", "'fedavg'"),
         ({"strategy": {"name": "fedprox"}}, "unknown-name", "FedProx is train.proximal_mu, with any rule"),
         ({"callbacks": [print]}, "bad-object", "fedlora.Callback"),
