@@ -140,7 +140,14 @@ def _config_of(folder: Path, overrides: Overrides, data: Path | None) -> RunConf
         "model": {key: value for key, value in model.items() if value},
         **({"task": task} if task else {}),
     }
-    return parse_config(known, overrides, source=str(folder))
+    config = parse_config(known, overrides, source=str(folder))
+    if "name" not in config.model.model_fields_set:  # the whole table was given
+        raise ConfigError(
+            f"[model] is given without a name, and {str(folder)!r} was trained on {base!r}: add name, or set single "
+            "keys, such as model.dtype",
+            code="adapter-without-base",
+        )
+    return config
 
 
 def _task_of(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

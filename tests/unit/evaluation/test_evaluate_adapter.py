@@ -107,6 +107,7 @@ def test_clients_that_have_names_stand_by_them(tiny_toml: Path, cli: Cli) -> Non
         (["ALONE"], "--data"),
         (["ALONE", "--clients"], "--clients"),
         (["OTHERS", "--data", "CSV"], "task.labels"),
+        (["ALONE", "--data", "CSV", "--set", "model={dtype='float64'}"], "add name, or set single keys"),
         (["CSV"], "neither a run nor an adapter"),
     ],
 )
