@@ -37,7 +37,7 @@ from fedlora.training.dropout_masks import Keys, Masks, RowDropout, RowsError, s
 from fedlora.training.embedding_noise import WITHOUT_ROWS
 from fedlora.training.job import TrainJob, TrainResult, learning_rate
 from fedlora.training.loop import Loop
-from fedlora.training.opacus_loop import secret_seed, train_by_opacus, unshared_losses, veiled
+from fedlora.training.opacus_loop import not_finite, secret_seed, train_by_opacus, unshared_losses, veiled
 from fedlora.training.row_groups import PassCost
 from fedlora.training.row_optimizer import put, sent, take
 from fedlora.training.step import Client, Group, Outcome
@@ -228,10 +228,7 @@ class PrivateTrainingLoop(Loop):
     def _ended(self, client: Client) -> Outcome:
         row = self._values[client.row]
         if not bool(torch.isfinite(row).all()):
-            return PrivacyError(
-                f"the adapter is no longer finite after private training: lower train.lr (now {client.config.lr:g})",
-                code="adapter-not-finite",
-            )
+            return not_finite(client.config)
         kept = self._optimizer_of(client)
         return TrainResult(self._trained(client), 1, client.steps, 0, float("nan"), client.seconds, 0.0, kept)
 

@@ -36,7 +36,7 @@ from fedlora.training.block_factors import closed, factor_names, opened
 from fedlora.training.checkpointing import checkpointed
 from fedlora.training.dropout_masks import Keys, RowDropout, RowsError
 from fedlora.training.embedding_noise import EmbeddingNoise
-from fedlora.training.job import TrainJob, TrainResult
+from fedlora.training.job import TrainJob, TrainResult, nothing_to_train
 from fedlora.training.out_of_memory import released, too_large
 from fedlora.training.row_groups import PassCost, cut, leaves_padding_out, pass_cost
 from fedlora.training.row_optimizer import Columns, FlatOptimizer, add, sent, take
@@ -96,12 +96,8 @@ class Loop(ABC):
         if ready:
             first = ready[0].job
             if not self._base.write(first.adapter, first.trains):
-                error = TrainingError(
-                    f"there is nothing to train: the adapter has no tensor in {sorted(first.trains)}",
-                    code="nothing-to-train",
-                )
                 for client in ready:
-                    client.outcome = error
+                    client.outcome = nothing_to_train(first)
             else:
                 self._train(ready)
         overhead = (time.perf_counter() - begin - sum(client.seconds for client in ready)) / max(1, len(ready))
