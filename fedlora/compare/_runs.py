@@ -208,7 +208,7 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
 def _expand(paths: Iterable[str | Path]) -> list[Path]:
     out: list[Path] = []
     for path in map(Path, paths):
-        inside = sorted(found.parent for found in path.glob("*/config.toml"))
+        inside = sorted(found.parent for found in path.glob("[!.]*/config.toml"))
         if (path / "config.toml").is_file() or not inside:
             RunDir.open(path)  # says if there is no run
             out.append(path)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, RunDirError
+from fedlora.files import sync_folder
 from fedlora.sanitize import clean_text
 
-BEFORE_CONFIG = ("environment.json", "run-id")
-"""Files that a run's folder has before config.toml, by which it is known as a run's."""
+REMOVED = ".removed"
 
 
 def path_of(config: RunConfig, root: str | Path | None = None) -> Path:
@@ -54,7 +58,7 @@ def refuse_foreign(path: Path) -> None:
             f"{str(path)!r} exists and is not a folder: choose another name with --set name=...",
             code="not-a-folder",
         )
-    if path.exists() and not (path / "config.toml").is_file() and not all(map(_is_unfinished, path.iterdir())):
+    if path.exists() and any(path.iterdir()) and not (path / "config.toml").is_file():
         raise RunDirError(
             f"{str(path)!r} holds files that are not a run's: choose another name with --set name=...",
             code="folder-holds-other-files",
@@ -80,20 +84,38 @@ def refuse_taken(path: Path) -> None:
 
 
 def remove_run(path: Path) -> None:
-    """Remove a run's folder. A kill in between leaves a run that goes on from its beginning, or nothing that is in the
-    way of a new one."""
-    last = ("config.toml", *BEFORE_CONFIG)
-    for entry in sorted(path.iterdir(), key=lambda entry: last.index(entry.name) if entry.name in last else -1):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    path.rmdir()
+    """Remove a run's folder, which is there as a whole or not at all whenever this process is killed: a part of a run
+    would go on from its checkpoint without the privacy that it has spent."""
+    gone = _beside(path, REMOVED)
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
-def _is_unfinished(entry: Path) -> bool:
-    """Whether a file may be of a run that was killed before its folder was made."""
-    return entry.name in (*BEFORE_CONFIG, ".lock") or (entry.name.startswith(".") and entry.suffix == ".tmp")
+def remove_leftovers(path: Path) -> None:
+    """Remove what a process that was killed has left of folders that it removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{REMOVED}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """An empty folder to fill; at the end it gets its name, which is taken by an empty folder at most.
+
+    Raises:
+        OSError: the folder cannot be made, or another one has the name.
+    """
+    made = _beside(path, ".tmp")
+    made.mkdir(parents=True)
+    try:
+        yield made
+        made.rename(path)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{suffix}")
 
 
 def unwritable(path: Path, error: OSError) -> RunDirError:

@@ -29,6 +29,7 @@ that a checkpoint is never ahead of the metrics; a resume cuts the metrics back 
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import uuid
@@ -47,7 +48,15 @@ from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.config_changes import Change, changes_of, differs_in_more_than_machine, record, refused
 from fedlora.runs.environment import describe_environment
 from fedlora.runs.metrics_log import MetricsLog, plain
-from fedlora.runs.place import path_of, refuse_foreign, refuse_taken, remove_run, unwritable
+from fedlora.runs.place import (
+    path_of,
+    refuse_foreign,
+    refuse_taken,
+    remove_leftovers,
+    remove_run,
+    unwritable,
+    whole,
+)
 
 Keep = Literal["all", "adapter", "metrics"]
 """How much of a finished run stays on disk."""
@@ -112,18 +121,17 @@ class RunDir:
         run = cls(path, config)
         try:
             refuse_foreign(path) if overwrite else refuse_taken(path)
-            if path.exists():
-                with run.writing():
-                    remove_run(path)
-            path.mkdir(parents=True)
+            remove_leftovers(path)
+            with whole(path) as made:
+                cls(made, config).write_json("environment.json", describe_environment(config))
+                write_atomically(made / "run-id", uuid.uuid4().hex.encode())
+                write_atomically(made / "config.toml", config.with_absolute_paths().to_toml().encode())
+                if path.exists():
+                    with run.writing():
+                        remove_run(path)
         except OSError as error:
-            raise unwritable(path, error) from None
-        try:
-            run.write_json("environment.json", describe_environment(config))
-            write_atomically(path / "run-id", uuid.uuid4().hex.encode())
-            write_atomically(path / "config.toml", config.with_absolute_paths().to_toml().encode())  # see BEFORE_CONFIG
-        except OSError as error:  # half a folder would be in the way of the next start
-            shutil.rmtree(path, ignore_errors=True)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another start was faster
+                refuse_taken(path)
             raise unwritable(path, error) from None
         return run
 
@@ -143,7 +151,7 @@ class RunDir:
         """
         path = Path(path)
         if not (path / "config.toml").is_file():
-            others = [str(found.parent) for found in path.parent.glob("*/config.toml")]
+            others = [str(found.parent) for found in path.parent.glob("[!.]*/config.toml")]
             raise RunDirError(f"there is no run in {str(path)!r}; {nearest_file(path, others)}", code="no-such-run")
         written = load_config(path / "config.toml")
         if config is not None:

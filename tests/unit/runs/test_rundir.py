@@ -22,6 +22,7 @@ from fedlora.config import RunConfig, parse_config
 from fedlora.errors import ConfigError, RunDirError
 from fedlora.files import write_atomically
 from fedlora.model import export
+from fedlora.runs import rundir
 from fedlora.runs.rundir import RunDir
 from fedlora.state_io import (
     flatten_adapter,
@@ -224,16 +225,30 @@ def test_an_empty_folder_is_not_in_the_way(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("name", ["create", "overwrite", "discard"])
-def test_a_kill_while_a_folder_is_made_or_removed_is_in_nobodys_way(
+def test_a_kill_while_a_folder_is_made_or_removed_leaves_a_whole_run_or_none(
     config: RunConfig, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At whatever change of the disk: what is left is a run that goes on, or makes way for a new one."""
-    path, steps = Path(config.output) / config.name, range(1, 40)
+    """At whatever change of the disk: of an earlier run nothing is left, or all of it, with its ledgers."""
+    path, steps = Path(config.output) / config.name, range(1, 60)
+
+    def files_of_the_run() -> set[str]:
+        return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != ".lock"}
+
     for step in steps:
         shutil.rmtree(path, ignore_errors=True)
-        if name != "create":
-            RunDir.create(config).append_metrics({"round": 0})
-            (path / "checkpoints").mkdir()
+        new = files_of_the_run() if RunDir.create(config) else set()
+        before = set() if name == "create" else new
+        if name == "create":
+            shutil.rmtree(path)
+        else:
+            run = RunDir.open(path)
+            run.append_metrics({"round": 0})
+            run.checkpoints.save(make_state(0))
+            if name == "overwrite":
+                run.write_json("result.json", {"rounds": 0})
+                (path / "privacy").mkdir()
+                (path / "privacy" / "client-0.jsonl").write_text("{}\n")
+            before = files_of_the_run()
         changes = iter(steps)
 
         def dying(real: Any, changes: Any = changes, step: int = step) -> Any:
@@ -245,20 +260,45 @@ def test_a_kill_while_a_folder_is_made_or_removed_is_in_nobodys_way(
             return call
 
         with monkeypatch.context() as patch:
-            for owner, called in ((os, "fsync"), (os, "rmdir"), (os, "unlink"), (Path, "mkdir"), (Path, "replace")):
+            for owner, called in ((os, "fsync"), (os, "rmdir"), (os, "unlink"), (Path, "mkdir"), (Path, "rename")):
                 patch.setattr(owner, called, dying(getattr(owner, called)))
             try:
                 RunDir.open(path).discard_if_untrained() if name == "discard" else RunDir.create(config, overwrite=True)
                 break
             except KeyboardInterrupt:
                 pass
-        if (path / "config.toml").is_file():
-            run = RunDir.open(path)
-            assert run.run_id
-            assert run.resume() is None
+        if path.exists():
+            assert files_of_the_run() in (before, new)
+            RunDir.open(path).resume()
         else:
             RunDir.create(config)
-    assert 3 < step < 39
+            assert not list(path.parent.glob(".*.removed"))
+    assert 3 < step < 59
+
+
+def test_of_two_starts_of_one_name_one_wins(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first: list[str] = []
+    real = rundir.describe_environment
+
+    def slow(given: RunConfig) -> dict[str, Any]:
+        monkeypatch.undo()
+        first.append(RunDir.create(given).run_id)  # while the other one is still at it
+        return real(given)
+
+    monkeypatch.setattr(rundir, "describe_environment", slow)
+    with raises(RunDirError, "run-unfinished"):
+        RunDir.create(config)
+    assert [RunDir.open(Path(config.output) / config.name).run_id] == first
+
+
+@pytest.mark.parametrize("other", ["environment.json", ".cache.tmp/notes"])
+def test_what_is_no_runs_is_not_removed(config: RunConfig, other: str) -> None:
+    file = Path(config.output) / config.name / other
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with raises(RunDirError, "folder-holds-other-files"):
+        RunDir.create(config, overwrite=True)
+    assert file.is_file()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "a\\b"])
