@@ -126,7 +126,7 @@ class RunDir:
                 cls(made, config).write_json("environment.json", describe_environment(config))
                 write_atomically(made / "run-id", uuid.uuid4().hex.encode())
                 write_atomically(made / "config.toml", config.with_absolute_paths().to_toml().encode())
-                if path.exists():
+                if overwrite and path.exists():
                     with run.writing():
                         remove_run(path)
         except OSError as error:
