@@ -17,3 +17,8 @@ def require_positive(rule: str, **fields: float | None) -> None:
     """Raise `ConfigError` for a field that is neither None nor positive and finite."""
     for name, value in fields.items():
         require_bounds(rule, name, value, value is None or 0 < value < math.inf, "positive and finite")
+
+
+def require_energy(rule: str, energy: float) -> None:
+    """Raise `ConfigError` unless a share of sum_i sigma_i^2 is above 0 and at most 1."""
+    require_bounds(rule, "energy", energy, 0 < energy <= 1, "above 0 and at most 1")

@@ -35,7 +35,7 @@ from fedlora.aggregators._base import (
     require_current_base,
     rules,
 )
-from fedlora.aggregators._bounds import require_bounds
+from fedlora.aggregators._bounds import require_energy
 from fedlora.aggregators._nested import collect, nested_start, shares
 from fedlora.aggregators.base_updates import on_current_base, with_change
 from fedlora.lowrank import Terms, rank_of_energy, stack, svd
@@ -64,7 +64,7 @@ class FedMomentum(Aggregator):
     keeps_basis: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require_bounds("fedmomentum", "energy", self.energy, 0 < self.energy <= 1, "above 0 and at most 1")
+        require_energy("fedmomentum", self.energy)
         if self.energy == 1:
             self._claim(type(self).claims | Claim.EXACT)
 

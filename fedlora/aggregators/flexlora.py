@@ -21,7 +21,7 @@ from typing import ClassVar, Literal, final
 
 from fedlora.adapter import AdapterState
 from fedlora.aggregators._base import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, rules
-from fedlora.aggregators._bounds import require_bounds
+from fedlora.aggregators._bounds import require_energy
 from fedlora.aggregators._nested import collect, nested_start, shares
 from fedlora.errors import ConfigError
 from fedlora.lowrank import randomised_svd, rank_of_energy, svd
@@ -54,7 +54,7 @@ class FlexLora(Aggregator):
     keeps_basis: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require_bounds("flexlora", "energy", self.energy, 0 < self.energy <= 1, "above 0 and at most 1")
+        require_energy("flexlora", self.energy)
         if self.svd == "randomised" and self.energy < 1:
             raise ConfigError(
                 "flexlora: energy is measured over all singular values, which svd = 'randomised' does not compute: "

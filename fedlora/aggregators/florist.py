@@ -18,7 +18,7 @@ from typing import ClassVar, final
 
 from fedlora.adapter import AdapterState, LoraPair
 from fedlora.aggregators._base import Aggregator, Claim, ClientPlan, ClientSpec, ClientUpdate, GlobalState, rules
-from fedlora.aggregators._bounds import require_bounds
+from fedlora.aggregators._bounds import require_energy
 from fedlora.aggregators.flora import Flora
 from fedlora.lowrank import rank_of_energy, svd
 
@@ -45,7 +45,7 @@ class Florist(Aggregator):
     keeps_basis: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require_bounds("florist", "energy", self.energy, 0 < self.energy <= 1, "above 0 and at most 1")
+        require_energy("florist", self.energy)
         if self.energy == 1:
             self._claim(type(self).claims | Claim.EXACT)
 

@@ -156,7 +156,8 @@ class Adaptive(ServerOptimiser):
     paper: ClassVar[str] = REDDI
 
     def __post_init__(self) -> None:
-        require_positive(name := type(self).__name__.lower(), lr=self.lr, tau=self.tau)
+        name = type(self).__name__.lower()
+        require_positive(name, lr=self.lr, tau=self.tau)
         _require_decay(name, "beta1", self.beta1)
         self.require_steps()
 

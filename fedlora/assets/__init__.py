@@ -37,9 +37,9 @@ __all__ = [
     "Checkpoint",
     "Package",
     "cache_dir",
+    "cached_per_checkpoint",
     "fetch",
     "local_name",
-    "once_a_checkpoint",
     "public_name",
     "resolve_corpus",
     "resolve_model",
@@ -127,7 +127,7 @@ class Checkpoint:
         return self.source if self.revision is None else f"{self.source}@{self.revision}"
 
 
-def once_a_checkpoint(read: Callable[[Checkpoint], T]) -> Callable[[str | Path | Checkpoint], T]:
+def cached_per_checkpoint(read: Callable[[Checkpoint], T]) -> Callable[[str | Path | Checkpoint], T]:
     """Keeps in this process what a function reads of a checkpoint, until a file of its folder changes.
 
     Args:

@@ -1,14 +1,13 @@
-"""Archives that nobody here wrote: read, unpacked without leaving the folder, and their rows written anew."""
+"""Archives that nobody here wrote: read, and unpacked without leaving the folder."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 from fedlora.errors import AssetError
 
@@ -55,11 +54,3 @@ def tar_member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
     if member is None:
         raise AssetError(f"{name!r} is not a regular file in its archive; nothing was kept", code="archive-damaged")
     return member
-
-
-def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, *, compact: bool = False) -> None:
-    """Write JSON lines with the same bytes on every machine; `compact` without blanks between a line's parts."""
-    separators = (",", ":") if compact else None
-    with path.open("w", encoding="utf-8", newline="\n") as sink:
-        for row in rows:
-            sink.write(json.dumps(row, ensure_ascii=False, separators=separators) + "\n")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.assets._archives import write_rows
+from fedlora.assets._rows import write_rows
 
 LONGEST_TURN = 2000  # characters; the few longer turns are pasted text, not talk
 SEEN_DIGITS = range(5)

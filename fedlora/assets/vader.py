@@ -7,7 +7,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedlora.assets._archives import tar_member, write_rows
+from fedlora.assets._archives import tar_member
+from fedlora.assets._rows import write_rows
 
 VADER_DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",

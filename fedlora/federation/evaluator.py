@@ -134,7 +134,7 @@ class Evaluator:
             return processes.measure(RoundRequest(state.round, (), state, dict(digests)), part, batches)
 
         def measured() -> Measures:
-            return measures_of(base, task, examples, indices=rows, measure=batches_measured)
+            return measures_of(base, task, examples, indices=rows, run_batches=batches_measured)
 
         if state.round == 0 and part == "test":
             threads = self._workspace.machine.threads if processes is None else processes.threads

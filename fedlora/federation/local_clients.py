@@ -37,8 +37,8 @@ from fedlora.training.evaluate import Measures, measure_batches
 from fedlora.training.workspace import Workspace
 
 
-class _Due(NamedTuple):
-    """A client whose turn has come.
+class _Turn(NamedTuple):
+    """A client whose turn has come, be it asked or not.
 
     Args:
         request: What it is asked.
@@ -89,10 +89,10 @@ class LocalClients(SimulatedClients):
             Exception: a client met an error that is none of fedlora's: a fault of the program, which ends the run.
                 Without the client the rounds would be another experiment.
         """
-        group: list[_Due] = []
+        group: list[_Turn] = []
         for client_id in request.clients:
-            group.append(self._due(request, self._clients[client_id], self._held.setdefault(client_id, Held())))
-            if sum(due.reply.failure is None for due in group) == self._cohort:
+            group.append(self._turn(request, self._clients[client_id], self._held.setdefault(client_id, Held())))
+            if sum(turn.reply.failure is None for turn in group) == self._cohort:
                 yield from self._outcomes(request, group)
                 group = []
         yield from self._outcomes(request, group)
@@ -110,7 +110,7 @@ class LocalClients(SimulatedClients):
         Returns:
             The outcome of each, in their order.
         """
-        return self._outcomes(request, [self._due(request, *pair) for pair in zip(clients, held, strict=True)])
+        return self._outcomes(request, [self._turn(request, *pair) for pair in zip(clients, held, strict=True)])
 
     def evaluate(self, request: RoundRequest, parts: Sequence[str]) -> Generator[ClientEvaluation, None, None]:
         """Measure the state on what each client keeps apart."""
@@ -153,13 +153,13 @@ class LocalClients(SimulatedClients):
         nbytes = sum(values.nbytes for sums in found.values() for values in sums.values())
         return ClientEvaluation(client.client_id, found, bytes_down=asked.nbytes, bytes_up=nbytes)
 
-    def _due(self, request: RoundRequest, client: ClientInfo, held: Held) -> _Due:
+    def _turn(self, request: RoundRequest, client: ClientInfo, held: Held) -> _Turn:
         asked = self._planner.request(request, client, held)
-        return _Due(asked, self._planner.outcome(asked), held)
+        return _Turn(asked, self._planner.outcome(asked), held)
 
-    def _outcomes(self, request: RoundRequest, group: Sequence[_Due]) -> list[ClientReply]:
+    def _outcomes(self, request: RoundRequest, group: Sequence[_Turn]) -> list[ClientReply]:
         """Train those of a group whose devices answer in time; the outcome of each."""
-        asked = [due.request for due in group if due.reply.failure is None]
+        asked = [turn.request for turn in group if turn.reply.failure is None]
         answers: Iterator[Answer] = iter(())
         if asked:
             bring_to(self._workspace.base, request.state, request.digests)
@@ -168,12 +168,13 @@ class LocalClients(SimulatedClients):
                 answer(self._workspace, asked, lambda one: ledgers.open(one.client_id, one.run), self._store)
             )
         return [
-            due.reply if due.reply.failure is not None else self._outcome(request, due, next(answers)) for due in group
+            turn.reply if turn.reply.failure is not None else self._outcome(request, turn, next(answers))
+            for turn in group
         ]
 
-    def _outcome(self, request: RoundRequest, due: _Due, found: Answer) -> ClientReply:
+    def _outcome(self, request: RoundRequest, turn: _Turn, found: Answer) -> ClientReply:
         """What is written down of a client, and its update as the server would have received it."""
-        one, reply, held = due
+        one, reply, held = turn
         if isinstance(found, Failure):
             kind = "spent" if found.kind == "spent" else "error"
             note = note_head(kind, error=clean_text(found.why, MAX_ERROR))

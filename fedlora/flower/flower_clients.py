@@ -76,14 +76,14 @@ class _Asked:
     """A client that was sent a request.
 
     Args:
-        round: Of the request.
+        common: Of its round.
         request: What was asked.
         node: Whom.
         sent: The message.
         reply: What is known of the outcome so far.
     """
 
-    round: _Round
+    common: _Round
     request: TrainRequest
     node: Node
     sent: Sent
@@ -189,21 +189,21 @@ class FlowerClients:
 
     def _all_asked(self, request: RoundRequest, parts: Sequence[str] = ()) -> Iterator[_Asked | ClientReply]:
         """Send all clients their requests; of each that was handed on nothing is kept."""
-        this = _Round(request, time.monotonic() + self._config.server.deadline_s, parts)
-        asked = deque(self._ask(this, client_id) for client_id in request.clients)
+        common = _Round(request, time.monotonic() + self._config.server.deadline_s, parts)
+        asked = deque(self._ask(common, client_id) for client_id in request.clients)
         while asked:
             yield asked.popleft()
 
-    def _ask(self, this: _Round, client_id: int) -> _Asked | ClientReply:
+    def _ask(self, common: _Round, client_id: int) -> _Asked | ClientReply:
         """Send a client its request; its outcome, where it is not asked."""
         if not self.registry.is_there(client_id):
             return ClientReply(client_id).failed(Failure("refused", "its node is not there"))
-        return self._send(this, self.registry.nodes[client_id])
+        return self._send(common, self.registry.nodes[client_id])
 
-    def _send(self, this: _Round, node: Node) -> _Asked | ClientReply:
-        parts = this.parts
-        asked = (self._planner.evaluation if parts else self._planner.request)(this.request, node.info, node.held)
-        content = this.encoder.encode(asked, parts)
+    def _send(self, common: _Round, node: Node) -> _Asked | ClientReply:
+        parts = common.parts
+        asked = (self._planner.evaluation if parts else self._planner.request)(common.request, node.info, node.held)
+        content = common.encoder.encode(asked, parts)
         reply = ClientReply(node.info.client_id) if parts else self._planner.outcome(asked)
         reply = replace(reply, bytes_down=payload_bytes(content))
         if reply.failure is not None:
@@ -212,8 +212,8 @@ class FlowerClients:
         if parts:
             nbytes = sum(header.nbytes for header in layout_of(self._sums_like, parts).values())
             kind = MessageType.EVALUATE
-        sent = self.mail.send(content, node.node_id, kind, str(this.request.number), Allowed(nbytes))
-        return _Asked(this, asked, node, sent, reply)
+        sent = self.mail.send(content, node.node_id, kind, str(common.request.number), Allowed(nbytes))
+        return _Asked(common, asked, node, sent, reply)
 
     # ------------------------------------------------------------------------------------------------ replies
 
@@ -230,7 +230,7 @@ class FlowerClients:
             if self._config.example_privacy is not None:
                 asked.node.held.ledger = self._ledgers[asked.node.info.client_id] = ledger_of(head)
             tensors, figures = self._checked(message, asked)
-            admitted = self._screen.admit(asked.reply, asked.request, tensors, figures, asked.round.request.expected)
+            admitted = self._screen.admit(asked.reply, asked.request, tensors, figures, asked.common.request.expected)
         except ReplyError as error:
             return asked.reply.failed(Failure("refused", clean_text(error)))
         asked.node.held.receive(asked.request)
@@ -238,7 +238,7 @@ class FlowerClients:
 
     def _kinds(self, asked: _Asked) -> tuple[str, ...]:
         """Replies that a client may send."""
-        if asked.round.parts:
+        if asked.common.parts:
             return ("sums", "need")
         return ("update", "need") if self._config.example_privacy is None else ("update", "need", "spent")
 
@@ -259,7 +259,7 @@ class FlowerClients:
 
     def _ask_again(self, asked: _Asked) -> Failure | None:
         """Send a client its request again, in place of what was asked; why it is not sent, if it is not."""
-        again = self._send(asked.round, asked.node)
+        again = self._send(asked.common, asked.node)
         up, down = asked.reply.bytes_up, asked.reply.bytes_down
         if isinstance(again, ClientReply):
             asked.reply = again.with_bytes(up=up, down=down)
@@ -272,7 +272,7 @@ class FlowerClients:
 
         It answers with what it has kept (`fedlora.flower.client_app`): nothing is trained or spent twice.
         """
-        deadline = asked.round.deadline
+        deadline = asked.common.deadline
         for left in reversed(range(TRIES)):
             try:
                 message = self.mail.receive(asked.sent, deadline)
@@ -286,7 +286,9 @@ class FlowerClients:
                 self.registry.look()
                 if not self.registry.is_there(client_id) or self._ask_again(asked) is not None:
                     raise
-                self._say(f"round {asked.round.request.number}: client {client_id} is asked again: {clean_text(error)}")
+                self._say(
+                    f"round {asked.common.request.number}: client {client_id} is asked again: {clean_text(error)}"
+                )
         raise AssertionError("the last try returns or raises")
 
     def _checked(self, message: Message, asked: _Asked) -> tuple[Mapping[str, Any], Mapping[str, object]]:

@@ -74,7 +74,7 @@ class Base:
         cache: keeps results of the frozen weights, if whoever opened the base has given it one.
         attention: transformers' name of the attention that the model was loaded with.
         coupled: why an example's result depends on the examples beside it, if whoever opened the base has found so.
-        padded: why its layers must compute padding too, if they were tried without in vain.
+        needs_padding: why its layers must compute padding too, if they were tried without in vain.
         alone: why clients cannot train side by side, if they were tried together in vain.
         pass_tokens: the most tokens of a training pass, where memory was found to allow no more.
         checked: trained parts with which the model passed the check before private training.
@@ -125,7 +125,7 @@ class Base:
         self.cache: Cache | None = None
         self.attention: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
         self.coupled: str | None = None
-        self.padded: str | None = None
+        self.needs_padding: str | None = None
         self.alone: str | None = None
         self.pass_tokens: int | None = None
         self.checked: set[frozenset[Part]] = set()

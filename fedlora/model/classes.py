@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fedlora.assets import Checkpoint, once_a_checkpoint
+from fedlora.assets import Checkpoint, cached_per_checkpoint
 
 _GENERIC = re.compile(r"LABEL_\d+")  # transformers' own names where a checkpoint gives none
 
 
-@once_a_checkpoint
+@cached_per_checkpoint
 def trained_classes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The names in a checkpoint's `id2label`, by number; () where it has none but transformers' LABEL_0, LABEL_1 ...
 

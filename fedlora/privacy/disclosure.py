@@ -112,6 +112,7 @@ ENVIRONMENT: Final = frozenset(
         "processes",
         "processes_why",
         "pass_cost",  # by the size of the model
+        "padding_why",
         "new_weights",
         "resumed",
     }

@@ -14,8 +14,8 @@ runs/<name>/
   clients/              what a simulation's clients keep, where the rule lets them: what would be on their own machines
   merges/               base updates, <since>-<version>.safetensors, each written once
   adapter/              the final adapter, in PEFT's format; or adapter.unverified/, if it is not what was trained
-  outcomes.safetensors  what was measured of each test example after the round whose model is kept; of a running run
-                        that keeps the best round's, outcomes-waiting.safetensors is that of the last one
+  outcomes.safetensors  what was measured of each test example after the round whose model is kept; while a run keeps
+                        its best round, those of the last evaluated round wait in outcomes-waiting.safetensors
   result.json           written last: a run that has it is finished, until a resume asks for more rounds
   tracking.json         under which id a tracker knows the run
   report.html           all of it to read, made from the other files by `fedlora report`

@@ -144,6 +144,8 @@ def _pool(
             told.message(note)
         facts: dict[str, Any] = {"processes": choice.processes, "processes_why": choice.reason}
         facts["pass_cost"] = asdict(pass_cost(workspace.base))
+        if workspace.base.needs_padding is not None:
+            facts["padding_why"] = workspace.base.needs_padding
         if rundir is not None:
             rundir.note_environment(cohort=cohort.clients, cohort_why=cohort.reason, **facts)
         if choice.processes == 1:

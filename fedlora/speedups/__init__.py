@@ -71,7 +71,7 @@ def install(
     kernels = accelerate(base.model, runtime.kernels)
     attention = choose_attention(base.model, runtime.attention)
     kernels, attention = trial.keep_equal(kernels, attention)
-    base.coupled, base.padded = trial.coupled(), trial.padded()
+    base.coupled, base.needs_padding = trial.coupled(), trial.needs_padding()
     task.check(base.model, trial.sets)
     made_for = (attention.mode, torch.get_num_threads())
     cache = choose_cache(base, task, sets, runtime.prefix_cache, made_for, secret=secret)

@@ -168,7 +168,7 @@ class Trial:
         self.base.write(self.adapters[0], frozenset())
         return coupling(self.base, self.task, self._batches, self._rounding, left=self._left)
 
-    def padded(self) -> str | None:
+    def needs_padding(self) -> str | None:
         """Why padding must be computed, or None where the layers give the same without it, or never leave it out."""
         model = self.base.model
         if self.plain is None or not unpads(model):

@@ -370,7 +370,7 @@ class Task(ABC):
         return self.figures(self.sums(measures))
 
 
-def added_up(measures: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+def sums_of(measures: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
     """The number of "examples", and some of their measures [n, ...] added up over them."""
     sums = {name: np.asarray(np.sum(np.asarray(measures[name], dtype=np.float64), axis=0)) for name in names}
     return {"examples": np.asarray(float(len(measures[names[0]]))), **sums}

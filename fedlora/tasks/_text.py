@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedlora.assets import Checkpoint, once_a_checkpoint
+from fedlora.assets import Checkpoint, cached_per_checkpoint
 from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.passed_in import is_copy, shown
 from fedlora.provenance import tokenizer_digest
@@ -142,7 +142,7 @@ class TextTask(Task):
         return replace(examples, inputs={**examples.inputs, "input_ids": tokens})
 
 
-@once_a_checkpoint
+@cached_per_checkpoint
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokeniser of a checkpoint.
 
@@ -181,7 +181,7 @@ def most_tokens(model: str | Path | Checkpoint) -> int:
     return min([LONGEST, *(int(limit) for limit in known if isinstance(limit, int) and limit > 0)])
 
 
-@once_a_checkpoint
+@cached_per_checkpoint
 def digest_tokenizer(checkpoint: Checkpoint) -> str:
     """The tokeniser's hash, by `fedlora.provenance.tokenizer_digest`."""
     return tokenizer_digest(load_tokenizer(checkpoint))

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.tasks._base import Batch, added_up, require_possible, wide, without_cache
+from fedlora.tasks._base import Batch, require_possible, sums_of, wide, without_cache
 
 IGNORED = -100  # the label of a token that does not count
 CHUNK = 512  # tokens: a vocabulary of 50,000 makes 100 MB of logits of them
@@ -102,7 +102,7 @@ def perplexity_sums(measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
         measures: "loss", "tokens" and "exact" (1 or 0) of each example.
     """
     loss, tokens = (np.asarray(measures[name], dtype=np.float64) for name in ("loss", "tokens"))
-    return added_up({**measures, "token_loss": loss * tokens}, ("exact", "tokens", "loss", "token_loss"))
+    return sums_of({**measures, "token_loss": loss * tokens}, ("exact", "tokens", "loss", "token_loss"))
 
 
 def perplexity_figures(sums: Mapping[str, np.ndarray]) -> dict[str, float]:

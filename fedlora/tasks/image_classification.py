@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedlora.assets import Checkpoint, once_a_checkpoint
+from fedlora.assets import Checkpoint, cached_per_checkpoint
 from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.provenance import config_digest
 from fedlora.sanitize import clean_text
@@ -160,7 +160,7 @@ def _pixels(examples: Examples) -> Pixels:
     return pixels
 
 
-@once_a_checkpoint
+@cached_per_checkpoint
 def _processor(checkpoint: Checkpoint) -> tuple[Any, int, int]:
     """The image processor of a checkpoint, the model's channels, and its patch size (0 without)."""
     from transformers import AutoConfig, AutoImageProcessor

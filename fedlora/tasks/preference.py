@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fedlora.assets import Checkpoint
 from fedlora.errors import DataError
-from fedlora.tasks._base import REFERENCE, Batch, Examples, Table, added_up, require_possible, tasks
+from fedlora.tasks._base import REFERENCE, Batch, Examples, Table, require_possible, sums_of, tasks
 from fedlora.tasks._chat import Encoded, encode_rows, learnt
 from fedlora.tasks._chat_formats import Conversation, Row, is_nothing, read_rows
 from fedlora.tasks._decoder import Decoder
@@ -172,7 +172,7 @@ class Preference(Decoder):
 
     def sums(self, measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The number of "examples", and the rest added up over them."""
-        return added_up(measures, ("loss", "right", "chosen_loss"))
+        return sums_of(measures, ("loss", "right", "chosen_loss"))
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Means over the pairs; "ranking_accuracy" is the share whose chosen completion is the more likely one."""

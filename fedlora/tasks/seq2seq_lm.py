@@ -22,7 +22,7 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ModelError
 from fedlora.model.plain import quiet_transformers
 from fedlora.model.reach import longest_text
-from fedlora.tasks._base import NEW_TOKENS, Batch, Examples, Sample, Table, added_up, require_possible, tasks
+from fedlora.tasks._base import NEW_TOKENS, Batch, Examples, Sample, Table, require_possible, sums_of, tasks
 from fedlora.tasks._text import TextTask, Tokens, encode, load_tokenizer, most_tokens, tokens_of
 from fedlora.tasks._token_loss import (
     COMPARED,
@@ -158,7 +158,7 @@ class Seq2SeqLM(TextTask):
 
     def sums(self, measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """As of "causal-lm"; and `ROUGE` added up over the examples."""
-        return perplexity_sums(measures) | added_up(measures, ROUGE)
+        return perplexity_sums(measures) | sums_of(measures, ROUGE)
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Figures of the examples that were added up.

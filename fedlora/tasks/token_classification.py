@@ -20,7 +20,7 @@ from fedlora.assets import Checkpoint
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.model.classes import in_trained_order, trained_classes
 from fedlora.sanitize import clean_text
-from fedlora.tasks._base import Batch, Examples, Table, added_up, require_possible, tasks, wide
+from fedlora.tasks._base import Batch, Examples, Table, require_possible, sums_of, tasks, wide
 from fedlora.tasks._class_figures import figures_by_class
 from fedlora.tasks._classification import class_kwargs
 from fedlora.tasks._text import Tokens, encode, load_tokenizer, owners_of_tokens, require_text, tokens_of
@@ -170,7 +170,7 @@ class TokenClassification(TextHead):
 
     def sums(self, measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The number of "examples", and "loss", "tags" [c, 2] and "entities" [e, 3] added up over them."""
-        return added_up(measures, ("loss", "tags", "entities"))
+        return sums_of(measures, ("loss", "tags", "entities"))
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Figures of the examples that were added up; an entity counts where its type and both its ends are right.

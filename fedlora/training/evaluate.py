@@ -76,7 +76,7 @@ def measures_of(
     *,
     indices: np.ndarray | None = None,
     batch_tokens: int | None = None,
-    measure: Callable[[Sequence[np.ndarray]], Sequence[Measures]] | None = None,
+    run_batches: Callable[[Sequence[np.ndarray]], Sequence[Measures]] | None = None,
 ) -> Measures:
     """What the task measures of some examples.
 
@@ -91,8 +91,8 @@ def measures_of(
         batch_tokens: most tokens in a batch, padding included (a longer example is a batch of its own); None: 2048 on
             a CPU, where larger batches leave its caches and take longer, 16384 elsewhere. A base that is `coupled`
             gets one example at a time.
-        measure: is given the batches, as positions in `examples`, and gives the measures of each; None:
-            `measure_batches`, here.
+        run_batches: is given the batches, as positions in `examples`, and gives the measures of each; None:
+            `measure_batches`, in this process.
 
     Raises:
         DataError: there are no examples.
@@ -108,7 +108,7 @@ def measures_of(
         budget = 1  # each example alone: what its batch holds would show in its result
     places = list(length_batches(np.asarray(examples.lengths)[chosen], budget))
     batches = [chosen[place] for place in places]
-    found = measure(batches) if measure else measure_batches(base, task, examples, batches)
+    found = run_batches(batches) if run_batches else measure_batches(base, task, examples, batches)
     measures: Measures = {}
     for place, part in zip(places, found, strict=True):
         for name, values in part.items():
@@ -150,10 +150,10 @@ def losses_of(base: Measurable, task: Task, examples: Examples, indices: np.ndar
     def losses(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"loss": task.losses(model, batch)}
 
-    def measured(batches: Sequence[np.ndarray]) -> list[Measures]:
+    def run_batches(batches: Sequence[np.ndarray]) -> list[Measures]:
         return _each(base, task, examples, batches, losses, "the loss before training: %d%% of a client's examples")
 
-    return measures_of(base, task, examples, indices=indices, measure=measured)["loss"]
+    return measures_of(base, task, examples, indices=indices, run_batches=run_batches)["loss"]
 
 
 def _each(

@@ -70,7 +70,7 @@ def pass_cost(base: Base) -> PassCost:
 
 def leaves_padding_out(base: Base) -> bool:
     """Whether a base's layers do in training: rows of tokens need stacked adapters, and what is kept holds padding."""
-    known = base.cache is None and base.coupled is None and base.padded is None
+    known = base.cache is None and base.coupled is None and base.needs_padding is None
     return known and unpads(base.model) and cannot_stack(base) is None
 
 

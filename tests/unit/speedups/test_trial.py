@@ -170,7 +170,7 @@ def test_a_model_that_does_not_say_which_tokens_there_are_keeps_its_padding(
     from transformers.models.bert.modeling_bert import BertAttention
 
     workspace = bench_of(tiny_bert, tiny_csv)
-    assert workspace.base.padded is None
+    assert workspace.base.needs_padding is None
     assert leaves_padding_out(workspace.base)
     close_workspace()
     assert not leaves_padding_out(bench_of(tiny_bert, tiny_csv, "adapter.method=dora").base), "rows cannot be tokens"
@@ -182,7 +182,7 @@ def test_a_model_that_does_not_say_which_tokens_there_are_keeps_its_padding(
 
     monkeypatch.setattr(BertAttention, "forward", silent)
     workspace = bench_of(tiny_bert, tiny_csv)
-    assert "without padding" in (workspace.base.padded or "")
+    assert "without padding" in (workspace.base.needs_padding or "")
     assert not leaves_padding_out(workspace.base)
     assert workspace.speedups.attention.mode == "auto"
 
