@@ -14,7 +14,7 @@ import pandas as pd
 from fedlora.aggregators import Aggregator
 from fedlora.callbacks import Callback, Callbacks
 from fedlora.config import RunConfig
-from fedlora.errors import PrivacyError, RoundError
+from fedlora.errors import DataError, PrivacyError, RoundError
 from fedlora.federation.client_pool import ClientPool
 from fedlora.federation.client_store import ClientStore
 from fedlora.federation.load_rule import load_rule
@@ -88,6 +88,9 @@ class ResultRows:
         path: of the file; an empty field is a value that is missing. Other columns have six digits.
         keys: names of these columns.
         say: told of each run that was done.
+
+    Raises:
+        DataError: the file lacks one of the columns.
     """
 
     def __init__(self, path: Path, keys: Sequence[str], say: Callable[[str], object] = print) -> None:
@@ -96,8 +99,16 @@ class ResultRows:
         if path.exists():
             # By name: pandas would make a number of "01", and nothing of "NaN".
             table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(keys, str))
-            values = {key: table[key].fillna("").map(_value).astype(object) for key in keys}
-            self.rows = table.assign(**values).to_dict("records")
+            for key in keys:
+                if key not in table:
+                    raise DataError(
+                        f"{str(path)!r} has no column {key!r}, which says of which run a row is: move the file away, "
+                        "and the runs are done again",
+                        code="no-such-column",
+                    )
+                values = [_value(text) for text in table[key].fillna("")]
+                table[key] = pd.Series(values, index=table.index, dtype=object)  # else None would become NaN
+            self.rows = table.to_dict("records")
 
     def of(self, run: Sequence[Any], make: Callable[[], Iterable[Row]]) -> list[Row]:
         """The rows of a run.

@@ -10,7 +10,7 @@ from support.errors import raises
 from support.federations import simulate
 from support.tiny_federations import MakeConfig
 
-from fedlora.errors import PrivacyError
+from fedlora.errors import DataError, PrivacyError
 from fedlora.sweep.in_memory import ResultRows, run_in_memory
 
 
@@ -112,3 +112,31 @@ def test_a_file_that_another_wrote_keeps_its_keys(tmp_path: Path) -> None:
     assert [row["lr"] for row in rows.rows] == [0.0056, 1e-5]
     rows.of(("new", 100.0), lambda: [{"accuracy": 0.25}])
     assert (tmp_path / "results.csv").read_text() == text + "new,100,0.25\n"
+
+
+@pytest.mark.parametrize("beside", ["FedAvg", 0.5, 3, None, "nan", float("nan")])
+def test_none_is_known_again_beside_keys_of_one_kind(tmp_path: Path, beside: Any) -> None:
+    asked: list[Any] = []
+    for _ in range(2):
+        rows = ResultRows(tmp_path / "results.csv", ["key"], say=str)
+        for key, accuracy in ((None, 0.25), (beside, 0.5 if beside is not None else 0.25)):
+            (row,) = rows.of((key,), lambda key=key, a=accuracy: asked.append(key) or [{"accuracy": a}])  # type: ignore[misc]
+            assert row["accuracy"] == accuracy
+    assert asked == [None] if beside is None else [None, beside]
+    again = ResultRows(tmp_path / "results.csv", ["key"], say=str)
+    assert again.rows[0]["key"] is None
+
+
+def test_a_key_that_came_later_is_not_answered_with_the_row_of_none(tmp_path: Path) -> None:
+    first = ResultRows(tmp_path / "results.csv", ["key"], say=str)
+    for key in (None, 0.5):
+        first.of((key,), lambda: [{"accuracy": 0.25}])
+    for later in ("nan", float("nan")):
+        (row,) = ResultRows(first.path, ["key"], say=str).of((later,), lambda: [{"accuracy": 0.75}])
+        assert row["accuracy"] == 0.75
+
+
+def test_a_file_that_lacks_a_column_of_a_key_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("rule,accuracy\nfedavg,0.5\n")
+    with raises(DataError, "no-such-column", "'lr'"):
+        ResultRows(tmp_path / "results.csv", ["rule", "lr"], say=str)
