@@ -163,13 +163,41 @@ def build(cls: type[T], fields: Mapping[str, Any], what: str) -> T:
             cure = our_word(key) or nearest(key, valid)
             raise ConfigError(f"{what} has no field {key!r}; {cure}", code="unknown-key")
         if fields[key] is None and valid[key].default is not None:
-            raise ConfigError(
-                f"{what}: {key} cannot be None, which no config file can say: leave it out", code="bad-value"
-            )
+            cure = "give it a value" if _is_required(valid[key]) else "leave it out"
+            raise ConfigError(f"{what}: {key} cannot be None, which no config file can say: {cure}", code="bad-value")
     try:
-        return TypeAdapter(cls).validate_python(dict(fields))
+        built = TypeAdapter(cls).validate_python(dict(fields))
     except ValidationError as error:
         raise ConfigError(f"{what}: {first_problem(error)}", code="bad-value") from None
+    refuse_truth(fields, built, f"{what}: ")
+    return built
+
+
+def refuse_truth(given: Mapping[Any, Any], built: Any, start: str = "") -> None:
+    """Raise `ConfigError` for true or false that became a number, which pydantic makes of them.
+
+    Args:
+        given: keys and values, which may be mappings and lists.
+        built: what pydantic made of them, a mapping or an object with these attributes.
+        start: of the key in the message.
+    """
+    for name, value in given.items():
+        made = built.get(name) if isinstance(built, Mapping) else getattr(built, str(name), None)
+        _refuse_truth(value, made, f"{start}{name}")
+
+
+def _refuse_truth(value: Any, made: Any, key: str) -> None:
+    if isinstance(value, bool) and isinstance(made, int | float) and not isinstance(made, bool):
+        raise ConfigError(f"{key} cannot be {str(value).lower()}: give it a value", code="bad-value")
+    if isinstance(value, Mapping):
+        refuse_truth(value, made, f"{key}.")
+    elif isinstance(value, list | tuple) and isinstance(made, list | tuple):
+        for inner, made_inner in zip(value, made, strict=False):
+            _refuse_truth(inner, made_inner, key)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def first_problem(error: ValidationError) -> str:

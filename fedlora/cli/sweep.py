@@ -76,22 +76,24 @@ def _what(
     """The options as a sweep."""
     from typing import get_args
 
-    from fedlora.config import load_config
+    from fedlora.config import dotted, load_config, split_override
     from fedlora.errors import nearest
     from fedlora.runs.rundir import Keep
     from fedlora.sweep import Selection, Sweep, grid
 
     if keep not in get_args(Keep):
         raise ConfigError(f"unknown --keep {keep!r}; {nearest(keep, get_args(Keep))}", code="unknown-name")
-    keys = [text.partition("=")[0].strip() for text in sets]
-    for key in select:
-        if key not in keys:
+    given = [split_override(text)[0] for text in sets]
+    selected = [split_override(f"{key}=") for key in select]
+    for key, (keys, rest) in zip(select, selected, strict=True):
+        if rest or keys not in given:
             raise ConfigError(
-                f"--select {key} has no alternatives: give them as --set {key}=...,...; {nearest(key, keys)}",
+                f"--select {key} has no alternatives: give them as --set {key}=...,...; "
+                f"{nearest(key, map(dotted, given))}",
                 code="no-alternatives",
             )
-    settings = grid([text for key, text in zip(keys, sets, strict=True) if key not in select])
-    chosen = grid([text for key, text in zip(keys, sets, strict=True) if key in select])
+    settings = grid([text for keys, text in zip(given, sets, strict=True) if (keys, "") not in selected])
+    chosen = grid([text for keys, text in zip(given, sets, strict=True) if (keys, "") in selected])
     base = load_config(config)
     folder = out or Path(base.output) / f"{base.name}-sweep"
     selection = Selection(chosen, select_seed) if select else None

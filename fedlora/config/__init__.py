@@ -10,7 +10,7 @@ from fedlora.config._evaluation import EvaluationConfig, SelectionConfig
 from fedlora.config._federation import ClientsConfig, ProfileConfig, ServerConfig, WireConfig
 from fedlora.config._flat import different_keys, flat_keys, flatten
 from fedlora.config._learning import NODES, AdapterConfig, DataConfig, ModelConfig, TrainConfig
-from fedlora.config._overrides import Overrides, changed_keys
+from fedlora.config._overrides import Keys, Overrides, changed_keys, dotted, split_override
 from fedlora.config._privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedlora.config._reading import find_config, load_config, load_section, parse_config
 from fedlora.config._run import RunConfig, RuntimeConfig, TrackingConfig
@@ -25,6 +25,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "ExamplePrivacyConfig",
+    "Keys",
     "ModelConfig",
     "OpenTable",
     "Overrides",
@@ -39,6 +40,7 @@ __all__ = [
     "WireConfig",
     "changed_keys",
     "different_keys",
+    "dotted",
     "find_config",
     "flat_keys",
     "flatten",
@@ -47,4 +49,5 @@ __all__ = [
     "overruled",
     "parse_config",
     "settle",
+    "split_override",
 ]

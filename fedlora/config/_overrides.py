@@ -5,6 +5,7 @@ They are `key=value` texts, as `--set` takes them, or a tree of tables with valu
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -24,8 +25,11 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 UNSET = object()
 """In a tree: a key that was given no value, to be removed once it is known to be a key."""
+LIST_OF_TABLES = "clients.profiles"
+"""Its tables' keys may be None, as those of the config's other tables."""
 INNER = "inner"
 """Field of a rule around another one: a table within the table, which has a name of its own."""
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
 _PART = re.compile(r"""\s*(?:("(?:[^"\\]|\\.)*"|'[^']*')|([^.="'\s][^.=]*?))\s*([.=])""")
 """A part of a dotted key and the sign behind it; in quotes, as in TOML, a part may have dots and more in it."""
 
@@ -58,7 +62,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> None:
     if isinstance(overrides, Mapping):
         _merge(tree, overrides, ())
         return
-    split = [_split(override) for override in overrides]
+    split = [split_override(override) for override in overrides]
     for keys, text in sorted(split, key=lambda pair: (len(pair[0]), not _names_entry(pair[0]))):
         _apply(tree, keys, text)
 
@@ -67,7 +71,7 @@ def changed_keys(overrides: Overrides) -> set[Keys]:
     """The keys that overrides give values to, each as its parts."""
     if isinstance(overrides, Mapping):
         return set(_leaves(overrides, ()))
-    return {_split(override)[0] for override in overrides}
+    return {split_override(override)[0] for override in overrides}
 
 
 def refuse_twice(overrides: Overrides) -> None:
@@ -76,7 +80,7 @@ def refuse_twice(overrides: Overrides) -> None:
         return
     first: dict[Keys, str] = {}
     for override in overrides:
-        keys, text = _split(override)
+        keys, text = split_override(override)
         if first.setdefault(keys, text) != text:
             raise ConfigError(
                 f"--set {'.'.join(keys)} is given twice, as {first[keys]!r} and {text!r}: give it once",
@@ -88,7 +92,8 @@ def refuse_twice(overrides: Overrides) -> None:
 
 
 def _merge(tree: dict[str, Any], changes: Mapping[str, Any], table: Keys) -> None:
-    for key, value in sorted(changes.items(), key=lambda item: item[0] != "name"):
+    for given, value in sorted(changes.items(), key=lambda item: item[0] != "name"):
+        key = _name(given, ".".join(table) or "the config")
         keys = (*table, key)
         if not _is_merged(keys, value):
             _put(tree, keys, _plain(value, ".".join(keys)))
@@ -100,7 +105,7 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any], table: Keys) -> Non
 
 def _leaves(changes: Mapping[str, Any], table: Keys) -> Iterator[Keys]:
     for key, value in changes.items():
-        keys = (*table, key)
+        keys = (*table, str(key))
         if _is_merged(keys, value) and value:
             yield from _leaves(value, keys)
         else:
@@ -120,7 +125,10 @@ def _is_merged(keys: Keys, value: Any) -> bool:
 
 
 def _plain(value: Any, key: str) -> Any:
-    """A value as a TOML file would give it, or None; numbers and arrays of numpy and torch are Python's."""
+    """A value as a TOML file would give it, or None; numbers and arrays of numpy and torch are Python's.
+
+    Within a value there is no None: the run's own file could not say it, and a resume would have another config.
+    """
     if isinstance(value, Enum):
         value = value.value
     if callable(tolist := getattr(value, "tolist", None)):
@@ -128,8 +136,15 @@ def _plain(value: Any, key: str) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if inner is None and key != LIST_OF_TABLES:
+                raise ConfigError(
+                    f"{key}.{name} cannot be None, which no config file can say: leave it out", code="bad-value"
+                )
         return {_name(name, key): _plain(inner, f"{key}.{name}") for name, inner in value.items()}
     if isinstance(value, list | tuple):
+        if any(inner is None for inner in value):
+            raise ConfigError(f"{key} has None in a list, which no config file can say: leave it out", code="bad-value")
         return [_plain(inner, key) for inner in value]
     if isinstance(value, str):
         _require_utf8(value, key)
@@ -149,7 +164,16 @@ def _name(name: Any, key: str) -> str:
 # ------------------------------------------------------------------------------------------------ texts
 
 
-def _split(override: str) -> tuple[Keys, str]:
+def split_override(override: str) -> tuple[Keys, str]:
+    """The parts of the key of a `key=value` text, without their quotes, and the text of the value.
+
+    Raises:
+        ConfigError: it has no key, or one in quotes is no TOML.
+
+    Example:
+        >>> split_override("adapter.rank_pattern.'layer.0' = 4")
+        (('adapter', 'rank_pattern', 'layer.0'), '4')
+    """
     keys: list[str] = []
     place, sign = 0, "."
     while sign == "." and (found := _PART.match(override, place)) is not None:
@@ -163,6 +187,16 @@ def _split(override: str) -> tuple[Keys, str]:
         )
     _require_utf8(override, f"--set {override!r}")
     return tuple(keys), override[place:].strip()
+
+
+def dotted(keys: Keys) -> str:
+    """A key as `--set` takes it: a part that is no bare key of TOML's stands in quotes.
+
+    Example:
+        >>> dotted(("adapter", "rank_pattern", "layer.0"))
+        'adapter.rank_pattern."layer.0"'
+    """
+    return ".".join(part if _BARE.fullmatch(part) else json.dumps(part, ensure_ascii=False) for part in keys)
 
 
 def _unquoted(part: str) -> str:
@@ -249,13 +283,13 @@ def _put(here: dict[str, Any], keys: Keys, value: Any) -> None:
     """Set the last of the keys in its table."""
     if _names_entry(keys) and here.get("name") != value:
         # another rule, partitioner or task: the old one's fields do not apply
-        stay = {"clients": here["clients"]} if "clients" in here and _is_of_clients(keys, value) else {}
+        stay = {"clients": here["clients"]} if "clients" in here and _takes_clients(keys, value) else {}
         here.clear()
         here.update(stay)
     here[keys[-1]] = value
 
 
-def _is_of_clients(keys: Keys, name: Any) -> bool:
+def _takes_clients(keys: Keys, name: Any) -> bool:
     """Whether it names a partitioner of fedlora's that is told the number of clients."""
     from fedlora.partition import partitioners
 

@@ -18,7 +18,7 @@ from fedlora.config._privacy import UNITS, unit_of
 from fedlora.config._run import RunConfig
 from fedlora.errors import ConfigError, nearest, nearest_file
 from fedlora.foreign_names import our_word
-from fedlora.registry import first_problem
+from fedlora.registry import first_problem, refuse_truth
 
 S = TypeVar("S", bound=Section)
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
@@ -59,9 +59,11 @@ def load_section(path: Path, section: type[S], what: str) -> S:
     _require_keys(tree, section, "")
     _refuse_nul(tree, "")
     try:
-        return section.model_validate(tree)
+        read = section.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}", code="bad-value") from None
+    refuse_truth(tree, read, f"{path}: ")
+    return read
 
 
 def find_config(path: str | Path) -> Path:
@@ -73,24 +75,24 @@ def find_config(path: str | Path) -> Path:
 
 
 def parse_config(
-    text: str | Mapping[str, Any],
+    given: str | Mapping[str, Any],
     overrides: Overrides = (),
     *,
     source: str = "config",
     name: str | None = None,
     folder: Path | None = None,
 ) -> RunConfig:
-    """As `load_config`, from TOML text.
+    """As `load_config`, from TOML text or a tree of tables.
 
     Args:
-        text: of the file; or what it says, as a tree of tables.
+        given: the text of a file; or what it says, as a tree.
         overrides: see `load_config`.
-        source: of the text, for messages.
-        name: of the run, unless the text gives one.
-        folder: that the text's relative paths are relative to, those of `overrides` being relative to the current one;
+        source: of what is given, for messages.
+        name: of the run, unless what is given has one.
+        folder: that its relative paths are relative to, those of `overrides` being relative to the current one;
             None: all paths stay as they are.
     """
-    tree = _tree(text, source) if isinstance(text, str) else copy.deepcopy(dict(text))
+    tree = _tree(given, source) if isinstance(given, str) else copy.deepcopy(dict(given))
     if name is not None:
         tree.setdefault("name", name)
     if folder is not None:
@@ -98,25 +100,27 @@ def parse_config(
     apply_overrides(tree, overrides)
     changed = changed_keys(overrides)
     if folder is not None:
-        absolute(tree, Path(), tuple(key for key in PATHS if _is_in(key, changed)))
+        absolute(tree, Path(), tuple(key for key in PATHS if _was_changed(key, changed)))
     _require_keys(tree, RunConfig, "")
     tree = without_unset(tree)
     _refuse_nul(tree, "")
     for table in OPEN_TABLES:
-        if isinstance(given := tree.get(table), dict) and "name" not in given:
-            tree[table] = {**RunConfig.model_fields[table].default.model_dump(), **given}
+        if isinstance(fields := tree.get(table), dict) and "name" not in fields:
+            tree[table] = {**RunConfig.model_fields[table].default.model_dump(), **fields}
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         problem = first_problem(error)
         for unit in UNITS:  # pydantic names the branch of a union, which is no table of the file
             problem = problem.replace(f"privacy.{unit}.", "privacy.")
         where, key = f"{source}: ", problem.partition(":")[0]
-        if _is_in(key, changed) or (
+        if _was_changed(key, changed) or (
             key.endswith(" is missing") and key.partition(".")[0] in {keys[0] for keys in changed}
         ):
             where = "" if isinstance(overrides, Mapping) else "--set: "
         raise ConfigError(f"{where}{problem}", code="bad-value") from None
+    refuse_truth(tree, config)
+    return config
 
 
 def _sections() -> dict[type[BaseModel], str]:
@@ -138,9 +142,9 @@ def _elsewhere(key: str) -> str | None:
     return f"it is {' or '.join(f'{name}.{key}' if name else key for name in homes)}" if homes else None
 
 
-def _require_table(key: str, value: Any, kind: type[BaseModel], *, may_lack: bool) -> None:
+def _require_table(key: str, value: Any, kind: type[BaseModel], *, optional: bool) -> None:
     """Raise `ConfigError` for a single value, or None for a table that no run lacks."""
-    if value is UNSET or isinstance(value, Mapping) or (value is None and may_lack):
+    if value is UNSET or isinstance(value, Mapping) or (value is None and optional):
         return
     main = next((name for name in ("name", "source") if name in kind.model_fields), None)
     cure = "set its keys" if main is None or not isinstance(value, str) else f"set {key}.{main} = {value!r}"
@@ -148,7 +152,7 @@ def _require_table(key: str, value: Any, kind: type[BaseModel], *, may_lack: boo
     raise ConfigError(f"{key!r} is a table, not {what}: {cure}", code="not-a-table")
 
 
-def _is_in(key: str, changed: Set[Keys]) -> bool:
+def _was_changed(key: str, changed: Set[Keys]) -> bool:
     """Whether a dotted key was changed, by itself or as part of what holds it."""
     return any(f"{key}.".startswith(f"{'.'.join(keys)}.") for keys in changed)
 
@@ -191,8 +195,8 @@ def _refuse_nul(tree: Any, key: str) -> None:
 
 
 def _require_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
-    """Raise `ConfigError` for a key that there is not, a single value for a table, and true or None where neither is
-    one of a key's values."""
+    """Raise `ConfigError` for a key that there is not, a single value for a table, and None where it is none of a
+    key's values."""
     for key, value in tree.items():
         if key not in section.model_fields:
             cure = our_word(key) or (_elsewhere(key) if section in _sections() else None)
@@ -204,10 +208,6 @@ def _require_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str
             raise ConfigError(
                 f"{prefix + key} cannot be None: leave it out, or give its default, {default!r}", code="bad-value"
             )
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):  # which is 1 to pydantic
-            raise ConfigError(
-                f"{prefix + key} cannot be {str(value).lower()}: give it a value, or leave it out", code="bad-value"
-            )
         inner = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
         if key == "privacy":
             unit = unit_of(value) if isinstance(value, Mapping) else next(iter(UNITS))
@@ -215,7 +215,7 @@ def _require_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str
                 raise ConfigError(f"unknown privacy.unit {unit!r}; {nearest(str(unit), UNITS)}", code="unknown-name")
             inner = UNITS[unit]
         if isinstance(inner, type) and issubclass(inner, BaseModel) and get_origin(annotation) is not tuple:
-            _require_table(prefix + key, value, inner, may_lack=default is None)
+            _require_table(prefix + key, value, inner, optional=default is None)
         if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping):
             _require_keys(value, inner, f"{prefix}{key}.")
         if key == "profiles" and isinstance(value, list):

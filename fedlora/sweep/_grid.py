@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from fedlora.config import Keys, dotted, split_override
 from fedlora.errors import ConfigError
 
 Settings = Mapping[str, tuple[str, ...]]
@@ -37,35 +38,32 @@ def grid(assignments: Sequence[str]) -> dict[str, tuple[str, ...]]:
         >>> grid(["strategy.name=fedavg,ffa", "rounds=3"])
         {'strategy=fedavg': ('strategy.name=fedavg', 'rounds=3'), 'strategy=ffa': ('strategy.name=ffa', 'rounds=3')}
     """
-    found: dict[str, list[str]] = {}
+    found: dict[Keys, list[str]] = {}
     for assignment in assignments:
-        key, separator, text = (part.strip() for part in assignment.partition("="))
-        if not separator or not key:
-            raise ConfigError(
-                f"--set {assignment!r} must have the form key=value or key=value,value", code="not-key-value"
-            )
+        keys, text = split_override(assignment)
+        key = ".".join(keys)
         if key in RESERVED:
             raise ConfigError(f"--set {key}: a sweep sets this key itself, use {RESERVED[key]}", code="reserved-key")
-        if key in found:
+        if keys in found:
             raise ConfigError(
                 f"--set {key} is given twice: give all alternatives at once, separated by commas",
                 code="key-given-twice",
             )
-        found[key] = list(alternatives(text))
-        for value, times in Counter(found[key]).items():
+        found[keys] = list(alternatives(text))
+        for value, times in Counter(found[keys]).items():
             if not value or times > 1:
                 what = f"{value!r} is given twice" if value else "an alternative is empty"
                 raise ConfigError(
                     f"--set {assignment!r}: {what}; separate the alternatives by single commas", code="bad-alternatives"
                 )
-    short = _short_keys([key for key, values in found.items() if len(values) > 1])
+    short = _short_keys([keys for keys, values in found.items() if len(values) > 1])
     out: dict[str, tuple[str, ...]] = {}
     for values in itertools.product(*found.values()):
         pairs = dict(zip(found, values, strict=True))
-        name = ",".join(f"{short[key]}={plain(value)}" for key, value in pairs.items() if key in short)
+        name = ",".join(f"{short[keys]}={plain(value)}" for keys, value in pairs.items() if keys in short)
         if name in out:  # values that differ only in marks that a folder's name cannot have
             name += "-" + _hash("\n".join(values))
-        out[name] = tuple(f"{key}={value}" for key, value in pairs.items())
+        out[name] = tuple(f"{dotted(keys)}={value}" for keys, value in pairs.items())
     return out
 
 
@@ -99,11 +97,11 @@ def plain(text: str) -> str:
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{_hash(text)}"
 
 
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+def _short_keys(chosen: Sequence[Keys]) -> dict[Keys, str]:
     """ "strategy.name" -> "strategy", "train.lr" -> "lr"; the whole key where two would be called the same."""
-    short = {key: key.removesuffix(".name") if key.endswith(".name") else key.rpartition(".")[2] for key in keys}
+    short = {keys: plain(".".join(keys[:-1]) if keys[-1] == "name" else keys[-1]) for keys in chosen}
     times = Counter(short.values())
-    return {key: name if times[name] == 1 else key for key, name in short.items()}
+    return {keys: name if times[name] == 1 else plain(".".join(keys)) for keys, name in short.items()}
 
 
 def _hash(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,40 @@ def test_none_is_refused_where_a_file_that_leaves_it_out_would_say_another_value
     class Entry:
         often: float | None = 0.5
         never: float | None = None
+        made: tuple[int, ...] = field(default_factory=tuple)
+
+    @dataclass(frozen=True)
+    class Needy:
+        clients: int
 
     assert build(Entry, {"never": None}, "entry") == Entry()
-    with raises(ConfigError, "bad-value", "entry: often cannot be None"):
-        build(Entry, {"often": None}, "entry")
+    for name in ("often", "made"):
+        with raises(ConfigError, "bad-value", f"entry: {name} cannot be None, which no config file can say: leave it"):
+            build(Entry, {name: None}, "entry")
+    with raises(ConfigError, "bad-value", "entry: clients cannot be None, which no config file can say: give it a"):
+        build(Needy, {"clients": None}, "entry")
+
+
+def test_true_and_false_are_no_numbers() -> None:
+    @dataclass(frozen=True)
+    class Entry:
+        number: float = 0.5
+        flag: bool = False
+        either: float | bool = 1.0
+        listed: tuple[int, ...] = ()
+        named: dict[str, float] = field(default_factory=dict)
+        anything: dict[str, Any] = field(default_factory=dict)
+
+    fine = {"flag": True, "either": True, "anything": {"a": [True]}, "number": 1, "listed": [1], "named": {"a": 1}}
+    assert build(Entry, fine, "entry") == Entry(1.0, True, True, (1,), {"a": 1.0}, {"a": [True]})
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"number": True}, "number cannot be true"),
+        ({"listed": [1, False]}, "listed cannot be false"),
+        ({"named": {"x": True}}, "named.x cannot be true"),
+    ]
+    for fields, named in wrong:
+        with raises(ConfigError, "bad-value", f"entry: {named}"):
+            build(Entry, fields, "entry")
+    for registry, name, fields in ((rules, "fedadam", {"lr": True}), (partitioners, "iid", {"clients": True})):
+        with raises(ConfigError, "bad-value", "cannot be true"):
+            registry.build(name, fields)

@@ -111,6 +111,10 @@ def test_other_objects_are_text_or_refused_by_key_and_kind(tmp_path: Path) -> No
         ({"strategy": {"name": Path}}, 'strategy.name is a type: name it, as "my_module:name"'),
         ({"task": {"labels": [b"no", b"yes"]}}, "task.labels is a bytes"),
         ({"task": {"class_weights": {True: 1.0}}}, "True"),
+        ({"train": {None: 1.0}}, "train has None as a key"),
+        ({"data": {"options": {"na_values": [None]}}}, "data.options.na_values has None in a list"),
+        ({"task": {"labels": ["a", None]}}, "task.labels has None in a list"),
+        ({"adapter": {"options": {"init_lora_weights": None}}}, "adapter.options.init_lora_weights cannot be None"),
     ]
     for tree, named in wrong:
         with raises(ConfigError, "bad-value", named):
@@ -162,3 +166,15 @@ def test_what_an_adapter_says_of_its_task_is_taken_as_it_is(tmp_path: Path) -> N
     assert (found.model.name, found.model.revision, found.data.text) == ("all-MiniLM-L6-v2", "abc", "review")
     assert find_adapter(tmp_path, ["task.max_length=5"]).config.task.fields["max_length"] == 5
     assert find_adapter(tmp_path, ["task.name=causal-lm"]).config.task.fields == {}
+
+
+@pytest.mark.parametrize(("tree", "key"), [({1: 2}, "'1'"), ({"train": {1: 2}}, "'train.1'")])
+def test_a_key_that_is_a_number_is_an_unknown_key(tree: dict[Any, Any], key: str) -> None:
+    with raises(ConfigError, "unknown-key", f"unknown key {key}"):
+        parse_config("", tree)
+
+
+def test_a_profiles_key_may_be_none_as_a_tables() -> None:
+    config = parse_config("", {"clients": {"profiles": [PROFILES[0] | {"rank": None}]}})
+    assert config.clients.profiles[0].rank is None
+    assert parse_config(config.to_toml()) == config

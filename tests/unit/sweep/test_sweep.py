@@ -18,7 +18,8 @@ from support.errors import raises
 from support.made_runs import make_run
 from support.waiting import until
 
-from fedlora.config import RunConfig
+from fedlora.cli.sweep import _what
+from fedlora.config import RunConfig, parse_config, split_override
 from fedlora.errors import ConfigError, RunDirError, TrainingError
 from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.outcomes import read_outcomes
@@ -41,6 +42,34 @@ def test_a_grid_is_every_combination() -> None:
 
 def test_keys_of_one_short_name_keep_their_long_one() -> None:
     assert next(iter(grid(["train.epochs=1,2", "x.epochs=3,4"]))) == "train.epochs=1,x.epochs=3"
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "name"),
+    [
+        ("adapter.rank_pattern.'a=b'", 'adapter.rank_pattern."a=b"', "a=b"),
+        ('adapter.rank_pattern."layer.0.attention"', 'adapter.rank_pattern."layer.0.attention"', "layer.0.attention"),
+        ("adapter.rank_pattern.'of/two \"parts\"'", 'adapter.rank_pattern."of/two \\"parts\\""', "of-two-parts"),
+        ("adapter.rank_pattern.query", "adapter.rank_pattern.query", "query"),
+    ],
+)
+def test_keys_in_quotes_are_keys_of_a_grid(key: str, written: str, name: str) -> None:
+    found = grid([f"{key}=4,8"])
+    assert found == {f"{name}=4": (f"{written}=4",), f"{name}=8": (f"{written}=8",)}
+    (one,) = parse_config("", found[f"{name}=4"]).adapter.rank_pattern.items()
+    assert one == (split_override(f"{key}=4")[0][-1], 4)
+    with raises(ConfigError, "key-given-twice", "rank_pattern"):
+        grid([f"{key}=4", f"{written}=8"])
+
+
+def test_a_selected_key_is_one_of_those_set_however_it_is_quoted(toml: Path) -> None:
+    sets = ["train.lr=0.1,0.2", "adapter.rank_pattern.'a.b'=4,8"]
+    what = _what(toml, sets, "1", ['adapter.rank_pattern."a.b"'], 100, 1, None, "adapter")
+    assert what.selection is not None
+    assert (list(what.settings), list(what.selection.candidates)) == (["lr=0.1", "lr=0.2"], ["a.b=4", "a.b=8"])
+    for key, cure in (("train.lr=0.1", "did you mean 'train.lr'"), ("a.b", 'adapter.rank_pattern."a.b"')):
+        with raises(ConfigError, "no-alternatives", cure):
+            _what(toml, sets, "1", [key], 100, 1, None, "adapter")
 
 
 def test_commas_in_brackets_and_quotes_do_not_separate() -> None:
