@@ -128,25 +128,29 @@ def _config_of(folder: Path, overrides: Overrides, data: Path | None) -> RunConf
             f"{str(folder)!r} does not name its task: set task.name (and the task's fields)",
             code="adapter-without-task",
         )
-    if not base and not {("model",), ("model", "name")} & given:
-        raise ConfigError(f"{str(folder)!r} does not name its base model: set model.name", code="adapter-without-base")
     model = {"quantize": said_of_adapter(folder).get("quantize"), "revision": facts.get("revision")}
     if base:
         model["name"] = base if facts.get("revision") else local_name(base)
     # No named corpus, whose columns and classes would be taken for the adapter's.
-    known = {
+    known: dict[str, Any] = {
         "name": folder.name,
         "data": {"source": str(data or "none")},
         "model": {key: value for key, value in model.items() if value},
         **({"task": task} if task else {}),
     }
     config = parse_config(known, overrides, source=str(folder))
-    if "name" not in config.model.model_fields_set:  # the whole table was given
-        raise ConfigError(
-            f"[model] is given without a name, and {str(folder)!r} was trained on {base!r}: add name, or set single "
-            "keys, such as model.dtype",
-            code="adapter-without-base",
-        )
+    if not base and "name" not in config.model.model_fields_set:
+        raise ConfigError(f"{str(folder)!r} does not name its base model: set model.name", code="adapter-without-base")
+    for table, main, single in (("model", "name", "dtype"), ("data", "source", "text")):
+        there = getattr(config, table).model_fields_set
+        left_out = [key for key in known[table] if key not in there and (key == main or (table,) in given)]
+        if left_out:
+            what = ", ".join(f"{key} ({known[table][key]!r})" for key in left_out)
+            raise ConfigError(
+                f"[{table}] of {str(folder)!r} is given without {what}: add {' and '.join(left_out)}, or set single "
+                f"keys, such as {table}.{single}",
+                code="known-key-left-out",
+            )
     return config
 
 

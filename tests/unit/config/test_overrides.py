@@ -178,3 +178,31 @@ def test_a_profiles_key_may_be_none_as_a_tables() -> None:
     config = parse_config("", {"clients": {"profiles": [PROFILES[0] | {"rank": None}]}})
     assert config.clients.profiles[0].rank is None
     assert parse_config(config.to_toml()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        (["data={text='review'}"], "source ('none')"),
+        (["data.source="], "source ('none')"),
+        (["model={name='all-MiniLM-L6-v2'}"], "quantize ('nf4'), revision ('abc')"),
+        (["model={name='all-MiniLM-L6-v2', quantize='nf4'}"], "revision ('abc')"),
+        (["model={quantize='nf4', revision='abc'}"], "name ('all-MiniLM-L6-v2')"),
+    ],
+)
+def test_what_is_known_of_an_adapter_is_kept_or_named(tmp_path: Path, changes: list[str], known: str) -> None:
+    facts = {"base_model_name_or_path": "all-MiniLM-L6-v2", "revision": "abc", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(facts))
+    task = {"name": "text-classification", "labels": ["bad", "good"]}
+    (tmp_path / "fedlora.json").write_text(json.dumps({"task": task, "quantize": "nf4"}))
+    with raises(ConfigError, "known-key-left-out", f"is given without {known}"):
+        find_adapter(tmp_path, changes)
+    single = find_adapter(tmp_path, ["data.text=review", "model.dtype=float32", "model.revision="]).config
+    assert (single.data.source, single.data.text) == ("none", "review")
+    assert (single.model.quantize, single.model.revision, single.model.dtype) == ("nf4", None, "float32")
+    whole = ["data={source='x.csv'}", "model={name='m', quantize='int8', revision='r'}"]
+    found = find_adapter(tmp_path, whole).config
+    assert (found.data.source, found.model.name, found.model.revision) == ("x.csv", "m", "r")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with raises(ConfigError, "adapter-without-base", "set model.name"):
+        find_adapter(tmp_path, ["model={dtype='float32'}"])
