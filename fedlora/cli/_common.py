@@ -190,7 +190,7 @@ def open_console() -> Console:
                 return
             with self.capture() as captured:
                 super().print(*objects, **options)
-            self.file.write(re.sub(r" +$", "", captured.get(), flags=re.MULTILINE))
+            self.file.write(re.sub(r" +(?=\n)", "", captured.get()))  # a line may go on in the next call
             self.file.flush()
 
     return Piped(width=None if "COLUMNS" in os.environ else WIDE, highlight=False)

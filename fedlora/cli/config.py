@@ -92,7 +92,7 @@ class _Values:
         return say(here), self._source(key.path)
 
     def _source(self, path: str) -> str:
-        if any(path == name or path.startswith(name + ".") for name in self._set):
+        if any(f"{path}.".startswith(f"{name}.") or name.startswith(f"{path}.") for name in self._set):
             return "--set"
         if path in self._file:
             return str(self._path)

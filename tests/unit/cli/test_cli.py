@@ -20,6 +20,7 @@ import fedlora.flower
 import fedlora.report
 import fedlora.tracking
 from fedlora import __version__
+from fedlora.cli._common import open_console
 from fedlora.runs.checkpoints import Checkpoints
 from fedlora.runs.rundir import RunDir
 
@@ -403,6 +404,12 @@ def test_config_lists_the_fields_of_what_the_file_chooses_alone(cli: Cli, tiny_t
     assert re.search(r"strategy\.name +\"fair\" +--set", other)
 
 
+def test_config_says_where_a_dict_comes_from_of_which_a_key_was_set(cli: Cli, tiny_toml: Path) -> None:
+    said = cli("config", tiny_toml, "adapter.rank_pattern", "--set", 'adapter.rank_pattern."a.b"=4').stdout
+    assert "(--set)" in said
+    assert "(--set)" not in cli("config", tiny_toml, "adapter.rank", "--set", "adapter.rank_pattern.a=4").stdout
+
+
 def test_config_names_the_nearest_key_and_prints_the_schema(cli: Cli, tiny_toml: Path) -> None:
     assert "'train.lr'" in cli("config", "train.lrr").stderr
     assert "--set" in cli("config", "--set", "seed=1").stderr
@@ -456,3 +463,11 @@ def test_lines_in_a_pipe_have_no_blanks_at_their_ends(words: tuple[str, ...], cl
     lines = cli(*(tiny_toml if word == "CONFIG" else word for word in words)).stdout.splitlines()
     assert len(lines) > 3
     assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_a_line_that_several_calls_print_keeps_its_blanks(capsys: pytest.CaptureFixture[str]) -> None:
+    console = open_console()
+    console.print("a   ", end="")
+    console.print("b   ")
+    console.print("c   \n\nd  ")
+    assert capsys.readouterr().out == "a   b\nc\n\nd\n"
