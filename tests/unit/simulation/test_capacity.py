@@ -39,7 +39,7 @@ class _Base:
 
     device = torch.device("cpu")
     pass_tokens = cache = coupled = None
-    padded = "no layers of rows"
+    needs_padding = "no layers of rows"
 
     def __init__(self) -> None:
         self.model = nn.Sequential(nn.Embedding(1000, 10), nn.Linear(10, 100, bias=False))
