@@ -218,7 +218,14 @@ def _apply(tree: dict[str, Any], keys: Keys, text: str) -> None:
             )
         here = inner
     if text:
-        _put(here, keys, _value(keys, text))
+        value = _value(keys, text)
+        if keys[0] in OPEN_TABLES and len(keys) == 1 and isinstance(value, dict) and "name" not in value:
+            raise ConfigError(
+                f"--set {keys[0]}={text} takes the place of the whole table and has no name: add name, or set single "
+                f"keys, such as {keys[0]}.{next(iter(value), 'name')}=...",
+                code="table-without-name",
+            )
+        _put(here, keys, value)
         return
     if keys[0] in OPEN_TABLES and len(keys) > 1 and keys[-1] not in here:
         raise ConfigError(

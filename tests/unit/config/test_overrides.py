@@ -206,3 +206,10 @@ def test_what_is_known_of_an_adapter_is_kept_or_named(tmp_path: Path, changes: l
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with raises(ConfigError, "adapter-without-base", "set model.name"):
         find_adapter(tmp_path, ["model={dtype='float32'}"])
+
+
+def test_a_whole_table_of_a_text_names_its_entry() -> None:
+    with raises(ConfigError, "table-without-name", "--set task=", "task.max_length="):
+        parse_config("task.name = 'token-classification'", ["task={max_length=5}"])
+    config = parse_config("task.name = 'token-classification'", {"task": {"max_length": 5}})
+    assert config.task.name == "token-classification", "a table of Python is merged"
