@@ -29,6 +29,7 @@ from fedlora.config import RunConfig, load_config
 from fedlora.federation.protocol import TrainRequest
 from fedlora.runs.rundir import RunDir
 from fedlora.simulation.run import run_simulation
+from fedlora.training.runtime import keep_memory
 from fedlora.wire_formats import WIRES, Header, decode_change, encode_change, header_of
 
 ARMS = (
@@ -131,6 +132,7 @@ def accuracy(config: str, overrides: list[str], rounds: int, seeds: int, arms: l
 
 def times(layers: int, d: int, rank: int, repeats: int) -> None:
     """Print what encoding and decoding take, as CPU time, beside float32's."""
+    keep_memory()  # as a run does: else it is page faults that are measured
     layout = {f"{n}.{m}": PairShape(d, d, rank, 2.0) for n in range(layers) for m in "qv"}
     start = AdapterState(fresh_pairs(layout, 0)).tensors()
     trained = {name: value + 1e-3 * torch.randn(value.shape) for name, value in start.items()}

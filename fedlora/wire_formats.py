@@ -123,7 +123,7 @@ def encode_change(header: Header, tensor: Tensor, start: Tensor, seed: int) -> b
         return raw_bytes(tensor.to(start.dtype))
     tensor, start = tensor.detach().cpu(), start.detach().cpu()
     change = tensor.to(_wide(start)) - start.to(_wide(start))
-    return _encoded(header, change, torch.Generator().manual_seed(seed))
+    return _encoded(header, change, seed)
 
 
 def encode_value(header: Header, tensor: Tensor) -> bytes | memoryview:
@@ -166,15 +166,15 @@ def as_received(header: Header, tensor: Tensor, start: Tensor, seed: int) -> Ten
     return decode_change(header, encode_change(header, tensor, start, seed), start)
 
 
-def _encoded(header: Header, change: Tensor, generator: torch.Generator | None) -> bytes | memoryview:
-    """A change, or a value as its change from zero; the generator is for int8's random rounding."""
+def _encoded(header: Header, change: Tensor, seed: int | None) -> bytes | memoryview:
+    """A change, or a value as its change from zero; the seed is of int8's random rounding, None: to the nearest."""
     if header.form == BF16:
         return _bytes(change.to(torch.bfloat16))
     if header.form == TOPK:
         change = change.flatten().float()
         places = _largest(change, header.nbytes // (2 * _PLACE))
         return b"".join((_bytes(places.int()), _bytes(change[places])))
-    rows = quantise(change, generator)
+    rows = quantise(change, None if seed is None else torch.Generator().manual_seed(seed))
     return b"".join((_bytes(rows.steps), _bytes(rows.codes)))
 
 
